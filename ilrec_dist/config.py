@@ -1,0 +1,333 @@
+"""The configuration: one frozen dataclass tree, loaded from YAML with dotted overrides; `ilrec config CONFIG` prints it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, TypeVar
+
+import yaml
+from annotated_types import Ge, Gt, Interval, MinLen
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ilrec_dist.errors import UserError
+
+Positive = Annotated[int, Ge(1)]
+NonNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+T = TypeVar("T")
+
+
+def section(cls: type[T]) -> type[T]:
+    """A frozen dataclass of the tree that refuses unknown keys."""
+    cls = dataclass(frozen=True)(cls)
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    return cls
+
+
+@section
+class SyntheticConfig:
+    """The generated catalogue of `data.format: synthetic` (docs/data-formats.md says how it is drawn)."""
+
+    users: Positive = 6000
+    items: Positive = 1000
+    categories: Positive = 20
+    mean_length: Annotated[float, Ge(3)] = 10.0  # items per user, at least 5
+    seed: int = 0
+
+
+@section
+class DataConfig:
+    format: Literal["synthetic", "lcrec", "csv", "parquet"] = "synthetic"
+    path: Optional[str] = None  # lcrec: the folder that holds NAME.inter.json; csv, parquet: the interactions file
+    items_path: Optional[str] = None  # csv, parquet: a table with the columns item, title and, if wanted, text
+    user_column: str = "user"
+    item_column: str = "item"
+    time_column: str = "timestamp"
+    min_user_interactions: Positive = 5  # k-core: to the fixed point
+    min_item_interactions: Positive = 5
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@section
+class ItemsConfig:
+    """Items → code tuples. With `index` the given file is read; without, one is built by residual quantisation."""
+
+    index: Optional[str] = None  # a NAME.index.json
+    embedding: Literal["text", "cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, or SASRec's item vectors
+    embedding_dim: Positive = 64
+    levels: Annotated[int, Interval(ge=1, le=8)] = 3
+    codes_per_level: Annotated[int, Interval(ge=2, le=65536)] = 256
+    collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple
+    seed: int = 0
+
+
+@section
+class CFConfig:
+    """SASRec with full-softmax cross-entropy (METHOD.md §5)."""
+
+    hidden_size: Positive = 64
+    num_layers: Positive = 2
+    num_heads: Positive = 2
+    dropout: Fraction = 0.2
+    max_history: Positive = 50  # items
+    epochs: Positive = 30
+    patience: Positive = 3  # epochs without a better validation NDCG@10
+    batch_size: Positive = 128  # users
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    cf_folds: Annotated[int, Ge(1)] = 2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
+    rewards: Literal["in_process", "actor"] = "in_process"
+    seed: int = 0
+
+
+@section
+class BackboneConfig:
+    """A decoder built by Megatron-core from these sizes."""
+
+    num_layers: Positive = 4
+    hidden_size: Positive = 128
+    num_heads: Positive = 4
+    num_kv_heads: Optional[Positive] = None  # None: as many as heads
+    ffn_hidden_size: Optional[Positive] = None  # None: 4 × hidden_size
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    position_embedding: Literal["learned", "rope"] = "learned"
+    bias: bool = True
+    dropout: Fraction = 0.1  # on embeddings and residuals; attention itself has none
+    tie_embeddings: bool = True
+    init_std: PositiveFloat = 0.02
+    vocab_multiple: Positive = 8  # the vocabulary is padded to a multiple of this, whatever tp is
+
+
+@section
+class ObjectiveConfig:
+    """METHOD.md §§2–6. `cpo_beta: null` takes the penalty's default (additive 1, multiplicative 0.1)."""
+
+    num_intermediate_layers: Optional[Positive] = None  # m; None: min(3, L // 2)
+    negatives_from: Literal["intermediate", "final"] = "intermediate"
+    negative_threshold: PositiveFloat = 1.0  # φ
+    max_negatives: Annotated[int, Interval(ge=1, le=128)] = 64  # k
+    negative_scope: Literal["valid_next", "item_tokens", "all"] = "valid_next"
+    penalty: Literal["additive", "multiplicative"] = "additive"
+    cpo_beta: Optional[NonNegativeFloat] = None  # β
+    softmax_scope: Literal["all", "valid_next"] = "all"
+    cpd_mu: NonNegativeFloat = 0.1  # μ
+    distill_scope: Literal["item_tokens", "valid_next", "all"] = "item_tokens"
+    crr_lambda: NonNegativeFloat = 0.02  # λ
+    reward_floor: PositiveFloat = 1e-4  # ε
+    backend: Literal["torch", "reference", "triton"] = "torch"
+    workspace_mib: Optional[Positive] = None  # None: 64 on CPU, 1024 on GPU
+
+    @property
+    def beta(self) -> float:
+        if self.cpo_beta is not None:
+            return self.cpo_beta
+        return 1.0 if self.penalty == "additive" else 0.1
+
+    def as_sft(self) -> ObjectiveConfig:
+        """The same cross-entropy with β = μ = λ = 0 (METHOD.md §6)."""
+        return dataclasses.replace(self, cpo_beta=0.0, cpd_mu=0.0, crr_lambda=0.0)
+
+
+@section
+class TrainConfig:
+    methods: Annotated[list[Literal["sft", "ilrec"]], MinLen(1)] = field(default_factory=lambda: ["sft", "ilrec"])
+    seeds: Annotated[list[int], MinLen(1)] = field(default_factory=lambda: [0])
+    targets: Literal["all", "last"] = "all"
+    max_history: Positive = 20  # items of context
+    epochs: Positive = 10
+    batch_size: Positive = 256  # sequences per optimizer step, over all ranks and accumulation steps
+    accumulation_steps: Positive = 1
+    learning_rate: PositiveFloat = 2e-3
+    min_learning_rate_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0  # where the cosine ends
+    warmup_steps: NonNegative = 300
+    weight_decay: NonNegativeFloat = 0.05
+    adam_beta2: Annotated[float, Interval(gt=0, lt=1)] = 0.98
+    clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_steps: Positive = 200  # steps between checkpoints
+    keep_checkpoints: Annotated[int, Ge(2)] = 2
+    validate_epochs: Positive = 1  # epochs between validations
+    validation_users: NonNegative = 2000  # a fixed seeded sample; 0: all users
+    patience: NonNegative = 0  # validations without a better NDCG@10 before stopping; 0: never stop early
+
+
+@section
+class EvaluationConfig:
+    beam: Positive = 20
+    exclude_seen: bool = True
+    batch_size: Positive = 64  # users
+    examples: NonNegative = 5  # users shown in the report
+
+
+@section
+class LaunchConfig:
+    """Where and how the workers run."""
+
+    engine: Literal["ray", "torchrun"] = "ray"
+    tp: Positive = 1
+    dp: Positive = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Optional[Positive] = None  # CPU threads per worker; None: the cores shared evenly
+    max_failures: NonNegative = 3  # worker-group restarts before the run gives up
+    ray_address: Optional[str] = None  # None: a local Ray is started for the run
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+
+@section
+class Config:
+    name: Annotated[str, MinLen(1)] = "run"
+    runs_dir: str = "runs"  # the run's folder is runs_dir/name
+    data: DataConfig = field(default_factory=DataConfig)
+    items: ItemsConfig = field(default_factory=ItemsConfig)
+    cf: CFConfig = field(default_factory=CFConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+class ConfigError(UserError):
+    """A key, a type or a value that the tree does not take; names the key, what was expected and the nearest key."""
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), check everything.
+
+    Raises ConfigError with one line that names the file and the key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}: malformed YAML{where}: {getattr(error, 'problem', error)}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree, str(path))
+
+
+def config_from_dict(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a plain dict against the tree; `source` is named in errors."""
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_one_line(error, tree)}") from None
+    _check_together(config, source)
+    return config
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The tree, or one section of it, as plain dicts and lists, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that load_config reads back to an equal tree."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value, such as train.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, name in enumerate(parents):
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a section")
+        node = child
+    node[leaf] = value
+
+
+def _one_line(error: ValidationError, tree: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"] if isinstance(part, int) or str(part) in _all_names() or _in_tree(tree, first["loc"])]
+    key = ".".join(parts) or "top level"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        nearest = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest key is {nearest[0]!r} (all keys: ilrec config --help)"
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    return f"key {key!r}: {expected}, found {first['input']!r}"
+
+
+def _in_tree(tree: Any, loc: tuple[Any, ...]) -> bool:
+    for part in loc:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        keys.append(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys += _all_keys(hints[item.name], f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def _all_names() -> set[str]:
+    return {part for key in _all_keys() for part in key.split(".")}
+
+
+def _check_together(config: Config, source: str) -> None:
+    """What no single key shows: values that are impossible only together."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{source}: key {key!r}: {why}")
+
+    backbone, objective, launch, train = config.backbone, config.objective, config.launch, config.train
+    if config.data.format != "synthetic" and config.data.path is None:
+        refuse("data.path", f"data.format {config.data.format!r} needs the path of the data")
+    if backbone.hidden_size % backbone.num_heads:
+        refuse("backbone.num_heads", f"{backbone.num_heads} heads do not divide backbone.hidden_size {backbone.hidden_size}")
+    kv_heads = backbone.num_kv_heads or backbone.num_heads
+    if backbone.num_heads % kv_heads:
+        refuse("backbone.num_kv_heads", f"{kv_heads} key/value heads do not divide backbone.num_heads {backbone.num_heads}")
+    if kv_heads % launch.tp:
+        refuse("launch.tp", f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the backbone; choose a tp that does")
+    if backbone.vocab_multiple % launch.tp:
+        refuse("launch.tp", f"tp {launch.tp} does not divide the vocabulary, which is padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}")
+    ffn = backbone.ffn_hidden_size or 4 * backbone.hidden_size
+    if ffn % launch.tp:
+        refuse("launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}")
+    if objective.num_intermediate_layers is not None and objective.num_intermediate_layers >= backbone.num_layers:
+        refuse("objective.num_intermediate_layers", f"{objective.num_intermediate_layers} must be below backbone.num_layers {backbone.num_layers}")
+    if backbone.num_layers < 2 and "ilrec" in train.methods:
+        refuse("backbone.num_layers", "ilrec needs at least 2 layers, one of them intermediate")
+    if train.batch_size % (launch.dp * train.accumulation_steps):
+        refuse("train.batch_size", f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = {launch.dp * train.accumulation_steps}")
+    if config.cf.hidden_size % config.cf.num_heads:
+        refuse("cf.num_heads", f"{config.cf.num_heads} heads do not divide cf.hidden_size {config.cf.hidden_size}")
+    if len(set(train.seeds)) != len(train.seeds):
+        refuse("train.seeds", f"expected distinct seeds, found {train.seeds}")
