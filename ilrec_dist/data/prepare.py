@@ -1,0 +1,133 @@
+"""`ilrec prepare`: a foreign format → the canonical folder: interactions.parquet, users.parquet, items.parquet, manifest.json."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.files import committed_folder, sha256_file, write_json
+from ilrec_dist.data.ingest import Core, Encoder, Spill, k_core, sort_rows, spill_batches
+from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
+from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
+from ilrec_dist.data.readers.source import Rejects, Source
+from ilrec_dist.errors import UserError
+
+READERS: dict[str, Callable[[DataConfig], Source]] = {
+    "lcrec": read_lcrec,
+}
+INPUT_FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
+    "lcrec": lcrec_files,
+}
+ROW_GROUP = 1_000_000
+MIN_LENGTH = 3  # one training item, the validation target, the test target
+
+
+def input_files(config: DataConfig) -> list[Path]:
+    """Files whose bytes decide whether the stage must run again; raises UserError when one is missing."""
+    return [] if config.format == "synthetic" else INPUT_FILES[config.format](config)
+
+
+def prepare(config: DataConfig, out: str | Path) -> dict[str, Any]:
+    """Read, sort, filter and write a data set to the folder `out`; returns its manifest.
+
+    interactions.parquet: user int32, item int32 and, where the source has times, timestamp int64, sorted by (user, time, file order).
+    users.parquet: id, interactions. items.parquet: id, title, text. Indices follow the ids' order: by value where all are integers, else by string.
+    Raises UserError for unreadable input, users too short for leave-one-out, or nothing left by the k-core. `out` is replaced as a whole.
+    """
+    files = input_files(config)
+    source = READERS[config.format](config)
+    rejects = Rejects()
+    with committed_folder(out) as folder:
+        scratch = folder / "scratch"
+        users, items = Encoder(), Encoder()
+        read = Spill(scratch / "read", source.timed)
+        spill_batches(source.batches(rejects), read, users, items)
+        total = read.rows
+        if total == 0:
+            raise UserError(f"{source.main_file}: no interactions")
+        (user_rank, user_ids), (item_rank, item_ids) = users.ranks(), items.ranks()
+        rows = Spill(scratch / "sorted", source.timed)
+        repeats = sort_rows(read, rows, user_rank, item_rank)
+        core = k_core(rows, len(user_ids), len(item_ids), config.min_user_interactions, config.min_item_interactions)
+        _check_core(core, config, source)
+        lengths = _write_interactions(rows, core, folder / "interactions.parquet")
+        kept_users, kept_items = user_ids.filter(pa.array(core.users)), item_ids.filter(pa.array(core.items))
+        _check_lengths(lengths, kept_users, source)
+        pq.write_table(pa.table({"id": kept_users.cast(pa.string()), "interactions": pa.array(lengths, pa.int32())}), folder / "users.parquet")
+        pq.write_table(_item_table(kept_items, source.item_table()), folder / "items.parquet")
+        shutil.rmtree(scratch)
+        manifest = {
+            "version": FORMAT_VERSION,
+            "format": config.format,
+            "users": len(kept_users),
+            "items": len(kept_items),
+            "interactions": core.rows,
+            "timestamps": source.timestamp_unit if source.timed else None,
+            "split": "leave-one-out",
+            "read": {"users": len(user_ids), "items": len(item_ids), "interactions": total, "repeats_dropped": repeats, "bad_rows": len(rejects.rows)},
+            "k_core": {
+                "min_user_interactions": config.min_user_interactions,
+                "min_item_interactions": config.min_item_interactions,
+                "rounds": core.rounds,
+                "users_removed": len(user_ids) - len(kept_users),
+                "items_removed": len(item_ids) - len(kept_items),
+                "interactions_removed": total - repeats - core.rows,
+            },
+            "inputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
+            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in FILES},
+        }
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _check_core(core: Core, config: DataConfig, source: Source) -> None:
+    users, items = int(core.users.sum()), int(core.items.sum())
+    if users < 1 or items < 2:
+        raise UserError(
+            f"{source.main_file}: the k-core (data.min_user_interactions {config.min_user_interactions}, data.min_item_interactions "
+            f"{config.min_item_interactions}) leaves {users} users and {items} items, expected at least 1 and 2; lower these settings or bring more data"
+        )
+
+
+def _check_lengths(lengths: np.ndarray, user_ids: pa.Array, source: Source) -> None:
+    short = np.flatnonzero(lengths < MIN_LENGTH)
+    if len(short):
+        raise UserError(
+            f"{source.main_file}: user {user_ids[int(short[0])].as_py()!r} has {lengths[short[0]]} interactions, expected at least {MIN_LENGTH} to split off a "
+            f"validation and a test item ({len(short)} such users); set data.min_user_interactions to {MIN_LENGTH} or more to drop them"
+        )
+
+
+def _write_interactions(rows: Spill, core: Core, path: Path) -> np.ndarray:
+    """Write the surviving rows under their final indices; returns the interactions of every surviving user, int64."""
+    new_user, new_item = np.cumsum(core.users, dtype=np.int32) - 1, np.cumsum(core.items, dtype=np.int32) - 1
+    lengths = np.zeros(int(core.users.sum()), np.int64)
+    schema = pa.schema([("user", pa.int32()), ("item", pa.int32()), *([("timestamp", pa.int64())] if rows.timed else [])])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for user, item, time in rows.chunks():
+            alive = core.users[user] & core.items[item]
+            columns = [new_user[user[alive]], new_item[item[alive]]]
+            lengths += np.bincount(columns[0], minlength=len(lengths))
+            if time is not None:
+                columns.append(time[alive])
+            writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), row_group_size=ROW_GROUP)
+    return lengths
+
+
+def _item_table(item_ids: pa.Array, table: pa.Table | None) -> pa.Table:
+    """(id, title, text) in index order; null where the item table has no row or no text."""
+    ids = item_ids.cast(pa.string())
+    if table is None:
+        nothing = pa.nulls(len(ids), pa.string())
+        return pa.table({"id": ids, "title": nothing, "text": nothing})
+    table = table.combine_chunks()
+    where = pc.index_in(ids, value_set=table.column("id").combine_chunks().cast(pa.string()))
+    return pa.table({"id": ids, **{name: table.column(name).take(where).combine_chunks() for name in ("title", "text")}})

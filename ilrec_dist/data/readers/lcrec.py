@@ -1,0 +1,74 @@
+"""The LC-Rec triple: NAME.inter.json (user → chronological items) and, where present, NAME.item.json (item → text fields)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.files import read_json_object, require_file, single_file
+from ilrec_dist.data.readers.source import Rejects, Source, item_rows
+from ilrec_dist.errors import UserError
+
+
+def lcrec_files(config: DataConfig) -> list[Path]:
+    """The inter file and, if there is one beside it, the item file. `data.path` is the folder or the inter file itself."""
+    path = Path(config.path or "")
+    inter = single_file(path, [".inter.json"], "the interactions of an LC-Rec triple") if not path.is_file() else path
+    item = inter.with_name(inter.name.removesuffix(".inter.json") + ".item.json")
+    return [require_file(inter, "data.path"), *([item] if item.exists() else [])]
+
+
+def read_lcrec(config: DataConfig) -> Source:
+    """Users and items keep their ids; a user's list is taken as chronological. The third file, NAME.index.json, is items.index."""
+    inter, *item = lcrec_files(config)
+    return Source(inter, timed=False, batches=lambda rejects: _batches(inter), item_table=lambda: _items(item[0]) if item else None)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    histories = read_json_object(path)
+    for user, items in histories.items():
+        if not isinstance(items, list) or not all(type(item) is int or (type(item) is str and item) for item in items):
+            raise UserError(f"{path}: user {user!r}: expected a list of item ids (integers or strings), found {_short(items)}")
+    lengths = np.fromiter(map(len, histories.values()), np.int64, len(histories))
+    users = pa.array(list(histories), pa.string()).take(pa.array(np.repeat(np.arange(len(histories)), lengths)))
+    flat = list(chain.from_iterable(histories.values()))
+    if all(type(item) is int for item in flat):
+        items = pa.array(flat, pa.int64()).cast(pa.string())
+    else:
+        items = pa.array(list(map(str, flat)), pa.string())
+    yield pa.record_batch({"user": users, "item": items})
+
+
+def _items(path: Path) -> pa.Table:
+    ids: list[str] = []
+    titles: list[str | None] = []
+    texts: list[str | None] = []
+    for item, fields in read_json_object(path).items():
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: item {item!r}: expected an object of text fields, found {_short(fields)}")
+        ids.append(item)
+        titles.append(text_of(fields.get("title")) or None)
+        texts.append(" ".join(filter(None, (text_of(value) for name, value in fields.items() if name != "title"))) or None)
+    return item_rows(ids, titles, texts)
+
+
+def text_of(value: Any) -> str:
+    """Any JSON value as one line of text: lists and objects by their leaves."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return " ".join(filter(None, map(text_of, value)))
+    return " ".join(str(value).split())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,108 @@
+"""The catalogue: every item's token sequence, stored in code order so that each prefix is one contiguous range of items."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ilrec_dist.data.files import read_json_object, sha256_file, write_json
+from ilrec_dist.errors import UserError
+
+FORMAT_VERSION = 1
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items in code order: sorted by code tuple, items that share one by item index. Token 0 is padding; level 0 starts at token 1."""
+
+    tokens: np.ndarray  # int32 [n, C] global token ids of each item's code tuple, in code order
+    items: np.ndarray  # int32 [n] item index at each code-order position
+    position: np.ndarray  # int32 [n] item index -> code-order position
+    level_ranges: tuple[tuple[int, int], ...]  # per level: [start, stop) of its token ids; contiguous
+    level_names: tuple[str, ...]  # the letter in a token's name, such as a in <a_12>
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def depth(self) -> int:
+        """C, tokens per item."""
+        return self.tokens.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Unpadded; the tokens of items are [1, vocab_size)."""
+        return self.level_ranges[-1][1]
+
+    def item_tokens(self, items: np.ndarray) -> np.ndarray:
+        """int32 [..., C] tokens of item indices [...]."""
+        return self.tokens[self.position[items]]
+
+    def codes(self) -> np.ndarray:
+        """int32 [n, C] codes by item index: tokens less their level's start."""
+        return self.tokens[self.position] - np.array([start for start, _ in self.level_ranges], np.int32)
+
+    def token_names(self) -> list[str]:
+        """The vocabulary as text: "<pad>", "<a_0>", "<a_1>", …"""
+        names = ["<pad>"]
+        for name, (start, stop) in zip(self.level_names, self.level_ranges, strict=True):
+            names += [f"<{name}_{code}>" for code in range(stop - start)]
+        return names
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokens.npy, items.npy and catalogue.json (with their SHA-256) into an existing folder."""
+        folder = Path(folder)
+        np.save(folder / "tokens.npy", self.tokens)
+        np.save(folder / "items.npy", self.items)
+        write_json(
+            folder / "catalogue.json",
+            {
+                "version": FORMAT_VERSION,
+                "items": self.num_items,
+                "level_ranges": [list(bounds) for bounds in self.level_ranges],
+                "level_names": list(self.level_names),
+                "sha256": {name: sha256_file(folder / name) for name in ("tokens.npy", "items.npy")},
+            },
+        )
+
+    @staticmethod
+    def load(folder: str | Path) -> Catalogue:
+        """Read what `save` wrote. Raises UserError when a file is missing or damaged."""
+        folder = Path(folder)
+        if not (folder / "catalogue.json").exists():
+            raise UserError(f"{folder}: not a catalogue folder (no catalogue.json); run `ilrec index` first")
+        meta = read_json_object(folder / "catalogue.json")
+        if meta.get("version") != FORMAT_VERSION:
+            raise UserError(f"{folder / 'catalogue.json'}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec index` again")
+        for name, expected in meta["sha256"].items():
+            if not (folder / name).exists() or sha256_file(folder / name) != expected:
+                raise UserError(f"{folder / name}: missing or damaged (its SHA-256 is not the one in catalogue.json); run `ilrec index` again")
+        items = np.load(folder / "items.npy")
+        return Catalogue(
+            np.load(folder / "tokens.npy"), items, _inverse(items), tuple((int(a), int(b)) for a, b in meta["level_ranges"]), tuple(meta["level_names"])
+        )
+
+
+def make_catalogue(codes: np.ndarray, level_sizes: Sequence[int], level_names: Sequence[str] | None = None) -> Catalogue:
+    """Catalogue of int codes [num_items, C], code l of an item in [0, level_sizes[l]). Names default to a, b, c, …"""
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.shape[1] != len(level_sizes) or (codes < 0).any() or (codes >= np.asarray(level_sizes)).any():
+        raise ValueError(f"codes of shape {codes.shape} do not fit levels of {list(level_sizes)} codes")
+    stops = 1 + np.cumsum(level_sizes)
+    starts = stops - np.asarray(level_sizes)
+    order = np.lexsort(codes.T[::-1]).astype(np.int32)  # stable, so items that share a tuple stay in index order
+    tokens = (codes[order] + starts).astype(np.int32)
+    names = tuple(level_names) if level_names is not None else tuple(string.ascii_lowercase[: len(level_sizes)])
+    return Catalogue(tokens, order, _inverse(order), tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)), names)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    position = np.empty(len(order), np.int32)
+    position[order] = np.arange(len(order), dtype=np.int32)
+    return position

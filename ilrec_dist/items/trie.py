@@ -1,0 +1,106 @@
+"""The prefix trie of a catalogue as ranges: which tokens may follow a prefix, and which items it leads to, are slices of flat arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ilrec_dist.items.catalogue import Catalogue
+
+
+class Trie:
+    """Nodes at depth p (0 … C) are numbered in code order; node 0 at depth 0 is the root.
+
+    node_start[p]  int32 [nodes_p + 1]: node j covers the code-order positions [node_start[p][j], node_start[p][j + 1])
+    node_token[p]  int32 [nodes_p]: last token of the prefix; empty at p = 0
+    child_start[p] int32 [nodes_p + 1], p < C: children of node j are the nodes [child_start[p][j], child_start[p][j + 1]) of depth p + 1,
+                   so their tokens are that slice of node_token[p + 1], ascending
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.depth = catalogue.depth
+        tokens, n = catalogue.tokens, catalogue.num_items
+        self.node_start: list[np.ndarray] = [np.array([0, n], np.int32)]
+        first = np.zeros(n, bool)  # positions at which a prefix of the current depth begins
+        if n:
+            first[0] = True
+        starts = []
+        for level in range(self.depth):
+            first[1:] |= tokens[1:, level] != tokens[:-1, level]
+            start = np.flatnonzero(first)
+            starts.append(start)
+            self.node_start.append(np.append(start, n).astype(np.int32))
+        # One array of all tokens, a view per depth: candidates of several depths are then one gather.
+        self._tokens = np.concatenate([tokens[start, level] for level, start in enumerate(starts)]) if starts else np.zeros(0, np.int32)
+        self._token_base = np.cumsum([0] + [len(start) for start in starts])
+        self.node_token = [np.zeros(0, np.int32)] + [self._tokens[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)]
+        self.child_start = [np.searchsorted(self.node_start[p + 1], self.node_start[p]).astype(np.int32) for p in range(self.depth)]
+
+    def num_nodes(self, p: int) -> int:
+        return len(self.node_start[p]) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the trie's own arrays, without the catalogue's."""
+        return self._tokens.nbytes + sum(array.nbytes for array in (*self.node_start, *self.child_start))
+
+    def item_node(self, p: int, items: np.ndarray) -> np.ndarray:
+        """int64 nodes at depth p whose range holds the items (item indices, any shape)."""
+        return np.searchsorted(self.node_start[p], self.catalogue.position[items], side="right") - 1
+
+    def children(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """CSR of the continuations of R nodes at depth p < C: (indptr int64 [R+1], tokens int64 [nnz] ascending in a row, nodes at depth p + 1 int64 [nnz])."""
+        nodes = np.asarray(nodes)
+        start = self.child_start[p][nodes]
+        indptr, child = _ranges(start, self.child_start[p][nodes + 1] - start)
+        return indptr, self.node_token[p + 1][child].astype(np.int64), child
+
+    def step(self, p: int, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape); -1 where there is none, or where the node is -1."""
+        nodes, tokens = np.broadcast_arrays(np.asarray(nodes, np.int64), np.asarray(tokens, np.int64))
+        known = nodes >= 0
+        start, labels = self.child_start[p], self.node_token[p + 1]
+        low = np.where(known, start[nodes], 0).astype(np.int64)
+        stop = np.where(known, start[nodes + known], 0).astype(np.int64)  # nodes + 1 where known; any valid index elsewhere
+        high = stop.copy()
+        while (open_ := low < high).any():  # lower bound of the token among the node's children, all rows at once
+            middle = (low + high) // 2
+            right = open_ & (labels[np.minimum(middle, len(labels) - 1)] < tokens)
+            low = np.where(right, middle + 1, low)
+            high = np.where(open_ & ~right, middle, high)
+        found = (low < stop) & (labels[np.minimum(low, len(labels) - 1)] == tokens)
+        return np.where(found, low, -1)
+
+    def leaf_items(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices int64), those that share a tuple in item-id order."""
+        return self.range_items(self.depth, nodes)
+
+    def range_items(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CSR of all items below R nodes at depth p, in code order: (indptr int64 [R+1], item indices int64)."""
+        nodes = np.asarray(nodes)
+        start = self.node_start[p][nodes]
+        indptr, where = _ranges(start, self.node_start[p][nodes + 1] - start)
+        return indptr, self.catalogue.items[where].astype(np.int64)
+
+    def target_candidates(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The continuations that exist at every step of T target items (METHOD.md §2, `valid_next`).
+
+        Rows are target-major, then depth: t0d0, t0d1, …, t0d(C-1), t1d0, … Returns (indptr int64 [T·C+1], tokens int64 [nnz], ascending in a row).
+        """
+        items = np.asarray(items)
+        starts = np.empty((len(items), self.depth), np.int64)
+        counts = np.empty((len(items), self.depth), np.int64)
+        for p in range(self.depth):
+            nodes = self.item_node(p, items)
+            first = self.child_start[p][nodes]
+            counts[:, p] = self.child_start[p][nodes + 1] - first
+            starts[:, p] = first + self._token_base[p]
+        indptr, where = _ranges(starts.ravel(), counts.ravel())
+        return indptr, self._tokens[where].astype(np.int64)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indptr int64 [R+1], the concatenated ranges [starts[r], starts[r] + counts[r]) int64)."""
+    indptr = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
