@@ -171,16 +171,16 @@ class LaunchConfig:
     """Where and how the workers run."""
 
     engine: Literal["ray", "torchrun"] = "ray"
+    workers: Positive = 1  # processes over all machines, one per GPU: tp × dp
     tp: Positive = 1
-    dp: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Optional[Positive] = None  # CPU threads per worker; None: the cores shared evenly
     max_failures: NonNegative = 3  # worker-group restarts before the run gives up
     ray_address: Optional[str] = None  # None: a local Ray is started for the run
 
     @property
-    def world_size(self) -> int:
-        return self.tp * self.dp
+    def dp(self) -> int:
+        return self.workers // self.tp
 
 
 @section
@@ -314,6 +314,8 @@ def _check_together(config: Config, source: str) -> None:
     kv_heads = backbone.num_kv_heads or backbone.num_heads
     if backbone.num_heads % kv_heads:
         refuse("backbone.num_kv_heads", f"{kv_heads} key/value heads do not divide backbone.num_heads {backbone.num_heads}")
+    if launch.workers % launch.tp:
+        refuse("launch.workers", f"a world size of {launch.workers} is not a multiple of launch.tp {launch.tp}; choose workers = tp × data-parallel copies")
     if kv_heads % launch.tp:
         refuse("launch.tp", f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the backbone; choose a tp that does")
     if backbone.vocab_multiple % launch.tp:
@@ -329,5 +331,7 @@ def _check_together(config: Config, source: str) -> None:
         refuse("train.batch_size", f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = {launch.dp * train.accumulation_steps}")
     if config.cf.hidden_size % config.cf.num_heads:
         refuse("cf.num_heads", f"{config.cf.num_heads} heads do not divide cf.hidden_size {config.cf.hidden_size}")
+    if config.cf.rewards == "actor" and launch.engine != "ray":
+        refuse("cf.rewards", "the reward actor needs launch.engine ray; with torchrun choose in_process")
     if len(set(train.seeds)) != len(train.seeds):
         refuse("train.seeds", f"expected distinct seeds, found {train.seeds}")

@@ -1,0 +1,104 @@
+"""`ilrec`: parse, load the configuration, call one function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ilrec_dist import __version__
+from ilrec_dist.errors import UserError
+
+STAGES = {
+    "prepare": "read a foreign data set, filter, split and store it as Parquet",
+    "index": "give every item its code tuple and store the catalogue in code order",
+    "cf": "train the collaborative-filtering models that reward likely tokens",
+    "train": "train the configured methods and seeds",
+    "evaluate": "evaluate on the test split and write results.json and report.html",
+    "run": "all stages in order; what is unchanged is not run again, what was interrupted goes on",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for the user's own errors."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.call(arguments) or 0)
+    except UserError as error:
+        print(f"ilrec: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ilrec: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ilrec", description="Train a language model as a recommender with self-hard negatives (ILRec).")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, what in STAGES.items():
+        example = f"example:\n  ilrec {name} configs/quickstart.yaml\n  ilrec {name} configs/instruments-small.yaml train.epochs=3 launch.workers=2 launch.tp=2"
+        command = _command(commands, name, what, example)
+        _add_config(command)
+        if name in ("run", "train"):
+            command.add_argument("--resume", action="store_true", help="insist on going on with the run in the folder; refuse a folder of another configuration")
+        command.set_defaults(call=_stage, command=name, resume=False)
+    command = _command(commands, "recommend", "recommend items for new histories with a trained run", _RECOMMEND_EXAMPLE)
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument("--histories", required=True, metavar="X.parquet", help="columns: user (string) and items (list of item ids, oldest first)")
+    command.add_argument("--top", type=int, default=10, metavar="K", help="items per user (default 10)")
+    command.add_argument("--out", metavar="OUT.parquet", help="where to write; without it a table is printed")
+    command.add_argument("--method", choices=("sft", "ilrec"), default="ilrec")
+    command.add_argument("--seed", type=int, help="the training seed whose weights are used (default: the run's first)")
+    command.add_argument("--exclude-seen", action="store_true", help="never recommend an item of the user's own history")
+    command.add_argument("--allowed", metavar="items.txt", help="recommend only these items: one item id a line")
+    command.set_defaults(call=_recommend)
+    command = _command(commands, "config", "print the resolved configuration", "example:\n  ilrec config configs/quickstart.yaml train.epochs=3")
+    _add_config(command)
+    command.set_defaults(call=_config)
+    return parser
+
+
+_RECOMMEND_EXAMPLE = "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 --exclude-seen --out recommendations.parquet"
+
+
+def _command(commands: argparse._SubParsersAction, name: str, what: str, epilog: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's; docs/configuration.md lists all")
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.config import load_config
+    from ilrec_dist.pipeline import execute
+
+    execute(load_config(arguments.config, arguments.overrides), arguments.command, resume=arguments.resume)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.config import dump_config, load_config
+
+    sys.stdout.write(dump_config(load_config(arguments.config, arguments.overrides)))
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.stage_runs import recommend
+
+    recommend(
+        Path(arguments.run),
+        Path(arguments.histories),
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+        method=arguments.method,
+        seed=arguments.seed,
+        exclude_seen=arguments.exclude_seen,
+        allowed=Path(arguments.allowed) if arguments.allowed else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

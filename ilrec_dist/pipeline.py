@@ -1,0 +1,227 @@
+"""The stages in order. Each writes a folder; a stage whose input bytes and relevant settings are unchanged is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ilrec_dist.config import Config, config_to_dict, dump_config
+from ilrec_dist.data.files import sha256_file
+from ilrec_dist.errors import UserError
+
+FORMAT = 1  # raise when a stage's output changes for the same settings
+console = Console()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the run. `settings` and `inputs` and the stages in `after` decide whether it must run again."""
+
+    name: str
+    command: str  # the `ilrec` command that runs it
+    after: tuple[str, ...]
+    settings: Callable[[Config], Any]
+    inputs: Callable[[Config], list[Path]]
+    output: Callable[[Config], Path]
+    run: Callable[[Config, str], None]  # (config, fingerprint)
+
+
+class Run:
+    """A run's folder and the state of its stages."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = config.run_dir
+        self.stages = {stage.name: stage for stage in stages(config)}
+        self._fingerprints: dict[str, str] = {}
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 over the stage's settings, its inputs' bytes and the fingerprints of the stages before it."""
+        if name not in self._fingerprints:
+            stage = self.stages[name]
+            parts = {
+                "format": FORMAT,
+                "settings": stage.settings(self.config),
+                "inputs": [(path.name, sha256_file(path)) for path in stage.inputs(self.config)],
+                "after": [self.fingerprint(before) for before in stage.after],
+            }
+            self._fingerprints[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self._fingerprints[name]
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What the stage's last complete run left behind: fingerprint and seconds; None when there was none or its output is gone."""
+        path = self._record_file(name)
+        if not path.exists() or not self.stages[name].output(self.config).exists():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+    def is_current(self, name: str) -> bool:
+        record = self.record(name)
+        return record is not None and record["fingerprint"] == self.fingerprint(name)
+
+    def execute(self, name: str) -> None:
+        """Run the stage if it is not current, and note that it is."""
+        stage = self.stages[name]
+        for before in stage.after:
+            if not self.is_current(before):
+                state = "was made by another configuration or other input" if self.record(before) else "has not been made"
+                raise UserError(f"{self.folder}: stage {before} {state}; run `ilrec {self.stages[before].command} CONFIG` or `ilrec run CONFIG` first")
+        if self.is_current(name):
+            console.print(f"[dim]{name}: unchanged, not run again[/dim]")
+            return
+        fingerprint = self.fingerprint(name)
+        self._begin()
+        self._clear_other_work(name, fingerprint)
+        began = time.monotonic()
+        stage.run(self.config, fingerprint)
+        seconds = time.monotonic() - began
+        self._write(self._record_file(name), {"fingerprint": fingerprint, "seconds": seconds})
+        console.print(f"[bold]{name}[/bold]: done in {seconds:.1f} s")
+
+    def stage_seconds(self) -> dict[str, float]:
+        return {name: record["seconds"] for name in self.stages if (record := self.record(name)) is not None}
+
+    def check_resumable(self) -> None:
+        """`--resume`: there must be a run in the folder, and every stage it finished or began must be of this configuration."""
+        if not self._state_folder().is_dir():
+            raise UserError(f"{self.folder}: nothing to resume; leave --resume out to start a run")
+        for name in self.stages:
+            path = self._record_file(name)
+            begun = self._record_file(name, begun=True)
+            for file in (path, begun):
+                if file.exists() and json.loads(file.read_text())["fingerprint"] != self.fingerprint(name):
+                    raise UserError(
+                        f"{self.folder}: stage {name} in this run folder is of another configuration or other input; resume with the configuration in "
+                        f"{self.folder / 'config.yaml'}, or leave --resume out to run what changed anew"
+                    )
+
+    def _begin(self) -> None:
+        self._state_folder().mkdir(parents=True, exist_ok=True)
+        staged = self.folder / f".config.yaml.{os.getpid()}"
+        staged.write_text(dump_config(self.config), encoding="utf-8")
+        os.replace(staged, self.folder / "config.yaml")
+
+    def _clear_other_work(self, name: str, fingerprint: str) -> None:
+        """Output of another configuration is cleared away; that of an interrupted attempt at the same work stays, to be continued."""
+        begun = self._record_file(name, begun=True)
+        before = json.loads(begun.read_text()) if begun.exists() else None
+        same = before is not None and before["fingerprint"] == fingerprint
+        self._record_file(name).unlink(missing_ok=True)
+        if not same:
+            output = self.stages[name].output(self.config)
+            if output.is_dir() and output != self.folder:
+                shutil.rmtree(output)
+        self._write(begun, {"fingerprint": fingerprint})
+
+    def _state_folder(self) -> Path:
+        return self.folder / ".stages"
+
+    def _record_file(self, name: str, begun: bool = False) -> Path:
+        return self._state_folder() / f"{name}{'.begun' if begun else ''}.json"
+
+    def _write(self, path: Path, value: dict[str, Any]) -> None:
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        staged.write_text(json.dumps(value))
+        os.replace(staged, path)
+
+
+def stages(config: Config) -> list[Stage]:
+    """The run's stages, each after those it stands on."""
+    from ilrec_dist import stage_runs as runs
+    from ilrec_dist.training.workspace import RunFolders
+
+    folders = RunFolders(config.run_dir)
+    tables = [
+        Stage("prepare", "prepare", (), _data_settings, runs.prepare_inputs, lambda _: folders.data, runs.prepare),
+        Stage("index", "index", ("prepare",), _items_settings, runs.index_inputs, lambda _: folders.items, runs.index),
+        Stage("cf", "cf", ("index",), lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, runs.cf),
+    ]
+    trainings = []
+    for method in config.train.methods:
+        for seed in config.train.seeds:
+            name = f"train {method} seed {seed}"
+            after = ("index", "cf") if method == "ilrec" and config.objective.crr_lambda > 0 else ("index",)
+            trainings.append(name)
+            tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
+    evaluation = ("prepare", "cf", *trainings)
+    tables.append(
+        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation, runs.evaluate),
+    )
+    return tables
+
+
+def _training_stage(name: str, after: tuple[str, ...], method: str, seed: int, folder: Path) -> Stage:
+    from ilrec_dist import stage_runs as runs
+
+    return Stage(
+        name,
+        "train",
+        after,
+        lambda c: _training_settings(c, method, seed),
+        _none,
+        lambda _: folder,
+        lambda c, fingerprint: runs.train(c, method, seed, folder, fingerprint),
+    )
+
+
+def execute(config: Config, command: str, resume: bool = False) -> None:
+    """Run the stages of one command, or with "run" all of them and the report."""
+    from ilrec_dist import stage_runs as runs
+    from ilrec_dist.training.launch import cluster
+
+    run = Run(config)
+    if resume:
+        run.check_resumable()
+    wanted = [stage.name for stage in run.stages.values() if command in ("run", stage.command)]
+    for name in wanted:  # input files are looked for before anything runs
+        run.stages[name].inputs(config)
+    needs_workers = any(run.stages[name].command in ("train", "evaluate") and not run.is_current(name) for name in wanted)
+    if needs_workers:
+        with cluster(config):
+            for name in wanted:
+                run.execute(name)
+    else:
+        for name in wanted:
+            run.execute(name)
+    if command in ("run", "evaluate"):
+        runs.report(config, run.stage_seconds())
+
+
+def _none(_: Config) -> list[Path]:
+    return []
+
+
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in config_to_dict(section).items() if key not in names}
+
+
+def _data_settings(config: Config) -> dict[str, Any]:
+    data = _without(config.data, "path", "items_path")  # the files' bytes count, not where they lie
+    return data if config.data.format == "synthetic" else {key: value for key, value in data.items() if key != "synthetic"}
+
+
+def _items_settings(config: Config) -> dict[str, Any]:
+    if config.items.index is not None:
+        return {"collisions": config.items.collisions, "given": True}
+    return _without(config.items, "index")
+
+
+def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]:
+    """What changes the trained weights, and nothing else."""
+    objective = config_to_dict(config.objective)
+    if method == "sft":
+        objective = {key: objective[key] for key in ("softmax_scope", "backend")}
+    train = _without(config.train, "methods", "seeds", "checkpoint_steps", "keep_checkpoints")
+    validation = {"beam": config.evaluation.beam, "exclude_seen": config.evaluation.exclude_seen}
+    mesh = {"tp": config.launch.tp, "workers": config.launch.workers}
+    return {"method": method, "seed": seed, "backbone": config_to_dict(config.backbone), "objective": objective, "train": train} | validation | mesh

@@ -1,0 +1,107 @@
+"""What each stage of the pipeline does: loads what it needs from the run's folder and calls the one function that does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ilrec_dist.config import Config, dump_config
+from ilrec_dist.data.files import read_json_object
+from ilrec_dist.training.workspace import RunFolders, Workspace
+
+
+def prepare_inputs(config: Config) -> list[Path]:
+    from ilrec_dist.data.prepare import input_files
+
+    return input_files(config.data)
+
+
+def prepare(config: Config, fingerprint: str) -> None:
+    from ilrec_dist.data.prepare import prepare as prepare_data
+
+    prepare_data(config.data, RunFolders(config.run_dir).data)
+
+
+def index_inputs(config: Config) -> list[Path]:
+    from ilrec_dist.items.build import input_files
+
+    return input_files(config.items)
+
+
+def index(config: Config, fingerprint: str) -> None:
+    from ilrec_dist.items.build import build_index
+
+    space = Workspace(config)
+    build_index(config.items, space.prepared, space.folders.items, None)
+
+
+def cf(config: Config, fingerprint: str) -> None:
+    from ilrec_dist.cf.train import train_cf
+    from ilrec_dist.reporting.live import stage_progress
+
+    space = Workspace(config)
+    models = 1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)
+    done: dict[str, float] = {}
+    with stage_progress("cf", models * config.cf.epochs, "epochs") as bar:
+
+        def progress(event: dict[str, Any]) -> None:
+            done[event["model"]] = event["epoch"]
+            ndcg = event.get("ndcg@10")
+            bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
+
+        train_cf(config.cf, space.prepared, space.catalogue, space.folders.cf, progress=progress)
+
+
+def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str) -> None:
+    from ilrec_dist.reporting.live import LiveProgress
+    from ilrec_dist.training.checkpoint import latest
+    from ilrec_dist.training.jobs import Job
+    from ilrec_dist.training.launch import reward_actor, run_workers
+    from ilrec_dist.training.windows import steps_per_epoch, training_windows
+
+    space = Workspace(config)
+    latest(folder / "checkpoints", fingerprint)  # damaged checkpoints are refused here, before any process is started
+    windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
+    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    wants_rewards = method == "ilrec" and config.objective.crr_lambda > 0
+    with reward_actor(config, wants_rewards), LiveProgress(folder, steps, f"{method}, seed {seed}"):
+        run_workers(config, Job.of("train", config, folder, fingerprint, method, seed))
+
+
+def evaluate(config: Config, fingerprint: str) -> None:
+    from ilrec_dist.evaluation.stage import evaluate_baselines
+    from ilrec_dist.training.jobs import Job
+    from ilrec_dist.training.launch import run_workers
+
+    folder = RunFolders(config.run_dir).evaluation
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluate_baselines(Workspace(config), folder)
+    run_workers(config, Job.of("evaluate", config, folder))
+
+
+def report(config: Config, stage_seconds: dict[str, float]) -> None:
+    from ilrec_dist.evaluation.stage import collect_examples, collect_rows, paired_intervals
+    from ilrec_dist.reporting.metrics_log import read_metrics
+    from ilrec_dist.reporting.report import MethodMetrics, write_report
+    from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
+
+    space = Workspace(config)
+    rows, intervals = collect_rows(config, space), paired_intervals(config, space)
+    trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
+    dataset = Path(config.data.path).name if config.data.path else "synthetic"
+    results = write_results(config.run_dir / RESULTS_FILE, dataset, rows, sum(stage_seconds.values()), stage_seconds, intervals=intervals)
+    print_table(rows, intervals)
+    path = write_report(
+        config.run_dir,
+        name=config.name,
+        results=results,
+        metrics=[MethodMetrics(method, seed, read_metrics(space.folders.training(method, seed))) for method, seed in trained],
+        examples=collect_examples(config, space),
+        config_yaml=dump_config(config),
+        index_report=read_json_object(space.folders.items / "report.json"),
+        cf_report=read_json_object(space.folders.cf / "report.json"),
+    )
+    from ilrec_dist.pipeline import console
+
+    shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
+    console.print(f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}", highlight=False)

@@ -1,0 +1,133 @@
+"""Turns the windows of a step into token tensors, response rows, candidate lists and rewards, ahead of the step that uses them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.training.windows import Windows
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Rows are target-major, then by position in the item: (t0, p0), (t0, p1), …"""
+
+    tokens: torch.Tensor  # int64 [B, S], right-padded with PAD
+    rows: torch.Tensor  # int64 [N] flat positions in B·S whose next token belongs to a target item
+    targets: torch.Tensor  # int64 [N]
+    candidate_indptr: torch.Tensor  # int64 [N + 1]
+    candidate_tokens: torch.Tensor  # int64 [nnz], trie children of each row's prefix
+    users: np.ndarray  # int64 [T] user of each target
+    positions: np.ndarray  # int64 [T] its place in the user's sequence
+    step_rows: int  # N of the whole optimizer step, over ranks and accumulation steps (METHOD.md §6)
+    real_tokens: int  # tokens that are not padding
+
+
+class PendingRewards(Protocol):
+    def result(self) -> np.ndarray: ...
+
+
+class RewardSource(Protocol):
+    """Token rewards in-process or from the Ray actor: one interface (METHOD.md §5)."""
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> PendingRewards: ...
+
+
+class BatchMaker:
+    """Builds batches from windows; all arrays it reads are shared and never written."""
+
+    def __init__(self, prepared: Prepared, catalogue: Catalogue, trie: Trie, windows: Windows):
+        self.prepared, self.catalogue, self.trie, self.windows = prepared, catalogue, trie, windows
+
+    def make(self, numbers: np.ndarray, step_rows: int) -> Batch:
+        """The micro-batch of the given window numbers. An empty selection gives one padded sequence without rows."""
+        depth = self.catalogue.depth
+        part = self.windows.take(numbers)
+        lengths = part.stop - part.start
+        size = int(lengths.max()) if len(part) else 1
+        column = np.arange(size)
+        inside = column < lengths[:, None]
+        flat = (self.prepared.offsets[part.user] + part.start)[:, None] + column
+        items = self.prepared.items[np.where(inside, flat, 0)]
+        grid = np.where(inside[:, :, None], self.catalogue.item_tokens(items), PAD).astype(np.int64)
+        grid = grid.reshape(len(part), size * depth)
+        is_target = inside & (column >= (part.target - part.start)[:, None])
+        sequence, place = np.nonzero(is_target)
+        width = size * depth - 1  # the last token is never an input
+        first = sequence * width + place * depth - 1
+        rows = (first[:, None] + np.arange(depth)).reshape(-1)
+        target_items = items[sequence, place]
+        indptr, candidates = self.trie.target_candidates(target_items)
+        tokens = grid[:, :-1] if len(part) else np.full((1, width), PAD, dtype=np.int64)
+        return Batch(
+            tokens=torch.from_numpy(np.ascontiguousarray(tokens)),
+            rows=torch.from_numpy(rows.astype(np.int64)),
+            targets=torch.from_numpy(self.catalogue.item_tokens(target_items).astype(np.int64).reshape(-1)),
+            candidate_indptr=torch.from_numpy(np.asarray(indptr, dtype=np.int64)),
+            candidate_tokens=torch.from_numpy(np.asarray(candidates, dtype=np.int64)),
+            users=part.user[sequence],
+            positions=(part.start[sequence] + place).astype(np.int64),
+            step_rows=step_rows,
+            real_tokens=int((lengths * depth - 1).sum()),
+        )
+
+
+def micro_batches(step: np.ndarray, dp_rank: int, dp: int, accumulation: int) -> list[np.ndarray]:
+    """Window numbers of each of this rank's micro-batches of a step. Dealt in turn, so that lengths are even over ranks."""
+    return [step[(dp_rank * accumulation + a) :: dp * accumulation] for a in range(accumulation)]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch with its rewards under way."""
+
+    batch: Batch
+    rewards: PendingRewards | None
+
+
+def prefetched(
+    plan: Iterator[tuple[np.ndarray, int]], make: Callable[[np.ndarray, int], Batch], rewards: RewardSource | None, ahead: int = 4
+) -> Iterator[Ready]:
+    """Make the planned micro-batches in a thread, at most `ahead` before their use, asking for their rewards at once."""
+    ready: queue.Queue[Ready | BaseException | None] = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(item: Ready | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for numbers, step_rows in plan:
+                if stop.is_set():
+                    return
+                batch = make(numbers, step_rows)
+                put(Ready(batch, rewards.fetch_async(batch.users, batch.positions) if rewards is not None else None))
+            put(None)
+        except BaseException as error:  # handed to the training thread, which raises it
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=10)

@@ -1,0 +1,58 @@
+"""DeepSpeed ZeRO-1 and AdamW under the Megatron groups; the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from ilrec_dist.backbone.mpu import DeepSpeedMPU
+from ilrec_dist.backbone.parallel import ParallelState
+from ilrec_dist.config import TrainConfig
+
+
+def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size // (dp * config.accumulation_steps),
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 1 << 62,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> deepspeed.DeepSpeedEngine:
+    """Wrap `module`. The engine averages the loss over ranks and micro-batches, so losses come scaled by dp × accumulation_steps / N."""
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=adamw(module, config),
+        config=deepspeed_config(config, parallel.dp),
+        mpu=DeepSpeedMPU(),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Of optimizer step `step` (from 0): linear warm-up, then a cosine to min_learning_rate_ratio of the peak."""
+    warmup = min(config.warmup_steps, total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

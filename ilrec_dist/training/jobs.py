@@ -1,0 +1,101 @@
+"""What a worker process does once it is started; under torchrun: `torchrun --nproc-per-node 2 -m ilrec_dist.training.jobs JOB.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ilrec_dist.config import Config, config_from_dict, config_to_dict
+from ilrec_dist.errors import UserError
+from ilrec_dist.data.files import write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing for the whole worker group to do. `folder` is where it writes; `fingerprint` names configuration and inputs."""
+
+    kind: Literal["train", "evaluate"]
+    config: dict[str, Any]
+    folder: str
+    fingerprint: str = ""
+    method: str = ""
+    seed: int = 0
+
+    @classmethod
+    def of(cls, kind: Literal["train", "evaluate"], config: Config, folder: Path, fingerprint: str = "", method: str = "", seed: int = 0) -> Job:
+        return cls(kind, config_to_dict(config), str(folder), fingerprint, method, seed)
+
+    @property
+    def failure_file(self) -> Path:
+        return Path(self.folder) / ".failure.json"
+
+
+def run_job(job: Job) -> None:
+    """Run in every worker process. The user's own errors are left in `failure_file` for the driver; retrying them would not help."""
+    try:
+        _run(job)
+    except UserError as error:
+        write_json(job.failure_file, {"error": str(error)})
+
+
+def _run(job: Job) -> None:
+    quiet()
+    import torch
+
+    from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
+    from ilrec_dist.training.workspace import Workspace
+
+    config = config_from_dict(job.config)
+    device = resolve_device(config)
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
+    if device == "cpu":
+        torch.set_num_threads(config.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers_here))
+    parallel = initialize_parallel(config.launch.tp, device, job.seed)
+    space = Workspace(config)
+    try:
+        if job.kind == "train":
+            from ilrec_dist.training.worker import train
+
+            train(config, job.method, job.seed, Path(job.folder), job.fingerprint, space, parallel)
+        else:
+            from ilrec_dist.evaluation.stage import evaluate_trained
+
+            evaluate_trained(config, Path(job.folder), space, parallel)
+    finally:
+        destroy_parallel()
+
+
+def resolve_device(config: Config) -> str:
+    if config.launch.device != "auto":
+        return config.launch.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet() -> None:
+    """DeepSpeed and Megatron announce every step of their start-up; keep what a user can act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+    for name in ("deepspeed", "DeepSpeed", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    run_job(job)
+
+
+def job_to_json(job: Job) -> str:
+    return json.dumps(asdict(job))
+
+
+if __name__ == "__main__":
+    main()

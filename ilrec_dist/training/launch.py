@@ -1,0 +1,90 @@
+"""Starts a worker group for one job, by Ray Train or by torchrun, and waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ilrec_dist.config import Config
+from ilrec_dist.errors import UserError
+from ilrec_dist.training.jobs import Job, job_to_json, resolve_device, run_job
+
+
+class WorkersFailed(RuntimeError):
+    """The worker group failed more often than launch.max_failures allows."""
+
+
+def run_workers(config: Config, job: Job) -> None:
+    """Run `job` in launch.workers processes. Raises UserError for the user's own errors, WorkersFailed when the retries are used up."""
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    job.failure_file.unlink(missing_ok=True)
+    if config.launch.engine == "ray":
+        _run_ray(config, job)
+    else:
+        _run_torchrun(config, job)
+    if job.failure_file.exists():
+        message = json.loads(job.failure_file.read_text())["error"]
+        job.failure_file.unlink()
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """One Ray session for all stages of a run: the given cluster, or a local one that ends with this process. Nothing for torchrun."""
+    if config.launch.engine != "ray":
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = config.launch.ray_address or os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {} if address else {"num_cpus": max(len(os.sched_getaffinity(0)), config.launch.workers), "include_dashboard": False}
+    ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _run_ray(config: Config, job: Job) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    gpu = resolve_device(config) == "cuda"
+    trainer = TorchTrainer(
+        run_job,
+        train_loop_config=job,  # type: ignore[arg-type]
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.launch.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}),
+        run_config=RunConfig(
+            name=f"{job.kind}-{job.method}-{job.seed}",
+            storage_path=str((Path(job.folder) / ".ray").resolve()),
+            failure_config=FailureConfig(max_failures=config.launch.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise WorkersFailed(f"the workers failed more than launch.max_failures = {config.launch.max_failures} times; the last failure: {error}") from error
+
+
+def _run_torchrun(config: Config, job: Job) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="ilrec-job-") as file:
+        file.write(job_to_json(job))
+        file.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.launch.workers}"]
+        command += [f"--max-restarts={config.launch.max_failures}", "-m", "ilrec_dist.training.jobs", file.name]
+        threads = config.launch.threads or max(1, len(os.sched_getaffinity(0)) // config.launch.workers)
+        done = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    if done.returncode:
+        raise WorkersFailed(f"torchrun ended with exit status {done.returncode}; its output above says why")

@@ -1,0 +1,103 @@
+"""A run's folder and what the worker processes load from it: data, catalogue, trie, rewards, backbone."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from ilrec_dist.backbone.model import Backbone
+from ilrec_dist.config import Config
+from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.training.batches import RewardSource
+
+VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where each stage of a run writes."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def items(self) -> Path:
+        return self.root / "items"
+
+    @property
+    def cf(self) -> Path:
+        return self.root / "cf"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    def training(self, method: str, seed: int) -> Path:
+        return self.root / "train" / f"{method}-seed{seed}"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    config: Config
+
+    @cached_property
+    def folders(self) -> RunFolders:
+        return RunFolders(self.config.run_dir)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return load_prepared(self.folders.data)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.load(self.folders.items)
+
+    @cached_property
+    def trie(self) -> Trie:
+        return Trie(self.catalogue)
+
+    def reward_source(self) -> RewardSource:
+        """The run's Ray actor, or the same computation in this process."""
+        if self.config.cf.rewards == "actor":
+            from ilrec_dist.cf.service import RewardClient
+
+            return RewardClient(reward_actor_name(self.config))
+        from ilrec_dist.cf.rewards import TokenRewards
+
+        return TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
+
+    def validation_users(self, count: int) -> np.ndarray:
+        """A fixed seeded sample of `count` users, all when 0 or more than there are; ascending int64."""
+        users = np.arange(self.prepared.num_users)
+        if count == 0 or count >= len(users):
+            return users
+        return np.sort(np.random.default_rng(VALIDATION_SEED).permutation(users)[:count])
+
+
+def reward_actor_name(config: Config) -> str:
+    return f"rewards-{config.name}-{zlib.crc32(str(config.run_dir.resolve()).encode()):08x}"
+
+
+def max_positions(config: Config, depth: int) -> int:
+    """Tokens of the longest input: the context and the generated item without its last token."""
+    return (config.train.max_history + 1) * depth - 1
+
+
+def build_backbone(config: Config, space: Workspace, seed: int) -> Backbone:
+    catalogue = space.catalogue
+    return Backbone(config.backbone, catalogue.vocab_size, max_positions(config, catalogue.depth), config.train.precision, seed)
+
+
+def load_weights(backbone: Backbone, path: Path) -> Backbone:
+    backbone.load_full_state_dict(load_file(path))
+    return backbone.eval()
