@@ -1,0 +1,162 @@
+"""Fits one SASRec to some users' training sequences, with early stopping on those same users (METHOD.md §5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ilrec_dist.cf.model import SASRec, encode, full_softmax_loss, pad_histories, window_stride
+from ilrec_dist.cf.segments import ragged_arange
+from ilrec_dist.config import CFConfig
+from ilrec_dist.errors import UserError
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Some users' interactions, as the trainer sees them: the last item of each is never read, the last but one only for validation."""
+
+    items: np.ndarray  # int32 [T], all users' interactions
+    starts: np.ndarray  # int64 [u]
+    lengths: np.ndarray  # int64 [u], whole history
+
+    @property
+    def training_lengths(self) -> np.ndarray:
+        return np.maximum(self.lengths - 2, 0)
+
+    def training_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row of `starts`, position) of every training item but each user's first."""
+        counts = np.maximum(self.training_lengths - 1, 0)
+        return np.repeat(np.arange(len(counts)), counts), ragged_arange(counts) + 1
+
+    def known_items(self, num_items: int) -> np.ndarray:
+        """bool [num_items]: what occurs in the training part."""
+        known = np.zeros(num_items, dtype=bool)
+        known[self.items[np.repeat(self.starts, self.training_lengths) + ragged_arange(self.training_lengths)]] = True
+        return known
+
+
+def train_model(config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None) -> tuple[SASRec, dict[str, Any]]:
+    """Train on the training part of `histories`, keep the epoch with the best validation NDCG@10 over these same users, stop after `patience` worse ones.
+
+    Everything that is random comes from `seed` and everything else from `histories`: users left out leave no trace. The caller's RNG is restored.
+    Returns the model in eval mode and its report: epochs run, the best one, loss and NDCG@10 by epoch, seconds.
+    Raises UserError when no user has two training items.
+    """
+    begin, count, fresh = training_windows(histories, config.max_history)
+    if not len(begin):
+        raise UserError(f"CF model {name!r}: none of its {len(histories.starts)} users has two training items; give it more users, or a lower cf.cf_folds")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SASRec.from_config(config, num_items)
+        model.known.copy_(torch.from_numpy(histories.known_items(num_items)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True)
+        order = np.random.default_rng(seed)
+        best: dict[str, Any] = {"epoch": 0, "ndcg@10": -1.0}
+        state: dict[str, torch.Tensor] = {}
+        curve: list[dict[str, float]] = []
+        started = time.perf_counter()
+        for epoch in range(1, config.epochs + 1):
+            model.train()
+            total, targets = 0.0, 0
+            for batch in batches_by_length(count, config.batch_size, order):
+                loss, rows = window_loss(model, histories.items, begin[batch], count[batch], fresh[batch])
+                optimizer.zero_grad(set_to_none=True)
+                (loss / rows).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total, targets = total + float(loss.detach()), targets + rows
+            ndcg = validation_ndcg(model, histories)
+            curve.append({"epoch": epoch, "loss": total / targets, "ndcg@10": ndcg})
+            if progress is not None:
+                progress({"model": name, "epochs": config.epochs, "seconds": time.perf_counter() - started, **curve[-1]})
+            if ndcg > best["ndcg@10"]:
+                best = curve[-1]
+                state = {key: value.clone() for key, value in model.state_dict().items()}
+            elif epoch - best["epoch"] >= config.patience:
+                break
+    model.load_state_dict(state)
+    seconds = time.perf_counter() - started
+    return model.eval(), {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
+
+
+def training_windows(histories: Histories, max_history: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The windows in which every training item but each user's first is a target exactly once.
+
+    int64 [W] each: where a window's inputs begin in `histories.items`; how many inputs, each with the item after it as its target;
+    the first of them whose target is not another window's.
+    """
+    stride, lengths = window_stride(max_history), histories.training_lengths
+    windows = np.where(lengths < 2, 0, 1 + (np.maximum(lengths - 1 - max_history, 0) + stride - 1) // stride)
+    skipped = ragged_arange(windows) * stride
+    begin = np.repeat(histories.starts, windows) + skipped
+    count = np.minimum(np.repeat(lengths, windows) - 1 - skipped, max_history)
+    return begin, count, np.where(skipped > 0, max_history - stride, 0)
+
+
+def batches_by_length(lengths: np.ndarray, batch_size: int, order: np.random.Generator, pool: int = 64) -> list[np.ndarray]:
+    """A shuffled epoch in batches of windows of like length: shuffled, sorted by length within pools of 64 batches, and shuffled again by batch."""
+    shuffled = order.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(shuffled), pool * batch_size):
+        part = shuffled[start : start + pool * batch_size]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in order.permutation(len(batches))]
+
+
+def window_loss(model: SASRec, items: np.ndarray, begin: np.ndarray, count: np.ndarray, fresh: np.ndarray) -> tuple[torch.Tensor, int]:
+    """Summed full-softmax cross-entropy of a batch of training windows, and how many targets it sums."""
+    inputs = pad_histories(items, begin, count)
+    hidden = model(inputs)
+    columns = np.arange(inputs.shape[1])
+    rows = np.flatnonzero((columns < count[:, None]) & (columns >= fresh[:, None]))
+    targets = items[(begin[:, None] + 1 + columns).reshape(-1)[rows]].astype(np.int64)
+    picked = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(rows)]
+    return full_softmax_loss(picked, model.items.weight, torch.from_numpy(targets)), len(rows)
+
+
+@torch.no_grad()
+def validation_ndcg(model: SASRec, histories: Histories, batch_size: int = 512) -> float:
+    """Mean NDCG@10 of each user's validation item, full ranking, history items kept, ties in item order; 0 without users."""
+    positions = histories.lengths - 2
+    users = np.flatnonzero(positions >= 1)
+    total = 0.0
+    for start in range(0, len(users), batch_size):
+        batch = users[start : start + batch_size]
+        wanted = torch.from_numpy(histories.items[histories.starts[batch] + positions[batch]].astype(np.int64))
+        scores = encode(model, histories.items, histories.starts[batch], positions[batch]) @ model.items.weight.t()
+        own = scores.gather(1, wanted[:, None])
+        rank = (scores > own).sum(1)
+        tied = scores == own
+        tied &= torch.arange(scores.shape[1]) < wanted[:, None]
+        rank += tied.sum(1)
+        total += float((1.0 / torch.log2(rank.double() + 2))[rank < 10].sum())
+    return total / max(1, len(users))
+
+
+@torch.no_grad()
+def mean_log_probability(model: SASRec, histories: Histories, rows: np.ndarray, positions: np.ndarray, limit: int = 20_000) -> dict[str, float]:
+    """Mean log P_CF(y) over the targets (row of histories.starts, position) whose item the model knows, and the share of those.
+
+    Of more than `limit` targets that many, evenly spaced, are taken.
+    """
+    if len(rows) > limit:
+        chosen = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
+        rows, positions = rows[chosen], positions[chosen]
+    table, unknown = model.items.weight, ~model.known
+    total, known = 0.0, 0
+    for batch in np.array_split(np.arange(len(rows)), 1 + len(rows) // 1024):
+        first = histories.starts[rows[batch]]
+        wanted = torch.from_numpy(histories.items[first + positions[batch]].astype(np.int64))
+        logits = encode(model, histories.items, first, positions[batch]) @ table.t()
+        logits[:, unknown] = -torch.inf
+        log_p = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        seen = model.known[wanted]
+        total, known = total + float(log_p[seen].double().sum()), known + int(seen.sum())
+    return {"mean_log_p": total / max(1, known), "targets": len(rows), "known_share": known / max(1, len(rows))}

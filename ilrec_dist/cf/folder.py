@@ -1,0 +1,86 @@
+"""The CF stage's folder: models, folds, item vectors in code order, and the manifest of hashes that is checked before any of them is used."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from ilrec_dist.cf.model import SASRec
+from ilrec_dist.config import CFConfig, config_to_dict
+from ilrec_dist.data.files import read_json_object, sha256_file, write_json
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.catalogue import Catalogue
+
+FORMAT_VERSION = 1
+
+
+def save_model(folder: Path, which: str, model: SASRec) -> None:
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / f"{which}.safetensors")
+
+
+def write_manifest(folder: Path, config: CFConfig, num_items: int, catalogue: Catalogue | None) -> None:
+    """Name every file of the folder with its SHA-256; to be called last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    write_json(
+        folder / "manifest.json",
+        {
+            "version": FORMAT_VERSION,
+            "config": config_to_dict(config),
+            "items": num_items,
+            "catalogue": None if catalogue is None else catalogue_hash(catalogue),
+            "sha256": {str(path.relative_to(folder)): sha256_file(path) for path in files},
+        },
+    )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest. Raises UserError when the folder is not a finished CF folder of this version."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder}: not a CF folder (no manifest.json); run `ilrec cf` first")
+    manifest = read_json_object(path)
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec cf` again")
+    return manifest
+
+
+def checked_file(folder: str | Path, name: str, manifest: dict[str, Any] | None = None) -> Path:
+    """The path of one file of the folder, its bytes compared with the manifest. Raises UserError when it is missing or differs."""
+    path = Path(folder) / name
+    expected = (manifest or read_manifest(folder))["sha256"].get(name)
+    if expected is None or not path.exists() or sha256_file(path) != expected:
+        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the one in manifest.json); run `ilrec cf` again")
+    return path
+
+
+def load_config(folder: str | Path) -> CFConfig:
+    return CFConfig(**read_manifest(folder)["config"])
+
+
+def load_cf(folder: str | Path, which: str = "full") -> SASRec:
+    """A trained model in eval mode: "full", or "fold0", "fold1", … Raises UserError when it is missing or damaged."""
+    manifest = read_manifest(folder)
+    model = SASRec.from_config(CFConfig(**manifest["config"]), manifest["items"])
+    model.load_state_dict(load_file(checked_file(folder, f"{which}.safetensors", manifest)))
+    return model.eval()
+
+
+def load_folds(folder: str | Path) -> np.ndarray:
+    """int64 [U]: the fold of each user, and with it the model that scores them."""
+    return np.load(checked_file(folder, "folds.npy")).astype(np.int64)
+
+
+def item_vectors(folder: str | Path) -> np.ndarray:
+    """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads."""
+    return load_cf(folder).items.weight.detach().numpy()
+
+
+def catalogue_hash(catalogue: Catalogue) -> str:
+    """SHA-256 of the catalogue's tokens and item order."""
+    digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""SASRec: the collaborative-filtering model behind the token rewards (METHOD.md §5) and the SASRec row of the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ilrec_dist.config import CFConfig
+
+LOGITS_PER_CHUNK = 1 << 22  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: causal self-attention and a feed-forward of width 4 d."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.ffn_norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, 4 * hidden_size)
+        self.down = nn.Linear(4 * hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.dropout(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.ffn_norm(x)))))
+
+
+class SASRec(nn.Module):
+    """A causal transformer over item indices whose output layer is its own item table.
+
+    `known` (bool [num_items]) marks the items that occur in the sequences the model was trained on; the rewards give the others nothing.
+    """
+
+    known: Tensor
+
+    def __init__(self, num_items: int, hidden_size: int, num_layers: int, num_heads: int, dropout: float, max_history: int) -> None:
+        super().__init__()
+        self.max_history = max_history
+        self.items = nn.Embedding(num_items, hidden_size)
+        self.positions = nn.Embedding(max_history, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.register_buffer("known", torch.zeros(num_items, dtype=torch.bool))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_config(cls, config: CFConfig, num_items: int) -> SASRec:
+        return cls(num_items, config.hidden_size, config.num_layers, config.num_heads, config.dropout, config.max_history)
+
+    @property
+    def num_items(self) -> int:
+        return self.items.num_embeddings
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Item indices int64 [B, S], S ≤ max_history, chronological and padded on the right → queries fp32 [B, S, d].
+
+        The query at s has seen items[:, : s + 1]; its inner product with an item's row of the table is that item's logit as the next one.
+        What stands to the right of s, padding included, cannot reach it: no mask is needed.
+        """
+        scale = self.items.embedding_dim**0.5  # as in SASRec: the positions must not drown the small item vectors
+        x = self.dropout(self.items(items) * scale + self.positions.weight[: items.shape[1]])
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class _FullSoftmaxLoss(torch.autograd.Function):
+    """Sum of −log softmax(hidden · weightᵀ)[target]; gradients are made in forward, a chunk of rows at a time, so no [R, n] tensor is ever held."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        rows, num_items = hidden.shape[0], weight.shape[0]
+        chunk = max(1, LOGITS_PER_CHUNK // num_items)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        buffer = hidden.new_empty(min(chunk, rows), num_items)
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, rows, chunk):
+            part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+            logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            top = logits.amax(1, keepdim=True)
+            target_logit = logits.gather(1, wanted[:, None])
+            mass = logits.sub_(top).exp_().sum(1, keepdim=True)
+            loss += (mass.log() + top - target_logit).sum(dtype=torch.float64)
+            # softmax = logits / mass; the division is done on the narrow side of both products
+            torch.mm(logits, weight, out=grad_hidden[start : start + chunk]).div_(mass).sub_(weight[wanted])
+            grad_weight.addmm_(logits.t(), part / mass).index_add_(0, wanted, part, alpha=-1)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], grad_weight * grads[0], None
+
+
+def full_softmax_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of hidden fp32 [R, d] against all rows of weight fp32 [n, d]; targets int64 [R]. Once differentiable."""
+    return _FullSoftmaxLoss.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+
+
+# A history longer than max_history is read through windows that advance by half of it, in training and in scoring alike, so that one forward
+# serves many targets and every target keeps at least half a window of context.
+
+
+def window_stride(max_history: int) -> int:
+    return max(1, max_history // 2)
+
+
+def window_starts(positions: np.ndarray, max_history: int) -> np.ndarray:
+    """Where the window of the target at `positions` (int64 [T], ≥ 1) begins; its history is sequence[start : position], 1 … max_history items."""
+    stride = window_stride(max_history)
+    return (np.maximum(positions - max_history, 0) + stride - 1) // stride * stride
+
+
+def pad_histories(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """items[start : start + length] of each row, right-padded with item 0, as int64 [B, max(lengths)]."""
+    columns = np.arange(int(lengths.max(initial=1)))
+    inside = columns < lengths[:, None]
+    return torch.from_numpy(np.where(inside, items[np.where(inside, starts[:, None] + columns, 0)], 0).astype(np.int64))
+
+
+@torch.no_grad()
+def encode(model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, batch_size: int = 256) -> Tensor:
+    """Queries of many targets: fp32 [T, d] (METHOD.md §5, the history before each target).
+
+    items int32: all users' interactions; starts int64 [T]: where the target's user begins in it; positions int64 [T] ≥ 1: the target's place
+    in that user's sequence. Targets of one window share one forward, and later items never change a bit of the result.
+    """
+    model.eval()
+    queries = torch.empty(len(positions), model.items.embedding_dim)
+    if len(positions) == 0:
+        return queries
+    begin = starts + window_starts(positions, model.max_history)
+    inputs = starts + positions - begin  # history length of each target
+    windows, which = np.unique(begin, return_inverse=True)
+    lengths = np.zeros(len(windows), dtype=np.int64)
+    np.maximum.at(lengths, which, inputs)
+    by_length = np.argsort(lengths, kind="stable")
+    place = np.empty_like(by_length)
+    place[by_length] = np.arange(len(by_length))
+    order = np.argsort(place[which], kind="stable")  # targets, in the order their windows are computed
+    bounds = np.searchsorted(place[which][order], np.arange(0, len(windows) + batch_size, batch_size))
+    for index, first in enumerate(range(0, len(windows), batch_size)):
+        batch = by_length[first : first + batch_size]
+        hidden = model(pad_histories(items, windows[batch], lengths[batch]))
+        rows = order[bounds[index] : bounds[index + 1]]
+        queries[torch.from_numpy(rows)] = hidden[torch.from_numpy(place[which[rows]] - first), torch.from_numpy(inputs[rows] - 1)]
+    return queries
