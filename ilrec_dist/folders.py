@@ -1,0 +1,30 @@
+"""Where each stage of a run writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def items(self) -> Path:
+        return self.root / "items"
+
+    @property
+    def cf(self) -> Path:
+        return self.root / "cf"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    def training(self, method: str, seed: int) -> Path:
+        return self.root / "train" / f"{method}-seed{seed}"
