@@ -1,0 +1,126 @@
+"""A run's metrics as they happen: one JSON line a step in metrics.jsonl, and the same scalars for TensorBoard.
+
+Look at a run with `tensorboard --logdir runs`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ilrec_dist.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+RESUMED = "resumed/dropped_steps"  # written on resume: how many logged steps the checkpoint did not cover
+
+Nested: TypeAlias = "Mapping[str, float | Nested]"
+
+
+class MetricsLog:
+    """Append-only metrics of one training run, written by the worker of rank 0 alone (names: METHOD.md §6).
+
+    `folder` is made when absent. With `resume_step` k, lines of steps after k are dropped first, so that a step that is run again is
+    logged once; a line says how many were dropped. Without it whatever is there stays and is added to. A last line that a killed writer
+    left torn is removed either way. Every line is flushed, so a SIGKILL costs at most the line being written.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # two seconds of import that readers of a log should not pay
+
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last_step = _mend(self.folder / METRICS_FILE, resume_step)
+        self._file = open(self.folder / METRICS_FILE, "a", encoding="utf-8")
+        purge = None if resume_step is None else resume_step + 1
+        self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
+        if resume_step is not None and last_step is not None:
+            self._append({"step": resume_step, "time": _now(), RESUMED: max(0, last_step - resume_step)})
+
+    def write(self, step: int, epoch: float, values: Nested) -> None:
+        """One line: {"step", "epoch", "time" (Unix seconds), …}. Nested mappings become `outer/inner` keys; values are anything float()
+        takes. A value that is not finite is written as null, as JSON has no word for it."""
+        line: dict[str, float | int | None] = {"step": int(step), "epoch": epoch, "time": _now()}
+        for key, value in flatten(values):
+            line[key] = value if math.isfinite(value) else None
+            self._tensorboard.add_scalar(key, value, int(step))
+        self._append(line)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+def flatten(values: Nested, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """{"loss": {"cpo": 1}} → ("loss/cpo", 1.0), …, in the order given."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, float(value)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of folder/metrics.jsonl in order; none when there is no file yet. A torn last line is left out.
+
+    Raises UserError naming file and line when an earlier line is not a JSON object with a step.
+    """
+    path = Path(folder) / METRICS_FILE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [line for line, _ in _whole_lines(text, path)]
+
+
+def _whole_lines(text: bytes, path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    lines = text.split(b"\n")
+    torn = len(lines) - 1  # what follows the last newline: empty, or torn
+    for number, raw in enumerate(lines[:torn], start=1):
+        line = parse_line(raw)
+        if line is not None:
+            yield line, raw
+        elif number < torn:
+            raise UserError(f"{path}: line {number} is not a JSON object with a step; delete that line to go on")
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, or None when it is not a JSON object with an integer step."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _mend(path: Path, resume_step: int | None) -> int | None:
+    """Drop a torn last line and, on resume, the lines after `resume_step`. Returns the last step logged before, None where there is no log."""
+    if not path.exists():
+        return None
+    text = path.read_bytes()
+    lines = list(_whole_lines(text, path))
+    kept = b"".join(raw + b"\n" for line, raw in lines if resume_step is None or line["step"] <= resume_step)
+    if kept != text:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(kept)
+        os.replace(temporary, path)
+    return max((line["step"] for line, _ in lines), default=0)
+
+
+def _now() -> float:
+    return round(time.time(), 3)

@@ -1,0 +1,159 @@
+"""report.html: alone, offline, escaped, complete; and the arithmetic of its charts."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ilrec_dist.config import Config, dump_config
+from ilrec_dist.reporting import charts, curves
+from ilrec_dist.reporting.charts import Chart, Series, line_chart
+from ilrec_dist.reporting.curves import MethodMetrics
+from ilrec_dist.reporting.report import Example, write_report
+from ilrec_dist.reporting.results import write_results
+from tests.reporting.realistic import HOSTILE, examples, interval, metric_lines, result_rows
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what a browser would make of the page."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value) for key, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return [MethodMetrics(method, seed, metric_lines(method, seed)) for method in ("sft", "ilrec") for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory, runs):
+    folder = tmp_path_factory.mktemp("run")
+    results = write_results(folder / "results.json", HOSTILE, result_rows([0, 1]), 99.0, {"prepare": 1.0, HOSTILE: 70.0}, intervals=[interval()])
+    path = write_report(
+        folder,
+        name=HOSTILE,
+        results=results,
+        metrics=runs,
+        examples=examples(),
+        config_yaml=dump_config(Config(name=HOSTILE)),
+        index_report={"collisions": {"before": 12, "after": 0}, HOSTILE: HOSTILE},
+        cf_report={"epochs": [3, 4], "curve": [{"epoch": 1}]},
+    )
+    assert path == folder / "report.html" and {file.name for file in folder.iterdir()} == {"report.html", "results.json"}
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_alone_and_without_scripts(html):
+    page = Page(html)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "b", "form"} & set(page.tags)
+    for _, key, value in page.attributes:
+        assert not key.startswith("on") and key not in ("src", "srcset", "xlink:href")
+        assert key != "href" or value.startswith("#")
+    assert "url(" not in html and "@import" not in html
+    assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
+    targets = {value for _, key, value in page.attributes if key == "id"}
+    assert {value[1:] for _, key, value in page.attributes if key == "href"} <= targets
+    assert len(html) < 1_500_000
+
+
+def test_hostile_titles_are_shown_as_they_are(html):
+    text = "".join(Page(html).text)
+    assert text.count(HOSTILE) >= 7  # title, heading, subtitle, stage, target, beams, report and configuration
+    assert HOSTILE not in html
+
+
+def test_everything_is_on_the_page(html):
+    text = " ".join(Page(html).text)
+    for title in (
+        "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec", "Validation NDCG@10", "Mean |H|, ilrec",
+        "Rows with empty H, ilrec", "Rows with capped H, ilrec", "Valid-next share of H, ilrec", "KL to the final layer, ilrec",
+        "Mean p(y) by position, ilrec", "Reward coverage", "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
+        "items of the history kept", "expected NDCG@10", "Resolved configuration", "max_negatives: 64", "collisions · before",
+    ):  # fmt: skip
+        assert title in text, title
+    assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text  # nothing to show
+    assert text.count("✓ hit") >= 5 and "target at rank" in text and "… 4 earlier" in text
+    assert "paired 95% interval [+0.0021, +0.0058]" in text
+
+
+def test_a_report_without_training_or_examples(tmp_path):
+    results = write_results(tmp_path / "results.json", "x", result_rows([0])[:1], 1.0, {})
+    text = "".join(Page(write_report(tmp_path, name="bare", results=results, metrics=[]).read_text()).text)
+    assert "popularity" in text and "Losses" not in text and "Examples" not in text and "Configuration" not in text
+
+
+def test_a_miss_is_said(tmp_path):
+    results = write_results(tmp_path / "results.json", "x", [], 1.0, {})
+    example = Example("u", ["a"], "b", {"sft": [("c", -1.0), ("d", -2.5)]})
+    page = write_report(tmp_path, name="miss", results=results, metrics=[], examples=[example]).read_text()
+    assert "target not among the 2 beams" in page and "✓ hit" not in page and "−2.50" in page
+
+
+def test_long_curves_are_binned_into_means():
+    points = [(float(x), float(x % 2)) for x in range(10_000)]
+    columns = charts._columns([Series("a", points), Series("b", points[:5000])])
+    assert len(columns) == charts.MAX_BINS and columns[0][0] == 0 and columns[-1][0] == 9999
+    assert all(abs(row[0] - 0.5) < 0.01 for _, row in columns)
+    assert [row[1] is None for _, row in columns].count(True) == charts.MAX_BINS // 2
+
+
+def test_sparse_and_single_points_are_drawn():
+    one = line_chart(Chart("t", [Series("a", [(5.0, 2.0)])]))
+    assert one.count("<circle") == 1 and "nan" not in one
+    flat = line_chart(Chart("t", [Series("a", [(1.0, 0.0), (2.0, 0.0)]), Series("b", [(1.5, 0.0)])]))
+    assert "nan" not in flat and "inf" not in flat and flat.count('class="band"') == 3
+    assert line_chart(Chart("t", [])) == ""
+
+
+def test_what_the_pointer_shows_is_what_was_logged():
+    figure = line_chart(Chart("t", [Series("a<b", [(10.0, 1.23456), (20.0, 2.0)])]))
+    assert "<title>step 10\na&lt;b: 1.235</title>" in figure
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (0.0, 26000.0, ["0", "5k", "10k", "15k", "20k", "25k"]),
+        (0.0, 0.002, ["0", "5.0e-4", "1.0e-3", "1.5e-3", "2.0e-3"]),
+    ],
+)
+def test_ticks_are_round(low, high, expected):
+    assert charts._tick_texts(charts._ticks(low, high, 5)) == expected
+
+
+def test_seeds_are_averaged_where_both_logged():
+    runs = [MethodMetrics("ilrec", seed, [{"step": 10, "loss/cpo/pos0": 1.0 + seed, "loss/cpo": 2.0}, {"step": 20, "loss/cpo/pos0": None}]) for seed in (0, 1)]
+    (chart,) = curves.loss_position_charts(runs)
+    assert [(series.name, series.points) for series in chart.series] == [("position 1", [(10, 1.5)]), ("all", [(10, 2.0)])]
+
+
+def test_coordinates_stay_within_the_picture(html):
+    for points in re.findall(r'<polyline class="line [^"]*" points="([^"]*)"', html):
+        for pair in points.split():
+            x, y = map(float, pair.split(","))
+            assert 0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT
