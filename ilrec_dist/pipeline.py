@@ -17,6 +17,7 @@ from rich.console import Console
 from ilrec_dist.config import Config, config_to_dict, dump_config
 from ilrec_dist.data.files import sha256_file
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import RunFolders
 
 FORMAT = 1  # raise when a stage's output changes for the same settings
 console = Console()
@@ -138,14 +139,17 @@ class Run:
 def stages(config: Config) -> list[Stage]:
     """The run's stages, each after those it stands on."""
     from ilrec_dist import stage_runs as runs
-    from ilrec_dist.training.workspace import RunFolders
 
     folders = RunFolders(config.run_dir)
+    cf_first = config.items.index is None and config.items.embedding == "cf"  # the codes are built from the CF model's item vectors
+    before_index, before_cf = (("cf",), ("prepare",)) if cf_first else (("prepare",), ("index",))
     tables = [
         Stage("prepare", "prepare", (), _data_settings, runs.prepare_inputs, lambda _: folders.data, runs.prepare),
-        Stage("index", "index", ("prepare",), _items_settings, runs.index_inputs, lambda _: folders.items, runs.index),
-        Stage("cf", "cf", ("index",), lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, runs.cf),
+        Stage("index", "index", before_index, _items_settings, runs.index_inputs, lambda _: folders.items, runs.index),
+        Stage("cf", "cf", before_cf, lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, runs.cf),
     ]
+    if cf_first:
+        tables[1:] = tables[:0:-1]
     trainings = []
     for method in config.train.methods:
         for seed in config.train.seeds:
@@ -177,7 +181,6 @@ def _training_stage(name: str, after: tuple[str, ...], method: str, seed: int, f
 def execute(config: Config, command: str, resume: bool = False) -> None:
     """Run the stages of one command, or with "run" all of them and the report."""
     from ilrec_dist import stage_runs as runs
-    from ilrec_dist.training.launch import cluster
 
     run = Run(config)
     if resume:
@@ -187,6 +190,8 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
         run.stages[name].inputs(config)
     needs_workers = any(run.stages[name].command in ("train", "evaluate") and not run.is_current(name) for name in wanted)
     if needs_workers:
+        from ilrec_dist.training.launch import cluster
+
         with cluster(config):
             for name in wanted:
                 run.execute(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ilrec_dist.config import Config, dump_config
 from ilrec_dist.data.files import read_json_object
-from ilrec_dist.training.workspace import RunFolders, Workspace
+from ilrec_dist.folders import RunFolders
 
 
 def prepare_inputs(config: Config) -> list[Path]:
@@ -30,14 +30,21 @@ def index_inputs(config: Config) -> list[Path]:
 
 def index(config: Config, fingerprint: str) -> None:
     from ilrec_dist.items.build import build_index
+    from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
-    build_index(config.items, space.prepared, space.folders.items, None)
+    vectors = None
+    if config.items.index is None and config.items.embedding == "cf":
+        from ilrec_dist.cf.folder import item_vectors
+
+        vectors = item_vectors(space.folders.cf)
+    build_index(config.items, space.prepared, space.folders.items, vectors)
 
 
 def cf(config: Config, fingerprint: str) -> None:
     from ilrec_dist.cf.train import train_cf
     from ilrec_dist.reporting.live import stage_progress
+    from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
     models = 1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)
@@ -49,7 +56,8 @@ def cf(config: Config, fingerprint: str) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        train_cf(config.cf, space.prepared, space.catalogue, space.folders.cf, progress=progress)
+        from_vectors = config.items.index is None and config.items.embedding == "cf"
+        train_cf(config.cf, space.prepared, None if from_vectors else space.catalogue, space.folders.cf, progress=progress)
 
 
 def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str) -> None:
@@ -58,6 +66,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     from ilrec_dist.training.jobs import Job
     from ilrec_dist.training.launch import reward_actor, run_workers
     from ilrec_dist.training.windows import steps_per_epoch, training_windows
+    from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
     latest(folder / "checkpoints", fingerprint)  # damaged checkpoints are refused here, before any process is started
@@ -72,6 +81,7 @@ def evaluate(config: Config, fingerprint: str) -> None:
     from ilrec_dist.evaluation.stage import evaluate_baselines
     from ilrec_dist.training.jobs import Job
     from ilrec_dist.training.launch import run_workers
+    from ilrec_dist.training.workspace import Workspace
 
     folder = RunFolders(config.run_dir).evaluation
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +94,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.reporting.metrics_log import read_metrics
     from ilrec_dist.reporting.report import MethodMetrics, write_report
     from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
+    from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
     rows, intervals = collect_rows(config, space), paired_intervals(config, space)

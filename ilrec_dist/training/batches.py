@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ilrec_dist.cf.rewards import TokenRewards
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
@@ -42,6 +43,24 @@ class RewardSource(Protocol):
     """Token rewards in-process or from the Ray actor: one interface (METHOD.md §5)."""
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> PendingRewards: ...
+
+
+class InProcess:
+    """Rewards computed by the thread that makes the batches."""
+
+    def __init__(self, rewards: TokenRewards):
+        self.rewards = rewards
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> PendingRewards:
+        return _Done(self.rewards.fetch(users, positions))
+
+
+@dataclass(frozen=True)
+class _Done:
+    values: np.ndarray
+
+    def result(self) -> np.ndarray:
+        return self.values
 
 
 class BatchMaker:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ilrec_dist.config import Config, config_from_dict, config_to_dict
-from ilrec_dist.errors import UserError
 from ilrec_dist.data.files import write_json
+from ilrec_dist.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ilrec_dist.config import Config
+from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import RunFolders
 from ilrec_dist.training.jobs import Job, job_to_json, resolve_device, run_job
 
 
@@ -53,6 +56,31 @@ def cluster(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def reward_actor(config: Config, wanted: bool) -> Iterator[None]:
+    """The run's reward actor while a training needs one; its counters are left in the run's folder when it ends."""
+    if not wanted or config.cf.rewards != "actor":
+        yield
+        return
+    import ray
+
+    from ilrec_dist.cf.service import RewardClient, start_reward_actors
+
+    folders, name = RunFolders(config.run_dir), reward_actor_name(config)
+    actors = start_reward_actors(folders.cf, folders.data, folders.items, name=name, max_restarts=-1)
+    try:
+        yield
+        write_json(folders.cf / "actor-counters.json", RewardClient(actors).actor_counters())
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def reward_actor_name(config: Config) -> str:
+    """One name per run folder, so that runs may share a cluster."""
+    return f"rewards-{config.name}-{zlib.crc32(str(config.run_dir.resolve()).encode()):08x}"
 
 
 def _run_ray(config: Config, job: Job) -> None:

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.config import Config, ObjectiveConfig
-from ilrec_dist.evaluation.evaluate import evaluate_model
 from ilrec_dist.data.files import write_json
+from ilrec_dist.evaluation.evaluate import evaluate_model
 from ilrec_dist.objective.statistics import StatisticsSum
 from ilrec_dist.objective.step import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.batches import Batch, BatchMaker, Ready, RewardSource, micro_batches, prefetched
+from ilrec_dist.training.batches import Batch, BatchMaker, Ready, micro_batches, prefetched
 from ilrec_dist.training.engine import build_engine, learning_rate
 from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_windows
 from ilrec_dist.training.workspace import Workspace, build_backbone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,37 +12,12 @@ from safetensors.torch import load_file
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.config import Config
 from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.folders import RunFolders
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.training.batches import RewardSource
+from ilrec_dist.training.batches import InProcess, RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
-
-
-@dataclass(frozen=True)
-class RunFolders:
-    """Where each stage of a run writes."""
-
-    root: Path
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def items(self) -> Path:
-        return self.root / "items"
-
-    @property
-    def cf(self) -> Path:
-        return self.root / "cf"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation"
-
-    def training(self, method: str, seed: int) -> Path:
-        return self.root / "train" / f"{method}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -70,11 +44,12 @@ class Workspace:
         """The run's Ray actor, or the same computation in this process."""
         if self.config.cf.rewards == "actor":
             from ilrec_dist.cf.service import RewardClient
+            from ilrec_dist.training.launch import reward_actor_name
 
-            return RewardClient(reward_actor_name(self.config))
+            return RewardClient.connect(reward_actor_name(self.config))
         from ilrec_dist.cf.rewards import TokenRewards
 
-        return TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
+        return InProcess(TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie))
 
     def validation_users(self, count: int) -> np.ndarray:
         """A fixed seeded sample of `count` users, all when 0 or more than there are; ascending int64."""
@@ -82,10 +57,6 @@ class Workspace:
         if count == 0 or count >= len(users):
             return users
         return np.sort(np.random.default_rng(VALIDATION_SEED).permutation(users)[:count])
-
-
-def reward_actor_name(config: Config) -> str:
-    return f"rewards-{config.name}-{zlib.crc32(str(config.run_dir.resolve()).encode()):08x}"
 
 
 def max_positions(config: Config, depth: int) -> int:
