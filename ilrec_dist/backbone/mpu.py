@@ -1,6 +1,8 @@
-"""What DeepSpeed asks of a model-parallel unit, answered from Megatron's groups: `deepspeed.initialize(mpu=DeepSpeedMPU())`."""
+"""DeepSpeed over Megatron's groups: `import_deepspeed().initialize(mpu=DeepSpeedMPU(), dist_init_required=False, …)`."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -30,3 +32,14 @@ class DeepSpeedMPU:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group()
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, told not to compile its shared-memory collectives at the first start (a minute of C++ that training does not use).
+
+    Call `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU that it finds.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

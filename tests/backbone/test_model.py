@@ -13,9 +13,7 @@ from tests.helpers import Mesh, run_distributed
 
 SMALL = dict(num_layers=3, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.2)
 GPT2 = BackboneConfig(**SMALL)
-LLAMA = BackboneConfig(
-    **SMALL, num_kv_heads=2, normalization="RMSNorm", activation="swiglu", position_embedding="rope", bias=False, tie_embeddings=False
-)
+LLAMA = BackboneConfig(**SMALL, num_kv_heads=2, normalization="RMSNorm", activation="swiglu", position_embedding="rope", bias=False, tie_embeddings=False)
 GPT2_GQA = BackboneConfig(**SMALL, num_kv_heads=2)
 LLAMA_MHA = BackboneConfig(**SMALL, position_embedding="rope", activation="swiglu")
 VOCAB, POSITIONS = 45, 16
