@@ -42,7 +42,9 @@ class Histories:
         return known
 
 
-def train_model(config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None) -> tuple[SASRec, dict[str, Any]]:
+def train_model(
+    config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None
+) -> tuple[SASRec, dict[str, Any]]:
     """Train on the training part of `histories`, keep the epoch with the best validation NDCG@10 over these same users, stop after `patience` worse ones.
 
     Everything that is random comes from `seed` and everything else from `histories`: users left out leave no trace. The caller's RNG is restored.
@@ -82,7 +84,8 @@ def train_model(config: CFConfig, num_items: int, histories: Histories, name: st
                 break
     model.load_state_dict(state)
     seconds = time.perf_counter() - started
-    return model.eval(), {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
+    report = {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
+    return model.eval(), report
 
 
 def training_windows(histories: Histories, max_history: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

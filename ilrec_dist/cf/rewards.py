@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ilrec_dist.cf.client import Meter, Pending, ThreadPending
 from ilrec_dist.cf.folder import catalogue_hash, load_cf, load_folds, read_manifest
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.segments import child_shares, ragged_ranges
@@ -48,6 +52,8 @@ class TokenRewards:
     def __init__(self, models: list[SASRec], folds: np.ndarray, prepared: Prepared, catalogue: Catalogue, trie: Trie) -> None:
         self.folds, self.prepared, self.catalogue, self.trie = folds, prepared, catalogue, trie
         self.models = [FoldModel.of(model, catalogue) for model in models]
+        self.counters = {"calls": 0, "targets": 0, "rows": 0, "covered_rows": 0, "seconds": 0.0}
+        self.meter = Meter()
 
     @staticmethod
     def open(cf_folder: str | Path, prepared: Prepared, catalogue: Catalogue, trie: Trie) -> TokenRewards:
@@ -69,6 +75,7 @@ class TokenRewards:
         so nothing at or after the target changes a bit. r(v) = Σ P_CF over items below (prefix, v) ÷ Σ below the prefix; 0 for items that the
         model does not know. Raises ValueError for a position that is no target.
         """
+        started = time.perf_counter()
         users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
         starts = self.prepared.offsets[users]
         if ((positions < 1) | (positions >= self.prepared.offsets[users + 1] - starts)).any():
@@ -81,7 +88,23 @@ class TokenRewards:
             queries = encode(model.model, self.prepared.items, starts[chosen], positions[chosen])
             _first_codes(model, queries, chosen, plan, rewards)
             _deeper_codes(model, queries, chosen, plan, rewards)
+        self._count(plan, rewards, time.perf_counter() - started)
         return rewards
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
+        """Begin `fetch` on a thread of its own, one request at a time, and return at once; `.result()` gives the rewards."""
+        return ThreadPending(self.meter, self._thread, lambda: self.fetch(users, positions))
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="token-rewards")
+
+    def _count(self, plan: _Plan, rewards: np.ndarray, seconds: float) -> None:
+        """Add one call to the counters: rows are targets × code levels, covered ones have a reward above 0."""
+        rows = len(plan.indptr) - 1
+        covered = np.count_nonzero(np.add.reduceat(rewards, plan.indptr[:-1])) if rows else 0
+        for key, value in (("calls", 1), ("targets", len(plan.order)), ("rows", rows), ("covered_rows", covered), ("seconds", seconds)):
+            self.counters[key] += value
 
 
 class _Plan:

@@ -1,0 +1,67 @@
+"""A tiny data set, its CF folder and its rewards, made once for all CF tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ilrec_dist.cf.rewards import TokenRewards
+from ilrec_dist.cf.train import train_cf
+from ilrec_dist.config import CFConfig, DataConfig, SyntheticConfig
+from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.trie import Trie
+
+CONFIG = CFConfig(hidden_size=16, num_layers=1, num_heads=2, max_history=6, epochs=2, patience=2, batch_size=32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders and what they hold."""
+
+    data: Path
+    items: Path
+    cf: Path
+    prepared: Prepared
+    catalogue: Catalogue
+    trie: Trie
+    report: dict
+
+    def rewards(self, prepared: Prepared | None = None, cf: Path | None = None) -> TokenRewards:
+        return TokenRewards.open(cf or self.cf, prepared or self.prepared, self.catalogue, self.trie)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("cf")
+    prepare(DataConfig(format="synthetic", synthetic=SyntheticConfig(users=120, items=60, categories=4, mean_length=9.0)), root / "data")
+    prepared = load_prepared(root / "data")
+    rng = np.random.default_rng(0)
+    catalogue = make_catalogue(rng.integers(0, 4, (prepared.num_items, 3)), [4, 4, 4])  # 64 tuples: some items share one
+    (root / "items").mkdir()
+    catalogue.save(root / "items")
+    report = train_cf(CONFIG, prepared, catalogue, root / "cf")
+    return World(root / "data", root / "items", root / "cf", prepared, catalogue, Trie(catalogue), report)
+
+
+def training_targets(prepared: Prepared, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(users, positions) of all training items but each user's first."""
+    pairs = [(user, position) for user in (range(prepared.num_users) if users is None else users) for position in range(1, len(prepared.sequence(user)) - 2)]
+    return np.array([user for user, _ in pairs]), np.array([position for _, position in pairs])
+
+
+def with_sequence(prepared: Prepared, user: int, sequence: np.ndarray) -> Prepared:
+    """The same data with another sequence of the same length for one user."""
+    items = prepared.items.copy()
+    items[prepared.offsets[user] : prepared.offsets[user + 1]] = sequence
+    return replace(prepared, items=items)

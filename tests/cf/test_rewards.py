@@ -1,0 +1,137 @@
+"""Token rewards against brute force, and that nothing at or after a target reaches its reward (METHOD.md §5)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ilrec_dist.cf import rewards as rewards_module
+from ilrec_dist.cf.folder import load_cf, load_folds
+from ilrec_dist.cf.model import window_starts
+from ilrec_dist.cf.rewards import TokenRewards
+from ilrec_dist.cf.segments import child_shares
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.trie import Trie
+from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+
+
+def brute_force(world: World, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """§5 word by word, in fp64, one item at a time."""
+    folds = load_folds(world.cf)
+    models = [load_cf(world.cf, f"fold{k}").double() for k in range(2)]
+    tokens = world.catalogue.item_tokens(np.arange(world.prepared.num_items))
+    out = []
+    for user, position in zip(users, positions, strict=True):
+        model, sequence = models[folds[user]], world.prepared.sequence(user)
+        begin = window_starts(np.array([position]), CONFIG.max_history)[0]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(sequence[begin:position].astype(np.int64))[None])[0, -1] @ model.items.weight.t()
+        p = torch.softmax(logits.masked_fill(~model.known, -torch.inf), 0).numpy()
+        target = tokens[sequence[position]]
+        for depth in range(world.catalogue.depth):
+            below = (tokens[:, :depth] == target[:depth]).all(1)
+            for token in np.unique(tokens[below, depth]):
+                out.append(p[below & (tokens[:, depth] == token)].sum() / max(p[below].sum(), 1e-300))
+    return np.array(out)
+
+
+def test_equals_brute_force(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    users, positions = training_targets(world.prepared)
+    chosen = np.random.default_rng(0).permutation(len(users))[:150]  # in no order, as a batch comes
+    users, positions = users[chosen], positions[chosen]
+    expected = brute_force(world, users, positions)
+    rewards = world.rewards()
+    found = rewards.fetch(users, positions)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    monkeypatch.setattr(rewards_module, "SCORES_AT_ONCE", 100)  # many small pieces
+    np.testing.assert_allclose(rewards.fetch(users, positions), expected, atol=1e-6, rtol=0)
+
+
+def test_aligned_with_the_candidates_and_summing_to_one(world: World) -> None:
+    users, positions = training_targets(world.prepared)
+    rewards = world.rewards()
+    found = rewards.fetch(users, positions)
+    indptr, _ = world.trie.target_candidates(world.prepared.items[world.prepared.offsets[users] + positions])
+    sums = np.add.reduceat(found, indptr[:-1])
+    assert len(found) == indptr[-1] and len(sums) == len(users) * world.trie.depth
+    assert np.all((np.abs(sums - 1) < 1e-5) | (sums == 0))  # 0: no item of that prefix is known
+    assert rewards.counters["rows"] == len(sums) and rewards.counters["covered_rows"] == np.count_nonzero(sums)
+    assert len(rewards.fetch(users[:0], positions[:0])) == 0
+
+
+def test_nothing_at_or_after_the_target_changes_a_bit(world: World) -> None:
+    """Permute the target and all later items of a user: every earlier reward, and the target's own CF query, keeps its bits."""
+    lengths = world.prepared.lengths()
+    user = int(np.argmax(lengths))
+    sequence = world.prepared.sequence(user)
+    rng = np.random.default_rng(0)
+    positions = np.arange(1, len(sequence))
+    for cut in (1, 3, len(sequence) - 2):
+        shuffled = np.concatenate([sequence[:cut], np.roll(sequence[cut:], 1)])
+        shuffled[cut:] = rng.permutation(shuffled[cut:])
+        altered = world.rewards(with_sequence(world.prepared, user, shuffled))
+        early = positions[:cut]
+        before = world.rewards().fetch(np.full(len(positions), user), positions)
+        after = altered.fetch(np.full(len(positions), user), positions)
+        indptr, _ = world.trie.target_candidates(sequence[early])
+        size = indptr[(len(early) - 1) * world.trie.depth] if cut >= 1 else 0
+        assert np.array_equal(before[:size], after[:size])
+        # the target at `cut` is another item now, but its first-code row has the same prefix (none) and the same history
+        first = world.trie.num_nodes(1)
+        assert np.array_equal(before[size : size + first], after[size : size + first])
+
+
+def test_items_the_model_never_saw_get_nothing(world: World) -> None:
+    users, positions = training_targets(world.prepared, np.arange(10))
+    rewards = world.rewards()
+    before = rewards.fetch(users, positions)
+    target = int(world.prepared.sequence(0)[1])
+    models = [load_cf(world.cf, f"fold{k}") for k in range(2)]
+    alone = world.catalogue.item_tokens(np.arange(world.prepared.num_items))
+    sharing = (alone == alone[target]).all(1)
+    for model in models:
+        model.known[torch.from_numpy(sharing)] = False
+    blind = TokenRewards(models, rewards.folds, world.prepared, world.catalogue, world.trie)
+    after = blind.fetch(users, positions)
+    indptr, tokens = world.trie.target_candidates(world.prepared.items[world.prepared.offsets[users] + positions])
+    row = int(np.flatnonzero((users == 0) & (positions == 1))[0]) * world.trie.depth + world.trie.depth - 1
+    place = indptr[row] + np.flatnonzero(tokens[indptr[row] : indptr[row + 1]] == alone[target][-1])[0]
+    assert before[place] > 0 and after[place] == 0 and np.isfinite(after).all()
+
+
+def test_a_prefix_of_vanishing_mass_keeps_its_digits() -> None:
+    scores = np.array([0, -200, -201, -500, -np.inf, -np.inf, 3], np.float32)
+    shares = child_shares(scores, np.array([1, 2, 1, 2, 1]), np.array([1, 1, 1, 1, 1, 1, 1]), np.array([1, 2, 1, 2, 1]))
+    np.testing.assert_allclose(shares, [1, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 1, 0, 0, 1], rtol=1e-6)
+
+
+def test_one_level_and_a_thread(world: World) -> None:
+    """Atomic ids: one token per item, so r is P_CF itself. The same through the asynchronous call."""
+    codes = np.arange(world.prepared.num_items)[:, None]
+    catalogue = make_catalogue(codes, [world.prepared.num_items])
+    models = [load_cf(world.cf, f"fold{k}") for k in range(2)]
+    rewards = TokenRewards(models, load_folds(world.cf), world.prepared, catalogue, Trie(catalogue))
+    users, positions = training_targets(world.prepared, np.arange(5))
+    found = rewards.fetch(users, positions)
+    assert found.reshape(len(users), -1).sum(1) == pytest.approx(np.ones(len(users)), abs=1e-5)
+    pending = rewards.fetch_async(users, positions)
+    assert np.array_equal(pending.result(), found)
+    assert rewards.meter.summary()["answers"] == 1
+
+
+def test_refusals(world: World) -> None:
+    rewards = world.rewards()
+    for position in (0, len(world.prepared.sequence(0))):
+        with pytest.raises(ValueError, match="position"):
+            rewards.fetch(np.array([0]), np.array([position]))
+    fewer = replace(world.prepared, offsets=world.prepared.offsets[:-1])
+    with pytest.raises(UserError, match="users"):
+        world.rewards(fewer)
+    other = make_catalogue(np.zeros((world.prepared.num_items, 3), int), [4, 4, 4])
+    with pytest.raises(UserError, match="another catalogue"):
+        TokenRewards.open(world.cf, world.prepared, other, Trie(other))

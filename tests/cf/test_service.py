@@ -1,0 +1,97 @@
+"""The reward service on a real Ray: same bits as in-process, counters, and deaths between and in the middle of requests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from ilrec_dist.cf.service import RewardClient, reward_actors
+from ilrec_dist.errors import UserError
+from tests.cf.conftest import World, training_targets
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(session: None, world: World) -> Iterator[RewardClient]:
+    with reward_actors(world.cf, world.data, world.items, name="rewards", max_restarts=5):
+        yield RewardClient("rewards")
+
+
+def pid(client: RewardClient) -> int:
+    return ray.get(client.actors[0].__ray_call__.remote(lambda _: os.getpid()))
+
+
+def batches(world: World, size: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
+    users, positions = training_targets(world.prepared)
+    return [(users[i : i + size], positions[i : i + size]) for i in range(0, len(users), size)]
+
+
+def test_same_bits_as_in_process_and_counters_equal_what_was_consumed(client: RewardClient, world: World) -> None:
+    local = world.rewards()
+    before = client.counters()
+    consumed = 0
+    pending = [(users, positions, client.fetch_async(users, positions)) for users, positions in batches(world)]
+    for users, positions, answer in pending:
+        rewards = answer.result()
+        assert np.array_equal(rewards, local.fetch(users, positions)) and rewards.flags.writeable
+        consumed += len(users)
+    after = client.counters()
+    assert after["targets"] - before["targets"] == consumed
+    assert after["rows"] - before["rows"] == consumed * world.trie.depth
+    assert after["calls"] - before["calls"] == len(pending)
+    assert client.meter.summary()["answers"] >= len(pending) and client.meter.summary()["latency_p99"] > 0
+
+
+def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, world: World) -> None:
+    local, todo = world.rewards(), batches(world)
+    assert np.array_equal(client.fetch_async(*todo[0]).result(), local.fetch(*todo[0]))
+    os.kill(pid(client), signal.SIGKILL)  # between
+    assert np.array_equal(client.fetch_async(*todo[1]).result(), local.fetch(*todo[1]))
+    victim = pid(client)
+    under_way = [client.fetch_async(*batch) for batch in todo * 4]
+    killer = threading.Thread(target=lambda: (time.sleep(0.02), os.kill(victim, signal.SIGKILL)))
+    killer.start()  # in the middle
+    answers = [answer.result() for answer in under_way]
+    killer.join()
+    assert client.meter.retries > 0
+    for batch, answer in zip(todo * 4, answers, strict=True):
+        assert np.array_equal(answer, local.fetch(*batch))
+
+
+def test_replicas_share_the_requests(session: None, world: World) -> None:
+    with reward_actors(world.cf, world.data, world.items, name="pair", replicas=2):
+        client = RewardClient("pair", replicas=2)
+        for batch in batches(world)[:4]:
+            client.fetch_async(*batch).result()
+        assert [ray.get(actor.counters.remote())["calls"] for actor in client.actors] == [2, 2]
+    with pytest.raises(UserError, match="no reward actors named"):
+        RewardClient("pair-gone")
+
+
+def test_gives_up_with_one_clear_error(session: None, world: World) -> None:
+    with reward_actors(world.cf, world.data, world.items, name="mortal", max_restarts=0):
+        client = RewardClient("mortal", retries=2, backoff=0.05)
+        os.kill(pid(client), signal.SIGKILL)
+        with pytest.raises(UserError, match="no answer after 2 retries"):
+            client.fetch_async(*batches(world)[0]).result()
+
+
+def test_a_folder_that_does_not_fit_is_refused_at_start_up(session: None, world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a CF folder"), reward_actors(tmp_path, world.data, world.items, name="lost"):
+        pass

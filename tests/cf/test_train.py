@@ -1,0 +1,105 @@
+"""The CF stage: folds, cross-fitting, determinism, the report and the folder's hashes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from ilrec_dist.cf.folder import item_vectors, load_cf, load_folds
+from ilrec_dist.cf.scoring import sasrec_scores
+from ilrec_dist.cf.train import train_cf, user_folds
+from ilrec_dist.data.files import sha256_file
+from ilrec_dist.errors import UserError
+from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+
+
+def changed(world: World, user: int) -> np.ndarray:
+    """Another sequence of the same length for the user, of items that are as good as new to the data."""
+    return np.random.default_rng(5).permutation(world.prepared.num_items)[: len(world.prepared.sequence(user))].astype(np.int32)
+
+
+def test_folds_depend_on_the_id_alone() -> None:
+    ids = [f"user-{i}" for i in range(2000)]
+    folds = user_folds(ids, 4)
+    assert np.array_equal(folds[5:9], user_folds(ids[5:9], 4))
+    assert np.bincount(folds, minlength=4).min() > 400
+    assert user_folds(["A2IBPI20UZIR0U"], 2).tolist() == user_folds(["A2IBPI20UZIR0U"], 2).tolist()
+
+
+def test_one_user_leaves_no_trace_in_the_model_that_scores_them(world: World, tmp_path: Path) -> None:
+    user = 3
+    altered = with_sequence(world.prepared, user, changed(world, user))
+    train_cf(CONFIG, altered, world.catalogue, tmp_path / "cf")
+    fold = load_folds(world.cf)[user]
+    same = [sha256_file(world.cf / f"fold{k}.safetensors") == sha256_file(tmp_path / "cf" / f"fold{k}.safetensors") for k in range(2)]
+    assert same[fold] and not same[1 - fold]
+
+
+def test_without_cross_fitting_the_user_does_leave_a_trace(world: World, tmp_path: Path) -> None:
+    """The check above is not empty: with cf_folds = 1 it fails."""
+    user = 3
+    for name, prepared in (("before", world.prepared), ("after", with_sequence(world.prepared, user, changed(world, user)))):
+        train_cf(replace(CONFIG, cf_folds=1), prepared, None, tmp_path / name)
+    assert sha256_file(tmp_path / "before" / "fold0.safetensors") != sha256_file(tmp_path / "after" / "fold0.safetensors")
+
+
+def test_training_again_gives_the_same_bytes_and_calls_progress(world: World, tmp_path: Path) -> None:
+    events: list[dict] = []
+    train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
+    for name in ("full", "fold0", "fold1"):
+        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(tmp_path / "cf" / f"{name}.safetensors")
+    assert [event["model"] for event in events] == ["full"] * 2 + ["fold0"] * 2 + ["fold1"] * 2
+    assert set(events[0]) == {"model", "epoch", "epochs", "loss", "ndcg@10", "seconds"}
+    assert events[1]["loss"] < events[0]["loss"]
+
+
+def test_report_gives_the_three_log_probabilities(world: World) -> None:
+    log_p = world.report["log_p"]
+    assert set(log_p) == {"in_fold", "cross_fitted", "validation"}
+    users, _ = training_targets(world.prepared)
+    assert log_p["cross_fitted"]["targets"] == len(users)
+    assert all(-np.log(world.prepared.num_items) - 1 < part["mean_log_p"] < 0 for part in log_p.values())
+
+
+def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
+    vectors = np.load(world.cf / "item_embeddings.npy")
+    assert np.array_equal(vectors, item_vectors(world.cf)[world.catalogue.items])
+    index = faiss.read_index(str(world.cf / "items.faiss"))
+    scores, found = index.search(vectors[:5], 3)
+    np.testing.assert_allclose(scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5)
+    assert found.max() < world.prepared.num_items
+
+
+def test_sasrec_scores_read_what_stands_before_the_target(world: World) -> None:
+    users = np.array([4, 0, 7])
+    scores = sasrec_scores(world.cf, world.prepared, users, "test")
+    assert scores.shape == (3, world.prepared.num_items) and scores.dtype == np.float32
+    sequence = world.prepared.sequence(0).copy()
+    sequence[-1] = (sequence[-1] + 1) % world.prepared.num_items
+    altered = with_sequence(world.prepared, 0, sequence)
+    assert np.array_equal(sasrec_scores(world.cf, altered, users, "test"), scores)
+    assert not np.array_equal(sasrec_scores(world.cf, world.prepared, users, "validation"), scores)
+
+
+def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a CF folder"):
+        load_cf(tmp_path)
+    train_cf(replace(CONFIG, epochs=1), world.prepared, None, tmp_path / "cf")
+    path = tmp_path / "cf" / "fold1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="fold1.safetensors: missing or damaged"):
+        load_cf(tmp_path / "cf", "fold1")
+    load_cf(tmp_path / "cf", "fold0")
+
+
+def test_too_many_folds_for_the_users_is_one_clear_error(world: World, tmp_path: Path) -> None:
+    one = replace(world.prepared, offsets=world.prepared.offsets[:2], user_ids=list(world.prepared.user_ids)[:1])
+    with pytest.raises(UserError, match="cf_folds"):
+        train_cf(CONFIG, one, None, tmp_path / "cf")
+    assert not list(tmp_path.iterdir())
