@@ -49,8 +49,9 @@ class DataConfig:
     user_column: str = "user"
     item_column: str = "item"
     time_column: str = "timestamp"
-    min_user_interactions: Positive = 5  # k-core: to the fixed point
+    min_user_interactions: Positive = 5  # k-core: to the fixed point (generated data are not filtered)
     min_item_interactions: Positive = 5
+    max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -58,8 +59,9 @@ class DataConfig:
 class ItemsConfig:
     """Items → code tuples. With `index` the given file is read; without, one is built by residual quantisation."""
 
+    form: Literal["semantic", "atomic"] = "semantic"  # atomic: one token per item
     index: Optional[str] = None  # a NAME.index.json
-    embedding: Literal["text", "cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, or SASRec's item vectors
+    embedding: Literal["text", "cf", "text+cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, SASRec's item vectors, or both
     embedding_dim: Positive = 64
     levels: Annotated[int, Interval(ge=1, le=8)] = 3
     codes_per_level: Annotated[int, Interval(ge=2, le=65536)] = 256
@@ -99,6 +101,12 @@ class BackboneConfig:
     activation: Literal["gelu", "swiglu"] = "gelu"
     position_embedding: Literal["learned", "rope"] = "learned"
     bias: bool = True
+    qkv_bias: bool = False  # biases on query, key and value although `bias` is false (Qwen2)
+    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
+    head_dim: Optional[Positive] = None  # None: hidden_size / num_heads
+    norm_epsilon: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling_factor: Optional[PositiveFloat] = None  # Llama 3.1's scaling of low frequencies (8; Llama 3.2: 32)
     dropout: Fraction = 0.1  # on embeddings and residuals; attention itself has none
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
@@ -273,7 +281,7 @@ def _one_line(error: ValidationError, tree: dict[str, Any]) -> str:
     key = ".".join(parts) or "top level"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         nearest = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest key is {nearest[0]!r} (all keys: ilrec config --help)"
+        return f"unknown key {key!r}; the nearest key is {nearest[0]!r} (docs/configuration.md lists all)"
     expected = first["msg"][0].lower() + first["msg"][1:]
     return f"key {key!r}: {expected}, found {first['input']!r}"
 
@@ -319,7 +327,9 @@ def _check_together(config: Config, source: str) -> None:
     if kv_heads % launch.tp:
         refuse("launch.tp", f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the backbone; choose a tp that does")
     if backbone.vocab_multiple % launch.tp:
-        refuse("launch.tp", f"tp {launch.tp} does not divide the vocabulary, which is padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}")
+        refuse(
+            "launch.tp", f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}"
+        )
     ffn = backbone.ffn_hidden_size or 4 * backbone.hidden_size
     if ffn % launch.tp:
         refuse("launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ilrec_dist.config import DataConfig
+from ilrec_dist.config import DataConfig, config_to_dict
 from ilrec_dist.data.files import committed_folder, sha256_file, write_json
 from ilrec_dist.data.ingest import Core, Encoder, Spill, k_core, sort_rows, spill_batches
 from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
 from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
 from ilrec_dist.data.readers.source import Rejects, Source
+from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
 from ilrec_dist.errors import UserError
 
 READERS: dict[str, Callable[[DataConfig], Source]] = {
@@ -26,6 +28,7 @@ READERS: dict[str, Callable[[DataConfig], Source]] = {
 INPUT_FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
     "lcrec": lcrec_files,
 }
+OPTIONAL_FILES = ("true_model.npz", "rejects.jsonl")
 ROW_GROUP = 1_000_000
 MIN_LENGTH = 3  # one training item, the validation target, the test target
 
@@ -43,49 +46,83 @@ def prepare(config: DataConfig, out: str | Path) -> dict[str, Any]:
     Raises UserError for unreadable input, users too short for leave-one-out, or nothing left by the k-core. `out` is replaced as a whole.
     """
     files = input_files(config)
-    source = READERS[config.format](config)
-    rejects = Rejects()
     with committed_folder(out) as folder:
-        scratch = folder / "scratch"
-        users, items = Encoder(), Encoder()
-        read = Spill(scratch / "read", source.timed)
-        spill_batches(source.batches(rejects), read, users, items)
-        total = read.rows
-        if total == 0:
-            raise UserError(f"{source.main_file}: no interactions")
-        (user_rank, user_ids), (item_rank, item_ids) = users.ranks(), items.ranks()
-        rows = Spill(scratch / "sorted", source.timed)
-        repeats = sort_rows(read, rows, user_rank, item_rank)
-        core = k_core(rows, len(user_ids), len(item_ids), config.min_user_interactions, config.min_item_interactions)
-        _check_core(core, config, source)
-        lengths = _write_interactions(rows, core, folder / "interactions.parquet")
-        kept_users, kept_items = user_ids.filter(pa.array(core.users)), item_ids.filter(pa.array(core.items))
-        _check_lengths(lengths, kept_users, source)
-        pq.write_table(pa.table({"id": kept_users.cast(pa.string()), "interactions": pa.array(lengths, pa.int32())}), folder / "users.parquet")
-        pq.write_table(_item_table(kept_items, source.item_table()), folder / "items.parquet")
-        shutil.rmtree(scratch)
+        counts = _generate(config, folder) if config.format == "synthetic" else _ingest(config, folder)
+        names = [*FILES, *(name for name in OPTIONAL_FILES if (folder / name).exists())]
         manifest = {
             "version": FORMAT_VERSION,
             "format": config.format,
-            "users": len(kept_users),
-            "items": len(kept_items),
-            "interactions": core.rows,
-            "timestamps": source.timestamp_unit if source.timed else None,
             "split": "leave-one-out",
-            "read": {"users": len(user_ids), "items": len(item_ids), "interactions": total, "repeats_dropped": repeats, "bad_rows": len(rejects.rows)},
-            "k_core": {
-                "min_user_interactions": config.min_user_interactions,
-                "min_item_interactions": config.min_item_interactions,
-                "rounds": core.rounds,
-                "users_removed": len(user_ids) - len(kept_users),
-                "items_removed": len(item_ids) - len(kept_items),
-                "interactions_removed": total - repeats - core.rows,
-            },
+            **counts,
             "inputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
-            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in FILES},
+            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names},
         }
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Write the three tables of a foreign data set; returns the manifest's counts."""
+    source = READERS[config.format](config)
+    rejects = Rejects(config.max_bad_rows)
+    scratch = folder / "scratch"
+    users, items = Encoder(), Encoder()
+    read = Spill(scratch / "read", source.timed)
+    spill_batches(source.batches(rejects), read, users, items)
+    total = read.rows
+    if total == 0:
+        raise UserError(f"{source.main_file}: no interactions")
+    (user_rank, user_ids), (item_rank, item_ids) = users.ranks(), items.ranks()
+    rows = Spill(scratch / "sorted", source.timed)
+    repeats = sort_rows(read, rows, user_rank, item_rank)
+    core = k_core(rows, len(user_ids), len(item_ids), config.min_user_interactions, config.min_item_interactions)
+    _check_core(core, config, source)
+    lengths = _write_interactions(rows, core, folder / "interactions.parquet")
+    kept_users, kept_items = user_ids.filter(pa.array(core.users)), item_ids.filter(pa.array(core.items))
+    _check_lengths(lengths, kept_users, source)
+    _write_tables(folder, kept_users.cast(pa.string()), lengths, _item_table(kept_items, source.item_table()))
+    shutil.rmtree(scratch)
+    if rejects.rows:
+        lines = (json.dumps(row, ensure_ascii=False) for row in rejects.rows)
+        (folder / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "users": len(kept_users),
+        "items": len(kept_items),
+        "interactions": core.rows,
+        "timestamps": source.timestamp_unit if source.timed else None,
+        "read": {"users": len(user_ids), "items": len(item_ids), "interactions": total, "repeats_dropped": repeats, "bad_rows": len(rejects.rows)},
+        "k_core": {
+            "min_user_interactions": config.min_user_interactions,
+            "min_item_interactions": config.min_item_interactions,
+            "rounds": core.rounds,
+            "users_removed": len(user_ids) - len(kept_users),
+            "items_removed": len(item_ids) - len(kept_items),
+            "interactions_removed": total - repeats - core.rows,
+        },
+    }
+
+
+def _generate(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Write the generated shop. It is not filtered: an item that nobody took stays in, for the true model knows it."""
+    model = draw_model(config.synthetic)
+    items, offsets = draw_histories(model, config.synthetic)
+    lengths = np.diff(offsets)
+    users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    pq.write_table(pa.table({"user": users, "item": items}), folder / "interactions.parquet", compression="zstd", row_group_size=ROW_GROUP)
+    _write_tables(folder, pa.array([str(user) for user in range(len(lengths))]), lengths, item_table(model, config.synthetic))
+    model.save(folder / "true_model.npz")
+    return {
+        "users": len(lengths),
+        "items": len(model.popularity),
+        "interactions": len(items),
+        "timestamps": None,
+        "generator": {"version": GENERATOR_VERSION, **config_to_dict(config.synthetic)},
+    }
+
+
+def _write_tables(folder: Path, user_ids: pa.Array, lengths: np.ndarray, items: pa.Table) -> None:
+    pq.write_table(pa.table({"id": user_ids, "interactions": pa.array(lengths, pa.int32())}), folder / "users.parquet", compression="zstd")
+    pq.write_table(items, folder / "items.parquet", compression="zstd")
 
 
 def _check_core(core: Core, config: DataConfig, source: Source) -> None:

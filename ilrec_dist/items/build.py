@@ -2,28 +2,111 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ilrec_dist.config import ItemsConfig
-from ilrec_dist.data.files import committed_folder, require_file, write_json
+from ilrec_dist.data.files import committed_folder, require_file, sha256_file, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions
+from ilrec_dist.items.embeddings import item_documents, item_vectors, text_vectors
 from ilrec_dist.items.index_file import read_index, write_index
+from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_codes
 
 
 def input_files(config: ItemsConfig) -> list[Path]:
-    """Files whose bytes decide whether the stage must run again."""
+    """Files whose bytes decide whether the stage must run again; raises UserError when one is missing."""
     return [require_file(config.index, "items.index")] if config.index else []
 
 
 def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_embeddings: np.ndarray | None = None) -> dict[str, Any]:
-    codes, sizes, names = read_index(require_file(config.index, "items.index"), prepared.item_ids)
+    """Codes for every item → the folder `out`: the catalogue's files, index.json, report.json. Returns the report.
+
+    A given `items.index` is read; otherwise codes are built (`items.embedding`; cf_embeddings float [num_items, d] by item index where that says cf).
+    Collisions follow `items.collisions`: keep; refuse (UserError naming two items); resolve (see collisions.resolve_collisions).
+    """
+    codes, sizes, names, vectors, books = _codes(config, prepared, cf_embeddings)
+    before = collision_report(codes)
+    how, changed = "none", 0
+    if config.collisions == "refuse":
+        _refuse_collision(config, prepared, codes, names)
+    elif config.collisions == "resolve" and before["items"]:
+        if vectors is None:
+            vectors, books = _cost_vectors(config, prepared, cf_embeddings, codes, sizes)
+        resolution = resolve_collisions(codes, sizes, vectors, books)
+        codes, sizes, how, changed = resolution.codes, resolution.level_sizes, resolution.how, resolution.items_changed
+        names += next([letter] for letter in string.ascii_lowercase if letter not in names) if len(sizes) > len(names) else []
     catalogue = make_catalogue(codes, sizes, names)
+    report = {
+        "source": config.index or (f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"),
+        "index_sha256": sha256_file(config.index) if config.index else None,
+        "items": catalogue.num_items,
+        "vocab_size": catalogue.vocab_size,
+        "levels": level_report(catalogue),
+        "collisions": {"rule": config.collisions, "before": before, "after": collision_report(codes), "resolved_by": how, "items_changed": changed},
+    }
     with committed_folder(out) as folder:
         catalogue.save(folder)
-        write_json(folder / "report.json", {})
-    return {}
+        write_index(folder / "index.json", catalogue, prepared.item_ids)
+        write_json(folder / "report.json", report)
+    return report
+
+
+def _codes(
+    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None
+) -> tuple[np.ndarray, list[int], list[str], np.ndarray | None, Codebooks | None]:
+    """(codes, level sizes, level names, and where codes were built the vectors and codebooks)."""
+    if config.form == "atomic":
+        return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], ["item"], None, None
+    if config.index:
+        return *read_index(require_file(config.index, "items.index"), prepared.item_ids), None, None
+    vectors = item_vectors(config.embedding, prepared, config.embedding_dim, config.seed, cf_embeddings)
+    codes, books = residual_codes(vectors, config.levels, config.codes_per_level, config.seed)
+    return codes, [config.codes_per_level] * config.levels, list(string.ascii_lowercase[: config.levels]), vectors, books
+
+
+def _cost_vectors(
+    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, codes: np.ndarray, sizes: list[int]
+) -> tuple[np.ndarray | None, Codebooks | None]:
+    """For a given index: vectors by text, by CF where there is no text, else none; and each code's centroid."""
+    documents = item_documents(prepared)
+    if documents is not None:
+        vectors = text_vectors(documents, config.embedding_dim, config.seed)[0]
+    elif cf_embeddings is not None:
+        vectors = np.asarray(cf_embeddings, np.float32)
+    else:
+        return None, None
+    return vectors, centroid_codebooks(vectors, codes, sizes)
+
+
+def _refuse_collision(config: ItemsConfig, prepared: Prepared, codes: np.ndarray, names: list[str]) -> None:
+    pair = first_collision(codes)
+    if pair is not None:
+        code = "".join(f"<{name}_{number}>" for name, number in zip(names, codes[pair[0]], strict=True))
+        raise UserError(
+            f"{config.index or 'the built index'}: items {prepared.item_ids[pair[0]]!r} and {prepared.item_ids[pair[1]]!r} share the code {code}, "
+            "which items.collisions: refuse forbids; mend the file, or set it to keep or resolve"
+        )
+
+
+def level_report(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """Per level: its codes, how many occur, the entropy of their use in bits (at most log2 of the codes), and the items of the busiest one."""
+    levels = []
+    for level, (start, stop) in enumerate(catalogue.level_ranges):
+        use = np.bincount(catalogue.tokens[:, level] - start, minlength=stop - start)
+        share = use[use > 0] / use.sum()
+        levels.append(
+            {
+                "name": catalogue.level_names[level],
+                "codes": stop - start,
+                "used": int((use > 0).sum()),
+                "entropy_bits": float(-(share * np.log2(share)).sum()),
+                "largest": int(use.max()),
+            }
+        )
+    return levels

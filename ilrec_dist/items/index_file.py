@@ -49,7 +49,8 @@ def read_index(path: str | Path, item_ids: Sequence[str]) -> tuple[np.ndarray, l
     rows = np.fromiter((row_of.get(item, -1) for item in item_ids), np.int64, len(item_ids))
     if (rows < 0).any():
         missing = item_ids[int(np.flatnonzero(rows < 0)[0])]
-        raise UserError(f"{path}: item {missing!r} of the interactions has no code ({int((rows < 0).sum())} such items); add it, or leave items.index out to build one")
+        count = int((rows < 0).sum())
+        raise UserError(f"{path}: item {missing!r} of the interactions has no code ({count} such items); add it, or leave items.index out to build one")
     return codes[rows], [int(size) + 1 for size in codes.max(axis=0)], names
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import read_json_object, require_file, single_file
-from ilrec_dist.data.readers.source import Rejects, Source, item_rows
+from ilrec_dist.data.readers.source import Source, item_rows
 from ilrec_dist.errors import UserError
 
 

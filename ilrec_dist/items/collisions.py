@@ -1,0 +1,98 @@
+"""Items that share one code tuple: counted, refused, or told apart by reassigning the last code or adding a level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from ilrec_dist.items.quantise import Codebooks
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Codes without collisions and how they came about: "none", "last level" or "extra level"."""
+
+    codes: np.ndarray  # int32 [n, C or C + 1]
+    level_sizes: list[int]
+    how: str
+    items_changed: int  # items whose code tuple is another one (last level only; an extra level lengthens all)
+
+
+def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(group int64 [n] of each row's code tuple, size int64 [groups]); groups are numbered in code order."""
+    if codes.shape[1] == 0:
+        return np.zeros(len(codes), np.int64), np.array([len(codes)])
+    order = np.lexsort(codes.T[::-1])
+    first = np.ones(len(codes), bool)
+    first[1:] = (codes[order][1:] != codes[order][:-1]).any(axis=1)
+    group = np.empty(len(codes), np.int64)
+    group[order] = np.cumsum(first) - 1
+    return group, np.bincount(group)
+
+
+def collision_report(codes: np.ndarray) -> dict[str, int | float]:
+    """Items that share their tuple, the tuples that are shared, items in excess of one a tuple, and the largest group."""
+    _, sizes = tuple_groups(codes)
+    shared = sizes[sizes > 1]
+    return {
+        "items": int(shared.sum()),
+        "share": float(shared.sum() / max(len(codes), 1)),
+        "tuples": len(shared),
+        "excess_items": int((shared - 1).sum()),
+        "largest_group": int(sizes.max()) if len(sizes) else 0,
+    }
+
+
+def first_collision(codes: np.ndarray) -> tuple[int, int] | None:
+    """Two items, lowest indices first, that share a tuple."""
+    group, sizes = tuple_groups(codes)
+    shared = np.flatnonzero(sizes[group] > 1)
+    if len(shared) == 0:
+        return None
+    one = int(shared[0])
+    return one, int(np.flatnonzero(group == group[one])[1])
+
+
+def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.ndarray | None, books: Codebooks | None) -> Resolution:
+    """Give every item a tuple of its own.
+
+    Where no prefix of all but the last level holds more items than the last level has codes: within each prefix that has collisions, the items that
+    collide are assigned to the codes that no other item of the prefix holds, at the least total increase in squared distance to the codes' centroids
+    (codes without a centroid cost as much as the farthest known one; without vectors every move costs the same). Items that collide with none keep their
+    codes, and of those that collide one keeps it. Otherwise a level is added that numbers the items of each tuple in index order.
+    """
+    group, sizes = tuple_groups(codes)
+    if (sizes <= 1).all():
+        return Resolution(codes, level_sizes, "none", 0)
+    last = codes.shape[1] - 1
+    prefix, prefix_sizes = tuple_groups(codes[:, :last])
+    if prefix_sizes.max() > level_sizes[last]:
+        order = np.argsort(group, kind="stable")
+        rank = np.empty(len(codes), np.int32)
+        rank[order] = np.arange(len(codes)) - (np.cumsum(sizes) - sizes)[group[order]]
+        return Resolution(np.column_stack([codes, rank]).astype(np.int32), [*level_sizes, int(sizes.max())], "extra level", 0)
+    result = codes.copy()
+    collides = sizes[group] > 1
+    crowded = np.flatnonzero(np.isin(prefix, np.unique(prefix[collides])))
+    crowded = crowded[np.argsort(prefix[crowded], kind="stable")]
+    rest = None if vectors is None or books is None else books.residual(vectors, codes, last)
+    for members in np.split(crowded, np.flatnonzero(np.diff(prefix[crowded])) + 1):
+        moving = members[collides[members]]
+        free = np.setdiff1d(np.arange(level_sizes[last]), codes[members[~collides[members]], last])
+        cost = np.ones((len(moving), len(free))) if rest is None or books is None else _cost(rest[moving], books.levels[last], codes[moving, last], free)
+        cost[free[None, :] == codes[moving, last][:, None]] = 0.0
+        rows, columns = linear_sum_assignment(cost)
+        result[moving[rows], last] = free[columns]
+    return Resolution(result, level_sizes, "last level", int((result != codes).any(axis=1).sum()))
+
+
+def _cost(rest: np.ndarray, book: np.ndarray, own: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """float64 [items, free codes]: increase in squared distance over the item's own code, at least a trifle so that staying is preferred."""
+    known = ~np.isnan(book).any(axis=1)
+    distance = np.full((len(rest), len(book)), np.nan)
+    distance[:, known] = (rest.astype(np.float64) ** 2).sum(1)[:, None] + (book[known].astype(np.float64) ** 2).sum(1) - 2.0 * rest @ book[known].T
+    distance = np.where(known, distance, np.nanmax(distance, axis=1, keepdims=True))
+    increase = distance[:, free] - distance[np.arange(len(rest)), own][:, None]
+    return np.maximum(increase, 0.0) + 1e-6 * (1.0 + np.abs(distance).mean())
