@@ -1,0 +1,1 @@
+"""Live metrics, results and the report of a run."""

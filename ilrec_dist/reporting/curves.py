@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,18 @@ def signal_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 def speed_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
     keys = (("rate/tokens_per_second", "Tokens per second"), ("rate/rows_per_second", "Rows per second"), ("learning_rate", "Learning rate"))
     return _present([*(_per_run(runs, key, title, "") for key, title in keys), _per_run(runs, "grad_norm", "Gradient norm", "before clipping")])
+
+
+def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Loss and validation NDCG@10 of the collaborative models by epoch, from the report of their stage."""
+    charts = []
+    for key, title in (("loss", "Collaborative models, loss"), ("ndcg@10", "Collaborative models, validation NDCG@10")):
+        series = []
+        for place, (name, report) in enumerate(models.items()):
+            points = [(float(line["epoch"]), float(line[key])) for line in report.get("curve", ()) if isinstance(line.get(key), int | float)]
+            series.append(Series(name, points, place))
+        charts.append(Chart(title, series, x_label="epoch", marks=True))
+    return _present(charts)
 
 
 def _per_run(runs: Sequence[MethodMetrics], key: str, title: str, note: str, share: bool = False, marks: bool = False) -> Chart:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED, parse_line
@@ -85,7 +86,7 @@ class TrainingState:
         if self.loss is not None:
             shown.append(f"loss {self.loss:.4f}")
         if self.ndcg is not None:
-            shown.append(f"validation NDCG@10 {self.ndcg:.4f}")
+            shown.append(f"val NDCG@10 {self.ndcg:.4f}")
         if left is not None and self.step < self.total_steps:
             shown.append(f"{clock(left)} left")
         return shown
@@ -195,8 +196,10 @@ class _Terminal:
     """One rich bar."""
 
     def __init__(self, title: str, total: float | None, console: Console) -> None:
-        name, news = TextColumn("{task.description}", style="bold", markup=False), TextColumn("{task.fields[shown]}", markup=False)
-        columns = (SpinnerColumn(finished_text="✓"), name, BarColumn(24), news, _Elapsed())
+        name = TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True, min_width=min(len(title), 30)))
+        news = TextColumn("{task.fields[shown]}", markup=False, table_column=Column())
+        extent = (BarColumn(20), news, _Elapsed()) if console.width >= 120 else (news,)  # a narrow terminal has room for the news alone
+        columns = (SpinnerColumn(finished_text="✓"), name, *extent)
         self._progress = Progress(*columns, console=console, refresh_per_second=4)
         self._title, self._total = title, total
         self._task: Any = None

@@ -22,7 +22,7 @@ from ilrec_dist.reporting.style import CSS
 
 REPORT_FILE = "report.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-SHOWN_HISTORY, SHOWN_BEAMS, SHOWN_VALUES = 20, 10, 12
+SHOWN_HISTORY, SHOWN_BEAMS, SHOWN_VALUES, SHOWN_ENTRIES = 20, 10, 12, 8
 
 Beams = Sequence[tuple[str, float]]
 
@@ -124,7 +124,7 @@ def _tiles(results: Mapping[str, Any], summaries: Sequence[Summary], intervals: 
 def _results(summaries: Sequence[Summary], intervals: Sequence[Interval]) -> str:
     if not summaries:
         return ""
-    columns = shown_metrics(summaries)
+    columns = shown_metrics(summaries, expected=("hit@10", "ndcg@10"))
     head = "".join(f'<th scope="col">{metric_title(metric)}</th>' for metric in columns)
     rows = []
     for place, summary in enumerate(summaries):
@@ -138,7 +138,7 @@ def _results(summaries: Sequence[Summary], intervals: Sequence[Interval]) -> str
     )
     sentences = "".join(f'<p class="note">{escape(interval.sentence())}</p>' for interval in intervals)
     first = [summary for summary in summaries if summary.exclude_seen == summaries[0].exclude_seen]
-    bars = f"<h3>NDCG@10, {seen_title(first[0].exclude_seen)}</h3><div class=\"scroll\">{bar_chart(first, 'ndcg@10')}</div>"
+    bars = f'<h3>NDCG@10, {seen_title(first[0].exclude_seen)}</h3><div class="scroll">{bar_chart(first, "ndcg@10")}</div>'
     return f'<div class="card">{table}{sentences}{bars}</div>'
 
 
@@ -148,7 +148,7 @@ def _result_row(summary: Summary, columns: Sequence[str], rivals: Sequence[Summa
         figure = summary.figures.get(metric)
         best = figure is not None and summary.method != "bayes" and figure.mean == best_mean(rivals, metric)
         spread = f"<small>± {figure.std:.4f}</small>" if figure and figure.std is not None else ""
-        cells.append(f'<td{" class=best" if best else ""}>{f"{figure.mean:.4f}" if figure else "–"}{spread}</td>')
+        cells.append(f"<td{' class=best' if best else ''}>{f'{figure.mean:.4f}' if figure else '–'}{spread}</td>")
     kind = ' class="ours"' if summary.method == "ilrec" else ""
     return f'<tr{kind}><th scope="row">{escape(summary.method)}</th>{"".join(cells)}<td>{summary.users:,}</td><td>{len(summary.seeds)}</td></tr>'
 
@@ -191,7 +191,7 @@ def _stages(stage_seconds: Mapping[str, float], seconds: float) -> str:
     longest = max(stage_seconds.values(), default=0.0) or 1.0
     meters = {stage: f'<td class="meter"><span style="width:{100 * value / longest:.1f}%"></span></td>' for stage, value in stage_seconds.items()}
     rows = "".join(f'<tr><th scope="row">{escape(stage)}</th>{meters[stage]}<td>{_seconds(value)}</td></tr>' for stage, value in stage_seconds.items())
-    total = f'<tr><th scope="row">run</th><td class="meter"></td><td>{_seconds(seconds)}</td></tr>'
+    total = f'<tr><th scope="row">in all</th><td class="meter"></td><td>{_seconds(seconds)}</td></tr>'
     head = '<thead class="sr"><tr><th scope="col">stage</th><th scope="col">share</th><th scope="col">time</th></tr></thead>'
     return f'<div class="card"><table class="stages">{head}<tbody>{rows}{total}</tbody></table></div>'
 
@@ -202,7 +202,8 @@ def _seconds(value: float) -> str:
 
 def _reports(index_report: Mapping[str, Any] | None, cf_report: Mapping[str, Any] | None) -> str:
     tables = [_facts(title, report) for title, report in (("Item index", index_report), ("Collaborative model", cf_report)) if report]
-    return f'<div class="pair">{"".join(tables)}</div>' if tables else ""
+    charts = _charts(curves.cf_charts(cf_report["models"])) if cf_report and "models" in cf_report else ""
+    return f'<div class="pair">{"".join(tables)}</div>{charts}' if tables else ""
 
 
 def _facts(title: str, report: Mapping[str, Any]) -> str:
@@ -215,6 +216,9 @@ def _flat(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         label = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, Mapping):
             yield from _flat(value, f"{label} · ")
+        elif isinstance(value, list | tuple) and len(value) <= SHOWN_ENTRIES and all(isinstance(entry, Mapping) for entry in value):
+            for place, entry in enumerate(value, start=1):
+                yield f"{label} {place}", ", ".join(f"{name} {text}" for name, text in _flat(entry))
         elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping | list | tuple) for entry in value):
             yield label, f"{len(value)} entries"
         elif isinstance(value, list | tuple):

@@ -111,10 +111,10 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     return [_summary(method, excluded, groups[excluded, method]) for excluded, method in ordered]
 
 
-def shown_metrics(summaries: Sequence[Summary]) -> list[str]:
-    """The table's columns: the METRICS, then whatever expected-rank figures there are."""
-    expected = [EXPECTED + metric for metric in METRICS if any(EXPECTED + metric in summary.figures for summary in summaries)]
-    return [*METRICS, *expected]
+def shown_metrics(summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)) -> list[str]:
+    """The table's columns: the METRICS, then the expected-rank figures of the metrics `expected` as far as there are any."""
+    given = [EXPECTED + metric for metric in expected if any(EXPECTED + metric in summary.figures for summary in summaries)]
+    return [*METRICS, *given]
 
 
 def metric_title(metric: str) -> str:

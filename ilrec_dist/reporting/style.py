@@ -44,10 +44,12 @@ td.best { font-weight: 700; }
 table.facts td:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts th { text-align: left; font-weight: 500; color: var(--soft); width: 1%; }
 table.stages td.meter { width: 60%; }
+td.meter { vertical-align: middle; }
 .meter span { display: block; height: 10px; min-width: 2px; border-radius: 5px; background: var(--c0); }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); gap: 14px; }
+.pair + .grid { margin-top: 14px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; align-items: start; }
-figure.chart { margin: 0; max-width: 620px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 13px 12px 12px; }
+figure.chart { margin: 0; max-width: 460px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 13px 12px 12px; }
 figcaption { font-weight: 620; font-size: 14px; margin: 0 0 8px 4px; }
 figure .note { margin-left: 4px; font-size: 12.5px; }
 svg { display: block; width: 100%; height: auto; }

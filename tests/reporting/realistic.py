@@ -78,7 +78,7 @@ def result_rows(seeds: list[int], users: int = 24772) -> list[dict[str, Any]]:
             for seed in seeds if method in ("sft", "ilrec") else seeds[:1]:
                 ndcg = level * factor + random.Random(f"{method}{seed}").gauss(0, 0.0006)
                 figures = {"hit@1": 0.7 * ndcg, "hit@5": 1.12 * ndcg, "hit@10": 1.35 * ndcg, "ndcg@1": 0.7 * ndcg, "ndcg@5": 0.92 * ndcg, "ndcg@10": ndcg}
-                extra = {"expected_ndcg@10": 0.998 * ndcg} if exclude_seen else {}
+                extra = {f"expected_{metric}": 0.998 * value for metric, value in figures.items()} if exclude_seen else {}
                 rows.append({"method": method, **figures, **extra, "users": users, "seed": seed, "exclude_seen": exclude_seen})
     return rows
 

@@ -61,7 +61,7 @@ def test_values_keep_their_last_number():
     state.see(line(10, 1.0, **{"loss/total": 2.5, "rate/tokens_per_second": 12345.6}))
     state.see(line(10, 1.1, **{"validation/ndcg@10": 0.0712}))
     state.see(line(20, 2.0, **{"loss/total": None}))
-    assert state.parts() == ["step 20/100", "12,346 tokens/s", "loss 2.5000", "validation NDCG@10 0.0712", "0:08 left"]
+    assert state.parts() == ["step 20/100", "12,346 tokens/s", "loss 2.5000", "val NDCG@10 0.0712", "0:08 left"]
 
 
 def test_live_progress_on_a_pipe_prints_lines(tmp_path):

@@ -60,8 +60,8 @@ def html(tmp_path_factory, runs):
         metrics=runs,
         examples=examples(),
         config_yaml=dump_config(Config(name=HOSTILE)),
-        index_report={"collisions": {"before": 12, "after": 0}, HOSTILE: HOSTILE},
-        cf_report={"epochs": [3, 4], "curve": [{"epoch": 1}]},
+        index_report={"collisions": {"before": 12, "after": 0}, "levels": [{"codes": 256, "used": 250}], HOSTILE: HOSTILE},
+        cf_report={"folds": 2, "models": {"full": {"curve": [{"epoch": epoch, "loss": 6.0 / epoch, "ndcg@10": 0.01 * epoch} for epoch in range(1, 11)]}}},
     )
     assert path == folder / "report.html" and {file.name for file in folder.iterdir()} == {"report.html", "results.json"}
     return path.read_text(encoding="utf-8")
@@ -92,7 +92,8 @@ def test_everything_is_on_the_page(html):
         "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec", "Validation NDCG@10", "Mean |H|, ilrec",
         "Rows with empty H, ilrec", "Rows with capped H, ilrec", "Valid-next share of H, ilrec", "KL to the final layer, ilrec",
         "Mean p(y) by position, ilrec", "Reward coverage", "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
-        "items of the history kept", "expected NDCG@10", "Resolved configuration", "max_negatives: 64", "collisions · before",
+        "items of the history kept", "expected NDCG@10", "levels 1", "codes 256, used 250",
+        "Collaborative models, loss", "10 entries", "Resolved configuration", "max_negatives: 64", "collisions · before",
     ):  # fmt: skip
         assert title in text, title
     assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text  # nothing to show
