@@ -1,0 +1,193 @@
+"""The operator's one call, `cross_layer_loss`, and its place in autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ilrec_kernels import chunked
+from ilrec_kernels.columns import Columns
+from ilrec_kernels.problem import Problem
+from ilrec_kernels.reference import gather_head, reference_rows
+from ilrec_kernels.types import Backend, LossOptions, LossOutput, RowStats, TokenLists
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@torch.compiler.disable
+def cross_layer_loss(
+    final_hidden: Tensor,
+    layer_hidden: Sequence[Tensor],
+    head_weight: Tensor,
+    targets: Tensor,
+    candidates: TokenLists | None,
+    rewards: Tensor | None,
+    options: LossOptions,
+    *,
+    vocab: tuple[int, int] | None = None,
+    loss_scale: float = 1.0,
+    trainable_rows: tuple[int, int] | Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    reduction: Reduction = "sum",
+) -> LossOutput:
+    """ILRec's loss (METHOD.md §§2–7) of N rows, with gradients for every layer's hidden rows and for the head.
+
+    final_hidden   [N, d] n^L, after the final norm; fp32, bf16, fp16 or fp64
+    layer_hidden   m tensors [N, d], n^{L−1} … n^{L−m}
+    head_weight    [≥ stop − start, d] this rank's rows of the head; with tied embeddings simply the embedding's weight
+    targets        int64 [N] global token ids
+    candidates     the valid_next lists; needed by any valid_next scope and by λ > 0
+    rewards        [nnz], aligned with candidates.tokens; needed by λ > 0
+    vocab          the global tokens [start, stop) that head_weight's rows stand for; uneven and empty shards are fine. None: all of them
+    loss_scale     multiplies the sum over rows (for a mean over the whole optimizer step: 1 / its number of rows)
+    trainable_rows global tokens whose head rows get a gradient, a range or an ascending int64 tensor; the other rows' is 0. None: all
+    tp_group       the ranks that hold the shards, in token order; hidden rows, targets, candidates and rewards are the same on each
+    reduction      "sum": loss_scale · Σ; "mean": the same divided by N; "none": loss_scale · each row's loss [N]
+
+    Hidden gradients are summed over tp_group, so they are the whole gradient and identical on each rank; the head's gradient is the shard's.
+    Logits, normalisers and the head's gradient are fp32 (fp64 for fp64 inputs). For "sum" and "mean" gradients are made in forward and
+    multiplied by the upstream gradient in backward; for "none" they are made in backward. Under no_grad only the loss is computed.
+
+    Raises ValueError for shapes, dtypes and scopes that do not go together. Targets outside [0, vocab_size) raise too.
+    """
+    problem = _problem(final_hidden, layer_hidden, head_weight, targets, candidates, rewards, options, vocab, trainable_rows, tp_group)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
+    n = targets.numel()
+    scale = loss_scale / max(n, 1) if reduction == "mean" else loss_scale
+    if options.backend is Backend.REFERENCE:
+        head = gather_head(head_weight, vocab or (0, head_weight.shape[0]), options, problem.group)
+        if problem.trainable is not None:
+            head = _only_trainable(head, problem)
+        if problem.group is not None:
+            final_hidden, layer_hidden = final_hidden, list(layer_hidden)
+        row_loss, rows = reference_rows([final_hidden, *layer_hidden], head, targets, candidates, rewards, options)
+        row_loss = (row_loss * scale).to(problem.dtype)
+        loss = row_loss if reduction == "none" else row_loss.sum()
+    else:
+        config = _Call(problem, float(scale), reduction == "none", torch.is_grad_enabled())
+        holder: list[RowStats] = []
+        loss = _CrossLayerLoss.apply(config, holder, final_hidden, *layer_hidden, head_weight)
+        rows = holder[0]
+
+    def part(values: Tensor) -> Tensor:
+        scaled = values * scale
+        return scaled if reduction == "none" else scaled.sum()
+
+    return LossOutput(loss, part(rows.cpo), part(rows.cpd), part(rows.crr), rows)
+
+
+class _Call:
+    """What the autograd node carries besides tensors that may need a gradient."""
+
+    def __init__(self, problem: Problem, scale: float, per_row: bool, grad_enabled: bool) -> None:
+        self.problem, self.scale, self.per_row, self.grad_enabled = problem, scale, per_row, grad_enabled
+
+    def compute(self, hidden: Sequence[Tensor], head: Tensor, row_scale: Tensor, wanted: Sequence[bool]) -> tuple[RowStats, list[Tensor | None]]:
+        """Statistics and the gradients that are wanted, hidden streams first and the head last."""
+        p = self.problem
+        p = Problem(
+            tuple(hidden), head, p.targets, p.candidates, p.rewards, p.options, p.start, p.stop, p.group, p.trainable
+        )  # the tensors autograd hands over
+        if not any(wanted):
+            return chunked.run(p, None), [None] * len(wanted)
+        grads = chunked.Gradients(
+            [torch.zeros_like(h) if w else None for h, w in zip(hidden, wanted, strict=False)],
+            torch.zeros(head.shape, dtype=p.dtype, device=head.device) if wanted[-1] else None,
+            row_scale,
+        )
+        rows = chunked.run(p, grads)
+        return rows, [*grads.hidden, grads.head]
+
+
+class _CrossLayerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, holder: list[RowStats], *tensors: Tensor) -> Tensor:
+        hidden, head = tensors[:-1], tensors[-1]
+        o, dtype = call.problem.options, call.problem.dtype
+        wanted = [call.grad_enabled and need for need in ctx.needs_input_grad[2:]]
+        ctx.call, ctx.wanted = call, wanted
+        row_scale = torch.full((head.new_empty(0).numel() + call.problem.n,), call.scale, dtype=dtype, device=head.device)
+        if call.per_row:
+            rows, _ = call.compute(hidden, head, row_scale, [False] * len(wanted))
+            ctx.save_for_backward(*tensors)
+        else:
+            rows, grads = call.compute(hidden, head, row_scale, wanted)
+            ctx.save_for_backward(*(g for g in grads if g is not None))
+        holder.append(rows)
+        losses = (rows.cpo.to(dtype) + o.mu * rows.cpd + o.crr_lambda * rows.crr) * call.scale
+        return losses if call.per_row else losses.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        if call.per_row:
+            *hidden, head = ctx.saved_tensors
+            _, grads = call.compute(hidden, head, upstream * call.scale, ctx.wanted)
+            return None, None, *grads
+        saved = list(ctx.saved_tensors)
+        if upstream.is_cuda or float(upstream) != 1.0:
+            saved = [g * upstream.to(g.dtype) for g in saved]
+        grads = [saved.pop(0) if w else None for w in ctx.wanted]
+        return None, None, *grads
+
+
+def _problem(
+    final_hidden: Tensor,
+    layer_hidden: Sequence[Tensor],
+    head: Tensor,
+    targets: Tensor,
+    candidates: TokenLists | None,
+    rewards: Tensor | None,
+    options: LossOptions,
+    vocab: tuple[int, int] | None,
+    trainable_rows: tuple[int, int] | Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> Problem:
+    """Check what can be checked at a glance; raise ValueError naming the argument."""
+    n, d = final_hidden.shape
+    m = len(layer_hidden)
+    start, stop = vocab if vocab is not None else (0, head.shape[0])
+    for i, hidden in enumerate(layer_hidden):
+        if hidden.shape != final_hidden.shape:
+            raise ValueError(f"layer_hidden[{i}]: expected shape {tuple(final_hidden.shape)} as final_hidden, got {tuple(hidden.shape)}")
+    if head.dim() != 2 or head.shape[1] != d or head.shape[0] < stop - start or stop < start:
+        raise ValueError(f"head_weight: expected at least {stop - start} rows of {d}, got {tuple(head.shape)}")
+    if targets.shape != (n,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected int64 [{n}], got {targets.dtype} {list(targets.shape)}")
+    if n and not 0 <= int(targets.min()) <= int(targets.max()) < options.vocab_size:
+        raise ValueError(f"targets: expected ids in [0, {options.vocab_size}), got {int(targets.min())} to {int(targets.max())}")
+    if options.needs_candidates and candidates is None:
+        raise ValueError("candidates: needed by a valid_next scope and by crr_lambda > 0")
+    if candidates is not None and candidates.indptr.shape != (n + 1,):
+        raise ValueError(f"candidates.indptr: expected [{n + 1}], got {list(candidates.indptr.shape)}")
+    if options.crr_lambda > 0 and (rewards is None or candidates is None or rewards.shape != candidates.tokens.shape):
+        raise ValueError("rewards: expected one for each of candidates.tokens, as crr_lambda > 0")
+    if not m and (options.mu > 0 or (options.needs_negatives and options.negatives_from == "intermediate")):
+        raise ValueError("layer_hidden: expected at least one intermediate layer")
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    if group is None and stop - start < options.vocab_size:
+        raise ValueError(f"vocab: expected all of the {options.vocab_size} tokens without a tp_group, got [{start}, {stop})")
+    real = max(0, min(stop, options.vocab_size) - start)
+    trainable = None
+    if isinstance(trainable_rows, Tensor):
+        mine = trainable_rows[(trainable_rows >= start) & (trainable_rows < start + real)] - start
+        trainable = Columns(0, 0, mine)
+    elif trainable_rows is not None:
+        low, high = (min(max(edge - start, 0), real) for edge in trainable_rows)
+        trainable = Columns(low, max(low, high))
+    return Problem((final_hidden, *layer_hidden), head, targets, candidates, rewards, options, start, start + real, group, trainable)
+
+
+def _only_trainable(head: Tensor, p: Problem) -> Tensor:
+    """The head with all but the trainable rows detached (reference backend)."""
+    assert p.trainable is not None
+    mask = torch.zeros(head.shape[0], 1, dtype=torch.bool, device=head.device)
+    mask[p.trainable.rows(head.device) + p.start] = True
+    return torch.where(mask, head, head.detach())

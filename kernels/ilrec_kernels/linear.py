@@ -1,0 +1,38 @@
+"""The three products with the head, accumulated in fp32 whatever dtype the head is stored in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project(x: Tensor, weight: Tensor, out: Tensor, block: int) -> None:
+    """out [r, c] = x [r, d] · weight [c, d]ᵀ. `block` is how many head rows may be upcast at a time on CPU."""
+    if weight.dtype == out.dtype:
+        torch.mm(x, weight.T, out=out)
+    elif weight.is_cuda:
+        torch.mm(x.to(weight.dtype), weight.T, out_dtype=out.dtype, out=out)
+    else:
+        for i in range(0, weight.shape[0], block):
+            out[:, i : i + block] = x @ weight[i : i + block].to(out.dtype).T
+
+
+def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor, block: int, accumulate: bool = False) -> None:
+    """out [r, d] (+)= grad [r, c] · weight [c, d]. On a GPU with a half-precision head, grad is rounded once, here."""
+    if not accumulate:
+        out.zero_()
+    if weight.dtype == out.dtype:
+        out.addmm_(grad, weight)
+    elif weight.is_cuda:
+        out += torch.mm(grad.to(weight.dtype), weight, out_dtype=out.dtype)
+    else:
+        for i in range(0, weight.shape[0], block):
+            out.addmm_(grad[:, i : i + block], weight[i : i + block].to(out.dtype))
+
+
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:
+    """out [c, d] (fp32 or fp64) += grad [r, c]ᵀ · x [r, d]; on a GPU with a half-precision head (`low`) the factors are in its dtype."""
+    if out.is_cuda and low != out.dtype:
+        out += torch.mm(grad.to(low).T, x.to(low), out_dtype=out.dtype)
+    else:
+        out.addmm_(grad.T, x)

@@ -1,0 +1,127 @@
+"""One call of the operator, validated, and the plan of how to compute it: which columns are dense, what is ragged, how many rows at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ilrec_kernels.columns import Columns, dense_columns
+from ilrec_kernels.types import LossOptions, TokenLists, compute_dtype
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of a call. `scale` [N] multiplies each row's loss in the gradients."""
+
+    hidden: tuple[Tensor, ...]  # final first, then L−1 … L−m; each [N, d]
+    head: Tensor  # [V_local, d]
+    targets: Tensor  # int64 [N], global
+    candidates: TokenLists | None
+    rewards: Tensor | None  # [nnz]
+    options: LossOptions
+    start: int  # the shard owns global tokens [start, stop); without padding
+    stop: int
+    group: dist.ProcessGroup | None  # None where there is one shard
+    trainable: Columns | None  # local head rows with a gradient; None: all
+
+    @property
+    def n(self) -> int:
+        return self.targets.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.hidden[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the call is computed. A scope is either dense columns or, as None, the rows' ragged lists (valid_next)."""
+
+    streams: int  # how many of the hidden tensors take part
+    final: Columns | None  # columns of which the final layer's logits are made
+    layers: Columns | None  # and the intermediate layers'
+    softmax: bool  # dense cross-entropy (over `final`), else over the lists
+    distill: Columns | None  # within `layers`
+    negatives: Columns | None  # within `layers` (within `final` for negatives_from final)
+    ragged_distill: bool
+    ragged_negatives: bool
+    pairs: bool  # the lists are needed
+    rows: int  # rows of a chunk
+    pair_budget: int  # list entries of a chunk
+    block: int  # head rows upcast at a time
+    budget: int  # bytes for small temporaries
+
+
+def workspace_bytes(options: LossOptions, device: torch.device) -> int:
+    if options.workspace_bytes is not None:
+        return options.workspace_bytes
+    return 64 * MIB if device.type == "cpu" else 1024 * MIB
+
+
+def widest(scopes: list[Columns | None], everything: Columns) -> Columns | None:
+    """The columns that hold all of these scopes, of which there are two at most: all tokens and item tokens."""
+    dense = [c for c in scopes if c is not None]
+    return everything if any(c is everything for c in dense) else (dense[0] if dense else None)
+
+
+def make_plan(p: Problem) -> Plan:
+    o = p.options
+    everything, items = (dense_columns(scope, o, p.start, p.stop) for scope in ("all", "item_tokens"))
+    dense = {"all": everything, "item_tokens": items}
+    cpd = o.mu > 0
+    from_layers = o.needs_negatives and o.negatives_from == "intermediate"
+    streams = len(p.hidden) if cpd or from_layers else 1
+    distill = dense.get(o.distill_scope) if cpd else None
+    negatives = dense.get(o.negative_scope) if o.needs_negatives else None
+    softmax = o.softmax_scope == "all"
+    layers = widest([distill, negatives if from_layers else None], everything)
+    final = everything if softmax else widest([distill, negatives], everything)
+    if softmax and layers is not None and layers.index is None and len(layers) * 8 >= len(everything) * 7:
+        layers = everything  # one product for all streams is cheaper than leaving a few columns out
+    # the lists are also consulted for statistics when negatives are drawn from elsewhere
+    pairs = p.candidates is not None and (o.needs_candidates or o.needs_negatives)
+
+    d, size = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8
+    total = workspace_bytes(o, p.head.device)
+    block = p.head.shape[0]
+    if p.head.dtype != p.dtype and not p.head.is_cuda:
+        block = max(1, min(block, total // 8 // (d * size)))
+    width = (len(final) if final else 0) + (streams - 1) * (len(layers) if layers else 0)
+    width += len(distill) if distill else 0
+    width += len(negatives) if negatives else 0
+    width += 2 * streams * d + 64
+    rows = max(1, total * 5 // 8 // (width * size))
+    rows = min(max(1, p.n), rows)
+    rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
+    pair_budget = max(1, total // 4 // (48 + 3 * streams * size))
+    return Plan(
+        streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
+        rows, pair_budget, block, total // 8,
+    )  # fmt: skip
+
+
+def chunk_bounds(p: Problem, plan: Plan) -> list[tuple[int, int]]:
+    """Consecutive row ranges within the plan's limits of rows and list entries."""
+    starts = list(range(0, p.n, plan.rows))
+    bounds = [(s, min(s + plan.rows, p.n)) for s in starts]
+    if not plan.pairs:
+        return bounds
+    assert p.candidates is not None
+    edges = p.candidates.indptr
+    out: list[tuple[int, int]] = []
+    totals = (edges[[e for _, e in bounds]] - edges[starts]).tolist() if bounds else []
+    for (begin, end), nnz in zip(bounds, totals, strict=True):
+        while nnz > plan.pair_budget and begin < end:
+            limit = int(torch.searchsorted(edges, edges[begin] + plan.pair_budget, right=True)) - 1
+            cut = min(max(begin + 1, limit), end)
+            out.append((begin, cut))
+            nnz -= int(edges[cut] - edges[begin])
+            begin = cut
+        if begin < end:
+            out.append((begin, end))
+    return out

@@ -1,0 +1,38 @@
+"""Reductions over ragged rows given as (row, value) pairs, deterministic on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(values: Tensor, row: Tensor, n: int) -> Tensor:
+    """[n] sums of values [P] by row [P]."""
+    out = values.new_zeros(n)
+    if values.is_cuda:
+        return out.index_put_((row,), values, accumulate=True)  # sorts; index_add_ would use atomics
+    return out.index_add_(0, row, values)
+
+
+def segment_max(values: Tensor, row: Tensor, n: int) -> Tensor:
+    """[n] maxima of values [P] by row [P], −inf for rows without any. A maximum does not depend on the order."""
+    return values.new_full((n,), -torch.inf).scatter_reduce_(0, row, values, "amax")
+
+
+def segment_logsumexp(values: Tensor, row: Tensor, n: int) -> Tensor:
+    """[n] logsumexp of values [P] by row [P], −inf for rows without any."""
+    top = finite(segment_max(values, row, n))
+    return top + segment_sum(torch.exp(values - top.take(row)), row, n).log_()
+
+
+def finite(top: Tensor) -> Tensor:
+    """A row's maximum as something that may be subtracted: 0 where there is no value."""
+    return top.masked_fill(top == -torch.inf, 0.0)
+
+
+def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index] += values by rows, with repeated indices, deterministically."""
+    if out.is_cuda:
+        out.index_put_((index,), values, accumulate=True)
+    else:
+        out.index_add_(0, index, values)
