@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -42,6 +43,19 @@ class DecoderLayer(TransformerLayer):
         return residual + F.dropout(out, self.hidden_dropout, self.training)
 
 
+class HeadNorm(torch.nn.Module):
+    """RMS norm of each head. Its one weight serves the heads of all ranks, so its gradient is summed over the tensor-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads [B, S, heads, head_dim] → the same shape."""
+        return F.rms_norm(heads, self.weight.shape, copy_to_tensor_model_parallel_region(self.weight), self.eps)
+
+
 def padded_vocab_size(config: BackboneConfig, vocab_size: int) -> int:
     """vocab_size rounded up to a multiple of config.vocab_multiple, whatever tp is."""
     return math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
@@ -55,11 +69,14 @@ def transformer_config(config: BackboneConfig, precision: Precision, tp: int) ->
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
         num_query_groups=config.num_kv_heads or config.num_heads,
+        kv_channels=config.head_dim or config.hidden_size // config.num_heads,
         ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
         normalization=config.normalization,
         activation_func=F.silu if gated else F.gelu,
         gated_linear_unit=gated,
+        layernorm_epsilon=config.norm_epsilon,
         add_bias_linear=config.bias,
+        add_qkv_bias=config.bias or config.qkv_bias,
         hidden_dropout=config.dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -79,7 +96,14 @@ def transformer_config(config: BackboneConfig, precision: Precision, tp: int) ->
 
 def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
     """The local layer specification with our core attention, and the one final norm (METHOD.md §1)."""
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear)
+    head_norm: Any = HeadNorm if config.qk_norm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,  # type: ignore[arg-type]
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
     submodules = TransformerLayerSubmodules(
         input_layernorm=WrappedTorchNorm,
         self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),

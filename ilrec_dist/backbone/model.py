@@ -45,6 +45,9 @@ class Backbone(nn.Module):
             max_sequence_length=max_positions,
             position_embedding_type="learned_absolute" if config.position_embedding == "learned" else "rope",
             share_embeddings_and_output_weights=config.tie_embeddings,
+            rotary_base=config.rope_theta,  # type: ignore[arg-type]
+            rope_scaling=config.rope_scaling_factor is not None,
+            rope_scaling_factor=config.rope_scaling_factor or 1.0,
         )
         if precision == "bf16":
             self.gpt.bfloat16()  # the norms and the position table are made in fp32 whatever params_dtype says

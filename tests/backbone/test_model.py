@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ GPT2 = BackboneConfig(**SMALL)
 LLAMA = BackboneConfig(**SMALL, num_kv_heads=2, normalization="RMSNorm", activation="swiglu", position_embedding="rope", bias=False, tie_embeddings=False)
 GPT2_GQA = BackboneConfig(**SMALL, num_kv_heads=2)
 LLAMA_MHA = BackboneConfig(**SMALL, position_embedding="rope", activation="swiglu")
+QWEN3 = replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=16)
 VOCAB, POSITIONS = 45, 16
 
 
@@ -45,7 +48,7 @@ def step(mesh: Mesh, config: BackboneConfig) -> dict:
         destroy_parallel()
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3], ids=["gpt2", "llama", "qwen3"])
 def test_tp_agrees_with_one_process(config: BackboneConfig) -> None:
     (one,) = run_distributed(step, 1, 1, config)
     two = run_distributed(step, 2, 2, config)
