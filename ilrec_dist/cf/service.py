@@ -97,7 +97,7 @@ class RewardClient:
         """The actors' counters, summed; what a dead process had counted is gone with it."""
         totals: dict[str, float] = {}
         for actor in self.actors:
-            part: dict[str, float] = ray.get(actor.counters.remote())
+            part: Any = ray.get(actor.counters.remote())
             totals = {key: totals.get(key, 0) + value for key, value in part.items()}
         return totals
 
