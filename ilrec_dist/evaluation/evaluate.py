@@ -1,0 +1,171 @@
+"""Evaluation over users: a trained model by constrained beam search, and the baselines by full ranking, with one metric code (METHOD.md §9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ilrec_dist.backbone.model import Backbone
+from ilrec_dist.backbone.parallel import ParallelState
+from ilrec_dist.config import EvaluationConfig
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.evaluation.counting import count_training, popularity_scores, transition_scores
+from ilrec_dist.evaluation.decoding import ItemSets, RankedItems, SearchSpace, SoftmaxScope, beam_search, expand
+from ilrec_dist.evaluation.metrics import UNRANKED, ranks_of_scores
+from ilrec_dist.evaluation.predictions import Predictions, join
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+
+BASELINES = ("popularity", "transitions", "sasrec", "bayes")
+LISTED = 20  # items that a baseline's predictions keep
+SCORES_AT_ONCE = 1 << 22
+
+Scorer = Callable[[np.ndarray], np.ndarray]  # users int64 [n] → scores float [n, num_items]
+Progress = Callable[[int, int], Any]  # (users done, users in all) on this data-parallel rank
+
+
+def evaluate_model(
+    backbone: Backbone,
+    prepared: Prepared,
+    catalogue: Catalogue,
+    trie: Trie,
+    *,
+    users: np.ndarray,
+    split: str,
+    config: EvaluationConfig,
+    softmax_scope: SoftmaxScope,
+    max_history: int,
+    parallel: ParallelState,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Beam search for `users` (distinct, int [n]) on `split` ("validation" or "test"); returns all users' predictions on every rank.
+
+    The input is the last `max_history` items of the history, all of which counts as seen. Batches are of users with equally long inputs,
+    dealt over the data-parallel ranks; the ranks of a tensor-parallel group work on the same ones. Collective over `parallel`.
+    """
+    batches = _batches_by_length(prepared, np.asarray(users, np.int64), split, max_history, config.batch_size)
+    mine = batches[parallel.dp_rank :: parallel.dp]
+    space = SearchSpace(trie, parallel.device)
+    was_training = backbone.training
+    backbone.eval()
+    parts, done, total = [], 0, sum(len(batch) for _, batch in mine)
+    for length, batch in mine:
+        stop = prepared.history_stop(split)[batch]
+        history = prepared.items[stop[:, None] + np.arange(-length, 0)]
+        tokens = torch.from_numpy(catalogue.item_tokens(history).reshape(len(batch), -1).astype(np.int64)).to(parallel.device)
+        excluded = _seen(prepared, batch, split) if config.exclude_seen else None
+        beams = beam_search(
+            backbone,
+            space,
+            tokens,
+            vocab_size=catalogue.vocab_size,
+            beam=config.beam,
+            softmax_scope=softmax_scope,
+            excluded=excluded,
+            tp_group=parallel.tp_group,
+        )
+        parts.append(_predictions(batch, prepared.targets(split)[batch], expand(space, beams, excluded), config.exclude_seen))
+        done += len(batch)
+        if progress is not None:
+            progress(done, total)
+    backbone.train(was_training)
+    if parallel.dp > 1:
+        gathered: list[list[Predictions]] = [[] for _ in range(parallel.dp)]
+        dist.all_gather_object(gathered, parts, group=parallel.dp_group)
+        parts = [part for rank in gathered for part in rank]
+    return join(parts)
+
+
+def baseline_predictions(
+    method: str,
+    prepared: Prepared,
+    *,
+    users: np.ndarray,
+    split: str,
+    exclude_seen: bool,
+    cf_folder: str | Path | None = None,
+    data_folder: str | Path | None = None,
+) -> Predictions:
+    """One of BASELINES by full ranking over the catalogue. `sasrec` needs cf_folder, `bayes` the synthetic data's prepared data_folder."""
+    return rank_all(_scorer(method, prepared, split, cf_folder, data_folder), prepared, users=users, split=split, exclude_seen=exclude_seen)
+
+
+def rank_all(score: Scorer, prepared: Prepared, *, users: np.ndarray, split: str, exclude_seen: bool) -> Predictions:
+    """Predictions of anything that scores every item: the top LISTED items, equal scores in item-id order, and the target's ties in the full ranking."""
+    users = np.asarray(users, np.int64)
+    parts = []
+    for batch in _slices(users, max(1, SCORES_AT_ONCE // prepared.num_items)):
+        scores = np.array(score(batch))  # a copy: what is seen is struck out below
+        if exclude_seen:
+            seen = _seen(prepared, batch, split)
+            scores[seen.rows, seen.items] = -np.inf
+        targets = prepared.targets(split)[batch].astype(np.int64)
+        ranks = ranks_of_scores(scores, targets)
+        items, top = top_items(scores, LISTED)
+        parts.append(Predictions(batch, targets, items, top, ranks.first, ranks.tied, exclude_seen))
+    return join(parts)
+
+
+def top_items(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of scores [n, I] per row, equal ones in item order: (items int32 [n, k], scores float32 [n, k]); -1 in place of items that score -inf."""
+    k = min(k, scores.shape[1])
+    edge = torch.from_numpy(scores).topk(k, dim=1).values[:, -1].numpy()
+    row, item = np.nonzero(scores >= edge[:, None])  # ascending: of the items at the edge, the first ones stay
+    at_edge = scores[row, item] == edge[row]
+    above = np.bincount(row[~at_edge], minlength=len(scores))
+    row_start = np.searchsorted(row, np.arange(len(scores)))
+    ordinal = np.cumsum(at_edge)
+    ordinal -= (ordinal - at_edge)[row_start][row]
+    items = item[~at_edge | (ordinal <= (k - above)[row])].reshape(-1, k)
+    top = np.take_along_axis(scores, items, axis=1)
+    order = np.argsort(-top, axis=1, kind="stable")
+    items, top = np.take_along_axis(items, order, axis=1), np.take_along_axis(top, order, axis=1)
+    return np.where(np.isneginf(top), -1, items).astype(np.int32), top.astype(np.float32)
+
+
+def _scorer(method: str, prepared: Prepared, split: str, cf_folder: str | Path | None, data_folder: str | Path | None) -> Scorer:
+    if method in ("popularity", "transitions"):
+        counts = count_training(prepared)
+        if method == "popularity":
+            return lambda users: popularity_scores(counts, users)
+        return lambda users: transition_scores(counts, prepared, users, split)
+    if method == "sasrec" and cf_folder is not None:
+        from ilrec_dist.cf.scoring import sasrec_scores
+
+        return lambda users: sasrec_scores(cf_folder, prepared, users, split)
+    if method == "bayes" and data_folder is not None:
+        from ilrec_dist.data.synthetic import bayes_scores
+
+        return lambda users: bayes_scores(data_folder, prepared, users, split)
+    raise ValueError(f"baseline {method!r}: expected one of {BASELINES}, sasrec with cf_folder and bayes with data_folder")
+
+
+def _predictions(users: np.ndarray, targets: np.ndarray, ranked: RankedItems, exclude_seen: bool) -> Predictions:
+    hit = ranked.items == targets[:, None]
+    found = hit.any(axis=1)
+    beam = np.where(found, (ranked.beam * hit).sum(axis=1), -2)  # -2: no beam, nor padding
+    same = ranked.beam == beam[:, None]
+    tie_start = np.where(found, same.argmax(axis=1), UNRANKED) if ranked.items.shape[1] else np.full(len(users), UNRANKED)
+    return Predictions(users, targets.astype(np.int64), ranked.items, ranked.scores, tie_start, np.maximum(same.sum(axis=1), 1), exclude_seen)
+
+
+def _batches_by_length(prepared: Prepared, users: np.ndarray, split: str, max_history: int, size: int) -> list[tuple[int, np.ndarray]]:
+    """(input length in items, users) in descending length, so that the first batch is the largest and a short one ends the work."""
+    lengths = np.minimum(prepared.history_stop(split)[users] - prepared.offsets[users], max_history)
+    if len(users) == 0 or lengths.min() < 1:
+        raise ValueError(f"evaluation needs users, each with a history before the {split} target")
+    return [(int(length), batch) for length in np.unique(lengths)[::-1] for batch in _slices(users[lengths == length], size)]
+
+
+def _seen(prepared: Prepared, users: np.ndarray, split: str) -> ItemSets:
+    stops = prepared.history_stop(split)
+    return ItemSets.of([prepared.items[prepared.offsets[user] : stops[user]] for user in users])
+
+
+def _slices(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (array[start : start + size] for start in range(0, len(array), size))

@@ -1,0 +1,129 @@
+"""What a method predicted for every user: saved so that anyone can recompute the table from the file (METHOD.md §9)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ilrec_dist.errors import UserError
+from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, per_user, ranks_of_lists, summarise
+
+SCHEMA = pa.schema(
+    [
+        pa.field("user", pa.int32(), metadata={"is": "row of users.parquet"}),
+        pa.field("target", pa.int32(), metadata={"is": "row of items.parquet"}),
+        pa.field("items", pa.list_(pa.int32()), metadata={"is": "rows of items.parquet, best first"}),
+        pa.field("scores", pa.list_(pa.float32()), metadata={"is": "one for each of `items`"}),
+        pa.field("tie_start", pa.int32(), metadata={"is": "first place, from 0, of those that cannot be told apart from the target; null: not listed"}),
+        pa.field("tie_size", pa.int32(), metadata={"is": "how many those are, with the target"}),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Ranked lists for n users, ascending by user. `tie_start` is UNRANKED where the target is not in the ranking."""
+
+    users: np.ndarray  # int64 [n]
+    targets: np.ndarray  # int64 [n]
+    items: np.ndarray  # int32 [n, W] best first, padded with -1
+    scores: np.ndarray  # float32 [n, W], padded with -inf
+    tie_start: np.ndarray  # int64 [n]
+    tie_size: np.ndarray  # int64 [n]
+    exclude_seen: bool
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        rank = ranks_of_lists(self.items, self.targets)
+        return Ranks(rank, self.tie_start, self.tie_size)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over users: hit@k, ndcg@k, their standard errors `…_se`, and `expected_…`, k in 1, 5, 10."""
+        return summarise(self.ranks)
+
+    def per_user(self) -> dict[str, np.ndarray]:
+        """float64 [n] of the same metrics, for paired comparisons."""
+        return per_user(self.ranks)
+
+    def row(self, method: str, seed: int | None = None) -> dict[str, Any]:
+        """A row of results.json."""
+        return {"method": method} | self.metrics() | {"users": len(self.users), "seed": seed, "exclude_seen": self.exclude_seen}
+
+    def save(self, path: str | Path) -> None:
+        """Write the Parquet file whole or not at all."""
+        listed = self.items >= 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(listed.sum(axis=1))]), pa.int32())
+        unranked = self.tie_start >= UNRANKED
+        columns = [
+            pa.array(self.users, pa.int32()),
+            pa.array(self.targets, pa.int32()),
+            pa.ListArray.from_arrays(offsets, pa.array(self.items[listed], pa.int32())),
+            pa.ListArray.from_arrays(offsets, pa.array(self.scores[listed], pa.float32())),
+            pa.array(np.where(unranked, 0, self.tie_start), pa.int32(), mask=unranked),
+            pa.array(self.tie_size, pa.int32()),
+        ]
+        schema = SCHEMA.with_metadata({"exclude_seen": str(self.exclude_seen).lower()})
+        path = Path(path)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
+        os.replace(staged, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Predictions:
+        """Read what `save` wrote. Raises UserError for a missing or foreign file."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); run `ilrec evaluate` again") from None
+        metadata = table.schema.metadata or {}
+        if not table.schema.equals(SCHEMA) or b"exclude_seen" not in metadata:
+            raise UserError(f"{path}: expected the columns {', '.join(SCHEMA.names)} of predictions; run `ilrec evaluate` again")
+        lists = table.column("items").combine_chunks()
+        each = np.diff(lists.offsets.to_numpy())
+        listed = np.arange(int(each.max(initial=0))) < each[:, None]
+        items, scores = np.full(listed.shape, -1, np.int32), np.full(listed.shape, -np.inf, np.float32)
+        items[listed] = lists.flatten().to_numpy()
+        scores[listed] = table.column("scores").combine_chunks().flatten().to_numpy()
+        return Predictions(
+            users=table.column("user").to_numpy().astype(np.int64),
+            targets=table.column("target").to_numpy().astype(np.int64),
+            items=items,
+            scores=scores,
+            tie_start=table.column("tie_start").cast(pa.int64()).fill_null(UNRANKED).to_numpy(),
+            tie_size=table.column("tie_size").to_numpy().astype(np.int64),
+            exclude_seen=metadata[b"exclude_seen"] == b"true",
+        )
+
+
+def recompute(path: str | Path) -> dict[str, float]:
+    """The metrics of a predictions.parquet, from the file alone."""
+    return Predictions.load(path).metrics()
+
+
+def join(parts: list[Predictions]) -> Predictions:
+    """Predictions for disjoint users as one, ascending by user."""
+    width = max(part.items.shape[1] for part in parts)
+    order = np.argsort(np.concatenate([part.users for part in parts]), kind="stable")
+
+    def joined(name: str, fill: float | None = None) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        if fill is not None:
+            arrays = [np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill) for array in arrays]
+        return np.concatenate(arrays)[order]
+
+    return Predictions(
+        users=joined("users"),
+        targets=joined("targets"),
+        items=joined("items", -1),
+        scores=joined("scores", -np.inf),
+        tie_start=joined("tie_start"),
+        tie_size=joined("tie_size"),
+        exclude_seen=parts[0].exclude_seen,
+    )

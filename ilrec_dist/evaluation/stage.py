@@ -1,0 +1,140 @@
+"""The evaluate stage: predictions of the trained models and the baselines, and what the report shows of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from ilrec_dist.backbone.parallel import ParallelState
+from ilrec_dist.config import Config
+from ilrec_dist.evaluation.evaluate import baseline_predictions, evaluate_model
+from ilrec_dist.evaluation.metrics import paired_bootstrap
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.folders import RunFolders
+from ilrec_dist.reporting.live import stage_progress
+from ilrec_dist.reporting.report import Example
+from ilrec_dist.reporting.results import Interval
+from ilrec_dist.training.worker import BEST, objective_of
+from ilrec_dist.training.workspace import Workspace, build_backbone, load_weights
+
+EXAMPLE_SEED = 5
+
+
+def baselines(config: Config) -> list[str]:
+    names = ["popularity", "transitions", "sasrec"]
+    return names + ["bayes"] if config.data.format == "synthetic" else names
+
+
+def treatments(config: Config) -> list[bool]:
+    """exclude_seen as configured first, then the other, which stands beside it (METHOD.md §9)."""
+    return [config.evaluation.exclude_seen, not config.evaluation.exclude_seen]
+
+
+def predictions_file(config: Config, method: str, seed: int | None, exclude_seen: bool) -> Path:
+    name = method if seed is None else f"{method}-seed{seed}"
+    kept = "predictions.parquet" if exclude_seen == config.evaluation.exclude_seen else f"predictions-seen-{'excluded' if exclude_seen else 'kept'}.parquet"
+    return RunFolders(config.run_dir).evaluation / name / kept
+
+
+def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
+    """Every (method, training seed) of the table; None for baselines."""
+    yield from ((method, None) for method in baselines(config))
+    yield from ((method, seed) for method in config.train.methods for seed in config.train.seeds)
+
+
+def evaluate_baselines(config: Config, space: Workspace) -> None:
+    """Full ranking by every baseline on the test split, both with and without the items of the history. In the driver's process."""
+    users = np.arange(space.prepared.num_users)
+    work = [(method, exclude) for method in baselines(config) for exclude in treatments(config)]
+    with stage_progress("baselines", len(work), "rankings") as bar:
+        for done, (method, exclude) in enumerate(work, start=1):
+            path = predictions_file(config, method, None, exclude)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = baseline_predictions(
+                method, space.prepared, users=users, split="test", exclude_seen=exclude, cf_folder=space.folders.cf, data_folder=space.folders.data
+            )
+            found.save(path)
+            bar(done, method)
+
+
+def evaluate_trained(config: Config, space: Workspace, parallel: ParallelState) -> None:
+    """Beam search with the best weights of every trained (method, seed), on all users of the test split. Runs in every worker."""
+    users = np.arange(space.prepared.num_users)
+    lead = dist.get_rank() == 0
+    for method in config.train.methods:
+        for seed in config.train.seeds:
+            backbone = load_weights(build_backbone(config, space, seed), space.folders.training(method, seed) / BEST).to(parallel.device)
+            for exclude in treatments(config):
+                found = evaluate_model(
+                    backbone,
+                    space.prepared,
+                    space.catalogue,
+                    space.trie,
+                    users=users,
+                    split="test",
+                    config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
+                    softmax_scope=objective_of(config, method).softmax_scope,
+                    max_history=config.train.max_history,
+                    parallel=parallel,
+                )
+                if lead:
+                    path = predictions_file(config, method, seed, exclude)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    found.save(path)
+
+
+def collect_rows(config: Config) -> list[dict[str, object]]:
+    """The rows of results.json, recomputed from the saved predictions."""
+    return [
+        Predictions.load(predictions_file(config, method, seed, exclude)).row(method, config.cf.seed if method == "sasrec" else seed or 0)
+        for exclude in treatments(config)
+        for method, seed in evaluated(config)
+    ]
+
+
+def paired_intervals(config: Config) -> list[Interval]:
+    """Paired bootstrap over users of ilrec minus sft and ilrec minus transitions; each user's figure is the mean over seeds."""
+    if "ilrec" not in config.train.methods:
+        return []
+    exclude = config.evaluation.exclude_seen
+    rivals = (["sft"] if "sft" in config.train.methods else []) + ["transitions"]
+    intervals = []
+    for rival in rivals:
+        for metric in ("ndcg@10", "hit@10"):
+            ours, theirs = (_mean_over_seeds(config, method, metric, exclude) for method in ("ilrec", rival))
+            intervals.append(Interval("ilrec", rival, metric, *paired_bootstrap(ours, theirs), exclude_seen=exclude))
+    return intervals
+
+
+def collect_examples(config: Config, space: Workspace) -> list[Example]:
+    """A few users, drawn with a fixed seed, with history, target and what each trained method recommends."""
+    count = min(config.evaluation.examples, space.prepared.num_users)
+    users = np.sort(np.random.default_rng(EXAMPLE_SEED).permutation(space.prepared.num_users)[:count])
+    exclude = config.evaluation.exclude_seen
+    found = {method: Predictions.load(predictions_file(config, method, config.train.seeds[0], exclude)) for method in config.train.methods}
+    return [_example(space, int(user), found) for user in users]
+
+
+def _example(space: Workspace, user: int, found: dict[str, Predictions]) -> Example:
+    prepared = space.prepared
+
+    def title(item: int) -> str:
+        name = prepared.titles[item] if prepared.titles else ""
+        return f"{name} [{prepared.item_ids[item]}]" if name else prepared.item_ids[item]
+
+    sequence = prepared.sequence(user)
+    methods = {}
+    for method, predictions in found.items():
+        place = int(np.searchsorted(predictions.users, user))
+        listed = zip(predictions.items[place], predictions.scores[place], strict=True)
+        methods[method] = [(title(int(item)), float(score)) for item, score in listed if item >= 0][:10]
+    return Example(prepared.user_ids[user], [title(int(item)) for item in sequence[:-1]], title(int(sequence[-1])), methods)
+
+
+def _mean_over_seeds(config: Config, method: str, metric: str, exclude: bool) -> np.ndarray:
+    seeds = config.train.seeds if method in config.train.methods else [None]
+    return np.mean([Predictions.load(predictions_file(config, method, seed, exclude)).per_user()[metric] for seed in seeds], axis=0)
