@@ -48,7 +48,7 @@ class DataConfig:
     items_path: Optional[str] = None  # csv, parquet: a table with the columns item, title and, if wanted, text
     user_column: str = "user"
     item_column: str = "item"
-    time_column: str = "timestamp"
+    time_column: Optional[str] = "timestamp"  # csv, parquet; null: the rows are in chronological order
     min_user_interactions: Positive = 5  # k-core: to the fixed point (generated data are not filtered)
     min_item_interactions: Positive = 5
     max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
@@ -327,9 +327,7 @@ def _check_together(config: Config, source: str) -> None:
     if kv_heads % launch.tp:
         refuse("launch.tp", f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the backbone; choose a tp that does")
     if backbone.vocab_multiple % launch.tp:
-        refuse(
-            "launch.tp", f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}"
-        )
+        refuse("launch.tp", f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}")
     ffn = backbone.ffn_hidden_size or 4 * backbone.hidden_size
     if ffn % launch.tp:
         refuse("launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}")

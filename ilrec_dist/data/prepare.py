@@ -19,14 +19,19 @@ from ilrec_dist.data.ingest import Core, Encoder, Spill, k_core, sort_rows, spil
 from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
 from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
 from ilrec_dist.data.readers.source import Rejects, Source
+from ilrec_dist.data.readers.tables import read_csv, read_parquet, table_files
 from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
 from ilrec_dist.errors import UserError
 
 READERS: dict[str, Callable[[DataConfig], Source]] = {
     "lcrec": read_lcrec,
+    "csv": read_csv,
+    "parquet": read_parquet,
 }
 INPUT_FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
     "lcrec": lcrec_files,
+    "csv": table_files,
+    "parquet": table_files,
 }
 OPTIONAL_FILES = ("true_model.npz", "rejects.jsonl")
 ROW_GROUP = 1_000_000

@@ -18,14 +18,14 @@ class Rejects:
     allowed: int = 0
     rows: list[dict[str, str | int]] = field(default_factory=list)
 
-    def add(self, path: Path, line: int, reason: str, text: str = "") -> None:
+    def add(self, path: Path, line: int, reason: str, text: str = "", unit: str = "line") -> None:
         """Raises UserError naming file and line when no more bad rows are tolerated."""
         if len(self.rows) >= self.allowed:
             raise UserError(
-                f"{path}: line {line}: {reason}"
+                f"{path}: {unit} {line}: {reason}"
                 + (f" (bad row {len(self.rows) + 1}; data.max_bad_rows allows {self.allowed})" if self.allowed else "; mend it or set data.max_bad_rows")
             )
-        self.rows.append({"file": str(path), "line": line, "reason": reason, "text": text[:1000]})
+        self.rows.append({"file": str(path), unit: line, "reason": reason, "text": text[:1000]})
 
 
 @dataclass(frozen=True)
