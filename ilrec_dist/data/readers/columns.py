@@ -48,11 +48,9 @@ class Times:
         known = text.drop_null()
         if self.kind is None and len(known):
             first = known[0].as_py()
-            self.kind = next(
-                (kind for kind, pattern in (("integer", INTEGER), ("decimal", DECIMAL)) if _matches(pa.array([first]), pattern)[0].as_py()), "date"
-            )
-        if self.kind == "date":
-            return _dates(text)
+            self.kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, first)), "date")
+        if self.kind in ("date", "zoned date"):
+            return _dates(text, pa.timestamp("ms", "UTC" if self.kind == "zoned date" else None))
         good = pc.match_substring_regex(text, KINDS[self.kind or "integer"])
         text = pc.if_else(good, text, pa.scalar(None, pa.string()))
         return text.cast(pa.int64()) if self.kind == "integer" else self._thousandths(text.cast(pa.float64()))
