@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         command = _command(commands, name, what, example)
         _add_config(command)
         if name in ("run", "train"):
-            command.add_argument("--resume", action="store_true", help="insist on going on with the run in the folder; refuse a folder of another configuration")
+            command.add_argument("--resume", action="store_true", help="go on with the run in the folder; refuse a folder of another configuration")
         command.set_defaults(call=_stage, command=name, resume=False)
     command = _command(commands, "recommend", "recommend items for new histories with a trained run", _RECOMMEND_EXAMPLE)
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
@@ -64,7 +64,8 @@ _RECOMMEND_EXAMPLE = "example:\n  ilrec recommend runs/quickstart --histories ne
 
 
 def _command(commands: argparse._SubParsersAction, name: str, what: str, epilog: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sentence = what[0].upper() + what[1:] + "."
+    return commands.add_parser(name, help=what, description=sentence, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

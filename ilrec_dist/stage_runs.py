@@ -85,7 +85,7 @@ def evaluate(config: Config, fingerprint: str) -> None:
 
     folder = RunFolders(config.run_dir).evaluation
     folder.mkdir(parents=True, exist_ok=True)
-    evaluate_baselines(Workspace(config), folder)
+    evaluate_baselines(config, Workspace(config))
     run_workers(config, Job.of("evaluate", config, folder))
 
 
@@ -97,7 +97,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
-    rows, intervals = collect_rows(config, space), paired_intervals(config, space)
+    rows, intervals = collect_rows(config), paired_intervals(config)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     dataset = Path(config.data.path).name if config.data.path else "synthetic"
     results = write_results(config.run_dir / RESULTS_FILE, dataset, rows, sum(stage_seconds.values()), stage_seconds, intervals=intervals)

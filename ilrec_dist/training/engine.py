@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
-from ilrec_dist.backbone.mpu import DeepSpeedMPU
+from ilrec_dist.backbone.mpu import DeepSpeedMPU, import_deepspeed
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.config import TrainConfig
 
@@ -23,14 +22,15 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 1 << 62,
+        "communication_data_type": "fp32",
+        "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,
     }
 
 
-def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> deepspeed.DeepSpeedEngine:
+def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> Any:
     """Wrap `module`. The engine averages the loss over ranks and micro-batches, so losses come scaled by dp × accumulation_steps / N."""
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=module,
         optimizer=adamw(module, config),
         config=deepspeed_config(config, parallel.dp),

@@ -66,7 +66,7 @@ def _run(job: Job) -> None:
         else:
             from ilrec_dist.evaluation.stage import evaluate_trained
 
-            evaluate_trained(config, Path(job.folder), space, parallel)
+            evaluate_trained(config, space, parallel)
     finally:
         destroy_parallel()
 
