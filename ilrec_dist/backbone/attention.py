@@ -25,19 +25,18 @@ class LayerCache:
 class Cache:
     """What decoding remembers of a batch of users with equally long prefixes. Changed in place by `Backbone.decode`."""
 
-    batch: int
     prefix: int  # tokens of the prefix, S
     suffix: int = 0  # tokens decoded so far, T
-    beams: int = 0  # K of the last step
     layers: list[LayerCache] = field(default_factory=list)
 
     def reorder(self, parents: Tensor) -> None:
         """Beam k of user b goes on from beam parents[b, k] (int64 [B, K']) of the step before. The prefix is shared and stays."""
         for layer in self.layers:
             if layer.suffix_key is not None and layer.suffix_value is not None:
-                index = parents[:, :, None, None, None].expand(-1, -1, *layer.suffix_key.shape[2:])
-                layer.suffix_key = layer.suffix_key.gather(1, index)
-                layer.suffix_value = layer.suffix_value.gather(1, index)
+                first = torch.arange(len(parents), device=parents.device)[:, None] * layer.suffix_key.shape[1]
+                index = (first + parents).flatten()
+                layer.suffix_key = layer.suffix_key.flatten(0, 1).index_select(0, index).unflatten(0, parents.shape)
+                layer.suffix_value = layer.suffix_value.flatten(0, 1).index_select(0, index).unflatten(0, parents.shape)
 
 
 class CoreAttention(torch.nn.Module):
@@ -62,7 +61,7 @@ class CoreAttention(torch.nn.Module):
             return self._decode(query, key, value, cache.layers[self.index])
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
-            cache.layers.append(LayerCache(key, value))
+            cache.layers.append(LayerCache(key.contiguous(), value.contiguous()))  # copies: the originals are views into queries, keys and values
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
@@ -77,12 +76,14 @@ class CoreAttention(torch.nn.Module):
         assert layer.prefix_key is not None and layer.prefix_value is not None
         batch, beams, heads, width = query.shape
         groups = key.shape[2]
-        scale = self.scale if self.scale is not None else width**-0.5
-        grouped = query.view(batch, beams, groups, heads // groups, width) * scale
         # b user, k beam, g key/value head, r query head of the group, s prefix position, t suffix position, d head_dim
-        over_prefix = torch.einsum("bkgrd,bgsd->bkgrs", grouped, layer.prefix_key)
-        over_suffix = torch.einsum("bkgrd,bktgd->bkgrt", grouped, layer.suffix_key)
-        weights = torch.cat((over_prefix, over_suffix), dim=-1).float().softmax(dim=-1).to(value.dtype)
+        query = query.view(batch, beams, groups, heads // groups, width) * (self.scale if self.scale is not None else width**-0.5)
+        by_group = query.permute(0, 2, 1, 3, 4).flatten(2, 3)  # b g kr d: one matrix product per user and group for the shared prefix
+        over_prefix = (by_group @ layer.prefix_key.transpose(2, 3)).unflatten(2, (beams, -1))  # b g k r s
+        # the suffixes are a few tokens long and differ by beam: elementwise beats thousands of tiny matrix products
+        over_suffix = (query.float().unsqueeze(2) * layer.suffix_key.unsqueeze(4)).sum(-1).permute(0, 3, 1, 4, 2)  # b g k r t
+        weights = torch.cat((over_prefix.float(), over_suffix), dim=-1).softmax(dim=-1)
         of_prefix, of_suffix = weights.split((over_prefix.shape[-1], over_suffix.shape[-1]), dim=-1)
-        out = torch.einsum("bkgrs,bgsd->bkgrd", of_prefix, layer.prefix_value) + torch.einsum("bkgrt,bktgd->bkgrd", of_suffix, layer.suffix_value)
-        return out.reshape(batch, beams, heads * width)
+        from_prefix = (of_prefix.flatten(2, 3).to(value.dtype) @ layer.prefix_value).unflatten(2, (beams, -1)).permute(0, 2, 1, 3, 4)  # b k g r d
+        from_suffix = (of_suffix.permute(0, 2, 4, 1, 3).unsqueeze(-1) * layer.suffix_value.unsqueeze(4)).sum(2)  # b k g r d
+        return (from_prefix + from_suffix).to(value.dtype).flatten(2)

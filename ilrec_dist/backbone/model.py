@@ -91,7 +91,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> tuple[Tensor, Cache]:
         """Run a batch of equally long prefixes, int64 [B, S], no padding → n^L of the last position [B, d] and the cache for `decode`."""
-        cache = Cache(batch=tokens.shape[0], prefix=tokens.shape[1])
+        cache = Cache(prefix=tokens.shape[1])
         hidden = self._run(tokens, 0, cache)
         return self._norm(hidden[:, -1]), cache
 

@@ -52,6 +52,7 @@ def initialize_parallel(tp: int, device: Literal["cpu", "cuda"] = "cpu", seed: i
         if "RANK" in os.environ:
             dist.init_process_group(backend, init_method="env://")
         else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world_size = dist.get_world_size()
     if world_size % tp:

@@ -86,11 +86,11 @@ def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: s
         assert torch.equal(two[0][name], noise[name]) and torch.equal(two[1][name], noise[name]) and torch.equal(back[name], noise[name]), name
 
 
-def decode_error(mesh: Mesh, config: BackboneConfig) -> float:
+def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
     """Beams with crossing parents, decoded with the cache and by a full forward of each beam's own tokens: the largest difference."""
     initialize_parallel(mesh.tp, "cpu")
     try:
-        model = Backbone(config, VOCAB, POSITIONS, seed=3).eval()
+        model = Backbone(config, VOCAB, POSITIONS, precision=precision, seed=3).eval()
         generator = torch.Generator().manual_seed(2)
         users, prefix = 3, 7
         tokens = torch.randint(0, VOCAB, (users, prefix), generator=generator)
@@ -115,7 +115,11 @@ def decode_error(mesh: Mesh, config: BackboneConfig) -> float:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("config", [GPT2, GPT2_GQA, LLAMA, LLAMA_MHA], ids=["learned-mha", "learned-gqa", "rope-gqa", "rope-mha"])
 def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> None:
-    assert max(run_distributed(decode_error, tp, tp, config)) < 1e-5
+    assert max(run_distributed(decode_error, tp, tp, config, "fp32")) < 1e-5
+
+
+def test_decoding_in_bf16() -> None:
+    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1  # hidden states of size 1, 8 bits
 
 
 def taps_and_padding(mesh: Mesh) -> None:
