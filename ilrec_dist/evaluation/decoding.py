@@ -69,16 +69,16 @@ class SearchSpace:
 
     def children(self, p: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """nodes int64 [B, K] at depth p, -1 for none → their children, padded: (nodes at depth p + 1, tokens, is there one), each [B, K, c]."""
-        start = self._child_start[p][nodes.clamp(min=0)]
-        count = (self._child_start[p][nodes.clamp(min=0) + 1] - start) * (nodes >= 0)
+        start, count = self._child_start[p][nodes.clamp(min=0)], self.num_children(p, nodes)
         offset = torch.arange(max(1, int(count.max())), device=nodes.device)
         exists = offset < count[..., None]
         child = torch.where(exists, start[..., None] + offset, 0)
         return child, self._token[p + 1][child], exists
 
-    def most_children(self, p: int, nodes: Tensor) -> int:
+    def num_children(self, p: int, nodes: Tensor) -> Tensor:
+        """int64 [B, K]: how many continuations the nodes at depth p have; 0 for -1."""
         known = nodes.clamp(min=0)
-        return max(1, int((self._child_start[p][known + 1] - self._child_start[p][known]).max()))
+        return (self._child_start[p][known + 1] - self._child_start[p][known]) * (nodes >= 0)
 
     def closed(self, excluded: ItemSets, device: torch.device | str) -> list[Tensor]:
         """Per depth 1 … C, the nodes with no item left to a user once theirs are taken away: sorted keys row · num_nodes + node."""
@@ -130,16 +130,30 @@ def beam_search(
     scores = torch.zeros(len(tokens), 1, device=tokens.device)
     for p in range(space.depth):
         width = min(beam, space.trie.num_nodes(p + 1))
-        wide = nodes.shape[1] * max(space.most_children(p, nodes), head.width(space.token_range[p]))
+        wide = nodes.shape[1] * max(1, int(space.num_children(p, nodes).max()), head.width(space.token_range[p]))
         users = max(1, ELEMENTS_AT_ONCE // wide)
         parts = [
             _extend(head, space, p, nodes[at : at + users], scores[at : at + users], hidden[at : at + users], width, at, closed)
             for at in range(0, len(tokens), users)
         ]
         nodes, scores, chosen, parents = (torch.cat(column) for column in zip(*parts, strict=True))
-        if p + 1 < space.depth:
-            hidden = model.decode(cache, chosen, parents if p else None)
+        if p + 2 < space.depth or (p + 2 == space.depth and softmax_scope == "all"):
+            hidden = model.decode(cache, chosen, parents)
+        elif p + 2 == space.depth:
+            hidden = _decode_where_it_matters(model, cache, chosen, parents, space.num_children(p + 1, nodes) > 1)
     return Beams(nodes, scores)
+
+
+def _decode_where_it_matters(model: Decoder, cache: Any, tokens: Tensor, parents: Tensor, branches: Tensor) -> Tensor:
+    """The last decoding step under `valid_next`: hidden states [B, K, d] of the beams that branch, anything for the others.
+
+    Where a prefix has one continuation its log p is 0 whatever the model says; with semantic IDs that is most of the last codes.
+    """
+    most = max(1, int(branches.sum(1).max()))
+    order = branches.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+    found = model.decode(cache, tokens.gather(1, order), parents.gather(1, order))
+    hidden = found.new_zeros(*tokens.shape, found.shape[2])
+    return hidden.scatter(1, order[..., None].expand_as(found), found)
 
 
 def _extend(

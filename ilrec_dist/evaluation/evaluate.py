@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.config import EvaluationConfig
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.evaluation.counting import count_training, popularity_scores, transition_scores
-from ilrec_dist.evaluation.decoding import ItemSets, RankedItems, SearchSpace, SoftmaxScope, beam_search, expand
+from ilrec_dist.evaluation.decoding import RankedItems, SearchSpace, SoftmaxScope
+from ilrec_dist.evaluation.histories import Histories, Progress, rank_histories
 from ilrec_dist.evaluation.metrics import UNRANKED, ranks_of_scores
 from ilrec_dist.evaluation.predictions import Predictions, join
 from ilrec_dist.items.catalogue import Catalogue
@@ -26,7 +25,6 @@ LISTED = 20  # items that a baseline's predictions keep
 SCORES_AT_ONCE = 1 << 22
 
 Scorer = Callable[[np.ndarray], np.ndarray]  # users int64 [n] → scores float [n, num_items]
-Progress = Callable[[int, int], Any]  # (users done, users in all) on this data-parallel rank
 
 
 def evaluate_model(
@@ -45,40 +43,24 @@ def evaluate_model(
 ) -> Predictions:
     """Beam search for `users` (distinct, int [n]) on `split` ("validation" or "test"); returns all users' predictions on every rank.
 
-    The input is the last `max_history` items of the history, all of which counts as seen. Batches are of users with equally long inputs,
-    dealt over the data-parallel ranks; the ranks of a tensor-parallel group work on the same ones. Collective over `parallel`.
+    The input is the last `max_history` items of the history, all of which counts as seen. Collective over `parallel`: users are dealt over
+    the data-parallel ranks, and the ranks of a tensor-parallel group work on the same ones.
     """
-    batches = _batches_by_length(prepared, np.asarray(users, np.int64), split, max_history, config.batch_size)
-    mine = batches[parallel.dp_rank :: parallel.dp]
-    space = SearchSpace(trie, parallel.device)
-    was_training = backbone.training
-    backbone.eval()
-    parts, done, total = [], 0, sum(len(batch) for _, batch in mine)
-    for length, batch in mine:
-        stop = prepared.history_stop(split)[batch]
-        history = prepared.items[stop[:, None] + np.arange(-length, 0)]
-        tokens = torch.from_numpy(catalogue.item_tokens(history).reshape(len(batch), -1).astype(np.int64)).to(parallel.device)
-        excluded = _seen(prepared, batch, split) if config.exclude_seen else None
-        beams = beam_search(
-            backbone,
-            space,
-            tokens,
-            vocab_size=catalogue.vocab_size,
-            beam=config.beam,
-            softmax_scope=softmax_scope,
-            excluded=excluded,
-            tp_group=parallel.tp_group,
-        )
-        parts.append(_predictions(batch, prepared.targets(split)[batch], expand(space, beams, excluded), config.exclude_seen))
-        done += len(batch)
-        if progress is not None:
-            progress(done, total)
-    backbone.train(was_training)
-    if parallel.dp > 1:
-        gathered: list[list[Predictions]] = [[] for _ in range(parallel.dp)]
-        dist.all_gather_object(gathered, parts, group=parallel.dp_group)
-        parts = [part for rank in gathered for part in rank]
-    return join(parts)
+    users = np.asarray(users, np.int64)
+    found = rank_histories(
+        backbone,
+        SearchSpace(trie, parallel.device),
+        Histories(prepared.items, prepared.offsets[users], prepared.history_stop(split)[users]),
+        beam=config.beam,
+        batch_size=config.batch_size,
+        softmax_scope=softmax_scope,
+        max_history=max_history,
+        exclude_seen=config.exclude_seen,
+        parallel=parallel,
+        progress=progress,
+    )
+    targets = prepared.targets(split)[users].astype(np.int64)
+    return join([_predictions(users[rows], targets[rows], ranked, config.exclude_seen) for rows, ranked in found])
 
 
 def baseline_predictions(
@@ -102,7 +84,7 @@ def rank_all(score: Scorer, prepared: Prepared, *, users: np.ndarray, split: str
     for batch in _slices(users, max(1, SCORES_AT_ONCE // prepared.num_items)):
         scores = np.array(score(batch))  # a copy: what is seen is struck out below
         if exclude_seen:
-            seen = _seen(prepared, batch, split)
+            seen = Histories(prepared.items, prepared.offsets[batch], prepared.history_stop(split)[batch]).seen(np.arange(len(batch)))
             scores[seen.rows, seen.items] = -np.inf
         targets = prepared.targets(split)[batch].astype(np.int64)
         ranks = ranks_of_scores(scores, targets)
@@ -151,20 +133,7 @@ def _predictions(users: np.ndarray, targets: np.ndarray, ranked: RankedItems, ex
     beam = np.where(found, (ranked.beam * hit).sum(axis=1), -2)  # -2: no beam, nor padding
     same = ranked.beam == beam[:, None]
     tie_start = np.where(found, same.argmax(axis=1), UNRANKED) if ranked.items.shape[1] else np.full(len(users), UNRANKED)
-    return Predictions(users, targets.astype(np.int64), ranked.items, ranked.scores, tie_start, np.maximum(same.sum(axis=1), 1), exclude_seen)
-
-
-def _batches_by_length(prepared: Prepared, users: np.ndarray, split: str, max_history: int, size: int) -> list[tuple[int, np.ndarray]]:
-    """(input length in items, users) in descending length, so that the first batch is the largest and a short one ends the work."""
-    lengths = np.minimum(prepared.history_stop(split)[users] - prepared.offsets[users], max_history)
-    if len(users) == 0 or lengths.min() < 1:
-        raise ValueError(f"evaluation needs users, each with a history before the {split} target")
-    return [(int(length), batch) for length in np.unique(lengths)[::-1] for batch in _slices(users[lengths == length], size)]
-
-
-def _seen(prepared: Prepared, users: np.ndarray, split: str) -> ItemSets:
-    stops = prepared.history_stop(split)
-    return ItemSets.of([prepared.items[prepared.offsets[user] : stops[user]] for user in users])
+    return Predictions(users, targets, ranked.items, ranked.scores, tie_start, np.maximum(same.sum(axis=1), 1), exclude_seen)
 
 
 def _slices(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
