@@ -23,6 +23,7 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 T = TypeVar("T")
 
 
+@typing.dataclass_transform(frozen_default=True)
 def section(cls: type[T]) -> type[T]:
     """A frozen dataclass of the tree that refuses unknown keys."""
     cls = dataclass(frozen=True)(cls)
@@ -85,6 +86,8 @@ class CFConfig:
     weight_decay: NonNegativeFloat = 0.0
     cf_folds: Annotated[int, Ge(1)] = 2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
     rewards: Literal["in_process", "actor"] = "in_process"
+    reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = "auto"  # scan: the whole catalogue, exact; auto: scan up to 65,536 items, else ivf_pq
+    reward_shards: Positive = 1  # ranges of the catalogue that separate reward actors may hold
     seed: int = 0
 
 

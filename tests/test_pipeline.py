@@ -84,7 +84,9 @@ def test_moving_the_input_changes_nothing(source):
 )
 def test_each_key_reruns_what_it_is_relevant_to(source, override, changed):
     before, after = Run(config_of(source)), Run(config_of(source, override))
-    assert {name for name in ("prepare", "index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate") if before.fingerprint(name) != after.fingerprint(name)} == changed
+    assert {
+        name for name in ("prepare", "index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate") if before.fingerprint(name) != after.fingerprint(name)
+    } == changed
 
 
 def test_a_stage_refuses_to_stand_on_what_is_missing_or_of_another_configuration(source):

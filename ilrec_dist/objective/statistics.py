@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from ilrec_kernels import RowStats
@@ -62,9 +64,14 @@ class StatisticsSum:
             f"negatives/mean{suffix}": by_name["negatives"] / rows,
             f"negatives/empty{suffix}": by_name["empty"] / rows,
             f"negatives/capped{suffix}": by_name["capped"] / rows,
-            f"negatives/valid_next{suffix}": by_name["valid_next"] / max(by_name["negatives"], 1.0),
-            f"rewards/coverage{suffix}": by_name["covered"] / max(with_negatives, 1.0),
+            f"negatives/valid_next{suffix}": _share(by_name["valid_next"], by_name["negatives"]),
+            f"rewards/coverage{suffix}": _share(by_name["covered"], with_negatives),
         }
         if not suffix:
             means |= {f"kl/layer{layer}": float(value) / rows for layer, value in zip(self.layers, sums[len(NAMES) :], strict=True)}
         return means
+
+
+def _share(part: float, whole: float) -> float:
+    """NaN of nothing: the log writes null, and a curve skips the point."""
+    return part / whole if whole else math.nan

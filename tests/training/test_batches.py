@@ -1,0 +1,68 @@
+"""A batch's rows are the positions whose next token belongs to a target item, dealt over ranks and accumulation steps without loss."""
+
+import numpy as np
+import pytest
+
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.training.batches import PAD, BatchMaker, micro_batches, prefetched
+from ilrec_dist.training.windows import training_windows
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.fixture(scope="module")
+def maker() -> BatchMaker:
+    lengths = RNG.integers(3, 40, 60)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = RNG.integers(0, 50, offsets[-1]).astype(np.int32)
+    prepared = Prepared(items, offsets, [str(u) for u in range(60)], [str(i) for i in range(50)])
+    catalogue = make_catalogue(RNG.integers(0, 5, (50, 3)), [5, 5, 5])
+    return BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 8, "all"))
+
+
+def test_rows_targets_and_candidates_match_the_definition(maker):
+    numbers = RNG.permutation(len(maker.windows))[:17]
+    batch = maker.make(numbers, step_rows=5)
+    depth = maker.catalogue.depth
+    expected_rows, expected_targets, width = [], [], batch.tokens.shape[1]
+    part = maker.windows.take(numbers)
+    for b, (user, start, target, stop) in enumerate(zip(part.user, part.start, part.target, part.stop, strict=True)):
+        tokens = maker.catalogue.item_tokens(maker.prepared.sequence(user)[start:stop]).reshape(-1)
+        assert batch.tokens[b, : len(tokens) - 1].tolist() == tokens[:-1].tolist() or width < len(tokens) - 1
+        assert (batch.tokens[b, len(tokens) :] == PAD).all()
+        for place in range(target - start, stop - start):
+            for level in range(depth):
+                expected_rows.append(b * width + place * depth + level - 1)
+                expected_targets.append(tokens[place * depth + level])
+    assert batch.rows.tolist() == expected_rows
+    assert batch.targets.tolist() == expected_targets
+    items = [maker.prepared.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]
+    assert maker.catalogue.item_tokens(np.array(items)).reshape(-1).tolist() == expected_targets
+    for row, target in enumerate(expected_targets):
+        assert target in batch.candidate_tokens[batch.candidate_indptr[row] : batch.candidate_indptr[row + 1]]
+
+
+def test_no_windows_give_one_padded_sequence_without_rows(maker):
+    batch = maker.make(np.array([], dtype=np.int64), step_rows=3)
+    assert batch.tokens.shape[0] == 1 and len(batch.rows) == len(batch.targets) == 0 and batch.candidate_indptr.tolist() == [0]
+
+
+@pytest.mark.parametrize(("dp", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+def test_micro_batches_deal_out_every_window_once(dp, accumulation):
+    step = RNG.permutation(100)[:23]
+    parts = [part for rank in range(dp) for part in micro_batches(step, rank, dp, accumulation)]
+    assert sorted(np.concatenate(parts)) == sorted(step)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
+    plan = [(np.array([i]), i) for i in range(9)]
+    assert [ready.batch.step_rows for ready in prefetched(iter(plan), maker.make, None)] == list(range(9))
+
+    def broken(numbers, rows):
+        raise RuntimeError("no such window")
+
+    with pytest.raises(RuntimeError, match="no such window"):
+        next(prefetched(iter(plan), broken, None))

@@ -1,0 +1,51 @@
+"""Every training item after a user's first is a target exactly once, whatever the window; the step order is a function of seed and epoch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_windows
+
+
+def prepared_with(lengths: list[int]) -> Prepared:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = np.arange(offsets[-1], dtype=np.int32)
+    return Prepared(items, offsets, [str(u) for u in range(len(lengths))], [str(i) for i in range(len(items))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(3, 60), min_size=1, max_size=20), st.integers(1, 25), st.sampled_from(["all", "last"]))
+def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history, targets):
+    prepared = prepared_with(lengths)
+    windows = training_windows(prepared, max_history, targets)
+    found = [(int(u), p) for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True) for p in range(a, b)]
+    assert sorted(found) == [(u, p) for u, n in enumerate(lengths) for p in range(1, n - 2)]
+    assert (windows.start < windows.target).all() and (windows.target < windows.stop).all()
+    assert (windows.stop - windows.start <= max_history + 1).all()
+    assert windows.num_targets == len(found)
+    # the context of every target is at least min(its place, half of max_history) items
+    assert (windows.target - windows.start >= np.minimum(windows.target, max(max_history // 2, 1))).all()
+
+
+@given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 3), st.integers(0, 3))
+def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(users, batch, seed, epoch):
+    windows = training_windows(prepared_with(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all")
+    steps = epoch_steps(windows, batch, seed, epoch)
+    assert len(steps) == steps_per_epoch(windows, batch)
+    assert sorted(np.concatenate(steps)) == list(range(len(windows)))
+    assert all(np.array_equal(a, b) for a, b in zip(steps, epoch_steps(windows, batch, seed, epoch), strict=True))
+    assert all(len(step) <= batch for step in steps)
+
+
+def test_epochs_and_seeds_differ():
+    windows = training_windows(prepared_with([10] * 300), 20, "all")
+    first = np.concatenate(epoch_steps(windows, 32, 0, 0))
+    assert not np.array_equal(first, np.concatenate(epoch_steps(windows, 32, 0, 1)))
+    assert not np.array_equal(first, np.concatenate(epoch_steps(windows, 32, 1, 0)))
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_users_with_one_training_item_have_no_target(targets):
+    assert len(training_windows(prepared_with([3, 3]), 20, targets)) == 0
