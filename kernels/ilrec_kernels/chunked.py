@@ -370,7 +370,7 @@ def back_project(
             chunk.z_layers[..., : inside.start] = 0
             chunk.z_layers[..., inside.stop :] = 0
             both = chunk.z_final._base if chunk.z_final._base is not None else chunk.z_final
-            jobs.append((both.view(-1, len(plan.layers)), chunk.x.flatten(0, 1), grad_x.flatten(0, 1), weights[0], plan.layers))
+            jobs.append((both.view(plan.streams * chunk.n, len(plan.layers)), chunk.x.flatten(0, 1), grad_x.flatten(0, 1), weights[0], plan.layers))
             students = None
             stacked = True
         else:

@@ -96,6 +96,10 @@ def make_plan(p: Problem) -> Plan:
     width += len(negatives) if negatives else 0
     width += 2 * streams * d + 64
     rows = max(1, total * 5 // 8 // (width * size))
+    if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
+        agreed = torch.tensor(rows, device=p.head.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
+        rows = int(agreed)
     rows = min(max(1, p.n), rows)
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
     pair_budget = max(1, total // 4 // (48 + 3 * streams * size))

@@ -21,20 +21,28 @@ class Case:
 
 
 def make_case(
-    n: int = 37, d: int = 16, v: int = 61, m: int = 2, seed: int = 0, std: float = 2.0, dtype: torch.dtype = torch.float32, **options: Any
+    n: int = 37,
+    d: int = 16,
+    v: int = 61,
+    m: int = 2,
+    seed: int = 0,
+    std: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+    longest: int = 200,
+    **options: Any,
 ) -> Case:
-    """Layers that agree in part, as real ones do; lists of 1 … v/2 tokens of which some are shared by many rows, always with the target."""
+    """Layers that agree in part, as real ones do; lists of 1 … min(v/2, longest) tokens of which some are shared by many rows, always with the target."""
     g = torch.Generator().manual_seed(seed)
     common = torch.randn(n, d, generator=g, dtype=torch.float64)
     hidden = [(common + 0.7 * torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype) for _ in range(m + 1)]
     head = (torch.randn(v, d, generator=g, dtype=torch.float64) * (std / (1.22 * d**0.5))).to(dtype)
-    shared = [torch.randperm(v, generator=g)[: max(1, v // 2)].sort().values for _ in range(2)]
+    shared = [torch.randperm(v, generator=g)[: max(1, min(v // 2, longest))].sort().values for _ in range(2)]
     targets, lists = [], []
     for i in range(n):
         if i % 2:
             tokens = shared[i // 2 % 2]
         else:
-            tokens = torch.randperm(v, generator=g)[: 1 + int(torch.randint(0, max(1, v // 4), (1,), generator=g))].sort().values
+            tokens = torch.randperm(v, generator=g)[: 1 + int(torch.randint(0, max(1, min(v // 4, longest)), (1,), generator=g))].sort().values
         lists.append(tokens)
         targets.append(tokens[int(torch.randint(0, len(tokens), (1,), generator=g))])
     lengths = torch.tensor([0] + [len(t) for t in lists])

@@ -1,0 +1,114 @@
+"""Vocabulary-parallel calls against one process, rows spread over ranks and steps, and the workspace (METHOD.md §7, §8.3, 4, 6)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ilrec_kernels import TokenLists, cross_layer_loss
+
+from tests.helpers import Mesh, run_distributed
+from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
+
+
+def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
+    """Each case with this rank's shard of the head; edges beyond the vocabulary are padding, filled with large values."""
+    out = []
+    start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
+    for case in cases:
+        padded = torch.cat([case.head, torch.full((max(0, edges[-1] - len(case.head)), case.head.shape[1]), 9.0, dtype=case.head.dtype)])
+        out.append(run_case(case, backend, head=padded[start:stop], vocab=(start, stop), tp_group=mesh.tp_group, loss_scale=0.1))
+    return out
+
+
+def whole(outcomes: list[Outcome], case: Case) -> Outcome:
+    """One outcome from the ranks': the head's shards put together, everything else the same on each."""
+    head = torch.cat([o.head for o in outcomes if o.head is not None])
+    assert not head[len(case.head) :].any()
+    for other in outcomes[1:]:
+        assert torch.equal(other.output.loss, outcomes[0].output.loss)
+        for a, b in zip(outcomes[0].hidden, other.hidden, strict=True):
+            assert torch.equal(a, b) if a is not None and b is not None else a is b
+    return replace(outcomes[0], head=head[: len(case.head)])
+
+
+def parallel_cases(dtype: torch.dtype) -> list[Case]:
+    base: dict[str, Any] = dict(max_negatives=5, mu=0.5, crr_lambda=0.3, dtype=dtype)
+    scattered = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 56])
+    return [
+        make_case(**base),
+        make_case(softmax_scope="valid_next", distill_scope="valid_next", **base),
+        make_case(softmax_scope="valid_next", negative_scope="item_tokens", item_tokens=scattered, penalty="multiplicative", **base),
+        make_case(negative_scope="all", distill_scope="all", workspace_bytes=60_000, **base),
+        make_case(negative_scope="item_tokens", distill_scope="valid_next", negatives_from="final", **base),
+        make_case(negative_scope="all", negative_threshold=1e-3, **base),
+        make_case(beta=0.0, mu=0.0, crr_lambda=0.0, dtype=dtype),
+        make_case(beta=0.0, mu=0.0, crr_lambda=0.0, softmax_scope="valid_next", dtype=dtype),
+        make_case(n=1, **base),
+        make_case(n=0, **base),
+    ]
+
+
+@pytest.mark.parametrize("edges", [[0, 64], [0, 32, 64], [0, 7, 61], [0, 61, 61], [0, 0, 64], [0, 16, 32, 48, 64], [0, 40, 40, 59, 72], [0, 61, 61, 64, 80]])
+def test_shards_give_what_one_process_gives(edges):
+    tp = len(edges) - 1
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        cases = parallel_cases(dtype)
+        ranks = run_distributed(sharded, tp, tp, cases, edges, "torch")
+        for i, case in enumerate(cases):
+            assert_close(whole([r[i] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), tolerance)
+    ranks = run_distributed(sharded, tp, tp, cases[:1], edges, "reference")
+    assert_close(whole([r[0] for r in ranks], cases[0]), run_case(cases[0], "reference", loss_scale=0.1), 1e-5)
+
+
+def test_ties_across_shards_go_to_the_lower_token():
+    case = make_case(n=12, v=64, negative_scope="all", max_negatives=3, dtype=torch.float64)
+    # small integers: equal logits are equal to the bit whatever the order of the sums
+    hidden = [(2 * h).round() for h in case.hidden]
+    case = replace(case, hidden=hidden, head=(2 * case.head[:8]).round().repeat(8, 1), targets=case.targets % 8)
+    ranks = run_distributed(sharded, 4, 4, [case], [0, 16, 32, 48, 64], "torch")
+    assert_close(whole([r[0] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-9)
+
+
+def split_rows(case: Case, begin: int, end: int) -> Case:
+    low, high = int(case.lists.indptr[begin]), int(case.lists.indptr[end])
+    lists = TokenLists(case.lists.indptr[begin : end + 1] - low, case.lists.tokens[low:high])
+    return Case([h[begin:end] for h in case.hidden], case.head, case.targets[begin:end], lists, case.rewards[low:high], case.options)
+
+
+def accumulated(mesh: Mesh, case: Case, cuts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """This data-parallel rank's micro-batches, [cut[i], cut[i+1]) each; the head's gradient is summed over ranks."""
+    n, mine = len(case.targets), cuts[mesh.dp_rank]
+    head = case.head.clone().requires_grad_()
+    total, hidden_grads = torch.zeros((), dtype=head.dtype), []
+    for begin, end in zip(mine, mine[1:], strict=False):
+        part = split_rows(case, begin, end)
+        hidden = [h.clone().requires_grad_() for h in part.hidden]
+        out = cross_layer_loss(hidden[0], hidden[1:], head, part.targets, part.lists, part.rewards, part.options, loss_scale=1 / n)
+        out.loss.backward()
+        total += out.loss.detach()
+        hidden_grads.append(torch.stack([h.grad if h.grad is not None else torch.zeros_like(h) for h in hidden]))
+    dist.all_reduce(total)
+    assert head.grad is not None
+    dist.all_reduce(head.grad)
+    return total, head.grad, hidden_grads
+
+
+@pytest.mark.parametrize("cuts", [[[0, 27], [27, 36]], [[0, 5, 6, 27], [27, 36]], [[0, 36], [36, 36]]])
+def test_uneven_rows_and_accumulation_equal_one_batch(cuts):
+    case = make_case(n=36, mu=0.5, crr_lambda=0.3, dtype=torch.float64)
+    # the second rank's rows have no negatives: the target is far above every other token in the layers
+    for h in case.hidden[1:]:
+        h[27:] = 40 * case.head[case.targets[27:]]
+    expected = run_case(case, loss_scale=1 / 36)
+    assert not expected.output.rows.num_negatives[27:].any() and expected.output.rows.num_negatives[:27].any()
+    ranks = run_distributed(accumulated, 2, 1, case, cuts)
+    for total, head_grad, _ in ranks:
+        torch.testing.assert_close(total, expected.output.loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(head_grad, expected.head, rtol=1e-10, atol=1e-12)
+    for stream, grad in enumerate(expected.hidden):
+        rows = torch.cat([part[stream] for _, _, parts in ranks for part in parts])
+        torch.testing.assert_close(rows, grad, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,88 @@
+"""No tensor of rows × vocabulary: what is alive during a call, counted tensor by tensor and by resident memory (METHOD.md §8.4)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.kernels.cases import make_case, run_case
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made inside; `largest` of one and `peak` of all at once. Storages in `free` are not counted."""
+
+    def __init__(self, free: list[int]) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self.free, self.seen = free, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen or size in self.free:
+            return
+        self.seen.add(key)
+        self.live += size
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+        weakref.finalize(storage, self.release, key, size)
+
+    def release(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+SETTINGS: list[dict[str, Any]] = [
+    dict(),
+    dict(negative_scope="all", distill_scope="all"),
+    dict(negative_scope="item_tokens", softmax_scope="valid_next"),
+    dict(softmax_scope="valid_next", distill_scope="valid_next"),
+    dict(beta=0.0, mu=0.0, crr_lambda=0.0),
+    dict(negative_scope="all", distill_scope="all", dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_nothing_exceeds_the_workspace(settings):
+    n, v, d = 256, 3000, 24
+    workspace = n * v * 4 // 5
+    case = make_case(n=n, v=v, d=d, workspace_bytes=workspace, item_tokens=(0, v), **settings)
+    free = [n * d * 4, n * d * 2, v * d * 4, v * d * 2]  # the hidden rows' and the head's gradients
+    mode = LiveBytes(free)
+    for tensor in (*case.hidden, case.head, case.targets, case.lists.indptr, case.lists.tokens, case.rewards):
+        mode.seen.add(tensor.untyped_storage()._cdata)
+    with mode:
+        run_case(case)
+    assert mode.largest <= workspace
+    assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
+    assert mode.peak >= workspace / 20
+
+
+RESIDENT = """
+import resource, torch
+from tests.kernels.cases import make_case, run_case
+torch.set_num_threads(1)
+run_case(make_case(n=64, v=2000, d=64, negative_scope="all", distill_scope="all"))
+case = make_case(n=1024, v=40_000, d=64, negative_scope="all", distill_scope="all", workspace_bytes=16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run_case(case)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_resident_memory():
+    """Three streams' logits would be 469 MiB; the head's and the rows' gradients, and the head's copy, are about 30."""
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 110, done.stdout
