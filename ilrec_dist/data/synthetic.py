@@ -6,14 +6,14 @@ finish, kind and model; the text adds words of the category and the kind. q_G(v)
 Histories. With last item i of kind g, the item before it j of kind f in category c(f), and S the items already in the history, the next item is drawn from
 
     p(v | history) = 0.40 · q[ companion(g, mood(c(f))) ]      what goes with the last item depends on what came before it
-                   + 0.30 · q[ sequel(f) ]                     the interest before last is taken up again
+                   + 0.30 · q[ f ]                              the interest before last is taken up again
                    + 0.15 · q[ a kind of the history, drawn with weight 0.8^(age in items) over all of it ]
                    + 0.15 · pop                                 anything
 
 each q and pop restricted to items not in S and renormalised; a kind with no such item left gives its weight to pop. mood maps categories to three moods;
-companion(·, mood) is a permutation of kinds for each mood; sequel is a permutation of kinds. The first item is drawn from pop; for the second, f = g.
+companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for the second, f = g.
 So no item repeats, the distribution is a function of the history alone (`bayes_scores`), and counting consecutive pairs sees
-companion only averaged over moods, and sequel not at all. A user's number of items, independent of which, is 5 + a geometric variable, at most 50.
+companions only averaged over moods, and the return to the interest before last not at all. A user's number of items, independent of which, is 5 + a geometric variable, at most 50.
 The generator is part of the data's definition: another one needs another GENERATOR_VERSION.
 """
 
@@ -31,7 +31,7 @@ from ilrec_dist.data.synthetic_words import item_words
 from ilrec_dist.errors import UserError
 
 GENERATOR_VERSION = 1
-COMPANION, SEQUEL, HABIT, ANYTHING = 0.40, 0.30, 0.15, 0.15
+COMPANION, RETURN, HABIT, ANYTHING = 0.40, 0.30, 0.15, 0.15
 HABIT_DECAY = 0.8
 MOODS = 3
 KIND_SIZE = 20
@@ -48,15 +48,14 @@ class TrueModel:
     kind: np.ndarray  # int64 [n] kind of an item
     mood: np.ndarray  # int64 [K] mood of the category that a kind belongs to
     companion: np.ndarray  # int64 [MOODS, K]
-    sequel: np.ndarray  # int64 [K]
 
     def save(self, path: str | Path) -> None:
-        np.savez(path, popularity=self.popularity, kind=self.kind, mood=self.mood, companion=self.companion, sequel=self.sequel)
+        np.savez(path, popularity=self.popularity, kind=self.kind, mood=self.mood, companion=self.companion)
 
     @staticmethod
     def load(path: str | Path) -> TrueModel:
         with np.load(path) as arrays:
-            return TrueModel(**{name: arrays[name] for name in ("popularity", "kind", "mood", "companion", "sequel")})
+            return TrueModel(**{name: arrays[name] for name in ("popularity", "kind", "mood", "companion")})
 
     def next_probabilities(self, histories: list[np.ndarray]) -> np.ndarray:
         """float64 [len(histories), n]: p(v | history), rows sum to 1; a history is a non-empty array of item indices, oldest first."""
@@ -88,7 +87,7 @@ class TrueModel:
         habit *= HABIT / habit.sum()
         return [
             (int(self.companion[self.mood[before], last]), COMPANION),
-            (int(self.sequel[before]), SEQUEL),
+            (int(before), RETURN),
             *((int(kind), float(weight)) for kind, weight in zip(kinds, habit, strict=True)),
         ]
 
@@ -108,7 +107,6 @@ def draw_model(config: SyntheticConfig) -> TrueModel:
         kind=random.permutation(np.arange(config.items) % kinds),
         mood=mood_of_category[np.arange(kinds) // kinds_per_category],
         companion=np.stack([random.permutation(kinds) for _ in range(MOODS)]),
-        sequel=random.permutation(kinds),
     )
 
 
@@ -128,8 +126,8 @@ def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarra
         last, before = model.kind[past[:, -1]], model.kind[past[:, max(t - 2, 0)]]
         weights = HABIT_DECAY ** np.arange(t - 1, -1, -1.0)
         habit = model.kind[past[np.arange(len(active)), random.choice(t, len(active), p=weights / weights.sum())]]
-        component = random.choice(4, len(active), p=[COMPANION, SEQUEL, HABIT, ANYTHING])
-        kind = np.choose(component, [model.companion[model.mood[before], last], model.sequel[before], habit, np.full(len(active), -1)])
+        component = random.choice(4, len(active), p=[COMPANION, RETURN, HABIT, ANYTHING])
+        kind = np.choose(component, [model.companion[model.mood[before], last], before, habit, np.full(len(active), -1)])
         seen_of_kind = (model.kind[past] == kind[:, None]).sum(axis=1)
         kind[(kind >= 0) & (seen_of_kind == draw.sizes[kind])] = -1  # nothing left of it: anything
         chosen = np.full(len(active), -1, np.int64)

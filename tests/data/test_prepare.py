@@ -1,0 +1,262 @@
+"""`prepare` from files to the canonical folder: order, filter, manifest, errors, and nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.prepare import input_files, prepare
+from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.errors import UserError
+from tests.data.shared_data import shared_data
+
+HISTORIES = {"3": [1, 2, 3, 4], "10": [4, 3, 2, 1, 5], "4": [2, 3, 5]}
+ITEMS = {str(item): {"title": f"Title {item}", "brand": "B", "categories": ["x", "y"]} for item in range(1, 6)}
+
+
+def unfiltered(**settings) -> DataConfig:
+    return DataConfig(min_user_interactions=1, min_item_interactions=1, **settings)
+
+
+def write_lcrec(folder, histories=HISTORIES, items=ITEMS):
+    folder.mkdir(exist_ok=True)
+    (folder / "Toy.inter.json").write_text(histories if isinstance(histories, str) else json.dumps(histories))
+    if items is not None:
+        (folder / "Toy.item.json").write_text(json.dumps(items))
+    return unfiltered(format="lcrec", path=str(folder))
+
+
+def rows_of(histories):
+    return [(user, str(item), time) for user, items in histories.items() for time, item in enumerate(items)]
+
+
+def write_csv(path, rows, names=("user", "item", "timestamp")):
+    path.write_text("\n".join([",".join(names), *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return unfiltered(format="csv", path=str(path))
+
+
+def histories_of(prepared):
+    return {prepared.user_ids[user]: [int(prepared.item_ids[item]) for item in prepared.sequence(user)] for user in range(prepared.num_users)}
+
+
+def test_lcrec_keeps_every_history_and_orders_ids_by_value(tmp_path):
+    manifest = prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert histories_of(prepared) == HISTORIES
+    assert list(prepared.user_ids) == ["3", "4", "10"] and list(prepared.item_ids) == ["1", "2", "3", "4", "5"]
+    assert prepared.titles[0] == "Title 1" and prepared.texts[4] == "B x y"
+    assert (manifest["users"], manifest["items"], manifest["interactions"]) == (3, 5, 12)
+    assert prepared.items.dtype == np.int32 and prepared.offsets.dtype == np.int64
+
+
+def test_leave_one_out_helpers(tmp_path):
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert prepared.targets("test").tolist() == [3, 4, 4] and prepared.targets("validation").tolist() == [2, 2, 0]
+    assert prepared.train_lengths().tolist() == [2, 1, 3]
+    assert prepared.train_mask().tolist() == [True, True, False, False, True, False, False, True, True, True, False, False]
+    assert prepared.history_stop("test").tolist() == [3, 6, 11]
+
+
+def test_manifest_names_the_content_hashes_and_is_the_same_for_the_same_input(tmp_path):
+    config = write_lcrec(tmp_path / "in")
+    first, second = prepare(config, tmp_path / "a"), prepare(config, tmp_path / "b")
+    assert first == second == json.loads((tmp_path / "a" / "manifest.json").read_text())
+    for name, entry in first["files"].items():
+        assert hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest() == entry["sha256"]
+    for path in input_files(config):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == first["inputs"][path.name]["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "parquet"])
+def test_tables_give_what_the_lcrec_triple_gives(tmp_path, kind):
+    rows = rows_of(HISTORIES)
+    order = np.random.default_rng(0).permutation(len(rows))
+    table = pa.table([pa.array(column) for column in zip(*(rows[i] for i in order), strict=True)], ["who", "what", "when"])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.output_stream(path) as stream:  # compresses by the file's ending
+            pacsv.write_csv(table, stream, pacsv.WriteOptions(delimiter="\t" if kind == "tsv" else ","))
+    items = tmp_path / "items.csv"
+    items.write_text('item,title\n1,"A title, with a comma"\n2,"and a\nline break"\n')
+    config = unfiltered(
+        format="parquet" if kind == "parquet" else "csv", path=str(path), items_path=str(items), user_column="who", item_column="what", time_column="when"
+    )
+    prepare(config, tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert histories_of(prepared) == HISTORIES
+    assert list(prepared.titles) == ["A title, with a comma", "and a\nline break", "", "", ""] and prepared.texts is None
+    assert pq.read_schema(tmp_path / "out" / "interactions.parquet").names == ["user", "item", "timestamp"]
+
+
+def test_without_a_time_column_rows_are_in_order(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", [("a", 3), ("b", 1), ("a", 1), ("b", 3), ("a", 2), ("b", 2)], ("user", "item"))
+    prepare(unfiltered(format="csv", path=config.path, time_column=None), tmp_path / "out")
+    assert histories_of(load_prepared(tmp_path / "out")) == {"a": [3, 1, 2], "b": [1, 3, 2]}
+
+
+@pytest.mark.parametrize("dtype", [pa.timestamp("us"), pa.date32(), pa.float64(), pa.int32()])
+def test_parquet_times_of_any_type_order_the_rows(tmp_path, dtype):
+    times = pa.array([3, 1, 2], pa.int32())
+    times = pc_multiply(times, 1e6).cast(pa.int64()).cast(dtype) if pa.types.is_timestamp(dtype) else times.cast(dtype)
+    pq.write_table(pa.table({"user": [7, 7, 7], "item": ["x", "y", "z"], "timestamp": times}), tmp_path / "rows.parquet")
+    prepare(unfiltered(format="parquet", path=str(tmp_path / "rows.parquet")), tmp_path / "out")
+    assert [load_prepared(tmp_path / "out").item_ids[item] for item in load_prepared(tmp_path / "out").items] == ["y", "z", "x"]
+
+
+def pc_multiply(array, factor):
+    return pa.array(array.to_numpy() * factor)
+
+
+def test_exact_repeats_go_and_the_core_is_taken_after_that(tmp_path):
+    rows = [("a", item, 1) for item in (1, 2, 3)] + [("b", item, 5) for item in (1, 2, 3)] + [("c", 1, 1), ("c", 1, 1), ("c", 1, 1)]
+    config = write_csv(tmp_path / "rows.csv", rows)
+    manifest = prepare(DataConfig(format="csv", path=config.path, min_user_interactions=3, min_item_interactions=2), tmp_path / "out")
+    assert manifest["read"]["repeats_dropped"] == 2
+    assert manifest["k_core"] == {
+        "min_user_interactions": 3,
+        "min_item_interactions": 2,
+        "rounds": 2,
+        "users_removed": 1,
+        "items_removed": 0,
+        "interactions_removed": 1,
+    }
+    assert list(load_prepared(tmp_path / "out").user_ids) == ["a", "b"]
+
+
+BAD = {
+    "malformed JSON": ('{"1": [1, 2,\n 3,, 4]}', r"Toy\.inter\.json: malformed JSON at line 2, column 4"),
+    "not an object": ("[1, 2]", r"Toy\.inter\.json: expected a JSON object at the top, found list"),
+    "not a list": ('{"u7": "x"}', r"Toy\.inter\.json: user 'u7': expected a list of item ids .* found 'x'"),
+    "nested item": ('{"u7": [1, [2]]}', r"Toy\.inter\.json: user 'u7': expected a list"),
+    "repeated user": ('{"u7": [1, 2, 3], "u7": [2]}', r"Toy\.inter\.json: the key 'u7' occurs twice"),
+    "short user": ('{"1": [1, 2, 3], "u8": [1, 2]}', r"Toy\.inter\.json: user 'u8' has 2 interactions, expected at least 3"),
+    "no rows": ("{}", r"Toy\.inter\.json: no interactions"),
+}
+
+
+@pytest.mark.parametrize("text, message", BAD.values(), ids=BAD.keys())
+def test_bad_lcrec_is_one_clear_line_and_leaves_nothing(tmp_path, text, message):
+    config = write_lcrec(tmp_path / "in", text)
+    with pytest.raises(UserError, match=message) as raised:
+        prepare(config, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"], "something was left behind"
+
+
+def test_missing_inputs_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        prepare(unfiltered(format="lcrec", path=str(tmp_path / "nowhere")), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected one file named \*.inter.json .* found none"):
+        prepare(unfiltered(format="lcrec", path=str(tmp_path / "empty")), tmp_path / "out")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(UserError, match="nowhere: no such file"):
+            prepare(unfiltered(format=kind, path=str(tmp_path / "nowhere")), tmp_path / "out")
+
+
+def test_the_previous_folder_survives_a_failed_run(tmp_path):
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError):
+        prepare(write_lcrec(tmp_path / "in", "{"), tmp_path / "out")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    prepare(write_lcrec(tmp_path / "in", {"1": [1, 2, 3]}), tmp_path / "out")
+    assert load_prepared(tmp_path / "out").num_users == 1
+
+
+def test_a_core_that_leaves_too_little_says_so(tmp_path):
+    config = write_lcrec(tmp_path / "in")
+    with pytest.raises(UserError, match=r"k-core \(data.min_user_interactions 9, .*leaves 0 users and 0 items"):
+        prepare(DataConfig(format="lcrec", path=config.path, min_user_interactions=9, min_item_interactions=1), tmp_path / "out")
+
+
+def test_short_users_are_fine_when_the_core_drops_them(tmp_path):
+    config = write_lcrec(tmp_path / "in", {"1": [1, 2, 3], "8": [1, 2]})
+    prepare(DataConfig(format="lcrec", path=config.path, min_user_interactions=3, min_item_interactions=1), tmp_path / "out")
+    assert list(load_prepared(tmp_path / "out").user_ids) == ["1"]
+
+
+GOOD = [("u", item, item) for item in range(4)]
+
+
+@pytest.mark.parametrize(
+    "rows, line, reason",
+    [
+        ([*GOOD, ("u", 5)], 6, "malformed row: 2 fields, expected 3"),
+        ([*GOOD, ("u", 5, 6, 7)], 6, "malformed row: 4 fields, expected 3"),
+        ([*GOOD[:2], ("",), *GOOD[2:], ("", 5, 6)], 7, "no user id"),  # the empty line counts as a line
+        ([*GOOD, ("u", "", 6)], 6, "no item id"),
+        ([*GOOD, ("u", 5, "soon")], 6, "time 'soon' is not an integer"),
+        ([*GOOD, ("u", 5, "")], 6, "time None is not an integer"),
+        ([("u", 5, 1.5), *GOOD, ("u", 6, "x")], 7, "time 'x' is not a number"),
+        ([("u", 5, "2020-01-02"), ("u", 6, "2020-01-02 10:00:00"), ("u", 7, "2020-13-02")], 4, "time '2020-13-02' is not a number or an ISO 8601 date"),
+        ([("u", 5, "2020-01-02T10:00:00Z"), ("u", 6, "2020-01-02")], 3, "time '2020-01-02' is not an ISO 8601 date-time with a zone"),
+    ],
+)
+def test_bad_csv_rows_are_refused_or_counted(tmp_path, rows, line, reason):
+    config = write_csv(tmp_path / "rows.csv", rows)
+    with pytest.raises(UserError, match=f"rows.csv: line {line}: {reason}"):
+        prepare(config, tmp_path / "out")
+    rows = [*rows, *(("v", item, item if "integer" in reason or "id" in reason or "fields" in reason else rows[0][2]) for item in range(4))]
+    rows += [("u", 11, rows[0][2]), ("u", 12, rows[0][2]), ("u", 13, rows[0][2])]
+    config = write_csv(tmp_path / "rows.csv", rows)
+    manifest = prepare(unfiltered(format="csv", path=config.path, max_bad_rows=1), tmp_path / "out")
+    assert manifest["read"]["bad_rows"] == 1
+    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
+    assert reject["line"] == line and reject["reason"].startswith(reason) and reject["file"].endswith("rows.csv")
+    assert manifest["files"]["rejects.jsonl"]["bytes"] > 0
+
+
+def test_more_bad_rows_than_allowed_are_refused(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", [*GOOD, ("u",), ("", 1, 1), *GOOD, ("u", "", 1)])
+    with pytest.raises(UserError, match=r"rows.csv: line 12: no item id \(bad row 3; data.max_bad_rows allows 2\)"):
+        prepare(unfiltered(format="csv", path=config.path, max_bad_rows=2), tmp_path / "out")
+    assert prepare(unfiltered(format="csv", path=config.path, max_bad_rows=3), tmp_path / "out")["read"]["bad_rows"] == 3
+
+
+def test_bad_parquet_rows_are_named_by_row(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"user": ["u", None, "u", "u"], "item": [1, 2, 3, 4], "timestamp": [1, 2, 3, None]}), path)
+    with pytest.raises(UserError, match="rows.parquet: row 2: no user id"):
+        prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+    pq.write_table(pa.table({"user": [1.5], "item": [1], "timestamp": [1]}), path)
+    with pytest.raises(UserError, match="the user column holds double, expected strings or integers"):
+        prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+    path.write_text("not parquet")
+    with pytest.raises(UserError, match="rows.parquet: not a readable Parquet file"):
+        prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+
+
+def test_an_unknown_column_names_the_nearest(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", GOOD, ("user", "itm", "timestamp"))
+    with pytest.raises(UserError, match=r"rows.csv: no column 'item' \(data.item_column\); the nearest column is 'itm'; the file has: user, itm, timestamp"):
+        prepare(config, tmp_path / "out")
+
+
+def test_a_damaged_prepared_folder_is_refused(tmp_path):
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "out" / "items.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"items.parquet: missing or not of the \d+ bytes"):
+        load_prepared(tmp_path / "out")
+    with pytest.raises(UserError, match="not a prepared data folder"):
+        load_prepared(tmp_path / "in")
+
+
+@pytest.mark.parametrize(("name", "users", "items", "interactions"), [("instruments", 24772, 9922, 206153), ("scientific", 8317, 4344, 58492)])
+def test_real_data_come_through_whole(tmp_path, name, users, items, interactions):
+    folder = shared_data(name)
+    manifest = prepare(DataConfig(format="lcrec", path=str(folder)), tmp_path / "out")
+    assert (manifest["users"], manifest["items"], manifest["interactions"]) == (users, items, interactions)
+    prepared = load_prepared(tmp_path / "out")
+    histories = json.loads(next(folder.glob("*.inter.json")).read_text())
+    assert histories_of(prepared) == histories

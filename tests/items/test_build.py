@@ -1,0 +1,192 @@
+"""Indexes read and built, collisions counted, refused and resolved, and the report."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ilrec_dist.config import DataConfig, ItemsConfig
+from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.build import build_index, input_files
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions, tuple_groups
+from ilrec_dist.items.quantise import centroid_codebooks, residual_codes
+from tests.data.shared_data import shared_data
+
+
+def toy(num_items=4, titles=None) -> Prepared:
+    return Prepared(np.arange(num_items, dtype=np.int32), np.array([0, num_items]), ["u"], [str(10 * item) for item in range(num_items)], titles)
+
+
+def words(num_items, seed=0):
+    random = np.random.default_rng(seed)
+    return [f"group{item % 8} shared{item % 8} kind{item % 24} " + " ".join(f"w{w}" for w in random.integers(200, size=3)) for item in range(num_items)]
+
+
+def write_index_file(path, codes):
+    path.write_text(json.dumps(codes) if not isinstance(codes, str) else codes)
+    return ItemsConfig(index=str(path))
+
+
+CODES = {"0": ["<a_3>", "<b_0>"], "10": ["<a_0>", "<b_2>"], "20": ["<a_0>", "<b_2>"], "30": ["<a_0>", "<b_1>"], "unused": ["<a_9>", "<b_9>"]}
+
+
+def test_a_given_index_is_read_and_written_back(tmp_path):
+    config = write_index_file(tmp_path / "Toy.index.json", CODES)
+    report = build_index(config, toy(), tmp_path / "out")
+    catalogue = Catalogue.load(tmp_path / "out")
+    assert catalogue.items.tolist() == [3, 1, 2, 0] and catalogue.codes().tolist() == [[3, 0], [0, 2], [0, 2], [0, 1]]
+    assert catalogue.level_ranges == ((1, 11), (11, 21)), "codes of items without interactions keep their place"
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == {item: CODES[item] for item in ("0", "10", "20", "30")}
+    assert report["collisions"]["before"] == {"items": 2, "share": 0.5, "tuples": 1, "excess_items": 1, "largest_group": 2}
+    assert report["levels"][0] == {"name": "a", "codes": 10, "used": 2, "entropy_bits": pytest.approx(0.811278), "largest": 3}
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert input_files(config) == [tmp_path / "Toy.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ({item: CODES[item] for item in ("0", "10", "20")}, r"Toy\.index\.json: item '30' of the interactions has no code \(1 such"),
+        ('{"0": ["<a_1>"],\n "10": ["<a_1>"]', r"Toy\.index\.json: malformed JSON at line 2, column 17"),
+        ({**CODES, "20": ["<a_1>"]}, "item '20' has 1 codes, item '0' has 2"),
+        ({**CODES, "20": ["<a_1>", "b2"]}, "item '20': code 'b2' is not of the form <a_128>"),
+        ({**CODES, "20": ["<b_1>", "<a_2>"]}, "item '20': code '<b_1>' at level 1, where item '0' has <a_"),
+        ({"0": ["<a_1>", "<a_2>"]}, "two levels share a name"),
+        ({**CODES, "20": "<a_1>"}, "item '20': expected a list of code tokens"),
+        ({}, "holds no items"),
+    ],
+)
+def test_bad_index_files_are_one_clear_line(tmp_path, codes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        build_index(write_index_file(tmp_path / "Toy.index.json", codes), toy(), tmp_path / "out")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_a_missing_index_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.json: no such file \(items\.index\)"):
+        build_index(ItemsConfig(index=str(tmp_path / "gone.json")), toy(), tmp_path / "out")
+
+
+def test_refuse_names_both_items_and_the_code(tmp_path):
+    write_index_file(tmp_path / "Toy.index.json", CODES)
+    with pytest.raises(UserError, match=r"Toy\.index\.json: items '10' and '20' share the code <a_0><b_2>"):
+        build_index(ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"), toy(), tmp_path / "out")
+    distinct = {**CODES, "20": ["<a_0>", "<b_0>"]}
+    write_index_file(tmp_path / "Toy.index.json", distinct)
+    assert build_index(ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"), toy(), tmp_path / "out")["collisions"]["resolved_by"] == "none"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30), st.booleans())
+def test_resolved_codes_are_distinct_and_move_as_little_as_they_may(rows, with_vectors):
+    codes = np.array(rows, np.int32)
+    vectors = np.random.default_rng(len(rows)).normal(size=(len(rows), 3)).astype(np.float32) if with_vectors else None
+    resolution = resolve_collisions(codes, [3, 4], vectors, centroid_codebooks(vectors, codes, [3, 4]) if with_vectors else None)
+    group, sizes = tuple_groups(codes)
+    assert collision_report(resolution.codes)["items"] == 0
+    if (sizes == 1).all():
+        assert resolution.how == "none" and (resolution.codes == codes).all()
+    elif max(np.bincount(codes[:, 0])) > 4:
+        assert resolution.how == "extra level" and resolution.level_sizes == [3, 4, int(sizes.max())]
+        assert (resolution.codes[:, :2] == codes).all()
+        for one in range(len(sizes)):
+            assert resolution.codes[group == one, 2].tolist() == list(range(sizes[one])), "numbered in item order"
+    else:
+        assert resolution.how == "last level" and resolution.level_sizes == [3, 4]
+        assert (resolution.codes[:, 0] == codes[:, 0]).all(), "all but the last level are kept"
+        alone = sizes[group] == 1
+        assert (resolution.codes[alone] == codes[alone]).all(), "items that collide with none keep their codes"
+        changed = (resolution.codes != codes).any(axis=1)
+        for one in np.flatnonzero(sizes > 1):
+            assert (~changed[group == one]).sum() == 1 or with_vectors, "one of each group keeps its code"
+        assert changed.sum() == resolution.items_changed
+
+
+def test_repair_moves_the_item_that_another_code_fits_best():
+    # Items 0 and 1 share code 0. Item 1 lies next to code 2's centroid, item 0 far from all others.
+    vectors = np.array([[0.0], [1.9], [5.0], [2.0]], np.float32)
+    codes = np.array([[0, 0], [0, 0], [0, 1], [1, 2]], np.int32)
+    books = centroid_codebooks(vectors, codes, [2, 3])
+    books.levels[0][:] = 0.0  # so that residuals are the vectors themselves
+    books.levels[1][:] = [[0.0], [5.0], [2.0]]
+    resolution = resolve_collisions(codes, [2, 3], vectors, books)
+    assert resolution.codes.tolist() == [[0, 0], [0, 2], [0, 1], [1, 2]]
+
+
+def test_groups_and_first_collision():
+    codes = np.array([[1, 0], [0, 0], [1, 0], [0, 0], [2, 2]])
+    group, sizes = tuple_groups(codes)
+    assert group.tolist() == [1, 0, 1, 0, 2] and sizes.tolist() == [2, 2, 1]
+    assert first_collision(codes) == (0, 2) and first_collision(codes[3:]) is None
+
+
+def test_built_codes_are_the_same_for_the_same_seed_and_follow_the_texts(tmp_path):
+    prepared = toy(240, words(240))
+    config = ItemsConfig(levels=3, codes_per_level=16, collisions="resolve", embedding_dim=16)
+    report = build_index(config, prepared, tmp_path / "a")
+    build_index(config, prepared, tmp_path / "b")
+    assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
+    codes = Catalogue.load(tmp_path / "a").codes()
+    assert collision_report(codes)["items"] == 0 and report["collisions"]["after"]["items"] == 0
+    group = np.arange(240) % 8
+    same_code = codes[:, 0][:, None] == codes[:, 0][None, :]
+    assert (group[:, None] == group[None, :])[same_code].mean() > 0.9, "items of one first code share their group's words"
+
+
+def test_codes_approximate_their_vectors_better_level_by_level():
+    vectors = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
+    codes, books = residual_codes(vectors, 3, 16, seed=0)
+    errors = [float((books.residual(vectors, codes, level) ** 2).sum(1).mean()) for level in (0, 1, 2, 3)]
+    assert errors == sorted(errors, reverse=True) and errors[3] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "titles", "message"),
+    [
+        (ItemsConfig(codes_per_level=4), None, "neither titles nor texts"),
+        (ItemsConfig(codes_per_level=4), ["the", "of", "", ""], "hold no words"),
+        (ItemsConfig(codes_per_level=4, embedding="cf"), None, "needs one CF vector for each of the 4 items"),
+        (ItemsConfig(codes_per_level=3), ["oak", "elm", "ash", "fir"], "3 is not a power of two.* try 2"),
+        (ItemsConfig(codes_per_level=8), ["oak", "elm", "ash", "fir"], "8 codes for 4 items; use at most 4"),
+    ],
+)
+def test_what_cannot_be_built_is_said(tmp_path, config, titles, message):
+    with pytest.raises(UserError, match=message):
+        build_index(config, toy(titles=titles), tmp_path / "out")
+
+
+def test_cf_vectors_and_both_side_by_side(tmp_path):
+    prepared, vectors = toy(64, words(64)), np.random.default_rng(0).normal(size=(64, 8))
+    build_index(ItemsConfig(codes_per_level=8, embedding="cf"), prepared, tmp_path / "cf", vectors)
+    build_index(ItemsConfig(codes_per_level=8, embedding="text+cf", embedding_dim=8), prepared, tmp_path / "both", vectors)
+    assert (Catalogue.load(tmp_path / "cf").codes() != Catalogue.load(tmp_path / "both").codes()).any()
+
+
+def test_atomic_ids_are_one_token_an_item(tmp_path):
+    build_index(ItemsConfig(form="atomic"), toy(), tmp_path / "out")
+    catalogue = Catalogue.load(tmp_path / "out")
+    assert catalogue.item_tokens(np.arange(4)).tolist() == [[1], [2], [3], [4]] and catalogue.token_names()[1] == "<item_0>"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "colliding", "largest"),
+    [("instruments", "Instruments", 48, 3), ("scientific", "Scientific", 54, 2), ("scientific", "Scientific.rqvae", 887, 22)],
+)
+def test_published_indexes_and_their_repair(tmp_path, folder, name, colliding, largest):
+    data = shared_data(folder)
+    prepare(DataConfig(format="lcrec", path=str(data)), tmp_path / "data")
+    prepared = load_prepared(tmp_path / "data")
+    index = str(data / f"{name}.index.json")
+    kept = build_index(ItemsConfig(index=index), prepared, tmp_path / "kept")["collisions"]
+    assert (kept["before"]["items"], kept["before"]["largest_group"]) == (colliding, largest) and kept["after"] == kept["before"]
+    report = build_index(ItemsConfig(index=index, collisions="resolve"), prepared, tmp_path / "repaired")["collisions"]
+    assert report["resolved_by"] == "last level" and report["after"]["items"] == 0
+    before, after = Catalogue.load(tmp_path / "kept").codes(), Catalogue.load(tmp_path / "repaired").codes()
+    assert (before[:, :3] == after[:, :3]).all() and report["items_changed"] == (before != after).any(axis=1).sum() < 1.02 * kept["before"]["excess_items"] + 1
