@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ilrec_dist.config import Config, config_to_dict, dump_config
 from ilrec_dist.data.files import sha256_file
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
+from ilrec_dist.terminal import console
 
 FORMAT = 1  # raise when a stage's output changes for the same settings
-console = Console()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from ilrec_dist.config import Config, dump_config
 from ilrec_dist.data.files import read_json_object
 from ilrec_dist.folders import RunFolders
+from ilrec_dist.terminal import console
 
 
 def prepare_inputs(config: Config) -> list[Path]:
@@ -69,7 +70,11 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
-    latest(folder / "checkpoints", fingerprint)  # damaged checkpoints are refused here, before any process is started
+    found, damaged = latest(folder / "checkpoints", fingerprint)  # all damaged: refused here, before any process is started
+    for line in damaged:
+        console.print(f"warning: {line}; the checkpoint before it is used", highlight=False, markup=False)
+    if found is not None:
+        console.print(f"{method}, seed {seed}: goes on from step {found.step}", highlight=False)
     windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
     wants_rewards = method == "ilrec" and config.objective.crr_lambda > 0
@@ -112,7 +117,5 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         index_report=read_json_object(space.folders.items / "report.json"),
         cf_report=read_json_object(space.folders.cf / "report.json"),
     )
-    from ilrec_dist.pipeline import console
-
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
     console.print(f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}", highlight=False)

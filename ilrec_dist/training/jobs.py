@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ class Job:
 
     @classmethod
     def of(cls, kind: Literal["train", "evaluate"], config: Config, folder: Path, fingerprint: str = "", method: str = "", seed: int = 0) -> Job:
-        return cls(kind, config_to_dict(config), str(folder), fingerprint, method, seed)
+        there = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve()))  # workers have another working directory
+        return cls(kind, config_to_dict(there), str(folder.resolve()), fingerprint, method, seed)
 
     @property
     def failure_file(self) -> Path:
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 def job_to_json(job: Job) -> str:
-    return json.dumps(asdict(job))
+    return json.dumps(dataclasses.asdict(job))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def cluster(config: Config) -> Iterator[None]:
 
     address = config.launch.ray_address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {} if address else {"num_cpus": max(len(os.sched_getaffinity(0)), config.launch.workers), "include_dashboard": False}
-    ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **local)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         yield
     finally:
