@@ -17,7 +17,12 @@ from ilrec_dist.config import DataConfig, config_to_dict
 from ilrec_dist.data.files import committed_folder, sha256_file, write_json
 from ilrec_dist.data.ingest import Core, Encoder, Spill, k_core, sort_rows, spill_batches
 from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
+from ilrec_dist.data.readers.amazon import amazon_files, read_amazon
 from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
+from ilrec_dist.data.readers.minionerec import minionerec_files, read_minionerec
+from ilrec_dist.data.readers.movielens import movielens_files, read_movielens
+from ilrec_dist.data.readers.recbole import read_recbole, recbole_files
+from ilrec_dist.data.readers.sequences import read_sequences, sequences_files
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.data.readers.tables import read_csv, read_parquet, table_files
 from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
@@ -27,11 +32,21 @@ READERS: dict[str, Callable[[DataConfig], Source]] = {
     "lcrec": read_lcrec,
     "csv": read_csv,
     "parquet": read_parquet,
+    "recbole": read_recbole,
+    "amazon": read_amazon,
+    "movielens": read_movielens,
+    "sequences": read_sequences,
+    "minionerec": read_minionerec,
 }
 INPUT_FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
     "lcrec": lcrec_files,
     "csv": table_files,
     "parquet": table_files,
+    "recbole": recbole_files,
+    "amazon": amazon_files,
+    "movielens": movielens_files,
+    "sequences": sequences_files,
+    "minionerec": minionerec_files,
 }
 OPTIONAL_FILES = ("true_model.npz", "rejects.jsonl")
 ROW_GROUP = 1_000_000

@@ -10,10 +10,10 @@ Histories. With last item i of kind g, the item before it j of kind f in categor
                    + 0.15 · q[ a kind of the history, drawn with weight 0.8^(age in items) over all of it ]
                    + 0.15 · pop                                 anything
 
-each q and pop restricted to items not in S and renormalised; a kind with no such item left gives its weight to pop. mood maps categories to three moods;
-companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for the second, f = g.
-So no item repeats, the distribution is a function of the history alone (`bayes_scores`), and counting consecutive pairs sees
-companions only averaged over moods, and the return to the interest before last not at all. A user's number of items, independent of which, is 5 + a geometric variable, at most 50.
+each q and pop restricted to items not in S and renormalised; a kind with no such item left gives its weight to pop. mood maps categories to three
+moods; companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for the second, f = g. So no item repeats, the
+distribution is a function of the history alone (`bayes_scores`), and counting consecutive pairs sees companions only averaged over moods, and the
+return to the interest before last not at all. A user's number of items, independent of which they are, is 5 + a geometric variable, at most 50.
 The generator is part of the data's definition: another one needs another GENERATOR_VERSION.
 """
 

@@ -33,8 +33,8 @@ class Times:
     Integers stay as they are; decimal numbers become thousandths; ISO 8601 dates and date-times become milliseconds since 1970.
     """
 
-    def __init__(self) -> None:
-        self.kind: str | None = None
+    def __init__(self, kind: str | None = None) -> None:
+        self.kind = kind  # a key of EXPECTED; None until the first value of a text column is seen
 
     def parse(self, column: pa.Array) -> pa.Array:
         """int64, null where a value does not parse."""

@@ -26,14 +26,18 @@ class Dialect:
     quoted: bool = True
 
 
-def read_delimited(path: Path, columns: dict[str, str], keys: dict[str, str], dialect: Dialect, rejects: Rejects) -> Iterator[pa.RecordBatch]:
+def read_delimited(
+    path: Path, columns: dict[str, str], keys: dict[str, str], dialect: Dialect, rejects: Rejects, time_kind: str | None = None
+) -> Iterator[pa.RecordBatch]:
     """Batches of user, item and, where `columns` names a time column, timestamp.
 
-    columns: role (user, item, time) → column name in the file; keys: role → what chose that name, for errors. Files ending in .gz are unpacked on the way.
+    columns: role (user, item, time) → column name in the file; keys: role → what chose that name, for errors; time_kind: see Times.
+    Files ending in .gz are unpacked on the way.
+
     Raises UserError naming file and line.
     """
     text = read_columns(path, list(columns.values()), {columns[role]: key for role, key in keys.items() if role in columns}, dialect, rejects)
-    times = Times() if "time" in columns else None
+    times = Times(time_kind) if "time" in columns else None
     for batch, lines in text:
         yield checked_batch(path, {role: batch.column(name) for role, name in columns.items()}, times, rejects, lines.at)
 

@@ -1,0 +1,78 @@
+"""A prepared folder → the LC-Rec triple or RecBole atomic files, so that other systems run on the same interactions and split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from ilrec_dist.data.files import committed_folder
+from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.errors import UserError
+
+FORMATS = ("lcrec", "recbole")
+
+
+def export_data(folder: str | Path, form: str, out: str | Path, name: str, index: str | Path | None = None) -> list[str]:
+    """Write the prepared `folder` to the folder `out` as NAME.inter.json and the like; returns the file names.
+
+    lcrec: NAME.inter.json, NAME.item.json and, with `index` (the index stage's index.json), NAME.index.json.
+    recbole: NAME.inter (timestamps as stored, or the place in the history where there are none) and NAME.item; leave-one-out over it
+    (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Ids are kept. Raises UserError for another form.
+    """
+    if form not in FORMATS:
+        raise UserError(f"export format {form!r}: expected one of {', '.join(FORMATS)}")
+    prepared = load_prepared(folder)
+    with committed_folder(out) as work:
+        if form == "lcrec":
+            _lcrec(prepared, work, name, index)
+        else:
+            _recbole(Path(folder), prepared, work, name)
+        return sorted(path.name for path in work.iterdir())
+
+
+def _lcrec(prepared: Prepared, work: Path, name: str, index: str | Path | None) -> None:
+    item_ids = np.array([int(item) if item.isascii() and item.isdigit() and str(int(item)) == item else item for item in prepared.item_ids], object)
+    with open(work / f"{name}.inter.json", "w", encoding="utf-8") as file:  # written a user at a time: the whole need not fit as objects
+        for user, user_id in enumerate(prepared.user_ids):
+            file.write(("{" if user == 0 else ",\n") + f"{json.dumps(user_id)}: {json.dumps(item_ids[prepared.sequence(user)].tolist())}")
+        file.write("}\n")
+    blank = [""] * prepared.num_items
+    rows = zip(prepared.item_ids, prepared.titles or blank, prepared.texts or blank, strict=True)
+    items = {item: {"title": title, "description": text} for item, title, text in rows}
+    (work / f"{name}.item.json").write_text(json.dumps(items, indent=0, ensure_ascii=False), encoding="utf-8")
+    if index is not None:
+        (work / f"{name}.index.json").write_bytes(Path(index).read_bytes())
+
+
+def _recbole(folder: Path, prepared: Prepared, work: Path, name: str) -> None:
+    users, items = pa.array(list(prepared.user_ids)), pa.array(list(prepared.item_ids))
+    stream = pq.ParquetFile(folder / "interactions.parquet")
+    timed = "timestamp" in stream.schema_arrow.names
+    done = 0
+    with open(work / f"{name}.inter", "wb") as file:
+        file.write(b"user_id:token\titem_id:token\ttimestamp:float\n")
+        for batch in stream.iter_batches(1_000_000):
+            user = batch.column("user")
+            place = np.arange(done, done + batch.num_rows) - prepared.offsets[user.to_numpy()]
+            columns = [users.take(user), items.take(batch.column("item")), batch.column("timestamp") if timed else pa.array(place)]
+            _write_tsv(file, pa.table(columns, ["user", "item", "time"]))
+            done += batch.num_rows
+    blank = [""] * prepared.num_items
+    with open(work / f"{name}.item", "wb") as file:
+        file.write(b"item_id:token\ttitle:token_seq\ttext:token_seq\n")
+        columns = [items, *(pa.array([" ".join(text.split()) for text in column or blank]) for column in (prepared.titles, prepared.texts))]
+        _write_tsv(file, pa.table(columns, ["item", "title", "text"]))
+
+
+def _write_tsv(file, table: pa.Table) -> None:  # type: ignore[no-untyped-def]
+    """Rows without a header and without quotes, which RecBole does not take off; tabs and line breaks were taken out before."""
+    try:
+        pacsv.write_csv(table, file, pacsv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none"))
+    except pa.ArrowInvalid:  # a text with a quote mark in it: pyarrow refuses to write it bare
+        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            file.write(("\t".join(map(str, row)) + "\n").encode())

@@ -1,0 +1,96 @@
+"""MiniOneRec's CSV splits: train/, valid/ and test/ with one row a target, its history and titles; put together into whole histories."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.files import require_file, single_file
+from ilrec_dist.data.ingest import Encoder
+from ilrec_dist.data.readers.delimited import Dialect, read_columns
+from ilrec_dist.data.readers.recbole import first_rows
+from ilrec_dist.data.readers.source import Rejects, Source
+
+COLUMNS = ["user_id", "history_item_id", "item_id"]
+SPLITS = ("train", "valid", "test")
+LIST = r"^\s*\[.*\]\s*$"
+
+
+def minionerec_files(config: DataConfig) -> list[Path]:
+    """The three CSV files. `data.path` is the folder that holds train/, valid/ and test/, or the CSV in train/ where that holds several."""
+    path = Path(config.path or "")
+    train = path if path.is_file() else single_file(path / "train", [".csv"], "MiniOneRec's training rows")
+    return [require_file(train.parent.parent / split / train.name, "data.path") for split in SPLITS]
+
+
+def read_minionerec(config: DataConfig) -> Source:
+    """A user's items: the history of the user's first row, then the target of every row, training rows first.
+
+    The published split by time is not kept: the canonical split is leave-one-out.
+    """
+    files = minionerec_files(config)
+    return Source(files[0], timed=False, batches=lambda rejects: _batches(files, rejects), item_table=lambda: _titles(files))
+
+
+def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
+    users = Encoder()
+    for path in files:
+        for batch, lines in read_columns(path, COLUMNS, {}, Dialect(), rejects):
+            user, history, item = (batch.column(name) for name in COLUMNS)
+            listed = pc.match_substring_regex(pc.fill_null(history, ""), LIST)
+            good = pc.and_(pc.and_(pc.is_valid(user), pc.is_valid(item)), listed)
+            bad = np.flatnonzero(~good.to_numpy(zero_copy_only=False))
+            for row, line in zip(bad.tolist(), lines.at(bad) if len(bad) else [], strict=True):
+                rejects.add(path, line, f"expected user_id, item_id and a history such as [3, 14], found history {history[row].as_py()!r}")
+            user, history, item = (column.filter(good) for column in (user, history, item))
+            known = len(users)
+            codes = users.encode(user)
+            first = np.unique(codes, return_index=True)[1]
+            opens = np.zeros(len(codes), bool)
+            opens[first[codes[first] >= known]] = True  # the first row of a user not met before: its history counts
+            yield _unfold(user, _ids(history.filter(pa.array(opens))), item, opens)
+
+
+def _ids(history: pa.Array) -> pa.ListArray:
+    """ "[3, 14]" or "['3', '14']" → lists of strings."""
+    return pc.split_pattern(pc.replace_substring_regex(history, r"[\[\]'\"\s]", ""), ",")
+
+
+def _unfold(user: pa.Array, histories: pa.ListArray, item: pa.Array, opens: np.ndarray) -> pa.RecordBatch:
+    """One row an interaction: before the target of a row that opens a user's sequence come the items of its history."""
+    before = np.zeros(len(opens), np.int64)
+    before[opens] = pc.list_value_length(histories).to_numpy(zero_copy_only=False)
+    targets = np.cumsum(before + 1) - 1
+    source = np.empty(int((before + 1).sum()), np.int64)
+    is_target = np.zeros(len(source), bool)
+    is_target[targets] = True
+    source[~is_target] = np.arange(before.sum())
+    source[is_target] = np.arange(len(opens)) + before.sum()
+    items = pa.concat_arrays([pc.list_flatten(histories).cast(pa.string()), item]).take(pa.array(source))
+    return pa.record_batch({"user": user.take(pa.array(np.repeat(np.arange(len(opens)), before + 1))), "item": items})
+
+
+def _titles(files: list[Path]) -> pa.Table:
+    """The titles of the targets, and of items that occur only in histories from the first row of each user."""
+    ids, titles, seen = [], [], set()
+    for path in files:
+        for batch, _ in read_columns(path, ["user_id", "item_id", "item_title", "history_item_id", "history_item_title"], {}, Dialect(), Rejects()):
+            ids.append(batch.column("item_id"))
+            titles.append(batch.column("item_title"))
+            first = [row for row, user in enumerate(batch.column("user_id").to_pylist()) if user not in seen and not seen.add(user)]  # type: ignore[func-returns-value]
+            for row in first:
+                try:
+                    found = [ast.literal_eval(batch.column(name)[row].as_py() or "[]") for name in ("history_item_id", "history_item_title")]
+                    pairs = list(zip(*found, strict=True))
+                except (ValueError, SyntaxError, TypeError):  # a title that breaks the list costs titles, not interactions
+                    continue
+                ids.append(pa.array([str(item) for item, _ in pairs], pa.string()))
+                titles.append(pa.array([str(title) for _, title in pairs], pa.string()))
+    table = pa.table({"id": pa.concat_arrays(ids), "title": pa.concat_arrays(titles)}).drop_null()
+    return first_rows(table.append_column("text", pa.nulls(table.num_rows, pa.string())))
