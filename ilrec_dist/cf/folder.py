@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.config import CFConfig, config_to_dict
@@ -61,11 +62,17 @@ def load_config(folder: str | Path) -> CFConfig:
     return CFConfig(**read_manifest(folder)["config"])
 
 
-def load_cf(folder: str | Path, which: str = "full") -> SASRec:
-    """A trained model in eval mode: "full", or "fold0", "fold1", … Raises UserError when it is missing or damaged."""
+def load_cf(folder: str | Path, which: str = "full", table: bool = True) -> SASRec:
+    """A trained model in eval mode: "full", or "fold0", "fold1", … Raises UserError when it is missing or damaged.
+
+    table=False leaves the item table and `known` out, for callers that keep the vectors elsewhere.
+    """
     manifest = read_manifest(folder)
-    model = SASRec.from_config(CFConfig(**manifest["config"]), manifest["items"])
-    model.load_state_dict(load_file(checked_file(folder, f"{which}.safetensors", manifest)))
+    path = checked_file(folder, f"{which}.safetensors", manifest)
+    model = SASRec.from_config(CFConfig(**manifest["config"]), manifest["items"] if table else 1)
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys() if table or name not in ("items.weight", "known")}  # noqa: SIM118
+    model.load_state_dict(state, strict=table)
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,12 @@ class SASRec(nn.Module):
         The query at s has seen items[:, : s + 1]; its inner product with an item's row of the table is that item's logit as the next one.
         What stands to the right of s, padding included, cannot reach it: no mask is needed.
         """
-        scale = self.items.embedding_dim**0.5  # as in SASRec: the positions must not drown the small item vectors
-        x = self.dropout(self.items(items) * scale + self.positions.weight[: items.shape[1]])
+        return self.transform(self.items(items))
+
+    def transform(self, vectors: Tensor) -> Tensor:
+        """As forward, from the items' vectors fp32 [B, S, d]."""
+        scale = vectors.shape[-1] ** 0.5  # as in SASRec: the positions must not drown the small item vectors
+        x = self.dropout(vectors * scale + self.positions.weight[: vectors.shape[1]])
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -137,14 +142,18 @@ def pad_histories(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
 
 
 @torch.no_grad()
-def encode(model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, batch_size: int = 256) -> Tensor:
+def encode(
+    model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, embed: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256
+) -> Tensor:
     """Queries of many targets: fp32 [T, d] (METHOD.md §5, the history before each target).
 
     items int32: all users' interactions; starts int64 [T]: where the target's user begins in it; positions int64 [T] ≥ 1: the target's place
-    in that user's sequence. Targets of one window share one forward, and later items never change a bit of the result.
+    in that user's sequence; embed: item indices → vectors, when the table is kept elsewhere than in the model. Targets of one window share one
+    forward, and later items never change a bit of the result.
     """
     model.eval()
-    queries = torch.empty(len(positions), model.items.embedding_dim)
+    embed = embed or model.items
+    queries = torch.empty(len(positions), model.positions.embedding_dim)
     if len(positions) == 0:
         return queries
     begin = starts + window_starts(positions, model.max_history)
@@ -159,7 +168,7 @@ def encode(model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.n
     bounds = np.searchsorted(place[which][order], np.arange(0, len(windows) + batch_size, batch_size))
     for index, first in enumerate(range(0, len(windows), batch_size)):
         batch = by_length[first : first + batch_size]
-        hidden = model(pad_histories(items, windows[batch], lengths[batch]))
+        hidden = model.transform(embed(pad_histories(items, windows[batch], lengths[batch])))
         rows = order[bounds[index] : bounds[index + 1]]
         queries[torch.from_numpy(rows)] = hidden[torch.from_numpy(place[which[rows]] - first), torch.from_numpy(inputs[rows] - 1)]
     return queries

@@ -3,61 +3,79 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ilrec_dist.cf.client import Meter, Pending, ThreadPending
-from ilrec_dist.cf.folder import catalogue_hash, load_cf, load_folds, read_manifest
+from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
 from ilrec_dist.cf.model import SASRec, encode
-from ilrec_dist.cf.segments import child_shares, ragged_ranges
+from ilrec_dist.cf.plan import Plan
+from ilrec_dist.cf.scan import RewardOptions, deeper_shares, first_log_masses
+from ilrec_dist.cf.segments import ragged_ranges, softmax_rows
+from ilrec_dist.cf.store import FoldScorer, in_memory, load_scorer
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
-SCORES_AT_ONCE = 1 << 22  # fp32 scores held at once: 16 MiB
-
 
 @dataclass(frozen=True)
-class FoldModel:
-    """One fold's scorer: its SASRec, its item vectors in code order, and a bias of −inf where it knows no such item (None: it knows all)."""
+class Part:
+    """What one shard knows of T targets' rewards: the log mass of each first code it holds, and the rows below of the targets that are its own."""
 
-    model: SASRec
-    vectors: torch.Tensor  # fp32 [n, d]
-    bias: torch.Tensor | None  # fp32 [n]
+    first: np.ndarray  # float32 [T, first codes of the shard]
+    own: np.ndarray  # int64 [o] targets whose item is in the shard's range
+    lengths: np.ndarray  # int64 [o] rewards of their rows of depth ≥ 1
+    deeper: np.ndarray  # float32 [Σ lengths]
 
-    @staticmethod
-    def of(model: SASRec, catalogue: Catalogue) -> FoldModel:
-        order = torch.from_numpy(catalogue.items.astype(np.int64))
-        known = model.known[order]
-        bias = None if bool(known.all()) else torch.zeros(len(order)).masked_fill_(~known, -torch.inf)
-        return FoldModel(model, model.items.weight.detach()[order].contiguous(), bias)
 
-    def scores(self, queries: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
-        """Logits of the code-order positions [start, stop) for queries [t, d], into out fp32 [t, stop − start]."""
-        torch.mm(queries, self.vectors[start:stop].t(), out=out)
-        if self.bias is not None:
-            out += self.bias[start:stop]
+def merge(parts: Sequence[Part]) -> np.ndarray:
+    """The rewards float32 [nnz] of targets from all shards' parts, in shard order."""
+    first = softmax_rows(np.concatenate([part.first for part in parts], axis=1))
+    targets, codes = first.shape
+    lengths = np.zeros(targets, np.int64)
+    for part in parts:
+        lengths[part.own] = part.lengths
+    starts = np.cumsum(lengths + codes) - lengths - codes
+    rewards = np.empty(int((lengths + codes).sum()), np.float32)
+    rewards[(starts[:, None] + np.arange(codes)).ravel()] = first.ravel()
+    for part in parts:
+        rewards[ragged_ranges(starts[part.own] + codes, part.lengths)] = part.deeper
+    return rewards
 
 
 class TokenRewards:
     """In-process rewards. Each user is scored by the model of their fold, which saw none of that user's sequence."""
 
-    def __init__(self, models: list[SASRec], folds: np.ndarray, prepared: Prepared, catalogue: Catalogue, trie: Trie) -> None:
-        self.folds, self.prepared, self.catalogue, self.trie = folds, prepared, catalogue, trie
-        self.models = [FoldModel.of(model, catalogue) for model in models]
+    def __init__(
+        self,
+        models: list[SASRec],
+        folds: np.ndarray,
+        prepared: Prepared,
+        catalogue: Catalogue,
+        trie: Trie,
+        scorers: list[FoldScorer] | None = None,
+        options: RewardOptions | None = None,
+    ) -> None:
+        self.models, self.folds, self.prepared, self.catalogue, self.trie = models, folds, prepared, catalogue, trie
+        self.scorers = scorers or [in_memory(model.items.weight, model.known, catalogue) for model in models]
+        self.options = options or RewardOptions()
         self.counters = {"calls": 0, "targets": 0, "rows": 0, "covered_rows": 0, "seconds": 0.0}
         self.meter = Meter()
 
     @staticmethod
-    def open(cf_folder: str | Path, prepared: Prepared, catalogue: Catalogue, trie: Trie) -> TokenRewards:
-        """Load what `train_cf` wrote. Raises UserError when a file's hash, or the number of users or items, or the catalogue is not what it was trained for."""
+    def open(
+        cf_folder: str | Path, prepared: Prepared, catalogue: Catalogue, trie: Trie, shard: int | None = None, options: RewardOptions | None = None
+    ) -> TokenRewards:
+        """Load what `train_cf` wrote; of a sharded catalogue the indexes of one shard, or of all (None).
+
+        Raises UserError when a file's hash, the number of users or items, or the catalogue is not what the models were trained for.
+        """
         manifest = read_manifest(cf_folder)
         folds = load_folds(cf_folder)
         for what, found, expected in (("users", prepared.num_users, len(folds)), ("items", prepared.num_items, manifest["items"])):
@@ -65,8 +83,8 @@ class TokenRewards:
                 raise UserError(f"{cf_folder}: its models were trained for {expected} {what}, the prepared data has {found}; run `ilrec cf` again")
         if manifest["catalogue"] not in (None, catalogue_hash(catalogue)):
             raise UserError(f"{cf_folder}: made for another catalogue (the hash in manifest.json differs); run `ilrec cf` again")
-        models = [load_cf(cf_folder, f"fold{fold}") for fold in range(manifest["config"]["cf_folds"])]
-        return TokenRewards(models, folds, prepared, catalogue, trie)
+        loaded = [load_scorer(cf_folder, f"fold{fold}", trie, shard, manifest) for fold in range(manifest["config"]["cf_folds"])]
+        return TokenRewards([model for model, _ in loaded], folds, prepared, catalogue, trie, [scorer for _, scorer in loaded], options)
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Rewards of T targets: float32 [nnz], one-to-one with the tokens of `trie.target_candidates(target items)`.
@@ -75,106 +93,60 @@ class TokenRewards:
         so nothing at or after the target changes a bit. r(v) = Σ P_CF over items below (prefix, v) ÷ Σ below the prefix; 0 for items that the
         model does not know. Raises ValueError for a position that is no target.
         """
+        return merge([self.part(users, positions)])
+
+    def part(self, users: np.ndarray, positions: np.ndarray) -> Part:
+        """This shard's part of `fetch`."""
         started = time.perf_counter()
         users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
         starts = self.prepared.offsets[users]
         if ((positions < 1) | (positions >= self.prepared.offsets[users + 1] - starts)).any():
             raise ValueError("a reward needs a position in [1, length of the user's sequence)")
-        plan = _Plan(self.trie, self.prepared.items[starts + positions])
-        rewards = np.empty(plan.indptr[-1], np.float32)
+        plan = Plan(self.trie, self.prepared.items[starts + positions])
+        low, high = self.first_codes
+        own = np.flatnonzero((plan.first_node >= low) & (plan.first_node < high))
+        first = np.empty((len(users), high - low), np.float32)
+        deeper = np.zeros(plan.indptr[-1], np.float32)
         for fold in np.unique(self.folds[users]):
-            model = self.models[fold]
+            scorer = self.scorers[fold]
             chosen = np.flatnonzero(self.folds[users] == fold)
-            queries = encode(model.model, self.prepared.items, starts[chosen], positions[chosen])
-            _first_codes(model, queries, chosen, plan, rewards)
-            _deeper_codes(model, queries, chosen, plan, rewards)
-        self._count(plan, rewards, time.perf_counter() - started)
-        return rewards
+            embed = None if scorer.large is None else partial(scorer.embed, self._position)
+            queries = encode(self.models[fold], self.prepared.items, starts[chosen], positions[chosen], embed)
+            first_log_masses(scorer, queries, chosen, plan, first, self.options)
+            mine = np.isin(chosen, own)
+            deeper_shares(scorer, queries[mine], chosen[mine], plan, deeper, self.options)
+        below = plan.indptr[:: max(1, self.trie.depth - 1)] if self.trie.depth > 1 else np.zeros(len(users) + 1, np.int64)
+        lengths = np.diff(below)[own]
+        found = Part(first, own, lengths, deeper[ragged_ranges(below[own], lengths)])
+        self._count(plan, found, time.perf_counter() - started)
+        return found
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
         """Begin `fetch` on a thread of its own, one request at a time, and return at once; `.result()` gives the rewards."""
         return ThreadPending(self.meter, self._thread, lambda: self.fetch(users, positions))
 
     @cached_property
+    def first_codes(self) -> tuple[int, int]:
+        """First-level nodes [start, stop) that this process holds."""
+        large = self.scorers[0].large
+        return (large.shards[0][0], large.shards[-1][1]) if large else (0, self.trie.num_nodes(1))
+
+    @cached_property
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="token-rewards")
 
-    def _count(self, plan: _Plan, rewards: np.ndarray, seconds: float) -> None:
-        """Add one call to the counters: rows are targets × code levels, covered ones have a reward above 0."""
-        rows = len(plan.indptr) - 1
-        covered = np.count_nonzero(np.add.reduceat(rewards, plan.indptr[:-1])) if rows else 0
-        for key, value in (("calls", 1), ("targets", len(plan.order)), ("rows", rows), ("covered_rows", covered), ("seconds", seconds)):
+    @cached_property
+    def _position(self) -> np.ndarray:
+        return self.catalogue.position
+
+    def _count(self, plan: Plan, found: Part, seconds: float) -> None:
+        """Add one call. Rows are targets × code levels; covered ones have a reward above 0. Targets count where their own item is held."""
+        rows = found.own[:, None] * (self.trie.depth - 1) + np.arange(self.trie.depth - 1)
+        counts = np.diff(plan.indptr)[rows.ravel()]
+        covered = int(np.isfinite(found.first[found.own]).any(1).sum())
+        if len(counts):
+            covered += int(np.count_nonzero(np.add.reduceat(found.deeper, np.cumsum(counts) - counts)))
+        for key, value in (
+            ("calls", 1), ("targets", len(found.own)), ("rows", len(found.own) * self.trie.depth), ("covered_rows", covered), ("seconds", seconds)
+        ):  # fmt: skip
             self.counters[key] += value
-
-
-class _Plan:
-    """Where each target's rewards go: its node and its children at every depth, and the place of each (target, depth) row in the output."""
-
-    def __init__(self, trie: Trie, items: np.ndarray) -> None:
-        self.trie = trie
-        self.order = trie.catalogue.position[items]  # code-order position of each target item
-        self.nodes = np.stack([np.searchsorted(trie.node_start[p], self.order, side="right") - 1 for p in range(trie.depth)])  # [C, T]
-        first = np.stack([trie.child_start[p][self.nodes[p]] for p in range(trie.depth)]).astype(np.int64)
-        stop = np.stack([trie.child_start[p][self.nodes[p] + 1] for p in range(trie.depth)]).astype(np.int64)
-        self.first_child, self.children = first, stop - first  # [C, T]
-        self.indptr = np.concatenate([[0], np.cumsum(self.children.T.ravel())])
-
-    def ranges(self, depth: int, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Code-order [start, stop) of the targets' prefixes of that depth."""
-        start, nodes = self.trie.node_start[depth], self.nodes[depth, targets]
-        return start[nodes].astype(np.int64), start[nodes + 1].astype(np.int64)
-
-    def child_lengths(self, depth: int, targets: np.ndarray) -> np.ndarray:
-        """Items below every child of the targets' prefixes, concatenated."""
-        child = ragged_ranges(self.first_child[depth, targets], self.children[depth, targets])
-        return (self.trie.node_start[depth + 1][child + 1] - self.trie.node_start[depth + 1][child]).astype(np.int64)
-
-    def store(self, out: np.ndarray, depth: int, targets: np.ndarray, shares: np.ndarray) -> None:
-        """Put the children's shares of the targets' rows of that depth in place."""
-        out[ragged_ranges(self.indptr[targets * self.trie.depth + depth], self.children[depth, targets])] = shares
-
-
-def _first_codes(model: FoldModel, queries: torch.Tensor, targets: np.ndarray, plan: _Plan, out: np.ndarray) -> None:
-    """Depth 0: the whole catalogue is scored for every target."""
-    n = plan.trie.catalogue.num_items
-    step = max(1, SCORES_AT_ONCE // n)
-    buffer = torch.empty(min(step, len(targets)), n)
-    for begin in range(0, len(targets), step):
-        part = targets[begin : begin + step]
-        scores = buffer[: len(part)]
-        model.scores(queries[begin : begin + step], 0, n, scores)
-        shares = child_shares(scores.numpy().ravel(), np.full(len(part), n), plan.child_lengths(0, part), plan.children[0, part])
-        plan.store(out, 0, part, shares)
-
-
-def _deeper_codes(model: FoldModel, queries: torch.Tensor, targets: np.ndarray, plan: _Plan, out: np.ndarray) -> None:
-    """Depths 1 …: one scan of each target's first-level range serves all of them. Targets that share the range are one matrix product."""
-    depth = plan.trie.depth
-    if depth == 1:
-        return
-    by_code = np.argsort(plan.order[targets], kind="stable")
-    start, stop = plan.ranges(1, targets[by_code])
-    for piece in _pieces(stop - start):
-        rows, low, high = by_code[piece], start[piece], stop[piece]
-        begin = np.cumsum(high - low) - (high - low)  # of each target's scores in the flat buffer
-        flat = torch.empty(int((high - low).sum()))
-        groups = np.flatnonzero(np.diff(low, prepend=-1))
-        picked = queries[torch.from_numpy(rows)]
-        for first, last in zip(groups, np.append(groups[1:], len(rows)), strict=True):
-            width = int(high[first] - low[first])
-            block = flat[begin[first] : begin[first] + width * (last - first)].view(last - first, width)
-            model.scores(picked[first:last], int(low[first]), int(high[first]), block)
-        part, scores = targets[rows], flat.numpy()
-        for level in range(1, depth):
-            inner_low, inner_high = plan.ranges(level, part)
-            own = scores if level == 1 else scores[ragged_ranges(begin + inner_low - low, inner_high - inner_low)]
-            shares = child_shares(own, inner_high - inner_low, plan.child_lengths(level, part), plan.children[level, part])
-            plan.store(out, level, part, shares)
-
-
-def _pieces(sizes: np.ndarray) -> Iterator[slice]:
-    """Consecutive slices whose sizes add up to about SCORES_AT_ONCE, at least one row each."""
-    which = (np.cumsum(sizes) - sizes) // SCORES_AT_ONCE
-    bounds = np.append(np.flatnonzero(np.diff(which, prepend=-1)), len(sizes))
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        yield slice(first, last)

@@ -15,10 +15,14 @@ import numpy as np
 from ilrec_dist.cf.fit import Histories, Progress, mean_log_probability, train_model
 from ilrec_dist.cf.folder import save_model, write_manifest
 from ilrec_dist.cf.model import SASRec
+from ilrec_dist.cf.store import write_store
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.files import committed_folder, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+
+SCAN_ITEMS = 65_536  # up to so many items rewards scan the whole catalogue for every target
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
@@ -36,7 +40,8 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
     Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a model to which they do not exist: its item counts, batches,
     random numbers and early stopping come from the other users alone. With cf_folds = 1 there are no others: the one model has seen every target.
     `catalogue` gives the code order of item_embeddings.npy and items.faiss; without it (codes yet to be built from these vectors) they are left
-    out. `progress` is called after each epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds.
+    out, and with them the stores of a large catalogue (`index_kind`). `progress` is called after each epoch with model, epoch, epochs, loss,
+    ndcg@10 (validation) and seconds.
     Deterministic for a seed and a number of torch threads. Raises UserError when a fold leaves too few users to train on.
     """
     started = time.perf_counter()
@@ -60,10 +65,21 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
         report["log_p"] = _log_probabilities(histories, folds, full, models)
         if catalogue is not None:
             _write_code_order(work, full, catalogue)
+            if (kind := index_kind(config, prepared.num_items)) != "scan":
+                trie = Trie(catalogue)
+                for fold, model in enumerate(models):
+                    write_store(work / f"fold{fold}", model.items.weight, model.known, trie, kind, config.reward_shards)
         report["seconds"] = time.perf_counter() - started
         write_json(work / "report.json", report)
         write_manifest(work, config, prepared.num_items, catalogue)
     return report
+
+
+def index_kind(config: CFConfig, num_items: int) -> str:
+    """What `reward_index: auto` comes to for a catalogue of that size."""
+    if config.reward_index != "auto":
+        return config.reward_index
+    return "scan" if num_items <= SCAN_ITEMS else "ivf_pq"
 
 
 def _users(histories: Histories, chosen: np.ndarray) -> Histories:

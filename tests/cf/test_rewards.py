@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.cf import rewards as rewards_module
+from ilrec_dist.cf import scan as scan_module
 from ilrec_dist.cf.folder import load_cf, load_folds
 from ilrec_dist.cf.model import window_starts
 from ilrec_dist.cf.rewards import TokenRewards
@@ -48,7 +48,7 @@ def test_equals_brute_force(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     found = rewards.fetch(users, positions)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
-    monkeypatch.setattr(rewards_module, "SCORES_AT_ONCE", 100)  # many small pieces
+    monkeypatch.setattr(scan_module, "SCORES_AT_ONCE", 100)  # many small pieces
     np.testing.assert_allclose(rewards.fetch(users, positions), expected, atol=1e-6, rtol=0)
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 import ray
 
 from ilrec_dist.cf.service import RewardClient, reward_actors
+from ilrec_dist.cf.train import train_cf
 from ilrec_dist.errors import UserError
-from tests.cf.conftest import World, training_targets
+from tests.cf.conftest import CONFIG, World, training_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,7 +36,7 @@ def client(session: None, world: World) -> Iterator[RewardClient]:
 
 
 def pid(client: RewardClient) -> int:
-    return ray.get(client.actors[0].__ray_call__.remote(lambda _: os.getpid()))
+    return ray.get(client.actors[0][0].__ray_call__.remote(lambda _: os.getpid()))
 
 
 def batches(world: World, size: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -79,7 +81,7 @@ def test_replicas_share_the_requests(session: None, world: World) -> None:
         client = RewardClient("pair", replicas=2)
         for batch in batches(world)[:4]:
             client.fetch_async(*batch).result()
-        assert [ray.get(actor.counters.remote())["calls"] for actor in client.actors] == [2, 2]
+        assert [ray.get(actor.counters.remote())["calls"] for (actor,) in client.actors] == [2, 2]
     with pytest.raises(UserError, match="no reward actors named"):
         RewardClient("pair-gone")
 
@@ -95,3 +97,11 @@ def test_gives_up_with_one_clear_error(session: None, world: World) -> None:
 def test_a_folder_that_does_not_fit_is_refused_at_start_up(session: None, world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a CF folder"), reward_actors(tmp_path, world.data, world.items, name="lost"):
         pass
+
+
+def test_shards_are_merged(session: None, world: World, tmp_path: Path) -> None:
+    train_cf(replace(CONFIG, epochs=1, reward_index="flat", reward_shards=2), world.prepared, world.catalogue, tmp_path / "cf")
+    with reward_actors(tmp_path / "cf", world.data, world.items, name="shards", shards=2):
+        client, batch = RewardClient("shards", shards=2), batches(world)[0]
+        np.testing.assert_allclose(client.fetch_async(*batch).result(), world.rewards(cf=tmp_path / "cf").fetch(*batch), atol=1e-6)
+        assert client.counters()["rows"] == len(batch[0]) * world.trie.depth

@@ -1,0 +1,215 @@
+"""How fast and how exact are token rewards as the catalogue grows?  python benchmarks/rewards.py [--quick] [--json FILE] [--items 10000 1000000 10000000]
+
+Every target has a history of its own and is asked for once (nothing is cached); rates are of all code levels, through the Ray service with the
+client's side included, and in-process. Total variation is that of the first-code rewards from a brute-force sum over the catalogue in fp64.
+The catalogue is drawn: item vectors are sums of code vectors, as residual quantisation would recover them, and noise; histories stay near a code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from ilrec_dist.cf.model import SASRec, encode
+from ilrec_dist.cf.plan import Plan
+from ilrec_dist.cf.rewards import RewardOptions, TokenRewards
+from ilrec_dist.cf.store import open_store, write_store
+from ilrec_dist.cf.train import SCAN_ITEMS
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.trie import Trie
+
+WIDTH, LEVELS, CODES, BATCH, CHECKED = 64, 4, 256, 512, 64
+NORM = 2.0  # of an item's vector; queries have norm 8, so this decides how peaked P_CF is: about half its mass is outside the top 512 of 10⁶ items
+
+
+def draw(folder: Path, items: int, users: int, seed: int = 0) -> None:
+    """Write a catalogue, a CF model's vectors (with their store when the catalogue is large) and one history a user."""
+    rng = np.random.default_rng(seed)
+    popularity = 1 / np.arange(1, CODES + 1) ** 0.5
+    codes = np.stack([rng.choice(CODES, items, p=popularity / popularity.sum())] + [rng.integers(0, CODES, items) for _ in range(LEVELS - 1)], axis=1)
+    catalogue = make_catalogue(codes, [CODES] * LEVELS)
+    folder.mkdir(parents=True)
+    catalogue.save(folder)
+    table = torch.from_numpy(rng.normal(size=(items, WIDTH)).astype(np.float32)).mul_(0.6 * NORM / WIDTH**0.5)
+    for level, size in enumerate((0.6, 0.45, 0.3)):
+        centroids = torch.from_numpy(rng.normal(size=(CODES, WIDTH)).astype(np.float32)) * size * NORM / WIDTH**0.5
+        table += centroids[torch.from_numpy(codes[:, level].astype(np.int64))]
+    lengths = rng.integers(3, 20, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    anchor = np.repeat(rng.integers(0, items, users), lengths)
+    near = np.clip(catalogue.position[anchor] + rng.normal(scale=items / CODES / 4, size=len(anchor)).astype(np.int64), 0, items - 1)
+    wander = rng.random(len(anchor)) < 0.3
+    np.save(folder / "histories.npy", np.where(wander, rng.integers(0, items, len(anchor)), catalogue.items[near]).astype(np.int32))
+    np.save(folder / "offsets.npy", offsets)
+    known = torch.from_numpy(rng.random(items) < 0.98)
+    if items > SCAN_ITEMS:
+        write_store(folder / "fold0", table, known, Trie(catalogue), "ivf_pq")
+    else:
+        torch.save({"table": table, "known": known}, folder / "table.pt")
+
+
+def load(folder: Path) -> TokenRewards:
+    catalogue = Catalogue.load(folder)
+    trie, n = Trie(catalogue), catalogue.num_items
+    offsets = np.load(folder / "offsets.npy")
+    prepared = Prepared(np.load(folder / "histories.npy"), offsets, range(len(offsets) - 1), range(n))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    small = folder / "table.pt"
+    model = SASRec(n if small.exists() else 1, WIDTH, 2, 2, 0.0, 50).eval()
+    scorers = None
+    if small.exists():
+        state = torch.load(small)
+        model.items.weight.data = state["table"]
+        model.known.copy_(state["known"])
+    else:
+        scorers = [open_store(folder / "fold0", trie)]
+    return TokenRewards([model], np.zeros(len(offsets) - 1, np.int64), prepared, catalogue, trie, scorers)
+
+
+def batches(rewards: TokenRewards) -> list[tuple[np.ndarray, np.ndarray]]:
+    users = np.arange(rewards.prepared.num_users)
+    positions = rewards.prepared.lengths() - 1
+    return [(users[i : i + BATCH], positions[i : i + BATCH]) for i in range(0, len(users), BATCH)]
+
+
+@torch.no_grad()
+def brute_force(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """First-code rewards float64 [T, codes] by scoring every item."""
+    scorer, starts = rewards.scorers[0], rewards.prepared.offsets[users]
+    embed = None if scorer.large is None else partial(scorer.embed, rewards.catalogue.position)
+    queries = encode(rewards.models[0], rewards.prepared.items, starts, positions, embed)
+    n, node_start = rewards.catalogue.num_items, rewards.trie.node_start[1]
+    scores = torch.empty(len(users), n)
+    for start in range(0, n, 1 << 18):
+        stop = min(n, start + (1 << 18))
+        block = torch.empty(len(users), stop - start)
+        scorer.scores(queries, start, stop, block)
+        scores[:, start:stop] = block
+    masses = []
+    for row in scores.numpy():
+        masses.append(np.add.reduceat(np.exp(row.astype(np.float64) - row.max()), node_start[:-1]))
+    mass = np.array(masses)
+    return mass / mass.sum(1, keepdims=True)
+
+
+def first_rows(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    plan = Plan(rewards.trie, rewards.prepared.items[rewards.prepared.offsets[users] + positions])
+    codes = rewards.trie.num_nodes(1)
+    starts = np.arange(len(users)) * codes + plan.indptr[:: LEVELS - 1][:-1]
+    return rewards.fetch(users, positions)[starts[:, None] + np.arange(codes)]
+
+
+def measure_one(items: int, targets: int, threads: int) -> dict[str, float]:
+    """One catalogue, in this process and, after that, through one actor."""
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "catalogue"
+        started = time.perf_counter()
+        # in a process of its own, so that the peak memory below is of serving alone
+        subprocess.run([sys.executable, __file__, "--draw", str(folder), str(items), str(targets + BATCH)], check=True)
+        result: dict[str, float] = {"items": items, "targets": targets, "draw_seconds": time.perf_counter() - started}
+        rewards = load(folder)
+        warm, *rest = batches(rewards)
+        rewards.fetch(*warm)
+        started = time.perf_counter()
+        for batch in rest:
+            rewards.fetch(*batch)
+        result["in_process_per_second"] = targets / (time.perf_counter() - started)
+        result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        users, positions = (part[:CHECKED] for part in rest[0])
+        truth = brute_force(rewards, users, positions)
+        result["total_variation"] = float(np.abs(first_rows(rewards, users, positions) - truth).sum(1).mean() / 2)
+        if items > SCAN_ITEMS:
+            plain = TokenRewards(rewards.models, rewards.folds, rewards.prepared, rewards.catalogue, rewards.trie, rewards.scorers, RewardOptions(top_k=2048))
+            result["total_variation_top_2048"] = float(np.abs(first_rows(plain, users, positions) - truth).sum(1).mean() / 2)
+        result.update(through_the_service(folder, warm, rest, threads))
+    return result
+
+
+def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest: list[tuple[np.ndarray, np.ndarray]], threads: int) -> dict[str, float]:
+    import ray
+
+    from ilrec_dist.cf.service import RewardActor, RewardClient
+
+    root = str(Path(__file__).resolve().parents[1])
+    here = str(Path(__file__).resolve().parent)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": f"{root}:{here}"}})
+    try:
+        from rewards import load as importable_load  # by its module's name, so that the actor can import it
+
+        actor = ray.remote(RewardActor).options(name="bench-0-0", num_cpus=0).remote(partial(importable_load, folder), threads)  # type: ignore[attr-defined]
+        client = RewardClient("bench")
+        client.fetch_async(*warm).result()
+        started = time.perf_counter()
+        pending = []
+        for batch in rest:
+            pending.append(client.fetch_async(*batch))
+            if len(pending) > 4:
+                pending.pop(0).result()
+        for answer in pending:
+            answer.result()
+        seconds = time.perf_counter() - started
+        peak = ray.get(actor.__ray_call__.remote(lambda _: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    finally:
+        ray.shutdown()
+    summary = client.meter.summary()
+    return {
+        "service_per_second": sum(len(users) for users, _ in rest) / seconds,
+        "latency_p50": summary["latency_p50"],
+        "latency_p99": summary["latency_p99"],
+        "actor_peak_mib": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10⁴ and 10⁵ items, under 50 seconds")
+    parser.add_argument("--items", type=int, nargs="+", default=None, help="catalogue sizes (default 10⁴, 10⁶ and 10⁷)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write the table's rows here")
+    parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(Path(arguments.draw[0]), int(arguments.draw[1]), int(arguments.draw[2]))
+        return
+    sizes = arguments.items or ([10_000, 100_000] if arguments.quick else [10_000, 1_000_000, 10_000_000])
+    machine = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(f"{machine}\n{'items':>10} {'in-process/s':>13} {'service/s':>10} {'p99 s':>7} {'first-code TV':>14} {'peak MiB':>9} {'actor MiB':>10}")
+    rows = []
+    for items in sizes:
+        rows.append(measure_one(items, BATCH * (4 if arguments.quick else 16 if items <= SCAN_ITEMS else 8), arguments.threads))
+        row = rows[-1]
+        print(
+            f"{items:>10,} {row['in_process_per_second']:>13,.0f} {row['service_per_second']:>10,.0f} {row['latency_p99']:>7.2f} "
+            f"{row['total_variation']:>14.4g} {row['peak_mib']:>9,.0f} {row['actor_peak_mib']:>10,.0f}",
+            flush=True,
+        )
+    growth = rows[0]["service_per_second"] / rows[-1]["service_per_second"]
+    print(f"cost per target grows {growth:.2f} × from {sizes[0]:,} to {sizes[-1]:,} items")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows, "growth": growth}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

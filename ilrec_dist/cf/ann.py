@@ -1,0 +1,66 @@
+"""Nearest items by inner product: FAISS indexes of several kinds behind build, save, load and search."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+ADD_AT_ONCE = 1 << 18
+TRAIN_PER_LIST = 40  # vectors per inverted list that k-means sees
+HNSW_LINKS = 32
+
+
+def build_index(kind: str, vectors: np.ndarray, seed: int = 0) -> Any:
+    """A FAISS index over the rows of vectors [n, d] (fp16 or fp32, memory-mapped if need be), ids 0 … n−1; kind "flat", "ivf_pq" or "hnsw".
+
+    ivf_pq keeps d/2 four-bit codes per item: its scores are rough and to be replaced by exact ones.
+    """
+    n, d = vectors.shape
+    index: Any
+    if kind == "flat":
+        index = faiss.IndexFlatIP(d)
+    elif kind == "hnsw":
+        index = faiss.index_factory(d, f"HNSW{HNSW_LINKS}_SQfp16", faiss.METRIC_INNER_PRODUCT)
+        index.train(np.zeros((1, d), np.float32))  # half precision has nothing to learn
+    elif kind == "ivf_pq":
+        lists = max(1, 1 << round(math.log2(max(1.0, 1.5 * math.sqrt(n)))))
+        lists = min(lists, 4096, max(1, n // TRAIN_PER_LIST))
+        parts = d // 2 if d % 2 == 0 else d
+        index = faiss.index_factory(d, f"IVF{lists},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed, index.pq.cp.seed = seed + 1, seed + 1
+        sample = np.sort(np.random.default_rng(seed).permutation(n)[: max(lists * TRAIN_PER_LIST, 1024)])
+        index.train(np.ascontiguousarray(vectors[sample], dtype=np.float32))
+    else:
+        raise ValueError(f"index kind {kind!r}: expected flat, ivf_pq or hnsw")
+    for start in range(0, n, ADD_AT_ONCE):
+        index.add(np.ascontiguousarray(vectors[start : start + ADD_AT_ONCE], dtype=np.float32))
+    return index
+
+
+def save_index(index: Any, path: Path) -> None:
+    faiss.write_index(index, str(path))
+
+
+def load_index(path: Path) -> Any:
+    """On the GPU when faiss has one and the kind runs there."""
+    index = faiss.read_index(str(path))
+    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and isinstance(index, faiss.IndexFlatIP):
+        return faiss.index_cpu_to_all_gpus(index)
+    return index
+
+
+def search(index: Any, queries: np.ndarray, k: int, width: int = 8) -> np.ndarray:
+    """Ids int64 [t, k] of about the k largest inner products, in no particular order; −1 where fewer were found.
+
+    width × k is about how many items are looked at: more is slower and misses less.
+    """
+    base = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
+    if isinstance(base, faiss.IndexIVF):
+        base.nprobe = min(base.nlist, max(4, math.ceil(width * k * base.nlist / max(1, base.ntotal))))
+    elif isinstance(base, faiss.IndexHNSW):
+        base.hnsw.efSearch = k + k // 4
+    return base.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, base.ntotal))[1]

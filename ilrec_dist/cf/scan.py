@@ -1,0 +1,164 @@
+"""Sums the collaborative probability below prefixes: by scanning ranges, or by top items and cell moments where ranges are long (METHOD.md §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ilrec_dist.cf.ann import search
+from ilrec_dist.cf.moments import log_masses
+from ilrec_dist.cf.plan import Plan
+from ilrec_dist.cf.segments import child_masses, child_shares, ragged_ranges, softmax_rows
+from ilrec_dist.cf.store import PREFIX_ITEMS, FoldScorer
+
+SCORES_AT_ONCE = 1 << 20  # fp32 scores held at once: 4 MiB, which stay in the cache between the passes
+QUERIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """How closely a large catalogue is looked at; small ones are scanned whole."""
+
+    top_k: int = 512  # items scored exactly for the first code; a quarter more are fetched to make up for a rough index
+    width: int = 8  # the index looks at about width × top_k items
+    prefix_items: int = PREFIX_ITEMS  # at least the value the store was written with
+
+
+def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> None:
+    """Depth 0: log Σ exp(score) below each first code that the scorer holds, into the rows `targets` of out float32 [T, codes]."""
+    if scorer.large is None:
+        _scan_all(scorer, queries, targets, plan, out)
+        return
+    column = 0
+    for (first, stop), known, index in zip(scorer.large.shards, scorer.large.known, scorer.large.indexes, strict=True):
+        for begin in range(0, len(targets), QUERIES_AT_ONCE):
+            part, some = targets[begin : begin + QUERIES_AT_ONCE], queries[begin : begin + QUERIES_AT_ONCE]
+            extra = options.top_k // 4
+            found = search(index, some.numpy(), options.top_k + extra, options.width)
+            where = np.where(found >= 0, known[found], -1)
+            score, cap = _exact_scores(scorer, some, where, extra if found.shape[1] > options.top_k else 0)
+            own = plan.order[part]
+            outside = (plan.first_node[part] < first) | (plan.first_node[part] >= stop) | (where == own[:, None]).any(1)
+            where = np.concatenate([where, np.where(outside, -1, own)[:, None]], axis=1)  # the target itself is always scored exactly
+            own_score = scorer.scores_at(some, torch.from_numpy(own)[:, None]).numpy()
+            score = np.concatenate([score, own_score], axis=1)
+            cell = np.where((where >= 0) & (score > -np.inf), np.searchsorted(plan.trie.node_start[1], where, side="right") - 1 - first, -1)
+            moments = scorer.large.moments[0].scores(first, stop, some)
+            out[part, column : column + stop - first] = log_masses(*moments, cell, score, cap)
+        column += stop - first
+
+
+def _exact_scores(scorer: FoldScorer, queries: torch.Tensor, where: np.ndarray, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores float32 [t, k] of the code-order positions `where` (−1: none, score −inf), and what bounds the items that are not there.
+
+    The bound is the k-th largest of the k + extra found: an index of rough codes misses items that score as high as the last it finds.
+    """
+    score = scorer.scores_at(queries, torch.from_numpy(np.maximum(where, 0).astype(np.int64))).numpy()
+    score[where < 0] = -np.inf
+    cap = np.partition(np.where(where >= 0, score, np.inf), extra, axis=1)[:, extra]
+    return score, cap
+
+
+def _scan_all(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray) -> None:
+    n = plan.trie.catalogue.num_items
+    sizes = np.diff(plan.trie.node_start[1]).astype(np.int64)
+    step = max(1, SCORES_AT_ONCE // n)
+    buffer = torch.empty(min(step, len(targets)), n)
+    for begin in range(0, len(targets), step):
+        part = targets[begin : begin + step]
+        scores = buffer[: len(part)]
+        scorer.scores(queries[begin : begin + step], 0, n, scores)
+        mass, top = child_masses(scores.numpy().ravel(), np.full(len(part), n), np.tile(sizes, len(part)))
+        with np.errstate(divide="ignore"):
+            out[part] = np.log(mass).reshape(len(part), -1) + top[:, None]
+
+
+def deeper_shares(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> None:
+    """Depths 1 …: each child's share of the target's prefix, into out at `plan.place`.
+
+    One scan of the target's longest prefix of at most `prefix_items` items serves that depth and all below; the depths above it are estimated.
+    Of a catalogue without moments every prefix is scanned.
+    """
+    depth = plan.trie.depth
+    base = np.ones(len(targets), np.int64)  # the depth of the prefix that is scanned
+    if scorer.large is not None:
+        for level in range(1, depth):
+            low, high = plan.ranges(level, targets)
+            long = high - low > options.prefix_items
+            base[long] = level + 1
+            _estimate(scorer, queries, targets, np.flatnonzero(long), level, plan, out)
+    rows = np.flatnonzero(base < depth)
+    rows = rows[np.argsort(plan.order[targets[rows]], kind="stable")]
+    start, stop = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    for level in np.unique(base[rows]):
+        here = base[rows] == level
+        start[here], stop[here] = plan.ranges(level, targets[rows[here]])
+    for piece in _pieces(stop - start):
+        _scan_prefixes(scorer, queries, targets, rows[piece], start[piece], stop[piece], base[rows[piece]], plan, out)
+
+
+def _scan_prefixes(
+    scorer: FoldScorer,
+    queries: torch.Tensor,
+    targets: np.ndarray,
+    rows: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    base: np.ndarray,
+    plan: Plan,
+    out: np.ndarray,
+) -> None:
+    """Scan [low, high) for each of `rows` (in code order; into targets and queries) and fill its depths from base on. One product per range."""
+    begin = np.cumsum(high - low) - (high - low)  # of each row's scores in the flat buffer
+    flat = torch.empty(int((high - low).sum()))
+    groups = np.flatnonzero(np.diff(low, prepend=-1))
+    picked = queries[torch.from_numpy(rows)]
+    for first, last in zip(groups, np.append(groups[1:], len(rows)), strict=True):
+        width = int(high[first] - low[first])
+        block = flat[begin[first] : begin[first] + width * (last - first)].view(last - first, width)
+        scorer.scores(picked[first:last], int(low[first]), int(high[first]), block)
+    scores = flat.numpy()
+    for level in range(int(base.min()), plan.trie.depth):
+        here = np.flatnonzero(base <= level)
+        part = targets[rows[here]]
+        inner_low, inner_high = plan.ranges(level, part)
+        size = inner_high - inner_low
+        whole = len(here) == len(rows) and bool((size == high - low).all())
+        own = scores if whole else scores[ragged_ranges(begin[here] + inner_low - low[here], size)]
+        out[plan.place(level, part)] = child_shares(own, size, plan.child_lengths(level, part), plan.children[level, part])
+
+
+def _estimate(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, rows: np.ndarray, level: int, plan: Plan, out: np.ndarray) -> None:
+    """Shares of the children of long prefixes from the children's moments, the target itself scored exactly."""
+    assert scorer.large is not None
+    node_start = plan.trie.node_start[level + 1]
+    for chosen in _groups(plan.nodes[level, targets[rows]]):
+        here = rows[chosen]
+        for begin in range(0, len(here), QUERIES_AT_ONCE):
+            some = here[begin : begin + QUERIES_AT_ONCE]
+            part, few = targets[some], queries[torch.from_numpy(some)]
+            first = int(plan.first_child[level, part[0]])
+            stop = first + int(plan.children[level, part[0]])
+            own = plan.order[part][:, None]
+            score = scorer.scores_at(few, torch.from_numpy(own)).numpy()
+            cell = np.where(score > -np.inf, np.searchsorted(node_start, own, side="right") - 1 - first, -1)
+            moments = scorer.large.moments[level].scores(first, stop, few)
+            logs = log_masses(*moments, cell, score, np.full(len(part), np.inf))
+            out[plan.place(level, part)] = softmax_rows(logs).ravel()
+
+
+def _groups(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of each group of equal keys."""
+    order = np.argsort(keys, kind="stable")
+    yield from np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(order) else []
+
+
+def _pieces(sizes: np.ndarray) -> Iterator[slice]:
+    """Consecutive slices whose sizes add up to about SCORES_AT_ONCE, at least one row each."""
+    which = (np.cumsum(sizes) - sizes) // SCORES_AT_ONCE
+    bounds = np.append(np.flatnonzero(np.diff(which, prepend=-1)), len(sizes))
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        yield slice(first, last)
