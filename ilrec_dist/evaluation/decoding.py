@@ -14,7 +14,7 @@ from torch import Tensor
 from ilrec_dist.items.trie import Trie
 
 SoftmaxScope = Literal["all", "valid_next"]
-ELEMENTS_AT_ONCE = 1 << 23  # logits and candidates held at once: users are taken in slices so that neither exceeds it
+ELEMENTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits and candidates held at once: users are taken in slices so that neither exceeds it
 
 
 class Decoder(Protocol):
@@ -120,7 +120,8 @@ def beam_search(
     log p is over the scope that the model was trained with: `all`, the true vocabulary (vocab_size; padded columns are none of it), or
     `valid_next`, the trie children of the prefix, whatever is excluded. A prefix is a candidate while an item that is allowed and not in
     the user's `excluded` set lies below it, so what is taken away costs no beam. With tp_group the head is a vocabulary shard, and every
-    rank of the group must call with the same arguments and gets the same beams. The model is expected in eval mode.
+    rank of the group must call with the same arguments and gets the same beams. The model is expected in eval mode. Raises
+    FloatingPointError when it gives NaN.
     """
     head = _Head(model, vocab_size, softmax_scope, tp_group)
     closed = None if excluded is None else space.closed(excluded, tokens.device)
@@ -131,7 +132,7 @@ def beam_search(
     for p in range(space.depth):
         width = min(beam, space.trie.num_nodes(p + 1))
         wide = nodes.shape[1] * max(1, int(space.num_children(p, nodes).max()), head.width(space.token_range[p]))
-        users = max(1, ELEMENTS_AT_ONCE // wide)
+        users = max(1, ELEMENTS_AT_ONCE[tokens.device.type] // wide)
         parts = [
             _extend(head, space, p, nodes[at : at + users], scores[at : at + users], hidden[at : at + users], width, at, closed)
             for at in range(0, len(tokens), users)
@@ -141,6 +142,8 @@ def beam_search(
             hidden = model.decode(cache, chosen, parents)
         elif p + 2 == space.depth:
             hidden = _decode_where_it_matters(model, cache, chosen, parents, space.num_children(p + 1, nodes) > 1)
+    if scores.isnan().any():
+        raise FloatingPointError("beam search: the model's scores are NaN; its training has diverged")
     return Beams(nodes, scores)
 
 

@@ -97,12 +97,20 @@ def test_nothing_left_gives_no_beams() -> None:
     assert ranked.items.tolist() == [[-1]] * 3 + [[NUM_ITEMS - 1]]
 
 
+def test_a_diverged_model_is_an_error() -> None:
+    backbone = toy_backbone(CATALOGUE)
+    with torch.no_grad():
+        backbone.head_weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        search(backbone, SearchSpace(TRIE), "all", 5)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_slices_and_batches_change_nothing(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, space = toy_backbone(CATALOGUE), SearchSpace(TRIE)
     seen = ItemSets.of(list(HISTORIES))
     whole = search(backbone, space, scope, 7, seen)
-    monkeypatch.setattr(decoding, "ELEMENTS_AT_ONCE", 1)  # one user at a time
+    monkeypatch.setattr(decoding, "ELEMENTS_AT_ONCE", {"cpu": 1})  # one user at a time
     sliced = search(backbone, space, scope, 7, seen)
     assert np.array_equal(whole.items, sliced.items)
     np.testing.assert_allclose(whole.scores, sliced.scores, rtol=1e-6)
