@@ -45,9 +45,8 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     report = {
         "source": config.index or (f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"),
         "index_sha256": sha256_file(config.index) if config.index else None,
-        "items": catalogue.num_items,
-        "vocab_size": catalogue.vocab_size,
-        "levels": level_report(catalogue),
+        "vectors": {"kind": config.embedding, "dim": config.embedding_dim, "seed": config.seed},
+        **catalogue_report(catalogue),
         "collisions": {"rule": config.collisions, "before": before, "after": collision_report(codes), "resolved_by": how, "items_changed": changed},
     }
     with committed_folder(out) as folder:
@@ -94,8 +93,8 @@ def _refuse_collision(config: ItemsConfig, prepared: Prepared, codes: np.ndarray
         )
 
 
-def level_report(catalogue: Catalogue) -> list[dict[str, Any]]:
-    """Per level: its codes, how many occur, the entropy of their use in bits (at most log2 of the codes), and the items of the busiest one."""
+def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
+    """Sizes, and per level: its codes, how many occur, the entropy of their use in bits (at most log2 of the codes), and the items of the busiest one."""
     levels = []
     for level, (start, stop) in enumerate(catalogue.level_ranges):
         use = np.bincount(catalogue.tokens[:, level] - start, minlength=stop - start)
@@ -109,4 +108,4 @@ def level_report(catalogue: Catalogue) -> list[dict[str, Any]]:
                 "largest": int(use.max()),
             }
         )
-    return levels
+    return {"items": catalogue.num_items, "vocab_size": catalogue.vocab_size, "levels": levels}

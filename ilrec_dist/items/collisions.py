@@ -90,9 +90,13 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
 
 def _cost(rest: np.ndarray, book: np.ndarray, own: np.ndarray, free: np.ndarray) -> np.ndarray:
     """float64 [items, free codes]: increase in squared distance over the item's own code, at least a trifle so that staying is preferred."""
-    known = ~np.isnan(book).any(axis=1)
-    distance = np.full((len(rest), len(book)), np.nan)
-    distance[:, known] = (rest.astype(np.float64) ** 2).sum(1)[:, None] + (book[known].astype(np.float64) ** 2).sum(1) - 2.0 * rest @ book[known].T
-    distance = np.where(known, distance, np.nanmax(distance, axis=1, keepdims=True))
+    distance = squared_distances(rest, book)
+    distance = np.where(np.isnan(distance), np.nanmax(distance, axis=1, keepdims=True), distance)
     increase = distance[:, free] - distance[np.arange(len(rest)), own][:, None]
     return np.maximum(increase, 0.0) + 1e-6 * (1.0 + np.abs(distance).mean())
+
+
+def squared_distances(vectors: np.ndarray, book: np.ndarray) -> np.ndarray:
+    """float64 [n, codes] squared distances of vectors [n, d] to centroids [codes, d]; NaN for a code without a centroid."""
+    vectors, book = vectors.astype(np.float64), book.astype(np.float64)
+    return (vectors**2).sum(1)[:, None] + (book**2).sum(1) - 2.0 * vectors @ book.T

@@ -1,0 +1,101 @@
+"""`ilrec index add`: codes for new items without changing an old one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from ilrec_dist.data.files import committed_folder, read_json_object, write_json
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.build import catalogue_report
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
+from ilrec_dist.items.embeddings import item_documents, text_vectors
+from ilrec_dist.items.index_file import write_index
+from ilrec_dist.items.quantise import Codebooks, centroid_codebooks
+
+
+def add_items(
+    folder: str | Path,
+    prepared: Prepared,
+    new_ids: Sequence[str],
+    out: str | Path,
+    new_documents: Sequence[str] | None = None,
+    vectors: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Extend the catalogue in `folder` (built over `prepared`) by new items; write the longer one to `out` and return its report.
+
+    New items get the item indices that follow the old ones, in the order given. Each takes the nearest centroid at every level but the last, and at the
+    last the nearest code that no item of its prefix holds; new items of one prefix share its free codes out at the least total distance.
+    new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
+    Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
+    """
+    old = Catalogue.load(folder)
+    old_ids = list(read_json_object(Path(folder) / "index.json"))
+    known = set(old_ids)
+    for item in new_ids:
+        if item in known:
+            raise UserError(f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; leave it out")
+        known.add(item)
+    old_vectors, new_vectors = vectors if vectors is not None else _text_vectors(folder, prepared, new_documents)
+    if len(old_vectors) != old.num_items or len(new_vectors) != len(new_ids):
+        raise UserError(f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items")
+    codes, sizes = old.codes(), [stop - start for start, stop in old.level_ranges]
+    books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
+    added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
+    catalogue = make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
+    before = read_json_object(Path(folder) / "report.json")
+    report = {
+        **before,
+        **catalogue_report(catalogue),
+        "added": len(new_ids),
+        "collisions": {**before["collisions"], "after": collision_report(catalogue.codes())},
+    }
+    with committed_folder(out) as work:
+        catalogue.save(work)
+        write_index(work / "index.json", catalogue, [*old_ids, *new_ids])
+        write_json(work / "report.json", report)
+    return report
+
+
+def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    documents = item_documents(prepared)
+    if documents is None or new_documents is None:
+        raise UserError("index add: needs titles or texts of the old and the new items, or vectors of both")
+    vectors = read_json_object(Path(folder) / "report.json")["vectors"]
+    if vectors["kind"] != "text":
+        raise UserError(f"index add: {folder} was built from {vectors['kind']} vectors; give such vectors of the old and the new items")
+    return text_vectors(documents, vectors["dim"], vectors["seed"], new_documents)
+
+
+def _assign(vectors: np.ndarray, books: Codebooks, old_codes: np.ndarray, sizes: list[int], old: Catalogue, ids: Sequence[str]) -> np.ndarray:
+    last = len(sizes) - 1
+    codes = np.zeros((len(vectors), len(sizes)), np.int32)
+    rest = vectors
+    for level in range(last):
+        codes[:, level] = np.nanargmin(squared_distances(rest, books.levels[level]), axis=1)
+        rest = rest - books.levels[level][codes[:, level]]
+    everyone = np.vstack([old_codes, codes])
+    prefix, _ = tuple_groups(everyone[:, :last])
+    order = np.argsort(prefix, kind="stable")
+    starts = np.searchsorted(prefix[order], np.arange(prefix.max() + 2))
+    for group in np.unique(prefix[len(old_codes) :]):
+        members = order[starts[group] : starts[group + 1]]  # old items come first
+        new = members[members >= len(old_codes)] - len(old_codes)
+        free = np.setdiff1d(np.arange(sizes[last]), old_codes[members[members < len(old_codes)], last])
+        if len(new) > len(free):
+            name = "".join(f"<{letter}_{code}>" for letter, code in zip(old.level_names, codes[new[0], :last], strict=False)) or "the whole catalogue"
+            raise UserError(
+                f"index add: item {ids[int(new[len(free)])]!r}: the prefix {name} has no code left at its last level ({sizes[last]} codes, "
+                f"{len(new)} new items for {len(free)} free ones); build a new index with more codes or levels"
+            )
+        distance = squared_distances(rest[new], books.levels[last])
+        distance = np.where(np.isnan(distance), np.nanmax(distance, axis=1, keepdims=True), distance)[:, free]
+        rows, columns = linear_sum_assignment(distance)
+        codes[new[rows], last] = free[columns]
+    return codes

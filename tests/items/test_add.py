@@ -1,0 +1,79 @@
+"""New items get codes of their own and old ones keep theirs; the report as table and picture."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from ilrec_dist.config import ItemsConfig
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.add import add_items
+from ilrec_dist.items.build import build_index
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.collisions import collision_report
+from ilrec_dist.items.report import report_plot, report_table
+from tests.items.test_build import words
+
+
+def built(tmp_path, n=96, **settings):
+    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [f"i{item}" for item in range(n)], words(n))
+    build_index(ItemsConfig(**{"levels": 2, "codes_per_level": 16, "collisions": "resolve", "embedding_dim": 16, **settings}), prepared, tmp_path / "old")
+    return prepared
+
+
+def test_old_codes_stay_and_new_ones_are_distinct_and_fitting(tmp_path):
+    prepared = built(tmp_path)
+    old = Catalogue.load(tmp_path / "old")
+    texts = words(104, seed=0)[96:]  # words(104) begins with words(96)' groups: item i belongs to group i % 8
+    report = add_items(tmp_path / "old", prepared, [f"n{item}" for item in range(8)], tmp_path / "new", texts)
+    new = Catalogue.load(tmp_path / "new")
+    assert report["added"] == 8 and new.num_items == 104 and new.level_ranges == old.level_ranges
+    assert (new.codes()[:96] == old.codes()).all() and collision_report(new.codes())["items"] == 0 == report["collisions"]["after"]["items"]
+    index = json.loads((tmp_path / "new" / "index.json").read_text())
+    assert list(index)[-8:] == [f"n{item}" for item in range(8)] and list(index)[:96] == list(prepared.item_ids)
+    fitting = [(new.codes()[96 + item, 0] == new.codes()[item:96:8, 0]).any() for item in range(8)]
+    assert np.mean(fitting) > 0.8, "a new item shares its first code with old items of its group"
+
+
+def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
+    prepared = built(tmp_path, levels=1, codes_per_level=16, n=16)
+    with pytest.raises(UserError, match=r"index add: item 'new': the prefix the whole catalogue has no code left at its last level \(16 codes, 1 new"):
+        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new", ["group1 shared1"])
+    with pytest.raises(UserError, match="item 'i3' is in .*index.json already"):
+        add_items(tmp_path / "old", prepared, ["i3"], tmp_path / "new", ["x"])
+    with pytest.raises(UserError, match="needs titles or texts of the old and the new items"):
+        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new")
+    with pytest.raises(UserError, match="1 and 2 vectors for 16 old and 1 new items"):
+        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new", vectors=(np.zeros((1, 2)), np.zeros((2, 2))))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
+    vectors = np.repeat(np.eye(4, dtype=np.float32), 2, axis=0) + np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * 0.01
+    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(8)])
+    build_index(ItemsConfig(levels=2, codes_per_level=4, collisions="resolve", embedding="cf"), prepared, tmp_path / "old", vectors)
+    new = np.tile(vectors[:1], (2, 1))
+    add_items(tmp_path / "old", prepared, ["a", "b"], tmp_path / "new", vectors=(vectors, new))
+    codes = Catalogue.load(tmp_path / "new").codes()
+    assert codes[8, 0] == codes[9, 0] == codes[0, 0] and collision_report(codes)["items"] == 0
+    with pytest.raises(UserError, match="no code left"):
+        add_items(
+            tmp_path / "new",
+            Prepared(np.zeros(1, np.int32), np.array([0, 1]), ["u"], ["x"] * 10),
+            ["c"],
+            tmp_path / "more",
+            vectors=(np.vstack([vectors, new]), new[:1]),
+        )
+
+
+def test_report_as_table_and_picture(tmp_path):
+    built(tmp_path)
+    table = report_table(tmp_path / "old")
+    assert "96 items, 33 tokens" in table and "collisions after" in table and "rule resolve" in table
+    report_plot(tmp_path / "old", tmp_path / "use.svg")
+    picture = ElementTree.parse(tmp_path / "use.svg").getroot()
+    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2
