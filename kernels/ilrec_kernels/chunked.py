@@ -122,8 +122,7 @@ def start_chunk(p: Problem, plan: Plan, weights: list[Tensor], begin: int, end: 
             project(x[1:].flatten(0, 1), weights[1], chunk.z_layers.flatten(0, 1), plan.block)
     if plan.pairs:
         assert p.candidates is not None
-        drop = not (p.options.needs_negatives and plan.negatives is not None)
-        chunk.pairs = chunk_pairs(p.candidates, p.targets[begin:end], begin, end, drop)
+        chunk.pairs = chunk_pairs(p.candidates, p.targets[begin:end], begin, end)
         chunk.local = chunk.pairs if p.group is None else chunk.pairs.in_shard(p.start, p.stop)
         at_pairs(p, plan, chunk)
     return chunk
@@ -133,8 +132,7 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     """Logits at the pairs, gathered from dense ones where those hold them, else computed for the lists alone."""
     assert chunk.local is not None
     local, column = chunk.local, chunk.local.token - p.start
-    need_final = not plan.softmax or plan.ragged_distill or (plan.ragged_negatives and p.group is not None)
-    need_final = need_final or plan.ragged_negatives
+    need_final = not plan.softmax or plan.ragged_distill or plan.ragged_negatives
     need_layers = plan.streams > 1 and (plan.ragged_distill or plan.ragged_negatives)
 
     def gather(z: Tensor | None, columns: object) -> Tensor | None:
@@ -154,7 +152,7 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     missing = (need_final and chunk.p_final is None) or (need_layers and chunk.p_layers is None)
     if not (grads_at_pairs or missing):
         return
-    chunk.ragged = RaggedHead(local.row, column, chunk.n, chunk.x.shape[0] * chunk.x.shape[2], plan.budget)
+    chunk.ragged = RaggedHead(local.row, column, local.single, chunk.x.shape[0] * chunk.x.shape[2], plan.budget)
     if missing:
         first = 0 if need_final and chunk.p_final is None else 1
         last = chunk.x.shape[0] if need_layers and chunk.p_layers is None else 1
@@ -182,8 +180,7 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     else:
         z, local = chunk.p_final, chunk.local
         assert z is not None and local is not None
-        mine = local.is_target(p.targets[chunk.begin : chunk.end])
-        stats.z_target[local.row[mine]] = z[mine]
+        stats.z_target[local.row[local.is_target]] = z[local.is_target]
         chunk.p_final = z = z.index_fill(0, chunk.sent.slot[chunk.sent.slot >= 0], -torch.inf)
         stats.top = segment_max(z, local.row, chunk.n)
         z.sub_(finite(stats.top).take(local.row)).exp_()
@@ -206,11 +203,10 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
         local, z = chunk.local, chunk.p_final
         assert local is not None and z is not None and chunk.pairs is not None
         value = z if final else mean(chunk.p_layers)
-        target = local.is_target(p.targets[chunk.begin : chunk.end])
-        stats.ensemble_target[local.row[target]] = value[target]
+        stats.ensemble_target[local.row[local.is_target]] = value[local.is_target]
         bar = stats.ensemble_target if early is None else loosened(early)
         bar = (bar + log_phi).masked_fill(~local.has_target, torch.inf)
-        entry = ((value >= bar.take(local.row)) & ~target).nonzero().flatten()
+        entry = ((value >= bar.take(local.row)) & ~local.is_target).nonzero().flatten()
         if p.group is not None:
             entry = entry[keep_largest(local.row[entry], value[entry], chunk.n, k + 1, plan.budget)[0]]
         row, token = local.row.take(entry), local.token.take(entry)
@@ -218,7 +214,7 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
         if plan.softmax:
             assert plan.final is not None
             slot = row * len(plan.final) + plan.final.find(token - p.start)[0]
-        chunk.sent = Sent(row, token, value.take(entry), z.take(entry), slot)
+        chunk.sent = Sent(row, token, value.take(entry), z.take(entry), slot, entry)
         return
     columns, outer, source = plan.negatives, plan.final if final else plan.layers, chunk.z_final if final else chunk.z_layers
     assert columns is not None and outer is not None and source is not None and plan.final is not None and chunk.z_final is not None
@@ -336,7 +332,7 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
         slot = chunk.sent.slot
         g = chunk.p_final.mul_(factor.take(chunk.local.row))
         g.index_copy_(0, slot[slot >= 0], at_sent[slot >= 0])
-        mine = chunk.local.is_target(p.targets[chunk.begin : chunk.end])
+        mine = chunk.local.is_target
         g[mine] += at_target[chunk.local.row[mine]]
     # distillation: μ/m·(p^l − p^L), the difference formed in fp32
     students = None

@@ -25,6 +25,7 @@ class Sent:
     ensemble: Tensor  # z̄ [E]
     z: Tensor  # z^L [E]
     slot: Tensor  # int64 [E]: where the final layer's logit sits on this rank; −1 outside the softmax scope
+    pair: Tensor | None = None  # int64 [E]: position among this rank's pairs, where it is known
 
 
 def empty_sent() -> Sent:
@@ -63,10 +64,10 @@ class Gathered:
 
     stats: RankStats
     row: Tensor
-    token: Tensor | None  # None on a single rank, whose entries carry their slots
+    token: Tensor
     ensemble: Tensor
     z: Tensor
-    slot: Tensor | None
+    pair: Tensor | None  # int64: position among the pairs, where it is known
     mine: Tensor | None  # int64: this rank's entries among all; None: all of them
 
 
@@ -74,7 +75,7 @@ def exchange(stats: RankStats, sent: Sent, p: Problem, plan: Plan) -> Gathered:
     """One all-gather of everything a chunk needs from the other ranks."""
     values = [getattr(stats, f.name) for f in fields(RankStats)]
     if p.group is None:
-        return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.slot, None)
+        return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.pair, None)
     n, dtype = stats.top.shape[0], stats.top.dtype
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     width = p.options.max_negatives + 1 if p.options.needs_negatives else 0
@@ -202,11 +203,7 @@ def choose(
     found = None
     if plan.pairs:
         assert pairs is not None
-        if p.group is None and plan.ragged_negatives and not plan.softmax:
-            found = g.slot
-        else:
-            assert g.token is not None
-            found = pairs.find(row, g.token)
+        found = g.pair if g.pair is not None else pairs.find(row, g.token)
     inside = torch.ones_like(member) if plan.softmax or found is None else found >= 0
     return member, weight, inside, found, capped
 
@@ -225,7 +222,7 @@ def soft_labels(
         return values.to(dtype).masked_fill_(~known, 0.0)
 
     at_target = torch.full((n,), -1, dtype=torch.int64, device=row.device)
-    mine = pairs.is_target(p.targets[begin:end]).nonzero().flatten()
+    mine = pairs.is_target.nonzero().flatten()
     at_target[pairs.row.take(mine)] = mine
     scored = reward(found).masked_fill_(~member, 0.0)
     covered = segment_max(scored, row, n) > 0

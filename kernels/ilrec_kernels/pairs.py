@@ -7,30 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ilrec_kernels.segments import segment_sum
 from ilrec_kernels.types import TokenLists
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """P pairs, ascending by (row, token). Rows whose only candidate is their target may have been dropped: they cost and contribute nothing."""
+    """P pairs, ascending by (row, token)."""
 
     n: int
     row: Tensor  # int64 [P], 0 … n−1
     token: Tensor  # int64 [P], global
     source: Tensor  # int64 [P], position in the lists' tokens; −1 for a target that its own list lacks
+    is_target: Tensor  # bool [P]
     has_target: Tensor  # bool [n]: the target is among the row's candidates
-
-    def is_target(self, targets: Tensor) -> Tensor:
-        return self.token == targets.take(self.row)
+    single: Tensor  # bool [n]: it is the only one, so that nothing is to be computed
 
     def in_shard(self, start: int, stop: int) -> Pairs:
         """Those whose token is in [start, stop)."""
-        return self.where((self.token >= start) & (self.token < stop))
+        keep = ((self.token >= start) & (self.token < stop)).nonzero().flatten()
+        return self.take(keep)
 
-    def where(self, keep: Tensor) -> Pairs:
-        keep = keep.nonzero().flatten()
-        return Pairs(self.n, self.row.take(keep), self.token.take(keep), self.source.take(keep), self.has_target)
+    def take(self, index: Tensor) -> Pairs:
+        parts = (self.row.take(index), self.token.take(index), self.source.take(index), self.is_target.take(index))
+        return Pairs(self.n, *parts, self.has_target, self.single)
 
     def find(self, row: Tensor, token: Tensor) -> Tensor:
         """int64 position of each (row, token) among the pairs, −1 where it is not one."""
@@ -42,7 +41,7 @@ class Pairs:
         return position.masked_fill_(keys.take(position) != wanted, -1)
 
 
-def chunk_pairs(lists: TokenLists, targets: Tensor, begin: int, end: int, drop_single: bool) -> Pairs:
+def chunk_pairs(lists: TokenLists, targets: Tensor, begin: int, end: int) -> Pairs:
     """The pairs of rows [begin, end), each row's target among them; `targets` [end − begin] are global ids."""
     n = end - begin
     indptr = lists.indptr[begin : end + 1]
@@ -50,18 +49,16 @@ def chunk_pairs(lists: TokenLists, targets: Tensor, begin: int, end: int, drop_s
     token = lists.tokens[low:high]
     length = indptr.diff()
     row = torch.repeat_interleave(torch.arange(n, device=token.device), length, output_size=high - low)
-    source = torch.arange(low, high, device=token.device)
-    has_target = segment_sum((token == targets.take(row)).to(torch.int32), row, n) > 0
-    pairs = Pairs(n, row, token, source, has_target)
-    if drop_single:
-        single = (length == 1) & has_target
-        pairs = pairs.where(~single.take(row))
-    if bool(has_target.all()):
+    is_target = token == targets.take(row)
+    has_target = torch.zeros(n, dtype=torch.bool, device=token.device)
+    has_target[row[is_target]] = True
+    pairs = Pairs(n, row, token, torch.arange(low, high, device=token.device), is_target, has_target, (length == 1) & has_target)
+    missing = (~has_target).nonzero().flatten()
+    if not missing.numel():
         return pairs
-    missing = (~has_target).nonzero().flatten()  # the masked softmax competes for the target as well
-    row = torch.cat([pairs.row, missing])
-    token = torch.cat([pairs.token, targets[missing]])
-    source = torch.cat([pairs.source, torch.full_like(missing, -1)])
+    # the masked softmax competes for the target as well
+    row, token = torch.cat([row, missing]), torch.cat([token, targets[missing]])
+    absent = torch.full_like(missing, -1)
+    pairs = Pairs(n, row, token, torch.cat([pairs.source, absent]), torch.cat([is_target, absent.bool()]), has_target, pairs.single)
     order = torch.argsort(token, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
-    return Pairs(n, row[order], token[order], source[order], has_target)
+    return pairs.take(order[torch.argsort(row[order], stable=True)])

@@ -25,16 +25,19 @@ class Bucket:
 
 
 class RaggedHead:
-    """The head at pairs (row [P], local column [P]), rows ascending. `budget` bytes bound its temporaries."""
+    """The head at pairs (row [P], local column [P]), rows ascending.
 
-    def __init__(self, row: Tensor, column: Tensor, n: int, width: int, budget: int) -> None:
-        self.n, self.count = n, row.numel()
-        self.buckets = list(_buckets(row, column, n, width, budget)) if self.count else []
+    Rows marked in `skip` [n] are left out: logits 0, no gradient. `width` is S·d; `budget` bytes bound the temporaries.
+    """
+
+    def __init__(self, row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> None:
+        self.n, self.count = skip.numel(), row.numel()
+        self.buckets = list(_buckets(row, column, skip, width, budget)) if self.count else []
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """[S, P] in hidden's dtype, from hidden [S, n, d] and the rank's head rows."""
         s, _, d = hidden.shape
-        out = hidden.new_empty(s, self.count + 1)
+        out = hidden.new_zeros(s, self.count + 1)
         for b in self.buckets:
             g, r = b.rows.shape
             x = hidden[:, b.rows.clamp(max=self.n - 1)].transpose(0, 1).reshape(g, s * r, d)
@@ -62,13 +65,13 @@ class RaggedHead:
                 add_rows(head_grad, b.tokens.flatten(), dw.flatten(0, 1))  # padding adds zeros to row 0
 
 
-def _buckets(row: Tensor, column: Tensor, n: int, width: int, budget: int) -> Iterator[Bucket]:
-    """Group rows by identical list, then bucket groups by shape. `width` is S·d, what a row or a token costs in elements."""
-    device = row.device
+def _buckets(row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> Iterator[Bucket]:
+    """Group rows by identical list, then bucket groups by shape."""
+    device, n = row.device, skip.numel()
     length = torch.bincount(row, minlength=n)
     first = length.cumsum(0) - length
     group = _group_ids(row, column, length, first)
-    used = (length > 0).nonzero().flatten()
+    used = ((length > 0) & ~skip).nonzero().flatten()
     order = used[torch.argsort(group[used], stable=True)]  # rows by group
     members = torch.bincount(group[used])
     begin = members.cumsum(0) - members
