@@ -31,7 +31,8 @@ class Trie:
             starts.append(start)
             self.node_start.append(np.append(start, n).astype(np.int32))
         # One array of all tokens, a view per depth: candidates of several depths are then one gather.
-        self._tokens = np.concatenate([tokens[start, level] for level, start in enumerate(starts)]) if starts else np.zeros(0, np.int32)
+        widest = max(end - start for start, end in catalogue.level_ranges)
+        self._tokens = np.concatenate([*(tokens[start, level] for level, start in enumerate(starts)), np.zeros(widest, np.int32)])  # see candidates
         self._token_base = np.cumsum([0] + [len(start) for start in starts])
         self.node_token = [np.zeros(0, np.int32)] + [self._tokens[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)]
         self.child_start = [np.searchsorted(self.node_start[p + 1], self.node_start[p]).astype(np.int32) for p in range(self.depth)]
@@ -54,6 +55,22 @@ class Trie:
         start = self.child_start[p][nodes]
         indptr, child = _ranges(start, self.child_start[p][nodes + 1] - start)
         return indptr, self.node_token[p + 1][child].astype(np.int64), child
+
+    def candidates(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of `children` alone, for many prefixes at once: (indptr int64 [R+1], tokens int32 [nnz], ascending in a row)."""
+        start = self.child_start[p][nodes].astype(np.int64)
+        counts = self.child_start[p][np.asarray(nodes) + 1] - start
+        width = int(counts.max(initial=0))
+        if len(start) * width > 2 * counts.sum():
+            indptr, where = _ranges(start + self._token_base[p], counts)
+            return indptr, self._tokens[where]
+        # Rows of about one length: copying fixed windows (the array ends in padding for that) and cutting them beats an index an element.
+        indptr = np.zeros(len(start) + 1, np.int64)
+        np.cumsum(counts, out=indptr[1:])
+        if width == 0:
+            return indptr, np.zeros(0, np.int32)
+        rows = np.lib.stride_tricks.sliding_window_view(self._tokens, width)[start + self._token_base[p]]
+        return indptr, rows.reshape(-1) if len(rows) * width == indptr[-1] else rows[np.arange(width) < counts[:, None]]
 
     def step(self, p: int, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape); -1 where there is none, or where the node is -1."""

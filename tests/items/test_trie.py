@@ -76,6 +76,9 @@ def test_trie_agrees_with_a_dictionary_of_prefixes(table, random):
         assert all(prefix[-1] == token for prefix, token in zip(reference.prefixes(depth + 1), trie.node_token[depth + 1], strict=True))
         indptr, tokens, children = trie.children(depth, nodes)
         assert indptr.dtype == tokens.dtype == children.dtype == np.int64
+        assert all((one == two).all() for one, two in zip(trie.candidates(depth, nodes), (indptr, tokens), strict=True))
+        alike = np.repeat(nodes[:1], 5)
+        assert all((one == two).all() for one, two in zip(trie.candidates(depth, alike), trie.children(depth, alike)[:2], strict=True))
         below = reference.prefixes(depth + 1)
         for row, node in enumerate(nodes):
             chosen = slice(indptr[row], indptr[row + 1])
