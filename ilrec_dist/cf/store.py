@@ -13,6 +13,7 @@ from ilrec_dist.cf.ann import build_index, load_index, save_index
 from ilrec_dist.cf.folder import checked_file, load_cf
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import CellMoments, cell_moments
+from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -71,10 +72,12 @@ def _bias(known: torch.Tensor) -> torch.Tensor | None:
 
 
 def shard_nodes(trie: Trie, shards: int) -> list[tuple[int, int]]:
-    """Cut the first-level nodes into ranges of about equally many items; fewer ranges than asked when there are fewer nodes."""
+    """Cut the first-level nodes into ranges of about equally many items. Raises UserError when they are too few."""
     starts = trie.node_start[1]
     cuts = np.unique(np.searchsorted(starts, np.linspace(0, starts[-1], shards + 1)))
     cuts[-1] = len(starts) - 1
+    if len(np.unique(cuts)) != shards + 1:
+        raise UserError(f"cf.reward_shards {shards}: the {len(starts) - 1} first codes do not fill so many shards; choose fewer")
     return [(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 

@@ -19,6 +19,7 @@ from ilrec_dist.cf.store import write_store
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.files import committed_folder, write_json
 from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -45,6 +46,7 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
     Deterministic for a seed and a number of torch threads. Raises UserError when a fold leaves too few users to train on.
     """
     started = time.perf_counter()
+    kind = index_kind(config, prepared.num_items)
     histories = Histories(prepared.items, prepared.offsets[:-1], prepared.lengths())
     folds = user_folds(prepared.user_ids, config.cf_folds)
     with committed_folder(out) as work:
@@ -65,7 +67,7 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
         report["log_p"] = _log_probabilities(histories, folds, full, models)
         if catalogue is not None:
             _write_code_order(work, full, catalogue)
-            if (kind := index_kind(config, prepared.num_items)) != "scan":
+            if kind != "scan":
                 trie = Trie(catalogue)
                 for fold, model in enumerate(models):
                     write_store(work / f"fold{fold}", model.items.weight, model.known, trie, kind, config.reward_shards)
@@ -76,10 +78,13 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
 
 
 def index_kind(config: CFConfig, num_items: int) -> str:
-    """What `reward_index: auto` comes to for a catalogue of that size."""
-    if config.reward_index != "auto":
-        return config.reward_index
-    return "scan" if num_items <= SCAN_ITEMS else "ivf_pq"
+    """What `reward_index: auto` comes to for a catalogue of that size. Raises UserError when it cannot be sharded."""
+    kind = config.reward_index
+    if kind == "auto":
+        kind = "scan" if num_items <= SCAN_ITEMS else "ivf_pq"
+    if kind == "scan" and config.reward_shards > 1:
+        raise UserError(f"cf.reward_shards {config.reward_shards}: a catalogue of {num_items} items is scanned whole; set it to 1, or choose a cf.reward_index")
+    return kind
 
 
 def _users(histories: Histories, chosen: np.ndarray) -> Histories:

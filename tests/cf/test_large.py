@@ -13,7 +13,7 @@ from ilrec_dist.cf.ann import build_index, search
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import cell_moments, log_masses
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards, merge
-from ilrec_dist.cf.store import open_store, write_store
+from ilrec_dist.cf.store import open_store, shard_nodes, write_store
 from ilrec_dist.cf.train import index_kind, train_cf
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.prepared import Prepared
@@ -161,6 +161,14 @@ def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: P
     path.write_bytes(data)
     with pytest.raises(UserError, match="vectors.npy: missing or damaged"):
         world.rewards(cf=tmp_path / "cf")
+
+
+def test_more_shards_than_there_is_to_share_are_refused(large: Large) -> None:
+    with pytest.raises(UserError, match="reward_shards 2: a catalogue of 100 items is scanned whole"):
+        index_kind(CFConfig(reward_shards=2), 100)
+    assert len(shard_nodes(large.trie, 4)) == 4
+    with pytest.raises(UserError, match="reward_shards 9: the 8 first codes"):
+        shard_nodes(large.trie, 9)
 
 
 def test_auto_scans_small_catalogues() -> None:

@@ -35,8 +35,8 @@ def client(session: None, world: World) -> Iterator[RewardClient]:
         yield RewardClient("rewards")
 
 
-def pid(client: RewardClient) -> int:
-    return ray.get(client.actors[0][0].__ray_call__.remote(lambda _: os.getpid()))
+def pid(client: RewardClient, replica: int = 0) -> int:
+    return ray.get(client.actors[replica][0].__ray_call__.remote(lambda _: os.getpid()))
 
 
 def batches(world: World, size: int = 50) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -76,22 +76,19 @@ def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, worl
         assert np.array_equal(answer, local.fetch(*batch))
 
 
-def test_replicas_share_the_requests(session: None, world: World) -> None:
-    with reward_actors(world.cf, world.data, world.items, name="pair", replicas=2):
-        client = RewardClient("pair", replicas=2)
-        for batch in batches(world)[:4]:
-            client.fetch_async(*batch).result()
+def test_replicas_share_the_requests_and_stand_in_for_each_other(session: None, world: World) -> None:
+    with reward_actors(world.cf, world.data, world.items, name="pair", replicas=2, max_restarts=0):
+        client, todo = RewardClient("pair", replicas=2, retries=2, backoff=0.05), batches(world)[:4]
+        expected = [client.fetch_async(*batch).result() for batch in todo]
         assert [ray.get(actor.counters.remote())["calls"] for (actor,) in client.actors] == [2, 2]
+        for replica, survivors in ((0, 1), (1, 0)):
+            os.kill(pid(client, replica), signal.SIGKILL)
+            if survivors:
+                assert all(np.array_equal(client.fetch_async(*batch).result(), answer) for batch, answer in zip(todo, expected, strict=True))
+        with pytest.raises(UserError, match="no answer after 2 retries"):
+            client.fetch_async(*todo[0]).result()
     with pytest.raises(UserError, match="no reward actors named"):
         RewardClient("pair-gone")
-
-
-def test_gives_up_with_one_clear_error(session: None, world: World) -> None:
-    with reward_actors(world.cf, world.data, world.items, name="mortal", max_restarts=0):
-        client = RewardClient("mortal", retries=2, backoff=0.05)
-        os.kill(pid(client), signal.SIGKILL)
-        with pytest.raises(UserError, match="no answer after 2 retries"):
-            client.fetch_async(*batches(world)[0]).result()
 
 
 def test_a_folder_that_does_not_fit_is_refused_at_start_up(session: None, world: World, tmp_path: Path) -> None:
