@@ -31,8 +31,9 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     work = out.with_name(f".{out.name}.writing-{os.getpid()}")
     previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (work, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in out.parent.glob(f".{out.name}.*-*"):
+        if leftover.name.startswith((f".{out.name}.writing-", f".{out.name}.previous-")) and not _running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
     work.mkdir()
     try:
         yield work
@@ -42,6 +43,19 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     finally:
         for leftover in (work, previous):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _running(pid: str) -> bool:
+    """Whether a process other than this one has that number."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -46,8 +46,9 @@ def test_k_core_is_the_fixed_point_of_brute_force(tmp_path_factory, rows, min_us
 
 
 @settings(max_examples=120, deadline=None)
-@given(ROWS, st.booleans(), st.sampled_from([2, 5, 1000]), st.permutations(range(7)))
-def test_rows_are_sorted_by_user_then_time_then_file_order_without_exact_repeats(tmp_path_factory, rows, timed, chunk, rank):
+@given(ROWS, st.booleans(), st.sampled_from([2, 5, 1000]), st.permutations(range(7)), st.sampled_from([1, 1 << 61]))
+def test_rows_are_sorted_by_user_then_time_then_file_order_without_exact_repeats(tmp_path_factory, rows, timed, chunk, rank, spread):
+    rows = [(user, item, (time - 1) * spread) for user, item, time in rows]
     folder = tmp_path_factory.mktemp("sort")
     out = Spill(folder / "out", timed)
     rank = np.array(rank, np.int32)

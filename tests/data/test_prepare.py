@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +173,15 @@ def test_the_previous_folder_survives_a_failed_run(tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     prepare(write_lcrec(tmp_path / "in", {"1": [1, 2, 3]}), tmp_path / "out")
     assert load_prepared(tmp_path / "out").num_users == 1
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".out.writing-{dead.pid}", f".out.previous-{dead.pid}", ".out.writing-1", ".outer.writing-7"):
+        (tmp_path / name).mkdir()
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.writing-1", ".outer.writing-7", "in", "out"], "others' folders stay"
 
 
 def test_a_core_that_leaves_too_little_says_so(tmp_path):

@@ -26,7 +26,7 @@ def read_sequences(config: DataConfig) -> Source:
     """SASRec's form where the first line has two numbers, S3Rec's where it has more."""
     path = require_file(config.path or "", "data.path")
     with open_text(path) as file:
-        first = next((line.split() for line in file if line.strip()), [])
+        first: list[str] = next((line.split() for line in file if line.strip()), [])
     return Source(path, timed=False, batches=lambda rejects: _batches(path, len(first) == 2, rejects), item_table=lambda: read_item_table(config))
 
 
