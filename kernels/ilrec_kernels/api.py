@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from ilrec_kernels import chunked
 from ilrec_kernels.columns import Columns
 from ilrec_kernels.problem import Problem
 from ilrec_kernels.reference import gather_head, reference_rows
-from ilrec_kernels.types import Backend, LossOptions, LossOutput, RowStats, TokenLists
+from ilrec_kernels.types import Backend, LossOptions, LossOutput, RowStats, TokenLists, compute_dtype
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -63,8 +64,6 @@ def cross_layer_loss(
         head = gather_head(head_weight, vocab or (0, head_weight.shape[0]), options, problem.group)
         if problem.trainable is not None:
             head = _only_trainable(head, problem)
-        if problem.group is not None:
-            final_hidden, layer_hidden = final_hidden, list(layer_hidden)
         row_loss, rows = reference_rows([final_hidden, *layer_hidden], head, targets, candidates, rewards, options)
         row_loss = (row_loss * scale).to(problem.dtype)
         loss = row_loss if reduction == "none" else row_loss.sum()
@@ -111,7 +110,7 @@ class _CrossLayerLoss(torch.autograd.Function):
         o, dtype = call.problem.options, call.problem.dtype
         wanted = [call.grad_enabled and need for need in ctx.needs_input_grad[2:]]
         ctx.call, ctx.wanted = call, wanted
-        row_scale = torch.full((head.new_empty(0).numel() + call.problem.n,), call.scale, dtype=dtype, device=head.device)
+        row_scale = torch.full((call.problem.n,), call.scale, dtype=dtype, device=head.device)
         if call.per_row:
             rows, _ = call.compute(hidden, head, row_scale, [False] * len(wanted))
             ctx.save_for_backward(*tensors)
@@ -174,6 +173,13 @@ def _problem(
         group = None
     if group is None and stop - start < options.vocab_size:
         raise ValueError(f"vocab: expected all of the {options.vocab_size} tokens without a tp_group, got [{start}, {stop})")
+    if options.backend is Backend.TRITON:
+        if compute_dtype(final_hidden) != torch.float32:
+            raise ValueError("final_hidden: the triton backend computes in fp32, got float64; use torch or reference")
+        if head.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"head_weight: the triton backend takes float32 and bfloat16, got {head.dtype}; use torch")
+        if not head.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("backend: triton needs a CUDA device (or TRITON_INTERPRET=1, to test); use torch")
     real = max(0, min(stop, options.vocab_size) - start)
     trainable = None
     if isinstance(trainable_rows, Tensor):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ilrec_kernels import fused
 from ilrec_kernels.columns import Columns, select
 from ilrec_kernels.linear import hidden_gradient, project, weight_gradient
 from ilrec_kernels.merge import Merged, RankStats, Sent, empty_sent, exchange, merge
@@ -169,7 +170,12 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     chunk.stats = stats
     if p.options.needs_negatives:
         find_candidates(p, plan, chunk, early)
-    distill_statistics(plan, chunk, stats)
+    if plan.fused:
+        fused.collect(plan, chunk)
+    if not plan.fused or plan.distill is None:
+        distill_statistics(plan, chunk, stats)
+    if plan.softmax and plan.fused:
+        return
     if plan.softmax:
         z = chunk.z_final
         assert z is not None
@@ -219,6 +225,15 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
     columns, outer, source = plan.negatives, plan.final if final else plan.layers, chunk.z_final if final else chunk.z_layers
     assert columns is not None and outer is not None and source is not None and plan.final is not None and chunk.z_final is not None
     within = columns.within(outer)
+    position, inside = columns.find(chunk.y)
+    mine = (inside & chunk.owned).nonzero().flatten()
+    if plan.fused and isinstance(within, slice):
+        stack = (source[None] if final else source)[..., within]
+        stats.ensemble_target[mine] = mean(stack[:, mine, position[mine]])
+        bar = candidate_bar(p, chunk, stats, early)
+        row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~(inside & chunk.owned), -1), k + 1)
+        chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
+        return
     value = select(source if final else source[0], within)
     borrowed = isinstance(within, slice) and (final or source.shape[0] == 1)
     if not final and source.shape[0] > 1:
@@ -226,25 +241,32 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
         for layer in source[2:]:
             value += select(layer, within)
         value /= source.shape[0]
-    position, inside = columns.find(chunk.y)
-    mine = (inside & chunk.owned).nonzero().flatten()
     position = position[mine]
     z_target = value[mine, position]
     stats.ensemble_target[mine] = z_target
-    bar = stats.ensemble_target if early is None else loosened(early)
-    bar = (bar + log_phi).masked_fill(~target_is_item(p, chunk), torch.inf)
+    bar = candidate_bar(p, chunk, stats, early)
     value[mine, position] = -torch.inf  # y is excluded before the top-k
     row, column, ensemble = dense_candidates(value, bar, k + 1)
     if borrowed:
         value[mine, position] = z_target
-    local_column = columns.local(column)
-    slot = row * len(plan.final) + plan.final.find(local_column)[0]
-    z = chunk.z_final.view(-1).take(slot)
-    token = local_column + p.start
+    chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
+
+
+def candidate_bar(p: Problem, chunk: Chunk, stats: RankStats, early: Tensor | None) -> Tensor:
+    """[n] what z̄ must reach in the dense scope; +inf where y is no candidate."""
+    bar = stats.ensemble_target if early is None else loosened(early)
+    return (bar + math.log(p.options.negative_threshold)).masked_fill(~target_is_item(p, chunk), torch.inf)
+
+
+def dense_sent(p: Problem, plan: Plan, chunk: Chunk, row: Tensor, column: Tensor, ensemble: Tensor) -> Sent:
+    """The entries at local columns, with their final logits and where those sit."""
+    assert plan.final is not None and chunk.z_final is not None
+    slot = row * len(plan.final) + plan.final.find(column)[0]
+    z, token = chunk.z_final.view(-1).take(slot), column + p.start
     if not plan.softmax:
         assert chunk.local is not None
         slot = chunk.local.find(row, token)
-    chunk.sent = Sent(row, token, ensemble, z, slot)
+    return Sent(row, token, ensemble, z, slot)
 
 
 def mean(layers: Tensor | None) -> Tensor:
@@ -320,14 +342,14 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
     factor = factor.masked_fill(stats.top == -torch.inf, 0.0)
     at_target = -scale * (1 + o.crr_lambda * merged.some * merged.target_label)
     at_sent = merged.sent_gradient(scale, o)
-    if plan.softmax:
+    if plan.softmax and not plan.fused:
         g = chunk.z_final
         assert g is not None
         g.mul_(factor[:, None])
         g.view(-1).index_copy_(0, chunk.sent.slot, at_sent)
         mine = chunk.owned.nonzero().flatten()
         g.view(-1).index_add_(0, mine * g.shape[1] + chunk.y[mine], at_target[mine])
-    else:
+    elif not plan.softmax:
         assert chunk.local is not None and chunk.p_final is not None
         slot = chunk.sent.slot
         g = chunk.p_final.mul_(factor.take(chunk.local.row))
@@ -335,21 +357,28 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
         mine = chunk.local.is_target
         g[mine] += at_target[chunk.local.row[mine]]
     # distillation: μ/m·(p^l − p^L), the difference formed in fp32
-    students = None
+    students = own = other = None
     if plan.streams > 1 and o.mu > 0:
         share = scale * (o.mu / (plan.streams - 1))
         own = (-share * torch.exp(stats.teacher_top - merged.teacher)).masked_fill_(stats.teacher_top == -torch.inf, 0.0)
         other = (share * torch.exp(stats.layer_top - merged.layer)).masked_fill_(stats.layer_top == -torch.inf, 0.0)
-        assert chunk.teacher is not None
-        if plan.distill is not None:
+        if plan.distill is not None and plan.fused:
+            pass  # below, with the final layer
+        elif plan.distill is not None:
+            assert chunk.teacher is not None
             teacher, students = chunk.teacher.mul_(own[:, None]), distill_students(plan, chunk)
             for i in range(students.shape[0]):
                 torch.addcmul(teacher, students[i], other[i][:, None], out=students[i])
         else:
-            assert chunk.local is not None and chunk.p_layers is not None
+            assert chunk.teacher is not None and chunk.local is not None and chunk.p_layers is not None
             teacher, students = chunk.teacher.mul_(own.take(chunk.local.row)), chunk.p_layers
             for i in range(students.shape[0]):
                 torch.addcmul(teacher, students[i], other[i].take(chunk.local.row), out=students[i])
+    if plan.fused:
+        chunk.z_final, layers = fused.finish(p, plan, chunk, merged, factor, at_target, at_sent, own, other)
+        if layers is not None and plan.distill is not None and plan.layers is not None:
+            chunk.z_layers = layers
+            students = select(layers, plan.distill.within(plan.layers))
     back_project(p, plan, chunk, students, weights, grad_x, out)
 
 
@@ -365,8 +394,9 @@ def back_project(
         if isinstance(inside, slice) and len(plan.distill) * 8 >= len(plan.layers) * 7:
             chunk.z_layers[..., : inside.start] = 0
             chunk.z_layers[..., inside.stop :] = 0
-            both = chunk.z_final._base if chunk.z_final._base is not None else chunk.z_final
-            jobs.append((both.view(plan.streams * chunk.n, len(plan.layers)), chunk.x.flatten(0, 1), grad_x.flatten(0, 1), weights[0], plan.layers))
+            shape, strides = (plan.streams * chunk.n, len(plan.layers)), chunk.z_final.stride()
+            both = chunk.z_final.as_strided(shape, strides)  # the streams' matrices are one above the other
+            jobs.append((both, chunk.x.flatten(0, 1), grad_x.flatten(0, 1), weights[0], plan.layers))
             students = None
             stacked = True
         else:

@@ -27,7 +27,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor, block: int, accum
         out += torch.mm(grad.to(weight.dtype), weight, out_dtype=out.dtype)
     else:
         for i in range(0, weight.shape[0], block):
-            out.addmm_(grad[:, i : i + block], weight[i : i + block].to(out.dtype))
+            out.addmm_(grad[:, i : i + block].to(out.dtype), weight[i : i + block].to(out.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:
@@ -35,4 +35,4 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> N
     if out.is_cuda and low != out.dtype:
         out += torch.mm(grad.to(low).T, x.to(low), out_dtype=out.dtype)
     else:
-        out.addmm_(grad.T, x)
+        out.addmm_(grad.to(out.dtype).T, x)

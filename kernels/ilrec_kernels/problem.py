@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_kernels.columns import Columns, dense_columns
-from ilrec_kernels.types import LossOptions, TokenLists, compute_dtype
+from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
 
@@ -55,6 +55,7 @@ class Plan:
     pair_budget: int  # list entries of a chunk
     block: int  # head rows upcast at a time
     budget: int  # bytes for small temporaries
+    fused: bool  # Triton's row kernels go over the dense logits
 
 
 def workspace_bytes(options: LossOptions, device: torch.device) -> int:
@@ -86,14 +87,19 @@ def make_plan(p: Problem) -> Plan:
     # the lists are also consulted for statistics when negatives are drawn from elsewhere
     pairs = p.candidates is not None and (o.needs_candidates or o.needs_negatives)
 
+    slices = (distill is None or distill.index is None) and (layers is None or layers.index is None)
+    fused = o.backend is Backend.TRITON and slices and (softmax or distill is not None)
+
     d, size = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8
     total = workspace_bytes(o, p.head.device)
     block = p.head.shape[0]
     if p.head.dtype != p.dtype and not p.head.is_cuda:
         block = max(1, min(block, total // 8 // (d * size)))
     width = (len(final) if final else 0) + (streams - 1) * (len(layers) if layers else 0)
-    width += len(distill) if distill else 0
-    width += len(negatives) if negatives else 0
+    if fused:
+        width += len(final) // 4 + 2 * 260 if final else 0  # a byte a column marks what was sent; the gate's lists
+    else:
+        width += (len(distill) if distill else 0) + (len(negatives) if negatives else 0)
     width += 2 * streams * d + 64
     rows = max(1, total * 5 // 8 // (width * size))
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
@@ -105,7 +111,7 @@ def make_plan(p: Problem) -> Plan:
     pair_budget = max(1, total // 4 // (48 + 3 * streams * size))
     return Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows, pair_budget, block, total // 8,
+        rows, pair_budget, block, total // 8, fused,
     )  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""Every form in which the dispatcher launches a Triton kernel, for compiling them without a device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ilrec_kernels import dense_triton
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel, its arguments' types by name (constants as "constexpr"), its constants and its launch options."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Variant:
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
+    return Variant(name, kernel, signature, constants, {"num_warps": warps})
+
+
+def variants() -> Iterator[Variant]:
+    """All of them: each tile of layers, each combination of terms, each dtype the gradients are stored in."""
+    single = {"final": "*fp32", "layers": "*fp32", "out": "*fp32"}
+    terms = [(True, False), (True, True), (False, True)]
+    for (layers, config), (softmax, distill) in itertools.product(dense_triton.CONFIGS.items(), terms):
+        if not distill and layers > 1:
+            continue
+        shape = {"SOFTMAX": softmax, "DISTILL": distill, "M": layers, "BLOCK": config.block}
+        for exclude in (False, True) if softmax else (False,):
+            sent = "*i8" if exclude else "*fp32"
+            yield _variant(dense_triton.statistics_kernel, {**single, "sent": sent}, {**shape, "EXCLUDE": exclude}, config.warps)
+        for low in ("*fp32", "*bf16"):
+            types = {**single, "final_out": low, "layers_out": low, "factors": "*fp32", "targets": "*i64"}
+            yield _variant(dense_triton.gradients_kernel, types, shape, config.warps)
+    types = {"source": "*fp32", "bars": "*fp32", "targets": "*i64", "columns_out": "*i32", "values_out": "*fp32", "counts": "*i32"}
+    constants = {"CAPACITY": dense_triton.GATE_CAPACITY, "BLOCK": dense_triton.GATE.block}
+    yield _variant(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps)

@@ -1,0 +1,102 @@
+"""How the `triton` backend's row kernels take the place of the torch backend's passes over a chunk's dense logits (regime T)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ilrec_kernels.merge import Merged
+from ilrec_kernels.problem import Plan, Problem
+from ilrec_kernels.segments import finite
+from ilrec_kernels.select import dense_candidates
+
+if TYPE_CHECKING:
+    from ilrec_kernels.chunked import Chunk
+
+
+def gradient_dtype(p: Problem) -> torch.dtype:
+    """The head's own dtype: gradients at the logits are rounded to it once, when the kernel stores them."""
+    return p.head.dtype
+
+
+def layout(plan: Plan) -> tuple[tuple[int, int], int]:
+    """((first, last) distill column of the final layer's matrix, by how much the layers' columns are shifted against it)."""
+    if plan.distill is None or plan.final is None or plan.layers is None:
+        return (0, 0), 0
+    return (plan.distill.start - plan.final.start, plan.distill.stop - plan.final.start), plan.layers.start - plan.final.start
+
+
+def collect(plan: Plan, chunk: Chunk) -> None:
+    """All dense statistics in one pass."""
+    from ilrec_kernels import dense_triton  # Triton reads TRITON_INTERPRET when a kernel is defined
+
+    z, stats = chunk.z_final, chunk.stats
+    assert z is not None and stats is not None
+    distill, shift = layout(plan)
+    sent = None
+    if plan.softmax and chunk.sent.slot.numel():
+        sent = torch.zeros(z.shape, dtype=torch.int8, device=z.device)
+        sent.view(-1).index_fill_(0, chunk.sent.slot, 1)
+    layers = chunk.z_layers if plan.distill is not None else None
+    values = dense_triton.statistics(z, layers, sent, distill, shift, plan.softmax, plan.distill is not None)
+    if plan.softmax:
+        if z.shape[1]:
+            stats.z_target = z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0)
+        stats.top, stats.rest = values[0], values[1]
+    if plan.distill is not None:
+        stats.teacher_top, stats.teacher_rest = values[2], values[3]
+        stats.layer_top, stats.layer_rest, stats.cross = values[4], values[5], values[6]
+
+
+def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here)."""
+    from ilrec_kernels import dense_triton
+
+    row, column, value, counts = dense_triton.gate(source, bar, position)
+    crowded = (counts > dense_triton.GATE_CAPACITY).nonzero().flatten()
+    if not crowded.numel():
+        return row, column, value
+    parts = [(row, column, value)]
+    step = max(1, source.shape[1] // 8)
+    for some in crowded.split(step):
+        values = source[0, some]
+        for layer in source[1:]:
+            values += layer[some]
+        values /= source.shape[0]
+        here = (position[some] >= 0).nonzero().flatten()
+        values[here, position[some[here]]] = -torch.inf
+        r, c, v = dense_candidates(values, bar[some], k)
+        parts.append((some[r], c, v))
+    row, column, value = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    order = torch.argsort(row, stable=True)
+    return row[order], column[order], value[order]
+
+
+def finish(
+    p: Problem, plan: Plan, chunk: Chunk, merged: Merged, factor: Tensor, at_target: Tensor, at_sent: Tensor, own: Tensor | None, other: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']; see chunked.add_gradients for the arguments."""
+    from ilrec_kernels import dense_triton
+
+    z, stats = chunk.z_final, chunk.stats
+    assert z is not None and stats is not None
+    distill, shift = layout(plan)
+    has_distill = plan.distill is not None
+    layers = chunk.z_layers if has_distill else None
+    size = dense_triton.tile(layers.shape[0] if layers is not None else 0)
+    factors = torch.zeros(chunk.n, 5 + 2 * size, dtype=z.dtype, device=z.device)
+    if plan.softmax:
+        factors[:, 0], factors[:, 1], factors[:, 2] = finite(stats.top), factor, at_target
+    if layers is not None and own is not None and other is not None:
+        factors[:, 3], factors[:, 4] = finite(stats.teacher_top), own
+        factors[:, 5 : 5 + len(layers)] = finite(stats.layer_top).T
+        factors[:, 5 + size : 5 + size + len(layers)] = other.T
+    low = gradient_dtype(p)
+    target = chunk.y.masked_fill(~chunk.owned, -1)
+    g, g_layers = dense_triton.gradients(z, layers, factors, target, distill, shift, plan.softmax, has_distill, low)
+    if plan.softmax and at_sent.numel():
+        columns = z.shape[1]
+        g[chunk.sent.slot // columns, chunk.sent.slot % columns] = at_sent.to(low)
+    return g, g_layers

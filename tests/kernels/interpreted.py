@@ -1,0 +1,49 @@
+"""The triton backend under Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1, which Triton reads when it is imported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.cases import assert_close, make_case, run_case
+
+SETTINGS: list[dict[str, Any]] = [
+    dict(),
+    dict(negative_scope="all", distill_scope="all", workspace_bytes=120_000),
+    dict(negative_scope="item_tokens", item_tokens=(5, 40)),
+    dict(negative_scope="all", distill_scope="item_tokens", item_tokens=(20, 30), penalty="multiplicative", beta=0.1),
+    dict(negative_scope="item_tokens", softmax_scope="valid_next"),
+    dict(distill_scope="valid_next", negatives_from="final", negative_scope="all"),
+    dict(item_tokens=torch.tensor([1, 2, 3, 5, 8, 13, 21])),
+    dict(beta=0.0, mu=0.0, crr_lambda=0.0),
+    dict(beta=0.0, crr_lambda=0.0, m=3),
+    dict(negative_scope="all", n=1, m=1),
+    dict(negative_scope="all", n=0),
+    dict(negative_scope="all", v=2600, n=3, m=1, negative_threshold=1e-4),  # more candidates than the gate lists
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_agrees_with_the_reference(settings):
+    case = make_case(**{"n": 11, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
+    assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("distill", ["item_tokens", "all"])
+def test_half_precision_gradients_are_rounded_once(distill):
+    case = make_case(n=9, v=130, d=32, distill_scope=distill, item_tokens=(0, 100), negative_scope="all", crr_lambda=0.3, mu=0.5, dtype=torch.bfloat16)
+    ours, truth = run_case(case, "triton"), run_case(case, "reference")
+    assert_close(replace(ours, hidden=truth.hidden, head=truth.head), truth, 1e-5)
+    for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
+        assert (a.double() - b.double()).norm() <= 5e-3 * b.double().norm()
+
+
+def test_twenty_runs_are_bitwise_equal():
+    case = make_case(n=7, negative_scope="all", crr_lambda=0.3)
+    first = run_case(case, "triton")
+    for _ in range(19):
+        again = run_case(case, "triton")
+        assert torch.equal(again.output.loss, first.output.loss) and torch.equal(again.head, first.head)

@@ -1,0 +1,80 @@
+"""Rounding: what bf16 inputs cost in the distillation gradient and in loss and gradients as a whole, with a variant that must fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ilrec_kernels import LossOptions, TokenLists
+from torch import Tensor
+
+from tests.kernels.cases import Case, distance, make_case, run_case
+
+
+def bf16_case(std: float, **options) -> Case:
+    """Layers that have nearly settled, as the last ones have: the difference p^l − p^L is small against either."""
+    case = make_case(n=48, d=64, v=500, std=std, dtype=torch.bfloat16, distill_scope="all", negative_scope="all", **options)
+    g = torch.Generator().manual_seed(1)
+    near = [(case.hidden[0] + 0.1 / std**0.5 * torch.randn(case.hidden[0].shape, generator=g)).bfloat16() for _ in case.hidden[1:]]
+    return replace(case, hidden=[case.hidden[0], *near])
+
+
+def rounded_gradients(case: Case) -> list[Tensor]:
+    """The distillation gradient at the layers' hidden rows, as made from logits that were rounded to bf16."""
+    m = len(case.hidden) - 1
+    p = [(h @ case.head.T).float().softmax(1) for h in case.hidden]
+    return [case.options.mu / m * (student - p[0]) @ case.head.float() for student in p[1:]]
+
+
+@pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
+def test_distillation_gradient_with_bf16_inputs(std):
+    case = bf16_case(std, beta=0.0, crr_lambda=0.0, mu=1.0)
+    ours, truth = run_case(case, "torch"), run_case(case, "reference")
+    fine = replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double())
+    exact = run_case(fine, "reference")
+    assert distance(ours.output.cpd, exact.output.cpd) < 1e-5
+    for layer in range(1, len(case.hidden)):
+        assert distance(ours.hidden[layer], exact.hidden[layer]) <= 5e-3
+        assert distance(truth.hidden[layer], exact.hidden[layer]) <= 5e-3
+    assert min(distance(r, e) for r, e in zip(rounded_gradients(case), exact.hidden[1:], strict=True)) > 2e-2
+
+
+@pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
+def test_losses_and_gradients_against_torch_in_bf16(std):
+    """At most 3× torch's own error for the loss, 2× for gradients. Torch's: the same loss materialised with bf16 products."""
+    case = bf16_case(std, crr_lambda=0.0, mu=0.0, beta=0.0)
+    fine = replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double())
+    ours, exact = run_case(case, "torch"), run_case(fine, "reference")
+    hidden, head = case.hidden[0].clone().requires_grad_(), case.head.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy((hidden @ head.T).float(), case.targets, reduction="sum")
+    loss.backward()
+    assert distance(ours.output.loss.detach(), exact.output.loss.detach()) <= 3 * distance(loss.detach(), exact.output.loss.detach()) + 1e-5
+    for mine, theirs, truth in ((ours.hidden[0], hidden.grad, exact.hidden[0]), (ours.head, head.grad, exact.head)):
+        assert distance(mine, truth) <= 2 * distance(theirs, truth) + 1e-4
+
+
+def test_the_heads_gradient_accumulates_in_fp32():
+    """Many chunks, each adding little to a row that is already large: a bf16 sum would stop growing."""
+    n, d = 2048, 8
+    hidden = torch.ones(n, d, dtype=torch.bfloat16)
+    head = torch.zeros(64, d, dtype=torch.bfloat16)
+    lists = TokenLists(torch.zeros(n + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    options = LossOptions(vocab_size=64, beta=0.0, mu=0.0, crr_lambda=0.0, workspace_bytes=16_384)
+    case = Case([hidden], head, torch.zeros(n, dtype=torch.int64), lists, torch.zeros(0), options)
+    expected = n * (1 / 64 - torch.nn.functional.one_hot(torch.tensor(0), 64).double())[:, None].expand(-1, d)
+    assert distance(run_case(case).head, expected) < 4e-3
+
+
+def test_a_wide_gradient_buffer_keeps_fp32():
+    """A bf16 head whose grad_dtype is float32 gets its gradient, and the sum over micro-batches, in fp32."""
+    case = make_case(n=20, dtype=torch.bfloat16)
+    head = case.head.clone().requires_grad_()
+    head.grad_dtype = torch.float32
+    fine = run_case(replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()))
+    from ilrec_kernels import cross_layer_loss
+
+    for _ in range(3):
+        cross_layer_loss(case.hidden[0], case.hidden[1:], head, case.targets, case.lists, case.rewards, case.options).loss.backward()
+    assert head.grad is not None and head.grad.dtype == torch.float32
+    assert distance(head.grad, 3 * fine.head) < 1e-5
