@@ -44,7 +44,7 @@ def draw(folder: Path, items: int, users: int, seed: int = 0) -> None:
     catalogue = make_catalogue(codes, [CODES] * LEVELS)
     folder.mkdir(parents=True)
     catalogue.save(folder)
-    table = torch.from_numpy(rng.normal(size=(items, WIDTH)).astype(np.float32)).mul_(0.6 * NORM / WIDTH**0.5)
+    table = torch.from_numpy(rng.standard_normal((items, WIDTH), dtype=np.float32)).mul_(0.6 * NORM / WIDTH**0.5)
     for level, size in enumerate((0.6, 0.45, 0.3)):
         centroids = torch.from_numpy(rng.normal(size=(CODES, WIDTH)).astype(np.float32)) * size * NORM / WIDTH**0.5
         table += centroids[torch.from_numpy(codes[:, level].astype(np.int64))]
@@ -93,15 +93,14 @@ def brute_force(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray)
     embed = None if scorer.large is None else partial(scorer.embed, rewards.catalogue.position)
     queries = encode(rewards.models[0], rewards.prepared.items, starts, positions, embed)
     n, node_start = rewards.catalogue.num_items, rewards.trie.node_start[1]
-    scores = torch.empty(len(users), n)
-    for start in range(0, n, 1 << 18):
-        stop = min(n, start + (1 << 18))
-        block = torch.empty(len(users), stop - start)
-        scorer.scores(queries, start, stop, block)
-        scores[:, start:stop] = block
     masses = []
-    for row in scores.numpy():
-        masses.append(np.add.reduceat(np.exp(row.astype(np.float64) - row.max()), node_start[:-1]))
+    for query in queries:
+        row = torch.empty(1, n)
+        for start in range(0, n, 1 << 18):
+            block = row[:, start : start + (1 << 18)]
+            scorer.scores(query[None], start, start + block.shape[1], block)
+        scores = row.numpy()[0].astype(np.float64)
+        masses.append(np.add.reduceat(np.exp(scores - scores.max()), node_start[:-1]))
     mass = np.array(masses)
     return mass / mass.sum(1, keepdims=True)
 

@@ -15,7 +15,7 @@ from ilrec_dist.cf.client import Meter, Pending, ThreadPending
 from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
-from ilrec_dist.cf.scan import RewardOptions, deeper_shares, first_log_masses
+from ilrec_dist.cf.scan import Hits, RewardOptions, deeper_shares, first_log_masses
 from ilrec_dist.cf.segments import ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import FoldScorer, in_memory, load_scorer
 from ilrec_dist.data.prepared import Prepared
@@ -112,9 +112,10 @@ class TokenRewards:
             chosen = np.flatnonzero(self.folds[users] == fold)
             embed = None if scorer.large is None else partial(scorer.embed, self._position)
             queries = encode(self.models[fold], self.prepared.items, starts[chosen], positions[chosen], embed)
-            first_log_masses(scorer, queries, chosen, plan, first, self.options)
-            mine = np.isin(chosen, own)
-            deeper_shares(scorer, queries[mine], chosen[mine], plan, deeper, self.options)
+            hits = first_log_masses(scorer, queries, chosen, plan, first, self.options)
+            mine = np.flatnonzero((plan.first_node[chosen] >= low) & (plan.first_node[chosen] < high))
+            hits = [Hits(found.where[mine], found.score[mine], found.cap[mine]) for found in hits]
+            deeper_shares(scorer, queries[mine], chosen[mine], plan, hits, deeper, self.options)
         below = plan.indptr[:: max(1, self.trie.depth - 1)] if self.trie.depth > 1 else np.zeros(len(users) + 1, np.int64)
         lengths = np.diff(below)[own]
         found = Part(first, own, lengths, deeper[ragged_ranges(below[own], lengths)])

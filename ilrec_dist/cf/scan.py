@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,39 +28,59 @@ class RewardOptions:
     prefix_items: int = PREFIX_ITEMS  # at least the value the store was written with
 
 
-def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> None:
-    """Depth 0: log Σ exp(score) below each first code that the scorer holds, into the rows `targets` of out float32 [T, codes]."""
+@dataclass(frozen=True)
+class Hits:
+    """Items scored one by one for each of t targets: those an index found, and the target itself."""
+
+    where: np.ndarray  # int64 [t, k] code-order positions, −1: none
+    score: np.ndarray  # float32 [t, k]
+    cap: np.ndarray  # float32 [t], what bounds the score of every other item
+
+    def cells(self, node_start: np.ndarray, first: int, stop: int) -> np.ndarray:
+        """int64 [t, k]: which of the nodes first … stop − 1 of a depth each item lies below, counted from first; −1: none of them."""
+        low, high = node_start[first], node_start[stop]
+        inside = (self.where >= low) & (self.where < high) & (self.score > -np.inf)
+        return np.where(inside, np.searchsorted(node_start[first : stop + 1], np.clip(self.where, low, high - 1), side="right") - 1, -1)
+
+
+def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> list[Hits]:
+    """Depth 0: log Σ exp(score) below each first code that the scorer holds, into the rows `targets` of out float32 [T, codes].
+
+    Returns the items it scored one by one, per shard and for all `targets`; none when the whole catalogue was scanned.
+    """
     if scorer.large is None:
         _scan_all(scorer, queries, targets, plan, out)
-        return
+        return []
     column = 0
+    all_hits = []
     for (first, stop), known, index in zip(scorer.large.shards, scorer.large.known, scorer.large.indexes, strict=True):
+        hits = _find(scorer, index, known, queries, plan.order[targets], options)
+        all_hits.append(hits)
         for begin in range(0, len(targets), QUERIES_AT_ONCE):
-            part, some = targets[begin : begin + QUERIES_AT_ONCE], queries[begin : begin + QUERIES_AT_ONCE]
-            extra = options.top_k // 4
-            found = search(index, some.numpy(), options.top_k + extra, options.width)
-            where = np.where(found >= 0, known[found], -1)
-            score, cap = _exact_scores(scorer, some, where, extra if found.shape[1] > options.top_k else 0)
-            own = plan.order[part]
-            outside = (plan.first_node[part] < first) | (plan.first_node[part] >= stop) | (where == own[:, None]).any(1)
-            where = np.concatenate([where, np.where(outside, -1, own)[:, None]], axis=1)  # the target itself is always scored exactly
-            own_score = scorer.scores_at(some, torch.from_numpy(own)[:, None]).numpy()
-            score = np.concatenate([score, own_score], axis=1)
-            cell = np.where((where >= 0) & (score > -np.inf), np.searchsorted(plan.trie.node_start[1], where, side="right") - 1 - first, -1)
-            moments = scorer.large.moments[0].scores(first, stop, some)
-            out[part, column : column + stop - first] = log_masses(*moments, cell, score, cap)
+            chunk = slice(begin, begin + QUERIES_AT_ONCE)
+            few = Hits(hits.where[chunk], hits.score[chunk], hits.cap[chunk])
+            moments = scorer.large.moments[0].scores(first, stop, queries[chunk])
+            cells = few.cells(plan.trie.node_start[1], first, stop)
+            out[targets[chunk], column : column + stop - first] = log_masses(*moments, cells, few.score, few.cap)
         column += stop - first
+    return all_hits
 
 
-def _exact_scores(scorer: FoldScorer, queries: torch.Tensor, where: np.ndarray, extra: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores float32 [t, k] of the code-order positions `where` (−1: none, score −inf), and what bounds the items that are not there.
+def _find(scorer: FoldScorer, index: Any, known: np.ndarray, queries: torch.Tensor, own: np.ndarray, options: RewardOptions) -> Hits:
+    """The top items of each query in an index, scored exactly, and the target `own`, which always is.
 
-    The bound is the k-th largest of the k + extra found: an index of rough codes misses items that score as high as the last it finds.
+    The cap is the k-th largest of the k + k/4 found: an index of rough codes misses items that score as high as the last it finds.
     """
-    score = scorer.scores_at(queries, torch.from_numpy(np.maximum(where, 0).astype(np.int64))).numpy()
+    extra = options.top_k // 4
+    found = search(index, queries.numpy(), options.top_k + extra, options.width)
+    where = np.where(found >= 0, known[found], -1).astype(np.int64)
+    missing = ~(where == own[:, None]).any(1)
+    where = np.concatenate([where, np.where(missing, own, -1)[:, None]], axis=1)
+    score = scorer.scores_at(queries, torch.from_numpy(np.maximum(where, 0))).numpy()
     score[where < 0] = -np.inf
-    cap = np.partition(np.where(where >= 0, score, np.inf), extra, axis=1)[:, extra]
-    return score, cap
+    last = extra if found.shape[1] > options.top_k else 0
+    cap = np.partition(np.where(found >= 0, score[:, :-1], np.inf), last, axis=1)[:, last]
+    return Hits(where, score, cap)
 
 
 def _scan_all(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray) -> None:
@@ -76,8 +97,10 @@ def _scan_all(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, pl
             out[part] = np.log(mass).reshape(len(part), -1) + top[:, None]
 
 
-def deeper_shares(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> None:
-    """Depths 1 …: each child's share of the target's prefix, into out at `plan.place`.
+def deeper_shares(
+    scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, hits: list[Hits], out: np.ndarray, options: RewardOptions
+) -> None:
+    """Depths 1 …: each child's share of the target's prefix, into out at `plan.place`; hits are those of first_log_masses for these targets.
 
     One scan of the target's longest prefix of at most `prefix_items` items serves that depth and all below; the depths above it are estimated.
     Of a catalogue without moments every prefix is scanned.
@@ -89,7 +112,7 @@ def deeper_shares(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray
             low, high = plan.ranges(level, targets)
             long = high - low > options.prefix_items
             base[long] = level + 1
-            _estimate(scorer, queries, targets, np.flatnonzero(long), level, plan, out)
+            _estimate(scorer, queries, targets, np.flatnonzero(long), level, plan, hits, out)
     rows = np.flatnonzero(base < depth)
     rows = rows[np.argsort(plan.order[targets[rows]], kind="stable")]
     start, stop = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -131,23 +154,23 @@ def _scan_prefixes(
         out[plan.place(level, part)] = child_shares(own, size, plan.child_lengths(level, part), plan.children[level, part])
 
 
-def _estimate(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, rows: np.ndarray, level: int, plan: Plan, out: np.ndarray) -> None:
-    """Shares of the children of long prefixes from the children's moments, the target itself scored exactly."""
+def _estimate(
+    scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, rows: np.ndarray, level: int, plan: Plan, hits: list[Hits], out: np.ndarray
+) -> None:
+    """Shares of the children of long prefixes: of the items found for the first code one by one, of the others by the children's moments."""
     assert scorer.large is not None
     node_start = plan.trie.node_start[level + 1]
+    starts = np.array([shard[0] for shard in scorer.large.shards])
     for chosen in _groups(plan.nodes[level, targets[rows]]):
         here = rows[chosen]
-        for begin in range(0, len(here), QUERIES_AT_ONCE):
-            some = here[begin : begin + QUERIES_AT_ONCE]
-            part, few = targets[some], queries[torch.from_numpy(some)]
-            first = int(plan.first_child[level, part[0]])
-            stop = first + int(plan.children[level, part[0]])
-            own = plan.order[part][:, None]
-            score = scorer.scores_at(few, torch.from_numpy(own)).numpy()
-            cell = np.where(score > -np.inf, np.searchsorted(node_start, own, side="right") - 1 - first, -1)
-            moments = scorer.large.moments[level].scores(first, stop, few)
-            logs = log_masses(*moments, cell, score, np.full(len(part), np.inf))
-            out[plan.place(level, part)] = softmax_rows(logs).ravel()
+        part = targets[here]
+        first = int(plan.first_child[level, part[0]])
+        stop = first + int(plan.children[level, part[0]])
+        found = hits[int(np.searchsorted(starts, plan.first_node[part[0]], side="right")) - 1]
+        few = Hits(found.where[here], found.score[here], found.cap[here])
+        moments = scorer.large.moments[level].scores(first, stop, queries[torch.from_numpy(here)])
+        logs = log_masses(*moments, few.cells(node_start, first, stop), few.score, few.cap)
+        out[plan.place(level, part)] = softmax_rows(logs).ravel()
 
 
 def _groups(keys: np.ndarray) -> Iterator[np.ndarray]:

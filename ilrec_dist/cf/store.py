@@ -17,7 +17,7 @@ from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
-PREFIX_ITEMS = 4096  # prefixes of up to so many items are scanned; longer ones are estimated from their children's moments
+PREFIX_ITEMS = 16_384  # prefixes of up to so many items are scanned, which costs no more than estimating them from their children's moments
 VALUES_AT_ONCE = 1 << 19  # fp32 gathered at once: 2 MiB, so that the memory is warm
 
 
