@@ -69,8 +69,8 @@ class ThreadPending(Pending):
     """A request computed on a thread of this process."""
 
     def __init__(self, meter: Meter, pool: ThreadPoolExecutor, compute: Callable[[], np.ndarray]) -> None:
-        super().__init__(meter)
         self._future = pool.submit(compute)
+        super().__init__(meter)  # last: from here on the thread that takes answers sees this one
 
     def ready(self) -> bool:
         return self._future.done()

@@ -128,9 +128,9 @@ class RewardClient:
 
 class _ActorPending(Pending):
     def __init__(self, client: RewardClient, users: np.ndarray, positions: np.ndarray) -> None:
-        super().__init__(client.meter)
         self._client, self._targets = client, (users, positions)
         self._references = client.send(users, positions)
+        super().__init__(client.meter)  # last: from here on the thread that takes answers sees this one
 
     def ready(self) -> bool:
         return not ray.wait(self._references, num_returns=len(self._references), timeout=0)[1]
