@@ -63,7 +63,8 @@ class ItemsConfig:
     form: Literal["semantic", "atomic"] = "semantic"  # atomic: one token per item
     index: Optional[str] = None  # a NAME.index.json
     embedding: Literal["text", "cf", "text+cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, SASRec's item vectors, or both
-    embedding_dim: Positive = 64
+    text_model: Optional[str] = None  # folder of a Hugging Face or sentence-embedding model; null: TF-IDF + SVD
+    embedding_dim: Positive = 64  # of the SVD
     levels: Annotated[int, Interval(ge=1, le=8)] = 3
     codes_per_level: Annotated[int, Interval(ge=2, le=65536)] = 256
     collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple

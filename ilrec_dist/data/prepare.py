@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,11 +75,17 @@ def prepare(config: DataConfig, out: str | Path) -> dict[str, Any]:
             "format": config.format,
             "split": "leave-one-out",
             **counts,
-            "inputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
+            "inputs": {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _names(files).items()},
             "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names},
         }
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _names(files: list[Path]) -> dict[str, Path]:
+    """Input files by their path below the folder they share, so that a copy elsewhere gives the same manifest."""
+    shared = os.path.commonpath([path.absolute().parent for path in files]) if files else ""
+    return {path.absolute().relative_to(shared).as_posix(): path for path in files}
 
 
 def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequenc
     vectors = read_json_object(Path(folder) / "report.json")["vectors"]
     if vectors["kind"] != "text":
         raise UserError(f"index add: {folder} was built from {vectors['kind']} vectors; give such vectors of the old and the new items")
-    return text_vectors(documents, vectors["dim"], vectors["seed"], new_documents)
+    return text_vectors(documents, vectors["dim"], vectors["seed"], new_documents, vectors["text_model"])
 
 
 def _assign(vectors: np.ndarray, books: Codebooks, old_codes: np.ndarray, sizes: list[int], old: Catalogue, ids: Sequence[str]) -> np.ndarray:

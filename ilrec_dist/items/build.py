@@ -21,7 +21,10 @@ from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_co
 
 def input_files(config: ItemsConfig) -> list[Path]:
     """Files whose bytes decide whether the stage must run again; raises UserError when one is missing."""
-    return [require_file(config.index, "items.index")] if config.index else []
+    files = [require_file(config.index, "items.index")] if config.index else []
+    if config.text_model:
+        files += sorted(path for path in Path(config.text_model).glob("*") if path.is_file())
+    return files
 
 
 def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_embeddings: np.ndarray | None = None) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     report = {
         "source": config.index or (f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"),
         "index_sha256": sha256_file(config.index) if config.index else None,
-        "vectors": {"kind": config.embedding, "dim": config.embedding_dim, "seed": config.seed},
+        "vectors": {"kind": config.embedding, "dim": config.embedding_dim, "seed": config.seed, "text_model": config.text_model},
         **catalogue_report(catalogue),
         "collisions": {"rule": config.collisions, "before": before, "after": collision_report(codes), "resolved_by": how, "items_changed": changed},
     }
@@ -64,7 +67,7 @@ def _codes(
         return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], ["item"], None, None
     if config.index:
         return *read_index(require_file(config.index, "items.index"), prepared.item_ids), None, None
-    vectors = item_vectors(config.embedding, prepared, config.embedding_dim, config.seed, cf_embeddings)
+    vectors = item_vectors(config, prepared, cf_embeddings)
     codes, books = residual_codes(vectors, config.levels, config.codes_per_level, config.seed)
     return codes, [config.codes_per_level] * config.levels, list(string.ascii_lowercase[: config.levels]), vectors, books
 
@@ -75,7 +78,7 @@ def _cost_vectors(
     """For a given index: vectors by text, by CF where there is no text, else none; and each code's centroid."""
     documents = item_documents(prepared)
     if documents is not None:
-        vectors = text_vectors(documents, config.embedding_dim, config.seed)[0]
+        vectors = text_vectors(documents, config.embedding_dim, config.seed, model=config.text_model)[0]
     elif cf_embeddings is not None:
         vectors = np.asarray(cf_embeddings, np.float32)
     else:

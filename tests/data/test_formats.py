@@ -204,6 +204,7 @@ def test_minionerec(tmp_path):
     write_minionerec(tmp_path, MINIONEREC_ROWS)
     manifest, histories, titles, _ = load(tmp_path, "minionerec", tmp_path)
     assert histories == {"A1": ["7", "3", "12", "4", "5"], "A2": ["12", "7", "3"]}
+    assert sorted(manifest["inputs"]) == [f"{split}/Tools_5_2016-10-2018-11.csv" for split in ("test", "train", "valid")]
     assert titles == {"3": "Tape, wide", "4": 'Nail "big"', "5": "Saw", "7": "Glue", "12": "Drill"}
     write_minionerec(tmp_path, {**MINIONEREC_ROWS, "test": ["A1,[],Saw,none,5,x,y"]})
     with pytest.raises(

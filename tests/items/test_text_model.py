@@ -1,0 +1,56 @@
+"""Item vectors from a local model folder, against the model called by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from ilrec_dist.config import ItemsConfig
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.build import build_index, input_files
+from ilrec_dist.items.embeddings import model_vectors
+from tests.items.test_build import toy
+
+TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "oak", "elm", "ash", "table", "chair", "and"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", [None, "pooling_mode_cls_token", "pooling_mode_lasttoken"])
+def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
+    (model_folder / "1_Pooling").mkdir(exist_ok=True)
+    (model_folder / "1_Pooling" / "config.json").write_text(json.dumps({pooling: True} if pooling else {}))
+    model, ids = BertModel.from_pretrained(model_folder).eval(), {"oak": 2, "elm": 3, "ash": 4, "table": 5, "chair": 6, "and": 7}
+    expected = []
+    for text in TEXTS:
+        with torch.inference_mode():
+            hidden = model(torch.tensor([[ids[word] for word in text.split()]])).last_hidden_state[0]
+        pooled = {None: hidden.mean(0), "pooling_mode_cls_token": hidden[0], "pooling_mode_lasttoken": hidden[-1]}[pooling]
+        expected.append((pooled / pooled.norm()).numpy())
+    for batch in (1, 3):
+        assert np.allclose(model_vectors(TEXTS, model_folder, batch), expected, atol=1e-5)
+
+
+def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_folder, tmp_path):
+    config = ItemsConfig(text_model=str(model_folder), levels=1, codes_per_level=4)
+    report = build_index(config, toy(titles=TEXTS), tmp_path / "out")
+    assert report["collisions"]["after"]["items"] == 0
+    assert {"config.json", "model.safetensors"} <= {path.name for path in input_files(config)}
+    with pytest.raises(UserError, match="items.text_model: .* is not a model folder"):
+        build_index(ItemsConfig(text_model=str(tmp_path)), toy(titles=TEXTS), tmp_path / "out")
