@@ -22,7 +22,13 @@ STAGES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for the user's own errors."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; see `ilrec {arguments.command} --help`")
+    else:
+        arguments.overrides += rest  # settings may stand behind a flag too
     try:
         return int(arguments.call(arguments) or 0)
     except UserError as error:
@@ -49,14 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--histories", required=True, metavar="X.parquet", help="columns: user (string) and items (list of item ids, oldest first)")
     command.add_argument("--top", type=int, default=10, metavar="K", help="items per user (default 10)")
     command.add_argument("--out", metavar="OUT.parquet", help="where to write; without it a table is printed")
-    command.add_argument("--method", choices=("sft", "ilrec"), default="ilrec")
+    command.add_argument("--method", choices=("sft", "ilrec"), help="whose weights (default: ilrec where it was trained)")
     command.add_argument("--seed", type=int, help="the training seed whose weights are used (default: the run's first)")
     command.add_argument("--exclude-seen", action="store_true", help="never recommend an item of the user's own history")
     command.add_argument("--allowed", metavar="items.txt", help="recommend only these items: one item id a line")
-    command.set_defaults(call=_recommend)
+    command.set_defaults(call=_recommend, command="recommend")
     command = _command(commands, "config", "print the resolved configuration", "example:\n  ilrec config configs/quickstart.yaml train.epochs=3")
     _add_config(command)
-    command.set_defaults(call=_config)
+    command.set_defaults(call=_config, command="config")
     return parser
 
 
@@ -87,7 +93,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
-    from ilrec_dist.stage_runs import recommend
+    from ilrec_dist.recommend import recommend
 
     recommend(
         Path(arguments.run),

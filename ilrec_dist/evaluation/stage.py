@@ -115,7 +115,9 @@ def collect_examples(config: Config, space: Workspace) -> list[Example]:
     count = min(config.evaluation.examples, space.prepared.num_users)
     users = np.sort(np.random.default_rng(EXAMPLE_SEED).permutation(space.prepared.num_users)[:count])
     exclude = config.evaluation.exclude_seen
-    found = {method: Predictions.load(predictions_file(config, method, config.train.seeds[0], exclude)) for method in config.train.methods}
+    found: dict[str, Predictions] = {
+        method: Predictions.load(predictions_file(config, method, config.train.seeds[0], exclude)) for method in config.train.methods
+    }
     return [_example(space, int(user), found) for user in users]
 
 

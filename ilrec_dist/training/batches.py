@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ilrec_dist.cf.rewards import TokenRewards
+from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
@@ -35,32 +35,12 @@ class Batch:
     real_tokens: int  # tokens that are not padding
 
 
-class PendingRewards(Protocol):
-    def result(self) -> np.ndarray: ...
-
-
 class RewardSource(Protocol):
     """Token rewards in-process or from the Ray actor: one interface (METHOD.md §5)."""
 
-    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> PendingRewards: ...
+    meter: Meter
 
-
-class InProcess:
-    """Rewards computed by the thread that makes the batches."""
-
-    def __init__(self, rewards: TokenRewards):
-        self.rewards = rewards
-
-    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> PendingRewards:
-        return _Done(self.rewards.fetch(users, positions))
-
-
-@dataclass(frozen=True)
-class _Done:
-    values: np.ndarray
-
-    def result(self) -> np.ndarray:
-        return self.values
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending: ...
 
 
 class BatchMaker:
@@ -112,12 +92,12 @@ class Ready:
     """A batch with its rewards under way."""
 
     batch: Batch
-    rewards: PendingRewards | None
+    rewards: Pending | None
 
 
 def prefetched(
     plan: Iterator[tuple[np.ndarray, int]], make: Callable[[np.ndarray, int], Batch], rewards: RewardSource | None, ahead: int = 4
-) -> Iterator[Ready]:
+) -> Generator[Ready, None, None]:
     """Make the planned micro-batches in a thread, at most `ahead` before their use, asking for their rewards at once."""
     ready: queue.Queue[Ready | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()

@@ -73,7 +73,7 @@ def _run(job: Job) -> None:
         destroy_parallel()
 
 
-def resolve_device(config: Config) -> str:
+def resolve_device(config: Config) -> Literal["cpu", "cuda"]:
     if config.launch.device != "auto":
         return config.launch.device
     import torch

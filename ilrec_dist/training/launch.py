@@ -64,18 +64,12 @@ def reward_actor(config: Config, wanted: bool) -> Iterator[None]:
     if not wanted or config.cf.rewards != "actor":
         yield
         return
-    import ray
+    from ilrec_dist.cf.service import RewardClient, reward_actors
 
-    from ilrec_dist.cf.service import RewardClient, start_reward_actors
-
-    folders, name = RunFolders(config.run_dir), reward_actor_name(config)
-    actors = start_reward_actors(folders.cf, folders.data, folders.items, name=name, max_restarts=-1)
-    try:
+    folders, name, shards = RunFolders(config.run_dir), reward_actor_name(config), config.cf.reward_shards
+    with reward_actors(folders.cf, folders.data, folders.items, name=name, shards=shards, max_restarts=-1):
         yield
-        write_json(folders.cf / "actor-counters.json", RewardClient(actors).actor_counters())
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+        write_json(folders.cf / "actor-counters.json", RewardClient(name, shards=shards).counters())
 
 
 def reward_actor_name(config: Config) -> str:
@@ -90,8 +84,7 @@ def _run_ray(config: Config, job: Job) -> None:
 
     gpu = resolve_device(config) == "cuda"
     trainer = TorchTrainer(
-        run_job,
-        train_loop_config=job,  # type: ignore[arg-type]
+        lambda: run_job(job),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.launch.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}),
         run_config=RunConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -109,6 +110,8 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
         epoch = progress.step / epoch_length
         if progress.step % LOG_STEPS == 0 or end_of_epoch:
             values = statistics.read(parallel.dp_group, objective.cpd_mu, objective.crr_lambda)
+            if rewards is not None:
+                values |= {f"rewards/{name}": value for name, value in rewards.meter.summary().items()}
             values |= {"learning_rate": rate, "grad_norm": float(engine.get_global_grad_norm() or 0.0)} | timer.rates(values)
             if log is not None:
                 log.write(progress.step, epoch, values)
@@ -237,8 +240,12 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def _only_writer(folder: Path) -> Any:
-    handle = open(folder / ".lock", "w")
+    """Hold the folder's lock, which names its holder's process id."""
+    handle = open(folder / ".lock", "a+")
     fcntl.flock(handle, fcntl.LOCK_EX)
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
     return handle
 
 

@@ -15,7 +15,7 @@ from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.training.batches import InProcess, RewardSource
+from ilrec_dist.training.batches import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
@@ -46,10 +46,10 @@ class Workspace:
             from ilrec_dist.cf.service import RewardClient
             from ilrec_dist.training.launch import reward_actor_name
 
-            return RewardClient.connect(reward_actor_name(self.config))
+            return RewardClient(reward_actor_name(self.config), shards=self.config.cf.reward_shards)
         from ilrec_dist.cf.rewards import TokenRewards
 
-        return InProcess(TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie))
+        return TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
 
     def validation_users(self, count: int) -> np.ndarray:
         """A fixed seeded sample of `count` users, all when 0 or more than there are; ascending int64."""

@@ -1,0 +1,94 @@
+"""`ilrec recommend`: a finished run's best weights on new histories, in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from ilrec_dist.config import Config, load_config
+from ilrec_dist.errors import UserError
+from ilrec_dist.terminal import console
+
+PRINTED_USERS = 20
+
+
+def recommend(
+    run: Path, histories: Path, *, top: int, out: Path | None, method: str | None, seed: int | None, exclude_seen: bool, allowed: Path | None
+) -> None:
+    """Recommend with the run in folder `run`; write Parquet (user, rank, item, title, score) to `out`, or print the first users.
+
+    Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
+    """
+    config = _config_of(run)
+    method = method or ("ilrec" if "ilrec" in config.train.methods else config.train.methods[0])
+    seed = config.train.seeds[0] if seed is None else seed
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it or choose another")
+
+    from ilrec_dist.training.jobs import quiet, resolve_device
+
+    quiet()
+    import torch
+
+    from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
+    from ilrec_dist.evaluation.recommend import recommend as recommend_histories
+    from ilrec_dist.reporting.live import stage_progress
+    from ilrec_dist.training.worker import BEST, objective_of
+    from ilrec_dist.training.workspace import Workspace, build_backbone, load_weights
+
+    space = Workspace(config)
+    weights = space.folders.training(method, seed) / BEST
+    if not weights.exists():
+        raise UserError(f"{weights}: no such weights; the run trained {', '.join(config.train.methods)} with seeds {config.train.seeds}")
+    device = resolve_device(config)
+    if device == "cpu":
+        torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
+    parallel = initialize_parallel(1, device)
+    try:
+        backbone = load_weights(build_backbone(config, space, seed), weights).to(parallel.device)
+        with stage_progress("recommend", None, "users") as bar:
+            table = recommend_histories(
+                backbone,
+                space.prepared,
+                space.trie,
+                histories=histories,
+                top=top,
+                config=config.evaluation,
+                softmax_scope=objective_of(config, method).softmax_scope,
+                max_history=config.train.max_history,
+                parallel=parallel,
+                exclude_seen=exclude_seen,
+                allowed=allowed,
+                progress=lambda done, _total: bar(done),
+            )
+    finally:
+        destroy_parallel()
+    if out is None:
+        _print(table.slice(0, PRINTED_USERS * top).to_pylist())
+    else:
+        import pyarrow.parquet as pq
+
+        staged = out.with_name(f".{out.name}.{os.getpid()}")
+        pq.write_table(table, staged)
+        os.replace(staged, out)
+        console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False)
+
+
+def _config_of(run: Path) -> Config:
+    """The run's configuration, pointed at where the folder is now."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, such as runs/quickstart")
+    folder = run.resolve()
+    return dataclasses.replace(load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name)
+
+
+def _print(rows: list[dict[str, object]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("user", "rank", "item", "title", "score"):
+        table.add_column(column, justify="right" if column in ("rank", "score") else "left")
+    for row in rows:
+        table.add_row(str(row["user"]), str(row["rank"]), str(row["item"]), str(row["title"] or ""), f"{row['score']:.3f}", end_section=False)
+    console.print(table)

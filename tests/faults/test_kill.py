@@ -1,0 +1,106 @@
+"""SIGKILL a worker, the reward actor and the driver in mid-training: the run goes on from a checkpoint and ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ilrec_dist.config import config_to_dict
+from ilrec_dist.reporting.metrics_log import read_metrics
+from tests.training.conftest import tiny_config
+
+CHECKPOINT_STEPS = 10
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a configuration whose run is prepared up to the CF models; trained once without any fault."""
+    root = tmp_path_factory.mktemp("faults")
+    for name in ("whole", "worker-and-actor", "driver"):
+        config = tiny_config(
+            root / "runs",
+            train={"epochs": 25, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": 25},
+            launch={"engine": "ray", "workers": 1, "tp": 1, "threads": 1, "device": "cpu"},
+            cf={"rewards": "actor"},
+        )
+        tree = config_to_dict(config) | {"name": name}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    run(root, "whole").wait(PATIENCE_SECONDS)
+    return root
+
+
+def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
+    for stage in ("prepare", "index", "cf"):
+        subprocess.run([sys.executable, "-m", "ilrec_dist.cli", stage, root / f"{name}.yaml"], check=True, stdout=subprocess.DEVNULL)
+    log = open(root / f"{name}.log", "a")
+    return subprocess.Popen([sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags], stdout=log, stderr=log, start_new_session=True)
+
+
+def training(root: Path, name: str) -> Path:
+    return root / "runs" / name / "train" / "ilrec-seed0"
+
+
+def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not ready():
+        assert process.poll() is None, f"the run ended (exit {process.returncode}) before {what}"
+        assert time.monotonic() < until, f"no {what} within {PATIENCE_SECONDS} s"
+        time.sleep(0.05)
+
+
+def steps_logged(folder: Path) -> int:
+    return max((line["step"] for line in read_metrics(folder) if "loss/total" in line), default=0)
+
+
+def resumptions(folder: Path) -> list[tuple[int, int]]:
+    """(step gone on from, logged steps dropped) of every resumption."""
+    return [(line["step"], int(line["resumed/dropped_steps"])) for line in read_metrics(folder) if "resumed/dropped_steps" in line and line["step"] > 0]
+
+
+def assert_same_as_whole(root: Path, name: str) -> None:
+    expected, found = (load_file(training(root, which) / "final.safetensors") for which in ("whole", name))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    total = steps_logged(training(root, "whole"))
+    lines = [line["step"] for line in read_metrics(training(root, name)) if "loss/total" in line]
+    assert lines[-1] == total and lines == sorted(set(lines))
+
+
+def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
+    name = "worker-and-actor"
+    process = run(place, name)
+    folder = training(place, name)
+    wait_for("step 30", lambda: steps_logged(folder) >= 30, process)
+    (actor,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "RewardActor" in " ".join(child.cmdline())]
+    actor.kill()
+    wait_for("step 80 after the actor's death", lambda: steps_logged(folder) >= 80, process)
+    victim = int((folder / ".lock").read_text())
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(PATIENCE_SECONDS) == 0, (place / f"{name}.log").read_text()[-2000:]
+    assert int((folder / ".lock").read_text()) != victim
+    ((step, dropped),) = resumptions(folder)  # by itself, once: the actor's death did not stop the training
+    assert step >= 70 and dropped <= CHECKPOINT_STEPS
+    assert_same_as_whole(place, name)
+
+
+def test_a_killed_driver_is_resumed(place):
+    name = "driver"
+    process = run(place, name)
+    folder = training(place, name)
+    wait_for("step 60", lambda: steps_logged(folder) >= 60, process)
+    process.kill()
+    process.wait()
+    again = run(place, name, "--resume")
+    assert again.wait(PATIENCE_SECONDS) == 0, (place / f"{name}.log").read_text()[-2000:]
+    ((step, dropped),) = resumptions(folder)
+    assert step >= 50 and dropped <= CHECKPOINT_STEPS
+    assert_same_as_whole(place, name)
