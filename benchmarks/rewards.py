@@ -140,9 +140,11 @@ def measure_one(items: int, targets: int, threads: int) -> dict[str, float]:
     return result
 
 
-def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest: list[tuple[np.ndarray, np.ndarray]], threads: int) -> dict[str, float]:
+def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest: list[tuple[np.ndarray, np.ndarray]], actors: int) -> dict[str, float]:
+    """As many replicas of one thread as there are cores to use, all asked from here."""
     import ray
 
+    from ilrec_dist.cf.client import Meter
     from ilrec_dist.cf.service import RewardActor, RewardClient
 
     root = str(Path(__file__).resolve().parents[1])
@@ -151,19 +153,23 @@ def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest:
     try:
         from rewards import load as importable_load  # by its module's name, so that the actor can import it
 
-        actor = ray.remote(RewardActor).options(name="bench-0-0", num_cpus=0).remote(partial(importable_load, folder), threads)  # type: ignore[attr-defined]
-        client = RewardClient("bench")
-        client.fetch_async(*warm).result()
+        kind = ray.remote(RewardActor)
+        loader = partial(importable_load, folder)
+        replicas = [kind.options(name=f"bench-{number}-0", num_cpus=0).remote(loader, 1) for number in range(actors)]  # type: ignore[attr-defined]
+        client = RewardClient("bench", replicas=actors)
+        for answer in [client.fetch_async(*warm) for _ in replicas]:
+            answer.result()
+        client.meter = Meter()  # the first answers waited for the actors to load
         started = time.perf_counter()
         pending = []
         for batch in rest:
             pending.append(client.fetch_async(*batch))
-            if len(pending) > 4:
+            if len(pending) > 2 * actors:
                 pending.pop(0).result()
         for answer in pending:
             answer.result()
         seconds = time.perf_counter() - started
-        peak = ray.get(actor.__ray_call__.remote(lambda _: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        peaks = ray.get([actor.__ray_call__.remote(lambda _: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) for actor in replicas])
     finally:
         ray.shutdown()
     summary = client.meter.summary()
@@ -171,15 +177,16 @@ def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest:
         "service_per_second": sum(len(users) for users, _ in rest) / seconds,
         "latency_p50": summary["latency_p50"],
         "latency_p99": summary["latency_p99"],
-        "actor_peak_mib": peak,
+        "actors": actors,
+        "actor_peak_mib": max(peaks),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10⁴ and 10⁵ items, under 50 seconds")
+    parser.add_argument("--quick", action="store_true", help="10⁴ and 10⁵ items, under 50 seconds on two free cores")
     parser.add_argument("--items", type=int, nargs="+", default=None, help="catalogue sizes (default 10⁴, 10⁶ and 10⁷)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the in-process rewards, and actors of the service")
     parser.add_argument("--json", type=Path, help="write the table's rows here")
     parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
