@@ -26,5 +26,9 @@ class RunFolders:
     def evaluation(self) -> Path:
         return self.root / "evaluation"
 
+    @property
+    def trainings(self) -> Path:
+        return self.root / "train"
+
     def training(self, method: str, seed: int) -> Path:
-        return self.root / "train" / f"{method}-seed{seed}"
+        return self.trainings / f"{method}-seed{seed}"

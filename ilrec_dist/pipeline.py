@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ilrec_dist import stage_runs
 from ilrec_dist.config import Config, config_to_dict, dump_config
 from ilrec_dist.data.files import sha256_file
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
+from ilrec_dist.stage_runs import Training
 from ilrec_dist.terminal import console
 
 FORMAT = 1  # raise when a stage's output changes for the same settings
@@ -31,7 +36,8 @@ class Stage:
     settings: Callable[[Config], Any]
     inputs: Callable[[Config], list[Path]]
     output: Callable[[Config], Path]
-    run: Callable[[Config, str], None]  # (config, fingerprint)
+    run: Callable[[Config], None] = lambda _: None  # of trainings nothing: they run together
+    training: Training | None = None  # what a training stage trains
 
 
 class Run:
@@ -68,23 +74,43 @@ class Run:
         record = self.record(name)
         return record is not None and record["fingerprint"] == self.fingerprint(name)
 
-    def execute(self, name: str) -> None:
-        """Run the stage if it is not current, and note that it is."""
-        stage = self.stages[name]
-        for before in stage.after:
+    def execute(self, *names: str) -> None:
+        """Run those of the stages that are not current, and note that they are. Several names are trainings, which share one worker group."""
+        pending = []
+        for name in names:
+            self._check_before(name)
+            if self.is_current(name):
+                console.print(f"[dim]{name}: unchanged, not run again[/dim]")
+            else:
+                pending.append(name)
+        if not pending:
+            return
+        self._begin()
+        for name in pending:
+            self._clear_other_work(name)
+        first = self.stages[pending[0]]
+        if first.command == "train":
+            self._train(pending)
+            return
+        began = time.monotonic()
+        first.run(self.config)
+        self._finished(pending[0], time.monotonic() - began)
+
+    def _train(self, names: list[str]) -> None:
+        given = [(name, self.stages[name].training) for name in names]
+        trainings = [dataclasses.replace(training, fingerprint=self.fingerprint(name)) for name, training in given if training is not None]
+        seconds = stage_runs.train(self.config, trainings)
+        for name, spent in zip(names, seconds, strict=True):
+            self._finished(name, spent)
+
+    def _check_before(self, name: str) -> None:
+        for before in self.stages[name].after:
             if not self.is_current(before):
                 state = "was made by another configuration or other input" if self.record(before) else "has not been made"
                 raise UserError(f"{self.folder}: stage {before} {state}; run `ilrec {self.stages[before].command} CONFIG` or `ilrec run CONFIG` first")
-        if self.is_current(name):
-            console.print(f"[dim]{name}: unchanged, not run again[/dim]")
-            return
-        fingerprint = self.fingerprint(name)
-        self._begin()
-        self._clear_other_work(name, fingerprint)
-        began = time.monotonic()
-        stage.run(self.config, fingerprint)
-        seconds = time.monotonic() - began
-        self._write(self._record_file(name), {"fingerprint": fingerprint, "seconds": seconds})
+
+    def _finished(self, name: str, seconds: float) -> None:
+        self._write(self._record_file(name), {"fingerprint": self.fingerprint(name), "seconds": seconds})
         console.print(f"[bold]{name}[/bold]: done in {seconds:.1f} s")
 
     def stage_seconds(self) -> dict[str, float]:
@@ -110,9 +136,9 @@ class Run:
         staged.write_text(dump_config(self.config), encoding="utf-8")
         os.replace(staged, self.folder / "config.yaml")
 
-    def _clear_other_work(self, name: str, fingerprint: str) -> None:
+    def _clear_other_work(self, name: str) -> None:
         """Output of another configuration is cleared away; that of an interrupted attempt at the same work stays, to be continued."""
-        begun = self._record_file(name, begun=True)
+        begun, fingerprint = self._record_file(name, begun=True), self.fingerprint(name)
         before = json.loads(begun.read_text()) if begun.exists() else None
         same = before is not None and before["fingerprint"] == fingerprint
         self._record_file(name).unlink(missing_ok=True)
@@ -136,15 +162,14 @@ class Run:
 
 def stages(config: Config) -> list[Stage]:
     """The run's stages, each after those it stands on."""
-    from ilrec_dist import stage_runs as runs
 
     folders = RunFolders(config.run_dir)
     cf_first = config.items.index is None and config.items.embedding == "cf"  # the codes are built from the CF model's item vectors
     before_index, before_cf = (("cf",), ("prepare",)) if cf_first else (("prepare",), ("index",))
     tables = [
-        Stage("prepare", "prepare", (), _data_settings, runs.prepare_inputs, lambda _: folders.data, runs.prepare),
-        Stage("index", "index", before_index, _items_settings, runs.index_inputs, lambda _: folders.items, runs.index),
-        Stage("cf", "cf", before_cf, lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, runs.cf),
+        Stage("prepare", "prepare", (), _data_settings, stage_runs.prepare_inputs, lambda _: folders.data, stage_runs.prepare),
+        Stage("index", "index", before_index, _items_settings, stage_runs.index_inputs, lambda _: folders.items, stage_runs.index),
+        Stage("cf", "cf", before_cf, lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, stage_runs.cf),
     ]
     if cf_first:
         tables[1:] = tables[:0:-1]
@@ -157,28 +182,18 @@ def stages(config: Config) -> list[Stage]:
             tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
     evaluation = ("prepare", "cf", *trainings)
     tables.append(
-        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation, runs.evaluate),
+        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation, stage_runs.evaluate),
     )
     return tables
 
 
 def _training_stage(name: str, after: tuple[str, ...], method: str, seed: int, folder: Path) -> Stage:
-    from ilrec_dist import stage_runs as runs
-
-    return Stage(
-        name,
-        "train",
-        after,
-        lambda c: _training_settings(c, method, seed),
-        _none,
-        lambda _: folder,
-        lambda c, fingerprint: runs.train(c, method, seed, folder, fingerprint),
-    )
+    settings = partial(_training_settings, method=method, seed=seed)
+    return Stage(name, "train", after, settings, _none, lambda _: folder, training=Training(method, seed, folder, ""))
 
 
 def execute(config: Config, command: str, resume: bool = False) -> None:
     """Run the stages of one command, or with "run" all of them and the report."""
-    from ilrec_dist import stage_runs as runs
 
     run = Run(config)
     if resume:
@@ -191,13 +206,20 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
         from ilrec_dist.training.launch import cluster
 
         with cluster(config):
-            for name in wanted:
-                run.execute(name)
+            _execute_all(run, wanted)
     else:
-        for name in wanted:
-            run.execute(name)
+        _execute_all(run, wanted)
     if command in ("run", "evaluate"):
-        runs.report(config, run.stage_seconds())
+        stage_runs.report(config, run.stage_seconds())
+
+
+def _execute_all(run: Run, names: list[str]) -> None:
+    for kind, group in itertools.groupby(names, key=lambda name: run.stages[name].command):
+        if kind == "train":
+            run.execute(*group)
+        else:
+            for name in group:
+                run.execute(name)
 
 
 def _none(_: Config) -> list[Path]:

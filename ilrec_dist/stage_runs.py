@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,22 @@ from ilrec_dist.data.files import read_json_object
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.terminal import console
 
+RESULT = "result.json"  # in a training's folder when it is finished
+
+
+@dataclass(frozen=True)
+class Training:
+    """One method with one seed, the folder it writes to, and the fingerprint of its configuration and inputs."""
+
+    method: str
+    seed: int
+    folder: Path
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
 
 def prepare_inputs(config: Config) -> list[Path]:
     from ilrec_dist.data.prepare import input_files
@@ -17,7 +38,7 @@ def prepare_inputs(config: Config) -> list[Path]:
     return input_files(config.data)
 
 
-def prepare(config: Config, fingerprint: str) -> None:
+def prepare(config: Config) -> None:
     from ilrec_dist.data.prepare import prepare as prepare_data
 
     prepare_data(config.data, RunFolders(config.run_dir).data)
@@ -29,7 +50,7 @@ def index_inputs(config: Config) -> list[Path]:
     return input_files(config.items)
 
 
-def index(config: Config, fingerprint: str) -> None:
+def index(config: Config) -> None:
     from ilrec_dist.items.build import build_index
     from ilrec_dist.training.workspace import Workspace
 
@@ -42,7 +63,7 @@ def index(config: Config, fingerprint: str) -> None:
     build_index(config.items, space.prepared, space.folders.items, vectors)
 
 
-def cf(config: Config, fingerprint: str) -> None:
+def cf(config: Config) -> None:
     from ilrec_dist.cf.train import train_cf
     from ilrec_dist.reporting.live import stage_progress
     from ilrec_dist.training.workspace import Workspace
@@ -61,28 +82,55 @@ def cf(config: Config, fingerprint: str) -> None:
         train_cf(config.cf, space.prepared, None if from_vectors else space.catalogue, space.folders.cf, progress=progress)
 
 
-def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str) -> None:
-    from ilrec_dist.reporting.live import LiveProgress
+def train(config: Config, trainings: Sequence[Training]) -> list[float]:
+    """Train one after the other in one worker group; returns the seconds each took, the group's start counted to the first."""
     from ilrec_dist.training.checkpoint import latest
     from ilrec_dist.training.jobs import Job
     from ilrec_dist.training.launch import reward_actor, run_workers
+
+    for training in trainings:
+        found, damaged = latest(training.folder / "checkpoints", training.fingerprint)  # all damaged: refused here, before any process is started
+        for line in damaged:
+            console.print(f"warning: {line}; the checkpoint before it is used", highlight=False, markup=False)
+        if found is not None:
+            console.print(f"{training.title}: goes on from step {found.step}", highlight=False)
+    wants_rewards = config.objective.crr_lambda > 0 and any(training.method == "ilrec" for training in trainings)
+    began = time.time()
+    with reward_actor(config, wants_rewards), following(config, trainings):
+        run_workers(config, Job.of("train", config, RunFolders(config.run_dir).trainings, trainings))
+    ends = [(training.folder / RESULT).stat().st_mtime for training in trainings]
+    return [max(0.0, end - start) for start, end in zip([began, *ends], ends, strict=False)]
+
+
+@contextmanager
+def following(config: Config, trainings: Sequence[Training]) -> Iterator[None]:
+    """Show the progress of each training in turn while the block runs the workers."""
+    from ilrec_dist.reporting.live import LiveProgress
     from ilrec_dist.training.windows import steps_per_epoch, training_windows
     from ilrec_dist.training.workspace import Workspace
 
-    space = Workspace(config)
-    found, damaged = latest(folder / "checkpoints", fingerprint)  # all damaged: refused here, before any process is started
-    for line in damaged:
-        console.print(f"warning: {line}; the checkpoint before it is used", highlight=False, markup=False)
-    if found is not None:
-        console.print(f"{method}, seed {seed}: goes on from step {found.step}", highlight=False)
-    windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
+    windows = training_windows(Workspace(config).prepared, config.train.max_history, config.train.targets)
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
-    wants_rewards = method == "ilrec" and config.objective.crr_lambda > 0
-    with reward_actor(config, wants_rewards), LiveProgress(folder, steps, f"{method}, seed {seed}"):
-        run_workers(config, Job.of("train", config, folder, fingerprint, method, seed))
+    stop = threading.Event()
+
+    def follow() -> None:
+        for training in trainings:
+            with LiveProgress(training.folder, steps, training.title):
+                while not (training.folder / RESULT).exists() and not stop.wait(0.3):
+                    pass
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=follow, name="following", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
-def evaluate(config: Config, fingerprint: str) -> None:
+def evaluate(config: Config) -> None:
     from ilrec_dist.evaluation.stage import evaluate_baselines
     from ilrec_dist.training.jobs import Job
     from ilrec_dist.training.launch import run_workers

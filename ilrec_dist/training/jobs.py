@@ -8,30 +8,31 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ilrec_dist.config import Config, config_from_dict, config_to_dict
 from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError
+from ilrec_dist.stage_runs import RESULT, Training
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing for the whole worker group to do. `folder` is where it writes; `fingerprint` names configuration and inputs."""
+    """One thing for the whole worker group to do; plain values, so that it travels as JSON."""
 
     kind: Literal["train", "evaluate"]
     config: dict[str, Any]
-    folder: str
-    fingerprint: str = ""
-    method: str = ""
-    seed: int = 0
+    folder: str  # where the job leaves the user's own errors
+    trainings: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, kind: Literal["train", "evaluate"], config: Config, folder: Path, fingerprint: str = "", method: str = "", seed: int = 0) -> Job:
+    def of(cls, kind: Literal["train", "evaluate"], config: Config, folder: Path, trainings: Sequence[Training] = ()) -> Job:
         there = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve()))  # workers have another working directory
-        return cls(kind, config_to_dict(there), str(folder.resolve()), fingerprint, method, seed)
+        plain = [dataclasses.asdict(training) | {"folder": str(training.folder.resolve())} for training in trainings]
+        return cls(kind, config_to_dict(there), str(folder.resolve()), plain)
 
     @property
     def failure_file(self) -> Path:
@@ -58,13 +59,16 @@ def _run(job: Job) -> None:
     workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
     if device == "cpu":
         torch.set_num_threads(config.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers_here))
-    parallel = initialize_parallel(config.launch.tp, device, job.seed)
+    parallel = initialize_parallel(config.launch.tp, device)
     space = Workspace(config)
     try:
         if job.kind == "train":
             from ilrec_dist.training.worker import train
 
-            train(config, job.method, job.seed, Path(job.folder), job.fingerprint, space, parallel)
+            for plain in job.trainings:
+                folder = Path(plain["folder"])
+                if not (folder / RESULT).exists():  # a restarted group passes over what is done
+                    train(config, plain["method"], plain["seed"], folder, plain["fingerprint"], space, parallel)
         else:
             from ilrec_dist.evaluation.stage import evaluate_trained
 

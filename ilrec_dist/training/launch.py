@@ -88,7 +88,7 @@ def _run_ray(config: Config, job: Job) -> None:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.launch.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}),
         run_config=RunConfig(
-            name=f"{job.kind}-{job.method}-{job.seed}",
+            name=job.kind,
             storage_path=str((Path(job.folder) / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from ilrec_dist.evaluation.evaluate import evaluate_model
 from ilrec_dist.objective.statistics import StatisticsSum
 from ilrec_dist.objective.step import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
+from ilrec_dist.stage_runs import RESULT
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.batches import Batch, BatchMaker, Ready, micro_batches, prefetched
 from ilrec_dist.training.engine import build_engine, learning_rate
@@ -32,7 +32,7 @@ from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_w
 from ilrec_dist.training.workspace import Workspace, build_backbone
 
 LOG_STEPS = 10
-BEST, FINAL, RESULT = "best.safetensors", "final.safetensors", "result.json"
+BEST, FINAL = "best.safetensors", "final.safetensors"
 
 
 @dataclass
@@ -231,12 +231,6 @@ def _finish(backbone: Backbone, progress: Progress, folder: Path, method: str, s
         write_json(folder / RESULT, {"method": method, "seed": seed} | asdict(progress))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     dist.barrier()
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished training, or None."""
-    path = folder / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _only_writer(folder: Path) -> Any:
