@@ -1,0 +1,81 @@
+"""The whole path through the command line: every stage, the results in their documented form, recommendations, and nothing run twice."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from ilrec_dist.cli import main
+from ilrec_dist.config import config_to_dict
+from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.evaluation.predictions import recompute
+from tests.training.conftest import tiny_config
+
+METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a configuration and its finished run, tensor-parallel over two processes that torchrun started."""
+    root = tmp_path_factory.mktemp("run")
+    sections = {"launch": {"engine": "torchrun", "workers": 2, "tp": 2, "threads": 1, "device": "cpu"}, "items": {"collisions": "resolve"}}
+    (root / "c.yaml").write_text(yaml.safe_dump(config_to_dict(tiny_config(root / "runs", **sections))))
+    assert main(["run", str(root / "c.yaml")]) == 0
+    return root
+
+
+def test_results_hold_every_row_in_the_documented_form(finished):
+    results = json.loads((finished / "runs/tiny/results.json").read_text())
+    assert results["dataset"] == "synthetic" and results["split"] == "test"
+    rows = {(row["method"], row["exclude_seen"]): row for row in results["rows"]}
+    assert set(rows) == {(m, e) for m in ("popularity", "transitions", "sasrec", "bayes", "sft", "ilrec") for e in (True, False)}
+    prepared = load_prepared(finished / "runs/tiny/data")
+    for row in rows.values():
+        assert row["users"] == prepared.num_users and row["seed"] == 0
+        assert all(0 <= row[metric] <= 1 for metric in METRICS) and row["ndcg@10"] <= row["hit@10"]
+    assert rows["bayes", True]["ndcg@10"] > rows["popularity", True]["ndcg@10"]
+    assert set(results["stage_seconds"]) == {"prepare", "index", "cf", "train sft seed 0", "train ilrec seed 0", "evaluate"}
+    assert results["seconds"] > 0
+    assert (finished / "runs/tiny/report.html").stat().st_size > 10_000
+
+
+def test_the_table_can_be_recomputed_from_the_saved_predictions(finished):
+    results = json.loads((finished / "runs/tiny/results.json").read_text())
+    row = next(row for row in results["rows"] if row["method"] == "ilrec" and row["exclude_seen"])
+    again = recompute(finished / "runs/tiny/evaluation/ilrec-seed0/predictions.parquet")
+    assert all(again[metric] == row[metric] for metric in METRICS)
+
+
+def test_a_second_run_runs_no_stage(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "runs/tiny").rglob("*.safetensors")}
+    assert main(["run", str(finished / "c.yaml")]) == 0
+    assert capsys.readouterr().out.count("unchanged, not run again") == 6
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "runs/tiny").rglob("*.safetensors")}
+
+
+def test_recommendations_for_new_histories(finished):
+    prepared = load_prepared(finished / "runs/tiny/data")
+    histories = [[prepared.item_ids[i] for i in prepared.sequence(user)] for user in range(5)]
+    pq.write_table(pa.table({"user": [f"new{u}" for u in range(5)], "items": histories}), finished / "h.parquet")
+    allowed = sorted({item for history in histories for item in history[:3]} | {prepared.item_ids[i] for i in range(0, 60, 2)})
+    (finished / "items.txt").write_text("\n".join(allowed) + "\n")
+    out = finished / "out.parquet"
+    argv = ["recommend", finished / "runs/tiny", "--histories", finished / "h.parquet", "--top", "4", "--out", out]
+    assert main([*map(str, argv), "--exclude-seen", "--allowed", str(finished / "items.txt")]) == 0
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 20 and [row["rank"] for row in rows[:4]] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["item"] in allowed and row["item"] not in histories[int(row["user"].removeprefix("new"))] and row["title"]
+    scores = np.array([row["score"] for row in rows]).reshape(5, 4)
+    assert (np.diff(scores) <= 0).all()
+
+
+def test_recommend_refuses_an_unknown_item_and_leaves_nothing(finished, capsys):
+    pq.write_table(pa.table({"user": ["a", "b"], "items": [[load_prepared(finished / "runs/tiny/data").item_ids[0]], ["nowhere"]]}), finished / "bad.parquet")
+    assert main(["recommend", str(finished / "runs/tiny"), "--histories", str(finished / "bad.parquet"), "--out", str(finished / "bad-out.parquet")]) == 2
+    message = capsys.readouterr().err
+    assert "bad.parquet" in message and "nowhere" in message and message.count("\n") == 1
+    assert not (finished / "bad-out.parquet").exists()
