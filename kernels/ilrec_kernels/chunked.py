@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ilrec_kernels import fused
+from ilrec_kernels import fused, sliced
 from ilrec_kernels.columns import Columns, select
 from ilrec_kernels.linear import hidden_gradient, project, weight_gradient
 from ilrec_kernels.merge import Merged, RankStats, Sent, empty_sent, exchange, merge
@@ -110,7 +110,9 @@ def start_chunk(p: Problem, plan: Plan, weights: list[Tensor], begin: int, end: 
     y = p.targets[begin:end] - p.start
     owned = (y >= 0) & (y < p.stop - p.start)
     chunk = Chunk(begin, end, x, y.masked_fill_(~owned, 0), owned, torch.arange(n, device=y.device))
-    if plan.final is not None and plan.final.same(plan.layers) and s > 1:
+    if plan.sliced:
+        pass  # logits are made tile by tile
+    elif plan.final is not None and plan.final.same(plan.layers) and s > 1:
         z = x.new_empty(s, n, len(plan.final))
         project(x.flatten(0, 1), weights[0], z.flatten(0, 1), plan.block)
         chunk.z_final, chunk.z_layers = z[0], z[1:]
@@ -170,7 +172,9 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     chunk.stats = stats
     if p.options.needs_negatives:
         find_candidates(p, plan, chunk, early)
-    if plan.fused:
+    if plan.sliced:
+        sliced.collect(p, plan, chunk)
+    elif plan.fused:
         fused.collect(plan, chunk)
     if not plan.fused or plan.distill is None:
         distill_statistics(plan, chunk, stats)
@@ -374,8 +378,11 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
             teacher, students = chunk.teacher.mul_(own.take(chunk.local.row)), chunk.p_layers
             for i in range(students.shape[0]):
                 torch.addcmul(teacher, students[i], other[i].take(chunk.local.row), out=students[i])
-    if plan.fused:
-        chunk.z_final, layers = fused.finish(p, plan, chunk, merged, factor, at_target, at_sent, own, other)
+    factors = (factor, at_target, at_sent, own, other)
+    if plan.sliced:
+        sliced.finish(p, plan, chunk, factors, grad_x, out)
+    elif plan.fused:
+        chunk.z_final, layers = fused.finish(p, plan, chunk, factors)
         if layers is not None and plan.distill is not None and plan.layers is not None:
             chunk.z_layers = layers
             students = select(layers, plan.distill.within(plan.layers))
@@ -387,7 +394,7 @@ def back_project(
 ) -> None:
     """The products of the gradients with the head and with the hidden rows."""
     jobs: list[tuple[Tensor, Tensor, Tensor, Tensor, Columns]] = []  # gradient, hidden, hidden's gradient, head rows, columns
-    stacked = plan.softmax and plan.distill is not None and plan.layers is not None and plan.layers.same(plan.final)
+    stacked = plan.softmax and not plan.sliced and plan.distill is not None and plan.layers is not None and plan.layers.same(plan.final)
     if stacked and students is not None:
         assert chunk.z_final is not None and chunk.z_layers is not None and plan.distill is not None and plan.layers is not None
         inside = plan.distill.within(plan.layers)
@@ -403,7 +410,7 @@ def back_project(
             stacked = False
     else:
         stacked = False
-    if plan.softmax and not stacked:
+    if plan.softmax and not stacked and not plan.sliced:
         assert chunk.z_final is not None and plan.final is not None
         jobs.append((chunk.z_final, chunk.x[0], grad_x[0], weights[0], plan.final))
     if plan.distill is not None and students is not None:

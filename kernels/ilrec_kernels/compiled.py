@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ilrec_kernels import dense_triton
+import torch
+
+from ilrec_kernels import dense_triton, sliced_triton
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class Variant:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
+    attributes: dict[tuple[int], list[list[Any]]]  # arguments that are multiples of 16, as Triton finds out at launch
 
 
-def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Variant:
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3, aligned: tuple[str, ...] = ()) -> Variant:
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
-    return Variant(name, kernel, signature, constants, {"num_warps": warps})
+    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
+    return Variant(name, kernel, signature, constants, {"num_warps": warps, "num_stages": stages}, attributes)
 
 
 def variants() -> Iterator[Variant]:
@@ -44,3 +48,8 @@ def variants() -> Iterator[Variant]:
     types = {"source": "*fp32", "bars": "*fp32", "targets": "*i64", "columns_out": "*i32", "values_out": "*fp32", "counts": "*i32"}
     constants = {"CAPACITY": dense_triton.GATE_CAPACITY, "BLOCK": dense_triton.GATE.block}
     yield _variant(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps)
+    for distill, (dtype, tile) in itertools.product((False, True), sliced_triton.CONFIGS.items()):
+        name = "*bf16" if dtype is torch.bfloat16 else "*fp32"
+        types = {"x": name, "w": name, "targets": "*i64", "out": "*fp32"}
+        constants = {"DISTILL": distill, "WIDTH": sliced_triton.SPLIT, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        yield _variant(sliced_triton.forward_kernel, types, constants, tile.warps, tile.stages, (*types, "d", "stride_stream", "stride_x", "stride_w"))

@@ -22,7 +22,7 @@ class Config:
 
 
 # every configuration the dispatcher may launch; tests compile exactly these. The layers' tile is [M, block]: fewer columns with more layers
-CONFIGS = {1: Config(2048, 8), 2: Config(1024, 8), 4: Config(1024, 8), 8: Config(512, 8)}
+CONFIGS = {1: Config(2048, 8), 2: Config(1024, 8), 4: Config(1024, 8), 8: Config(256, 8)}
 GATE = Config(1024, 4)
 GATE_CAPACITY = 256  # candidates of a row that the gate lists; rows with more are redone by a full top-k
 

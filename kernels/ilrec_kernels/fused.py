@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ilrec_kernels.merge import Merged
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
 from ilrec_kernels.select import dense_candidates
@@ -75,28 +74,51 @@ def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[T
 
 
 def finish(
-    p: Problem, plan: Plan, chunk: Chunk, merged: Merged, factor: Tensor, at_target: Tensor, at_sent: Tensor, own: Tensor | None, other: Tensor | None
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']; see chunked.add_gradients for the arguments."""
+    p: Problem, plan: Plan, chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']. `factors` are those of chunked.add_gradients: of the
+    final layer's exponentials [n], at the target [n], at the sent entries [E], of the teacher [n] and of the layers [m, n]."""
     from ilrec_kernels import dense_triton
 
-    z, stats = chunk.z_final, chunk.stats
-    assert z is not None and stats is not None
+    z, (_, _, at_sent, own, _) = chunk.z_final, factors
+    assert z is not None
     distill, shift = layout(plan)
-    has_distill = plan.distill is not None
-    layers = chunk.z_layers if has_distill else None
-    size = dense_triton.tile(layers.shape[0] if layers is not None else 0)
-    factors = torch.zeros(chunk.n, 5 + 2 * size, dtype=z.dtype, device=z.device)
-    if plan.softmax:
-        factors[:, 0], factors[:, 1], factors[:, 2] = finite(stats.top), factor, at_target
-    if layers is not None and own is not None and other is not None:
-        factors[:, 3], factors[:, 4] = finite(stats.teacher_top), own
-        factors[:, 5 : 5 + len(layers)] = finite(stats.layer_top).T
-        factors[:, 5 + size : 5 + size + len(layers)] = other.T
-    low = gradient_dtype(p)
+    layers = chunk.z_layers if own is not None and plan.distill is not None else None
+    table = factor_table(chunk, factors, len(layers) if layers is not None else 0, plan.softmax)
     target = chunk.y.masked_fill(~chunk.owned, -1)
-    g, g_layers = dense_triton.gradients(z, layers, factors, target, distill, shift, plan.softmax, has_distill, low)
+    g, g_layers = dense_triton.gradients(z, layers, table, target, distill, shift, plan.softmax, layers is not None, gradient_dtype(p))
     if plan.softmax and at_sent.numel():
         columns = z.shape[1]
-        g[chunk.sent.slot // columns, chunk.sent.slot % columns] = at_sent.to(low)
+        g[chunk.sent.slot // columns, chunk.sent.slot % columns] = at_sent.to(g.dtype)
     return g, g_layers
+
+
+def turn(
+    p: Problem, chunk: Chunk, z: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], target: Tensor, distill: tuple[int, int]
+) -> Tensor:  # fmt: skip
+    """As finish, for a slice's logits z [streams, n, w]; returns the final layer's gradients, the first matrix of the stack."""
+    from ilrec_kernels import dense_triton
+
+    layers = z[1:] if z.shape[0] > 1 else None
+    table = factor_table(chunk, factors, z.shape[0] - 1, True)
+    return dense_triton.gradients(z[0], layers, table, target, distill, 0, True, layers is not None, gradient_dtype(p))[0]
+
+
+def factor_table(
+    chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], layers: int, softmax: bool
+) -> Tensor:  # fmt: skip
+    """The row factors as gradients_kernel reads them."""
+    from ilrec_kernels import dense_triton
+
+    factor, at_target, _, own, other = factors
+    stats = chunk.stats
+    assert stats is not None
+    size = dense_triton.tile(layers)
+    table = torch.zeros(chunk.n, 5 + 2 * size, dtype=factor.dtype, device=factor.device)
+    if softmax:
+        table[:, 0], table[:, 1], table[:, 2] = finite(stats.top), factor, at_target
+    if layers and own is not None and other is not None:
+        table[:, 3], table[:, 4] = finite(stats.teacher_top), own
+        table[:, 5 : 5 + layers] = finite(stats.layer_top).T
+        table[:, 5 + size : 5 + size + layers] = other.T
+    return table

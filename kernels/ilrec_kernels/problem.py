@@ -12,6 +12,7 @@ from ilrec_kernels.columns import Columns, dense_columns
 from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
+SMALL_CHUNK = 1536  # stacked rows (rows × streams) under which regime T's products are bound by reading the head
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Plan:
     block: int  # head rows upcast at a time
     budget: int  # bytes for small temporaries
     fused: bool  # Triton's row kernels go over the dense logits
+    sliced: bool  # regime V
+    slice_columns: int  # columns of a slice in regime V's backward
 
 
 def workspace_bytes(options: LossOptions, device: torch.device) -> int:
@@ -106,12 +109,18 @@ def make_plan(p: Problem) -> Plan:
         agreed = torch.tensor(rows, device=p.head.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
         rows = int(agreed)
+    # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
+    supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0
+    sliced = supported and rows * streams < SMALL_CHUNK <= p.n * streams
+    slice_columns = total // 2 // max(1, p.n * streams * size) if sliced else 0
+    if sliced:
+        rows = p.n
     rows = min(max(1, p.n), rows)
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
     pair_budget = max(1, total // 4 // (48 + 3 * streams * size))
     return Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows, pair_budget, block, total // 8, fused,
+        rows, pair_budget, block, total // 8, fused, sliced, slice_columns,
     )  # fmt: skip
 
 

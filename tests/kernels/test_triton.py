@@ -53,7 +53,7 @@ def test_every_launched_configuration_compiles_without_spills(capability):
 
     checked = 0
     for variant in variants():
-        source = ASTSource(variant.kernel, signature=variant.signature, constexprs=variant.constants)
+        source = ASTSource(variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=variant.attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
         used = resources(kernel.asm["cubin"])
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (variant.name, used)

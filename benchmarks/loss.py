@@ -1,0 +1,261 @@
+"""What the cross-layer loss costs against its own matrix products, forward and backward together: `python benchmarks/loss.py --quick`.
+
+The limit is the bare products of the same work: 3 of them a stream (logits, hidden gradient, head gradient), the best of chunked and whole.
+Liger's and Apple's kernels take part where they are installed (`pip install ilrec-dist[bench]`), each with the part it can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
+from torch import Tensor
+
+CPU_SHAPES = ["2048x256x32000x3", "2048x1024x32000x3"]
+CUDA_SHAPES = ["8192x4096x131072x3", "512x4096x131072x3"]
+QUICK_SHAPES = ["256x256x32000x3"]
+BETA, MU, LAMBDA, FLOOR, K = 1.0, 0.1, 0.02, 1e-4, 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves that need gradients, the target, and per row 256 candidate tokens with rewards."""
+
+    hidden: list[Tensor]
+    head: Tensor
+    targets: Tensor
+    lists: TokenLists
+    rewards: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.hidden, self.head]
+
+
+def make_inputs(n: int, d: int, v: int, m: int, device: str, dtype: torch.dtype) -> Inputs:
+    """Layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens (trained models are peaked)."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.randn(v, d, generator=g)
+    targets = torch.randint(0, v, (n,), generator=g)
+    common = torch.randn(n, d, generator=g) + 2.0 * head[targets] / math.sqrt(d) * 3
+    hidden = [(common + 0.5 * torch.randn(n, d, generator=g)) * 2.0 / math.sqrt(d) for _ in range(m + 1)]
+    tokens = torch.stack([torch.randperm(v, generator=g)[:255] for _ in range(8)])[torch.arange(n) % 8]
+    tokens = torch.cat([tokens, targets[:, None]], 1).sort(1).values
+    distinct = torch.ones_like(tokens, dtype=torch.bool)
+    distinct[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    lists = TokenLists(F.pad(distinct.sum(1).cumsum(0), (1, 0)).to(device), tokens[distinct].to(device))
+    rewards = torch.rand(lists.tokens.numel(), generator=g).to(device)
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.to(device, dtype).requires_grad_()
+
+    return Inputs([leaf(h) for h in hidden], leaf(head), targets.to(device), lists, rewards)
+
+
+def options(v: int, backend: str, workspace: int | None, **changes: Any) -> LossOptions:
+    values = dict(negative_scope="all", distill_scope="all", beta=BETA, mu=MU, crr_lambda=LAMBDA, max_negatives=K, reward_floor=FLOOR)
+    return LossOptions(vocab_size=v, backend=backend, workspace_bytes=workspace, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def ours(x: Inputs, o: LossOptions) -> None:
+    out = cross_layer_loss(x.hidden[0], x.hidden[1:], x.head, x.targets, x.lists, x.rewards, o, loss_scale=1 / len(x.targets))
+    out.loss.backward()
+
+
+def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
+    """The same loss over whole logits in eager torch; `rewards` is dense [N, V]."""
+    n = targets.numel()
+    z = [(h @ head.T).float() for h in hidden]
+    with torch.no_grad():
+        ensemble = torch.stack(z[1:]).mean(0)
+        bar = ensemble.gather(1, targets[:, None])
+        ensemble.scatter_(1, targets[:, None], -torch.inf)
+        value, index = ensemble.topk(K, 1)
+        member = value >= bar
+        weight = value.masked_fill(~member, -torch.inf).softmax(1).nan_to_num()
+        own = rewards.gather(1, targets[:, None])
+        label = (rewards.gather(1, index) + FLOOR) * member
+        covered = (rewards.gather(1, index) * member).amax(1, keepdim=True) > 0
+        total = label.sum(1, keepdim=True) + own + FLOOR
+        label, own = label / total * covered, torch.where(covered, (own + FLOOR) / total, 1.0)
+        some = member.any(1)
+    z_target = z[0].gather(1, targets[:, None])[:, 0]
+    cpo = z[0].scatter_add(1, index, BETA * weight).logsumexp(1) - z_target
+    log_p = z[0].log_softmax(1)
+    teacher = log_p.detach()
+    cpd = torch.stack([F.kl_div(s.log_softmax(1), teacher, reduction="none", log_target=True).sum(1) for s in z[1:]]).mean(0)
+    crr = -((label * log_p.gather(1, index)).sum(1) + own[:, 0] * log_p.gather(1, targets[:, None])[:, 0]) * some
+    return (cpo + MU * cpd + LAMBDA * crr).sum() / n
+
+
+def row_loop(x: Inputs, rows: int) -> None:
+    """The form of the authors' script, one row at a time; on a few rows, the caller scales the time."""
+    total = x.head.new_zeros(())
+    for i in range(rows):
+        z = [h[i] @ x.head.T for h in x.hidden]
+        p = torch.stack(z[1:]).mean(0).softmax(0).detach()
+        negatives = (p >= p[x.targets[i]]).nonzero().flatten()[:K]
+        adjusted = z[0].index_add(0, negatives, BETA * p[negatives].softmax(0).to(z[0].dtype))
+        total = total + adjusted.logsumexp(0) - z[0][x.targets[i]]
+        for s in z[1:]:
+            total = total + MU / len(z[1:]) * F.kl_div(s.log_softmax(0), z[0].detach().log_softmax(0), reduction="sum", log_target=True)
+    total.backward()
+
+
+def bare(x: Inputs, chunk: int) -> None:
+    """The products alone, `chunk` stacked rows at a time, into buffers."""
+    with torch.no_grad():
+        rows, head = torch.cat(x.hidden), x.head.detach()
+        dw = torch.zeros_like(head)
+        dx = torch.empty_like(rows)
+        z = rows.new_empty(min(chunk, len(rows)), len(head))
+        for i in range(0, len(rows), chunk):
+            part = rows[i : i + chunk]
+            buffer = z[: len(part)]
+            torch.mm(part, head.T, out=buffer)
+            torch.mm(buffer, head, out=dx[i : i + chunk])
+            dw.addmm_(buffer.T, part)
+
+
+def providers(x: Inputs, v: int, args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], float]]:
+    """name → (function, by how much its time is multiplied)."""
+    n, m, device = len(x.targets), len(x.hidden) - 1, x.head.device.type
+    dense = torch.zeros(n, v, device=x.head.device)
+    dense[torch.repeat_interleave(torch.arange(n, device=device), x.lists.indptr.diff()), x.lists.tokens] = x.rewards
+    found: dict[str, tuple[Callable[[], Any], float]] = {
+        "bare GEMMs, whole": (lambda: bare(x, n * (m + 1)), 1),
+        "bare GEMMs, chunked": (lambda: bare(x, max(64, (64 << 20) // (4 * v) if device == "cpu" else 4096)), 1),
+    }
+    plain = dict(beta=0.0, crr_lambda=0.0, distill_scope="all")
+    for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
+        o = options(v, backend, args.workspace)
+        found[f"ilrec_kernels {backend}"] = (lambda o=o: ours(x, o), 1)
+        o = options(v, backend, args.workspace, **plain)
+        found[f"ilrec_kernels {backend}, CE + CPD only"] = (lambda o=o: ours(x, o), 1)
+    found["eager torch, materialised"] = (lambda: materialised(x.hidden, x.head, x.targets, dense).backward(), 1)
+    if not args.quick:
+        compiled = torch.compile(materialised)
+        found["torch.compile, materialised"] = (lambda: compiled(x.hidden, x.head, x.targets, dense).backward(), 1)
+    few = min(n, 8)
+    found["row loop (authors' form)"] = (lambda: row_loop(x, few), n / few)
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+
+        cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSDLoss(beta=0.0)
+        found["Liger fused linear cross-entropy, CE alone"] = (lambda: cross(x.head, x.hidden[0], x.targets).backward(), 1)
+        found["Liger fused linear JSD, one layer's CPD"] = (
+            lambda: jsd(x.hidden[1], x.head, x.hidden[0].detach(), x.head.detach(), x.targets).backward(),
+            1,
+        )
+        o = options(v, "triton", args.workspace, **plain)
+        found["ilrec_kernels triton, one layer's CPD"] = (
+            lambda: cross_layer_loss(x.hidden[0].detach(), x.hidden[1:2], x.head, x.targets, None, None, o).loss.backward(),
+            1,
+        )
+    if device == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+
+        found["cut-cross-entropy, CE alone"] = (lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(), 1)
+    return found
+
+
+def timed(fn: Callable[[], Any], device: str) -> float:
+    """Milliseconds."""
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    fn()
+    return (time.perf_counter() - start) * 1e3
+
+
+def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
+    """Peak memory of one call beyond what stood before it, less the gradients."""
+    for leaf in x.leaves():
+        leaf.grad = None
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in x.leaves())
+    if x.head.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - gradients
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    fn()
+    return max(0, status("VmHWM") - before - gradients)
+
+
+def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    n, d, v, m = (int(s) for s in shape.split("x"))
+    x = make_inputs(n, d, v, m, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    table = providers(x, v, args)
+    times: dict[str, list[float]] = {name: [] for name in table}
+    memory: dict[str, int] = {}
+    for name, (fn, _) in list(table.items()):
+        try:
+            memory[name] = extra_bytes(fn, x)  # warm-up as well
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory at {shape}", file=sys.stderr)
+            del table[name], times[name]
+    for _ in range(args.repeats):  # interleaved, so that drift of the machine falls on all alike
+        for name, (fn, factor) in table.items():
+            for leaf in x.leaves():
+                leaf.grad = None
+            times[name].append(timed(fn, args.device) * factor)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    limit = min(value for name, value in median.items() if name.startswith("bare"))
+    flops = 3 * (m + 1) * 2 * n * d * v
+    rows = []
+    print(f"\n{shape} (N x d x V x m), {args.device}\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}")
+    for name, value in median.items():
+        rows.append({"shape": shape, "provider": name, "fwd_bwd_ms": value, "ratio_to_bare_gemm": value / limit, "extra_bytes": memory[name]})
+        print(f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}{memory[name] / 2**20:>11.0f}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small shape, under 50 s on 2 cores")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shapes", help="comma-separated N x d x V x m, as 2048x256x32000x3")
+    parser.add_argument("--workspace", type=int, help="bytes; default 64 MiB on CPU, 1 GiB on GPU")
+    parser.add_argument("--repeats", type=int, help="default 30 on GPU, 5 on CPU, 3 with --quick")
+    args = parser.parse_args()
+    args.repeats = args.repeats or (3 if args.quick else 30 if args.device == "cuda" else 5)
+    shapes = args.shapes.split(",") if args.shapes else QUICK_SHAPES if args.quick else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}; Python {platform.python_version()}")
+    rows = [row for shape in shapes for row in run_shape(shape, args)]
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
