@@ -70,6 +70,11 @@ class ItemsConfig:
     collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple
     seed: int = 0
 
+    @property
+    def from_cf(self) -> bool:
+        """Whether the codes are built from the CF model's item vectors, so that the CF stage comes first."""
+        return self.index is None and self.form != "atomic" and "cf" in self.embedding
+
 
 @section
 class CFConfig:

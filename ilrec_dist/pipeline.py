@@ -164,7 +164,7 @@ def stages(config: Config) -> list[Stage]:
     """The run's stages, each after those it stands on."""
 
     folders = RunFolders(config.run_dir)
-    cf_first = config.items.index is None and config.items.embedding == "cf"  # the codes are built from the CF model's item vectors
+    cf_first = config.items.from_cf  # the codes are built from the CF model's item vectors
     before_index, before_cf = (("cf",), ("prepare",)) if cf_first else (("prepare",), ("index",))
     tables = [
         Stage("prepare", "prepare", (), _data_settings, stage_runs.prepare_inputs, lambda _: folders.data, stage_runs.prepare),

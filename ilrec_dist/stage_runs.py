@@ -56,7 +56,7 @@ def index(config: Config) -> None:
 
     space = Workspace(config)
     vectors = None
-    if config.items.index is None and config.items.embedding == "cf":
+    if config.items.from_cf:
         from ilrec_dist.cf.folder import item_vectors
 
         vectors = item_vectors(space.folders.cf)
@@ -78,8 +78,7 @@ def cf(config: Config) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        from_vectors = config.items.index is None and config.items.embedding == "cf"
-        train_cf(config.cf, space.prepared, None if from_vectors else space.catalogue, space.folders.cf, progress=progress)
+        train_cf(config.cf, space.prepared, None if config.items.from_cf else space.catalogue, space.folders.cf, progress=progress)
 
 
 def train(config: Config, trainings: Sequence[Training]) -> list[float]:

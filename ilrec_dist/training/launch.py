@@ -18,7 +18,7 @@ from ilrec_dist.config import Config
 from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
-from ilrec_dist.training.jobs import Job, job_to_json, resolve_device, run_job
+from ilrec_dist.training.jobs import Job, job_to_json, run_job
 
 
 class WorkersFailed(RuntimeError):
@@ -46,7 +46,6 @@ def cluster(config: Config) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     address = config.launch.ray_address or os.environ.get("RAY_ADDRESS")
@@ -82,7 +81,7 @@ def _run_ray(config: Config, job: Job) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    gpu = resolve_device(config) == "cuda"
+    gpu = _on_gpus(config)
     trainer = TorchTrainer(
         lambda: run_job(job),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -97,6 +96,15 @@ def _run_ray(config: Config, job: Job) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise WorkersFailed(f"the workers failed more than launch.max_failures = {config.launch.max_failures} times; the last failure: {error}") from error
+
+
+def _on_gpus(config: Config) -> bool:
+    """Whether the workers get a GPU each: the cluster may have them where this process has none."""
+    import ray
+
+    if config.launch.device != "auto":
+        return config.launch.device == "cuda"
+    return ray.cluster_resources().get("GPU", 0) >= config.launch.workers
 
 
 def _run_torchrun(config: Config, job: Job) -> None:
