@@ -111,6 +111,7 @@ def make_plan(p: Problem) -> Plan:
         rows = int(agreed)
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
     supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0
+    supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
     sliced = supported and rows * streams < SMALL_CHUNK <= p.n * streams
     slice_columns = total // 2 // max(1, p.n * streams * size) if sliced else 0
     if sliced:
