@@ -270,9 +270,7 @@ def main() -> None:
     warm_up = 300
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: (
-            (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
-        ),
+        lambda step: (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up)))),
     )
     order = np.random.default_rng(0).permutation(len(data.sequences))
     epochs = []

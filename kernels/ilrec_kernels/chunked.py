@@ -389,9 +389,7 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
     back_project(p, plan, chunk, students, weights, grad_x, out)
 
 
-def back_project(
-    p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, weights: list[Tensor], grad_x: Tensor, out: Gradients
-) -> None:
+def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, weights: list[Tensor], grad_x: Tensor, out: Gradients) -> None:
     """The products of the gradients with the head and with the hidden rows."""
     jobs: list[tuple[Tensor, Tensor, Tensor, Tensor, Columns]] = []  # gradient, hidden, hidden's gradient, head rows, columns
     stacked = plan.softmax and not plan.sliced and plan.distill is not None and plan.layers is not None and plan.layers.same(plan.final)

@@ -73,9 +73,7 @@ def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[T
     return row[order], column[order], value[order]
 
 
-def finish(
-    p: Problem, plan: Plan, chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
+def finish(p: Problem, plan: Plan, chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']. `factors` are those of chunked.add_gradients: of the
     final layer's exponentials [n], at the target [n], at the sent entries [E], of the teacher [n] and of the layers [m, n]."""
     from ilrec_kernels import dense_triton

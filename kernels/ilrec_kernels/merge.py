@@ -53,9 +53,7 @@ class RankStats:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         low = -math.inf
-        return RankStats(
-            full(0, n), full(0, n), full(low, n), full(0, n), full(low, n), full(0, n), full(low, m, n), full(0, m, n), full(0, m, n)
-        )
+        return RankStats(full(0, n), full(0, n), full(low, n), full(0, n), full(low, n), full(0, n), full(low, m, n), full(0, m, n), full(0, m, n))
 
 
 @dataclass
@@ -186,9 +184,7 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
     return Merged(adjusted, plain, teacher, layer, some, target_label, row, z, z_adjusted, slope, label, g.mine)
 
 
-def choose(
-    p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, ensemble_target: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+def choose(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, ensemble_target: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """(member bool [E], w [E], in the softmax scope bool [E], position among the pairs [E] or None, capped bool [n])."""
     row, ensemble = g.row, g.ensemble
     bar = ensemble_target + math.log(p.options.negative_threshold)
@@ -208,9 +204,7 @@ def choose(
     return member, weight, inside, found, capped
 
 
-def soft_labels(
-    p: Problem, pairs: Pairs | None, row: Tensor, found: Tensor | None, member: Tensor, begin: int, end: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def soft_labels(p: Problem, pairs: Pairs | None, row: Tensor, found: Tensor | None, member: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """q at the entries [E] and at the target [n], and whether the row is covered, bool [n] (METHOD.md §5)."""
     assert pairs is not None and found is not None and p.rewards is not None
     n, dtype = end - begin, p.dtype

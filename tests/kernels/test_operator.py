@@ -67,9 +67,7 @@ def test_empty_negatives_everywhere_is_cross_entropy_plus_distillation():
 @pytest.mark.parametrize("penalty", ["additive", "multiplicative"])
 @pytest.mark.parametrize("softmax", ["all", "valid_next"])
 def test_gradcheck_with_the_stop_gradients_held_fixed(penalty, softmax):
-    case = make_case(
-        n=5, d=4, v=11, penalty=penalty, softmax_scope=softmax, mu=0.7, crr_lambda=0.5, max_negatives=2, dtype=torch.float64, item_tokens=(1, 9)
-    )
+    case = make_case(n=5, d=4, v=11, penalty=penalty, softmax_scope=softmax, mu=0.7, crr_lambda=0.5, max_negatives=2, dtype=torch.float64, item_tokens=(1, 9))
     o = case.options
     scope = scopes(case.targets, case.lists, o)
     rewards = dense_rewards(5, case.lists, case.rewards, o, torch.float64)
@@ -219,12 +217,14 @@ def test_tied_frozen_and_partly_trainable_heads():
 def test_bad_calls_are_refused():
     case = make_case()
     hidden, o = case.hidden, case.options
-    call = lambda **k: cross_layer_loss(  # noqa: E731
-        **{
-            **dict(final_hidden=hidden[0], layer_hidden=hidden[1:], head_weight=case.head, targets=case.targets, candidates=case.lists),
-            **dict(rewards=case.rewards, options=o),
-            **k,
-        }
+    call = (
+        lambda **k: cross_layer_loss(  # noqa: E731
+            **{
+                **dict(final_hidden=hidden[0], layer_hidden=hidden[1:], head_weight=case.head, targets=case.targets, candidates=case.lists),
+                **dict(rewards=case.rewards, options=o),
+                **k,
+            }
+        )
     )
     with pytest.raises(ValueError, match="rewards"):
         call(rewards=None)
