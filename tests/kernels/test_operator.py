@@ -217,15 +217,11 @@ def test_tied_frozen_and_partly_trainable_heads():
 def test_bad_calls_are_refused():
     case = make_case()
     hidden, o = case.hidden, case.options
-    call = (
-        lambda **k: cross_layer_loss(  # noqa: E731
-            **{
-                **dict(final_hidden=hidden[0], layer_hidden=hidden[1:], head_weight=case.head, targets=case.targets, candidates=case.lists),
-                **dict(rewards=case.rewards, options=o),
-                **k,
-            }
-        )
-    )
+
+    def call(**changed):
+        given = dict(final_hidden=hidden[0], layer_hidden=hidden[1:], head_weight=case.head, targets=case.targets, candidates=case.lists)
+        return cross_layer_loss(**{**given, "rewards": case.rewards, "options": o, **changed})
+
     with pytest.raises(ValueError, match="rewards"):
         call(rewards=None)
     with pytest.raises(ValueError, match="candidates"):
