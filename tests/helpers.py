@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import itertools
 import os
 import pickle
 import socket
@@ -103,8 +105,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, tp: int, *args: Any
     """Call `fn(mesh, *args)` in `world_size` processes joined over gloo; returns the results by rank.
 
     `fn` is a top-level function of an importable module; arguments and results are pickled. torch.distributed is initialised and each
-    process has one thread. The processes are started at the first call for a world size and stay for the session, so `fn` must leave the
-    default process group in place (groups of its own, such as Megatron's, it may make and destroy). A failure on any rank raises
+    process has one thread. The processes are started at the first call for a world size and stay for the session; the groups are ended after
+    every call. A failure on any rank raises
     RuntimeError with that rank's traceback and starts fresh processes at the next call; `timeout` is in seconds.
     """
     if world_size % tp:
@@ -133,9 +135,7 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    meshes: dict[int, Mesh] = {}
-    while True:
+    for number in itertools.count():
         try:
             path, call, tp = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
@@ -143,9 +143,11 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
         try:
             sys.path[:] = path
             fn, args = pickle.loads(call)
-            if tp not in meshes:
-                meshes[tp] = _make_mesh(rank, world_size, tp)
-            answer = (True, fn(meshes[tp], *args))
+            # Groups of its own for every call: each gloo group polls in a thread of its own, and Megatron makes dozens that nothing else would end
+            dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{number}", rank=rank, world_size=world_size)
+            answer = (True, fn(_make_mesh(rank, world_size, tp), *args))
+            dist.destroy_process_group()
+            gc.collect()  # engines hold groups in cycles
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
