@@ -128,6 +128,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
             break
     batches.close()
     _finish(backbone, progress, folder, method, seed, log)
+    engine.destroy()  # its hooks and groups outlive it otherwise
     del lock
 
 

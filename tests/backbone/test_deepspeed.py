@@ -84,7 +84,9 @@ def train(mesh: Mesh, precision: str) -> dict:
             dist.all_reduce(loss_sum, group=state.dp_group)
             losses.append(float(loss_sum))
             norms.append(float(engine.get_global_grad_norm()))
-        return {"losses": losses, "norms": norms, "weights": model.full_state_dict()}
+        weights = model.full_state_dict()
+        engine.destroy()
+        return {"losses": losses, "norms": norms, "weights": weights}
     finally:
         destroy_parallel()
 
