@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_config(command)
         if name in ("run", "train"):
             command.add_argument("--resume", action="store_true", help="go on with the run in the folder; refuse a folder of another configuration")
-        command.set_defaults(call=_stage, command=name, resume=False)
+        if name in ("run", "prepare"):
+            command.add_argument("--max-bad-rows", metavar="N", help="skip up to N malformed rows and list them in rejects.jsonl (data.max_bad_rows)")
+        command.set_defaults(call=_stage, command=name, resume=False, max_bad_rows=None)
     command = _command(commands, "recommend", "recommend items for new histories with a trained run", _RECOMMEND_EXAMPLE)
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
     command.add_argument("--histories", required=True, metavar="X.parquet", help="columns: user (string) and items (list of item ids, oldest first)")
@@ -60,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--exclude-seen", action="store_true", help="never recommend an item of the user's own history")
     command.add_argument("--allowed", metavar="items.txt", help="recommend only these items: one item id a line")
     command.set_defaults(call=_recommend, command="recommend")
+    command = _command(
+        commands, "export-data", "write a run's interactions and items in the files of other systems, so that they run on the same split", _EXPORT_EXAMPLE
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument(
+        "--format", required=True, choices=("lcrec", "recbole"), help="NAME.inter.json, NAME.item.json and NAME.index.json, or NAME.inter and NAME.item"
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="a new folder; its name is the NAME of the files")
+    command.set_defaults(call=_export_data, command="export-data")
     command = _command(commands, "config", "print the resolved configuration", "example:\n  ilrec config configs/quickstart.yaml train.epochs=3")
     _add_config(command)
     command.set_defaults(call=_config, command="config")
@@ -67,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _RECOMMEND_EXAMPLE = "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 --exclude-seen --out recommendations.parquet"
+
+_EXPORT_EXAMPLE = "example:\n  ilrec export-data runs/quickstart --format recbole --out exported/Shop"
 
 
 def _command(commands: argparse._SubParsersAction, name: str, what: str, epilog: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
@@ -83,13 +96,20 @@ def _stage(arguments: argparse.Namespace) -> None:
     from ilrec_dist.config import load_config
     from ilrec_dist.pipeline import execute
 
-    execute(load_config(arguments.config, arguments.overrides), arguments.command, resume=arguments.resume)
+    flags = [] if arguments.max_bad_rows is None else [f"data.max_bad_rows={arguments.max_bad_rows}"]
+    execute(load_config(arguments.config, arguments.overrides + flags), arguments.command, resume=arguments.resume)
 
 
 def _config(arguments: argparse.Namespace) -> None:
     from ilrec_dist.config import dump_config, load_config
 
     sys.stdout.write(dump_config(load_config(arguments.config, arguments.overrides)))
+
+
+def _export_data(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.data.export import export_run
+
+    export_run(Path(arguments.run), arguments.format, Path(arguments.out))
 
 
 def _recommend(arguments: argparse.Namespace) -> None:

@@ -13,8 +13,23 @@ import pyarrow.parquet as pq
 from ilrec_dist.data.files import committed_folder
 from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import RunFolders
+from ilrec_dist.terminal import console
 
 FORMATS = ("lcrec", "recbole")
+
+
+def export_run(run: Path, form: str, out: Path) -> None:
+    """`ilrec export-data`: the run's prepared data, for lcrec with its index where it has one; the files carry the name of the folder `out`.
+
+    Raises UserError when the run has no prepared data, or when `out` exists: what is in it might be somebody's.
+    """
+    folders = RunFolders(run)
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; choose a new folder, or remove this one")
+    index = folders.items / "index.json"
+    files = export_data(folders.data, form, out, out.absolute().name, index if index.exists() else None)
+    console.print(f"{out}: {', '.join(files)}", highlight=False, markup=False)
 
 
 def export_data(folder: str | Path, form: str, out: str | Path, name: str, index: str | Path | None = None) -> list[str]:

@@ -133,7 +133,7 @@ def test_recommend_refuses_a_folder_without_a_trained_model(place, capsys):
     assert "no such weights" in refused(capsys, "recommend", place / "runs/t", "--histories", place / "histories.parquet")
 
 
-@pytest.mark.parametrize("command", ["prepare", "index", "cf", "train", "evaluate", "recommend", "run", "config"])
+@pytest.mark.parametrize("command", ["prepare", "index", "cf", "train", "evaluate", "recommend", "run", "export-data", "config"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

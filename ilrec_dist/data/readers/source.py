@@ -23,7 +23,11 @@ class Rejects:
         if len(self.rows) >= self.allowed:
             raise UserError(
                 f"{path}: {unit} {line}: {reason}"
-                + (f" (bad row {len(self.rows) + 1}; data.max_bad_rows allows {self.allowed})" if self.allowed else "; mend it or set data.max_bad_rows")
+                + (
+                    f" (bad row {len(self.rows) + 1}; data.max_bad_rows allows {self.allowed})"
+                    if self.allowed
+                    else "; mend it, or tolerate such rows with --max-bad-rows N"
+                )
             )
         self.rows.append({"file": str(path), unit: line, "reason": reason, "text": text[:1000]})
 
