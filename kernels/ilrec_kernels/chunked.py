@@ -85,7 +85,7 @@ def empty_stats(n: int, m: int, float_dtype: torch.dtype, device: torch.device) 
     flag = torch.bool
     return RowStats(
         cpo=zeros(n), cpd=zeros(n), crr=zeros(n), kl=zeros(m, n), num_negatives=zeros(n), capped=zeros(n, dtype=flag),
-        valid_next_negatives=zeros(n), p_target=zeros(n), covered=zeros(n, dtype=flag),
+        valid_next_negatives=zeros(n), p_target=zeros(n), covered=zeros(n, dtype=flag), negatives_key=zeros(n, dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
-from ilrec_kernels.segments import finite, segment_logsumexp, segment_max, segment_sum
+from ilrec_kernels.segments import finite, segment_logsumexp, segment_max, segment_sum, set_key
 from ilrec_kernels.select import keep_largest
 from ilrec_kernels.types import LossOptions, RowStats
 
@@ -165,6 +165,7 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
             write.crr[begin:end] = crr * some
             write.covered[begin:end] = covered
         write.num_negatives[begin:end] = count
+        write.negatives_key[begin:end] = set_key(g.token[member], row[member], n)
         write.capped[begin:end] = capped
         if found is not None:
             assert pairs is not None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ilrec_kernels.segments import set_key
 from ilrec_kernels.types import LossOptions, RowStats, TokenLists, compute_dtype
 
 
@@ -143,6 +144,7 @@ def reference_rows(
     cpd = kl.mean(0) if kl.shape[0] else torch.zeros_like(cpo)
     dtype = compute_dtype(hidden[0])
     log_p = z[0].detach().masked_fill(~scope.softmax, -math.inf).log_softmax(1)
+    members = fixed.negatives.nonzero(as_tuple=True)
     stats = RowStats(
         cpo=cpo.detach().to(dtype),
         cpd=cpd.detach().to(dtype),
@@ -153,5 +155,6 @@ def reference_rows(
         valid_next_negatives=(fixed.negatives & scope.valid_next).sum(1).to(dtype),
         p_target=log_p[scope.target].exp().to(dtype),
         covered=fixed.covered,
+        negatives_key=set_key(members[1], members[0], targets.numel()),
     )
     return cpo + options.mu * cpd + options.crr_lambda * crr, stats

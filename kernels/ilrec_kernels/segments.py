@@ -25,6 +25,14 @@ def segment_logsumexp(values: Tensor, row: Tensor, n: int) -> Tensor:
     return top + segment_sum(torch.exp(values - top.take(row)), row, n).log_()
 
 
+def set_key(token: Tensor, row: Tensor, n: int) -> Tensor:
+    """int64 [n]: a fingerprint of each row's set of distinct tokens (int64 [P]), whatever their order: the wrapping sum of a 64-bit mix of each."""
+    mixed = (token + 1) * -7046029254386353131  # splitmix64's increment and multipliers, as signed numbers
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return segment_sum(mixed ^ (mixed >> 31), row, n)
+
+
 def finite(top: Tensor) -> Tensor:
     """A row's maximum as something that may be subtracted: 0 where there is no value."""
     return top.masked_fill(top == -torch.inf, 0.0)

@@ -107,6 +107,7 @@ class RowStats:
     valid_next_negatives: Tensor  # [N] how many of H lead to a real item
     p_target: Tensor  # [N] p^L(y) over the softmax scope
     covered: Tensor  # [N] bool: some v in H has a reward; False where H is empty
+    negatives_key: Tensor  # int64 [N] a fingerprint of the set H (0 where it is empty): equal sets have equal keys, on every backend and layout
 
 
 @dataclass(frozen=True)

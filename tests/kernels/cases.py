@@ -95,7 +95,7 @@ def assert_close(a: Outcome, b: Outcome, tolerance: float = 1e-5, floor: float =
         distances[name] = distance(getattr(a.output, name), getattr(b.output, name))
     for name in ("cpo", "cpd", "crr", "kl", "num_negatives", "valid_next_negatives", "p_target"):
         distances[f"rows.{name}"] = distance(getattr(a.output.rows, name), getattr(b.output.rows, name))
-    for name in ("capped", "covered"):
+    for name in ("capped", "covered", "negatives_key"):
         assert torch.equal(getattr(a.output.rows, name), getattr(b.output.rows, name)), name
     for i, (x, y) in enumerate(zip(a.hidden, b.hidden, strict=True)):
         distances[f"hidden[{i}]"] = distance(x, y)
