@@ -19,11 +19,16 @@ STAGES = {
     "run": "all stages in order; what is unchanged is not run again, what was interrupted goes on",
 }
 
+INDEX_COMMANDS = ("build", "add", "report")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for the user's own errors."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["index"] and words[1:2] and words[1] in INDEX_COMMANDS:
+        words[:2] = [" ".join(words[:2])]  # `ilrec index CONFIG` stays the stage
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(words)
     if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}; see `ilrec {arguments.command} --help`")
@@ -45,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, what in STAGES.items():
         example = f"example:\n  ilrec {name} configs/quickstart.yaml\n  ilrec {name} configs/instruments-small.yaml train.epochs=3 launch.workers=2 launch.tp=2"
+        if name == "index":
+            example += "\nsee also:\n  ilrec index build --help    ilrec index add --help    ilrec index report --help"
         command = _command(commands, name, what, example)
         _add_config(command)
         if name in ("run", "train"):
@@ -52,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("run", "prepare"):
             command.add_argument("--max-bad-rows", metavar="N", help="skip up to N malformed rows and list them in rejects.jsonl (data.max_bad_rows)")
         command.set_defaults(call=_stage, command=name, resume=False, max_bad_rows=None)
+    _add_index_commands(commands)
     command = _command(commands, "recommend", "recommend items for new histories with a trained run", _RECOMMEND_EXAMPLE)
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
     command.add_argument("--histories", required=True, metavar="X.parquet", help="columns: user (string) and items (list of item ids, oldest first)")
@@ -77,6 +85,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_index_commands(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    what = "the stage `index`, and its report as a table: codebook use, entropy, largest groups, collisions before and after"
+    command = _command(commands, "index build", what, "example:\n  ilrec index build configs/quickstart.yaml items.collisions=resolve")
+    _add_config(command)
+    command.set_defaults(call=_index_build, command="index build")
+    example = (
+        "example:\n  ilrec index add runs/quickstart --items new-items.csv --out runs/quickstart-index-2\n  ilrec run CONFIG items.index=FOLDER/index.json"
+    )
+    command = _command(commands, "index add", "give new items codes without changing an old one", example)
+    command.add_argument("run", metavar="RUN", help="the run whose index is extended")
+    command.add_argument("--items", required=True, metavar="NEW", help="CSV or Parquet with the columns item, title and, if wanted, text")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the longer index is written; must not exist")
+    command.add_argument("--vectors", nargs=2, metavar=("OLD.npy", "NEW.npy"), help="vectors of the old items (in index order) and the new, in place of texts")
+    command.set_defaults(call=_index_add, command="index add")
+    example = "example:\n  ilrec index report runs/quickstart --plot use.svg\n  ilrec index report PATH/Scientific.index.json"
+    command = _command(commands, "index report", "show an index as a table and a picture", example)
+    command.add_argument("index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json")
+    command.add_argument("--plot", metavar="X.svg", help="write a picture of the codes' use here")
+    command.set_defaults(call=_index_report, command="index report")
+
+
 _RECOMMEND_EXAMPLE = "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 --exclude-seen --out recommendations.parquet"
 
 _EXPORT_EXAMPLE = "example:\n  ilrec export-data runs/quickstart --format recbole --out exported/Shop"
@@ -98,6 +127,29 @@ def _stage(arguments: argparse.Namespace) -> None:
 
     flags = [] if arguments.max_bad_rows is None else [f"data.max_bad_rows={arguments.max_bad_rows}"]
     execute(load_config(arguments.config, arguments.overrides + flags), arguments.command, resume=arguments.resume)
+
+
+def _index_build(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.config import load_config
+    from ilrec_dist.items.commands import report_index
+    from ilrec_dist.pipeline import execute
+
+    config = load_config(arguments.config, arguments.overrides)
+    execute(config, "index")
+    print(report_index(config.run_dir))
+
+
+def _index_add(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.items.commands import add_to_index
+
+    old_and_new = (Path(arguments.vectors[0]), Path(arguments.vectors[1])) if arguments.vectors else None
+    print(add_to_index(Path(arguments.run), Path(arguments.items), Path(arguments.out), old_and_new))
+
+
+def _index_report(arguments: argparse.Namespace) -> None:
+    from ilrec_dist.items.commands import report_index
+
+    print(report_index(Path(arguments.index), Path(arguments.plot) if arguments.plot else None))
 
 
 def _config(arguments: argparse.Namespace) -> None:

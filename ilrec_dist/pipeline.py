@@ -237,7 +237,8 @@ def _data_settings(config: Config) -> dict[str, Any]:
 
 def _items_settings(config: Config) -> dict[str, Any]:
     if config.items.index is not None:
-        return {"collisions": config.items.collisions, "given": True}
+        vectors = {"dim": config.items.embedding_dim, "seed": config.items.seed} if config.items.collisions == "resolve" else {}  # they price the moves
+        return {"collisions": config.items.collisions, "given": True} | vectors
     return _without(config.items, "index")
 
 

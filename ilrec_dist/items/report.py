@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ilrec_dist.data.files import read_json_object
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.errors import UserError
+from ilrec_dist.items.build import catalogue_report
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.collisions import collision_report
+from ilrec_dist.items.index_file import read_index
 
 WIDTH, HEIGHT, MARGIN = 640, 320, 46
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22")
 
 
-def report_table(folder: str | Path) -> str:
-    """The report of a catalogue folder as plain text: a line a level, then collisions before and after."""
-    report = read_json_object(Path(folder) / "report.json")
+def open_index(path: str | Path) -> tuple[dict[str, Any], Catalogue]:
+    """(report, catalogue) of a run's folder, of the folder `ilrec index` or `ilrec index add` wrote, or of a NAME.index.json.
+
+    Raises UserError when it is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        ids = list(read_json_object(path))
+        codes, sizes, names = read_index(path, ids)
+        catalogue, found = make_catalogue(codes, sizes, names), collision_report(codes)
+        collisions = {"rule": "keep", "before": found, "after": found, "resolved_by": "none", "items_changed": 0}
+        return {"source": str(path), **catalogue_report(catalogue), "collisions": collisions}, catalogue
+    folder = path / "items" if (path / "items" / "catalogue.json").exists() else path
+    if not (folder / "catalogue.json").exists():
+        raise UserError(f"{path}: neither a run folder with an index, nor a folder that `ilrec index` wrote, nor a NAME.index.json")
+    return read_json_object(folder / "report.json"), Catalogue.load(folder)
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """An index's report as plain text: a line a level, then collisions before and after and what told the items apart."""
     lines = [
         f"{report['items']} items, {report['vocab_size']} tokens with padding, from {report['source']}",
         "",
@@ -32,13 +54,15 @@ def report_table(folder: str | Path) -> str:
         lines.append(
             f"collisions {when:<7}{found['items']:>7} items ({found['share']:.2%}) share {found['tuples']} tuples, largest group {found['largest_group']}"
         )
-    lines.append(f"rule {collisions['rule']}, resolved by {collisions['resolved_by']}, {collisions['items_changed']} items changed")
+    how = {"last level": "by reassigning the last level", "extra level": "by an extra level"}.get(collisions["resolved_by"], "not at all")
+    lines.append(f"rule {collisions['rule']}; resolved {how}, {collisions['items_changed']} items changed")
+    if "added" in report:
+        lines.append(f"{report['added']} items added, no old code changed")
     return "\n".join(lines)
 
 
-def report_plot(folder: str | Path, path: str | Path) -> None:
+def report_plot(catalogue: Catalogue, path: str | Path) -> None:
     """An SVG with one curve a level: items per code, codes sorted by use (log scale)."""
-    catalogue = Catalogue.load(folder)
     curves = []
     for level, (start, stop) in enumerate(catalogue.level_ranges):
         curves.append(np.sort(np.bincount(catalogue.tokens[:, level] - start, minlength=stop - start))[::-1])

@@ -15,7 +15,7 @@ from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.collisions import collision_report
-from ilrec_dist.items.report import report_plot, report_table
+from ilrec_dist.items.report import open_index, report_plot, report_table
 from tests.items.test_build import words
 
 
@@ -72,8 +72,9 @@ def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
 
 def test_report_as_table_and_picture(tmp_path):
     built(tmp_path)
-    table = report_table(tmp_path / "old")
+    report, catalogue = open_index(tmp_path / "old")
+    table = report_table(report)
     assert "96 items, 33 tokens" in table and "collisions after" in table and "rule resolve" in table
-    report_plot(tmp_path / "old", tmp_path / "use.svg")
+    report_plot(catalogue, tmp_path / "use.svg")
     picture = ElementTree.parse(tmp_path / "use.svg").getroot()
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2

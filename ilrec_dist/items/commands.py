@@ -1,0 +1,56 @@
+"""`ilrec index build`, `ilrec index add` and `ilrec index report`: what the command line calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.files import require_file
+from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.data.readers.tables import read_item_table
+from ilrec_dist.errors import UserError
+from ilrec_dist.folders import RunFolders
+from ilrec_dist.items.add import add_items
+from ilrec_dist.items.report import open_index, report_plot, report_table
+
+
+def report_index(path: Path, plot: Path | None = None) -> str:
+    """The table of a run's index, of a catalogue folder or of a NAME.index.json; with `plot` also writes the picture there (SVG)."""
+    report, catalogue = open_index(path)
+    if plot is not None:
+        if not plot.parent.is_dir():
+            raise UserError(f"--plot {plot}: the folder {plot.parent} does not exist; create it or choose another")
+        report_plot(catalogue, plot)
+    return report_table(report)
+
+
+def add_to_index(run: Path, items: Path, out: Path, vectors: tuple[Path, Path] | None = None) -> str:
+    """Extend the index of a run by the items of a table (item, title and, if wanted, text); write it to the folder `out` and return its table.
+
+    vectors: .npy files of the old items' vectors (in item-index order) and the new ones', in place of texts. Raises UserError when anything is missing, an
+    item is there already, a prefix is full, or `out` exists.
+    """
+    folders = RunFolders(run)
+    if not (folders.items / "catalogue.json").exists():
+        raise UserError(f"{run}: not a run folder with an index (no items/catalogue.json); run `ilrec index build CONFIG` first")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; choose another folder")
+    table = read_item_table(DataConfig(items_path=str(require_file(items, "--items"))))
+    assert table is not None
+    rows = table.to_pydict()
+    documents = [f"{title or ''} {text or ''}" for title, text in zip(rows["title"], rows["text"], strict=True)]
+    given = None if vectors is None else (_vectors(vectors[0]), _vectors(vectors[1]))
+    add_items(folders.items, load_prepared(folders.data), rows["id"], out, documents, given)
+    return report_index(out)
+
+
+def _vectors(path: Path) -> np.ndarray:
+    try:
+        vectors = np.load(require_file(path, "--vectors"), mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy file (--vectors): {str(error).splitlines()[0]}") from None
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2:
+        raise UserError(f"{path}: expected an array [items, dimensions] (--vectors)")
+    return vectors

@@ -1,0 +1,93 @@
+"""`ilrec index`, `index build`, `index add` and `index report` through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ilrec_dist.cli import main
+from ilrec_dist.items.catalogue import Catalogue
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("index-cli")
+    (root / "c.yaml").write_text(
+        f"name: t\nruns_dir: {root}\ndata: {{synthetic: {{users: 40, items: 60, categories: 4}}}}\n"
+        "items: {levels: 2, codes_per_level: 16, embedding_dim: 8, collisions: resolve}\n"
+    )
+    assert main(["prepare", str(root / "c.yaml")]) == 0
+    assert main(["index", "build", str(root / "c.yaml")]) == 0
+    return root
+
+
+def refused(capsys, *argv) -> str:
+    capsys.readouterr()
+    assert main([str(part) for part in argv]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("ilrec: error: ")
+    return line
+
+
+def test_build_is_the_stage_and_shows_its_report(place, capsys):
+    before = (place / "t/items/index.json").read_bytes()
+    assert main(["index", "build", str(place / "c.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "index: unchanged" in shown and "60 items, 33 tokens" in shown and "collisions after        0 items" in shown
+    assert "resolved by reassigning the last level" in shown
+    assert main(["index", str(place / "c.yaml"), "items.seed=0"]) == 0 and "index: unchanged" in capsys.readouterr().out
+    assert (place / "t/items/index.json").read_bytes() == before
+    assert "no such configuration file" in refused(capsys, "index", "build", place / "gone.yaml")
+
+
+def test_add_keeps_old_codes_and_names_a_full_prefix(place, capsys, tmp_path):
+    (tmp_path / "new.csv").write_text("item,title,text\nn1,Oak table,oak table\nn2,Blue lamp,lamp\n")
+    assert main(["index", "add", str(place / "t"), "--items", str(tmp_path / "new.csv"), "--out", str(tmp_path / "more")]) == 0
+    assert "2 items added, no old code changed" in capsys.readouterr().out
+    old, new = Catalogue.load(place / "t/items").codes(), Catalogue.load(tmp_path / "more").codes()
+    assert (new[:60] == old).all() and len(np.unique(new, axis=0)) == len(new) == 62
+    assert "exists already" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "more")
+    (tmp_path / "crowd.csv").write_text("item,title\n" + "".join(f"n{n},Oak table\n" for n in range(40)))
+    message = refused(capsys, "index", "add", place / "t", "--items", tmp_path / "crowd.csv", "--out", tmp_path / "crowd")
+    assert "has no code left at its last level (16 codes, 40 new items" in message and not (tmp_path / "crowd").exists()
+
+
+def test_add_refuses_what_it_cannot_use(place, capsys, tmp_path):
+    (tmp_path / "new.csv").write_text("item,title\nn1,Oak table\n")
+    out = ["--out", tmp_path / "out"]
+    assert "gone.csv: no such file (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "gone.csv", *out)
+    assert "not a run folder with an index" in refused(capsys, "index", "add", tmp_path, "--items", tmp_path / "new.csv", *out)
+    np.save(tmp_path / "few.npy", np.zeros((3, 4)))
+    assert "3 and 3 vectors for 60 old and 1 new items" in refused(
+        capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", *out, "--vectors", tmp_path / "few.npy", tmp_path / "few.npy"
+    )
+    assert "new.csv: not a readable .npy file (--vectors)" in refused(
+        capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", *out, "--vectors", tmp_path / "new.csv", tmp_path / "few.npy"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_of_a_run_a_folder_and_a_file(place, capsys, tmp_path):
+    tables = []
+    for index in (place / "t", place / "t/items"):
+        assert main(["index", "report", str(index), "--plot", str(tmp_path / "use.svg")]) == 0
+        tables.append(capsys.readouterr().out)
+        assert (tmp_path / "use.svg").read_text().startswith("<svg")
+    assert tables[0] == tables[1]
+    file = tmp_path / "x.index.json"
+    file.write_text(json.dumps({"p": ["<a_0>", "<b_1>"], "q": ["<a_0>", "<b_1>"], "r": ["<a_2>", "<b_0>"]}))
+    assert main(["index", "report", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert f"3 items, 6 tokens with padding, from {file}" in shown and "2 items (66.67%) share 1 tuples, largest group 2" in shown
+    assert "neither a run folder with an index" in refused(capsys, "index", "report", tmp_path)
+    assert "the folder" in refused(capsys, "index", "report", place / "t", "--plot", tmp_path / "gone/use.svg")
+
+
+def test_each_has_help_with_an_example(capsys):
+    for command in (["index"], ["index", "build"], ["index", "add"], ["index", "report"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0 and f"  ilrec {' '.join(command)} " in capsys.readouterr().out
