@@ -14,6 +14,7 @@ from ilrec_kernels import chunked
 from ilrec_kernels.columns import Columns
 from ilrec_kernels.problem import Problem
 from ilrec_kernels.reference import gather_head, reference_rows
+from ilrec_kernels.state import Gradients
 from ilrec_kernels.types import Backend, LossOptions, LossOutput, RowStats, TokenLists, compute_dtype
 
 Reduction = Literal["mean", "sum", "none"]
@@ -94,7 +95,7 @@ class _Call:
         )  # the tensors autograd hands over
         if not any(wanted):
             return chunked.run(p, None), [None] * len(wanted)
-        grads = chunked.Gradients(
+        grads = Gradients(
             [torch.zeros_like(h) if w else None for h, w in zip(hidden, wanted, strict=False)],
             torch.zeros(head.shape, dtype=p.dtype, device=head.device) if wanted[-1] else None,
             row_scale,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
 from ilrec_kernels.select import dense_candidates
-
-if TYPE_CHECKING:
-    from ilrec_kernels.chunked import Chunk
+from ilrec_kernels.state import Chunk
 
 
 def gradient_dtype(p: Problem) -> torch.dtype:

@@ -6,17 +6,13 @@ by reading the head again for every chunk. All rows meet a slice of the head at 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ilrec_kernels.linear import hidden_gradient, project, weight_gradient
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
-
-if TYPE_CHECKING:
-    from ilrec_kernels.chunked import Chunk, Gradients
+from ilrec_kernels.state import Chunk, Gradients
 
 
 def distill_range(plan: Plan) -> tuple[int, int] | None:

@@ -1,0 +1,75 @@
+"""A chunk's logits: dense over the plan's columns, and at the rows' lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ilrec_kernels.linear import project
+from ilrec_kernels.pairs import chunk_pairs
+from ilrec_kernels.problem import Plan, Problem
+from ilrec_kernels.ragged import RaggedHead
+from ilrec_kernels.state import Chunk
+
+
+def start_chunk(p: Problem, plan: Plan, weights: list[Tensor], begin: int, end: int) -> Chunk:
+    """Logits: dense where the plan has columns, and at the pairs where a list scope is used."""
+    n, s = end - begin, plan.streams
+    x = torch.stack([h[begin:end].to(p.dtype) for h in p.hidden[:s]])
+    y = p.targets[begin:end] - p.start
+    owned = (y >= 0) & (y < p.stop - p.start)
+    chunk = Chunk(begin, end, x, y.masked_fill_(~owned, 0), owned, torch.arange(n, device=y.device))
+    if plan.sliced:
+        pass  # logits are made tile by tile
+    elif plan.final is not None and plan.final.same(plan.layers) and s > 1:
+        z = x.new_empty(s, n, len(plan.final))
+        project(x.flatten(0, 1), weights[0], z.flatten(0, 1), plan.block)
+        chunk.z_final, chunk.z_layers = z[0], z[1:]
+    else:
+        if plan.final is not None:
+            chunk.z_final = x.new_empty(n, len(plan.final))
+            project(x[0], weights[0], chunk.z_final, plan.block)
+        if plan.layers is not None:
+            chunk.z_layers = x.new_empty(s - 1, n, len(plan.layers))
+            project(x[1:].flatten(0, 1), weights[1], chunk.z_layers.flatten(0, 1), plan.block)
+    if plan.pairs:
+        assert p.candidates is not None
+        chunk.pairs = chunk_pairs(p.candidates, p.targets[begin:end], begin, end)
+        chunk.local = chunk.pairs if p.group is None else chunk.pairs.in_shard(p.start, p.stop)
+        at_pairs(p, plan, chunk)
+    return chunk
+
+
+def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
+    """Logits at the pairs, gathered from dense ones where those hold them, else computed for the lists alone."""
+    assert chunk.local is not None
+    local, column = chunk.local, chunk.local.token - p.start
+    need_final = not plan.softmax or plan.ragged_distill or plan.ragged_negatives
+    need_layers = plan.streams > 1 and (plan.ragged_distill or plan.ragged_negatives)
+
+    def gather(z: Tensor | None, columns: object) -> Tensor | None:
+        if z is None:
+            return None
+        position, inside = columns.find(column)  # type: ignore[attr-defined]
+        if not bool(inside.all()):
+            return None
+        flat = local.row * z.shape[-1] + position
+        return z.reshape(-1).take(flat) if z.dim() == 2 else torch.stack([layer.reshape(-1).take(flat) for layer in z])
+
+    if need_final:
+        chunk.p_final = gather(chunk.z_final, plan.final)
+    if need_layers:
+        chunk.p_layers = gather(chunk.z_layers, plan.layers)
+    grads_at_pairs = not plan.softmax or plan.ragged_distill
+    missing = (need_final and chunk.p_final is None) or (need_layers and chunk.p_layers is None)
+    if not (grads_at_pairs or missing):
+        return
+    chunk.ragged = RaggedHead(local.row, column, local.single, chunk.x.shape[0] * chunk.x.shape[2], plan.budget)
+    if missing:
+        first = 0 if need_final and chunk.p_final is None else 1
+        last = chunk.x.shape[0] if need_layers and chunk.p_layers is None else 1
+        z = chunk.ragged.logits(chunk.x[first:last], p.head)
+        if first == 0:
+            chunk.p_final, z = z[0], z[1:]
+        if last > 1:
+            chunk.p_layers = z

@@ -1,0 +1,92 @@
+"""A rank's softmax statistics of a chunk (METHOD.md §7); logits become exponentials in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ilrec_kernels import fused, sliced
+from ilrec_kernels.columns import select
+from ilrec_kernels.merge import RankStats
+from ilrec_kernels.negatives import find_candidates
+from ilrec_kernels.problem import Plan, Problem
+from ilrec_kernels.segments import finite, segment_max, segment_sum
+from ilrec_kernels.state import Chunk
+
+
+def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
+    """This rank's part of METHOD.md §7: candidates first, since normalisers leave them out; logits become exponentials in place."""
+    stats = RankStats.zeros(chunk.n, plan.streams - 1, chunk.x.dtype, chunk.x.device)
+    chunk.stats = stats
+    if p.options.needs_negatives:
+        find_candidates(p, plan, chunk, early)
+    if plan.sliced:
+        sliced.collect(p, plan, chunk)
+    elif plan.fused:
+        fused.collect(plan, chunk)
+    if not plan.fused or plan.distill is None:
+        distill_statistics(plan, chunk, stats)
+    if plan.softmax and plan.fused:
+        return
+    if plan.softmax:
+        z = chunk.z_final
+        assert z is not None
+        if z.shape[1]:
+            stats.z_target = z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0)
+        z.view(-1).index_fill_(0, chunk.sent.slot, -torch.inf)
+        stats.top, stats.rest = exponentiate(z)
+    else:
+        z, local = chunk.p_final, chunk.local
+        assert z is not None and local is not None
+        stats.z_target[local.row[local.is_target]] = z[local.is_target]
+        chunk.p_final = z = z.index_fill(0, chunk.sent.slot[chunk.sent.slot >= 0], -torch.inf)
+        stats.top = segment_max(z, local.row, chunk.n)
+        z.sub_(finite(stats.top).take(local.row)).exp_()
+        stats.rest = segment_sum(z, local.row, chunk.n)
+
+
+def exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z [n, c] becomes e^(z − max) in place; returns (max [n], sum [n])."""
+    top = z.amax(1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf)
+    z.sub_(finite(top)[:, None]).exp_()
+    return top, z.sum(1)
+
+
+def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
+    """Per layer the maximum, the sum of exponentials and Σ e^(z^L − max)·(z^L − z^l) over the distill scope."""
+    if plan.distill is not None:
+        assert chunk.z_final is not None and chunk.z_layers is not None and plan.final is not None and plan.layers is not None
+        z = select(chunk.z_final, plan.distill.within(plan.final))
+        students = distill_students(plan, chunk)
+        stats.teacher_top = z.amax(1) if z.shape[1] else z.new_full((chunk.n,), -torch.inf)
+        chunk.teacher = torch.sub(z, finite(stats.teacher_top)[:, None]).exp_()
+        stats.teacher_rest = chunk.teacher.sum(1)
+        own = torch.linalg.vecdot(chunk.teacher, z)
+        for i, student in enumerate(students):
+            stats.cross[i] = own - torch.linalg.vecdot(chunk.teacher, student)
+            stats.layer_top[i], stats.layer_rest[i] = exponentiate(student)
+    elif plan.ragged_distill:
+        assert chunk.local is not None and chunk.p_final is not None and chunk.p_layers is not None
+        local, n = chunk.local, chunk.n
+        listed = local.source >= 0
+        z = chunk.p_final.masked_fill(~listed, -torch.inf)
+        stats.teacher_top = segment_max(z, local.row, n)
+        chunk.teacher = z.sub_(finite(stats.teacher_top).take(local.row)).exp_()
+        stats.teacher_rest = segment_sum(chunk.teacher, local.row, n)
+        for i, student in enumerate(chunk.p_layers):
+            stats.cross[i] = segment_sum(chunk.teacher * (chunk.p_final - student), local.row, n)
+            student.masked_fill_(~listed, -torch.inf)
+            stats.layer_top[i] = segment_max(student, local.row, n)
+            student.sub_(finite(stats.layer_top[i]).take(local.row)).exp_()
+            stats.layer_rest[i] = segment_sum(student, local.row, n)
+
+
+def distill_students(plan: Plan, chunk: Chunk) -> Tensor:
+    """[m, n, c] of the layers' logits over the distill columns: a view, or (once) a compact copy where the columns are scattered."""
+    assert chunk.z_layers is not None and plan.distill is not None and plan.layers is not None
+    within = plan.distill.within(plan.layers)
+    if isinstance(within, slice):
+        return chunk.z_layers[..., within]
+    if chunk.z_layers.shape[-1] != len(plan.distill):
+        chunk.z_layers = chunk.z_layers.index_select(-1, within)
+    return chunk.z_layers
