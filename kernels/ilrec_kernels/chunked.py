@@ -11,7 +11,7 @@ from ilrec_kernels.merge import exchange, merge
 from ilrec_kernels.negatives import target_ensemble
 from ilrec_kernels.normalisers import collect_statistics
 from ilrec_kernels.problem import Problem, chunk_bounds, make_plan
-from ilrec_kernels.state import Gradients
+from ilrec_kernels.state import Gradients, Scratch
 from ilrec_kernels.types import RowStats
 
 
@@ -22,8 +22,9 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
     weights = [c.weight(p.head) if c is not None else p.head[:0] for c in (plan.final, plan.layers, plan.distill)]
     early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
+    scratch = Scratch.make(p, plan)
     for begin, end in chunk_bounds(p, plan):
-        chunk = start_chunk(p, plan, weights, begin, end)
+        chunk = start_chunk(p, plan, weights, scratch, begin, end)
         collect_statistics(p, plan, chunk, None if early is None else early[begin:end])
         assert chunk.stats is not None
         gathered = exchange(chunk.stats, chunk.sent, p, plan)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
 from ilrec_kernels.select import dense_candidates
-from ilrec_kernels.state import Chunk
+from ilrec_kernels.state import Chunk, Factors
 
 
 def gradient_dtype(p: Problem) -> torch.dtype:
@@ -45,7 +45,7 @@ def collect(plan: Plan, chunk: Chunk) -> None:
         stats.layer_top, stats.layer_rest, stats.cross = values[4], values[5], values[6]
 
 
-def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here)."""
     from ilrec_kernels import dense_triton
 
@@ -62,34 +62,31 @@ def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[T
         values /= source.shape[0]
         here = (position[some] >= 0).nonzero().flatten()
         values[here, position[some[here]]] = -torch.inf
-        r, c, v = dense_candidates(values, bar[some], k)
+        r, c, v = dense_candidates(values, bar[some], k, budget)
         parts.append((some[r], c, v))
     row, column, value = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = torch.argsort(row, stable=True)
     return row[order], column[order], value[order]
 
 
-def finish(p: Problem, plan: Plan, chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']. `factors` are those of chunked.add_gradients: of the
-    final layer's exponentials [n], at the target [n], at the sent entries [E], of the teacher [n] and of the layers [m, n]."""
+def finish(p: Problem, plan: Plan, chunk: Chunk, factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """The chunk's logits as gradients [n, c] and, with dense distillation, [m, n, c']."""
     from ilrec_kernels import dense_triton
 
-    z, (_, _, at_sent, own, _) = chunk.z_final, factors
+    z = chunk.z_final
     assert z is not None
     distill, shift = layout(plan)
-    layers = chunk.z_layers if own is not None and plan.distill is not None else None
+    layers = chunk.z_layers if factors.teacher is not None and plan.distill is not None else None
     table = factor_table(chunk, factors, len(layers) if layers is not None else 0, plan.softmax)
     target = chunk.y.masked_fill(~chunk.owned, -1)
     g, g_layers = dense_triton.gradients(z, layers, table, target, distill, shift, plan.softmax, layers is not None, gradient_dtype(p))
-    if plan.softmax and at_sent.numel():
+    if plan.softmax and factors.sent.numel():
         columns = z.shape[1]
-        g[chunk.sent.slot // columns, chunk.sent.slot % columns] = at_sent.to(g.dtype)
+        g[chunk.sent.slot // columns, chunk.sent.slot % columns] = factors.sent.to(g.dtype)
     return g, g_layers
 
 
-def turn(
-    p: Problem, chunk: Chunk, z: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], target: Tensor, distill: tuple[int, int]
-) -> Tensor:  # fmt: skip
+def turn(p: Problem, chunk: Chunk, z: Tensor, factors: Factors, target: Tensor, distill: tuple[int, int]) -> Tensor:
     """As finish, for a slice's logits z [streams, n, w]; returns the final layer's gradients, the first matrix of the stack."""
     from ilrec_kernels import dense_triton
 
@@ -98,21 +95,18 @@ def turn(
     return dense_triton.gradients(z[0], layers, table, target, distill, 0, True, layers is not None, gradient_dtype(p))[0]
 
 
-def factor_table(
-    chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], layers: int, softmax: bool
-) -> Tensor:  # fmt: skip
+def factor_table(chunk: Chunk, factors: Factors, layers: int, softmax: bool) -> Tensor:
     """The row factors as gradients_kernel reads them."""
     from ilrec_kernels import dense_triton
 
-    factor, at_target, _, own, other = factors
     stats = chunk.stats
     assert stats is not None
     size = dense_triton.tile(layers)
-    table = torch.zeros(chunk.n, 5 + 2 * size, dtype=factor.dtype, device=factor.device)
+    table = torch.zeros(chunk.n, 5 + 2 * size, dtype=factors.final.dtype, device=factors.final.device)
     if softmax:
-        table[:, 0], table[:, 1], table[:, 2] = finite(stats.top), factor, at_target
-    if layers and own is not None and other is not None:
-        table[:, 3], table[:, 4] = finite(stats.teacher_top), own
+        table[:, 0], table[:, 1], table[:, 2] = finite(stats.top), factors.final, factors.target
+    if layers and factors.teacher is not None and factors.layer is not None:
+        table[:, 3], table[:, 4] = finite(stats.teacher_top), factors.teacher
         table[:, 5 : 5 + layers] = finite(stats.layer_top).T
-        table[:, 5 + size : 5 + size + layers] = other.T
+        table[:, 5 + size : 5 + size + layers] = factors.layer.T
     return table

@@ -32,54 +32,65 @@ def target_ensemble(p: Problem, plan: Plan) -> Tensor:
 
 def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
     """Local candidates that may be in H, and the owner's z̄(y)."""
-    assert chunk.stats is not None
-    k, log_phi, stats = p.options.max_negatives, math.log(p.options.negative_threshold), chunk.stats
-    final = p.options.negatives_from == "final"
     if plan.ragged_negatives:
-        local, z = chunk.local, chunk.p_final
-        assert local is not None and z is not None and chunk.pairs is not None
-        value = z if final else mean(chunk.p_layers)
-        stats.ensemble_target[local.row[local.is_target]] = value[local.is_target]
-        bar = stats.ensemble_target if early is None else loosened(early)
-        bar = (bar + log_phi).masked_fill(~local.has_target, torch.inf)
-        entry = ((value >= bar.take(local.row)) & ~local.is_target).nonzero().flatten()
-        if p.group is not None:
-            entry = entry[keep_largest(local.row[entry], value[entry], chunk.n, k + 1, plan.budget)[0]]
-        row, token = local.row.take(entry), local.token.take(entry)
-        slot = entry
-        if plan.softmax:
-            assert plan.final is not None
-            slot = row * len(plan.final) + plan.final.find(token - p.start)[0]
-        chunk.sent = Sent(row, token, value.take(entry), z.take(entry), slot, entry)
-        return
-    columns, outer, source = plan.negatives, plan.final if final else plan.layers, chunk.z_final if final else chunk.z_layers
-    assert columns is not None and outer is not None and source is not None and plan.final is not None and chunk.z_final is not None
+        listed_candidates(p, plan, chunk, early)
+    else:
+        scope_candidates(p, plan, chunk, early)
+
+
+def listed_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
+    """Among the rows' lists."""
+    local, z, stats = chunk.local, chunk.p_final, chunk.stats
+    assert local is not None and z is not None and stats is not None
+    value = z if p.options.negatives_from == "final" else mean(chunk.p_layers)
+    stats.ensemble_target[local.row[local.is_target]] = value[local.is_target]
+    bar = stats.ensemble_target if early is None else loosened(early)
+    bar = (bar + math.log(p.options.negative_threshold)).masked_fill(~local.has_target, torch.inf)
+    entry = ((value >= bar.take(local.row)) & ~local.is_target).nonzero().flatten()
+    if p.group is not None:
+        entry = entry[keep_largest(local.row[entry], value[entry], chunk.n, p.options.max_negatives + 1, plan.budget)[0]]
+    row, token = local.row.take(entry), local.token.take(entry)
+    slot = entry
+    if plan.softmax:
+        assert plan.final is not None
+        slot = row * len(plan.final) + plan.final.find(token - p.start)[0]
+    chunk.sent = Sent(row, token, value.take(entry), z.take(entry), slot, entry)
+
+
+def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
+    """Among dense columns."""
+    final, stats = p.options.negatives_from == "final", chunk.stats
+    columns, outer = plan.negatives, plan.final if final else plan.layers
+    source = chunk.z_final[None] if final and chunk.z_final is not None else chunk.z_layers
+    assert columns is not None and outer is not None and source is not None and stats is not None
     within = columns.within(outer)
     position, inside = columns.find(chunk.y)
-    mine = (inside & chunk.owned).nonzero().flatten()
+    here = inside & chunk.owned
+    mine = here.nonzero().flatten()
     if plan.fused and isinstance(within, slice):
-        stack = (source[None] if final else source)[..., within]
+        stack = source[..., within]
         stats.ensemble_target[mine] = mean(stack[:, mine, position[mine]])
         bar = candidate_bar(p, chunk, stats, early)
-        row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~(inside & chunk.owned), -1), k + 1)
-        chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
-        return
-    value = select(source if final else source[0], within)
-    borrowed = isinstance(within, slice) and (final or source.shape[0] == 1)
-    if not final and source.shape[0] > 1:
-        value = value + select(source[1], within)
-        for layer in source[2:]:
-            value += select(layer, within)
-        value /= source.shape[0]
-    position = position[mine]
-    z_target = value[mine, position]
-    stats.ensemble_target[mine] = z_target
-    bar = candidate_bar(p, chunk, stats, early)
-    value[mine, position] = -torch.inf  # y is excluded before the top-k
-    row, column, ensemble = dense_candidates(value, bar, k + 1)
-    if borrowed:
-        value[mine, position] = z_target
+        row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1, plan.budget)
+    else:
+        value = chunk.spare(len(columns)) if not plan.fused else source.new_empty(chunk.n, len(columns))
+        for rows in plan.tiles(chunk.n, len(columns)):
+            average(source[:, rows], within, value[rows])
+        position = position[mine]
+        stats.ensemble_target[mine] = value[mine, position]
+        bar = candidate_bar(p, chunk, stats, early)
+        value[mine, position] = -torch.inf  # y is excluded before the top-k
+        row, column, ensemble = dense_candidates(value, bar, p.options.max_negatives + 1, plan.budget)
     chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
+
+
+def average(layers: Tensor, within: slice | Tensor, out: Tensor) -> None:
+    """z̄ of [m, r, c] at the columns `within`, added in the order L−1 … L−m."""
+    out.copy_(select(layers[0], within))
+    for layer in layers[1:]:
+        out += select(layer, within)
+    if layers.shape[0] > 1:
+        out /= layers.shape[0]
 
 
 def candidate_bar(p: Problem, chunk: Chunk, stats: RankStats, early: Tensor | None) -> Tensor:

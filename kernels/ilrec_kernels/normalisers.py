@@ -34,7 +34,8 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
         if z.shape[1]:
             stats.z_target = z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0)
         z.view(-1).index_fill_(0, chunk.sent.slot, -torch.inf)
-        stats.top, stats.rest = exponentiate(z)
+        for rows in plan.tiles(*z.shape):
+            stats.top[rows], stats.rest[rows] = exponentiate(z[rows])
     else:
         z, local = chunk.p_final, chunk.local
         assert z is not None and local is not None
@@ -47,24 +48,29 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
 
 def exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
     """z [n, c] becomes e^(z − max) in place; returns (max [n], sum [n])."""
-    top = z.amax(1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf)
+    top = row_max(z)
     z.sub_(finite(top)[:, None]).exp_()
     return top, z.sum(1)
+
+
+def row_max(z: Tensor) -> Tensor:
+    return z.amax(1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf)
 
 
 def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
     """Per layer the maximum, the sum of exponentials and Σ e^(z^L − max)·(z^L − z^l) over the distill scope."""
     if plan.distill is not None:
         assert chunk.z_final is not None and chunk.z_layers is not None and plan.final is not None and plan.layers is not None
-        z = select(chunk.z_final, plan.distill.within(plan.final))
-        students = distill_students(plan, chunk)
-        stats.teacher_top = z.amax(1) if z.shape[1] else z.new_full((chunk.n,), -torch.inf)
-        chunk.teacher = torch.sub(z, finite(stats.teacher_top)[:, None]).exp_()
-        stats.teacher_rest = chunk.teacher.sum(1)
-        own = torch.linalg.vecdot(chunk.teacher, z)
-        for i, student in enumerate(students):
-            stats.cross[i] = own - torch.linalg.vecdot(chunk.teacher, student)
-            stats.layer_top[i], stats.layer_rest[i] = exponentiate(student)
+        students, within = distill_students(plan, chunk), plan.distill.within(plan.final)
+        chunk.teacher = chunk.spare(len(plan.distill))
+        for rows in plan.tiles(*chunk.teacher.shape):
+            z, teacher = select(chunk.z_final[rows], within), chunk.teacher[rows]
+            stats.teacher_top[rows] = top = row_max(z)
+            torch.sub(z, finite(top)[:, None], out=teacher).exp_()
+            stats.teacher_rest[rows] = teacher.sum(1)
+            for i, student in enumerate(students[:, rows].unbind(0)):
+                stats.cross[i, rows] = torch.sub(z, student).mul_(teacher).sum(1)  # not the difference of two large sums
+                stats.layer_top[i, rows], stats.layer_rest[i, rows] = exponentiate(student)
     elif plan.ragged_distill:
         assert chunk.local is not None and chunk.p_final is not None and chunk.p_layers is not None
         local, n = chunk.local, chunk.n

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -55,10 +56,30 @@ class Plan:
     rows: int  # rows of a chunk
     pair_budget: int  # list entries of a chunk
     block: int  # head rows upcast at a time
+    tile: int  # elements that the passes over the logits work on at a time: what stays in a core's cache
     budget: int  # bytes for small temporaries
     fused: bool  # Triton's row kernels go over the dense logits
     sliced: bool  # regime V
     slice_columns: int  # columns of a slice in regime V's backward
+
+    @property
+    def logits(self) -> int:
+        """How many logits a row has, over all streams."""
+        return _len(self.final) + (self.streams - 1) * _len(self.layers)
+
+    @property
+    def spare(self) -> int:
+        """How many values a row needs besides its logits: first z̄, then the teacher's exponentials."""
+        return 0 if self.fused else max(_len(self.distill), _len(self.negatives))
+
+    def tiles(self, rows: int, columns: int) -> Iterator[slice]:
+        """Ranges of rows that are one tile each."""
+        step = max(1, self.tile // max(1, columns))
+        return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def _len(columns: Columns | None) -> int:
+    return 0 if columns is None else len(columns)
 
 
 def workspace_bytes(options: LossOptions, device: torch.device) -> int:
@@ -98,12 +119,15 @@ def make_plan(p: Problem) -> Plan:
     block = p.head.shape[0]
     if p.head.dtype != p.dtype and not p.head.is_cuda:
         block = max(1, min(block, total // 8 // (d * size)))
-    width = (len(final) if final else 0) + (streams - 1) * (len(layers) if layers else 0)
+    plan = Plan(
+        streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
+        rows=max(1, p.n), pair_budget=max(1, total // 4 // (48 + 3 * streams * size)), block=block,
+        tile=min(1 << 18, total // 8 // (2 * size)) if not p.head.is_cuda else total // 8 // (2 * size),
+        budget=total // 8, fused=fused, sliced=False, slice_columns=0,
+    )  # fmt: skip
+    width = plan.logits + plan.spare + 2 * streams * d + 64
     if fused:
-        width += len(final) // 4 + 2 * 260 if final else 0  # a byte a column marks what was sent; the gate's lists
-    else:
-        width += (len(distill) if distill else 0) + (len(negatives) if negatives else 0)
-    width += 2 * streams * d + 64
+        width += _len(final) // 4 + 2 * 260  # a byte a column marks what was sent; the gate's lists
     rows = max(1, total * 5 // 8 // (width * size))
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor(rows, device=p.head.device)
@@ -118,11 +142,7 @@ def make_plan(p: Problem) -> Plan:
         rows = p.n
     rows = min(max(1, p.n), rows)
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
-    pair_budget = max(1, total // 4 // (48 + 3 * streams * size))
-    return Plan(
-        streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows, pair_budget, block, total // 8, fused, sliced, slice_columns,
-    )  # fmt: skip
+    return replace(plan, rows=rows, sliced=sliced, slice_columns=slice_columns)
 
 
 def chunk_bounds(p: Problem, plan: Plan) -> list[tuple[int, int]]:

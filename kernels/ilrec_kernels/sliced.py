@@ -12,7 +12,7 @@ from torch import Tensor
 from ilrec_kernels.linear import hidden_gradient, project, weight_gradient
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
-from ilrec_kernels.state import Chunk, Gradients
+from ilrec_kernels.state import Chunk, Factors, Gradients
 
 
 def distill_range(plan: Plan) -> tuple[int, int] | None:
@@ -69,9 +69,7 @@ def without_sent(plan: Plan, chunk: Chunk, weight: Tensor, out: Tensor) -> None:
             out[s, kernels.REST, part] = z.sub_(finite(top)[:, None]).exp_().sum(1)
 
 
-def finish(
-    p: Problem, plan: Plan, chunk: Chunk, factors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], grad_x: Tensor, out: Gradients
-) -> None:  # fmt: skip
+def finish(p: Problem, plan: Plan, chunk: Chunk, factors: Factors, grad_x: Tensor, out: Gradients) -> None:
     """Gradients slice by slice: recompute the logits, turn them into gradients in place, multiply with the head and with the rows."""
     from ilrec_kernels import fused
 
@@ -89,7 +87,7 @@ def finish(
         target = (chunk.y - begin).masked_fill(~chunk.owned | (chunk.y < begin) | (chunk.y >= end), -1)
         g = fused.turn(p, chunk, z, factors, target, distill)
         inside = (column >= begin) & (column < end)
-        g[row[inside], column[inside] - begin] = factors[2][inside].to(g.dtype)
+        g[row[inside], column[inside] - begin] = factors.sent[inside].to(g.dtype)
         stacked = g.as_strided((streams * n, end - begin), g.stride())
         hidden_gradient(stacked, weight[begin:end], grad_x[:streams].flatten(0, 1), plan.block, accumulate=True)
         if out.head is not None:

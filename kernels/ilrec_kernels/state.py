@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ilrec_kernels.merge import RankStats, Sent, empty_sent
 from ilrec_kernels.pairs import Pairs
+from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.ragged import RaggedHead
 
 
@@ -20,6 +22,30 @@ class Gradients:
     scale: Tensor  # [N]: what each row's loss is multiplied by
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that every chunk of a call uses anew: without it each would fault its pages in again."""
+
+    logits: Tensor  # flat
+    spare: Tensor  # flat: z̄ while candidates are looked for, then the teacher
+
+    @staticmethod
+    def make(p: Problem, plan: Plan) -> Scratch:
+        rows = 0 if plan.sliced else min(plan.rows, p.n)
+        return Scratch(*(torch.empty(rows * width, dtype=p.dtype, device=p.head.device) for width in (plan.logits, plan.spare)))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a chunk's exponentials are multiplied by to become gradients."""
+
+    final: Tensor  # [n] of e^(z − top): the cross-entropy's share and the soft label's
+    target: Tensor  # [n] what the target's logit gets besides
+    sent: Tensor  # [E] the whole gradient of the sent entries
+    teacher: Tensor | None  # [n] of the teacher's exponentials, negative
+    layer: Tensor | None  # [m, n] of the layers'
+
+
 @dataclass
 class Chunk:
     """The state of rows [begin, end) between the statistics and the gradients."""
@@ -30,6 +56,7 @@ class Chunk:
     y: Tensor  # [n] local column of the target; 0 where another rank owns it
     owned: Tensor  # bool [n]
     row: Tensor  # arange(n)
+    scratch: Scratch
     pairs: Pairs | None = None  # of the whole vocabulary
     local: Pairs | None = None  # of this rank's shard
     ragged: RaggedHead | None = None
@@ -40,6 +67,10 @@ class Chunk:
     teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]
     sent: Sent = field(default_factory=empty_sent)
     stats: RankStats | None = None
+
+    def spare(self, columns: int) -> Tensor:
+        """[n, columns] of the scratch memory."""
+        return self.scratch.spare[: self.n * columns].view(self.n, columns)
 
     @property
     def n(self) -> int:
