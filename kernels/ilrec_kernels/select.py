@@ -66,7 +66,7 @@ def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> 
             maxima = torch.cat([maxima, values[:, whole:].amax(1, keepdim=True)], 1)
         live = (maxima.amax(1) >= threshold).nonzero().flatten()  # rows without any candidate end here
     parts = []
-    for some in live.split(max(1, budget // (24 * min(c, (k + 1) * BLOCK)))):
+    for some in live.split(max(1, budget // (24 * min(c + 1, (k + 1) * BLOCK)))):
         row, column, value = _exact(values, threshold, k, some) if maxima is None else _by_blocks(values, maxima, threshold, k, some)
         parts.append((some[row], column, value))
     if not parts:
