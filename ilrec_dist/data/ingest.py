@@ -6,63 +6,25 @@ exact repeats go; the k-core is iterated to its fixed point over the sorted rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-CHUNK_ROWS = 4_000_000  # rows in memory at once; about 150 MB with the sort's scratch
+from ilrec_dist.data.encoder import Encoder
+from ilrec_dist.data.threads import ordered_map
 
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # user, item, time or None
 
-class Encoder:
-    """Ids → dense int32 codes in order of first appearance; works on whole columns, strings or integers."""
-
-    def __init__(self) -> None:
-        self.values: pa.Array | None = None
-
-    def __len__(self) -> int:
-        return 0 if self.values is None else len(self.values)
-
-    def encode(self, column: pa.Array) -> np.ndarray:
-        """int32 codes of a column without nulls, [len(column)]."""
-        if pa.types.is_string(column.type):
-            column = column.cast(pa.large_string())  # 2³¹ bytes of ids are reached with 10⁸ users
-        encoded = column.dictionary_encode()
-        indices = encoded.indices.to_numpy(zero_copy_only=False)
-        if self.values is None:
-            self.values = encoded.dictionary
-            return indices.astype(np.int32, copy=False)
-        found = pc.index_in(encoded.dictionary, value_set=self.values)
-        is_new = pc.is_null(found)
-        codes = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int32)
-        new = encoded.dictionary.filter(is_new)
-        codes[is_new.to_numpy(zero_copy_only=False)] = np.arange(len(self.values), len(self.values) + len(new), dtype=np.int32)
-        self.values = pa.concat_arrays([self.values, new])
-        return codes[indices]
-
-    def ranks(self) -> tuple[np.ndarray, pa.Array]:
-        """(int32 rank of every code, ids as strings in rank order): by value where all ids are plain integers, else by string."""
-        if self.values is None:
-            return np.zeros(0, np.int32), pa.array([], pa.large_string())
-        order = pc.sort_indices(_sortable(self.values))
-        rank = np.empty(len(order), np.int32)
-        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-        return rank, self.values.take(order).cast(pa.large_string())
-
-
-def _sortable(values: pa.Array) -> pa.Array:
-    if pa.types.is_integer(values.type):
-        return values
-    plain = pc.match_substring_regex(values, r"^(0|[1-9][0-9]{0,17})$")
-    return values.cast(pa.int64()) if pc.all(plain).as_py() else values
+CHUNK_ROWS = 4_000_000  # rows worked on at once, by each thread; about 150 MB with the sort's scratch
 
 
 @dataclass
 class Spill:
-    """Rows as raw columns on disk: user int32, item int32 and, if timed, time int64."""
+    """Rows as raw columns on disk: user int32, item int32 and, if timed, time int64. Files are open only while rows are added."""
 
     folder: Path
     timed: bool
@@ -70,68 +32,53 @@ class Spill:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self._files = {name: open(self.folder / name, "wb") for name in self._columns()}
+        for name in self._columns():
+            (self.folder / name).touch()
 
     def _columns(self) -> dict[str, type]:
         return {"user": np.int32, "item": np.int32, **({"time": np.int64} if self.timed else {})}
 
-    def append(self, user: np.ndarray, item: np.ndarray, time: np.ndarray | None) -> None:
-        columns = {"user": user, "item": item, "time": time}
-        for name, dtype in self._columns().items():
-            self._files[name].write(np.ascontiguousarray(columns[name], dtype).data)
-        self.rows += len(user)
+    def append(self, rows: Rows) -> None:
+        for (name, dtype), column in zip(self._columns().items(), rows, strict=False):
+            with open(self.folder / name, "ab") as file:
+                file.write(np.ascontiguousarray(column, dtype).data)
+        self.rows += len(rows[0])
 
-    def close(self) -> None:
-        """Flush; rows can be read from here on."""
-        for file in self._files.values():
-            file.close()
+    def ranges(self, rows: int = CHUNK_ROWS) -> list[tuple[int, int]]:
+        """(start, count) of consecutive chunks."""
+        return [(start, min(rows, self.rows - start)) for start in range(0, self.rows, rows)]
 
-    def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """(user, item, time or None) of consecutive rows."""
-        for start in range(0, self.rows, rows):
-            yield self.read(start, min(rows, self.rows - start))
-
-    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def read(self, start: int, count: int) -> Rows:
         def column(name: str, dtype: type) -> np.ndarray:
             return np.fromfile(self.folder / name, dtype, count, offset=start * np.dtype(dtype).itemsize)
 
         return column("user", np.int32), column("item", np.int32), column("time", np.int64) if self.timed else None
 
     def delete(self) -> None:
-        self.close()
-        for name in self._columns():
-            (self.folder / name).unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
 
 
-def spill_batches(batches: Iterator[pa.RecordBatch], spill: Spill, users: Encoder, items: Encoder, rows: int = CHUNK_ROWS) -> None:
-    """Encode and spill a stream of batches. Batches are gathered to `rows` first: looking new ids up costs one hash table of all ids each time."""
+def spill_batches(batches: Iterable[pa.RecordBatch], spill: Spill, users: Encoder, items: Encoder, rows: int = CHUNK_ROWS) -> None:
+    """Encode and spill a stream of batches, gathered to `rows` first: adding to an encoder costs a pass over the ids it knows."""
+    for table in _gathered(batches, rows):
+        time = _one(table, "timestamp").to_numpy(zero_copy_only=False) if spill.timed else None
+        spill.append((users.encode(_one(table, "user")), items.encode(_one(table, "item")), time))
+
+
+def _gathered(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
     pending: list[pa.RecordBatch] = []
-    held = 0
-
-    def flush() -> None:
-        nonlocal held
-        if pending:
-            table = pa.Table.from_batches(pending).combine_chunks()
-            time = table.column("timestamp").combine_chunks().to_numpy(zero_copy_only=False) if spill.timed else None
-            spill.append(users.encode(_one(table, "user")), items.encode(_one(table, "item")), time)
-            pending.clear()
-            held = 0
-
     for batch in batches:
         pending.append(batch)
-        held += batch.num_rows
-        if held >= rows:
-            flush()
-    flush()
-    spill.close()
+        if sum(part.num_rows for part in pending) >= rows:
+            yield pa.Table.from_batches(pending)
+            pending = []
+    if pending:
+        yield pa.Table.from_batches(pending)
 
 
 def _one(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name)
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def sort_rows(source: Spill, out: Spill, user_rank: np.ndarray, item_rank: np.ndarray, rows: int = CHUNK_ROWS) -> int:
@@ -139,56 +86,63 @@ def sort_rows(source: Spill, out: Spill, user_rank: np.ndarray, item_rank: np.nd
 
     A repeat is the same user, item and time; rows without times are never repeats. `source` is deleted. Returns the repeats dropped.
     """
-    counts = np.zeros(len(user_rank), np.int64)
-    for user, _, _ in source.chunks(rows):
-        counts += np.bincount(user_rank[user], minlength=len(counts))
-    bucket_of = ((np.cumsum(counts) - counts) // rows).astype(np.int32) if len(counts) else np.zeros(0, np.int32)
-    buckets = int(bucket_of[-1]) + 1 if len(bucket_of) else 0
-    if buckets <= 1:
-        dropped = _sort_bucket(source, out, user_rank, item_rank)
-        source.delete()
-    else:
-        parts = [Spill(out.folder / f"part-{index}", out.timed) for index in range(buckets)]
-        for user, item, time in source.chunks(rows):
-            bucket = bucket_of[user_rank[user]].astype(np.uint16 if buckets < 65536 else np.int32)
-            order = np.argsort(bucket, kind="stable")
-            bounds = np.searchsorted(bucket[order], np.arange(buckets + 1))
-            for index in np.flatnonzero(np.diff(bounds)):
-                chosen = order[bounds[index] : bounds[index + 1]]
-                parts[index].append(user[chosen], item[chosen], None if time is None else time[chosen])
-        source.delete()
-        dropped = 0
-        for part in parts:
-            part.close()
-            dropped += _sort_bucket(part, out, user_rank, item_rank)
-            part.delete()
-    out.close()
+    counts = np.zeros(user_rank.max(initial=-1) + 1, np.int64)
+
+    def count(chunk: tuple[int, int]) -> np.ndarray:
+        return np.bincount(user_rank[source.read(*chunk)[0]], minlength=len(counts))
+
+    for found in ordered_map(count, source.ranges(rows)):
+        counts += found
+    bucket_of = ((np.cumsum(counts) - counts) // rows).astype(np.uint16 if source.rows < 65536 * rows else np.int32)
+    buckets = int(bucket_of.max(initial=0)) + 1
+    parts = [Spill(out.folder / f"part-{index}", out.timed) for index in range(buckets)]
+
+    def deal(chunk: tuple[int, int]) -> tuple[Rows, np.ndarray]:
+        user, item, time = source.read(*chunk)
+        user, item = user_rank[user], item_rank[item]
+        bucket = bucket_of[user]
+        order = np.argsort(bucket, kind="stable")
+        return (user[order], item[order], None if time is None else time[order]), np.searchsorted(bucket[order], np.arange(buckets + 1))
+
+    for dealt, bounds in ordered_map(deal, source.ranges(rows)):
+        for index in np.flatnonzero(np.diff(bounds)):
+            parts[index].append(_slice(dealt, slice(bounds[index], bounds[index + 1])))
+    source.delete()
+    dropped = 0
+    for part, (ordered, repeats) in zip(parts, ordered_map(_sort_part, parts), strict=True):
+        out.append(ordered)
+        dropped += repeats
+        part.delete()
     return dropped
 
 
-def _sort_bucket(part: Spill, out: Spill, user_rank: np.ndarray, item_rank: np.ndarray) -> int:
+def _sort_part(part: Spill) -> tuple[Rows, int]:
     user, item, time = part.read(0, part.rows)
-    user, item = user_rank[user], item_rank[item]
     if time is None:
-        order = np.argsort(user, kind="stable")
-        out.append(user[order], item[order], None)
-        return 0
-    order = _order(user, time)
+        return _slice((user, item, None), stable_order(user)), 0
+    order = stable_order(time)
+    order = order[stable_order(user[order])]
     user, item, time = user[order], item[order], time[order]
-    keep = ~_repeats(user, item, time)
-    out.append(user[keep], item[keep], time[keep])
-    return int(len(keep) - keep.sum())
+    repeat = _repeats(user, item, time)
+    dropped = int(repeat.sum())
+    return (_slice((user, item, time), ~repeat) if dropped else (user, item, time)), dropped
 
 
-def _order(user: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Rows by (user, time, place), by one sort where both fit into 63 bits together: three times as fast as two."""
-    if len(user) == 0:
+def _slice(rows: Rows, chosen: slice | np.ndarray) -> Rows:
+    user, item, time = rows
+    return user[chosen], item[chosen], None if time is None else time[chosen]
+
+
+def stable_order(key: np.ndarray) -> np.ndarray:
+    """np.argsort(key, kind="stable") of integers; where key and place fit into 63 bits together by sorting both as one number, many times as fast."""
+    if len(key) == 0:
         return np.zeros(0, np.int64)
-    first_user, first_time = int(user.min()), int(time.min())
-    span = int(time.max()) - first_time + 1
-    if (int(user.max()) - first_user + 1) * span >= 1 << 63:
-        return np.lexsort((time, user))
-    return np.argsort((user.astype(np.int64) - first_user) * span + (time - first_time), kind="stable")
+    low, bits = int(key.min()), int(len(key) - 1).bit_length()
+    if (int(key.max()) - low).bit_length() + bits > 63:
+        return np.argsort(key, kind="stable")
+    packed = (key.astype(np.int64) - low) << bits | np.arange(len(key))
+    packed.sort()
+    return packed & ((1 << bits) - 1)
 
 
 def _repeats(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -223,22 +177,26 @@ class Core:
 def k_core(rows: Spill, num_users: int, num_items: int, min_user: int, min_item: int, chunk: int = CHUNK_ROWS) -> Core:
     """The largest set of interactions in which every user has at least `min_user` and every item at least `min_item` of them.
 
-    Repeated interactions of one pair count each time. Streams over the rows once a round until nothing more goes.
+    Repeated interactions of one pair count each time. Streams over the rows, which are sorted by user, once a round until nothing more goes.
     """
     users, items = np.ones(num_users, bool), np.ones(num_items, bool)
+
+    def count(range_: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
+        user, item, _ = rows.read(*range_)
+        first = int(user[0])  # rows are sorted by user: a chunk's users are a range
+        if not (users.all() and items.all()):
+            alive = users[user] & items[item]
+            user, item = user[alive], item[alive]
+        return first, np.bincount(user - first), np.bincount(item, minlength=num_items)
+
     rounds = 0
     while True:
         user_counts, item_counts = np.zeros(num_users, np.int64), np.zeros(num_items, np.int64)
-        kept = 0
-        for user, item, _ in rows.chunks(chunk):
-            alive = users[user] & items[item]
-            if not alive.all():
-                user, item = user[alive], item[alive]
-            kept += len(user)
-            user_counts += np.bincount(user, minlength=num_users)
-            item_counts += np.bincount(item, minlength=num_items)
+        for first, by_user, by_item in ordered_map(count, rows.ranges(chunk)):
+            user_counts[first : first + len(by_user)] += by_user
+            item_counts += by_item
         next_users, next_items = user_counts >= max(min_user, 1), item_counts >= max(min_item, 1)
         rounds += 1
         if (next_users == users).all() and (next_items == items).all():
-            return Core(users, items, kept, rounds)
+            return Core(users, items, int(item_counts.sum()), rounds)
         users, items = next_users, next_items

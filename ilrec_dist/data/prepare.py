@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ilrec_dist.config import DataConfig, config_to_dict
+from ilrec_dist.data.encoder import Encoder
 from ilrec_dist.data.files import committed_folder, sha256_file, write_json
-from ilrec_dist.data.ingest import Core, Encoder, Spill, k_core, sort_rows, spill_batches
+from ilrec_dist.data.ingest import Core, Rows, Spill, k_core, sort_rows, spill_batches
 from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
 from ilrec_dist.data.readers.amazon import amazon_files, read_amazon
 from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
@@ -27,6 +28,7 @@ from ilrec_dist.data.readers.sequences import read_sequences, sequences_files
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.data.readers.tables import read_csv, read_parquet, table_files
 from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
+from ilrec_dist.data.threads import ahead, ordered_map
 from ilrec_dist.errors import UserError
 
 READERS: dict[str, Callable[[DataConfig], Source]] = {
@@ -95,7 +97,7 @@ def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:
     scratch = folder / "scratch"
     users, items = Encoder(), Encoder()
     read = Spill(scratch / "read", source.timed)
-    spill_batches(source.batches(rejects), read, users, items)
+    spill_batches(ahead(source.batches(rejects)), read, users, items)
     total = read.rows
     if total == 0:
         raise UserError(f"{source.main_file}: no interactions")
@@ -175,15 +177,18 @@ def _write_interactions(rows: Spill, core: Core, path: Path) -> np.ndarray:
     new_user, new_item = np.cumsum(core.users, dtype=np.int32) - 1, np.cumsum(core.items, dtype=np.int32) - 1
     lengths = np.zeros(int(core.users.sum()), np.int64)
     schema = pa.schema([("user", pa.int32()), ("item", pa.int32()), *([("timestamp", pa.int64())] if rows.timed else [])])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for user, item, time in rows.chunks():
-            alive = core.users[user] & core.items[item]
-            columns = [new_user[user[alive]], new_item[item[alive]]]
+    encoding = dict.fromkeys(schema.names, "DELTA_BINARY_PACKED")  # smaller and three times as fast to write as dictionaries of sorted rows
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, column_encoding=encoding) as writer:
+        for columns in ordered_map(lambda range_: _surviving(rows.read(*range_), core, new_user, new_item), rows.ranges()):
             lengths += np.bincount(columns[0], minlength=len(lengths))
-            if time is not None:
-                columns.append(time[alive])
             writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), row_group_size=ROW_GROUP)
     return lengths
+
+
+def _surviving(rows: Rows, core: Core, new_user: np.ndarray, new_item: np.ndarray) -> list[np.ndarray]:
+    user, item, time = rows
+    alive = core.users[user] & core.items[item]
+    return [new_user[user[alive]], new_item[item[alive]], *([time[alive]] if time is not None else [])]
 
 
 def _item_table(item_ids: pa.Array, table: pa.Table | None) -> pa.Table:

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import require_file, single_file
-from ilrec_dist.data.ingest import Encoder
 from ilrec_dist.data.readers.delimited import Dialect, read_columns
 from ilrec_dist.data.readers.recbole import first_rows
 from ilrec_dist.data.readers.source import Rejects, Source
@@ -39,7 +38,7 @@ def read_minionerec(config: DataConfig) -> Source:
 
 
 def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
-    users = Encoder()
+    met = pa.array([], pa.string())  # users whose history is known
     for path in files:
         for batch, lines in read_columns(path, COLUMNS, {}, Dialect(), rejects):
             user, history, item = (batch.column(name) for name in COLUMNS)
@@ -49,11 +48,11 @@ def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
             for row, line in zip(bad.tolist(), lines.at(bad) if len(bad) else [], strict=True):
                 rejects.add(path, line, f"expected user_id, item_id and a history such as [3, 14], found history {history[row].as_py()!r}")
             user, history, item = (column.filter(good) for column in (user, history, item))
-            known = len(users)
-            codes = users.encode(user)
-            first = np.unique(codes, return_index=True)[1]
-            opens = np.zeros(len(codes), bool)
-            opens[first[codes[first] >= known]] = True  # the first row of a user not met before: its history counts
+            first = np.unique(user.dictionary_encode().indices.to_numpy(zero_copy_only=False), return_index=True)[1]
+            first = first[pc.invert(pc.is_in(user.take(pa.array(first)), value_set=met)).to_numpy(zero_copy_only=False)]
+            met = pa.concat_arrays([met, user.take(pa.array(first))])
+            opens = np.zeros(len(user), bool)
+            opens[first] = True  # the first row of a user not met before: its history counts
             yield _unfold(user, _ids(history.filter(pa.array(opens))), item, opens)
 
 
