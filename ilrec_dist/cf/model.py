@@ -29,12 +29,15 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[B, S, d] → [B, S, d]; with rows (int64 [R], flat in B·S) only those, [R, d]."""
         batch, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        if rows is not None:
+            x, mixed = x.reshape(-1, width)[rows], mixed.view(-1, width)[rows]
+        x = x + self.dropout(self.proj(mixed))
         return x + self.dropout(self.down(F.gelu(self.up(self.ffn_norm(x)))))
 
 
@@ -77,13 +80,14 @@ class SASRec(nn.Module):
         """
         return self.transform(self.items(items))
 
-    def transform(self, vectors: Tensor) -> Tensor:
-        """As forward, from the items' vectors fp32 [B, S, d]."""
+    def transform(self, vectors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """As forward, from the items' vectors fp32 [B, S, d]; with rows (int64 [R], flat in B·S) only those queries, [R, d]."""
         scale = vectors.shape[-1] ** 0.5  # as in SASRec: the positions must not drown the small item vectors
         x = self.dropout(vectors * scale + self.positions.weight[: vectors.shape[1]])
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x = block(x, rows if number == last else None)  # the last layer's feed-forward is most of it, and most places are nobody's query
+        return self.norm(x)  # type: ignore[no-any-return]
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):
@@ -143,7 +147,7 @@ def pad_histories(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
 
 @torch.no_grad()
 def encode(
-    model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, embed: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256
+    model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, embed: Callable[[Tensor], Tensor] | None = None, batch_size: int = 128
 ) -> Tensor:
     """Queries of many targets: fp32 [T, d] (METHOD.md §5, the history before each target).
 
@@ -168,7 +172,8 @@ def encode(
     bounds = np.searchsorted(place[which][order], np.arange(0, len(windows) + batch_size, batch_size))
     for index, first in enumerate(range(0, len(windows), batch_size)):
         batch = by_length[first : first + batch_size]
-        hidden = model.transform(embed(pad_histories(items, windows[batch], lengths[batch])))
+        padded = pad_histories(items, windows[batch], lengths[batch])
         rows = order[bounds[index] : bounds[index + 1]]
-        queries[torch.from_numpy(rows)] = hidden[torch.from_numpy(place[which[rows]] - first), torch.from_numpy(inputs[rows] - 1)]
+        flat = (place[which[rows]] - first) * padded.shape[1] + inputs[rows] - 1
+        queries[torch.from_numpy(rows)] = model.transform(embed(padded), torch.from_numpy(flat))
     return queries

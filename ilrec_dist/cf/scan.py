@@ -12,7 +12,7 @@ import torch
 from ilrec_dist.cf.ann import search
 from ilrec_dist.cf.moments import log_masses
 from ilrec_dist.cf.plan import Plan
-from ilrec_dist.cf.segments import child_masses, child_shares, ragged_ranges, softmax_rows
+from ilrec_dist.cf.segments import child_shares, ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import PREFIX_ITEMS, FoldScorer
 
 SCORES_AT_ONCE = 1 << 20  # fp32 scores held at once: 4 MiB, which stay in the cache between the passes
@@ -84,17 +84,18 @@ def _find(scorer: FoldScorer, index: Any, known: np.ndarray, queries: torch.Tens
 
 
 def _scan_all(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray) -> None:
-    n = plan.trie.catalogue.num_items
-    sizes = np.diff(plan.trie.node_start[1]).astype(np.int64)
+    n, starts = plan.trie.catalogue.num_items, plan.trie.node_start[1][:-1]
     step = max(1, SCORES_AT_ONCE // n)
     buffer = torch.empty(min(step, len(targets)), n)
     for begin in range(0, len(targets), step):
         part = targets[begin : begin + step]
         scores = buffer[: len(part)]
         scorer.scores(queries[begin : begin + step], 0, n, scores)
-        mass, top = child_masses(scores.numpy().ravel(), np.full(len(part), n), np.tile(sizes, len(part)))
+        top = scores.amax(1, keepdim=True)
+        top.masked_fill_(torch.isneginf(top), 0)
+        mass = np.add.reduceat(scores.sub_(top).exp_().numpy(), starts, axis=1)
         with np.errstate(divide="ignore"):
-            out[part] = np.log(mass).reshape(len(part), -1) + top[:, None]
+            out[part] = np.log(mass) + top.numpy()
 
 
 def deeper_shares(
