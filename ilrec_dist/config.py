@@ -94,6 +94,9 @@ class CFConfig:
     rewards: Literal["in_process", "actor"] = "in_process"
     reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = "auto"  # scan: the whole catalogue, exact; auto: scan up to 65,536 items, else ivf_pq
     reward_shards: Positive = 1  # ranges of the catalogue that separate reward actors may hold
+    reward_replicas: Positive = 1  # reward actors (of each shard) that share the requests
+    reward_retries: NonNegative = 16  # of a request, after an actor's death or silence
+    reward_cache: bool = False  # keep rewards on disk per (user, position)
     seed: int = 0
 
 

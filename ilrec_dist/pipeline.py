@@ -169,7 +169,7 @@ def stages(config: Config) -> list[Stage]:
     tables = [
         Stage("prepare", "prepare", (), _data_settings, stage_runs.prepare_inputs, lambda _: folders.data, stage_runs.prepare),
         Stage("index", "index", before_index, _items_settings, stage_runs.index_inputs, lambda _: folders.items, stage_runs.index),
-        Stage("cf", "cf", before_cf, lambda c: _without(c.cf, "rewards"), _none, lambda _: folders.cf, stage_runs.cf),
+        Stage("cf", "cf", before_cf, _cf_settings, _none, lambda _: folders.cf, stage_runs.cf),
     ]
     if cf_first:
         tables[1:] = tables[:0:-1]
@@ -240,6 +240,10 @@ def _items_settings(config: Config) -> dict[str, Any]:
         vectors = {"dim": config.items.embedding_dim, "seed": config.items.seed} if config.items.collisions == "resolve" else {}  # they price the moves
         return {"collisions": config.items.collisions, "given": True} | vectors
     return _without(config.items, "index")
+
+
+def _cf_settings(config: Config) -> dict[str, Any]:
+    return _without(config.cf, "rewards", "reward_replicas", "reward_retries", "reward_cache")  # how rewards are served changes none of them
 
 
 def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]:

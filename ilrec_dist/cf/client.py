@@ -22,16 +22,22 @@ class Meter:
         self.latency: deque[float] = deque(maxlen=KEPT)  # seconds from asking to taking, or to being ready if the taker had to wait
         self.wait: deque[float] = deque(maxlen=KEPT)
         self.answers = self.retries = 0
+        self.cached = 0  # answers from disk
         self.wait_seconds = 0.0
 
     def summary(self) -> dict[str, float]:
-        """answers, retries, queue_depth (mean ready), latency_p50/p95/p99, wait_p99 and wait_seconds (total); zeros before the first answer."""
+        """answers, retries, cached (answers from disk), queue_depth (mean ready), latency_p50/p95/p99, wait_mean, wait_p99 and wait_seconds (total).
+
+        An answer is one micro-batch's; seconds. Zeros before the first answer.
+        """
         latency, wait = np.array(self.latency or [0.0]), np.array(self.wait or [0.0])
         return {
             "answers": self.answers,
             "retries": self.retries,
+            "cached": self.cached,
             "queue_depth": float(np.mean(self.ready or [0])),
             **{f"latency_p{q}": float(np.percentile(latency, q)) for q in (50, 95, 99)},
+            "wait_mean": float(wait.mean()),
             "wait_p99": float(np.percentile(wait, 99)),
             "wait_seconds": self.wait_seconds,
         }
@@ -42,6 +48,7 @@ class Pending(ABC):
 
     def __init__(self, meter: Meter) -> None:
         self.meter, self.asked = meter, time.perf_counter()
+        self.keep: Callable[[np.ndarray], None] | None = None  # called with the rewards when they are taken
         meter.under_way.append(self)
 
     @abstractmethod
@@ -62,6 +69,8 @@ class Pending(ABC):
         meter.latency.append(taken - self.asked)
         meter.wait.append(taken - started)
         meter.wait_seconds += taken - started
+        if self.keep is not None:
+            self.keep(rewards)
         return rewards
 
 

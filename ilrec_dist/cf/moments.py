@@ -67,7 +67,7 @@ def cell_moments(vectors: torch.Tensor, known: torch.Tensor, node_start: np.ndar
 def log_masses(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, cell: np.ndarray, score: np.ndarray, cap: np.ndarray) -> np.ndarray:
     """log Σ exp(score) of each cell, float32 [t, c]: the items scored one by one, plus an estimate of the cell's others.
 
-    count [c], mean and variance [t, c] describe all scores of a cell; cell int64 and score float32 [t, k] are the items scored exactly
+    count [c] or [t, c], mean and variance [t, c] describe all scores of a cell; cell int64 and score float32 [t, k] are the items scored exactly
     (cell −1: none); cap float32 [t] bounds every other score. The others of a cell have the moments that remain when the exact ones are taken out,
     and the mass n·exp(mean + variance / 2), at most n·exp(cap). −inf for a cell of no items.
     """
@@ -75,19 +75,24 @@ def log_masses(count: np.ndarray, mean: np.ndarray, variance: np.ndarray, cell: 
     row, column = np.nonzero(cell >= 0)
     flat = row * c + cell[row, column]
     exact = score[row, column].astype(np.float64)
+    taken = np.bincount(flat, minlength=t * c)
+    touched = np.flatnonzero(taken)  # few cells hold an item that was scored exactly; only these need the digits of fp64
 
     def total(weights: np.ndarray) -> np.ndarray:
-        return np.bincount(flat, weights, minlength=t * c).reshape(t, c)
+        return np.bincount(flat, weights, minlength=t * c)
 
-    taken, taken_score = np.bincount(flat, minlength=t * c).reshape(t, c), total(exact)
-    others = np.maximum(count - taken, 0)
-    divisor = np.maximum(others, 1)
-    rest_mean = (count * mean - taken_score) / divisor
-    rest_square = (count * (variance + np.square(mean, dtype=np.float64)) - total(exact * exact)) / divisor
-    estimate = np.minimum(rest_mean + np.maximum(rest_square - rest_mean * rest_mean, 0) / 2, cap[:, None])
+    others = np.array(np.broadcast_to(count, (t, c)), np.float32)
+    estimate = mean + variance / 2
+    items, mean_there = others.ravel()[touched].astype(np.float64), mean.ravel()[touched].astype(np.float64)
+    rest = np.maximum(items - taken[touched], 0)
+    rest_mean = (items * mean_there - total(exact)[touched]) / np.maximum(rest, 1)
+    rest_square = (items * (variance.ravel()[touched] + mean_there**2) - total(exact * exact)[touched]) / np.maximum(rest, 1)
+    np.put(estimate, touched, rest_mean + np.maximum(rest_square - rest_mean * rest_mean, 0) / 2)
+    np.put(others, touched, rest)
+    estimate = np.minimum(estimate, cap[:, None])
     shift = np.where(others > 0, estimate, -np.inf).max(1, initial=-np.inf)
     shift = np.maximum(shift, np.where(cell >= 0, score, -np.inf).max(1, initial=-np.inf))
-    shift = np.where(np.isfinite(shift), shift, 0.0)
-    mass = total(np.exp(exact - shift[row])) + np.where(others > 0, others * np.exp(np.minimum(estimate - shift[:, None], 0)), 0)
+    shift = np.where(np.isfinite(shift), shift, 0).astype(np.float32)
+    mass = others * np.exp(np.minimum(estimate - shift[:, None], 0)) + total(np.exp(exact - shift[row])).reshape(t, c)
     with np.errstate(divide="ignore"):
         return (np.log(mass) + shift[:, None]).astype(np.float32)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from ilrec_dist.cf.ann import search
-from ilrec_dist.cf.moments import log_masses
+from ilrec_dist.cf.moments import CellMoments, log_masses
 from ilrec_dist.cf.plan import Plan
 from ilrec_dist.cf.segments import child_shares, ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import PREFIX_ITEMS, FoldScorer
 
 SCORES_AT_ONCE = 1 << 20  # fp32 scores held at once: 4 MiB, which stay in the cache between the passes
 QUERIES_AT_ONCE = 256
+ESTIMATES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Hits:
     score: np.ndarray  # float32 [t, k]
     cap: np.ndarray  # float32 [t], what bounds the score of every other item
 
-    def cells(self, node_start: np.ndarray, first: int, stop: int) -> np.ndarray:
-        """int64 [t, k]: which of the nodes first … stop − 1 of a depth each item lies below, counted from first; −1: none of them."""
-        low, high = node_start[first], node_start[stop]
-        inside = (self.where >= low) & (self.where < high) & (self.score > -np.inf)
-        return np.where(inside, np.searchsorted(node_start[first : stop + 1], np.clip(self.where, low, high - 1), side="right") - 1, -1)
+    def cells(self, node_start: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """int64 [t, k]: which of the nodes first … stop − 1 (int [t]) of a depth each item lies below, counted from first; −1: none of them."""
+        inside = (self.where >= node_start[first][:, None]) & (self.where < node_start[stop][:, None]) & (self.score > -np.inf)
+        cell = np.full(self.where.shape, -1, np.int64)
+        row, _ = np.nonzero(inside)
+        cell[inside] = np.searchsorted(node_start, self.where[inside], side="right") - 1 - first[row]
+        return cell
 
 
 def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> list[Hits]:
@@ -60,7 +63,7 @@ def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndar
             chunk = slice(begin, begin + QUERIES_AT_ONCE)
             few = Hits(hits.where[chunk], hits.score[chunk], hits.cap[chunk])
             moments = scorer.large.moments[0].scores(first, stop, queries[chunk])
-            cells = few.cells(plan.trie.node_start[1], first, stop)
+            cells = few.cells(plan.trie.node_start[1], np.full(len(few.cap), first), np.full(len(few.cap), stop))
             out[targets[chunk], column : column + stop - first] = log_masses(*moments, cells, few.score, few.cap)
         column += stop - first
     return all_hits
@@ -160,24 +163,28 @@ def _estimate(
 ) -> None:
     """Shares of the children of long prefixes: of the items found for the first code one by one, of the others by the children's moments."""
     assert scorer.large is not None
-    node_start = plan.trie.node_start[level + 1]
     starts = np.array([shard[0] for shard in scorer.large.shards])
-    for chosen in _groups(plan.nodes[level, targets[rows]]):
-        here = rows[chosen]
-        part = targets[here]
-        first = int(plan.first_child[level, part[0]])
-        stop = first + int(plan.children[level, part[0]])
-        found = hits[int(np.searchsorted(starts, plan.first_node[part[0]], side="right")) - 1]
-        few = Hits(found.where[here], found.score[here], found.cap[here])
-        moments = scorer.large.moments[level].scores(first, stop, queries[torch.from_numpy(here)])
-        logs = log_masses(*moments, few.cells(node_start, first, stop), few.score, few.cap)
-        out[plan.place(level, part)] = softmax_rows(logs).ravel()
+    shard = np.searchsorted(starts, plan.first_node[targets[rows]], side="right") - 1
+    for number, found in enumerate(hits):
+        mine = rows[shard == number]
+        mine = mine[np.argsort(plan.nodes[level, targets[mine]], kind="stable")]  # targets of one prefix side by side
+        for begin in range(0, len(mine), ESTIMATES_AT_ONCE):
+            here = mine[begin : begin + ESTIMATES_AT_ONCE]
+            few = Hits(found.where[here], found.score[here], found.cap[here])
+            _estimate_some(scorer.large.moments[level], queries[torch.from_numpy(here)], targets[here], level, plan, few, out)
 
 
-def _groups(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of each group of equal keys."""
-    order = np.argsort(keys, kind="stable")
-    yield from np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(order) else []
+def _estimate_some(moments: CellMoments, queries: torch.Tensor, targets: np.ndarray, level: int, plan: Plan, few: Hits, out: np.ndarray) -> None:
+    """The estimates of targets in the order of their prefixes; few and queries are theirs alone."""
+    first, children = plan.first_child[level, targets], plan.children[level, targets]
+    count, mean, variance = (np.zeros((len(targets), int(children.max())), np.float32) for _ in range(3))
+    ends = np.append(np.flatnonzero(np.diff(first)) + 1, len(targets))
+    for low, high in zip(np.append(0, ends[:-1]), ends, strict=True):
+        group, width, node = slice(low, high), int(children[low]), int(first[low])
+        count[group, :width], mean[group, :width], variance[group, :width] = moments.scores(node, node + width, queries[group])
+    logs = log_masses(count, mean, variance, few.cells(plan.trie.node_start[level + 1], first, first + children), few.score, few.cap)
+    inside = np.arange(count.shape[1]) < children[:, None]
+    out[plan.place(level, targets)] = softmax_rows(np.where(inside, logs, -np.inf))[inside]
 
 
 def _pieces(sizes: np.ndarray) -> Iterator[slice]:

@@ -64,8 +64,8 @@ def reward_actors(
 ) -> Iterator[list[Any]]:
     """`replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the length of the block; Ray restarts each up to `max_restarts` times.
 
-    With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They ask for no CPUs of Ray's, which the training
-    workers hold, and end with the block or with the job that started them.
+    With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They are spread over the cluster's nodes, ask for no CPUs of
+    Ray's, which the training workers hold, and end with the block or with the job that started them.
     Raises UserError when one cannot load (a folder that is damaged or belongs to other data) and ValueError when the name is taken.
     """
     cf, prepared, catalogue = (Path(folder).resolve() for folder in (cf_folder, prepared_folder, catalogue_folder))
@@ -74,7 +74,8 @@ def reward_actors(
     for replica in range(replicas):
         for shard in range(shards):
             load = partial(load_rewards, cf, prepared, catalogue, shard if shards > 1 else None)
-            actors.append(kind.options(name=f"{name}-{replica}-{shard}", num_cpus=0, max_restarts=max_restarts).remote(load, threads))
+            options = {"name": f"{name}-{replica}-{shard}", "num_cpus": 0, "max_restarts": max_restarts, "scheduling_strategy": "SPREAD"}
+            actors.append(kind.options(**options).remote(load, threads))
     try:
         try:
             ray.get([actor.counters.remote() for actor in actors])

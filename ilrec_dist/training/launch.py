@@ -59,16 +59,16 @@ def cluster(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reward_actor(config: Config, wanted: bool) -> Iterator[None]:
-    """The run's reward actor while a training needs one; its counters are left in the run's folder when it ends."""
+    """The run's reward actors while a training needs one; their counters are left in the run's folder when it ends."""
     if not wanted or config.cf.rewards != "actor":
         yield
         return
     from ilrec_dist.cf.service import RewardClient, reward_actors
 
-    folders, name, shards = RunFolders(config.run_dir), reward_actor_name(config), config.cf.reward_shards
-    with reward_actors(folders.cf, folders.data, folders.items, name=name, shards=shards, max_restarts=-1):
+    folders, name, replicas, shards = RunFolders(config.run_dir), reward_actor_name(config), config.cf.reward_replicas, config.cf.reward_shards
+    with reward_actors(folders.cf, folders.data, folders.items, name=name, replicas=replicas, shards=shards, max_restarts=-1):
         yield
-        write_json(folders.cf / "actor-counters.json", RewardClient(name, shards=shards).counters())
+        write_json(folders.cf / "actor-counters.json", RewardClient(name, replicas, shards).counters())
 
 
 def reward_actor_name(config: Config) -> str:

@@ -41,15 +41,23 @@ class Workspace:
         return Trie(self.catalogue)
 
     def reward_source(self) -> RewardSource:
-        """The run's Ray actor, or the same computation in this process."""
+        """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
+        source: RewardSource
         if self.config.cf.rewards == "actor":
             from ilrec_dist.cf.service import RewardClient
             from ilrec_dist.training.launch import reward_actor_name
 
-            return RewardClient(reward_actor_name(self.config), shards=self.config.cf.reward_shards)
-        from ilrec_dist.cf.rewards import TokenRewards
+            cf = self.config.cf
+            source = RewardClient(reward_actor_name(self.config), cf.reward_replicas, cf.reward_shards, retries=cf.reward_retries)
+        else:
+            from ilrec_dist.cf.rewards import TokenRewards
 
-        return TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
+            source = TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
+        if self.config.cf.reward_cache:
+            from ilrec_dist.cf.cache import CachedRewards, cache_folder
+
+            source = CachedRewards(source, cache_folder(self.folders.cf, self.prepared), self.prepared, self.trie)
+        return source
 
     def validation_users(self, count: int) -> np.ndarray:
         """A fixed seeded sample of `count` users, all when 0 or more than there are; ascending int64."""

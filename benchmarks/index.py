@@ -1,0 +1,129 @@
+"""How long does an index take, and how small and fast is its trie?  python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
+
+Build: item vectors (64 wide, drawn as sums of code vectors and noise) → 4 × 256 codes by residual quantisation, collisions repaired, catalogue, report and
+index.json written: all that `ilrec index build` does with given vectors. Trie: random tuples of 4 × 256 codes; bytes of the trie's own arrays, and the
+next-token candidates (CSR) of 20,000 random prefixes at each depth, the median of 9 calls. Each part runs in a process of its own, for its peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from ilrec_dist.config import ItemsConfig
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.build import build_index
+from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.trie import Trie
+
+WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
+
+
+def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
+    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first unevenly filled, and noise."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((items, WIDTH), dtype=np.float32)
+    vectors *= 0.3
+    popularity = 1 / np.arange(1, CODES + 1) ** 0.5
+    for spread, weights in ((1.0, popularity / popularity.sum()), (0.7, None), (0.5, None)):
+        centres = spread * rng.standard_normal((CODES, WIDTH), dtype=np.float32)
+        vectors += centres[rng.choice(CODES, items, p=weights)]
+    return vectors
+
+
+def measure_build(items: int) -> dict[str, Any]:
+    vectors = draw_vectors(items)
+    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(items)])
+    config = ItemsConfig(embedding="cf", levels=LEVELS, codes_per_level=CODES, collisions="resolve")
+    with tempfile.TemporaryDirectory() as temporary:
+        started = time.perf_counter()
+        report = build_index(config, prepared, Path(temporary) / "items", vectors)
+        seconds = time.perf_counter() - started
+    collisions = report["collisions"]
+    return {
+        "items": items,
+        "seconds": seconds,
+        "colliding_before": collisions["before"]["share"],
+        "colliding_after": collisions["after"]["items"],
+        "resolved_by": collisions["resolved_by"],
+        "entropy_bits": [level["entropy_bits"] for level in report["levels"]],
+    }
+
+
+def measure_trie(items: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    catalogue = make_catalogue(rng.integers(0, CODES, (items, LEVELS), dtype=np.int32), [CODES] * LEVELS)
+    started = time.perf_counter()
+    trie = Trie(catalogue)
+    result: dict[str, Any] = {"items": items, "trie_seconds": time.perf_counter() - started, "bytes_per_item": trie.nbytes / items}
+    result["candidates_ms"] = []
+    for depth in range(LEVELS):
+        nodes = rng.integers(0, trie.num_nodes(depth), PREFIXES)
+        seconds = []
+        for _ in range(CALLS):
+            started = time.perf_counter()
+            trie.candidates(depth, nodes)
+            seconds.append(time.perf_counter() - started)
+        result["candidates_ms"].append(1000 * float(np.median(seconds)))
+    return result
+
+
+def in_its_own_process(what: str, items: int, threads: int) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, __file__, "--one", what, str(items), "--threads", str(threads)], env=environment, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def one(what: str, items: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    result = measure_build(items) if what == "build" else measure_trie(items)
+    print(json.dumps(result | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10⁵ and 10⁶ items, under 50 seconds on two free cores")
+    parser.add_argument("--items", type=int, help="items of the build (default 10⁶)")
+    parser.add_argument("--trie", type=int, help="items of the trie (default 10⁷)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments.one[0], int(arguments.one[1]), arguments.threads)
+        return
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads, "faiss": faiss.__version__, "numpy": np.__version__}
+    print(machine, flush=True)
+    build = in_its_own_process("build", arguments.items or (100_000 if arguments.quick else 1_000_000), arguments.threads)
+    print(
+        f"build: {build['items']:,} items in {build['seconds']:.1f} s, peak {build['peak_mib']:,.0f} MiB; colliding {build['colliding_before']:.2%} before, "
+        f"{build['colliding_after']} items after, resolved by {build['resolved_by']}",
+        flush=True,
+    )
+    trie = in_its_own_process("trie", arguments.trie or (1_000_000 if arguments.quick else 10_000_000), arguments.threads)
+    milliseconds = ", ".join(f"{value:.1f}" for value in trie["candidates_ms"])
+    print(
+        f"trie: {trie['items']:,} items, {trie['bytes_per_item']:.1f} bytes an item, built in {trie['trie_seconds']:.1f} s, peak {trie['peak_mib']:,.0f} MiB; "
+        f"candidates of {PREFIXES:,} prefixes at depth 0 … {LEVELS - 1}: {milliseconds} ms"
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "build": build, "trie": trie}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Rewards kept on disk per (user, position): a second epoch or run reads what the first one computed (`cf.reward_cache`; METHOD.md §5)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ilrec_dist.cf.client import Meter, Pending, ThreadPending
+from ilrec_dist.cf.folder import read_manifest
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.trie import Trie
+
+RECORD = np.dtype([("target", "<i8"), ("offset", "<i8"), ("count", "<i4"), ("crc", "<u4")])
+ROWS = 40  # bits of a record's number within its file; the file's number stands above them
+
+
+class Source(Protocol):
+    meter: Meter
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending: ...
+
+
+def cache_folder(cf_folder: str | Path, prepared: Prepared) -> Path:
+    """Where rewards of these models, indexes, codes and histories are kept: the name is a hash over the contents of all of them."""
+    manifest = read_manifest(cf_folder)
+    digest = hashlib.sha256(json.dumps([manifest["catalogue"], sorted(manifest["sha256"].items())]).encode())
+    digest.update(np.ascontiguousarray(prepared.items, "<i4").tobytes())
+    digest.update(np.ascontiguousarray(prepared.offsets, "<i8").tobytes())
+    return Path(cf_folder) / "reward-cache" / digest.hexdigest()[:32]
+
+
+class CachedRewards:
+    """A source of rewards with the disk before it. A request is answered from disk when all its targets are there, with the bits that were stored;
+    else the source computes all of it, so that a repeated request has the same bits whether or not a part of it had been asked for before.
+
+    Every process appends to two files of its own – values, then a record a target with its CRC-32 – and reads those of all. What a killed writer left
+    half-written has no record, or one whose sum is wrong; it is computed again.
+    """
+
+    def __init__(self, source: Source, folder: str | Path, prepared: Prepared, trie: Trie) -> None:
+        self.source, self.meter, self.prepared, self.trie, self.folder = source, source.meter, prepared, trie, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._place = np.full(prepared.num_interactions, -1, np.int64)  # of each target (its place in prepared.items): file and record
+        self._names: list[str] = []
+        self._records: list[np.ndarray] = []
+        self._own = self.folder / uuid.uuid4().hex
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-cache")
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
+        """As `TokenRewards.fetch_async`."""
+        targets = self.prepared.offsets[users] + positions
+        if (self._place[targets] < 0).any():
+            self._refresh()
+        found = self._read(targets) if (self._place[targets] >= 0).all() else None
+        if found is not None:
+            self.meter.cached += 1
+            return ThreadPending(self.meter, self._thread, lambda: found)
+        pending = self.source.fetch_async(users, positions)
+        pending.keep = partial(self._store, targets)
+        return pending
+
+    def _refresh(self) -> None:
+        """Learn what all writers have added."""
+        for path in sorted(self.folder.glob("*.records")):
+            if path.stem not in self._names:
+                self._names.append(path.stem)
+                self._records.append(np.zeros(0, RECORD))
+            number = self._names.index(path.stem)
+            known = len(self._records[number])
+            new = np.fromfile(path, RECORD, offset=known * RECORD.itemsize)  # whole records only
+            if len(new):
+                self._records[number] = np.concatenate([self._records[number], new])
+                self._place[new["target"]] = (number << ROWS) + known + np.arange(len(new))
+
+    def _read(self, targets: np.ndarray) -> np.ndarray | None:
+        """The stored rewards of targets that all have a record, float32; None, and the records forgotten, where one does not hold."""
+        place = self._place[targets]
+        files, rows = place >> ROWS, place & ((1 << ROWS) - 1)
+        records = np.empty(len(targets), RECORD)
+        for number in np.unique(files):
+            records[files == number] = self._records[number][rows[files == number]]
+        ends = np.cumsum(records["count"], dtype=np.int64)
+        rewards = np.empty(int(ends[-1]) if len(ends) else 0, np.float32)
+        whole = True
+        for number in np.unique(files):
+            with open(self.folder / f"{self._names[number]}.values", "rb", buffering=0) as file:
+                for which in np.flatnonzero(files == number):
+                    _, offset, count, crc = records[which].tolist()
+                    value = os.pread(file.fileno(), 4 * count, offset)
+                    if len(value) == 4 * count and zlib.crc32(value) == crc:
+                        rewards[ends[which] - count : ends[which]] = np.frombuffer(value, "<f4")
+                    else:
+                        self._place[targets[which]] = -1
+                        whole = False
+        return rewards if whole else None
+
+    def _store(self, targets: np.ndarray, rewards: np.ndarray) -> None:
+        """Append the rewards of a request to this process's files: the values first."""
+        items = self.prepared.items[targets]
+        counts = np.zeros(len(items), np.int64)
+        for depth, start in enumerate(self.trie.child_start):
+            node = self.trie.item_node(depth, items)
+            counts += start[node + 1] - start[node]
+        values = memoryview(rewards.astype("<f4").tobytes())
+        records = np.zeros(len(targets), RECORD)
+        records["target"], records["count"] = targets, counts
+        ends = 4 * np.cumsum(counts)
+        records["crc"] = [zlib.crc32(values[begin:end]) for begin, end in zip(ends - 4 * counts, ends, strict=True)]
+        with open(self._own.with_suffix(".values"), "ab") as file:
+            records["offset"] = file.tell() + ends - 4 * counts
+            file.write(values)
+        with open(self._own.with_suffix(".records"), "ab") as file:
+            file.write(records.tobytes())

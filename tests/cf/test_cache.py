@@ -1,0 +1,95 @@
+"""Rewards on disk: the bits that were computed, for any later request, and never a wrong or half-written one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ilrec_dist.cf.cache import RECORD, CachedRewards, cache_folder
+from ilrec_dist.cf.client import Meter
+from tests.cf.conftest import World, training_targets, with_sequence
+
+
+class Nobody:
+    """A source that must not be asked."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> None:
+        raise AssertionError(f"{len(users)} targets were not on disk")
+
+
+def batches(world: World, size: int = 40) -> list[tuple[np.ndarray, np.ndarray]]:
+    users, positions = training_targets(world.prepared)
+    order = np.random.default_rng(size).permutation(len(users))
+    return [(users[part], positions[part]) for part in np.array_split(order, len(order) // size)]
+
+
+def by_target(world: World, users: np.ndarray, positions: np.ndarray, rewards: np.ndarray) -> dict[tuple[int, int], bytes]:
+    indptr, _ = world.trie.target_candidates(world.prepared.items[world.prepared.offsets[users] + positions])
+    cuts = indptr[:: world.trie.depth]
+    return {(int(u), int(p)): rewards[a:b].tobytes() for u, p, a, b in zip(users, positions, cuts[:-1], cuts[1:], strict=True)}
+
+
+def filled(world: World, folder: Path) -> dict[tuple[int, int], bytes]:
+    cached, plain, stored = CachedRewards(world.rewards(), folder, world.prepared, world.trie), world.rewards(), {}
+    for batch in batches(world):
+        rewards = cached.fetch_async(*batch).result()
+        assert np.array_equal(rewards, plain.fetch(*batch))
+        stored |= by_target(world, *batch, rewards)
+    assert cached.meter.cached == 0
+    return stored
+
+
+def test_a_second_epoch_and_a_second_run_read_the_same_bits(world: World, tmp_path: Path) -> None:
+    stored = filled(world, tmp_path)
+    later = CachedRewards(Nobody(), tmp_path, world.prepared, world.trie)  # type: ignore[arg-type]
+    for batch in batches(world, 25) + batches(world):  # another epoch's batches, and the first one's
+        assert all(stored[target] == found for target, found in by_target(world, *batch, later.fetch_async(*batch).result()).items())
+    assert later.meter.summary()["cached"] == later.meter.answers == len(batches(world, 25)) + len(batches(world))
+
+
+def test_writers_read_each_other(world: World, tmp_path: Path) -> None:
+    one, two = (CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie) for _ in range(2))
+    first, second = batches(world)[:2]
+    one.fetch_async(*first).result()
+    two.fetch_async(*second).result()
+    mixed = tuple(np.concatenate(parts) for parts in zip(second, first, strict=True))
+    one.fetch_async(*mixed).result()
+    assert one.meter.cached == 1 and len(list(tmp_path.glob("*.records"))) == 2
+
+
+def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path: Path) -> None:
+    stored, batch = filled(world, tmp_path), batches(world)[0]
+    (values,), (records,) = tmp_path.glob("*.values"), tmp_path.glob("*.records")
+    data = bytearray(values.read_bytes())
+    data[5] ^= 1  # the first batch's first target
+    values.write_bytes(data)
+    records.write_bytes(records.read_bytes() + b"\0" * (RECORD.itemsize // 2))
+    again = CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie)
+    assert np.array_equal(again.fetch_async(*batch).result(), world.rewards().fetch(*batch)) and again.meter.cached == 0
+    assert by_target(world, *batch, again.fetch_async(*batch).result()).items() <= stored.items() and again.meter.cached == 1
+    values.write_bytes(values.read_bytes()[:-4])  # as if a crash had lost the last write
+    last = batches(world)[-1]
+    assert np.array_equal(again.fetch_async(*last).result(), world.rewards().fetch(*last)) and again.meter.cached == 1
+
+
+def test_other_contents_have_another_place(world: World, tmp_path: Path) -> None:
+    here = cache_folder(world.cf, world.prepared)
+    assert here == cache_folder(world.cf, replace(world.prepared)) and here.parent == world.cf / "reward-cache"
+    sequence = world.prepared.sequence(0)[::-1]
+    assert cache_folder(world.cf, with_sequence(world.prepared, 0, sequence)) != here
+    manifest = (world.cf / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace('"fold0.safetensors": "', '"fold0.safetensors": "0'))
+    assert cache_folder(tmp_path, world.prepared).name != here.name
+
+
+def test_the_source_s_errors_store_nothing(world: World, tmp_path: Path) -> None:
+    cached = CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie)
+    with pytest.raises(ValueError, match="position"):
+        cached.fetch_async(np.array([0]), np.array([0])).result()
+    assert list(tmp_path.iterdir()) == []
