@@ -74,7 +74,7 @@ def _parquet_batches(path: Path, columns: dict[str, str], rejects: Rejects) -> I
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(path, buffer_size=8 << 20)  # not mapped: pages of a mapped file count as memory
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
