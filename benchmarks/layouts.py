@@ -74,7 +74,7 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     from ilrec_dist.objective.step import Objective
     from ilrec_dist.training.batches import BatchMaker, Ready
     from ilrec_dist.training.engine import build_engine, learning_rate
-    from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_windows
+    from ilrec_dist.training.windows import EpochSteps, steps_per_epoch, training_windows
     from ilrec_dist.training.worker import _tensors, shared_rewards
     from ilrec_dist.training.workspace import Workspace, build_backbone
 
@@ -93,7 +93,7 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     began = time.monotonic()
     for step in range(steps):
         epoch, place = divmod(step, length)
-        numbers = epoch_steps(windows, config.train.batch_size, 0, epoch)[place]
+        numbers = EpochSteps(windows, config.train.batch_size, 0, epoch)[place]
         batch = maker.make(numbers, windows.take(numbers).num_targets * space.catalogue.depth)
         ready = Ready(batch, rewards.fetch_async(batch.users, batch.positions) if rewards is not None else None)
         for group in engine.optimizer.param_groups:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, TypeVar
 
 import yaml
-from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from annotated_types import Ge, Gt, Interval, Len, MinLen
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from ilrec_dist.errors import UserError
 
@@ -20,6 +20,7 @@ NonNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+Text = Annotated[str, BeforeValidator(str)]  # YAML makes dates of 2018-10-01
 T = TypeVar("T")
 
 
@@ -52,6 +53,9 @@ class DataConfig:
     time_column: Optional[str] = "timestamp"  # csv, parquet; null: the rows are in chronological order
     min_user_interactions: Positive = 5  # k-core: to the fixed point (generated data are not filtered)
     min_item_interactions: Positive = 5
+    split: Literal["leave_one_out", "chronological"] = "leave_one_out"
+    split_ratio: Annotated[list[PositiveFloat], Len(3, 3)] = field(default_factory=lambda: [0.8, 0.1, 0.1])  # chronological: shares of interactions
+    split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = None  # chronological: where validation and test begin, instead of split_ratio
     max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
@@ -329,6 +333,8 @@ def _check_together(config: Config, source: str) -> None:
     backbone, objective, launch, train = config.backbone, config.objective, config.launch, config.train
     if config.data.format != "synthetic" and config.data.path is None:
         refuse("data.path", f"data.format {config.data.format!r} needs the path of the data")
+    if abs(sum(config.data.split_ratio) - 1) > 1e-6:
+        refuse("data.split_ratio", f"the shares {config.data.split_ratio} add up to {sum(config.data.split_ratio):g}, expected 1")
     if backbone.hidden_size % backbone.num_heads:
         refuse("backbone.num_heads", f"{backbone.num_heads} heads do not divide backbone.hidden_size {backbone.hidden_size}")
     kv_heads = backbone.num_kv_heads or backbone.num_heads

@@ -231,8 +231,9 @@ def _without(section: Any, *names: str) -> dict[str, Any]:
 
 
 def _data_settings(config: Config) -> dict[str, Any]:
-    data = _without(config.data, "path", "items_path")  # the files' bytes count, not where they lie
-    return data if config.data.format == "synthetic" else {key: value for key, value in data.items() if key != "synthetic"}
+    unused = [] if config.data.format == "synthetic" else ["synthetic"]
+    unused += ["split", "split_ratio", "split_dates"] if config.data.split == "leave_one_out" else []
+    return _without(config.data, "path", "items_path", *unused)  # the files' bytes count, not where they lie
 
 
 def _items_settings(config: Config) -> dict[str, Any]:

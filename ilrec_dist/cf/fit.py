@@ -20,15 +20,12 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Histories:
-    """Some users' interactions, as the trainer sees them: the last item of each is never read, the last but one only for validation."""
+    """Some users' interactions, as the trainer sees them: only the training part, and for validation the items up to that target."""
 
     items: np.ndarray  # int32 [T], all users' interactions
     starts: np.ndarray  # int64 [u]
-    lengths: np.ndarray  # int64 [u], whole history
-
-    @property
-    def training_lengths(self) -> np.ndarray:
-        return np.maximum(self.lengths - 2, 0)
+    training_lengths: np.ndarray  # int64 [u]
+    validation: np.ndarray  # int64 [u], place of the validation target in the user's sequence; below 1: none
 
     def training_targets(self) -> tuple[np.ndarray, np.ndarray]:
         """(row of `starts`, position) of every training item but each user's first."""
@@ -38,7 +35,9 @@ class Histories:
     def known_items(self, num_items: int) -> np.ndarray:
         """bool [num_items]: what occurs in the training part."""
         known = np.zeros(num_items, dtype=bool)
-        known[self.items[np.repeat(self.starts, self.training_lengths) + ragged_arange(self.training_lengths)]] = True
+        for low in range(0, len(self.starts), 100_000):  # users at a time: nothing as long as all interactions is made
+            lengths = self.training_lengths[low : low + 100_000]
+            known[self.items[np.repeat(self.starts[low : low + 100_000], lengths) + ragged_arange(lengths)]] = True
         return known
 
 
@@ -127,7 +126,7 @@ def window_loss(model: SASRec, items: np.ndarray, begin: np.ndarray, count: np.n
 @torch.no_grad()
 def validation_ndcg(model: SASRec, histories: Histories, batch_size: int = 512) -> float:
     """Mean NDCG@10 of each user's validation item, full ranking, history items kept, ties in item order; 0 without users."""
-    positions = histories.lengths - 2
+    positions = histories.validation
     users = np.flatnonzero(positions >= 1)
     total = 0.0
     for start in range(0, len(users), batch_size):

@@ -22,5 +22,5 @@ def sasrec_scores(cf_folder: str | Path, prepared: Prepared, users: np.ndarray, 
     model = load_cf(cf_folder)
     users = np.asarray(users, np.int64)
     starts = prepared.offsets[users]
-    queries = encode(model, prepared.items, starts, prepared.history_stop(split)[users] - starts)
+    queries = encode(model, prepared.items, starts, prepared.history_stop(split, users) - starts)
     return (queries @ model.items.weight.t()).numpy()

@@ -47,7 +47,7 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
     """
     started = time.perf_counter()
     kind = index_kind(config, prepared.num_items)
-    histories = Histories(prepared.items, prepared.offsets[:-1], prepared.lengths())
+    histories = Histories(prepared.items, prepared.offsets[:-1], prepared.train_lengths(), prepared.target_places("validation"))
     folds = user_folds(prepared.user_ids, config.cf_folds)
     with committed_folder(out) as work:
         full, full_report = train_model(config, prepared.num_items, histories, "full", config.seed, progress)
@@ -88,7 +88,8 @@ def index_kind(config: CFConfig, num_items: int) -> str:
 
 
 def _users(histories: Histories, chosen: np.ndarray) -> Histories:
-    return dataclasses.replace(histories, starts=histories.starts[chosen], lengths=histories.lengths[chosen])
+    parts = {name: getattr(histories, name)[chosen] for name in ("starts", "training_lengths", "validation")}
+    return dataclasses.replace(histories, **parts)
 
 
 def _log_probabilities(histories: Histories, folds: np.ndarray, full: SASRec, models: list[SASRec]) -> dict[str, Any]:
@@ -103,8 +104,8 @@ def _log_probabilities(histories: Histories, folds: np.ndarray, full: SASRec, mo
         in_fold.append(mean_log_probability(model, own, *own.training_targets()))
         scored = _users(histories, folds == fold)
         cross_fitted.append(mean_log_probability(model, scored, *scored.training_targets()))
-    rows = np.flatnonzero(histories.lengths >= 3)
-    validation = mean_log_probability(full, histories, rows, histories.lengths[rows] - 2)
+    rows = np.flatnonzero(histories.validation >= 1)
+    validation = mean_log_probability(full, histories, rows, histories.validation[rows])
     return {"in_fold": _pool(in_fold), "cross_fitted": _pool(cross_fitted), "validation": validation}
 
 

@@ -37,11 +37,14 @@ def export_data(folder: str | Path, form: str, out: str | Path, name: str, index
 
     lcrec: NAME.inter.json, NAME.item.json and, with `index` (the index stage's index.json), NAME.index.json.
     recbole: NAME.inter (timestamps as stored, or the place in the history where there are none) and NAME.item; leave-one-out over it
-    (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Ids are kept. Raises UserError for another form.
+    (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Ids are kept. Raises UserError for another form, and for
+    data of a chronological split, which neither form can carry.
     """
     if form not in FORMATS:
         raise UserError(f"export format {form!r}: expected one of {', '.join(FORMATS)}")
     prepared = load_prepared(folder)
+    if prepared.places is not None:
+        raise UserError(f"{folder}: split chronologically, but files of {form} are split by leave-one-out; prepare with data.split=leave_one_out to export")
     with committed_folder(out) as work:
         if form == "lcrec":
             _lcrec(prepared, work, name, index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ilrec_dist.config import DataConfig, config_to_dict
 from ilrec_dist.data.encoder import Encoder
 from ilrec_dist.data.files import committed_folder, sha256_file, write_json
 from ilrec_dist.data.ingest import Core, Rows, Spill, k_core, sort_rows, spill_batches
-from ilrec_dist.data.prepared import FILES, FORMAT_VERSION
+from ilrec_dist.data.prepared import FORMAT_VERSION
 from ilrec_dist.data.readers.amazon import amazon_files, read_amazon
 from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
 from ilrec_dist.data.readers.minionerec import minionerec_files, read_minionerec
@@ -27,6 +27,7 @@ from ilrec_dist.data.readers.recbole import read_recbole, recbole_files
 from ilrec_dist.data.readers.sequences import read_sequences, sequences_files
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.data.readers.tables import read_csv, read_parquet, table_files
+from ilrec_dist.data.split import Cuts, find_cuts, places
 from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
 from ilrec_dist.data.threads import ahead, ordered_map
 from ilrec_dist.errors import UserError
@@ -51,7 +52,6 @@ INPUT_FILES: dict[str, Callable[[DataConfig], list[Path]]] = {
     "sequences": sequences_files,
     "minionerec": minionerec_files,
 }
-OPTIONAL_FILES = ("true_model.npz", "rejects.jsonl")
 ROW_GROUP = 1_000_000
 MIN_LENGTH = 3  # one training item, the validation target, the test target
 
@@ -66,12 +66,13 @@ def prepare(config: DataConfig, out: str | Path) -> dict[str, Any]:
 
     interactions.parquet: user int32, item int32 and, where the source has times, timestamp int64, sorted by (user, time, file order).
     users.parquet: id, interactions. items.parquet: id, title, text. Indices follow the ids' order: by value where all are integers, else by string.
+    sequences.npy int32 [T] and offsets.npy int64 [U + 1]: the items again, to be mapped into memory. places.npy: of a chronological split (`split.places`).
     Raises UserError for unreadable input, users too short for leave-one-out, or nothing left by the k-core. `out` is replaced as a whole.
     """
     files = input_files(config)
     with committed_folder(out) as folder:
         counts = _generate(config, folder) if config.format == "synthetic" else _ingest(config, folder)
-        names = [*FILES, *(name for name in OPTIONAL_FILES if (folder / name).exists())]
+        names = sorted(path.name for path in folder.iterdir())
         manifest = {
             "version": FORMAT_VERSION,
             "format": config.format,
@@ -106,15 +107,21 @@ def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:
     repeats = sort_rows(read, rows, user_rank, item_rank)
     core = k_core(rows, len(user_ids), len(item_ids), config.min_user_interactions, config.min_item_interactions)
     _check_core(core, config, source)
-    lengths = _write_interactions(rows, core, folder / "interactions.parquet")
+    cuts = _cuts(config, rows, core, source)
+    lengths, before = _write_interactions(rows, core, folder, cuts)
     kept_users, kept_items = user_ids.filter(pa.array(core.users)), item_ids.filter(pa.array(core.items))
-    _check_lengths(lengths, kept_users, source)
+    split: dict[str, Any] = {}
+    if cuts is None:
+        _check_lengths(lengths, kept_users, source)
+    else:
+        found, split["split"] = places(lengths, before, cuts)
+        np.save(folder / "places.npy", found)
     _write_tables(folder, kept_users.cast(pa.string()), lengths, _item_table(kept_items, source.item_table()))
     shutil.rmtree(scratch)
     if rejects.rows:
         lines = (json.dumps(row, ensure_ascii=False) for row in rejects.rows)
         (folder / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
+    return split | {
         "users": len(kept_users),
         "items": len(kept_items),
         "interactions": core.rows,
@@ -133,11 +140,14 @@ def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 def _generate(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Write the generated shop. It is not filtered: an item that nobody took stays in, for the true model knows it."""
+    if config.split != "leave_one_out":
+        raise UserError(f"data.split {config.split}: the generated data have no times; leave it at leave_one_out")
     model = draw_model(config.synthetic)
     items, offsets = draw_histories(model, config.synthetic)
     lengths = np.diff(offsets)
     users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     pq.write_table(pa.table({"user": users, "item": items}), folder / "interactions.parquet", compression="zstd", row_group_size=ROW_GROUP)
+    np.save(folder / "sequences.npy", items)
     _write_tables(folder, pa.array([str(user) for user in range(len(lengths))]), lengths, item_table(model, config.synthetic))
     model.save(folder / "true_model.npz")
     return {
@@ -152,6 +162,7 @@ def _generate(config: DataConfig, folder: Path) -> dict[str, Any]:
 def _write_tables(folder: Path, user_ids: pa.Array, lengths: np.ndarray, items: pa.Table) -> None:
     pq.write_table(pa.table({"id": user_ids, "interactions": pa.array(lengths, pa.int32())}), folder / "users.parquet", compression="zstd")
     pq.write_table(items, folder / "items.parquet", compression="zstd")
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 
 def _check_core(core: Core, config: DataConfig, source: Source) -> None:
@@ -172,17 +183,38 @@ def _check_lengths(lengths: np.ndarray, user_ids: pa.Array, source: Source) -> N
         )
 
 
-def _write_interactions(rows: Spill, core: Core, path: Path) -> np.ndarray:
-    """Write the surviving rows under their final indices; returns the interactions of every surviving user, int64."""
+def _cuts(config: DataConfig, rows: Spill, core: Core, source: Source) -> Cuts | None:
+    """Where a chronological split cuts; None for leave-one-out."""
+    if config.split == "leave_one_out":
+        return None
+    if not rows.timed:
+        raise UserError(f"{source.main_file}: data.split {config.split} needs times, and these interactions have none; use leave_one_out")
+
+    def times() -> Iterator[np.ndarray]:
+        for user, item, time in ordered_map(lambda range_: rows.read(*range_), rows.ranges()):
+            yield time[core.users[user] & core.items[item]]  # type: ignore[index]
+
+    return find_cuts(config, times, core.rows)
+
+
+def _write_interactions(rows: Spill, core: Core, folder: Path, cuts: Cuts | None) -> tuple[np.ndarray, np.ndarray]:
+    """Write the surviving rows under their final indices; returns every surviving user's interactions, int64 [U], and those before each cut, [2, U]."""
     new_user, new_item = np.cumsum(core.users, dtype=np.int32) - 1, np.cumsum(core.items, dtype=np.int32) - 1
-    lengths = np.zeros(int(core.users.sum()), np.int64)
+    lengths, before = np.zeros(int(core.users.sum()), np.int64), np.zeros((2, int(core.users.sum())), np.int64)
     schema = pa.schema([("user", pa.int32()), ("item", pa.int32()), *([("timestamp", pa.int64())] if rows.timed else [])])
     encoding = dict.fromkeys(schema.names, "DELTA_BINARY_PACKED")  # smaller and three times as fast to write as dictionaries of sorted rows
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, column_encoding=encoding) as writer:
+    with (
+        pq.ParquetWriter(folder / "interactions.parquet", schema, compression="zstd", use_dictionary=False, column_encoding=encoding) as writer,
+        open(folder / "sequences.npy", "wb") as sequences,
+    ):
+        np.lib.format.write_array_header_1_0(sequences, {"descr": "<i4", "fortran_order": False, "shape": (core.rows,)})
         for columns in ordered_map(lambda range_: _surviving(rows.read(*range_), core, new_user, new_item), rows.ranges()):
             lengths += np.bincount(columns[0], minlength=len(lengths))
+            for row, cut in enumerate((cuts.validation, cuts.test) if cuts else ()):
+                before[row] += np.bincount(columns[0][columns[2] < cut], minlength=len(lengths))
+            sequences.write(columns[1].data)
             writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), row_group_size=ROW_GROUP)
-    return lengths
+    return lengths, before
 
 
 def _surviving(rows: Rows, core: Core, new_user: np.ndarray, new_item: np.ndarray) -> list[np.ndarray]:

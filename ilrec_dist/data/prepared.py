@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -14,18 +15,27 @@ import pyarrow.parquet as pq
 from ilrec_dist.data.files import read_json_object
 from ilrec_dist.errors import UserError
 
-FORMAT_VERSION = 1
-FILES = ("interactions.parquet", "users.parquet", "items.parquet")
+FORMAT_VERSION = 2
+SPLITS = ("validation", "test")
+Users = np.ndarray | slice  # which users: their numbers, or ALL
+ALL = slice(None)
 
 
 class Strings(Sequence[str]):
-    """A column of strings that stays in Arrow: 10⁷ ids cost their bytes, not a Python object each. A missing value reads as ""."""
+    """A column of strings in a Parquet file, read when first looked at and kept in Arrow: 10⁷ ids cost their bytes, not a Python object each.
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self.column = column
+    A missing value reads as "".
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.rows = path, name, pq.read_metadata(path).num_rows
+
+    @cached_property
+    def column(self) -> pa.ChunkedArray:
+        return pq.read_table(self.path, columns=[self.name]).column(self.name)
 
     def __len__(self) -> int:
-        return len(self.column)
+        return self.rows
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -53,7 +63,11 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """One data set. Leave-one-out (METHOD.md §9): of a user's sequence [-1] is the test target, [-2] the validation target, [:-2] training."""
+    """One data set. Leave-one-out (METHOD.md §9): of a user's sequence [-1] is the test target, [-2] the validation target, [:-2] training.
+
+    With `places` (data.split chronological): training is a user's first places[0] interactions, the targets stand at places[1] (validation) and
+    places[2] (test), -1 for users who have none. In either case a target's history is all that stands before it.
+    """
 
     items: np.ndarray  # int32 [T] item index, all users' interactions, chronological within a user
     offsets: np.ndarray  # int64 [U+1]
@@ -61,6 +75,7 @@ class Prepared:
     item_ids: Sequence[str]
     titles: Sequence[str] | None = None
     texts: Sequence[str] | None = None
+    places: np.ndarray | None = None  # int32 [3, U]
 
     @property
     def num_users(self) -> int:
@@ -78,68 +93,81 @@ class Prepared:
         """int32 view of the user's whole history, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
-    def lengths(self) -> np.ndarray:
-        """int64 [U] interactions per user."""
-        return np.diff(self.offsets)
+    def lengths(self, users: Users = ALL) -> np.ndarray:
+        """int64 interactions of each user."""
+        return self.offsets[1:][users] - self.offsets[:-1][users]
 
-    def train_lengths(self) -> np.ndarray:
-        """int64 [U] training interactions per user: all but the last two."""
-        return np.maximum(self.lengths() - 2, 0)
+    def train_lengths(self, users: Users = ALL) -> np.ndarray:
+        """int64 training interactions of each user: a beginning of their sequence; for leave-one-out all but the last two."""
+        return np.maximum(self.lengths(users) - 2, 0) if self.places is None else self.places[0][users].astype(np.int64)
 
-    def targets(self, split: str) -> np.ndarray:
-        """int32 [U] the users' targets of split "validation" or "test"."""
-        return self.items[self.offsets[1:] - split_offset(split)]
+    def target_places(self, split: str, users: Users = ALL) -> np.ndarray:
+        """int64 place in each user's sequence of the target of split "validation" or "test"; below 1 for a user who is not evaluated."""
+        row = SPLITS.index(split)
+        return self.lengths(users) - len(SPLITS) + row if self.places is None else self.places[1 + row][users].astype(np.int64)
 
-    def history_stop(self, split: str) -> np.ndarray:
-        """int64 [U] end (exclusive, into `items`) of the history that split may see: at test time the validation item belongs to it."""
-        return self.offsets[1:] - split_offset(split)
+    def evaluated(self, split: str) -> np.ndarray:
+        """int64, ascending: the users who have a target in the split and something before it."""
+        return np.flatnonzero(self.target_places(split) >= 1)
+
+    def targets(self, split: str, users: Users = ALL) -> np.ndarray:
+        """int32 the targets of users who are evaluated."""
+        return self.items[self.history_stop(split, users)]
+
+    def history_stop(self, split: str, users: Users = ALL) -> np.ndarray:
+        """int64 end (exclusive, into `items`) of the history that split may see, of users who are evaluated; at test time it holds the validation item."""
+        return self.offsets[:-1][users] + self.target_places(split, users)
 
     def train_mask(self) -> np.ndarray:
         """bool [T] interactions of the training split."""
-        mask = np.ones(len(self.items), bool)
-        mask[self.offsets[1:] - 1] = False
-        mask[self.offsets[1:] - 2] = False
-        return mask
+        train = self.train_lengths()
+        return np.repeat(np.tile([True, False], self.num_users), np.stack([train, self.lengths() - train], axis=1).ravel())
 
     def user_of_interaction(self) -> np.ndarray:
         """int64 [T] the user of every interaction."""
         return np.repeat(np.arange(self.num_users), self.lengths())
 
 
-def split_offset(split: str) -> int:
-    """How far from the end of a user's sequence the split's target lies."""
-    if split not in ("validation", "test"):
-        raise ValueError(f"split {split!r}: expected validation or test")
-    return 1 if split == "test" else 2
-
-
 def load_prepared(folder: str | Path) -> Prepared:
-    """Load what `prepare` wrote. Raises UserError when the folder is missing, incomplete or of another version."""
+    """Open what `prepare` wrote: sequences are mapped into memory, ids and texts read when first used.
+
+    Raises UserError when the folder is missing, incomplete or of another version.
+    """
     folder = Path(folder)
     manifest_file = folder / "manifest.json"
     if not manifest_file.exists():
         raise UserError(f"{folder}: not a prepared data folder (no manifest.json); run `ilrec prepare` first")
     manifest = read_json_object(manifest_file)
-    if manifest.get("version") != FORMAT_VERSION:
+    if manifest.get("version") not in (1, FORMAT_VERSION):
         raise UserError(f"{manifest_file}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec prepare` again")
-    for name in FILES:
-        expected = manifest["files"][name]["bytes"]
-        if not (folder / name).exists() or (folder / name).stat().st_size != expected:
-            raise UserError(f"{folder / name}: missing or not of the {expected} bytes that the manifest names; run `ilrec prepare` again")
-    items = pq.read_table(folder / "interactions.parquet", columns=["item"]).column("item").to_numpy()
-    users = pq.read_table(folder / "users.parquet")
-    offsets = np.zeros(users.num_rows + 1, np.int64)
-    np.cumsum(users.column("interactions").to_numpy(), out=offsets[1:])
-    table = pq.read_table(folder / "items.parquet")
+    for name, entry in manifest["files"].items():
+        if not (folder / name).exists() or (folder / name).stat().st_size != entry["bytes"]:
+            raise UserError(f"{folder / name}: missing or not of the {entry['bytes']} bytes that the manifest names; run `ilrec prepare` again")
+    items, offsets = _read_version_1(folder) if manifest["version"] == 1 else (_mapped(folder / "sequences.npy"), _mapped(folder / "offsets.npy"))
     return Prepared(
         items=items,
         offsets=offsets,
-        user_ids=Strings(users.column("id")),
-        item_ids=Strings(table.column("id")),
-        titles=_texts(table.column("title")),
-        texts=_texts(table.column("text")),
+        user_ids=Strings(folder / "users.parquet", "id"),
+        item_ids=Strings(folder / "items.parquet", "id"),
+        titles=_texts(folder / "items.parquet", "title"),
+        texts=_texts(folder / "items.parquet", "text"),
+        places=_mapped(folder / "places.npy") if "places.npy" in manifest["files"] else None,
     )
 
 
-def _texts(column: pa.ChunkedArray) -> Strings | None:
-    return Strings(column) if column.null_count < len(column) else None
+def _mapped(path: Path) -> np.ndarray:
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _read_version_1(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Folders of before there were arrays to map: the whole Parquet column is read."""
+    lengths = pq.read_table(folder / "users.parquet", columns=["interactions"]).column(0).to_numpy()
+    return pq.read_table(folder / "interactions.parquet", columns=["item"]).column(0).to_numpy(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _texts(path: Path, name: str) -> Strings | None:
+    """The column, or None when it holds nothing but nulls; the file's statistics say so."""
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.to_arrow_schema().get_field_index(name)
+    groups = (metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups))
+    return Strings(path, name) if sum(group.null_count for group in groups) < metadata.num_rows else None

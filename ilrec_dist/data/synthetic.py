@@ -178,9 +178,11 @@ def bayes_scores(folder: str | Path, prepared: Prepared, users: np.ndarray, spli
     if not path.exists():
         raise UserError(f"{path}: no such file; only data.format synthetic has a known true distribution")
     model = TrueModel.load(path)
-    stops = prepared.history_stop(split)
+    stops = prepared.history_stop(split, users)
     scores = np.empty((len(users), prepared.num_items), np.float32)
     for start in range(0, len(users), SCORE_ROWS):
         batch = users[start : start + SCORE_ROWS]
-        scores[start : start + len(batch)] = model.next_probabilities([prepared.items[prepared.offsets[user] : stops[user]] for user in batch])
+        scores[start : start + len(batch)] = model.next_probabilities(
+            [prepared.items[prepared.offsets[user] : stop] for user, stop in zip(batch, stops[start:], strict=False)]
+        )
     return scores

@@ -41,7 +41,7 @@ def transition_scores(counts: Counts, prepared: Prepared, users: np.ndarray, spl
 
     The history is what `split` may see: at test time it includes the validation item.
     """
-    stop = prepared.history_stop(split)[users]
+    stop = prepared.history_stop(split, users)
     place = stop[:, None] - np.arange(1, LAST_ITEMS + 1)
     row, back = np.nonzero(place >= prepared.offsets[users][:, None])
     item = prepared.items[place[row, back]]

@@ -50,7 +50,7 @@ def evaluate_model(
     found = rank_histories(
         backbone,
         SearchSpace(trie, parallel.device),
-        Histories(prepared.items, prepared.offsets[users], prepared.history_stop(split)[users]),
+        Histories(prepared.items, prepared.offsets[users], prepared.history_stop(split, users)),
         beam=config.beam,
         batch_size=config.batch_size,
         softmax_scope=softmax_scope,
@@ -59,7 +59,7 @@ def evaluate_model(
         parallel=parallel,
         progress=progress,
     )
-    targets = prepared.targets(split)[users].astype(np.int64)
+    targets = prepared.targets(split, users).astype(np.int64)
     return join([_predictions(users[rows], targets[rows], ranked, config.exclude_seen) for rows, ranked in found])
 
 
@@ -84,9 +84,9 @@ def rank_all(score: Scorer, prepared: Prepared, *, users: np.ndarray, split: str
     for batch in _slices(users, max(1, SCORES_AT_ONCE // prepared.num_items)):
         scores = np.array(score(batch))  # a copy: what is seen is struck out below
         if exclude_seen:
-            seen = Histories(prepared.items, prepared.offsets[batch], prepared.history_stop(split)[batch]).seen(np.arange(len(batch)))
+            seen = Histories(prepared.items, prepared.offsets[batch], prepared.history_stop(split, batch)).seen(np.arange(len(batch)))
             scores[seen.rows, seen.items] = -np.inf
-        targets = prepared.targets(split)[batch].astype(np.int64)
+        targets = prepared.targets(split, batch).astype(np.int64)
         ranks = ranks_of_scores(scores, targets)
         items, top = top_items(scores, LISTED)
         parts.append(Predictions(batch, targets, items, top, ranks.first, ranks.tied, exclude_seen))

@@ -48,7 +48,7 @@ def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
 
 def evaluate_baselines(config: Config, space: Workspace) -> None:
     """Full ranking by every baseline on the test split, both with and without the items of the history. In the driver's process."""
-    users = np.arange(space.prepared.num_users)
+    users = space.prepared.evaluated("test")
     work = [(method, exclude) for method in baselines(config) for exclude in treatments(config)]
     with stage_progress("baselines", len(work), "rankings") as bar:
         for done, (method, exclude) in enumerate(work, start=1):
@@ -63,7 +63,7 @@ def evaluate_baselines(config: Config, space: Workspace) -> None:
 
 def evaluate_trained(config: Config, space: Workspace, parallel: ParallelState) -> None:
     """Beam search with the best weights of every trained (method, seed), on all users of the test split. Runs in every worker."""
-    users = np.arange(space.prepared.num_users)
+    users = space.prepared.evaluated("test")
     lead = dist.get_rank() == 0
     for method in config.train.methods:
         for seed in config.train.seeds:
@@ -112,8 +112,8 @@ def paired_intervals(config: Config) -> list[Interval]:
 
 def collect_examples(config: Config, space: Workspace) -> list[Example]:
     """A few users, drawn with a fixed seed, with history, target and what each trained method recommends."""
-    count = min(config.evaluation.examples, space.prepared.num_users)
-    users = np.sort(np.random.default_rng(EXAMPLE_SEED).permutation(space.prepared.num_users)[:count])
+    evaluated = space.prepared.evaluated("test")
+    users = np.sort(evaluated[np.random.default_rng(EXAMPLE_SEED).permutation(len(evaluated))[: config.evaluation.examples]])
     exclude = config.evaluation.exclude_seen
     found: dict[str, Predictions] = {
         method: Predictions.load(predictions_file(config, method, config.train.seeds[0], exclude)) for method in config.train.methods
@@ -128,7 +128,7 @@ def _example(space: Workspace, user: int, found: dict[str, Predictions]) -> Exam
         name = prepared.titles[item] if prepared.titles else ""
         return f"{name} [{prepared.item_ids[item]}]" if name else prepared.item_ids[item]
 
-    sequence = prepared.sequence(user)
+    sequence = prepared.sequence(user)[: int(prepared.target_places("test", np.array([user]))[0]) + 1]
     methods = {}
     for method, predictions in found.items():
         place = int(np.searchsorted(predictions.users, user))

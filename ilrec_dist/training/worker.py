@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ilrec_dist.stage_runs import RESULT
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.batches import Batch, BatchMaker, Ready, micro_batches, prefetched
 from ilrec_dist.training.engine import build_engine, learning_rate
-from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_windows
+from ilrec_dist.training.windows import EpochSteps, steps_per_epoch, training_windows
 from ilrec_dist.training.workspace import Workspace, build_backbone
 
 LOG_STEPS = 10
@@ -72,10 +73,12 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     progress = _resume(engine, folder / "checkpoints", fingerprint, parallel)
     log = MetricsLog(folder, resume_step=progress.step) if lead else None
 
+    order = lru_cache(1)(partial(EpochSteps, windows, config.train.batch_size, seed))  # of the epoch at hand
+
     def plan() -> Iterator[tuple[np.ndarray, int]]:
         for step in range(progress.step, steps):
             epoch, place = divmod(step, epoch_length)
-            numbers = epoch_steps(windows, config.train.batch_size, seed, epoch)[place]
+            numbers = order(epoch)[place]
             rows = windows.take(numbers).num_targets * depth
             for part in micro_batches(numbers, parallel.dp_rank, parallel.dp, config.train.accumulation_steps):
                 yield part, rows

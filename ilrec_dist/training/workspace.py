@@ -60,11 +60,11 @@ class Workspace:
         return source
 
     def validation_users(self, count: int) -> np.ndarray:
-        """A fixed seeded sample of `count` users, all when 0 or more than there are; ascending int64."""
-        users = np.arange(self.prepared.num_users)
+        """A fixed seeded sample of `count` users who have a validation target, all when 0 or more than there are; ascending int64."""
+        users = self.prepared.evaluated("validation")
         if count == 0 or count >= len(users):
             return users
-        return np.sort(np.random.default_rng(VALIDATION_SEED).permutation(users)[:count])
+        return np.sort(users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]])
 
 
 def max_positions(config: Config, depth: int) -> int:

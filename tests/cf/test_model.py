@@ -47,7 +47,7 @@ def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:
 
 def test_every_training_target_once_with_the_history_scoring_uses() -> None:
     lengths = np.array([3, 4, 2, 9, 17, 30])  # the last two of each are not training
-    histories = Histories(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths) - lengths, lengths)
+    histories = Histories(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths) - lengths, np.maximum(lengths - 2, 0), lengths - 2)
     begin, count, fresh = training_windows(histories, 4)
     assert count.max() <= 4
     found = [(int(b + i + 1), int(b)) for b, c, f in zip(begin, count, fresh, strict=True) for i in range(f, c)]

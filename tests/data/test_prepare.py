@@ -66,6 +66,15 @@ def test_leave_one_out_helpers(tmp_path):
     assert prepared.history_stop("test").tolist() == [3, 6, 11]
 
 
+def test_sequences_are_mapped_and_texts_read_when_used(tmp_path):
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert isinstance(prepared.items.base, np.memmap) and isinstance(prepared.offsets.base, np.memmap)
+    assert pq.read_table(tmp_path / "out" / "interactions.parquet")["item"].to_pylist() == prepared.items.tolist()
+    assert "column" not in vars(prepared.user_ids) and len(prepared.user_ids) == 3
+    assert prepared.user_ids[1:] == ["4", "10"] and "column" in vars(prepared.user_ids)
+
+
 def test_manifest_names_the_content_hashes_and_is_the_same_for_the_same_input(tmp_path):
     config = write_lcrec(tmp_path / "in")
     first, second = prepare(config, tmp_path / "a"), prepare(config, tmp_path / "b")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.training.windows import epoch_steps, steps_per_epoch, training_windows
+from ilrec_dist.training.windows import EpochSteps, steps_per_epoch, training_windows
 
 
 def prepared_with(lengths: list[int]) -> Prepared:
@@ -19,7 +19,8 @@ def prepared_with(lengths: list[int]) -> Prepared:
 @given(st.lists(st.integers(3, 60), min_size=1, max_size=20), st.integers(1, 25), st.sampled_from(["all", "last"]))
 def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history, targets):
     prepared = prepared_with(lengths)
-    windows = training_windows(prepared, max_history, targets)
+    numbered = training_windows(prepared, max_history, targets)
+    windows = numbered.take(np.arange(len(numbered)))
     found = [(int(u), p) for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True) for p in range(a, b)]
     assert sorted(found) == [(u, p) for u, n in enumerate(lengths) for p in range(1, n - 2)]
     assert (windows.start < windows.target).all() and (windows.target < windows.stop).all()
@@ -32,20 +33,35 @@ def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history
 @given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 3), st.integers(0, 3))
 def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(users, batch, seed, epoch):
     windows = training_windows(prepared_with(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all")
-    steps = epoch_steps(windows, batch, seed, epoch)
+    steps = EpochSteps(windows, batch, seed, epoch)
     assert len(steps) == steps_per_epoch(windows, batch)
     assert sorted(np.concatenate(steps)) == list(range(len(windows)))
-    assert all(np.array_equal(a, b) for a, b in zip(steps, epoch_steps(windows, batch, seed, epoch), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(steps, EpochSteps(windows, batch, seed, epoch), strict=True))
     assert all(len(step) <= batch for step in steps)
 
 
 def test_epochs_and_seeds_differ():
     windows = training_windows(prepared_with([10] * 300), 20, "all")
-    first = np.concatenate(epoch_steps(windows, 32, 0, 0))
-    assert not np.array_equal(first, np.concatenate(epoch_steps(windows, 32, 0, 1)))
-    assert not np.array_equal(first, np.concatenate(epoch_steps(windows, 32, 1, 0)))
+    first = np.concatenate(EpochSteps(windows, 32, 0, 0))
+    assert not np.array_equal(first, np.concatenate(EpochSteps(windows, 32, 0, 1)))
+    assert not np.array_equal(first, np.concatenate(EpochSteps(windows, 32, 1, 0)))
 
 
 @pytest.mark.parametrize("targets", ["all", "last"])
 def test_users_with_one_training_item_have_no_target(targets):
     assert len(training_windows(prepared_with([3, 3]), 20, targets)) == 0
+
+
+@pytest.mark.parametrize(("users", "batch"), [(700, 8), (45, 64), (128, 1)])
+def test_steps_are_those_of_the_definition(users, batch):
+    windows = training_windows(prepared_with(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all")
+    whole = windows.take(np.arange(len(windows)))
+    rng = np.random.default_rng([5, 2])
+    order = rng.permutation(len(windows))
+    steps = []
+    for low in range(0, len(order), 16 * batch):
+        part = order[low : low + 16 * batch]
+        part = part[np.argsort((whole.stop - whole.start)[part], kind="stable")]
+        steps += [part[i : i + batch] for i in range(0, len(part), batch)]
+    expected = [steps[i] for i in rng.permutation(len(steps))]
+    assert [step.tolist() for step in EpochSteps(windows, batch, 5, 2)] == [step.tolist() for step in expected]

@@ -1,0 +1,95 @@
+"""`data.split: chronological`: one point in time ends training for all users, another begins the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.errors import UserError
+
+Times = Callable[[], Iterator[np.ndarray]]  # every pass gives all times again, in chunks
+MILLISECONDS_FROM = 10**11  # as milliseconds the year 1973, as seconds the year 5138
+BIN_BITS = 16
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Interactions before `validation` train, those before `test` validate, the rest test; in the file's own unit of time."""
+
+    validation: int
+    test: int
+
+
+def find_cuts(config: DataConfig, times: Times, rows: int) -> Cuts:
+    """By data.split_dates, or such that at most the shares of data.split_ratio lie before each cut; rows of one time are never parted.
+
+    Raises UserError when nothing would lie before, between or after the cuts.
+    """
+    low, high = _range(times)
+    if config.split_dates is not None:
+        cuts = Cuts(*(_moment(text, high) for text in config.split_dates))
+        setting = f"data.split_dates {config.split_dates}"
+    else:
+        train, validation, _ = config.split_ratio
+        cuts = Cuts(*(time_at(times, min(int(share * rows + 1e-6), rows - 1), low, high) for share in (train, train + validation)))
+        setting = f"data.split_ratio {config.split_ratio}"
+    if not low < cuts.validation < cuts.test <= high:
+        raise UserError(
+            f"{setting}: cuts at times {cuts.validation} and {cuts.test} leave training, validation or test without interactions, which lie between "
+            f"{low} and {high}; choose cuts that part them"
+        )
+    return cuts
+
+
+def places(lengths: np.ndarray, before: np.ndarray, cuts: Cuts) -> tuple[np.ndarray, dict[str, Any]]:
+    """(int32 [3, U], what the manifest says): training interactions, place of the validation and of the test target in the sequence, -1 for none.
+
+    lengths int64 [U]; before int64 [2, U]: interactions before each cut. A target is the user's last item between the cuts (after the second); a
+    user without one there, or with nothing before it, is not evaluated. Raises UserError when no user is left to train on or to evaluate.
+    """
+    train, seen = before
+    validation = np.where((seen > train) & (seen > 1), seen - 1, -1)
+    test = np.where((lengths > seen) & (lengths > 1), lengths - 1, -1)
+    found = {"training users": int((train > 1).sum()), "validation users": int((validation >= 0).sum()), "test users": int((test >= 0).sum())}
+    for what, users in found.items():
+        if users == 0:
+            raise UserError(f"data.split chronological: cuts at times {cuts.validation} and {cuts.test} leave no {what}; choose others")
+    manifest = {"kind": "chronological", "validation_from": cuts.validation, "test_from": cuts.test, "training_interactions": int(train.sum())}
+    return np.stack([train, validation, test]).astype(np.int32), manifest | {name.replace(" ", "_"): users for name, users in found.items()}
+
+
+def time_at(times: Times, place: int, low: int, high: int) -> int:
+    """The value at `place` (from 0) when all values, which lie in [low, high], are in order; found by histograms, in passes of 16 bits each."""
+    while low < high:
+        shift = max(0, (high - low).bit_length() - BIN_BITS)
+        counts = np.zeros((1 << BIN_BITS) + 1, np.int64)
+        for part in times():
+            within = (part[(part >= low) & (part <= high)] - low).view(np.uint64) >> np.uint64(shift)  # unsigned: a range may be wider than 2⁶³
+            counts += np.bincount(within.astype(np.int64), minlength=len(counts))
+        below = np.cumsum(counts)
+        bin_ = int(np.searchsorted(below, place, side="right"))
+        place -= int(below[bin_ - 1]) if bin_ else 0
+        low, high = low + (bin_ << shift), min(high, low + ((bin_ + 1) << shift) - 1)
+    return low
+
+
+def _range(times: Times) -> tuple[int, int]:
+    ranges = [(int(part.min()), int(part.max())) for part in times() if len(part)]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _moment(text: str, latest: int) -> int:
+    """A time in the file's unit: integers as they are; dates (UTC) in milliseconds where the file's latest time is too large for seconds."""
+    if text.lstrip("-").isdigit():
+        return int(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"data.split_dates: {text!r} is neither an ISO 8601 date, such as 2018-10-01, nor an integer in the file's unit of time") from None
+    milliseconds = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    return milliseconds if latest > MILLISECONDS_FROM else milliseconds // 1000

@@ -1,0 +1,141 @@
+"""The chronological split against its definition, and that nothing after its first cut reaches anything that trains."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ilrec_dist.cf.fit import Histories
+from ilrec_dist.config import DataConfig, config_from_dict
+from ilrec_dist.data.export import export_data
+from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.prepared import Prepared, load_prepared
+from ilrec_dist.data.split import time_at
+from ilrec_dist.errors import UserError
+from ilrec_dist.evaluation.counting import count_training
+from ilrec_dist.evaluation.evaluate import baseline_predictions
+from ilrec_dist.training.windows import training_windows
+
+RNG = np.random.default_rng(4)
+ROWS = sorted({tuple(row) for row in RNG.integers(0, [40, 25, 90], (500, 3)).tolist()})
+
+
+def load(tmp_path, rows=ROWS, **settings) -> Prepared:
+    (tmp_path / "rows.csv").write_text("user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    config = {"format": "csv", "path": str(tmp_path / "rows.csv"), "min_user_interactions": 1, "min_item_interactions": 1, "split": "chronological"}
+    prepare(config_from_dict({"data": config | settings}).data, tmp_path / "out")
+    return load_prepared(tmp_path / "out")
+
+
+def expected(rows, validation, test):
+    """user → (training items, validation target or None, test target or None), straight from the definition."""
+    by_user = defaultdict(list)
+    for user, item, time in sorted(rows, key=lambda row: (row[0], row[2])):
+        by_user[str(user)].append((item, time))
+
+    def target(history, low, high):
+        inside = [place for place, (_, time) in enumerate(history) if low <= time < high and place > 0]
+        return (history[inside[-1]][0], [item for item, _ in history[: inside[-1]]]) if inside else None
+
+    return {
+        user: ([item for item, time in history if time < validation], target(history, validation, test), target(history, test, np.inf))
+        for user, history in by_user.items()
+    }
+
+
+def found(prepared: Prepared):
+    result = {}
+    for user in range(prepared.num_users):
+        items = [int(prepared.item_ids[item]) for item in prepared.sequence(user)]
+        at = {split: int(prepared.target_places(split)[user]) for split in ("validation", "test")}
+        targets = [(items[place], items[:place]) if place >= 1 else None for place in at.values()]
+        result[prepared.user_ids[user]] = (items[: int(prepared.train_lengths()[user])], *targets)
+    return result
+
+
+def test_by_date_is_the_definition(tmp_path):
+    prepared = load(tmp_path, split_dates=[50, 70])
+    assert found(prepared) == expected(ROWS, 50, 70)
+    assert any(targets[1] is None for targets in found(prepared).values()), "the sample has users without a validation target"
+    assert prepared.train_mask().sum() == sum(time < 50 for *_, time in ROWS)
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_dates_are_read_in_the_unit_of_the_file(tmp_path, unit):
+    day = 86400
+    rows = [(user, item, (1_500_000_000 + time * day) * unit) for user, item, time in ROWS]
+    cuts = [(1_500_000_000 // day + 51) * day * unit, (1_500_000_000 // day + 71) * day * unit]  # midnights
+    prepared = load(tmp_path, rows, split_dates=["2017-09-03", "2017-09-23T00:00:00+00:00"])
+    assert found(prepared) == expected(rows, *cuts)
+
+
+def test_by_ratio_never_parts_rows_of_one_time(tmp_path):
+    times = np.sort([time for *_, time in ROWS])
+    prepared = load(tmp_path, split_ratio=[0.7, 0.2, 0.1])
+    assert found(prepared) == expected(ROWS, times[int(0.7 * len(times))], times[int(0.9 * len(times))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-(2**62), 2**62) | st.integers(0, 5), min_size=1, max_size=40), st.data())
+def test_time_at_is_the_order_statistic(values, data):
+    place = data.draw(st.integers(0, len(values) - 1))
+    parts = np.array_split(np.array(values, np.int64), 3)
+    assert time_at(lambda: iter(parts), place, min(values), max(values)) == sorted(values)[place]
+
+
+def test_what_cannot_be_split_is_refused(tmp_path):
+    for settings_, message in (
+        ({"split_dates": [50, 900]}, r"data.split_dates \['50', '900'\]: cuts at times 50 and 900 leave training, validation or test without"),
+        ({"split_dates": ["soon", 70]}, "'soon' is neither an ISO 8601 date"),
+        ({"split_ratio": [0.7, 0.2, 0.3]}, "key 'data.split_ratio': the shares .* add up to 1.2, expected 1"),
+        ({"time_column": None}, r"rows.csv: data.split chronological needs times"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, **settings_)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="leave no test users"):
+        load(tmp_path, [(user, item, item) for user in range(4) for item in range(4)] + [(9, 1, 7)], split_dates=[2, 5])
+    load(tmp_path, split_dates=[50, 70])
+    with pytest.raises(UserError, match="files of recbole are split by leave-one-out"):
+        export_data(tmp_path / "out", "recbole", tmp_path / "Shop", "Shop")
+    with pytest.raises(UserError, match="the generated data have no times"):
+        prepare(DataConfig(split="chronological"), tmp_path / "out")
+
+
+def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
+    prepared = load(tmp_path, split_dates=[50, 70])
+    later = ~prepared.train_mask()
+    assert 0 < later.sum() < len(later)
+    items = prepared.items.copy()
+    items[later] = (items[later] + 1 + RNG.integers(0, prepared.num_items - 1, later.sum())) % prepared.num_items
+    other = Prepared(items, prepared.offsets, prepared.user_ids, prepared.item_ids, places=prepared.places)
+    for targets in ("all", "last"):
+        windows = training_windows(other, 5, targets)
+        part = windows.take(np.arange(len(windows)))
+        for user, start, stop in zip(part.user, part.start, part.stop, strict=True):
+            assert other.sequence(user)[start:stop].tolist() == prepared.sequence(user)[start:stop].tolist()
+        assert part.num_targets == sum(max(0, len(train) - 1) for train, *_ in found(prepared).values())
+    ours, theirs = count_training(prepared), count_training(other)
+    assert (ours.popularity == theirs.popularity).all() and (ours.transitions != theirs.transitions).nnz == 0
+    histories = [Histories(data.items, data.offsets[:-1], data.train_lengths(), data.target_places("validation")) for data in (prepared, other)]
+    assert (histories[0].known_items(25) == histories[1].known_items(25)).all()
+    for data in histories:
+        row, position = data.training_targets()
+        assert not later[data.starts[row] + position].any()
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_baselines_rank_the_split_s_targets_after_its_histories(tmp_path, split):
+    prepared = load(tmp_path, split_dates=[50, 70])
+    users = prepared.evaluated(split)
+    assert 0 < len(users) < prepared.num_users
+    predictions = baseline_predictions("transitions", prepared, users=users, split=split, exclude_seen=True)
+    wanted = found(prepared)
+    for user, target, listed in zip(predictions.users, predictions.targets, predictions.items, strict=True):
+        item, history = wanted[prepared.user_ids[int(user)]][1 if split == "validation" else 2]
+        assert int(prepared.item_ids[int(target)]) == item
+        assert not {int(prepared.item_ids[int(seen)]) for seen in listed if seen >= 0} & set(history)
