@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -234,6 +235,39 @@ def test_bad_csv_rows_are_refused_or_counted(tmp_path, rows, line, reason):
     reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
     assert reject["line"] == line and reject["reason"].startswith(reason) and reject["file"].endswith("rows.csv")
     assert manifest["files"]["rejects.jsonl"]["bytes"] > 0
+
+
+def test_a_row_that_is_not_utf8_is_a_bad_row(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", [*GOOD, ("u", 7, 9)])
+    path = tmp_path / "rows.csv"
+    path.write_bytes(path.read_bytes().replace(b"u,2,2", b"u\xff,2,2\n,3,3"))
+    with pytest.raises(UserError, match="rows.csv: line 4: not UTF-8 text"):
+        prepare(config, tmp_path / "out")
+    prepare(unfiltered(format="csv", path=config.path, max_bad_rows=2), tmp_path / "out")
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["reason"]) for row in rejects] == [(4, "not UTF-8 text"), (5, "no user id")], "lines after a dropped row keep their numbers"
+    assert load_prepared(tmp_path / "out").num_interactions == 4
+
+
+def test_damaged_files_are_named(tmp_path):
+    text = "user,item,timestamp\n" + "".join(f"u{user},{item},{item}\n" for user in range(500) for item in range(4))
+    packed = gzip.compress(text.encode())
+    path = tmp_path / "rows.csv.gz"
+    for content, message in (
+        (packed[:5], "cannot be unpacked: Compressed file ended"),
+        (text.encode(), "cannot be unpacked: Not a gzipped"),
+        (packed[:-900], "cannot be read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"rows.csv.gz: {message}"):
+            prepare(unfiltered(format="csv", path=str(path)), tmp_path / "out")
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"user": [1, 1, 1], "item": [1, 2, 3], "timestamp": [1, 2, 3]}), path, compression="snappy", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[30:60] = bytes(30)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"rows.parquet: damaged after row 0: "):
+        prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
 
 
 def test_more_bad_rows_than_allowed_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -18,7 +19,11 @@ from ilrec_dist.data.split import time_at
 from ilrec_dist.errors import UserError
 from ilrec_dist.evaluation.counting import count_training
 from ilrec_dist.evaluation.evaluate import baseline_predictions
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.evaluation.stage import evaluate_baselines, predictions_file
+from ilrec_dist.pipeline import execute
 from ilrec_dist.training.windows import training_windows
+from ilrec_dist.training.workspace import Workspace
 
 RNG = np.random.default_rng(4)
 ROWS = sorted({tuple(row) for row in RNG.integers(0, [40, 25, 90], (500, 3)).tolist()})
@@ -139,3 +144,26 @@ def test_baselines_rank_the_split_s_targets_after_its_histories(tmp_path, split)
         item, history = wanted[prepared.user_ids[int(user)]][1 if split == "validation" else 2]
         assert int(prepared.item_ids[int(target)]) == item
         assert not {int(prepared.item_ids[int(seen)]) for seen in listed if seen >= 0} & set(history)
+
+
+def test_the_stages_stand_on_a_chronological_split(tmp_path):
+    load(tmp_path)
+    config = config_from_dict(
+        {
+            "runs_dir": str(tmp_path / "runs"),
+            "data": {"format": "csv", "path": str(tmp_path / "rows.csv"), "split": "chronological", "min_user_interactions": 2},
+            "items": {"form": "atomic"},
+            "cf": {"epochs": 1, "hidden_size": 8, "num_layers": 1},
+        }
+    )
+    for stage in ("prepare", "index", "cf"):
+        execute(config, stage)
+    space = Workspace(config)
+    prepared = space.prepared
+    targets = np.maximum(prepared.train_lengths() - 1, 0).sum()
+    assert json.loads((space.folders.cf / "report.json").read_text())["log_p"]["cross_fitted"]["targets"] == targets
+    assert space.validation_users(0).tolist() == prepared.evaluated("validation").tolist()
+    evaluate_baselines(config, space)
+    predictions = Predictions.load(predictions_file(config, "sasrec", None, True))
+    assert predictions.users.tolist() == prepared.evaluated("test").tolist()
+    assert predictions.targets.tolist() == [prepared.sequence(user)[-1] for user in predictions.users]

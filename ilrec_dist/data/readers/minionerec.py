@@ -48,12 +48,17 @@ def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
             for row, line in zip(bad.tolist(), lines.at(bad) if len(bad) else [], strict=True):
                 rejects.add(path, line, f"expected user_id, item_id and a history such as [3, 14], found history {history[row].as_py()!r}")
             user, history, item = (column.filter(good) for column in (user, history, item))
-            first = np.unique(user.dictionary_encode().indices.to_numpy(zero_copy_only=False), return_index=True)[1]
-            first = first[pc.invert(pc.is_in(user.take(pa.array(first)), value_set=met)).to_numpy(zero_copy_only=False)]
-            met = pa.concat_arrays([met, user.take(pa.array(first))])
+            first, met = _newcomers(user, met)
             opens = np.zeros(len(user), bool)
             opens[first] = True  # the first row of a user not met before: its history counts
             yield _unfold(user, _ids(history.filter(pa.array(opens))), item, opens)
+
+
+def _newcomers(user: pa.Array, met: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """(the first row of each user not in `met`, in row order; `met` with these)."""
+    first = np.unique(user.dictionary_encode().indices.to_numpy(zero_copy_only=False), return_index=True)[1]
+    first = np.sort(first[pc.invert(pc.is_in(user.take(pa.array(first)), value_set=met)).to_numpy(zero_copy_only=False)])
+    return first, pa.concat_arrays([met, user.take(pa.array(first))])
 
 
 def _ids(history: pa.Array) -> pa.ListArray:
@@ -77,13 +82,13 @@ def _unfold(user: pa.Array, histories: pa.ListArray, item: pa.Array, opens: np.n
 
 def _titles(files: list[Path]) -> pa.Table:
     """The titles of the targets, and of items that occur only in histories from the first row of each user."""
-    ids, titles, seen = [], [], set()
+    ids, titles, met = [], [], pa.array([], pa.string())
     for path in files:
         for batch, _ in read_columns(path, ["user_id", "item_id", "item_title", "history_item_id", "history_item_title"], {}, Dialect(), Rejects()):
             ids.append(batch.column("item_id"))
             titles.append(batch.column("item_title"))
-            first = [row for row, user in enumerate(batch.column("user_id").to_pylist()) if user not in seen and not seen.add(user)]  # type: ignore[func-returns-value]
-            for row in first:
+            first, met = _newcomers(batch.column("user_id"), met)
+            for row in first.tolist():
                 try:
                     found = [ast.literal_eval(batch.column(name)[row].as_py() or "[]") for name in ("history_item_id", "history_item_title")]
                     pairs = list(zip(*found, strict=True))

@@ -63,7 +63,14 @@ def _parquet_batches(path: Path, columns: dict[str, str], rejects: Rejects) -> I
     require_columns(path, {name: KEYS[role] for role, name in columns.items()}, file.schema_arrow.names)
     times = Times() if "time" in columns else None
     first = 1
-    for batch in file.iter_batches(BATCH_ROWS, columns=list(columns.values())):
+    batches = file.iter_batches(BATCH_ROWS, columns=list(columns.values()))
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: damaged after row {first - 1}: {str(error).splitlines()[0]}") from None
 
         def rows(within: np.ndarray, first: int = first) -> list[int]:
             return (within + first).tolist()
