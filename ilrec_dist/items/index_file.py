@@ -55,7 +55,11 @@ def read_index(path: str | Path, item_ids: Sequence[str]) -> tuple[np.ndarray, l
 
 
 def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str]) -> None:
-    """The catalogue as an index.json, items in index order."""
-    names = catalogue.token_names()
-    index = {item: [names[token] for token in tokens] for item, tokens in zip(item_ids, catalogue.item_tokens(np.arange(catalogue.num_items)), strict=True)}
-    Path(path).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    """The catalogue as an index.json, items in index order; an item at a time, as a large catalogue's objects would fill the memory."""
+    names = [json.dumps(name) for name in catalogue.token_names()]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{")
+        for number, item in enumerate(item_ids):
+            code = ", ".join([names[token] for token in catalogue.tokens[catalogue.position[number]]])
+            file.write(f"{', ' if number else ''}{json.dumps(item, ensure_ascii=False)}: [{code}]")
+        file.write("}")

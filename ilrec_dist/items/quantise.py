@@ -40,6 +40,7 @@ def residual_codes(vectors: np.ndarray, levels: int, codes_per_level: int, seed:
         raise UserError(f"items.codes_per_level: {codes_per_level} codes for {n} items; use at most {1 << (n.bit_length() - 1)}")
     quantiser = faiss.ResidualQuantizer(dim, levels, bits)
     quantiser.train_type = faiss.ResidualQuantizer.Train_default
+    quantiser.max_beam_size = 1  # greedy, as `index add` assigns; FAISS's beam of 5 trains on its candidates' residuals too and ends with a larger error
     quantiser.cp.seed = seed + 1  # FAISS replaces a seed of 0 in places
     quantiser.cp.min_points_per_centroid = 1
     random = np.random.default_rng(seed)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.cli import main
@@ -44,12 +46,13 @@ def test_build_is_the_stage_and_shows_its_report(place, capsys):
 
 
 def test_add_keeps_old_codes_and_names_a_full_prefix(place, capsys, tmp_path):
-    (tmp_path / "new.csv").write_text("item,title,text\nn1,Oak table,oak table\nn2,Blue lamp,lamp\n")
-    assert main(["index", "add", str(place / "t"), "--items", str(tmp_path / "new.csv"), "--out", str(tmp_path / "more")]) == 0
+    known = pq.read_table(place / "t/data/items.parquet").slice(0, 2).to_pydict()  # the new items read like the first two
+    pq.write_table(pa.table({"item": ["n1", "n2"], "title": known["title"], "text": known["text"]}), tmp_path / "new.parquet")
+    assert main(["index", "add", str(place / "t"), "--items", str(tmp_path / "new.parquet"), "--out", str(tmp_path / "more")]) == 0
     assert "2 items added, no old code changed" in capsys.readouterr().out
     old, new = Catalogue.load(place / "t/items").codes(), Catalogue.load(tmp_path / "more").codes()
-    assert (new[:60] == old).all() and len(np.unique(new, axis=0)) == len(new) == 62
-    assert "exists already" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "more")
+    assert (new[60:, 0] == old[:2, 0]).all() and (new[:60] == old).all() and len(np.unique(new, axis=0)) == len(new) == 62
+    assert "exists already" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "new.parquet", "--out", tmp_path / "more")
     (tmp_path / "crowd.csv").write_text("item,title\n" + "".join(f"n{n},Oak table\n" for n in range(40)))
     message = refused(capsys, "index", "add", place / "t", "--items", tmp_path / "crowd.csv", "--out", tmp_path / "crowd")
     assert "has no code left at its last level (16 codes, 40 new items" in message and not (tmp_path / "crowd").exists()
