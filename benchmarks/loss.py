@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ CPU_SHAPES = ["2048x256x32000x3", "2048x1024x32000x3"]
 CUDA_SHAPES = ["8192x4096x131072x3", "512x4096x131072x3"]
 QUICK_SHAPES = ["256x256x32000x3"]
 BETA, MU, LAMBDA, FLOOR, K = 1.0, 0.1, 0.02, 1e-4, 64
+PLAIN: dict[str, Any] = {"beta": 0.0, "crr_lambda": 0.0}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class Inputs:
         return [*self.hidden, self.head]
 
 
-def make_inputs(n: int, d: int, v: int, m: int, device: str, dtype: torch.dtype) -> Inputs:
-    """Layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens (trained models are peaked)."""
+def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> Inputs:
+    """Peaked: layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens, as in a trained model.
+    Random: nothing agrees with anything, so that about half the vocabulary passes the negatives' threshold."""
+    n, d, v, m = shape
     g = torch.Generator().manual_seed(0)
     head = torch.randn(v, d, generator=g)
     targets = torch.randint(0, v, (n,), generator=g)
-    common = torch.randn(n, d, generator=g) + 2.0 * head[targets] / math.sqrt(d) * 3
-    hidden = [(common + 0.5 * torch.randn(n, d, generator=g)) * 2.0 / math.sqrt(d) for _ in range(m + 1)]
+    common = torch.randn(n, d, generator=g) + 6.0 * head[targets] / math.sqrt(d)
+    scale = 2.0 / math.sqrt(d)
+    noise = [torch.randn(n, d, generator=g) for _ in range(m + 1)]
+    hidden = [(common + 0.5 * x) * scale if peaked else x * scale for x in noise]
     tokens = torch.stack([torch.randperm(v, generator=g)[:255] for _ in range(8)])[torch.arange(n) % 8]
     tokens = torch.cat([tokens, targets[:, None]], 1).sort(1).values
     distinct = torch.ones_like(tokens, dtype=torch.bool)
@@ -60,7 +65,7 @@ def make_inputs(n: int, d: int, v: int, m: int, device: str, dtype: torch.dtype)
     rewards = torch.rand(lists.tokens.numel(), generator=g).to(device)
 
     def leaf(x: Tensor) -> Tensor:
-        return x.to(device, dtype).requires_grad_()
+        return x.to(device, torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_()
 
     return Inputs([leaf(h) for h in hidden], leaf(head), targets.to(device), lists, rewards)
 
@@ -130,43 +135,48 @@ def bare(x: Inputs, chunk: int) -> None:
             dw.addmm_(buffer.T, part)
 
 
-def providers(x: Inputs, v: int, args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], float]]:
-    """name → (function, by how much its time is multiplied)."""
-    n, m, device = len(x.targets), len(x.hidden) - 1, x.head.device.type
+Provider = tuple[Callable[[], Any], float]  # what to call, and by how much its time is multiplied
+
+
+def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
+    """By name."""
+    v, n, device = x.head.shape[0], len(x.targets), x.head.device.type
+    streams = len(x.hidden)
     dense = torch.zeros(n, v, device=x.head.device)
     dense[torch.repeat_interleave(torch.arange(n, device=device), x.lists.indptr.diff()), x.lists.tokens] = x.rewards
-    found: dict[str, tuple[Callable[[], Any], float]] = {
-        "bare GEMMs, whole": (lambda: bare(x, n * (m + 1)), 1),
-        "bare GEMMs, chunked": (lambda: bare(x, max(64, (64 << 20) // (4 * v) if device == "cpu" else 4096)), 1),
+    found: dict[str, Provider] = {
+        "bare GEMMs, whole": (lambda: bare(x, n * streams), 1),
+        "bare GEMMs, chunked": (lambda: bare(x, max(64, (64 << 20) // (4 * v)) if device == "cpu" else 4096), 1),
     }
-    plain = dict(beta=0.0, crr_lambda=0.0, distill_scope="all")
     for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
-        o = options(v, backend, args.workspace)
-        found[f"ilrec_kernels {backend}"] = (lambda o=o: ours(x, o), 1)
-        o = options(v, backend, args.workspace, **plain)
-        found[f"ilrec_kernels {backend}, CE + CPD only"] = (lambda o=o: ours(x, o), 1)
+        full, plain = (options(v, backend, args.workspace, **changes) for changes in ({}, PLAIN))
+        found[f"ilrec_kernels {backend}"] = (lambda o=full: ours(x, o), 1)
+        found[f"ilrec_kernels {backend}, CE + CPD only"] = (lambda o=plain: ours(x, o), 1)
+    compiled = torch.compile(materialised)
     found["eager torch, materialised"] = (lambda: materialised(x.hidden, x.head, x.targets, dense).backward(), 1)
-    if not args.quick:
-        compiled = torch.compile(materialised)
-        found["torch.compile, materialised"] = (lambda: compiled(x.hidden, x.head, x.targets, dense).backward(), 1)
+    found["torch.compile, materialised"] = (lambda: compiled(x.hidden, x.head, x.targets, dense).backward(), 1)
     few = min(n, 8)
     found["row loop (authors' form)"] = (lambda: row_loop(x, few), n / few)
-    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+    return found | (others(x, args) if device == "cuda" else {})
 
-        cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSDLoss(beta=0.0)
+
+def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
+    """Liger's and Apple's Triton kernels, where they are installed."""
+    found: dict[str, Provider] = {}
+    teacher, head = x.hidden[0].detach(), x.head.detach()
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD  # type: ignore[import-not-found]
+
+        cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)
+        chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
         found["Liger fused linear cross-entropy, CE alone"] = (lambda: cross(x.head, x.hidden[0], x.targets).backward(), 1)
-        found["Liger fused linear JSD, one layer's CPD"] = (
-            lambda: jsd(x.hidden[1], x.head, x.hidden[0].detach(), x.head.detach(), x.targets).backward(),
-            1,
-        )
-        o = options(v, "triton", args.workspace, **plain)
-        found["ilrec_kernels triton, one layer's CPD"] = (
-            lambda: cross_layer_loss(x.hidden[0].detach(), x.hidden[1:2], x.head, x.targets, None, None, o).loss.backward(),
-            1,
-        )
-    if device == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        found["Liger fused linear JSD, one layer's CPD"] = (lambda: jsd(x.hidden[1], x.head, teacher, head, x.targets).backward(), 1)
+        found["Liger chunked JSD loss, one layer's CPD"] = (lambda: chunked(x.hidden[1], x.head, teacher, head, x.targets).backward(), 1)
+        o = options(x.head.shape[0], "triton", args.workspace, **PLAIN)
+        one = [teacher, x.hidden[1]]
+        found["ilrec_kernels triton, CE + one layer's CPD"] = (lambda: ours(replace(x, hidden=one), o), 1)
+    if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
         found["cut-cross-entropy, CE alone"] = (lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(), 1)
@@ -211,47 +221,74 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
     return max(0, status("VmHWM") - before - gradients)
 
 
-def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    n, d, v, m = (int(s) for s in shape.split("x"))
-    x = make_inputs(n, d, v, m, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-    table = providers(x, v, args)
-    times: dict[str, list[float]] = {name: [] for name in table}
+def measure(table: dict[str, Provider], x: Inputs, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
+    """(median milliseconds, extra bytes) by provider; one that has no memory left is dropped."""
     memory: dict[str, int] = {}
     for name, (fn, _) in list(table.items()):
+        began = time.perf_counter()
         try:
-            memory[name] = extra_bytes(fn, x)  # warm-up as well
+            fn()  # compiles, and makes what is made once
+            memory[name] = extra_bytes(fn, x)
+            note(f"warm-up: {name}, {time.perf_counter() - began:.1f} s")
         except torch.OutOfMemoryError:
-            print(f"{name}: out of memory at {shape}", file=sys.stderr)
-            del table[name], times[name]
-    for _ in range(args.repeats):  # interleaved, so that drift of the machine falls on all alike
+            note(f"{name}: out of memory")
+            del table[name]
+    times: dict[str, list[float]] = {name: [] for name in table}
+    for repeat in range(args.repeats):  # interleaved, so that drift of the machine falls on all alike
+        began = time.perf_counter()
         for name, (fn, factor) in table.items():
             for leaf in x.leaves():
                 leaf.grad = None
             times[name].append(timed(fn, args.device) * factor)
-    median = {name: statistics.median(values) for name, values in times.items()}
+        note(f"round {repeat + 1} of {args.repeats}, {time.perf_counter() - began:.1f} s")
+    return {name: statistics.median(values) for name, values in times.items()}, memory
+
+
+def note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    n, d, v, m = (int(s) for s in shape.split("x"))
+    x = make_inputs((n, d, v, m), args.device, args.logits == "peaked")
+    median, memory = measure(providers(x, args), x, args)
     limit = min(value for name, value in median.items() if name.startswith("bare"))
     flops = 3 * (m + 1) * 2 * n * d * v
     rows = []
-    print(f"\n{shape} (N x d x V x m), {args.device}\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}")
+    print(f"\n{shape} (N x d x V x m), {args.device}, {args.logits} logits\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}")
     for name, value in median.items():
         rows.append({"shape": shape, "provider": name, "fwd_bwd_ms": value, "ratio_to_bare_gemm": value / limit, "extra_bytes": memory[name]})
         print(f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}{memory[name] / 2**20:>11.0f}")
+    for name, value in median.items():
+        if f"{name}, CE + CPD only" in median:
+            print(f"{name}: negatives, CPO and CRR add {100 * (value / median[f'{name}, CE + CPD only'] - 1):.1f} %")
     return rows
 
 
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/loss.py --shapes 2048x256x32000x3 --logits random --json loss.json",
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, under 50 s on 2 cores")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", help="comma-separated N x d x V x m, as 2048x256x32000x3")
+    parser.add_argument("--logits", default="peaked", choices=["peaked", "random"], help="random: about half the vocabulary passes the threshold")
     parser.add_argument("--workspace", type=int, help="bytes; default 64 MiB on CPU, 1 GiB on GPU")
     parser.add_argument("--repeats", type=int, help="default 30 on GPU, 5 on CPU, 3 with --quick")
     args = parser.parse_args()
     args.repeats = args.repeats or (3 if args.quick else 30 if args.device == "cuda" else 5)
     shapes = args.shapes.split(",") if args.shapes else QUICK_SHAPES if args.quick else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{machine}; torch {torch.__version__}; Python {platform.python_version()}")
+    print(f"{machine(args.device)}; torch {torch.__version__}; Python {platform.python_version()}")
     rows = [row for shape in shapes for row in run_shape(shape, args)]
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
