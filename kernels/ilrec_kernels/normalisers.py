@@ -10,7 +10,7 @@ from ilrec_kernels.columns import select
 from ilrec_kernels.merge import RankStats
 from ilrec_kernels.negatives import find_candidates
 from ilrec_kernels.problem import Plan, Problem
-from ilrec_kernels.segments import finite, segment_max, segment_sum
+from ilrec_kernels.segments import exp_below, finite, segment_max, segment_sum
 from ilrec_kernels.state import Chunk
 
 
@@ -49,8 +49,7 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
 def exponentiate(z: Tensor) -> tuple[Tensor, Tensor]:
     """z [n, c] becomes e^(z − max) in place; returns (max [n], sum [n])."""
     top = row_max(z)
-    z.sub_(finite(top)[:, None]).exp_()
-    return top, z.sum(1)
+    return top, exp_below(z, top).sum(1)
 
 
 def row_max(z: Tensor) -> Tensor:
@@ -66,8 +65,7 @@ def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
         for rows in plan.tiles(*chunk.teacher.shape):
             z, teacher = select(chunk.z_final[rows], within), chunk.teacher[rows]
             stats.teacher_top[rows] = top = row_max(z)
-            torch.sub(z, finite(top)[:, None], out=teacher).exp_()
-            stats.teacher_rest[rows] = teacher.sum(1)
+            stats.teacher_rest[rows] = exp_below(z, top, out=teacher).sum(1)
             for i, student in enumerate(students[:, rows].unbind(0)):
                 stats.cross[i, rows] = torch.sub(z, student).mul_(teacher).sum(1)  # not the difference of two large sums
                 stats.layer_top[i, rows], stats.layer_rest[i, rows] = exponentiate(student)

@@ -128,7 +128,7 @@ def make_plan(p: Problem) -> Plan:
     width = plan.logits + plan.spare + 2 * streams * d + 64
     if fused:
         width += _len(final) // 4 + 2 * 260  # a byte a column marks what was sent; the gate's lists
-    rows = max(1, total * 5 // 8 // (width * size))
+    rows = max(1, total * 3 // 4 // (width * size))
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor(rows, device=p.head.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)

@@ -1,4 +1,4 @@
-"""Reductions over ragged rows given as (row, value) pairs, deterministic on every device."""
+"""Exponentials of rows, and reductions over ragged rows given as (row, value) pairs, deterministic on every device."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def set_key(token: Tensor, row: Tensor, n: int) -> Tensor:
 def finite(top: Tensor) -> Tensor:
     """A row's maximum as something that may be subtracted: 0 where there is no value."""
     return top.masked_fill(top == -torch.inf, 0.0)
+
+
+LOG2_E = 1.4426950408889634
+
+
+def exp_below(z: Tensor, top: Tensor, out: Tensor | None = None) -> Tensor:
+    """e^(z − top) of z [n, c] and top [n], into `out` or in place; as a power of two, which torch computes several times as fast on CPUs."""
+    return torch.sub(z, finite(top)[:, None], out=z if out is None else out).mul_(LOG2_E).exp2_()
 
 
 def add_rows(out: Tensor, index: Tensor, values: Tensor) -> None:
