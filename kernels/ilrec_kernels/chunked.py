@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
+from ilrec_kernels.exchange import Exchange
 from ilrec_kernels.gradients import add_gradients
 from ilrec_kernels.logits import start_chunk
-from ilrec_kernels.merge import exchange, merge
+from ilrec_kernels.merge import merge
 from ilrec_kernels.negatives import target_ensemble
 from ilrec_kernels.normalisers import collect_statistics
 from ilrec_kernels.problem import Problem, chunk_bounds, make_plan
-from ilrec_kernels.state import Gradients, Scratch
+from ilrec_kernels.state import Chunk, Gradients, Scratch
 from ilrec_kernels.types import RowStats
 
 
@@ -22,15 +25,25 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
     weights = [c.weight(p.head) if c is not None else p.head[:0] for c in (plan.final, plan.layers, plan.distill)]
     early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
-    scratch = Scratch.make(p, plan)
-    for begin, end in chunk_bounds(p, plan):
-        chunk = start_chunk(p, plan, weights, scratch, begin, end)
-        collect_statistics(p, plan, chunk, None if early is None else early[begin:end])
-        assert chunk.stats is not None
-        gathered = exchange(chunk.stats, chunk.sent, p, plan)
-        merged = merge(p, plan, chunk.pairs, gathered, begin, end, write=out)
+    bounds = chunk_bounds(p, plan)
+    scratches = [Scratch.make(p, plan) for _ in range(min(plan.under_way, len(bounds)))]
+    waiting: deque[tuple[Chunk, Exchange]] = deque()
+
+    def finish() -> None:
+        chunk, exchange = waiting.popleft()
+        merged = merge(p, plan, chunk.pairs, exchange.wait(), chunk.begin, chunk.end, write=out)
         if gradients is not None:
             add_gradients(p, plan, chunk, merged, weights, gradients)
+
+    for i, (begin, end) in enumerate(bounds):
+        chunk = start_chunk(p, plan, weights, scratches[i % plan.under_way], begin, end)
+        collect_statistics(p, plan, chunk, None if early is None else early[begin:end])
+        assert chunk.stats is not None
+        waiting.append((chunk, Exchange(chunk.stats, chunk.sent, p)))
+        if len(waiting) == plan.under_way:  # its exchange went on while this chunk's logits were made
+            finish()
+    while waiting:
+        finish()
     if gradients is not None and gradients.head is not None and p.trainable is not None:
         frozen = torch.ones(p.head.shape[0], dtype=torch.bool, device=p.head.device)
         frozen[p.trainable.rows(frozen.device)] = False  # the lists' products do not look at which rows train

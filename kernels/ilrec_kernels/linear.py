@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SLAB = 4096  # head rows summed over at a time on CPU: a product over 10⁵ of them in one running sum loses two digits of fp32
+
 
 def project(x: Tensor, weight: Tensor, out: Tensor, block: int) -> None:
     """out [r, c] = x [r, d] · weight [c, d]ᵀ. `block` is how many head rows may be upcast at a time on CPU."""
@@ -21,13 +23,14 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor, block: int, accum
     """out [r, d] (+)= grad [r, c] · weight [c, d]. On a GPU with a half-precision head, grad is rounded once, here."""
     if not accumulate:
         out.zero_()
-    if weight.dtype == out.dtype:
+    if not weight.is_cuda:
+        step = max(1, min(block, SLAB))
+        for i in range(0, weight.shape[0], step):
+            out += grad[:, i : i + step].to(out.dtype) @ weight[i : i + step].to(out.dtype)
+    elif weight.dtype == out.dtype:
         out.addmm_(grad, weight)
-    elif weight.is_cuda:
-        out += torch.mm(grad.to(weight.dtype), weight, out_dtype=out.dtype)
     else:
-        for i in range(0, weight.shape[0], block):
-            out.addmm_(grad[:, i : i + block].to(out.dtype), weight[i : i + block].to(out.dtype))
+        out += torch.mm(grad.to(weight.dtype), weight, out_dtype=out.dtype)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:

@@ -1,103 +1,19 @@
-"""From every rank's statistics to the rows' losses: the exchange and the merge of METHOD.md §7, and the sparse terms of §§3 and 5."""
+"""From every rank's statistics to the rows' losses: the merge of METHOD.md §7, and the sparse terms of §§3 and 5."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ilrec_kernels.exchange import Gathered
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite, segment_logsumexp, segment_max, segment_sum, set_key
 from ilrec_kernels.select import keep_largest
 from ilrec_kernels.types import LossOptions, RowStats
-
-
-@dataclass
-class Sent:
-    """The entries a rank proposes for H, ascending by (row, token): what it leaves out of its normaliser."""
-
-    row: Tensor  # int64 [E]
-    token: Tensor  # int64 [E], global
-    ensemble: Tensor  # z̄ [E]
-    z: Tensor  # z^L [E]
-    slot: Tensor  # int64 [E]: where the final layer's logit sits on this rank; −1 outside the softmax scope
-    pair: Tensor | None = None  # int64 [E]: position among this rank's pairs, where it is known
-
-
-def empty_sent() -> Sent:
-    index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    return Sent(index, index, value, value, index)
-
-
-@dataclass
-class RankStats:
-    """A rank's part of a chunk's statistics: [n], those of the layers [m, n]."""
-
-    z_target: Tensor  # z^L(y) on its owner, else 0
-    ensemble_target: Tensor  # z̄(y) on its owner, else 0
-    top: Tensor  # final layer over the softmax scope, without the sent entries
-    rest: Tensor
-    teacher_top: Tensor  # final layer over the distill scope
-    teacher_rest: Tensor
-    layer_top: Tensor  # layers over the distill scope
-    layer_rest: Tensor
-    cross: Tensor  # Σ e^(z^L − teacher_top)·(z^L − z^l)
-
-    @staticmethod
-    def zeros(n: int, m: int, dtype: torch.dtype, device: torch.device) -> RankStats:
-        def full(value: float, *shape: int) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
-        low = -math.inf
-        return RankStats(full(0, n), full(0, n), full(low, n), full(0, n), full(low, n), full(0, n), full(low, m, n), full(0, m, n), full(0, m, n))
-
-
-@dataclass
-class Gathered:
-    """All ranks' statistics with a leading rank dimension, and all proposed entries, ascending by (row, rank, token)."""
-
-    stats: RankStats
-    row: Tensor
-    token: Tensor
-    ensemble: Tensor
-    z: Tensor
-    pair: Tensor | None  # int64: position among the pairs, where it is known
-    mine: Tensor | None  # int64: this rank's entries among all; None: all of them
-
-
-def exchange(stats: RankStats, sent: Sent, p: Problem, plan: Plan) -> Gathered:
-    """One all-gather of everything a chunk needs from the other ranks."""
-    values = [getattr(stats, f.name) for f in fields(RankStats)]
-    if p.group is None:
-        return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.pair, None)
-    n, dtype = stats.top.shape[0], stats.top.dtype
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    width = p.options.max_negatives + 1 if p.options.needs_negatives else 0
-    count = torch.bincount(sent.row, minlength=n)
-    place = torch.arange(sent.row.numel(), device=sent.row.device) - (count.cumsum(0) - count).take(sent.row)
-    parts = [v.T if v.dim() == 2 else v[:, None] for v in values] + [count.to(integer)[:, None].view(dtype)]
-    for entries in (sent.ensemble, sent.z, sent.token.to(integer).view(dtype)) if width else ():
-        padded = torch.zeros(n, width, dtype=dtype, device=count.device)
-        padded[sent.row, place] = entries
-        parts.append(padded)
-    message = torch.cat(parts, 1)
-    ranks = dist.get_world_size(p.group)
-    everything = message.new_empty(ranks, *message.shape)
-    dist.all_gather(list(everything.unbind(0)), message, group=p.group)
-    pieces = everything.split([part.shape[1] for part in parts], 2)
-    merged = [piece.transpose(1, 2) if v.dim() == 2 else piece[..., 0] for v, piece in zip(values, pieces, strict=False)]
-    counts = pieces[len(values)][..., 0].contiguous().view(integer)  # [R, n]
-    if not width:
-        return Gathered(RankStats(*merged), sent.row, sent.token, sent.ensemble, sent.z, None, None)
-    listed = torch.arange(width, device=counts.device) < counts.T[:, :, None]  # [n, R, width]
-    row, rank, _ = listed.nonzero(as_tuple=True)
-    ensemble, z, token = (piece.transpose(0, 1)[listed] for piece in pieces[-3:])
-    mine = (rank == dist.get_rank(p.group)).nonzero().flatten()
-    return Gathered(RankStats(*merged), row, token.view(integer).long(), ensemble, z, None, mine)
 
 
 @dataclass

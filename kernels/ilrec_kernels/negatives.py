@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ilrec_kernels import fused
 from ilrec_kernels.columns import select
-from ilrec_kernels.merge import RankStats, Sent
+from ilrec_kernels.exchange import RankStats, Sent
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.select import dense_candidates, keep_largest
 from ilrec_kernels.state import Chunk

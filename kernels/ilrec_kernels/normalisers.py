@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ilrec_kernels import fused, sliced
 from ilrec_kernels.columns import select
-from ilrec_kernels.merge import RankStats
+from ilrec_kernels.exchange import RankStats
 from ilrec_kernels.negatives import find_candidates
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import exp_below, finite, segment_max, segment_sum

@@ -54,6 +54,7 @@ class Plan:
     ragged_negatives: bool
     pairs: bool  # the lists are needed
     rows: int  # rows of a chunk
+    under_way: int  # chunks whose logits are held at once: with other ranks two, so that one's exchange goes on during the other's products
     pair_budget: int  # list entries of a chunk
     block: int  # head rows upcast at a time
     tile: int  # elements that the passes over the logits work on at a time: what stays in a core's cache
@@ -121,7 +122,7 @@ def make_plan(p: Problem) -> Plan:
         block = max(1, min(block, total // 8 // (d * size)))
     plan = Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows=max(1, p.n), pair_budget=max(1, total // 4 // (48 + 3 * streams * size)), block=block,
+        rows=max(1, p.n), under_way=1, pair_budget=max(1, total // 4 // (48 + 3 * streams * size)), block=block,
         tile=min(1 << 18, total // 8 // (2 * size)) if not p.head.is_cuda else total // 8 // (2 * size),
         budget=total // 8, fused=fused, sliced=False, slice_columns=0,
     )  # fmt: skip
@@ -133,6 +134,7 @@ def make_plan(p: Problem) -> Plan:
         agreed = torch.tensor(rows, device=p.head.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
         rows = int(agreed)
+    halves = p.group is not None and 1 < rows < p.n
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
     supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0
     supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
@@ -140,6 +142,9 @@ def make_plan(p: Problem) -> Plan:
     slice_columns = total // 2 // max(1, p.n * streams * size) if sliced else 0
     if sliced:
         rows = p.n
+    elif halves:
+        plan = replace(plan, under_way=2, pair_budget=max(1, plan.pair_budget // 2))
+        rows //= 2
     rows = min(max(1, p.n), rows)
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
     return replace(plan, rows=rows, sliced=sliced, slice_columns=slice_columns)

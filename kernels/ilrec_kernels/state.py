@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ilrec_kernels.merge import RankStats, Sent, empty_sent
+from ilrec_kernels.exchange import RankStats, Sent, empty_sent
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.ragged import RaggedHead

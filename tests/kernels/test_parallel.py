@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ilrec_kernels import TokenLists, cross_layer_loss
+from ilrec_kernels import TokenLists, chunked, cross_layer_loss
 
 from tests.helpers import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
@@ -71,6 +71,33 @@ def test_ties_across_shards_go_to_the_lower_token():
     case = replace(case, hidden=hidden, head=(2 * case.head[:8]).round().repeat(8, 1), targets=case.targets % 8)
     ranks = run_distributed(sharded, 4, 4, [case], [0, 16, 32, 48, 64], "torch")
     assert_close(whole([r[0] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-9)
+
+
+def in_turn(mesh: Mesh, case: Case, edges: list[int], ahead: bool) -> tuple[list[str], Outcome]:
+    """What the chunks did when, and what came of it; without `ahead` each chunk is finished before the next begins."""
+    events: list[str] = []
+
+    def noted(name: str, call: Any) -> Any:
+        return lambda *args, **kwargs: (events.append(name), call(*args, **kwargs))[1]
+
+    kept = chunked.start_chunk, chunked.merge, chunked.make_plan
+    try:
+        chunked.start_chunk, chunked.merge = noted("start", kept[0]), noted("merge", kept[1])
+        if not ahead:
+            chunked.make_plan = lambda p: replace(kept[2](p), under_way=1)
+        return events, sharded(mesh, [case], edges, "torch")[0]
+    finally:
+        chunked.start_chunk, chunked.merge, chunked.make_plan = kept
+
+
+@pytest.mark.parametrize("settings", [dict(negative_scope="all", distill_scope="all"), dict(softmax_scope="valid_next", distill_scope="item_tokens")])
+def test_exchanges_that_overlap_the_next_chunk_change_no_bit(settings):
+    case = make_case(n=40, v=64, mu=0.5, crr_lambda=0.3, workspace_bytes=40_000, **settings)
+    overlapped, plain = (run_distributed(in_turn, 2, 2, case, [0, 40, 64], ahead) for ahead in (True, False))
+    for (events, ours), (in_order, theirs) in zip(overlapped, plain, strict=True):
+        assert events[:3] == ["start", "start", "merge"] and in_order[:3] == ["start", "merge", "start"]
+        assert torch.equal(ours.output.loss, theirs.output.loss) and torch.equal(ours.head, theirs.head)
+        assert all(torch.equal(a, b) for a, b in zip(ours.hidden, theirs.hidden, strict=True))
 
 
 def split_rows(case: Case, begin: int, end: int) -> Case:
