@@ -69,7 +69,7 @@ def _lcrec(prepared: Prepared, work: Path, name: str, index: str | Path | None) 
 
 def _recbole(folder: Path, prepared: Prepared, work: Path, name: str) -> None:
     users, items = pa.array(list(prepared.user_ids)), pa.array(list(prepared.item_ids))
-    stream = pq.ParquetFile(folder / "interactions.parquet")
+    stream = pq.ParquetFile(folder / "interactions.parquet", pre_buffer=False)
     timed = "timestamp" in stream.schema_arrow.names
     done = 0
     with open(work / f"{name}.inter", "wb") as file:

@@ -7,7 +7,7 @@ exact repeats go; the k-core is iterated to its fixed point over the sorted rows
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ilrec_dist.data.threads import ordered_map
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # user, item, time or None
 
-CHUNK_ROWS = 4_000_000  # rows worked on at once, by each thread; about 150 MB with the sort's scratch
+CHUNK_ROWS = 2_000_000  # rows worked on at once, by each thread; about 100 MB with the sort's scratch
 
 
 @dataclass
@@ -59,21 +59,21 @@ class Spill:
 
 
 def spill_batches(batches: Iterable[pa.RecordBatch], spill: Spill, users: Encoder, items: Encoder, rows: int = CHUNK_ROWS) -> None:
-    """Encode and spill a stream of batches, gathered to `rows` first: adding to an encoder costs a pass over the ids it knows."""
-    for table in _gathered(batches, rows):
+    """Encode and spill a stream of batches, gathered to `rows` or half as many as there are users: an encoder passes over its ids each time."""
+    pending: list[pa.RecordBatch] = []
+
+    def flush() -> None:
+        table = pa.Table.from_batches(pending)
+        pending.clear()
         time = _one(table, "timestamp").to_numpy(zero_copy_only=False) if spill.timed else None
         spill.append((users.encode(_one(table, "user")), items.encode(_one(table, "item")), time))
 
-
-def _gathered(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
-    pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
-        if sum(part.num_rows for part in pending) >= rows:
-            yield pa.Table.from_batches(pending)
-            pending = []
+        if sum(part.num_rows for part in pending) >= max(rows, len(users) // 2):
+            flush()
     if pending:
-        yield pa.Table.from_batches(pending)
+        flush()
 
 
 def _one(table: pa.Table, name: str) -> pa.Array:

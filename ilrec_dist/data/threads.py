@@ -68,6 +68,7 @@ def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]
+            item = None  # the next is waited for without holding this one
     finally:
         stopped.set()
         thread.join()

@@ -16,6 +16,7 @@ import pytest
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.prepare import input_files, prepare
 from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.data.readers.tables import open_parquet
 from ilrec_dist.errors import UserError
 from tests.data.shared_data import shared_data
 
@@ -288,6 +289,16 @@ def test_bad_parquet_rows_are_named_by_row(tmp_path):
     path.write_text("not parquet")
     with pytest.raises(UserError, match="rows.parquet: not a readable Parquet file"):
         prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+
+
+def test_reading_parquet_holds_no_more_the_longer_it_reads(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pa.table([np.random.default_rng(0).integers(0, 2**40, 1_000_000)] * 3, ["user", "item", "timestamp"])
+    pq.write_table(table, path, row_group_size=25_000, use_dictionary=False, compression="none")
+    del table
+    start = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - start for _ in open_parquet(path).iter_batches(25_000)]
+    assert max(held[20:]) < 2 * max(held[:20])
 
 
 def test_an_unknown_column_names_the_nearest(tmp_path):

@@ -81,7 +81,7 @@ def _parquet_batches(path: Path, columns: dict[str, str], rejects: Rejects) -> I
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, buffer_size=8 << 20)  # not mapped: pages of a mapped file count as memory
+        return pq.ParquetFile(path, buffer_size=8 << 20, pre_buffer=False)  # pre-buffered, all that was read would stay in memory
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
