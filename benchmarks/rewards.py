@@ -26,7 +26,7 @@ import torch
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards
-from ilrec_dist.cf.store import open_store, write_store
+from ilrec_dist.cf.store import PREFIX_ITEMS, open_store, write_store
 from ilrec_dist.cf.train import SCAN_ITEMS
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
@@ -36,11 +36,16 @@ WIDTH, LEVELS, CODES, BATCH, CHECKED = 64, 4, 256, 512, 64
 NORM = 2.0  # of an item's vector; queries have norm 8, so this decides how peaked P_CF is: about half its mass is outside the top 512 of 10⁶ items
 
 
-def draw(folder: Path, items: int, users: int, seed: int = 0) -> None:
-    """Write a catalogue, a CF model's vectors (with their store when the catalogue is large) and one history a user."""
-    rng = np.random.default_rng(seed)
+def first_code_shares() -> np.ndarray:
+    """float64 [CODES]: how the items are spread over the first codes."""
     popularity = 1 / np.arange(1, CODES + 1) ** 0.5
-    codes = np.stack([rng.choice(CODES, items, p=popularity / popularity.sum())] + [rng.integers(0, CODES, items) for _ in range(LEVELS - 1)], axis=1)
+    return popularity / popularity.sum()
+
+
+def draw(folder: Path, items: int, users: int, seed: int = 0, scan_items: int = SCAN_ITEMS, prefix_items: int = PREFIX_ITEMS) -> None:
+    """Write a catalogue, a CF model's vectors (with their store when it has over `scan_items` items) and one history a user."""
+    rng = np.random.default_rng(seed)
+    codes = np.stack([rng.choice(CODES, items, p=first_code_shares())] + [rng.integers(0, CODES, items) for _ in range(LEVELS - 1)], axis=1)
     catalogue = make_catalogue(codes, [CODES] * LEVELS)
     folder.mkdir(parents=True)
     catalogue.save(folder)
@@ -56,8 +61,8 @@ def draw(folder: Path, items: int, users: int, seed: int = 0) -> None:
     np.save(folder / "histories.npy", np.where(wander, rng.integers(0, items, len(anchor)), catalogue.items[near]).astype(np.int32))
     np.save(folder / "offsets.npy", offsets)
     known = torch.from_numpy(rng.random(items) < 0.98)
-    if items > SCAN_ITEMS:
-        write_store(folder / "fold0", table, known, Trie(catalogue), "ivf_pq")
+    if items > scan_items:
+        write_store(folder / "fold0", table, known, Trie(catalogue), "ivf_pq", prefix_items=prefix_items)
     else:
         torch.save({"table": table, "known": known}, folder / "table.pt")
 

@@ -27,8 +27,7 @@ def build_index(kind: str, vectors: np.ndarray, seed: int = 0) -> Any:
         index = faiss.index_factory(d, f"HNSW{HNSW_LINKS}_SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.train(np.zeros((1, d), np.float32))  # half precision has nothing to learn
     elif kind == "ivf_pq":
-        lists = max(1, 1 << round(math.log2(max(1.0, 1.5 * math.sqrt(n)))))
-        lists = min(lists, 4096, max(1, n // TRAIN_PER_LIST))
+        lists = num_lists(n)
         parts = d // 2 if d % 2 == 0 else d
         index = faiss.index_factory(d, f"IVF{lists},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.pq.cp.seed = seed + 1, seed + 1
@@ -39,6 +38,17 @@ def build_index(kind: str, vectors: np.ndarray, seed: int = 0) -> Any:
     for start in range(0, n, ADD_AT_ONCE):
         index.add(np.ascontiguousarray(vectors[start : start + ADD_AT_ONCE], dtype=np.float32))
     return index
+
+
+def num_lists(n: int) -> int:
+    """Inverted lists of an ivf_pq index over n vectors: about 1.5 √n, a power of two, at most 4096."""
+    lists = max(1, 1 << round(math.log2(max(1.0, 1.5 * math.sqrt(n)))))
+    return min(lists, 4096, max(1, n // TRAIN_PER_LIST))
+
+
+def num_probes(lists: int, n: int, k: int, width: int) -> int:
+    """Lists that a search for k of n items looks into: those that hold about width × k, at least 4."""
+    return min(lists, max(4, math.ceil(width * k * lists / max(1, n))))
 
 
 def save_index(index: Any, path: Path) -> None:
@@ -60,7 +70,7 @@ def search(index: Any, queries: np.ndarray, k: int, width: int = 8) -> np.ndarra
     """
     base = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
     if isinstance(base, faiss.IndexIVF):
-        base.nprobe = min(base.nlist, max(4, math.ceil(width * k * base.nlist / max(1, base.ntotal))))
+        base.nprobe = num_probes(base.nlist, base.ntotal, k, width)
     elif isinstance(base, faiss.IndexHNSW):
         base.hnsw.efSearch = k + k // 4
     return base.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, base.ntotal))[1]
