@@ -2,6 +2,7 @@
 
 Every target has a history of its own and is asked for once (nothing is cached); rates are of all code levels, through the Ray service with the
 client's side included, and in-process. Total variation is that of the first-code rewards from a brute-force sum over the catalogue in fp64.
+With --epoch instead: the quickstart's ILRec epochs with the service, against the same epochs with rewards that were computed before (read from disk).
 The catalogue is drawn: item vectors are sums of code vectors, as residual quantisation would recover them, and noise; histories stay near a code.
 """
 
@@ -12,12 +13,14 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -187,11 +190,46 @@ def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest:
     }
 
 
+EPOCH_RUNS, EPOCHS, WARM_STEPS = 2, 2, 10
+
+
+def measure_epoch() -> dict[str, Any]:
+    """Seconds an epoch of the quickstart's ILRec training takes: the better of EPOCH_RUNS trainings each, without their first WARM_STEPS steps."""
+    with tempfile.TemporaryDirectory() as temporary:
+        train_once(temporary, "cf.reward_cache=true")  # fills the disk
+        seconds: dict[str, list[float]] = {"service": [], "precomputed": []}
+        for _ in range(EPOCH_RUNS):
+            seconds["service"].append(train_once(temporary, "cf.reward_cache=false")[0])
+            spent, answered_from_disk = train_once(temporary, "cf.reward_cache=true")
+            if not answered_from_disk:
+                raise RuntimeError("rewards were computed where all should have been on disk")
+            seconds["precomputed"].append(spent)
+    best = {name: min(values) for name, values in seconds.items()}
+    return {"epoch_seconds": best, "all": seconds, "ratio": best["service"] / best["precomputed"]}
+
+
+def train_once(runs_dir: str, *settings: str) -> tuple[float, bool]:
+    """(seconds an epoch of steps, whether all rewards came from disk) of one training; the stages before it are made by the first call."""
+    root = Path(__file__).resolve().parents[1]
+    run = Path(runs_dir) / "quickstart"
+    shutil.rmtree(run / "train", ignore_errors=True)
+    given = [f"runs_dir={runs_dir}", "train.methods=[ilrec]", f"train.epochs={EPOCHS}", f"train.validate_epochs={EPOCHS}", "cf.rewards=actor", *settings]
+    for stage in ("prepare", "index", "cf", "train"):
+        command = [sys.executable, "-m", "ilrec_dist.cli", stage, str(root / "configs" / "quickstart.yaml"), *given]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (run / "train" / "ilrec-seed0" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "time/all" in line]
+    warm = [line for line in lines if line["step"] > WARM_STEPS]
+    spent = sum(line["time/all"] for line in warm) * lines[-1]["step"] / (lines[-1]["step"] - WARM_STEPS) / EPOCHS
+    return spent, lines[-1]["rewards/answers"] == lines[-1]["rewards/cached"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10⁴ and 10⁵ items, under 50 seconds on two free cores")
     parser.add_argument("--items", type=int, nargs="+", default=None, help="catalogue sizes (default 10⁴, 10⁶ and 10⁷)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the in-process rewards, and actors of the service")
+    parser.add_argument("--epoch", action="store_true", help="instead: a quickstart epoch with the service against one with precomputed rewards")
     parser.add_argument("--json", type=Path, help="write the table's rows here")
     parser.add_argument("--draw", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -206,6 +244,13 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    if arguments.epoch:
+        found = measure_epoch()
+        print(machine)
+        print(", ".join(f"{name} {seconds:.1f} s an epoch" for name, seconds in found["epoch_seconds"].items()) + f": ratio {found['ratio']:.3f}")
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine, **found}, indent=2) + "\n")
+        return
     print(f"{machine}\n{'items':>10} {'in-process/s':>13} {'service/s':>10} {'p99 s':>7} {'first-code TV':>14} {'peak MiB':>9} {'actor MiB':>10}")
     rows = []
     for items in sizes:
