@@ -9,6 +9,7 @@ of benchmarks/rewards.py; every size runs in a process of its own, with one thre
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -30,20 +31,21 @@ from ilrec_dist.cf.moments import RANK
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards
 from ilrec_dist.cf.store import PREFIX_ITEMS
 
-SHORT = 1024  # the lower limit of what is scanned
+SHORT, WIDE = 1024, 32  # a lower limit of what is scanned, and a wider search: 10⁷ items are estimated and searched as these smaller ones are
 LIMIT = 0.25
 MOMENT_BYTES = 4 * WIDTH * (RANK + 2)  # mean, factor and diagonal of a cell
 REPEATS = 3
 
 
-def work(items: int, prefix_items: int) -> list[float]:
-    """What a target's rewards cost, in counts: once; items scanned below its prefix; 1 where a long prefix is estimated; codes the index looks through."""
+def work(items: int, prefix_items: int, width: int) -> list[float]:
+    """What a target's rewards cost, in counts: once; items scanned below its prefix; 1 where a long prefix is estimated; codes the index looks through;
+    and the orders of magnitude of the catalogue over the smallest, as each reach into a larger memory takes longer."""
     below = items * first_code_shares()
     long = below > prefix_items
     scanned = np.where(long, below / CODES, below)
-    lists, options = num_lists(items), RewardOptions()
-    codes = lists + num_probes(lists, items, options.top_k + options.top_k // 4, options.width) * items / lists
-    return [1.0, float(first_code_shares() @ scanned), float(first_code_shares()[long].sum()), codes]
+    lists, wanted = num_lists(items), RewardOptions().top_k * 5 // 4
+    codes = lists + num_probes(lists, items, wanted, width) * items / lists
+    return [1.0, float(first_code_shares() @ scanned), float(first_code_shares()[long].sum()), codes, float(np.log10(items / 10_000))]
 
 
 def moment_cells(items: int, prefix_items: int) -> int:
@@ -52,7 +54,7 @@ def moment_cells(items: int, prefix_items: int) -> int:
 
 
 def measure(items: int) -> dict[str, Any]:
-    """Memory, disk and, per limit of what is scanned, microseconds a target."""
+    """Memory, disk, and microseconds a target under several settings: (limit of what is scanned, width of the search, microseconds)."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     stored = SHORT if items <= 1_000_000 else PREFIX_ITEMS
@@ -62,13 +64,15 @@ def measure(items: int) -> dict[str, Any]:
         subprocess.run(command, check=True)  # in a process of its own, so that its memory is not counted
         rewards = load(folder)
         warm, *rest = batches(rewards)
-        times = {}
-        for limit in {stored, PREFIX_ITEMS}:
-            options = RewardOptions(prefix_items=limit)
+        times, width = [], RewardOptions().width
+        settings = [(PREFIX_ITEMS, width)] if stored == PREFIX_ITEMS else [(PREFIX_ITEMS, width), (SHORT, width), (SHORT, WIDE)]
+        for limit, wide in settings:
+            options = RewardOptions(prefix_items=limit, width=wide)
             served = TokenRewards(rewards.models, rewards.folds, rewards.prepared, rewards.catalogue, rewards.trie, rewards.scorers, options)
             served.fetch(*warm)
-            times[limit] = min(_microseconds(served, rest) for _ in range(REPEATS))
+            times.append((limit, wide, min(_microseconds(served, rest) for _ in range(REPEATS))))
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that what is held is counted
         memory = next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     cells = moment_cells(items, stored)
     return {"items": items, "stored": stored, "cells": cells, "memory_mib": memory, "disk_mib": disk / 2**20, "microseconds": times}
@@ -97,10 +101,12 @@ def predict(rows: list[dict[str, Any]], items: int, prefix_items: int) -> tuple[
         fixed, per_item = line(rows, name, bytes_per_cell)
         found[name] = fixed + per_item * items + cells * bytes_per_cell / 2**20
         constants |= {f"{name}_fixed": fixed, f"{name.removesuffix('_mib')}_bytes_per_item": per_item * 2**20}
-    points = [(work(row["items"], int(limit)), spent) for row in rows for limit, spent in row["microseconds"].items()]
+    points = [(work(row["items"], limit, width), spent) for row in rows for limit, width, spent in row["microseconds"]]
     costs = nnls(np.array([np.array(counts) / spent for counts, spent in points]), np.ones(len(points)))[0]
-    found["microseconds"] = float(costs @ work(items, prefix_items))
-    constants |= dict(zip(("us_per_target", "us_per_scanned_item", "us_per_estimate", "us_per_index_code"), map(float, costs), strict=True))
+    found["microseconds"] = float(costs @ work(items, prefix_items, RewardOptions().width))
+    constants |= dict(
+        zip(("us_per_target", "us_per_scanned_item", "us_per_estimate", "us_per_index_code", "us_per_order_of_magnitude"), map(float, costs), strict=True)
+    )
     return found, constants
 
 
@@ -132,12 +138,12 @@ def main() -> None:
     predicted, constants = predict(rows, wanted, measured["stored"])
     print(machine)
     for row in [*rows, measured]:
-        spent = ", ".join(f"{value:.0f} µs with prefixes of up to {limit} scanned" for limit, value in row["microseconds"].items())
+        spent = ", ".join(f"{value:.0f} µs (scans up to {limit:,}, width {width})" for limit, width, value in row["microseconds"])
         print(f"{row['items']:>12,} items: {row['memory_mib']:,.0f} MiB, on disk {row['disk_mib']:,.0f} MiB; a target {spent}")
     print("constants: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
     errors = {}
     for name, value in predicted.items():
-        truth = measured[name] if name != "microseconds" else measured[name][str(measured["stored"])]
+        truth = measured[name] if name != "microseconds" else measured[name][0][2]
         errors[name] = value / truth - 1
         print(f"{name:<14} predicted {value:>10,.1f}  measured {truth:>10,.1f}  error {errors[name]:+.1%} (limit ±{LIMIT:.0%})")
     if arguments.json:
