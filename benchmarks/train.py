@@ -131,8 +131,7 @@ class Trainer:
         prepared, catalogue, trie, rewards = drawn
         vocab = max(vocab, catalogue.vocab_size)
         backbone = Backbone(config.backbone, vocab, max_positions(config, catalogue.depth), config.train.precision, 0)
-        module = Objective(backbone, self.objective, config.backbone.num_layers, vocab, parallel).to(parallel.device)
-        module.options = dataclasses.replace(module.options, item_tokens=(1, catalogue.vocab_size))
+        module = Objective(backbone, self.objective, config.backbone.num_layers, vocab, catalogue.used_tokens(), parallel).to(parallel.device)
         backbone.register_forward_hook(lambda *_: clock.mark("forward"))
         self.streams = 1 + module.num_intermediate
         self.trunk = sum(p.numel() for p in backbone.parameters() if p.dim() == 2) * parallel.tp - backbone.padded_vocab_size * config.backbone.hidden_size

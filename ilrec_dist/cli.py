@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ilrec_dist import __version__
-from ilrec_dist.errors import UserError
+from ilrec_dist.errors import UserError, WorkersFailed
 
 STAGES = {
     "prepare": "read a foreign data set, filter, split and store it as Parquet",
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ilrec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except WorkersFailed as error:
+        print(f"ilrec: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ilrec: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

@@ -40,7 +40,7 @@ class SyntheticConfig:
     items: Positive = 1000
     categories: Positive = 20
     mean_length: Annotated[float, Ge(3)] = 10.0  # items per user, at least 5
-    seed: int = 0
+    seed: NonNegative = 0
 
 
 @section
@@ -72,7 +72,7 @@ class ItemsConfig:
     levels: Annotated[int, Interval(ge=1, le=8)] = 3
     codes_per_level: Annotated[int, Interval(ge=2, le=65536)] = 256
     collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple
-    seed: int = 0
+    seed: NonNegative = 0
 
     @property
     def from_cf(self) -> bool:
@@ -101,7 +101,7 @@ class CFConfig:
     reward_replicas: Positive = 1  # reward actors (of each shard) that share the requests
     reward_retries: NonNegative = 16  # of a request, after an actor's death or silence
     reward_cache: bool = False  # keep rewards on disk per (user, position)
-    seed: int = 0
+    seed: NonNegative = 0
 
 
 @section
@@ -162,7 +162,7 @@ class ObjectiveConfig:
 @section
 class TrainConfig:
     methods: Annotated[list[Literal["sft", "ilrec"]], MinLen(1)] = field(default_factory=lambda: ["sft", "ilrec"])
-    seeds: Annotated[list[int], MinLen(1)] = field(default_factory=lambda: [0])
+    seeds: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0])
     targets: Literal["all", "last"] = "all"
     max_history: Positive = 20  # items of context
     epochs: Positive = 10
@@ -184,7 +184,7 @@ class TrainConfig:
 
 @section
 class EvaluationConfig:
-    beam: Positive = 20
+    beam: Annotated[int, Ge(10)] = 20  # Hit@10 needs ten
     exclude_seen: bool = True
     batch_size: Positive = 64  # users
     examples: NonNegative = 5  # users shown in the report
@@ -361,3 +361,10 @@ def _check_together(config: Config, source: str) -> None:
         refuse("cf.rewards", "the reward actor needs launch.engine ray; with torchrun choose in_process")
     if len(set(train.seeds)) != len(train.seeds):
         refuse("train.seeds", f"expected distinct seeds, found {train.seeds}")
+    if len(set(train.methods)) != len(train.methods):
+        refuse("train.methods", f"expected distinct methods, found {train.methods}")
+    codes = config.items.codes_per_level
+    if config.items.form == "semantic" and config.items.index is None and codes & (codes - 1):
+        refuse("items.codes_per_level", f"expected a power of two, found {codes}; try {1 << (codes.bit_length() - 1)}")
+    if config.items.form == "atomic" and config.items.index is not None:
+        refuse("items.index", "an index file gives code tuples, but items.form atomic is one token an item; leave one of the two out")

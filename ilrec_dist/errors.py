@@ -1,5 +1,9 @@
-"""Errors that are the user's to mend: one line, exit code 2, no traceback."""
+"""Errors that the command line shows without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the file, row, key or flag, what was expected, and what to do."""
+    """Bad input: exit code 2. The message is one line that names the file, row, key or flag, what was expected, and what to do."""
+
+
+class WorkersFailed(RuntimeError):
+    """The worker group failed more often than launch.max_failures allows: exit code 1."""

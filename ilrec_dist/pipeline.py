@@ -36,7 +36,7 @@ class Stage:
     settings: Callable[[Config], Any]
     inputs: Callable[[Config], list[Path]]
     output: Callable[[Config], Path]
-    run: Callable[[Config], None] = lambda _: None  # of trainings nothing: they run together
+    run: Callable[[Config], None] | None = None  # None: a stage of the workers, which run together
     training: Training | None = None  # what a training stage trains
 
 
@@ -75,10 +75,10 @@ class Run:
         return record is not None and record["fingerprint"] == self.fingerprint(name)
 
     def execute(self, *names: str) -> None:
-        """Run those of the stages that are not current, and note that they are. Several names are trainings, which share one worker group."""
-        pending = []
+        """Run those of the stages that are not current, and note that they are. Several names are stages of the workers, which share one group."""
+        pending: list[str] = []
         for name in names:
-            self._check_before(name)
+            self._check_before(name, pending)
             if self.is_current(name):
                 console.print(f"[dim]{name}: unchanged, not run again[/dim]")
             else:
@@ -89,23 +89,23 @@ class Run:
         for name in pending:
             self._clear_other_work(name)
         first = self.stages[pending[0]]
-        if first.command == "train":
-            self._train(pending)
+        if first.run is None:
+            self._work(pending)
             return
         began = time.monotonic()
         first.run(self.config)
         self._finished(pending[0], time.monotonic() - began)
 
-    def _train(self, names: list[str]) -> None:
+    def _work(self, names: list[str]) -> None:
         given = [(name, self.stages[name].training) for name in names]
         trainings = [dataclasses.replace(training, fingerprint=self.fingerprint(name)) for name, training in given if training is not None]
-        seconds = stage_runs.train(self.config, trainings)
+        seconds = stage_runs.train_and_evaluate(self.config, trainings, evaluate=len(trainings) < len(names))
         for name, spent in zip(names, seconds, strict=True):
             self._finished(name, spent)
 
-    def _check_before(self, name: str) -> None:
+    def _check_before(self, name: str, coming: list[str]) -> None:
         for before in self.stages[name].after:
-            if not self.is_current(before):
+            if before not in coming and not self.is_current(before):
                 state = "was made by another configuration or other input" if self.record(before) else "has not been made"
                 raise UserError(f"{self.folder}: stage {before} {state}; run `ilrec {self.stages[before].command} CONFIG` or `ilrec run CONFIG` first")
 
@@ -182,7 +182,7 @@ def stages(config: Config) -> list[Stage]:
             tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
     evaluation = ("prepare", "cf", *trainings)
     tables.append(
-        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation, stage_runs.evaluate),
+        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation),
     )
     return tables
 
@@ -201,7 +201,7 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
     wanted = [stage.name for stage in run.stages.values() if command in ("run", stage.command)]
     for name in wanted:  # input files are looked for before anything runs
         run.stages[name].inputs(config)
-    needs_workers = any(run.stages[name].command in ("train", "evaluate") and not run.is_current(name) for name in wanted)
+    needs_workers = any(run.stages[name].run is None and not run.is_current(name) for name in wanted)
     if needs_workers:
         from ilrec_dist.training.launch import cluster
 
@@ -214,8 +214,8 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
 
 
 def _execute_all(run: Run, names: list[str]) -> None:
-    for kind, group in itertools.groupby(names, key=lambda name: run.stages[name].command):
-        if kind == "train":
+    for of_workers, group in itertools.groupby(names, key=lambda name: run.stages[name].run is None):
+        if of_workers:
             run.execute(*group)
         else:
             for name in group:
@@ -239,7 +239,7 @@ def _data_settings(config: Config) -> dict[str, Any]:
 def _items_settings(config: Config) -> dict[str, Any]:
     if config.items.index is not None:
         vectors = {"dim": config.items.embedding_dim, "seed": config.items.seed} if config.items.collisions == "resolve" else {}  # they price the moves
-        return {"collisions": config.items.collisions, "given": True} | vectors
+        return {"collisions": config.items.collisions, "given": True, "form": config.items.form} | vectors
     return _without(config.items, "index")
 
 

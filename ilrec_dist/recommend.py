@@ -34,8 +34,11 @@ def recommend(
     import torch
 
     from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
+    from ilrec_dist.cf.folder import catalogue_hash
+    from ilrec_dist.data.files import read_json_object
     from ilrec_dist.evaluation.recommend import recommend as recommend_histories
     from ilrec_dist.reporting.live import stage_progress
+    from ilrec_dist.stage_runs import RESULT
     from ilrec_dist.training.worker import BEST, objective_of
     from ilrec_dist.training.workspace import Workspace, build_backbone, load_weights
 
@@ -43,6 +46,8 @@ def recommend(
     weights = space.folders.training(method, seed) / BEST
     if not weights.exists():
         raise UserError(f"{weights}: no such weights; the run trained {', '.join(config.train.methods)} with seeds {config.train.seeds}")
+    if read_json_object(weights.with_name(RESULT)).get("catalogue") != catalogue_hash(space.catalogue):
+        raise UserError(f"{weights}: trained with other item codes than those in {space.folders.items}; train again (`ilrec run`), or restore the codes")
     device = resolve_device(config)
     if device == "cpu":
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))

@@ -16,6 +16,7 @@ from ilrec_dist.folders import RunFolders
 from ilrec_dist.terminal import console
 
 RESULT = "result.json"  # in a training's folder when it is finished
+COUNTER = ".progress.json"  # in the evaluation's folder while the workers are at it: done, total
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,16 @@ def cf(config: Config) -> None:
         train_cf(config.cf, space.prepared, None if config.items.from_cf else space.catalogue, space.folders.cf, progress=progress)
 
 
-def train(config: Config, trainings: Sequence[Training]) -> list[float]:
-    """Train one after the other in one worker group; returns the seconds each took, the group's start counted to the first."""
+def train_and_evaluate(config: Config, trainings: Sequence[Training], evaluate: bool) -> list[float]:
+    """Train one after the other and, if asked, evaluate all that is trained, in one worker group: starting one takes a while.
+
+    Returns the seconds each training took, the group's start counted to the first, and last those of the evaluation.
+    """
+    from ilrec_dist.evaluation.stage import evaluate_baselines
     from ilrec_dist.training.checkpoint import latest
     from ilrec_dist.training.jobs import Job
     from ilrec_dist.training.launch import reward_actor, run_workers
+    from ilrec_dist.training.workspace import Workspace
 
     for training in trainings:
         found, damaged = latest(training.folder / "checkpoints", training.fingerprint)  # all damaged: refused here, before any process is started
@@ -95,16 +101,27 @@ def train(config: Config, trainings: Sequence[Training]) -> list[float]:
             console.print(f"{training.title}: goes on from step {found.step}", highlight=False)
     wants_rewards = config.objective.crr_lambda > 0 and any(training.method == "ilrec" for training in trainings)
     began = time.time()
-    with reward_actor(config, wants_rewards), following(config, trainings):
-        run_workers(config, Job.of("train", config, RunFolders(config.run_dir).trainings, trainings))
-    ends = [(training.folder / RESULT).stat().st_mtime for training in trainings]
-    return [max(0.0, end - start) for start, end in zip([began, *ends], ends, strict=False)]
+    with reward_actor(config, wants_rewards), following(config, trainings, evaluate):
+        run_workers(config, Job.of(config, trainings, evaluate))
+    seconds, at = [], began
+    for training in trainings:
+        result = training.folder / RESULT
+        end = result.stat().st_mtime
+        if end < at:  # an earlier attempt finished it
+            seconds.append(read_json_object(result)["seconds"])
+        else:
+            seconds.append(end - at)
+            at = end
+    if evaluate:
+        evaluate_baselines(config, Workspace(config))
+        seconds.append(time.time() - at)
+    return seconds
 
 
 @contextmanager
-def following(config: Config, trainings: Sequence[Training]) -> Iterator[None]:
-    """Show the progress of each training in turn while the block runs the workers."""
-    from ilrec_dist.reporting.live import LiveProgress
+def following(config: Config, trainings: Sequence[Training], evaluate: bool) -> Iterator[None]:
+    """Show the progress of each training in turn, and of the evaluation, while the block runs the workers."""
+    from ilrec_dist.reporting.live import LiveProgress, follow_counter
     from ilrec_dist.training.windows import steps_per_epoch, training_windows
     from ilrec_dist.training.workspace import Workspace
 
@@ -119,6 +136,8 @@ def following(config: Config, trainings: Sequence[Training]) -> Iterator[None]:
                     pass
             if stop.is_set():
                 return
+        if evaluate:
+            follow_counter(RunFolders(config.run_dir).evaluation / COUNTER, "evaluate", "rankings", stop)
 
     thread = threading.Thread(target=follow, name="following", daemon=True)
     thread.start()
@@ -127,18 +146,6 @@ def following(config: Config, trainings: Sequence[Training]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def evaluate(config: Config) -> None:
-    from ilrec_dist.evaluation.stage import evaluate_baselines
-    from ilrec_dist.training.jobs import Job
-    from ilrec_dist.training.launch import run_workers
-    from ilrec_dist.training.workspace import Workspace
-
-    folder = RunFolders(config.run_dir).evaluation
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluate_baselines(config, Workspace(config))
-    run_workers(config, Job.of("evaluate", config, folder))
 
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ilrec_dist.errors import UserError
 from ilrec_dist.items.trie import Trie
 
 SoftmaxScope = Literal["all", "valid_next"]
@@ -121,7 +122,7 @@ def beam_search(
     `valid_next`, the trie children of the prefix, whatever is excluded. A prefix is a candidate while an item that is allowed and not in
     the user's `excluded` set lies below it, so what is taken away costs no beam. With tp_group the head is a vocabulary shard, and every
     rank of the group must call with the same arguments and gets the same beams. The model is expected in eval mode. Raises
-    FloatingPointError when it gives NaN.
+    UserError when it gives NaN.
     """
     head = _Head(model, vocab_size, softmax_scope, tp_group)
     closed = None if excluded is None else space.closed(excluded, tokens.device)
@@ -143,7 +144,7 @@ def beam_search(
         elif p + 2 == space.depth:
             hidden = _decode_where_it_matters(model, cache, chosen, parents, space.num_children(p + 1, nodes) > 1)
     if scores.isnan().any():
-        raise FloatingPointError("beam search: the model's scores are NaN; its training has diverged")
+        raise UserError("beam search: the model's scores are NaN: its training has diverged; lower train.learning_rate or lengthen train.warmup_steps")
     return Beams(nodes, scores)
 
 

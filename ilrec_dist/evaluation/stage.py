@@ -11,13 +11,16 @@ import torch.distributed as dist
 
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.config import Config
+from ilrec_dist.data.files import write_json
 from ilrec_dist.evaluation.evaluate import baseline_predictions, evaluate_model
+from ilrec_dist.evaluation.histories import Progress
 from ilrec_dist.evaluation.metrics import paired_bootstrap
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.reporting.live import stage_progress
 from ilrec_dist.reporting.report import Example
 from ilrec_dist.reporting.results import Interval
+from ilrec_dist.stage_runs import COUNTER
 from ilrec_dist.training.worker import BEST, objective_of
 from ilrec_dist.training.workspace import Workspace, build_backbone, load_weights
 
@@ -62,29 +65,47 @@ def evaluate_baselines(config: Config, space: Workspace) -> None:
 
 
 def evaluate_trained(config: Config, space: Workspace, parallel: ParallelState) -> None:
-    """Beam search with the best weights of every trained (method, seed), on all users of the test split. Runs in every worker."""
+    """Beam search with the best weights of every trained (method, seed), on all users of the test split. Runs in every worker.
+
+    What an interrupted evaluation has saved is not made again.
+    """
     users = space.prepared.evaluated("test")
     lead = dist.get_rank() == 0
-    for method in config.train.methods:
-        for seed in config.train.seeds:
-            backbone = load_weights(build_backbone(config, space, seed), space.folders.training(method, seed) / BEST).to(parallel.device)
-            for exclude in treatments(config):
-                found = evaluate_model(
-                    backbone,
-                    space.prepared,
-                    space.catalogue,
-                    space.trie,
-                    users=users,
-                    split="test",
-                    config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
-                    softmax_scope=objective_of(config, method).softmax_scope,
-                    max_history=config.train.max_history,
-                    parallel=parallel,
-                )
-                if lead:
-                    path = predictions_file(config, method, seed, exclude)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    found.save(path)
+    work = [(method, seed, exclude) for method in config.train.methods for seed in config.train.seeds for exclude in treatments(config)]
+    for number, (method, seed, exclude) in enumerate(work):
+        path = predictions_file(config, method, seed, exclude)
+        if path.exists():  # no rank gets here before all are done with the one before
+            continue
+        backbone = load_weights(build_backbone(config, space, seed), space.folders.training(method, seed) / BEST).to(parallel.device)
+        found = evaluate_model(
+            backbone,
+            space.prepared,
+            space.catalogue,
+            space.trie,
+            users=users,
+            split="test",
+            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
+            softmax_scope=objective_of(config, method).softmax_scope,
+            max_history=config.train.max_history,
+            parallel=parallel,
+            progress=_counter(space, parallel.dp, number * len(users), len(work) * len(users)) if lead else None,
+        )
+        if lead:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+    if lead:
+        (space.folders.evaluation / COUNTER).unlink(missing_ok=True)
+
+
+def _counter(space: Workspace, dp: int, before: int, total: int) -> Progress:
+    """Leaves the rankings done so far where the driver looks for them; other data-parallel ranks are taken to be as far."""
+    folder = space.folders.evaluation
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def progress(done: int, mine: int) -> None:
+        write_json(folder / COUNTER, {"done": before + min(done, mine) * dp, "total": total})
+
+    return progress
 
 
 def collect_rows(config: Config) -> list[dict[str, object]]:

@@ -37,8 +37,12 @@ class Catalogue:
 
     @property
     def vocab_size(self) -> int:
-        """Unpadded; the tokens of items are [1, vocab_size)."""
+        """Unpadded; the tokens of items lie in [1, vocab_size)."""
         return self.level_ranges[-1][1]
+
+    def used_tokens(self) -> np.ndarray:
+        """int32: the distinct tokens that occur in some item, ascending; codes that no item has are not among them."""
+        return np.unique(self.tokens)
 
     def item_tokens(self, items: np.ndarray) -> np.ndarray:
         """int32 [..., C] tokens of item indices [...]."""

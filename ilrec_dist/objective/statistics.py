@@ -67,9 +67,7 @@ class StatisticsSum:
             f"negatives/valid_next{suffix}": _share(by_name["valid_next"], by_name["negatives"]),
             f"rewards/coverage{suffix}": _share(by_name["covered"], with_negatives),
         }
-        if not suffix:
-            means |= {f"kl/layer{layer}": float(value) / rows for layer, value in zip(self.layers, sums[len(NAMES) :], strict=True)}
-        return means
+        return means | {f"kl/layer{layer}{suffix}": float(value) / rows for layer, value in zip(self.layers, sums[len(NAMES) :], strict=True)}
 
 
 def _share(part: float, whole: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
 from torch import nn
@@ -18,8 +19,10 @@ def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
     return config.num_intermediate_layers or min(3, num_layers // 2)
 
 
-def loss_options(config: ObjectiveConfig, vocab_size: int) -> LossOptions:
-    """The operator's options; item tokens are [1, vocab_size), token 0 is padding."""
+def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarray) -> LossOptions:
+    """The operator's options; `item_tokens` are the distinct tokens of the items, ascending (METHOD.md §2). A contiguous range stays one: it costs less."""
+    first, last = int(item_tokens[0]), int(item_tokens[-1])
+    contiguous = last - first + 1 == len(item_tokens)
     workspace = {} if config.workspace_mib is None else {"workspace_bytes": config.workspace_mib << 20}
     return LossOptions(
         negative_threshold=config.negative_threshold,
@@ -35,7 +38,7 @@ def loss_options(config: ObjectiveConfig, vocab_size: int) -> LossOptions:
         reward_floor=config.reward_floor,
         backend=Backend(config.backend),
         vocab_size=vocab_size,
-        item_tokens=(1, vocab_size),
+        item_tokens=(first, last + 1) if contiguous else torch.from_numpy(item_tokens.astype(np.int64)),
         **workspace,
     )
 
@@ -43,11 +46,11 @@ def loss_options(config: ObjectiveConfig, vocab_size: int) -> LossOptions:
 class Objective(nn.Module):
     """Backbone and loss as one module, so that the engine wraps a single forward."""
 
-    def __init__(self, backbone: Backbone, config: ObjectiveConfig, num_layers: int, vocab_size: int, parallel: ParallelState):
+    def __init__(self, backbone: Backbone, config: ObjectiveConfig, num_layers: int, vocab_size: int, item_tokens: np.ndarray, parallel: ParallelState):
         super().__init__()
         self.backbone = backbone
         self.num_intermediate = num_intermediate_layers(config, num_layers)
-        self.options = loss_options(config, vocab_size)
+        self.options = loss_options(config, vocab_size, item_tokens)
         self.parallel = parallel
 
     def forward(

@@ -65,7 +65,7 @@ def negative_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 def signal_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
     note = "share of the rows with negatives in which the collaborative model scored one of them"
-    layers = _by_method(runs, lambda method, of: [_per_layer(of, f"KL to the final layer, {method}")])
+    layers = _by_method(runs, lambda method, of: [_per_layer(of, f"KL to the final layer, {method}"), *_layers_by_position(of, method)])
     rewards = _present([_per_run(runs, "rewards/coverage", "Reward coverage", note, share=True)])
     return layers + rewards + _by_method(runs, lambda method, of: [_per_position(of, "p_target", f"Mean p(y) by position, {method}", "")])
 
@@ -113,6 +113,11 @@ def _per_layer(runs: Sequence[MethodMetrics], title: str) -> Chart:
     numbers = sorted({int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))}, reverse=True)
     series = [Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), place) for place, number in enumerate(numbers)]
     return Chart(title, series, "KL(final ‖ layer), mean over rows")
+
+
+def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:
+    numbers = sorted({int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))}, reverse=True)
+    return [_per_position(runs, f"kl/layer{number}", f"KL to the final layer by position, layer {number}, {method}", "") for number in numbers]
 
 
 def _by_method(runs: Sequence[MethodMetrics], make: Callable[[str, Sequence[MethodMetrics]], list[Chart]]) -> list[Chart]:

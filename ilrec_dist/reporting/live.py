@@ -5,6 +5,7 @@ A terminal gets one live bar; a pipe or a log file gets a plain line about every
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -169,6 +170,25 @@ def stage_progress(title: str, total: float | None = None, unit: str = "", conso
         done = True
     finally:
         display.stop(done)
+
+
+def follow_counter(path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5) -> None:
+    """Show what other processes write to `path` ({"done": …, "total": …}), from the file's first appearance until `stop` is set."""
+    while (counted := _counted(path)) is None:
+        if stop.wait(poll_seconds):
+            return
+    with stage_progress(title, counted[1], unit) as bar:
+        while not stop.wait(poll_seconds):
+            if (counted := _counted(path)) is not None:
+                bar(counted[0])
+
+
+def _counted(path: Path) -> tuple[float, float] | None:
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # not there yet, finished, or being written
+        return None
+    return values["done"], values["total"]
 
 
 def clock(seconds: float) -> str:

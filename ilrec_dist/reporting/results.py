@@ -19,7 +19,8 @@ from rich.text import Text
 RESULTS_FILE = "results.json"
 METHODS = ("popularity", "transitions", "sasrec", "sft", "ilrec", "bayes")  # the order of every table
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")  # in every row
-EXPECTED = "expected_"  # prefix of a row's expected-rank figures, such as expected_ndcg@10
+EXPECTED = "expected_"
+STANDARD_ERROR = "ndcg@10_se"  # over users  # prefix of a row's expected-rank figures, such as expected_ndcg@10
 
 Row = Mapping[str, Any]
 
@@ -78,7 +79,7 @@ def write_results(
     """Write results.json whole or not at all, and return what it holds.
 
     A row has method, the METRICS as fractions, users, seed (any value for methods that draw nothing) and exclude_seen; further keys stay
-    (expected-rank figures as `expected_ndcg@10`, say). `seconds` is the run's wall time, `stage_seconds` that of each stage. `extras` are
+    (expected-rank figures as `expected_ndcg@10`, say). `seconds` is the sum of `stage_seconds`, each stage's wall time. `extras` are
     further top-level keys; intervals go under `paired_bootstrap`. Raises ValueError for a row that cannot be right.
     """
     checked = [_checked(row) for row in rows]
@@ -114,11 +115,14 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 def shown_metrics(summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)) -> list[str]:
     """The table's columns: the METRICS, then the expected-rank figures of the metrics `expected` as far as there are any."""
     given = [EXPECTED + metric for metric in expected if any(EXPECTED + metric in summary.figures for summary in summaries)]
-    return [*METRICS, *given]
+    errors = [STANDARD_ERROR] if any(STANDARD_ERROR in summary.figures for summary in summaries) else []
+    return [*METRICS, *errors, *given]
 
 
 def metric_title(metric: str) -> str:
     """hit@10 → Hit@10, ndcg@5 → NDCG@5, expected_ndcg@10 → expected NDCG@10."""
+    if metric == STANDARD_ERROR:
+        return "s.e. of NDCG@10"
     if metric.startswith(EXPECTED):
         return f"expected {metric_title(metric.removeprefix(EXPECTED))}"
     name, at, k = metric.partition("@")
@@ -140,6 +144,8 @@ def print_table(rows: Sequence[Row], intervals: Sequence[Interval] = (), title: 
 
 def best_mean(summaries: Sequence[Summary], metric: str) -> float | None:
     """The highest mean among what was learned or counted; bayes knows the truth and does not compete."""
+    if metric == STANDARD_ERROR:
+        return None
     means = [summary.figures[metric].mean for summary in summaries if summary.method != "bayes" and metric in summary.figures]
     return max(means, default=None)
 
@@ -173,7 +179,7 @@ def seen_title(exclude_seen: bool) -> str:
 
 def _summary(method: str, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
     figures: dict[str, Figure] = {}
-    for metric in (*METRICS, *(EXPECTED + name for name in METRICS)):
+    for metric in (*METRICS, STANDARD_ERROR, *(EXPECTED + name for name in METRICS)):
         values = [float(row[metric]) for row in rows if row.get(metric) is not None]
         if len(values) == len(rows):
             figures[metric] = Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)

@@ -63,7 +63,7 @@ class BatchMaker:
         grid = grid.reshape(len(part), size * depth)
         is_target = inside & (column >= (part.target - part.start)[:, None])
         sequence, place = np.nonzero(is_target)
-        width = size * depth - 1  # the last token is never an input
+        width = max(size * depth - 1, 1)  # the last token is never an input; an empty batch still has one column
         first = sequence * width + place * depth - 1
         rows = (first[:, None] + np.arange(depth)).reshape(-1)
         target_items = items[sequence, place]

@@ -9,13 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ilrec_dist.config import Config, config_from_dict, config_to_dict
 from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import RunFolders
 from ilrec_dist.stage_runs import RESULT, Training
 
 
@@ -23,16 +24,16 @@ from ilrec_dist.stage_runs import RESULT, Training
 class Job:
     """One thing for the whole worker group to do; plain values, so that it travels as JSON."""
 
-    kind: Literal["train", "evaluate"]
     config: dict[str, Any]
     folder: str  # where the job leaves the user's own errors
-    trainings: list[dict[str, Any]] = field(default_factory=list)
+    trainings: list[dict[str, Any]]  # one after the other
+    evaluate: bool  # all that is trained, after that
 
     @classmethod
-    def of(cls, kind: Literal["train", "evaluate"], config: Config, folder: Path, trainings: Sequence[Training] = ()) -> Job:
+    def of(cls, config: Config, trainings: Sequence[Training], evaluate: bool) -> Job:
         there = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve()))  # workers have another working directory
         plain = [dataclasses.asdict(training) | {"folder": str(training.folder.resolve())} for training in trainings]
-        return cls(kind, config_to_dict(there), str(folder.resolve()), plain)
+        return cls(config_to_dict(there), str(RunFolders(config.run_dir).trainings.resolve()), plain, evaluate)
 
     @property
     def failure_file(self) -> Path:
@@ -41,6 +42,8 @@ class Job:
 
 def run_job(job: Job) -> None:
     """Run in every worker process. The user's own errors are left in `failure_file` for the driver; retrying them would not help."""
+    if job.failure_file.exists():
+        return  # a group restarted because the other ranks missed the one that met the error
     try:
         _run(job)
     except UserError as error:
@@ -62,14 +65,13 @@ def _run(job: Job) -> None:
     parallel = initialize_parallel(config.launch.tp, device)
     space = Workspace(config)
     try:
-        if job.kind == "train":
+        for plain in job.trainings:
             from ilrec_dist.training.worker import train
 
-            for plain in job.trainings:
-                folder = Path(plain["folder"])
-                if not (folder / RESULT).exists():  # a restarted group passes over what is done
-                    train(config, plain["method"], plain["seed"], folder, plain["fingerprint"], space, parallel)
-        else:
+            folder = Path(plain["folder"])
+            if not (folder / RESULT).exists():  # a restarted group passes over what is done
+                train(config, plain["method"], plain["seed"], folder, plain["fingerprint"], space, parallel)
+        if job.evaluate:
             from ilrec_dist.evaluation.stage import evaluate_trained
 
             evaluate_trained(config, space, parallel)

@@ -16,27 +16,25 @@ from typing import Any
 
 from ilrec_dist.config import Config
 from ilrec_dist.data.files import write_json
-from ilrec_dist.errors import UserError
+from ilrec_dist.errors import UserError, WorkersFailed
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.training.jobs import Job, job_to_json, run_job
-
-
-class WorkersFailed(RuntimeError):
-    """The worker group failed more often than launch.max_failures allows."""
 
 
 def run_workers(config: Config, job: Job) -> None:
     """Run `job` in launch.workers processes. Raises UserError for the user's own errors, WorkersFailed when the retries are used up."""
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     job.failure_file.unlink(missing_ok=True)
-    if config.launch.engine == "ray":
-        _run_ray(config, job)
-    else:
-        _run_torchrun(config, job)
-    if job.failure_file.exists():
-        message = json.loads(job.failure_file.read_text())["error"]
-        job.failure_file.unlink()
-        raise UserError(message)
+    try:
+        if config.launch.engine == "ray":
+            _run_ray(config, job)
+        else:
+            _run_torchrun(config, job)
+    finally:  # the other ranks fail when the one that met the error leaves
+        if job.failure_file.exists():
+            message = json.loads(job.failure_file.read_text())["error"]
+            job.failure_file.unlink()
+            raise UserError(message)
 
 
 @contextlib.contextmanager
@@ -87,7 +85,7 @@ def _run_ray(config: Config, job: Job) -> None:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.launch.workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}),
         run_config=RunConfig(
-            name=job.kind,
+            name="workers",
             storage_path=str((Path(job.folder) / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=config.launch.max_failures),
         ),

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.backbone.parallel import ParallelState
+from ilrec_dist.cf.folder import catalogue_hash
 from ilrec_dist.config import Config, ObjectiveConfig
 from ilrec_dist.data.files import write_json
 from ilrec_dist.evaluation.evaluate import evaluate_model
@@ -62,9 +63,10 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     folder.mkdir(parents=True, exist_ok=True)
     lock = _only_writer(folder) if lead else None  # held until this process ends; waits for a killed run's last processes
     objective = objective_of(config, method)
-    depth = space.catalogue.depth
+    catalogue = space.catalogue
+    depth = catalogue.depth
     backbone = build_backbone(config, space, seed)
-    module = Objective(backbone, objective, config.backbone.num_layers, space.catalogue.vocab_size, parallel).to(parallel.device)
+    module = Objective(backbone, objective, config.backbone.num_layers, catalogue.vocab_size, catalogue.used_tokens(), parallel).to(parallel.device)
     engine = build_engine(module, config.train, parallel)
 
     windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
@@ -72,6 +74,8 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     steps = epoch_length * config.train.epochs
     progress = _resume(engine, folder / "checkpoints", fingerprint, parallel)
     log = MetricsLog(folder, resume_step=progress.step) if lead else None
+    if 0 < config.train.patience <= progress.validations_without_gain:
+        steps = progress.step  # killed between its early stop and its end
 
     order = lru_cache(1)(partial(EpochSteps, windows, config.train.batch_size, seed))  # of the epoch at hand
 
@@ -84,7 +88,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
                 yield part, rows
 
     rewards = space.reward_source() if objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
-    maker = BatchMaker(space.prepared, space.catalogue, space.trie, windows)
+    maker = BatchMaker(space.prepared, catalogue, space.trie, windows)
     layers = [config.backbone.num_layers - 1 - i for i in range(module.num_intermediate)]
     statistics = StatisticsSum(depth, len(layers), layers, parallel.device)
     began, timer = time.monotonic(), StepTimer()
@@ -130,7 +134,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
         if stop:
             break
     batches.close()
-    _finish(backbone, progress, folder, method, seed, log)
+    _finish(backbone, progress, folder, method, seed, catalogue_hash(catalogue), log)
     engine.destroy()  # its hooks and groups outlive it otherwise
     del lock
 
@@ -228,11 +232,11 @@ def _resume(engine: Any, folder: Path, fingerprint: str, parallel: ParallelState
     return Progress(**found.state)
 
 
-def _finish(backbone: Backbone, progress: Progress, folder: Path, method: str, seed: int, log: MetricsLog | None) -> None:
+def _finish(backbone: Backbone, progress: Progress, folder: Path, method: str, seed: int, catalogue: str, log: MetricsLog | None) -> None:
     _save_weights(backbone, folder / FINAL)
     if log is not None:
         log.close()
-        write_json(folder / RESULT, {"method": method, "seed": seed} | asdict(progress))
+        write_json(folder / RESULT, {"method": method, "seed": seed, "catalogue": catalogue} | asdict(progress))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     dist.barrier()
 

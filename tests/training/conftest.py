@@ -15,7 +15,7 @@ def tiny_config(runs_dir, **sections) -> Config:
         "cf": {"epochs": 2, "hidden_size": 16, "num_layers": 1},
         "backbone": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "dropout": 0.1, "init_std": 0.1},
         "train": {"epochs": 2, "batch_size": 24, "warmup_steps": 2, "max_history": 8, "checkpoint_steps": 3, "validation_users": 40},
-        "evaluation": {"beam": 8},
+        "evaluation": {"beam": 10},
         "launch": {"engine": "torchrun", "threads": 1, "device": "cpu"},
     }
     for name, values in sections.items():
