@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -182,8 +183,11 @@ def _problem(
         if not head.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("backend: triton needs a CUDA device (or TRITON_INTERPRET=1, to test); use torch")
     real = max(0, min(stop, options.vocab_size) - start)
+    if isinstance(options.item_tokens, Tensor):
+        options = replace(options, item_tokens=options.item_tokens.to(head.device))
     trainable = None
     if isinstance(trainable_rows, Tensor):
+        trainable_rows = trainable_rows.to(head.device)
         mine = trainable_rows[(trainable_rows >= start) & (trainable_rows < start + real)] - start
         trainable = Columns(0, 0, mine)
     elif trainable_rows is not None:

@@ -24,8 +24,9 @@ class Sent:
     pair: Tensor | None = None  # int64 [E]: position among this rank's pairs, where it is known
 
 
-def empty_sent() -> Sent:
-    index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+def empty_sent(like: Tensor) -> Sent:
+    """None, in the dtype and on the device of `like`."""
+    index, value = like.new_zeros(0, dtype=torch.int64), like.new_zeros(0)
     return Sent(index, index, value, value, index)
 
 

@@ -30,12 +30,12 @@ def hidden_gradient(grad: Tensor, weight: Tensor, out: Tensor, block: int, accum
     elif weight.dtype == out.dtype:
         out.addmm_(grad, weight)
     else:
-        out += torch.mm(grad.to(weight.dtype), weight, out_dtype=out.dtype)
+        torch.addmm(out, grad.to(weight.dtype), weight, out_dtype=out.dtype, out=out)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:
     """out [c, d] (fp32 or fp64) += grad [r, c]ᵀ · x [r, d]; on a GPU with a half-precision head (`low`) the factors are in its dtype."""
     if out.is_cuda and low != out.dtype:
-        out += torch.mm(grad.to(low).T, x.to(low), out_dtype=out.dtype)
+        torch.addmm(out, grad.to(low).T, x.to(low), out_dtype=out.dtype, out=out)  # no [c, d] besides out
     else:
         out.addmm_(grad.to(out.dtype).T, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ilrec_kernels.exchange import empty_sent
 from ilrec_kernels.linear import project
 from ilrec_kernels.pairs import chunk_pairs
 from ilrec_kernels.problem import Plan, Problem
@@ -17,7 +18,7 @@ def start_chunk(p: Problem, plan: Plan, weights: list[Tensor], scratch: Scratch,
     x = torch.stack([h[begin:end].to(p.dtype) for h in p.hidden[: plan.streams]])
     y = p.targets[begin:end] - p.start
     owned = (y >= 0) & (y < p.stop - p.start)
-    chunk = Chunk(begin, end, x, y.masked_fill_(~owned, 0), owned, torch.arange(end - begin, device=y.device), scratch)
+    chunk = Chunk(begin, end, x, y.masked_fill_(~owned, 0), owned, torch.arange(end - begin, device=y.device), scratch, empty_sent(x))
     if not plan.sliced:  # regime V makes logits tile by tile
         dense_logits(plan, chunk, weights)
     if plan.pairs:

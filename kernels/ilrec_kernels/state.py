@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ilrec_kernels.exchange import RankStats, Sent, empty_sent
+from ilrec_kernels.exchange import RankStats, Sent
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.ragged import RaggedHead
@@ -57,6 +57,7 @@ class Chunk:
     owned: Tensor  # bool [n]
     row: Tensor  # arange(n)
     scratch: Scratch
+    sent: Sent
     pairs: Pairs | None = None  # of the whole vocabulary
     local: Pairs | None = None  # of this rank's shard
     ragged: RaggedHead | None = None
@@ -65,7 +66,6 @@ class Chunk:
     p_final: Tensor | None = None  # [P]: the same at the pairs
     p_layers: Tensor | None = None  # [m, P]
     teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]
-    sent: Sent = field(default_factory=empty_sent)
     stats: RankStats | None = None
 
     def spare(self, columns: int) -> Tensor:
