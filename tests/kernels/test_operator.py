@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -207,23 +208,26 @@ def test_twenty_runs_are_bitwise_equal(softmax, negatives):
         assert all(torch.equal(a, b) for a, b in zip(again.hidden, first.hidden, strict=True))
 
 
-def test_lists_cost_in_proportion_to_their_size():
+def test_scopes_cost_in_proportion_to_their_size():
     """Products counted: of V there is nothing in them, and a row whose list is its target alone has none."""
 
-    def flops(v, longest):
+    def flops(v, longest, **scopes):
         starts = torch.arange(64) * 7
         tokens = (starts[:, None] + torch.arange(longest)).flatten()  # every row has a list of its own
         lists = TokenLists(torch.arange(65) * longest, tokens)
-        options = LossOptions(vocab_size=v, softmax_scope="valid_next", distill_scope="valid_next", crr_lambda=0.3)
+        options = LossOptions(vocab_size=v, crr_lambda=0.3, **scopes)
         case = make_case(n=64, v=v)
         case = Case(case.hidden, case.head, starts, lists, torch.rand(len(tokens)), options)
         with FlopCounterMode(display=False) as counter:
             run_case(case)
         return counter.get_total_flops()
 
-    assert flops(600, 4) == 3 * 3 * 2 * 16 * 64 * 4  # 3 products of 3 streams at each entry
-    assert flops(600, 16) == 4 * flops(600, 4) == flops(6000, 16)
-    assert flops(600, 1) == 0
+    lists: dict[str, Any] = dict(softmax_scope="valid_next", distill_scope="valid_next")
+    assert flops(600, 4, **lists) == 3 * 3 * 2 * 16 * 64 * 4  # 3 products of 3 streams at each entry
+    assert flops(600, 16, **lists) == 4 * flops(600, 4, **lists) == flops(6000, 16, **lists)
+    assert flops(600, 1, **lists) == 0
+    for scope in ("valid_next", "item_tokens"):  # the final layer over the vocabulary, the layers over the items; what addmm_ does is not counted
+        assert flops(6000, 4, negative_scope=scope, item_tokens=(0, 500)) == 2 * 2 * 16 * 64 * (6000 + 2 * 500)
 
 
 def test_backward_twice_accumulates():
