@@ -47,8 +47,8 @@ def num_lists(n: int) -> int:
 
 
 def num_probes(lists: int, n: int, k: int, width: int) -> int:
-    """Lists that a search for k of n items looks into: those that hold about width × k, at least 4."""
-    return min(lists, max(4, math.ceil(width * k * lists / max(1, n))))
+    """Lists that a search for k of n items looks into: those that hold about width × k, at least 2."""
+    return min(lists, max(2, math.ceil(width * k * lists / max(1, n))))
 
 
 def save_index(index: Any, path: Path) -> None:
