@@ -145,10 +145,10 @@ class Trainer:
 
     def plan(self, steps: int) -> Iterator[tuple[np.ndarray, int]]:
         from ilrec_dist.training.batches import micro_batches
-        from ilrec_dist.training.windows import epoch_steps
+        from ilrec_dist.training.windows import EpochSteps
 
         train = self.config.train
-        for numbers in epoch_steps(self.windows, train.batch_size, 0, 0)[:steps]:
+        for numbers in EpochSteps(self.windows, train.batch_size, 0, 0)[:steps]:
             rows = self.windows.take(numbers).num_targets * self.depth
             for part in micro_batches(numbers, self.parallel.dp_rank, self.parallel.dp, train.accumulation_steps):
                 yield part, rows
