@@ -121,7 +121,7 @@ def _command(commands: argparse._SubParsersAction, name: str, what: str, epilog:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's; docs/configuration.md lists all")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="settings that replace the file's; docs/configuration.md lists all")
 
 
 def _stage(arguments: argparse.Namespace) -> None:

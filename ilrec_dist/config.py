@@ -250,7 +250,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ConfigError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_dict(tree, str(path))
+    return config_from_dict(tree, " ".join([str(path), *overrides]))
 
 
 def config_from_dict(tree: dict[str, Any], source: str = "configuration") -> Config:
