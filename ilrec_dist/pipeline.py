@@ -23,7 +23,7 @@ from ilrec_dist.folders import RunFolders
 from ilrec_dist.stage_runs import Training
 from ilrec_dist.terminal import console
 
-FORMAT = 1  # raise when a stage's output changes for the same settings
+FORMAT = 2  # raise when a stage's output changes for the same settings
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def stages(config: Config) -> list[Stage]:
             tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
     evaluation = ("prepare", "cf", *trainings)
     tables.append(
-        Stage("evaluate", "evaluate", evaluation, lambda c: config_to_dict(c.evaluation), _none, lambda _: folders.evaluation),
+        Stage("evaluate", "evaluate", evaluation, lambda c: _without(c.evaluation, "examples"), _none, lambda _: folders.evaluation),
     )
     return tables
 

@@ -1,6 +1,7 @@
 """The whole path through the command line: every stage, the results in their documented form, recommendations, and nothing run twice."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -79,3 +80,21 @@ def test_recommend_refuses_an_unknown_item_and_leaves_nothing(finished, capsys):
     message = capsys.readouterr().err
     assert "bad.parquet" in message and "nowhere" in message and message.count("\n") == 1
     assert not (finished / "bad-out.parquet").exists()
+
+
+def test_recommend_refuses_codes_that_the_model_was_not_trained_with(finished, tmp_path, capsys):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    assert main(["index", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "items.seed=7"]) == 0
+    user = load_prepared(finished / "runs/tiny/data").item_ids[:3]
+    pq.write_table(pa.table({"user": ["a"], "items": [list(user)]}), tmp_path / "h.parquet")
+    capsys.readouterr()
+    assert main(["recommend", str(tmp_path / "runs/tiny"), "--histories", str(tmp_path / "h.parquet")]) == 2
+    assert "trained with other item codes" in capsys.readouterr().err
+
+
+def test_an_error_of_the_users_that_one_worker_meets_is_one_line(finished, tmp_path, capfd):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    damaged = tmp_path / "runs/tiny/cf/fold1.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"abcd")
+    assert main(["train", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "train.methods=[ilrec]", "train.epochs=3"]) == 2
+    assert "fold1.safetensors" in capfd.readouterr().err.strip().splitlines()[-1]

@@ -66,3 +66,11 @@ def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
 
     with pytest.raises(RuntimeError, match="no such window"):
         next(prefetched(iter(plan), broken, None))
+
+
+def test_no_windows_of_one_token_items_give_a_column_all_the_same():
+    items = RNG.integers(0, 50, 30).astype(np.int32)
+    prepared = Prepared(items, np.array([0, 12, 30], dtype=np.int64), ["a", "b"], [str(i) for i in range(50)])
+    catalogue = make_catalogue(np.arange(50)[:, None], [50])
+    batch = BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 8, "all")).make(np.array([], dtype=np.int64), step_rows=3)
+    assert batch.tokens.shape == (1, 1) and len(batch.rows) == 0
