@@ -9,6 +9,7 @@ The temporary folder (--folder; about 10 GB for 10⁸ rows) is deleted at the en
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -74,7 +75,8 @@ def measure(folder: Path, form: str, rows: int, users: int, items: int) -> dict[
 
     def watch() -> None:
         while not done.wait(0.5):
-            most[0] = max(most[0], sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+            with contextlib.suppress(FileNotFoundError):  # prepare deletes what it is done with while this looks
+                most[0] = max(most[0], sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
