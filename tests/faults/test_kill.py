@@ -19,6 +19,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 
 CHECKPOINT_STEPS = 10
+EPOCHS = 60  # 420 steps: the worker of a killed driver trains on for some seconds, and must not reach the end in them
 PATIENCE_SECONDS = 240
 
 
@@ -29,7 +30,7 @@ def place(tmp_path_factory) -> Path:
     for name in ("whole", "worker-and-actor", "driver"):
         config = tiny_config(
             root / "runs",
-            train={"epochs": 25, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": 25},
+            train={"epochs": EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": EPOCHS},
             launch={"engine": "ray", "workers": 1, "tp": 1, "threads": 1, "device": "cpu"},
             cf={"rewards": "actor"},
         )
