@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ilrec_kernels import TokenLists, chunked, cross_layer_loss
+from ilrec_kernels import chunked, cross_layer_loss
 
 from tests.helpers import Mesh, run_distributed
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
+from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
 
 
 def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
@@ -98,12 +98,6 @@ def test_exchanges_that_overlap_the_next_chunk_change_no_bit(settings):
         assert events[:3] == ["start", "start", "merge"] and in_order[:3] == ["start", "merge", "start"]
         assert torch.equal(ours.output.loss, theirs.output.loss) and torch.equal(ours.head, theirs.head)
         assert all(torch.equal(a, b) for a, b in zip(ours.hidden, theirs.hidden, strict=True))
-
-
-def split_rows(case: Case, begin: int, end: int) -> Case:
-    low, high = int(case.lists.indptr[begin]), int(case.lists.indptr[end])
-    lists = TokenLists(case.lists.indptr[begin : end + 1] - low, case.lists.tokens[low:high])
-    return Case([h[begin:end] for h in case.hidden], case.head, case.targets[begin:end], lists, case.rewards[low:high], case.options)
 
 
 def accumulated(mesh: Mesh, case: Case, cuts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
