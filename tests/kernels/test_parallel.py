@@ -64,6 +64,18 @@ def test_shards_give_what_one_process_gives(edges):
     assert_close(whole([r[0] for r in ranks], cases[0]), run_case(cases[0], "reference", loss_scale=0.1), 1e-5)
 
 
+def partly_trained(mesh: Mesh, case: Case, edges: list[int], rows: Any) -> Outcome:
+    start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
+    return run_case(case, head=case.head[start:stop], vocab=(start, stop), tp_group=mesh.tp_group, loss_scale=0.1, trainable_rows=rows)
+
+
+@pytest.mark.parametrize("rows", [(10, 45), torch.tensor([0, 7, 8, 30, 60])])
+def test_partly_trainable_heads_in_shards(rows):
+    case = make_case(dtype=torch.float64)
+    ranks = run_distributed(partly_trained, 2, 2, case, [0, 20, 61], rows)
+    assert_close(whole(ranks, case), run_case(case, "reference", loss_scale=0.1, trainable_rows=rows), 1e-9)
+
+
 def test_ties_across_shards_go_to_the_lower_token():
     case = make_case(n=12, v=64, negative_scope="all", max_negatives=3, dtype=torch.float64)
     # small integers: equal logits are equal to the bit whatever the order of the sums
