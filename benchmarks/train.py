@@ -153,14 +153,14 @@ class Trainer:
             for part in micro_batches(numbers, self.parallel.dp_rank, self.parallel.dp, train.accumulation_steps):
                 yield part, rows
 
-    def run(self, steps: int) -> list[dict[str, float]]:
-        """Seconds by part, "all" and "tokens" of each step; the first step warms up and is left out."""
+    def run(self, steps: int) -> Iterator[dict[str, float]]:
+        """Takes steps, one at each turn; gives seconds by part, "all" and "tokens"."""
         from ilrec_dist.training.batches import prefetched
         from ilrec_dist.training.worker import _tensors, shared_rewards
 
-        clock, found = self.clock, []
-        batches = prefetched(self.plan(steps + 1), self.maker.make, self.rewards)
-        for _ in range(steps + 1):
+        clock = self.clock
+        batches = prefetched(self.plan(steps), self.maker.make, self.rewards)
+        for _ in range(steps):
             clock.mark("between")
             clock.read()
             began, tokens = time.perf_counter(), 0
@@ -179,9 +179,8 @@ class Trainer:
                 clock.mark("optimizer")
                 tokens += ready.batch.real_tokens * self.parallel.dp
                 self.rows, self.sequences, self.length = len(ready.batch.targets), *ready.batch.tokens.shape
-            found.append(clock.read() | {"all": time.perf_counter() - began, "tokens": tokens})
+            yield clock.read() | {"all": time.perf_counter() - began, "tokens": tokens}
         batches.close()
-        return found[1:]
 
     def multiplications(self) -> float:
         """Of a step's products, forward and backward."""
@@ -205,12 +204,15 @@ def _worker(rank: int, tree: dict[str, Any], vocab: int, args: argparse.Namespac
     count_collectives(clock)
     drawn = draw(config, vocab)
     trainers = {method: Trainer(config, method, vocab, parallel, clock, drawn) for method in ("sft", "ilrec")}
+    runs = {method: trainer.run(args.steps + 1) for method, trainer in trainers.items()}
     found: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
-    for turn in range(2):  # one method after the other, twice, so that a drifting machine shows
-        for method, trainer in trainers.items():
-            found[method] += trainer.run(args.steps)
-            if rank == 0:
-                print(f"round {turn + 1} of 2: {method}, {len(found[method]) / sum(s['all'] for s in found[method]):.2f} steps/s", flush=True)
+    for turn in range(args.steps + 1):  # a step of each in turn, so that a drifting machine does not favour one
+        for method, run in runs.items():
+            step = next(run)
+            if turn:  # the first warms up
+                found[method].append(step)
+        if rank == 0:
+            print(f"step {turn} of {args.steps}: " + ", ".join(f"{m} {1e3 * s[-1]['all']:.0f} ms" for m, s in found.items() if s), flush=True)
     if rank == 0:
         bound = trainers["ilrec"].multiplications() / trainers["sft"].multiplications()
         queue.put((found, bound, torch.get_num_threads()))
@@ -237,9 +239,7 @@ def report(name: str, config: Config, vocab: int, args: argparse.Namespace) -> l
     b = config.backbone
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {threads} threads a process"
     print(f"\n{name}: {b.num_layers} layers of {b.hidden_size}, {max(vocab, LEVELS * CODES + 1):,} tokens, {LEVELS * CODES:,} of them items', tp {args.tp}")
-    print(
-        f"{machine}; torch {torch.__version__}; median of {2 * args.steps} steps, ms\n{'':<8}{'step':>9}{'tokens/s':>11}" + "".join(f"{p:>14}" for p in PARTS)
-    )
+    print(f"{machine}; torch {torch.__version__}; median of {args.steps} steps, ms\n{'':<8}{'step':>9}{'tokens/s':>11}" + "".join(f"{p:>14}" for p in PARTS))
     rows = []
     for method, steps in found.items():
         middle = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in ("all", "tokens", *PARTS)}
@@ -262,13 +262,13 @@ def main() -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="backbone, objective and training settings; data are drawn")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--vocab", type=int, default=0, help="with a CONFIG: tokens in all (default: the item tokens alone)")
-    parser.add_argument("--steps", type=int, help="of each method and round (default 8; 2 with --quick)")
+    parser.add_argument("--steps", type=int, help="of each method (default 16; 4 with --quick)")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="few steps, under 50 s on 2 cores")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     args = parser.parse_intermixed_args()
-    args.steps = args.steps or (2 if args.quick else 8)
+    args.steps = args.steps or (4 if args.quick else 16)
     shapes = {name: (config_from_dict(tree), vocab) for name, (tree, vocab) in (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES).items()}
     if args.config:
         shapes = {Path(args.config).stem: (load_config(args.config, args.overrides), args.vocab)}

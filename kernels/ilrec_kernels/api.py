@@ -132,7 +132,7 @@ class _CrossLayerLoss(torch.autograd.Function):
             _, grads = call.compute(hidden, head, upstream * call.scale, ctx.wanted)
             return None, None, *grads
         saved = list(ctx.saved_tensors)
-        if upstream.is_cuda or float(upstream) != 1.0:
+        if float(upstream) != 1.0:  # no second copy of the head's gradient where none is needed
             saved = [g * upstream.to(g.dtype) for g in saved]
         grads = [saved.pop(0) if w else None for w in ctx.wanted]
         return None, None, *grads

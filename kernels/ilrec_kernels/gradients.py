@@ -72,10 +72,9 @@ def final_gradient(plan: Plan, chunk: Chunk, factors: Factors) -> None:
 def listed_gradient(chunk: Chunk, factors: Factors) -> None:
     """The final layer's logits at the lists (masked softmax)."""
     assert chunk.local is not None and chunk.p_final is not None
-    slot, mine = chunk.sent.slot, chunk.local.is_target
-    g = chunk.p_final.mul_(factors.final.take(chunk.local.row))
-    g.index_copy_(0, slot[slot >= 0], factors.sent[slot >= 0])
-    g[mine] += factors.target[chunk.local.row[mine]]
+    g, inside = chunk.p_final.mul_(factors.final.take(chunk.local.row)), (chunk.sent.slot >= 0).nonzero().flatten()
+    g.index_copy_(0, chunk.sent.slot.take(inside), factors.sent.take(inside))
+    g.index_add_(0, chunk.local.target, factors.target.take(chunk.local.target_row))  # distinct pairs
 
 
 def student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:

@@ -52,8 +52,10 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     """Logits at the pairs, gathered from dense ones where those hold them, else computed for the lists alone."""
     assert chunk.local is not None
     local, column = chunk.local, chunk.local.token - p.start
-    need_final = not plan.softmax or plan.ragged_distill or plan.ragged_negatives
-    need_layers = plan.streams > 1 and (plan.ragged_distill or plan.ragged_negatives)
+    from_final = p.options.negatives_from == "final"
+    # the final logits of negatives drawn from the layers are looked up for those alone, where there is a matrix to look in
+    need_final = not plan.softmax or plan.ragged_distill or (plan.ragged_negatives and (from_final or chunk.z_final is None))
+    need_layers = plan.ragged_distill or (plan.ragged_negatives and not from_final)
 
     def gather(z: Tensor | None, columns: object) -> Tensor | None:
         if z is None:

@@ -64,29 +64,34 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
     if not plan.softmax:  # a row without pairs has its target alone; the target is never sent
         rest = adjusted = plain = torch.where(rest == -torch.inf, z_target, rest)
     if row.numel():
-        member, weight, inside, found, capped = choose(p, plan, pairs, g, ensemble_target, n)
-        count = segment_sum(member.to(z.dtype), row, n)
+        member, capped = choose(p, plan, g, ensemble_target, n)
+        weight = soft_weights(row, only(g.ensemble, member, -torch.inf), n)
+        found = None
+        if plan.pairs:
+            assert pairs is not None
+            found = g.pair if g.pair is not None else pairs.find(row, g.token)
+        # entries from elsewhere than the lists may lie outside the masked softmax
+        inside = None if plan.softmax or found is None or plan.ragged_negatives else found >= 0
+        count = torch.bincount(row if member is None else row[member], minlength=n).to(z.dtype)
         some = (count > 0).to(z.dtype)
         if o.penalty == "additive":
             z_adjusted = z + o.beta * weight
         else:
             slope = 1 + o.beta * weight
             z_adjusted = z * slope
-        z_in, adjusted_in = z.masked_fill(~inside, -torch.inf), z_adjusted.masked_fill(~inside, -torch.inf)
-        plain = torch.logaddexp(rest, segment_logsumexp(z_in, row, n))
-        adjusted = torch.logaddexp(rest, segment_logsumexp(adjusted_in, row, n))
+        plain = torch.logaddexp(rest, segment_logsumexp(only(z, inside, -torch.inf), row, n))
+        adjusted = torch.logaddexp(rest, segment_logsumexp(only(z_adjusted, inside, -torch.inf), row, n))
         if o.crr_lambda > 0:
-            label, target_label, covered = soft_labels(p, pairs, row, found, member & inside, begin, end)
+            label, target_label, covered = soft_labels(p, pairs, row, found, both(member, inside), begin, end)
             crr = segment_sum(label * (plain.take(row) - z), row, n) + target_label * (plain - z_target)
             write.crr[begin:end] = crr * some
             write.covered[begin:end] = covered
         write.num_negatives[begin:end] = count
-        write.negatives_key[begin:end] = set_key(g.token[member], row[member], n)
+        write.negatives_key[begin:end] = set_key(g.token, row, n) if member is None else set_key(g.token[member], row[member], n)
         write.capped[begin:end] = capped
         if found is not None:
-            assert pairs is not None
-            real = (found >= 0) & member
-            write.valid_next_negatives[begin:end] = segment_sum(real.to(z.dtype), row, n)
+            real = count if plan.ragged_negatives else segment_sum(only((found >= 0).to(z.dtype), member, 0.0), row, n)
+            write.valid_next_negatives[begin:end] = real
     write.cpo[begin:end] = adjusted - z_target
     write.p_target[begin:end] = torch.exp(z_target - plain)
     teacher, layer = zero, stats.layer_top[0]
@@ -101,44 +106,55 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
     return Merged(adjusted, plain, teacher, layer, some, target_label, row, z, z_adjusted, slope, label, g.mine)
 
 
-def choose(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, ensemble_target: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """(member bool [E], w [E], in the softmax scope bool [E], position among the pairs [E] or None, capped bool [n])."""
-    row, ensemble = g.row, g.ensemble
+def only(values: Tensor, mask: Tensor | None, other: float) -> Tensor:
+    """`values` where the mask holds, else `other`; a mask of None holds everywhere."""
+    return values if mask is None else values.masked_fill(~mask, other)
+
+
+def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
+    """(which entries are H, bool [E] or None for all; rows that had more than k, bool [n])."""
+    if g.over is not None:
+        return None, g.over
     bar = ensemble_target + math.log(p.options.negative_threshold)
-    member = ensemble >= bar.take(row)
+    member = g.ensemble >= bar.take(g.row)
     passed = member.nonzero().flatten()
-    keep, capped = keep_largest(row.take(passed), ensemble.take(passed), n, p.options.max_negatives, plan.budget)
-    member[passed[~keep]] = False
-    # w: softmax of z̄ over H
-    value = ensemble.masked_fill(~member, -torch.inf)
+    keep, over = keep_largest(g.row.take(passed), g.ensemble.take(passed), n, p.options.max_negatives, plan.budget)
+    if keep is not None:
+        member = torch.zeros_like(member).index_fill_(0, passed.take(keep), True)
+    return member, over
+
+
+def soft_weights(row: Tensor, value: Tensor, n: int) -> Tensor:
+    """w [E]: softmax of z̄ over each row's entries, −inf off H."""
     weight = torch.exp(value - finite(segment_max(value, row, n)).take(row))
-    weight /= segment_sum(weight, row, n).clamp_(min=torch.finfo(weight.dtype).tiny).take(row)
-    found = None
-    if plan.pairs:
-        assert pairs is not None
-        found = g.pair if g.pair is not None else pairs.find(row, g.token)
-    inside = torch.ones_like(member) if plan.softmax or found is None else found >= 0
-    return member, weight, inside, found, capped
+    return weight.div_(segment_sum(weight, row, n).clamp_(min=torch.finfo(weight.dtype).tiny).take(row))
 
 
-def soft_labels(p: Problem, pairs: Pairs | None, row: Tensor, found: Tensor | None, member: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+def soft_labels(
+    p: Problem, pairs: Pairs | None, row: Tensor, found: Tensor | None, member: Tensor | None, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """q at the entries [E] and at the target [n], and whether the row is covered, bool [n] (METHOD.md §5)."""
     assert pairs is not None and found is not None and p.rewards is not None
     n, dtype = end - begin, p.dtype
 
     def reward(position: Tensor) -> Tensor:
         source = pairs.source.take(position.clamp(min=0)) if pairs.source.numel() else torch.full_like(position, -1)
-        known = (position >= 0) & (source >= 0)
+        source.masked_fill_(position < 0, -1)
         values = p.rewards.take(source.clamp(min=0)) if p.rewards.numel() else torch.zeros_like(source)  # type: ignore[union-attr]
-        return values.to(dtype).masked_fill_(~known, 0.0)
+        return values.to(dtype).masked_fill_(source < 0, 0.0)
 
     at_target = torch.full((n,), -1, dtype=torch.int64, device=row.device)
-    mine = pairs.is_target.nonzero().flatten()
-    at_target[pairs.row.take(mine)] = mine
-    scored = reward(found).masked_fill_(~member, 0.0)
+    at_target[pairs.target_row] = pairs.target
+    scored = only(reward(found), member, 0.0)
     covered = segment_max(scored, row, n) > 0
-    label = (scored + p.options.reward_floor).masked_fill_(~member, 0.0)
+    label = only(scored + p.options.reward_floor, member, 0.0)
     own = reward(at_target) + p.options.reward_floor
     total = segment_sum(label, row, n) + own
-    label = (label / total.take(row)).masked_fill_(~covered.take(row), 0.0)
+    label = label * (covered / total).take(row)  # 0 in uncovered rows
     return label, torch.where(covered, own / total, 1.0), covered

@@ -40,21 +40,28 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
 
 def listed_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
     """Among the rows' lists."""
-    local, z, stats = chunk.local, chunk.p_final, chunk.stats
-    assert local is not None and z is not None and stats is not None
-    value = z if p.options.negatives_from == "final" else mean(chunk.p_layers)
-    stats.ensemble_target[local.row[local.is_target]] = value[local.is_target]
+    local, stats = chunk.local, chunk.stats
+    assert local is not None and stats is not None
+    value = chunk.p_final if p.options.negatives_from == "final" else mean(chunk.p_layers)
+    assert value is not None
+    stats.ensemble_target[local.target_row] = value.take(local.target)
     bar = stats.ensemble_target if early is None else loosened(early)
-    bar = (bar + math.log(p.options.negative_threshold)).masked_fill(~local.has_target, torch.inf)
-    entry = ((value >= bar.take(local.row)) & ~local.is_target).nonzero().flatten()
-    if p.group is not None:
-        entry = entry[keep_largest(local.row[entry], value[entry], chunk.n, p.options.max_negatives + 1, plan.budget)[0]]
-    row, token = local.row.take(entry), local.token.take(entry)
-    slot = entry
+    bar = (bar + math.log(p.options.negative_threshold)).masked_fill_(~local.has_target, torch.inf)
+    reached = value >= bar.take(local.row)
+    reached[local.target] = False
+    entry = reached.nonzero().flatten()
+    row, alone = local.row.take(entry), p.group is None
+    # alone, this is H itself; among ranks the bar was loosened, and one more tells whether the row was capped
+    keep, over = keep_largest(row, value.take(entry), chunk.n, p.options.max_negatives + (not alone), plan.budget)
+    if keep is not None:
+        entry, row = entry.take(keep), row.take(keep)
+    token = local.token.take(entry)
+    slot, z = entry, chunk.p_final
     if plan.softmax:
         assert plan.final is not None
         slot = row * len(plan.final) + plan.final.find(token - p.start)[0]
-    chunk.sent = Sent(row, token, value.take(entry), z.take(entry), slot, entry)
+    z = z.take(entry) if z is not None else chunk.z_final.view(-1).take(slot)  # type: ignore[union-attr]
+    chunk.sent = Sent(row, token, value.take(entry), z, slot, entry, over if alone else None)
 
 
 def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:

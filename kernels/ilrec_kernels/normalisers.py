@@ -39,7 +39,7 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     else:
         z, local = chunk.p_final, chunk.local
         assert z is not None and local is not None
-        stats.z_target[local.row[local.is_target]] = z[local.is_target]
+        stats.z_target[local.target_row] = z.take(local.target)
         chunk.p_final = z = z.index_fill(0, chunk.sent.slot[chunk.sent.slot >= 0], -torch.inf)
         stats.top = segment_max(z, local.row, chunk.n)
         z.sub_(finite(stats.top).take(local.row)).exp_()

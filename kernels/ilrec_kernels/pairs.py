@@ -18,18 +18,24 @@ class Pairs:
     row: Tensor  # int64 [P], 0 … n−1
     token: Tensor  # int64 [P], global
     source: Tensor  # int64 [P], position in the lists' tokens; −1 for a target that its own list lacks
-    is_target: Tensor  # bool [P]
+    target: Tensor  # int64 [T], ascending: the pairs that are their row's target
     has_target: Tensor  # bool [n]: the target is among the row's candidates
     single: Tensor  # bool [n]: it is the only one, so that nothing is to be computed
 
     def in_shard(self, start: int, stop: int) -> Pairs:
         """Those whose token is in [start, stop)."""
-        keep = ((self.token >= start) & (self.token < stop)).nonzero().flatten()
-        return self.take(keep)
+        return self.take(((self.token >= start) & (self.token < stop)).nonzero().flatten())
 
     def take(self, index: Tensor) -> Pairs:
-        parts = (self.row.take(index), self.token.take(index), self.source.take(index), self.is_target.take(index))
-        return Pairs(self.n, *parts, self.has_target, self.single)
+        is_target = torch.zeros_like(self.row, dtype=torch.bool)
+        is_target[self.target] = True
+        target = is_target.take(index).nonzero().flatten()
+        return Pairs(self.n, self.row.take(index), self.token.take(index), self.source.take(index), target, self.has_target, self.single)
+
+    @property
+    def target_row(self) -> Tensor:
+        """int64 [T] the rows of `target`."""
+        return self.row.take(self.target)
 
     def find(self, row: Tensor, token: Tensor) -> Tensor:
         """int64 position of each (row, token) among the pairs, −1 where it is not one."""
@@ -49,16 +55,16 @@ def chunk_pairs(lists: TokenLists, targets: Tensor, begin: int, end: int) -> Pai
     token = lists.tokens[low:high]
     length = indptr.diff()
     row = torch.repeat_interleave(torch.arange(n, device=token.device), length, output_size=high - low)
-    is_target = token == targets.take(row)
+    target = (token == targets.take(row)).nonzero().flatten()
     has_target = torch.zeros(n, dtype=torch.bool, device=token.device)
-    has_target[row[is_target]] = True
-    pairs = Pairs(n, row, token, torch.arange(low, high, device=token.device), is_target, has_target, (length == 1) & has_target)
+    has_target[row.take(target)] = True
+    pairs = Pairs(n, row, token, torch.arange(low, high, device=token.device), target, has_target, (length == 1) & has_target)
     missing = (~has_target).nonzero().flatten()
     if not missing.numel():
         return pairs
     # the masked softmax competes for the target as well
     row, token = torch.cat([row, missing]), torch.cat([token, targets[missing]])
-    absent = torch.full_like(missing, -1)
-    pairs = Pairs(n, row, token, torch.cat([pairs.source, absent]), torch.cat([is_target, absent.bool()]), has_target, pairs.single)
+    target = torch.cat([target, torch.arange(len(pairs.row), len(row), device=row.device)])
+    pairs = Pairs(n, row, token, torch.cat([pairs.source, torch.full_like(missing, -1)]), target, has_target, pairs.single)
     order = torch.argsort(token, stable=True)
     return pairs.take(order[torch.argsort(row[order], stable=True)])

@@ -95,6 +95,13 @@ def widest(scopes: list[Columns | None], everything: Columns) -> Columns | None:
     return everything if any(c is everything for c in dense) else (dense[0] if dense else None)
 
 
+def shares(total: int, lists: int, logits: bool) -> tuple[int, int]:
+    """(bytes for the rows' matrices of logits and vectors, bytes for their lists) of a workspace; `lists` is what all rows' lists would take."""
+    if not logits:
+        return total * 3 // 8, total // 2
+    return max(total * 3 // 4, total * 7 // 8 - min(lists, total // 4)), total // 4  # few lists leave their share to the logits
+
+
 def make_plan(p: Problem) -> Plan:
     o = p.options
     everything, items = (dense_columns(scope, o, p.start, p.stop) for scope in ("all", "item_tokens"))
@@ -117,19 +124,22 @@ def make_plan(p: Problem) -> Plan:
 
     d, size = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8
     total = workspace_bytes(o, p.head.device)
+    pair_bytes = 48 + 3 * streams * size
+    listed = p.candidates.tokens.numel() if pairs and p.candidates is not None else 0
+    row_share, list_share = shares(total, listed * pair_bytes, final is not None or layers is not None)
     block = p.head.shape[0]
     if p.head.dtype != p.dtype and not p.head.is_cuda:
         block = max(1, min(block, total // 8 // (d * size)))
     plan = Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows=max(1, p.n), under_way=1, pair_budget=max(1, total // 4 // (48 + 3 * streams * size)), block=block,
+        rows=max(1, p.n), under_way=1, pair_budget=max(1, list_share // pair_bytes), block=block,
         tile=min(1 << 18, total // 8 // (2 * size)) if not p.head.is_cuda else total // 8 // (2 * size),
         budget=total // 8, fused=fused, sliced=False, slice_columns=0,
     )  # fmt: skip
-    width = plan.logits + plan.spare + 2 * streams * d + 64
+    width = plan.logits + plan.spare + (2 if plan.logits else 3) * streams * d + 64
     if fused:
         width += _len(final) // 4 + 2 * 260  # a byte a column marks what was sent; the gate's lists
-    rows = max(1, total * 3 // 4 // (width * size))
+    rows = max(1, row_share // (width * size))
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor(rows, device=p.head.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)

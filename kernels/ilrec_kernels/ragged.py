@@ -28,41 +28,58 @@ class RaggedHead:
     """The head at pairs (row [P], local column [P]), rows ascending.
 
     Rows marked in `skip` [n] are left out: logits 0, no gradient. `width` is S·d; `budget` bytes bound the temporaries.
+    Buckets lie one after the other in flat buffers; what goes in or out of these is looked up in one go.
     """
 
     def __init__(self, row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> None:
         self.n, self.count = skip.numel(), row.numel()
         self.buckets = list(_buckets(row, column, skip, width, budget)) if self.count else []
+        none = row.new_zeros(0)
+        self.pairs = torch.cat([none, *(b.pairs.flatten() for b in self.buckets)])  # [Q] the pair at each place of a flat buffer
+        self.rows = torch.cat([none, *(b.rows.flatten() for b in self.buckets)])
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """[S, P] in hidden's dtype, from hidden [S, n, d] and the rank's head rows."""
         s, _, d = hidden.shape
-        out = hidden.new_zeros(s, self.count + 1)
+        flat, begin = hidden.new_zeros(s, self.pairs.numel() + 1), 0  # the last place is a skipped pair's
         for b in self.buckets:
-            g, r = b.rows.shape
-            x = hidden[:, b.rows.clamp(max=self.n - 1)].transpose(0, 1).reshape(g, s * r, d)
-            w = head[b.tokens].to(hidden.dtype)
-            z = torch.bmm(x, w.transpose(1, 2)).view(g, s, r, -1)
-            out[:, b.pairs] = z.transpose(0, 1)
-        return out[:, :-1]
+            x, w = self._rows(b, hidden), head[b.tokens].to(hidden.dtype)
+            z = torch.bmm(x, w.transpose(1, 2)).view(len(x), s, -1, w.shape[1])
+            flat[:, begin : begin + b.pairs.numel()].view(s, *b.pairs.shape).copy_(z.transpose(0, 1))
+            begin += b.pairs.numel()
+        place = _inverse(self.pairs, self.count)
+        return torch.stack([stream.take(place) for stream in flat])
 
     def backward(self, grad: Tensor, hidden: Tensor, head: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None) -> None:
         """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad [V_local, d], given grad [S, P]."""
         s, _, d = hidden.shape
-        padded = torch.cat([grad, grad.new_zeros(s, 1)], 1)
+        zero = grad.new_zeros(1)
+        flat = torch.stack([torch.cat([stream, zero]).take(self.pairs) for stream in grad])
+        dx, begin, top = grad.new_zeros(s, self.rows.numel() + 1, d), 0, 0
         for b in self.buckets:
             g, r = b.rows.shape
-            dz = padded[:, b.pairs].transpose(0, 1).reshape(g, s * r, -1)
-            real = b.rows.flatten() < self.n
+            dz = flat[:, begin : begin + b.pairs.numel()].view(s, *b.pairs.shape).transpose(0, 1).reshape(g, s * r, -1)
             if hidden_grad is not None:
-                dx = torch.bmm(dz, head[b.tokens].to(grad.dtype)).view(g, s, r, d).transpose(0, 1).reshape(s, g * r, d)
-                rows = b.rows.flatten()[real]
-                for stream in range(s):  # a row is in one bucket, once
-                    hidden_grad[stream].index_add_(0, rows, dx[stream][real])
+                part = torch.bmm(dz, head[b.tokens].to(grad.dtype)).view(g, s, r, d)
+                dx[:, top : top + g * r].view(s, g, r, d).copy_(part.transpose(0, 1))
             if head_grad is not None:
-                x = hidden[:, b.rows.clamp(max=self.n - 1)].transpose(0, 1).reshape(g, s * r, d)
-                dw = torch.bmm(dz.transpose(1, 2), x)
+                dw = torch.bmm(dz.transpose(1, 2), self._rows(b, hidden))
                 add_rows(head_grad, b.tokens.flatten(), dw.flatten(0, 1))  # padding adds zeros to row 0
+            begin, top = begin + b.pairs.numel(), top + g * r
+        if hidden_grad is not None:
+            hidden_grad += dx.index_select(1, _inverse(self.rows, self.n))
+
+    def _rows(self, b: Bucket, hidden: Tensor) -> Tensor:
+        """[G, S·R, d] of hidden [S, n, d]."""
+        (s, n, d), (g, r) = hidden.shape, b.rows.shape
+        return hidden.index_select(1, b.rows.flatten().clamp_(max=n - 1)).view(s, g, r, d).transpose(0, 1).reshape(g, s * r, d)
+
+
+def _inverse(index: Tensor, size: int) -> Tensor:
+    """int64 [size]: where in `index` each of 0 … size − 1 stands; what is not there, at its end. Entries of `size` are padding."""
+    place = torch.full((size + 1,), index.numel(), dtype=torch.int64, device=index.device)
+    place[index] = torch.arange(index.numel(), device=index.device)
+    return place[:size]
 
 
 def _buckets(row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> Iterator[Bucket]:
@@ -98,15 +115,17 @@ def _buckets(row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int)
 def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Tensor:
     """[n] ids, equal only for rows whose lists are equal: a 62-bit hash finds them, a comparison with the group's first row confirms."""
     n = length.numel()
-    key = segment_sum(_mix(column), row, n) * 1024 + length
+    distinct = int(column.max()) + 1
+    mixed = _mix(column) if distinct > column.numel() else _mix(torch.arange(distinct, device=column.device)).take(column)
+    key = segment_sum(mixed, row, n) * 1024 + length
     _, group = torch.unique(key, return_inverse=True)
     leader = torch.full((int(group.max()) + 1,), n, dtype=torch.int64, device=row.device)
     leader.scatter_reduce_(0, group, torch.arange(n, device=row.device), "amin")
-    offset = torch.arange(row.numel(), device=row.device) - first.take(row)
     lead = leader.take(group)
-    same_length = (length.take(lead) == length).all()
-    if same_length and bool((column.take((first.take(lead).take(row) + offset).clamp_(max=column.numel() - 1)) == column).all()):
-        return group
+    if bool((length.take(lead) == length).all()):
+        place = (first.take(lead) - first).take(row).add_(torch.arange(row.numel(), device=row.device))
+        if torch.equal(column.take(place), column):
+            return group
     return torch.arange(n, device=row.device)  # a collision: no sharing, still right
 
 

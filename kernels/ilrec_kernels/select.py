@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 
-def keep_largest(row: Tensor, value: Tensor, n: int, k: int, budget: int) -> tuple[Tensor, Tensor]:
+def keep_largest(row: Tensor, value: Tensor, n: int, k: int, budget: int) -> tuple[Tensor | None, Tensor]:
     """Of entries (row [E] ascending, value [E]; tokens ascending within a row) the k largest of every row.
 
-    Returns (bool [E], bool [n]: rows that had more than k). `budget` bytes bound the temporaries.
+    Returns (int64 [≤ E], the kept entries, ascending, or None for all of them; bool [n]: rows that had more than k). `budget` bytes bound the temporaries.
     """
     count = torch.bincount(row, minlength=n)
     over = count > k
-    keep = torch.ones_like(row, dtype=torch.bool)
     crowded = over.nonzero().flatten()
     if not crowded.numel():
-        return keep, over
+        return None, over
+    keep = torch.ones_like(row, dtype=torch.bool)
     first = count.cumsum(0) - count
     width = int(count.max())
     offsets = torch.arange(width, device=row.device)
     for part in crowded.split(max(1, budget // (32 * width))):
         listed = offsets < count[part, None]
-        entry = (first[part, None] + offsets).masked_fill_(~listed, 0)
-        values = value.take(entry).masked_fill_(~listed, -torch.inf)
-        keep[entry[listed]] = largest(values, k)[listed]
-    return keep, over
+        entry = first[part, None] + offsets
+        values = value.take(entry.clamp(max=row.numel() - 1)).masked_fill_(~listed, -torch.inf)
+        keep[entry[listed & ~largest(values, k)]] = False
+    return keep.nonzero().flatten(), over
 
 
 def largest(values: Tensor, k: int) -> Tensor:

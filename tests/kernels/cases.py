@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from ilrec_kernels import LossOptions, LossOutput, TokenLists, cross_layer_loss
+from ilrec_kernels import LossOptions, LossOutput, RowStats, TokenLists, cross_layer_loss
 from torch import Tensor
 
 
@@ -74,6 +74,25 @@ def run_case(case: Case, backend: str = "torch", upstream: Any = None, **kwargs:
     output = cross_layer_loss(hidden[0], hidden[1:], head, case.targets, case.lists, case.rewards, options, **kwargs)
     output.loss.backward(torch.ones_like(output.loss) if upstream is None else upstream)
     return Outcome(output, [h.grad for h in hidden], head.grad)
+
+
+def split_rows(case: Case, begin: int, end: int) -> Case:
+    low, high = int(case.lists.indptr[begin]), int(case.lists.indptr[end])
+    lists = TokenLists(case.lists.indptr[begin : end + 1] - low, case.lists.tokens[low:high])
+    return Case([h[begin:end] for h in case.hidden], case.head, case.targets[begin:end], lists, case.rewards[low:high], case.options)
+
+
+def reference_by_rows(case: Case, elements: int = 4_000_000, **kwargs: Any) -> Outcome:
+    """The reference, so many rows at a time that their matrix has no more than `elements`: losses and gradients are sums over rows."""
+    n, step = len(case.targets), max(1, elements // case.options.vocab_size)
+    parts = [run_case(split_rows(case, i, min(i + step, n)), "reference", **kwargs) for i in range(0, max(n, 1), step)]
+    if len(parts) == 1:
+        return parts[0]
+    outputs = [p.output for p in parts]
+    rows = RowStats(**{f.name: torch.cat([getattr(o.rows, f.name) for o in outputs], -1) for f in fields(RowStats)})
+    sums = [sum(getattr(o, name) for o in outputs) for name in ("loss", "cpo", "cpd", "crr")]
+    hidden = [None if any(g is None for g in grads) else torch.cat(grads) for grads in zip(*(p.hidden for p in parts), strict=True)]
+    return Outcome(LossOutput(*sums, rows), hidden, sum(p.head for p in parts))  # type: ignore[arg-type, misc]
 
 
 def distance(a: Tensor | None, b: Tensor | None) -> float:

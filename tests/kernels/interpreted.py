@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ilrec_kernels import problem, sliced
+from ilrec_kernels import chunked, cross_layer_loss, problem, sliced
 
 from tests.kernels.cases import assert_close, make_case, run_case
 
@@ -50,6 +50,16 @@ def test_twenty_runs_are_bitwise_equal():
         assert torch.equal(again.output.loss, first.output.loss) and torch.equal(again.head, first.head)
 
 
+@pytest.mark.parametrize("rows", [(10, 25), torch.tensor([0, 7, 8, 30, 60])])
+def test_partly_trainable_heads_and_rows_of_their_own(rows):
+    case = make_case(n=9, negative_scope="all", crr_lambda=0.3, mu=0.5)
+    ours, truth = (run_case(case, backend, trainable_rows=rows) for backend in ("triton", "reference"))
+    assert_close(ours, truth, 1e-5)
+    upstream = torch.rand(9) + 0.5
+    ours, truth = (run_case(case, backend, upstream=upstream, reduction="none", loss_scale=0.5) for backend in ("triton", "reference"))
+    assert_close(ours, truth, 1e-5)
+
+
 SLICED: list[dict[str, Any]] = [
     dict(),
     dict(distill_scope="all"),  # in fp32: the interpreter cannot multiply bf16 tiles
@@ -73,3 +83,18 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
     for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
         if a is not None and b is not None:
             assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
+
+
+@pytest.mark.parametrize(
+    "workspace,n,frozen,sliced", [(4 << 20, 3000, False, True), (1 << 30, 3000, False, False), (4 << 20, 100, False, False), (4 << 20, 3000, True, False)]
+)
+def test_the_workspace_chooses_the_regime(workspace, n, frozen, sliced, monkeypatch):
+    """V where a chunk of T would be small although there are many rows; a larger workspace, few rows or a frozen head take T."""
+    plans = []
+    make = problem.make_plan
+    monkeypatch.setattr(chunked, "make_plan", lambda p: plans.append(make(p)) or (_ for _ in ()).throw(InterruptedError))
+    case = make_case(n=n, d=16, v=20_000, longest=20, workspace_bytes=workspace)
+    head = case.head.requires_grad_(not frozen)
+    with pytest.raises(InterruptedError):
+        cross_layer_loss(case.hidden[0].requires_grad_(), case.hidden[1:], head, case.targets, case.lists, case.rewards, case.options.with_backend("triton"))
+    assert plans[0].sliced == sliced and plans[0].fused

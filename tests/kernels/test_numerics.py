@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ilrec_kernels import LossOptions, TokenLists
+from ilrec_kernels.reference import constants, dense_rewards, row_losses, scopes
 from torch import Tensor
 
 from tests.kernels.cases import Case, distance, make_case, run_case
@@ -40,18 +41,31 @@ def test_distillation_gradient_with_bf16_inputs(std):
     assert min(distance(r, e) for r, e in zip(rounded_gradients(case), exact.hidden[1:], strict=True)) > 2e-2
 
 
-@pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
-def test_losses_and_gradients_against_torch_in_bf16(std):
-    """At most 3× torch's own error for the loss, 2× for gradients. Torch's: the same loss materialised with bf16 products."""
-    case = bf16_case(std, crr_lambda=0.0, mu=0.0, beta=0.0)
-    fine = replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double())
-    ours, exact = run_case(case, "torch"), run_case(fine, "reference")
-    hidden, head = case.hidden[0].clone().requires_grad_(), case.head.clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy((hidden @ head.T).float(), case.targets, reduction="sum")
+def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
+    """The same loss materialised, with bf16 products and logits, as torch's autocast would: (loss, gradients of the hidden rows and the head)."""
+    o, leaves = case.options, [t.clone().requires_grad_() for t in (*case.hidden, case.head)]
+    z = [(h @ leaves[-1].T).float() for h in leaves[:-1]]
+    scope = scopes(case.targets, case.lists, o)
+    fixed = constants(z, scope, dense_rewards(len(case.targets), case.lists, case.rewards, o, torch.float32), o)
+    cpo, kl, crr = row_losses(z, scope, fixed, o)
+    loss = (cpo + o.crr_lambda * crr + (o.mu * kl.mean(0) if o.mu > 0 else 0.0)).sum()
     loss.backward()
-    assert distance(ours.output.loss.detach(), exact.output.loss.detach()) <= 3 * distance(loss.detach(), exact.output.loss.detach()) + 1e-5
-    for mine, theirs, truth in ((ours.hidden[0], hidden.grad, exact.hidden[0]), (ours.head, head.grad, exact.head)):
-        assert distance(mine, truth) <= 2 * distance(theirs, truth) + 1e-4
+    return loss.detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize(
+    "terms", [dict(beta=0.0, mu=0.0, crr_lambda=0.0), dict(mu=0.5, crr_lambda=0.3), dict(mu=0.5, crr_lambda=0.3, softmax_scope="valid_next")]
+)
+@pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
+def test_losses_and_gradients_against_torch_in_bf16(std, terms):
+    """At most 3× torch's own error for the loss, 2× for gradients, both against fp64 of the same bf16 inputs."""
+    case = bf16_case(std, **terms)
+    exact = run_case(replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()), "reference")
+    ours, (loss, gradients) = run_case(case, "torch"), torch_in_bf16(case)
+    truth = exact.output.loss.detach()
+    assert distance(ours.output.loss.detach(), truth) <= 3 * distance(loss, truth) + 1e-5
+    for mine, theirs, true in zip([*ours.hidden, ours.head], gradients, [*exact.hidden, exact.head], strict=True):
+        assert distance(mine, true) <= 2 * distance(theirs, true) + 1e-4
 
 
 def test_the_heads_gradient_accumulates_in_fp32():

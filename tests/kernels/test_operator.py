@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import ilrec_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,14 +137,15 @@ def test_awkward_inputs(name, softmax):
     assert_close(ours, truth, 1e-5, floor=1e-2)
 
 
-@pytest.mark.parametrize("penalty,beta", [("additive", 1.0), ("additive", 60.0), ("multiplicative", 0.1), ("multiplicative", 3.0)])
-def test_negatives_that_hold_nearly_all_the_mass(penalty, beta):
+@pytest.mark.parametrize("penalty,beta,offset", [("additive", 1.0, 0), ("additive", 60.0, 0), ("multiplicative", 0.1, 0), ("multiplicative", 60.0, -30.0)])
+def test_negatives_that_hold_nearly_all_the_mass(penalty, beta, offset):
+    """The last pushes H far down, so that what is left is all there is: as the difference of two sums it would be a few per cent wrong."""
     case = make_case(n=32, v=64, std=1.0, negative_scope="all", max_negatives=8, penalty=penalty, beta=beta, crr_lambda=0.3)
     head = case.head.clone()
     for h in case.hidden:
         h[:, 0] = 1.0
-    head[:, 0] = 0.0
-    head[3:9, 0] = 22.0  # six tokens far above all others, the target among the others
+    head[:, 0] = offset
+    head[3:9, 0] += 22.0  # six tokens far above all others, the target among the others
     case = replace(case, head=head)
     truth, ours = run_case(case, "reference"), run_case(case, "torch")
     assert (truth.output.rows.p_target[~torch.isin(case.targets, torch.arange(3, 9))] < 1e-6).any()
@@ -161,19 +166,21 @@ def test_reductions_and_upstream_gradients():
     assert distance(mean.hidden[1], total.hidden[1] / 21) < 1e-12
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recompute_and_no_grad_count_once(reentrant):
+def test_recompute_and_no_grad_count_once(reentrant, reduction):
     case = make_case(dtype=torch.float64)
-    expected = run_case(case)
+    weight = torch.arange(1.0, 38.0, dtype=torch.float64) if reduction == "none" else torch.tensor(0.25, dtype=torch.float64)
+    expected = run_case(case, upstream=weight, reduction=reduction)
     hidden = [h.clone().requires_grad_() for h in case.hidden]
     head = case.head.clone().requires_grad_()
 
     def loss(*tensors):
-        return cross_layer_loss(tensors[0], tensors[1:-1], tensors[-1], case.targets, case.lists, case.rewards, case.options).loss
+        return cross_layer_loss(tensors[0], tensors[1:-1], tensors[-1], case.targets, case.lists, case.rewards, case.options, reduction=reduction).loss
 
     with torch.no_grad():
         assert not loss(*hidden, head).requires_grad
-    checkpoint(loss, *hidden, head, use_reentrant=reentrant).backward()
+    checkpoint(loss, *hidden, head, use_reentrant=reentrant).backward(weight)
     assert distance(head.grad, expected.head) < 1e-12
     assert all(distance(h.grad, e) < 1e-12 for h, e in zip(hidden, expected.hidden, strict=True))
 
@@ -266,6 +273,16 @@ def test_tied_frozen_and_partly_trainable_heads():
             expected[index] = full.head[index]
             assert distance(part.head, expected) < 1e-12
             assert distance(run_case(picked, "reference", trainable_rows=rows).head, expected) < 1e-9
+
+
+def test_it_is_a_library_of_its_own():
+    """torch and Triton alone, nothing of ilrec_dist, wherever in a module the import stands."""
+    used = set()
+    for file in Path(ilrec_kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            used |= {name.split(".")[0] for name in names}
+    assert used - set(sys.stdlib_module_names) == {"torch", "triton", "ilrec_kernels"}
 
 
 def test_bad_calls_are_refused():

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ilrec_kernels import TokenLists, chunked, cross_layer_loss
+from ilrec_kernels import chunked, cross_layer_loss
 
 from tests.helpers import Mesh, run_distributed
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
+from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
 
 
 def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
@@ -64,6 +64,18 @@ def test_shards_give_what_one_process_gives(edges):
     assert_close(whole([r[0] for r in ranks], cases[0]), run_case(cases[0], "reference", loss_scale=0.1), 1e-5)
 
 
+def partly_trained(mesh: Mesh, case: Case, edges: list[int], rows: Any) -> Outcome:
+    start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
+    return run_case(case, head=case.head[start:stop], vocab=(start, stop), tp_group=mesh.tp_group, loss_scale=0.1, trainable_rows=rows)
+
+
+@pytest.mark.parametrize("rows", [(10, 45), torch.tensor([0, 7, 8, 30, 60])])
+def test_partly_trainable_heads_in_shards(rows):
+    case = make_case(dtype=torch.float64)
+    ranks = run_distributed(partly_trained, 2, 2, case, [0, 20, 61], rows)
+    assert_close(whole(ranks, case), run_case(case, "reference", loss_scale=0.1, trainable_rows=rows), 1e-9)
+
+
 def test_ties_across_shards_go_to_the_lower_token():
     case = make_case(n=12, v=64, negative_scope="all", max_negatives=3, dtype=torch.float64)
     # small integers: equal logits are equal to the bit whatever the order of the sums
@@ -98,12 +110,6 @@ def test_exchanges_that_overlap_the_next_chunk_change_no_bit(settings):
         assert events[:3] == ["start", "start", "merge"] and in_order[:3] == ["start", "merge", "start"]
         assert torch.equal(ours.output.loss, theirs.output.loss) and torch.equal(ours.head, theirs.head)
         assert all(torch.equal(a, b) for a, b in zip(ours.hidden, theirs.hidden, strict=True))
-
-
-def split_rows(case: Case, begin: int, end: int) -> Case:
-    low, high = int(case.lists.indptr[begin]), int(case.lists.indptr[end])
-    lists = TokenLists(case.lists.indptr[begin : end + 1] - low, case.lists.tokens[low:high])
-    return Case([h[begin:end] for h in case.hidden], case.head, case.targets[begin:end], lists, case.rewards[low:high], case.options)
 
 
 def accumulated(mesh: Mesh, case: Case, cuts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
