@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ilrec_dist.cf.client import Meter, Pending, ThreadPending
+from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import read_manifest
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.trie import Trie
@@ -63,7 +63,7 @@ class CachedRewards:
         found = self._read(targets) if (self._place[targets] >= 0).all() else None
         if found is not None:
             self.meter.cached += 1
-            return ThreadPending(self.meter, self._thread, lambda: found)
+            return Pending(self.meter, self._thread, lambda: found)
         pending = self.source.fetch_async(users, positions)
         pending.keep = partial(self._store, targets)
         return pending

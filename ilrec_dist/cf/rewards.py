@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.cf.client import Meter, Pending, ThreadPending
+from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
-from ilrec_dist.cf.scan import Hits, RewardOptions, deeper_shares, first_log_masses
+from ilrec_dist.cf.scan import Hits, RewardOptions, deeper_shares, first_log_masses, scan_catalogue
 from ilrec_dist.cf.segments import ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import FoldScorer, in_memory, load_scorer
 from ilrec_dist.data.prepared import Prepared
@@ -112,6 +112,9 @@ class TokenRewards:
             chosen = np.flatnonzero(self.folds[users] == fold)
             embed = None if scorer.large is None else partial(scorer.embed, self._position)
             queries = encode(self.models[fold], self.prepared.items, starts[chosen], positions[chosen], embed)
+            if scorer.large is None:
+                scan_catalogue(scorer, queries, chosen, plan, first, deeper)
+                continue
             hits = first_log_masses(scorer, queries, chosen, plan, first, self.options)
             mine = np.flatnonzero((plan.first_node[chosen] >= low) & (plan.first_node[chosen] < high))
             hits = [Hits(found.where[mine], found.score[mine], found.cap[mine]) for found in hits]
@@ -124,7 +127,7 @@ class TokenRewards:
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
         """Begin `fetch` on a thread of its own, one request at a time, and return at once; `.result()` gives the rewards."""
-        return ThreadPending(self.meter, self._thread, lambda: self.fetch(users, positions))
+        return Pending(self.meter, self._thread, lambda: self.fetch(users, positions))
 
     @cached_property
     def first_codes(self) -> tuple[int, int]:
