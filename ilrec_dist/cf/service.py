@@ -26,7 +26,7 @@ from ilrec_dist.items.trie import Trie
 
 
 class RewardActor:
-    """One process that holds the CF models. It keeps no state but its counters, so a restarted one gives the same bits."""
+    """One process that holds the CF models. It keeps no state but its counters and what it can compute anew, so a restarted one gives the same bits."""
 
     def __init__(self, load: Callable[[], TokenRewards], threads: int) -> None:
         _yield_to_training()
