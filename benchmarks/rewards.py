@@ -3,6 +3,7 @@
 Every target has a history of its own and is asked for once (nothing is cached); rates are of all code levels, through the Ray service with the
 client's side included, and in-process. Total variation is that of the first-code rewards from a brute-force sum over the catalogue in fp64.
 With --epoch instead: the quickstart's ILRec epochs with the service, against the same epochs with rewards that were computed before (read from disk).
+The service's first step waits until all of that small data set's rewards are computed; the time counts, as a share of the quickstart's epochs.
 The catalogue is drawn: item vectors are sums of code vectors, as residual quantisation would recover them, and noise; histories stay near a code.
 """
 
@@ -191,11 +192,11 @@ def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest:
     }
 
 
-EPOCH_RUNS, EPOCHS, WARM_STEPS = 2, 3, 10
+EPOCH_RUNS, EPOCHS, WARM_STEPS = 1, 4, 10
 
 
 def measure_epoch() -> dict[str, Any]:
-    """Seconds an epoch of the quickstart's ILRec training takes: the better of EPOCH_RUNS trainings each, without their first WARM_STEPS steps.
+    """Seconds an epoch of the quickstart's ILRec training takes: the best of EPOCH_RUNS trainings each, without their first WARM_STEPS steps.
 
     What those steps waited for rewards – in which the service computes a small data set's rewards – is added, shared out over the quickstart's epochs.
     """
@@ -215,7 +216,10 @@ def measure_epoch() -> dict[str, Any]:
 
 
 def train_once(runs_dir: str, *settings: str) -> tuple[float, float, bool]:
-    """(seconds an epoch of warm steps, seconds the others waited for rewards, whether all rewards came from disk) of one training; the stages before it are made by the first call."""
+    """(seconds an epoch of warm steps, seconds the others waited for rewards, whether all rewards came from disk) of one training.
+
+    The stages before it are made by the first call.
+    """
     root = Path(__file__).resolve().parents[1]
     run = Path(runs_dir) / "quickstart"
     shutil.rmtree(run / "train", ignore_errors=True)

@@ -136,9 +136,10 @@ class TokenRewards:
         found = Part(first, own, lengths, deeper[ragged_ranges(below[own], lengths)])
         rows = found.own[:, None] * (self.trie.depth - 1) + np.arange(self.trie.depth - 1)
         counts = np.diff(plan.indptr)[rows.ravel()]
-        covered: np.ndarray = np.isfinite(first[own]).any(1).astype(np.int64)
+        covered = np.any(np.isfinite(first[own]), axis=1).astype(np.int64)
         if len(counts):
-            covered += (np.add.reduceat(found.deeper, np.cumsum(counts) - counts).reshape(len(own), -1) != 0).sum(1)
+            mass = np.add.reduceat(found.deeper, np.cumsum(counts) - counts).reshape(len(own), -1)
+            covered += np.count_nonzero(mass, axis=1)
         return found, covered
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:

@@ -95,13 +95,14 @@ def _find(scorer: FoldScorer, index: Any, known: np.ndarray, queries: torch.Tens
     """
     extra = options.top_k // 4
     found = search(index, queries.numpy(), options.top_k + extra, options.width)
-    where = np.where(found >= 0, known[found], -1).astype(np.int64)
+    where = np.sort(np.where(found >= 0, known[found], -1), axis=1).astype(np.int64)  # in code order: neighbours in memory, read and looked up in turn
+    some = where >= 0
     missing = ~(where == own[:, None]).any(1)
     where = np.concatenate([where, np.where(missing, own, -1)[:, None]], axis=1)
     score = scorer.scores_at(queries, torch.from_numpy(np.maximum(where, 0))).numpy()
     score[where < 0] = -np.inf
     last = extra if found.shape[1] > options.top_k else 0
-    cap = np.partition(np.where(found >= 0, score[:, :-1], np.inf), last, axis=1)[:, last]
+    cap = np.partition(np.where(some, score[:, :-1], np.inf), last, axis=1)[:, last]
     return Hits(where, score, cap)
 
 
