@@ -46,7 +46,7 @@ class SyntheticConfig:
 @section
 class DataConfig:
     format: Literal["synthetic", "lcrec", "csv", "parquet", "recbole", "amazon", "movielens", "sequences", "minionerec"] = "synthetic"
-    path: Optional[str] = None  # the interactions: a file, or the folder that holds NAME.inter.json and the like (docs/data-formats.md)
+    path: Optional[str] = None  # the interactions: a file, or the folder that holds them (docs/data-formats.md)
     items_path: Optional[str] = None  # csv, parquet, sequences: a table with the columns item, title and, if wanted, text; amazon: the metadata
     user_column: str = "user"
     item_column: str = "item"

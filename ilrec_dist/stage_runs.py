@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,22 @@ def prepare_inputs(config: Config) -> list[Path]:
 
 
 def prepare(config: Config) -> None:
+    """On a given Ray cluster (`launch.ray_address`) its nodes read the files of a folder together."""
+    from ilrec_dist.data.prepare import input_files
     from ilrec_dist.data.prepare import prepare as prepare_data
 
-    prepare_data(config.data, RunFolders(config.run_dir).data)
+    spread = config.launch.engine == "ray" and bool(config.launch.ray_address or os.environ.get("RAY_ADDRESS")) and len(input_files(config.data)) > 1
+    with _ray(config) if spread else nullcontext():
+        prepare_data(config.data, RunFolders(config.run_dir).data, spread)
+
+
+def _ray(config: Config) -> AbstractContextManager[None]:
+    """The cluster's connection, unless the command that runs all stages holds it already."""
+    import ray
+
+    from ilrec_dist.training.launch import cluster
+
+    return nullcontext() if ray.is_initialized() else cluster(config)
 
 
 def index_inputs(config: Config) -> list[Path]:

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ilrec_dist.cf.client import Meter, Pending, ThreadPending
+from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import read_manifest
+from ilrec_dist.cf.plan import num_rewards
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.trie import Trie
 
@@ -63,7 +64,7 @@ class CachedRewards:
         found = self._read(targets) if (self._place[targets] >= 0).all() else None
         if found is not None:
             self.meter.cached += 1
-            return ThreadPending(self.meter, self._thread, lambda: found)
+            return Pending(self.meter, self._thread, lambda: found)
         pending = self.source.fetch_async(users, positions)
         pending.keep = partial(self._store, targets)
         return pending
@@ -105,11 +106,7 @@ class CachedRewards:
 
     def _store(self, targets: np.ndarray, rewards: np.ndarray) -> None:
         """Append the rewards of a request to this process's files: the values first."""
-        items = self.prepared.items[targets]
-        counts = np.zeros(len(items), np.int64)
-        for depth, start in enumerate(self.trie.child_start):
-            node = self.trie.item_node(depth, items)
-            counts += start[node + 1] - start[node]
+        counts = num_rewards(self.trie, self.prepared.items[targets])
         values = memoryview(rewards.astype("<f4").tobytes())
         records = np.zeros(len(targets), RECORD)
         records["target"], records["count"] = targets, counts

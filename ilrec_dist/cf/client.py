@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,26 +42,24 @@ class Meter:
         }
 
 
-class Pending(ABC):
-    """A request under way."""
+class Pending:
+    """A request under way on a thread of this process: one that computes rewards, reads them, or waits for the actors."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, pool: ThreadPoolExecutor, compute: Callable[[], np.ndarray]) -> None:
         self.meter, self.asked = meter, time.perf_counter()
         self.keep: Callable[[np.ndarray], None] | None = None  # called with the rewards when they are taken
-        meter.under_way.append(self)
+        self._future = pool.submit(compute)
+        meter.under_way.append(self)  # last: from here on the thread that takes answers sees this one
 
-    @abstractmethod
     def ready(self) -> bool:
         """Whether `result` would return at once."""
-
-    @abstractmethod
-    def _take(self) -> np.ndarray: ...
+        return self._future.done()
 
     def result(self) -> np.ndarray:
         """The rewards, float32 [nnz]; waits for them. To be taken once."""
         meter, started = self.meter, time.perf_counter()
         meter.ready.append(sum(pending.ready() for pending in list(meter.under_way)))
-        rewards = self._take()
+        rewards = self._future.result()
         meter.under_way.remove(self)
         taken = time.perf_counter()
         meter.answers += 1
@@ -72,17 +69,3 @@ class Pending(ABC):
         if self.keep is not None:
             self.keep(rewards)
         return rewards
-
-
-class ThreadPending(Pending):
-    """A request computed on a thread of this process."""
-
-    def __init__(self, meter: Meter, pool: ThreadPoolExecutor, compute: Callable[[], np.ndarray]) -> None:
-        self._future = pool.submit(compute)
-        super().__init__(meter)  # last: from here on the thread that takes answers sees this one
-
-    def ready(self) -> bool:
-        return self._future.done()
-
-    def _take(self) -> np.ndarray:
-        return self._future.result()

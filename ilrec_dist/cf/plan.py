@@ -8,6 +8,15 @@ from ilrec_dist.cf.segments import ragged_ranges
 from ilrec_dist.items.trie import Trie
 
 
+def num_rewards(trie: Trie, items: np.ndarray) -> np.ndarray:
+    """int64 [T]: how many rewards a target with each of these items has: the children of all its prefixes."""
+    counts = np.zeros(len(items), np.int64)
+    for depth, start in enumerate(trie.child_start):
+        node = trie.item_node(depth, items)
+        counts += start[node + 1] - start[node]
+    return counts
+
+
 class Plan:
     """For T targets: the node of each at every depth, its children, and the place of each (target, depth) row in the flat output.
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.cf.client import Meter, Pending, ThreadPending
+from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
+from ilrec_dist.cf.memory import RewardMemory, fits
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
-from ilrec_dist.cf.scan import Hits, RewardOptions, deeper_shares, first_log_masses
+from ilrec_dist.cf.scan import Hits, RewardOptions, deeper_shares, first_log_masses, scan_catalogue
 from ilrec_dist.cf.segments import ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import FoldScorer, in_memory, load_scorer
 from ilrec_dist.data.prepared import Prepared
@@ -93,12 +94,23 @@ class TokenRewards:
         so nothing at or after the target changes a bit. r(v) = Σ P_CF over items below (prefix, v) ÷ Σ below the prefix; 0 for items that the
         model does not know. Raises ValueError for a position that is no target.
         """
-        return merge([self.part(users, positions)])
+        users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
+        if self._memory is None or not self._memory.holds(users, positions) or (positions < 1).any():
+            return merge([self.part(users, positions)])
+        started = time.perf_counter()
+        rewards, covered = self._memory.fetch(users, positions)
+        self._count(covered, time.perf_counter() - started)
+        return rewards
 
     def part(self, users: np.ndarray, positions: np.ndarray) -> Part:
         """This shard's part of `fetch`."""
         started = time.perf_counter()
-        users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
+        found, covered = self._compute(np.asarray(users, np.int64), np.asarray(positions, np.int64))
+        self._count(covered, time.perf_counter() - started)
+        return found
+
+    def _compute(self, users: np.ndarray, positions: np.ndarray) -> tuple[Part, np.ndarray]:
+        """The part, and how many rows of each own target have a reward above 0, int64 [o]."""
         starts = self.prepared.offsets[users]
         if ((positions < 1) | (positions >= self.prepared.offsets[users + 1] - starts)).any():
             raise ValueError("a reward needs a position in [1, length of the user's sequence)")
@@ -112,6 +124,9 @@ class TokenRewards:
             chosen = np.flatnonzero(self.folds[users] == fold)
             embed = None if scorer.large is None else partial(scorer.embed, self._position)
             queries = encode(self.models[fold], self.prepared.items, starts[chosen], positions[chosen], embed)
+            if scorer.large is None:
+                scan_catalogue(scorer, queries, chosen, plan, first, deeper)
+                continue
             hits = first_log_masses(scorer, queries, chosen, plan, first, self.options)
             mine = np.flatnonzero((plan.first_node[chosen] >= low) & (plan.first_node[chosen] < high))
             hits = [Hits(found.where[mine], found.score[mine], found.cap[mine]) for found in hits]
@@ -119,12 +134,17 @@ class TokenRewards:
         below = plan.indptr[:: max(1, self.trie.depth - 1)] if self.trie.depth > 1 else np.zeros(len(users) + 1, np.int64)
         lengths = np.diff(below)[own]
         found = Part(first, own, lengths, deeper[ragged_ranges(below[own], lengths)])
-        self._count(plan, found, time.perf_counter() - started)
-        return found
+        rows = found.own[:, None] * (self.trie.depth - 1) + np.arange(self.trie.depth - 1)
+        counts = np.diff(plan.indptr)[rows.ravel()]
+        covered = np.any(np.isfinite(first[own]), axis=1).astype(np.int64)
+        if len(counts):
+            mass = np.add.reduceat(found.deeper, np.cumsum(counts) - counts).reshape(len(own), -1)
+            covered += np.count_nonzero(mass, axis=1)
+        return found, covered
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
         """Begin `fetch` on a thread of its own, one request at a time, and return at once; `.result()` gives the rewards."""
-        return ThreadPending(self.meter, self._thread, lambda: self.fetch(users, positions))
+        return Pending(self.meter, self._thread, lambda: self.fetch(users, positions))
 
     @cached_property
     def first_codes(self) -> tuple[int, int]:
@@ -140,14 +160,22 @@ class TokenRewards:
     def _position(self) -> np.ndarray:
         return self.catalogue.position
 
-    def _count(self, plan: Plan, found: Part, seconds: float) -> None:
+    @cached_property
+    def _memory(self) -> RewardMemory | None:
+        """Of a catalogue that is scanned whole and few enough interactions."""
+        if self.scorers[0].large is not None or not fits(self.prepared, self.trie):
+            return None
+
+        def compute(users: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found, covered = self._compute(users, positions)
+            return merge([found]), covered
+
+        return RewardMemory(self.prepared, self.trie, compute)
+
+    def _count(self, covered: np.ndarray, seconds: float) -> None:
         """Add one call. Rows are targets × code levels; covered ones have a reward above 0. Targets count where their own item is held."""
-        rows = found.own[:, None] * (self.trie.depth - 1) + np.arange(self.trie.depth - 1)
-        counts = np.diff(plan.indptr)[rows.ravel()]
-        covered = int(np.isfinite(found.first[found.own]).any(1).sum())
-        if len(counts):
-            covered += int(np.count_nonzero(np.add.reduceat(found.deeper, np.cumsum(counts) - counts)))
+        targets = len(covered)
         for key, value in (
-            ("calls", 1), ("targets", len(found.own)), ("rows", len(found.own) * self.trie.depth), ("covered_rows", covered), ("seconds", seconds)
+            ("calls", 1), ("targets", targets), ("rows", targets * self.trie.depth), ("covered_rows", int(covered.sum())), ("seconds", seconds)
         ):  # fmt: skip
             self.counters[key] += value

@@ -46,14 +46,33 @@ class Hits:
         return cell
 
 
-def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> list[Hits]:
-    """Depth 0: log Σ exp(score) below each first code that the scorer holds, into the rows `targets` of out float32 [T, codes].
+def scan_catalogue(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, first: np.ndarray, deeper: np.ndarray) -> None:
+    """All depths of a small catalogue from one product: log Σ exp(score) below each first code into the rows `targets` of first float32 [T, codes], the
+    children's shares of the targets' deeper prefixes into deeper at `plan.place`."""
+    n, starts = plan.trie.catalogue.num_items, plan.trie.node_start[1][:-1]
+    step = max(1, SCORES_AT_ONCE // n)
+    buffer = torch.empty(min(step, len(targets)), n)
+    for begin in range(0, len(targets), step):
+        part = targets[begin : begin + step]
+        scores = buffer[: len(part)]
+        scorer.scores(queries[begin : begin + step], 0, n, scores)
+        if plan.trie.depth > 1:
+            low, high = plan.ranges(1, part)
+            picked = scores.numpy().ravel()[ragged_ranges(np.arange(len(part)) * n + low, high - low)]
+            _fill(picked, part, low, high, np.ones(len(part), np.int64), plan, deeper)
+        top = scores.amax(1, keepdim=True)
+        top.masked_fill_(torch.isneginf(top), 0)
+        mass = np.add.reduceat(scores.sub_(top).exp_().numpy(), starts, axis=1)
+        with np.errstate(divide="ignore"):
+            first[part] = np.log(mass) + top.numpy()
 
-    Returns the items it scored one by one, per shard and for all `targets`; none when the whole catalogue was scanned.
+
+def first_log_masses(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray, options: RewardOptions) -> list[Hits]:
+    """Depth 0 of a large catalogue: log Σ exp(score) below each first code that the scorer holds, into the rows `targets` of out float32 [T, codes].
+
+    Returns the items it scored one by one, per shard and for all `targets`.
     """
-    if scorer.large is None:
-        _scan_all(scorer, queries, targets, plan, out)
-        return []
+    assert scorer.large is not None
     column = 0
     all_hits = []
     for (first, stop), known, index in zip(scorer.large.shards, scorer.large.known, scorer.large.indexes, strict=True):
@@ -76,47 +95,32 @@ def _find(scorer: FoldScorer, index: Any, known: np.ndarray, queries: torch.Tens
     """
     extra = options.top_k // 4
     found = search(index, queries.numpy(), options.top_k + extra, options.width)
-    where = np.where(found >= 0, known[found], -1).astype(np.int64)
+    where = np.sort(np.where(found >= 0, known[found], -1), axis=1).astype(np.int64)  # in code order: neighbours in memory, read and looked up in turn
+    some = where >= 0
     missing = ~(where == own[:, None]).any(1)
     where = np.concatenate([where, np.where(missing, own, -1)[:, None]], axis=1)
     score = scorer.scores_at(queries, torch.from_numpy(np.maximum(where, 0))).numpy()
     score[where < 0] = -np.inf
     last = extra if found.shape[1] > options.top_k else 0
-    cap = np.partition(np.where(found >= 0, score[:, :-1], np.inf), last, axis=1)[:, last]
+    cap = np.partition(np.where(some, score[:, :-1], np.inf), last, axis=1)[:, last]
     return Hits(where, score, cap)
-
-
-def _scan_all(scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, out: np.ndarray) -> None:
-    n, starts = plan.trie.catalogue.num_items, plan.trie.node_start[1][:-1]
-    step = max(1, SCORES_AT_ONCE // n)
-    buffer = torch.empty(min(step, len(targets)), n)
-    for begin in range(0, len(targets), step):
-        part = targets[begin : begin + step]
-        scores = buffer[: len(part)]
-        scorer.scores(queries[begin : begin + step], 0, n, scores)
-        top = scores.amax(1, keepdim=True)
-        top.masked_fill_(torch.isneginf(top), 0)
-        mass = np.add.reduceat(scores.sub_(top).exp_().numpy(), starts, axis=1)
-        with np.errstate(divide="ignore"):
-            out[part] = np.log(mass) + top.numpy()
 
 
 def deeper_shares(
     scorer: FoldScorer, queries: torch.Tensor, targets: np.ndarray, plan: Plan, hits: list[Hits], out: np.ndarray, options: RewardOptions
 ) -> None:
-    """Depths 1 …: each child's share of the target's prefix, into out at `plan.place`; hits are those of first_log_masses for these targets.
+    """Depths 1 … of a large catalogue: each child's share of the target's prefix, into out at `plan.place`; hits are those of first_log_masses for these
+    targets.
 
     One scan of the target's longest prefix of at most `prefix_items` items serves that depth and all below; the depths above it are estimated.
-    Of a catalogue without moments every prefix is scanned.
     """
     depth = plan.trie.depth
     base = np.ones(len(targets), np.int64)  # the depth of the prefix that is scanned
-    if scorer.large is not None:
-        for level in range(1, depth):
-            low, high = plan.ranges(level, targets)
-            long = high - low > options.prefix_items
-            base[long] = level + 1
-            _estimate(scorer, queries, targets, np.flatnonzero(long), level, plan, hits, out)
+    for level in range(1, depth):
+        low, high = plan.ranges(level, targets)
+        long = high - low > options.prefix_items
+        base[long] = level + 1
+        _estimate(scorer, queries, targets, np.flatnonzero(long), level, plan, hits, out)
     rows = np.flatnonzero(base < depth)
     rows = rows[np.argsort(plan.order[targets[rows]], kind="stable")]
     start, stop = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -147,13 +151,18 @@ def _scan_prefixes(
         width = int(high[first] - low[first])
         block = flat[begin[first] : begin[first] + width * (last - first)].view(last - first, width)
         scorer.scores(picked[first:last], int(low[first]), int(high[first]), block)
-    scores = flat.numpy()
+    _fill(flat.numpy(), targets[rows], low, high, base, plan, out)
+
+
+def _fill(scores: np.ndarray, targets: np.ndarray, low: np.ndarray, high: np.ndarray, base: np.ndarray, plan: Plan, out: np.ndarray) -> None:
+    """The children's shares of each target's prefixes of depth base and below, from the scores of [low, high) of all targets, concatenated."""
+    begin = np.cumsum(high - low) - (high - low)
     for level in range(int(base.min()), plan.trie.depth):
         here = np.flatnonzero(base <= level)
-        part = targets[rows[here]]
+        part = targets[here]
         inner_low, inner_high = plan.ranges(level, part)
         size = inner_high - inner_low
-        whole = len(here) == len(rows) and bool((size == high - low).all())
+        whole = len(here) == len(targets) and bool((size == high - low).all())
         own = scores if whole else scores[ragged_ranges(begin[here] + inner_low - low[here], size)]
         out[plan.place(level, part)] = child_shares(own, size, plan.child_lengths(level, part), plan.children[level, part])
 

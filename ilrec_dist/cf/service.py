@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,9 +26,10 @@ from ilrec_dist.items.trie import Trie
 
 
 class RewardActor:
-    """One process that holds the CF models. It keeps no state but its counters, so a restarted one gives the same bits."""
+    """One process that holds the CF models. It keeps no state but its counters and what it can compute anew, so a restarted one gives the same bits."""
 
     def __init__(self, load: Callable[[], TokenRewards], threads: int) -> None:
+        _yield_to_training()
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         self._rewards = load()
@@ -42,6 +45,12 @@ class RewardActor:
     def counters(self) -> dict[str, float]:
         """`TokenRewards.counters` since this process began."""
         return dict(self._rewards.counters)
+
+
+def _yield_to_training() -> None:
+    """Run this process's work in the gaps that training workers on the same cores leave; it gets all it needs once they wait for rewards."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread and those it will start: Ray's own go on as they were
 
 
 def load_rewards(cf_folder: Path, prepared_folder: Path, catalogue_folder: Path, shard: int | None) -> TokenRewards:
@@ -107,10 +116,16 @@ class RewardClient:
         self.retries, self.timeout, self.backoff = retries, timeout, backoff
         self.meter = Meter()
         self._turn = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-client")
+        self._failure: UserError | None = None
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> Pending:
-        """Begin `TokenRewards.fetch(users, positions)` on the actors; `.result()` gives float32 [nnz], UserError after the last retry."""
-        return _ActorPending(self, np.asarray(users, np.int64), np.asarray(positions, np.int64))
+        """Begin `TokenRewards.fetch(users, positions)` on the actors; `.result()` gives float32 [nnz], UserError after the last retry.
+
+        A thread brings the answer into this process as soon as it is there, so that the step that takes it does not talk to Ray.
+        """
+        users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
+        return Pending(self.meter, self._thread, partial(self._answer, self._send(users, positions), users, positions))
 
     def counters(self) -> dict[str, float]:
         """The actors' counters, summed; what a dead process had counted is gone with it."""
@@ -120,33 +135,25 @@ class RewardClient:
             totals = {key: totals.get(key, 0) + value for key, value in part.items()}
         return totals
 
-    def send(self, users: np.ndarray, positions: np.ndarray) -> list[Any]:
+    def _send(self, users: np.ndarray, positions: np.ndarray) -> list[Any]:
         """Ray's references to the answers of the next replica's shards."""
         shards = self.actors[self._turn % len(self.actors)]
         self._turn += 1
         return [shards[0].fetch.remote(users, positions)] if len(shards) == 1 else [actor.part.remote(users, positions) for actor in shards]
 
-
-class _ActorPending(Pending):
-    def __init__(self, client: RewardClient, users: np.ndarray, positions: np.ndarray) -> None:
-        self._client, self._targets = client, (users, positions)
-        self._references = client.send(users, positions)
-        super().__init__(client.meter)  # last: from here on the thread that takes answers sees this one
-
-    def ready(self) -> bool:
-        return not ray.wait(self._references, num_returns=len(self._references), timeout=0)[1]
-
-    def _take(self) -> np.ndarray:
-        client = self._client
-        for attempt in range(client.retries + 1):
+    def _answer(self, references: list[Any], users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if self._failure is not None:
+            raise self._failure  # those behind a request that was given up do not wait as long once more
+        for attempt in range(self.retries + 1):
             try:
-                answers: list[Any] = ray.get(self._references, timeout=client.timeout)
+                answers: list[Any] = ray.get(references, timeout=self.timeout)
                 return merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])  # a copy: Ray's own array is read-only
             except (RayActorError, GetTimeoutError) as error:
                 failure = type(error).__name__
-            if attempt < client.retries:
-                client.meter.retries += 1
+            if attempt < self.retries:
+                self.meter.retries += 1
                 if attempt > 0:  # the first goes at once: to another replica, or to the process that Ray has started in the dead one's place
-                    time.sleep(min(client.backoff * 2 ** (attempt - 1), 10.0))
-                self._references = client.send(*self._targets)
-        raise UserError(f"the reward actors gave no answer after {client.retries} retries ({failure}); see Ray's logs, or set cf.rewards=in_process")
+                    time.sleep(min(self.backoff * 2 ** (attempt - 1), 10.0))
+                references = self._send(users, positions)
+        self._failure = UserError(f"the reward actors gave no answer after {self.retries} retries ({failure}); see Ray's logs, or set cf.rewards=in_process")
+        raise self._failure

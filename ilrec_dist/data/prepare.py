@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ilrec_dist.config import DataConfig, config_to_dict
+from ilrec_dist.data.cluster import spread_batches
 from ilrec_dist.data.encoder import Encoder
 from ilrec_dist.data.files import committed_folder, sha256_file, write_json
 from ilrec_dist.data.ingest import Core, Rows, Spill, k_core, sort_rows, spill_batches
@@ -61,17 +62,18 @@ def input_files(config: DataConfig) -> list[Path]:
     return [] if config.format == "synthetic" else INPUT_FILES[config.format](config)
 
 
-def prepare(config: DataConfig, out: str | Path) -> dict[str, Any]:
+def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[str, Any]:
     """Read, sort, filter and write a data set to the folder `out`; returns its manifest.
 
     interactions.parquet: user int32, item int32 and, where the source has times, timestamp int64, sorted by (user, time, file order).
     users.parquet: id, interactions. items.parquet: id, title, text. Indices follow the ids' order: by value where all are integers, else by string.
     sequences.npy int32 [T] and offsets.npy int64 [U + 1]: the items again, to be mapped into memory. places.npy: of a chronological split (`split.places`).
+    spread: where `data.path` is a folder of many files, the Ray cluster that this process is connected to parses them; the result is the same bytes.
     Raises UserError for unreadable input, users too short for leave-one-out, or nothing left by the k-core. `out` is replaced as a whole.
     """
     files = input_files(config)
     with committed_folder(out) as folder:
-        counts = _generate(config, folder) if config.format == "synthetic" else _ingest(config, folder)
+        counts = _generate(config, folder) if config.format == "synthetic" else _ingest(config, folder, spread)
         names = sorted(path.name for path in folder.iterdir())
         manifest = {
             "version": FORMAT_VERSION,
@@ -91,14 +93,16 @@ def _names(files: list[Path]) -> dict[str, Path]:
     return {path.absolute().relative_to(shared).as_posix(): path for path in files}
 
 
-def _ingest(config: DataConfig, folder: Path) -> dict[str, Any]:
+def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
     """Write the three tables of a foreign data set; returns the manifest's counts."""
     source = READERS[config.format](config)
     rejects = Rejects(config.max_bad_rows)
     scratch = folder / "scratch"
     users, items = Encoder(), Encoder()
     read = Spill(scratch / "read", source.timed)
-    spill_batches(ahead(source.batches(rejects)), read, users, items)
+    many = spread and source.parts is not None and len(source.parts[0]) > 1
+    batches = spread_batches(*source.parts, rejects) if many and source.parts else source.batches(rejects)
+    spill_batches(ahead(batches), read, users, items)
     total = read.rows
     if total == 0:
         raise UserError(f"{source.main_file}: no interactions")

@@ -66,14 +66,18 @@ def text_vectors(documents: Sequence[str], dim: int, seed: int, new: Sequence[st
 
 
 def model_vectors(documents: Sequence[str], folder: str | Path, batch: int = 64, max_tokens: int = 256) -> np.ndarray:
-    """Unit-length float32 [n, hidden size] by a Hugging Face or sentence-embedding model in a local folder; texts are cut at `max_tokens`.
+    """Unit-length float32 [n, hidden size] by a Hugging Face or sentence-embedding model in a local folder: encoder, decoder, or the encoder of both.
 
-    Pooled as the folder's 1_Pooling/config.json says (first or last token), by the mean over tokens otherwise. Raises UserError when it does not load.
+    Texts are cut at `max_tokens`, or the fewer that the model takes. Pooled as the folder's 1_Pooling/config.json says (first, last or maximum over tokens),
+    by the mean over tokens otherwise; a projection that some sentence-embedding models add after it is left out. Raises UserError when it does not load.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     folder = Path(folder)
+    pooling = folder / "1_Pooling" / "config.json"
+    if (folder / "0_Transformer" / "config.json").exists():  # where older sentence-embedding folders keep the model
+        folder = folder / "0_Transformer"
     if not (folder / "config.json").exists():
         raise UserError(f"items.text_model: {folder} is not a model folder (no config.json); nothing is downloaded")
     try:
@@ -81,11 +85,13 @@ def model_vectors(documents: Sequence[str], folder: str | Path, batch: int = 64,
         model = AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
     except (OSError, ValueError) as error:
         raise UserError(f"items.text_model: {folder} does not load: {str(error).splitlines()[0]}") from None
-    pooling = folder / "1_Pooling" / "config.json"
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
     modes = read_json_object(pooling) if pooling.exists() else {}
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    max_tokens = min(max_tokens, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     vectors = np.zeros((len(documents), model.config.hidden_size), np.float32)
@@ -94,14 +100,19 @@ def model_vectors(documents: Sequence[str], folder: str | Path, batch: int = 64,
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             tokens = tokenizer([documents[row] for row in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
-            hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"]
+            mask = tokens["attention_mask"]
+            if mask.shape[1] == 0:  # texts without a token, where the tokenizer adds none of its own: their vectors stay zero
+                continue
+            hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
             if modes.get("pooling_mode_cls_token"):
                 pooled = hidden[:, 0]
             elif modes.get("pooling_mode_lasttoken"):
                 pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
+            elif modes.get("pooling_mode_max_tokens"):
+                pooled = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
             else:
                 pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-            vectors[rows] = pooled.float().cpu().numpy()
+            vectors[rows] = torch.where(mask.any(1, keepdim=True), pooled.float(), 0.0).cpu().numpy()
     return _unit(vectors)
 
 

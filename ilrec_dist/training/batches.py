@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ilrec_dist.items.trie import Trie
 from ilrec_dist.training.windows import Windows
 
 PAD = 0
+SWITCH_SECONDS = 2e-4  # how long the thread that makes batches may keep the interpreter from the training thread; Python's default is 5 ms
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def prefetched(
             put(error)
 
     thread = threading.Thread(target=work, daemon=True, name="batches")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     thread.start()
     try:
         while (item := ready.get()) is not None:
@@ -130,3 +134,4 @@ def prefetched(
     finally:
         stop.set()
         thread.join(timeout=10)
+        sys.setswitchinterval(interval)

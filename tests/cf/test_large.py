@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.cf.ann import build_index, search
+from ilrec_dist.cf.ann import build_index, load_index, save_index, search
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import cell_moments, log_masses
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards, merge
@@ -142,6 +142,17 @@ def test_the_index_finds_the_nearest() -> None:
         assert np.mean([np.isin(want, have).mean() for want, have in zip(expected, found, strict=True)]) >= recall
     with pytest.raises(ValueError, match="expected flat"):
         build_index("lsh", vectors)
+
+
+def test_a_gpu_takes_the_flat_index_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(3).normal(size=(500, 16)).astype(np.float32)
+    moved = []
+    monkeypatch.setattr("faiss.get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr("faiss.index_cpu_to_all_gpus", lambda index: moved.append(index) or index, raising=False)
+    for kind, count in (("flat", 1), ("hnsw", 1), ("ivf_pq", 1)):
+        save_index(build_index(kind, vectors), tmp_path / kind)
+        found = search(load_index(tmp_path / kind), vectors[:3], 5, width=30)
+        assert len(moved) == count and found.shape == (3, 5)
 
 
 def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from ilrec_dist.cf import scan as scan_module
 from ilrec_dist.cf.folder import load_cf, load_folds
 from ilrec_dist.cf.model import window_starts
+from ilrec_dist.cf.plan import num_rewards
 from ilrec_dist.cf.rewards import TokenRewards
-from ilrec_dist.cf.segments import child_shares
+from ilrec_dist.cf.segments import child_shares, ragged_ranges
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
@@ -135,3 +136,24 @@ def test_refusals(world: World) -> None:
     other = make_catalogue(np.zeros((world.prepared.num_items, 3), int), [4, 4, 4])
     with pytest.raises(UserError, match="another catalogue"):
         TokenRewards.open(world.cf, world.prepared, other, Trie(other))
+
+
+def test_a_training_target_has_the_same_bits_in_any_company(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ilrec_dist.cf.memory.BLOCK_USERS", 16)
+    users, positions = training_targets(world.prepared)
+    one, other = world.rewards(), world.rewards()
+    expected = one.fetch(users, positions)
+    sizes = num_rewards(world.trie, world.prepared.items[world.prepared.offsets[users] + positions])
+    order = np.random.default_rng(0).permutation(len(users))
+    starts = np.cumsum(sizes) - sizes
+    for batch in np.array_split(order, 7):
+        assert np.array_equal(other.fetch(users[batch], positions[batch]), expected[ragged_ranges(starts[batch], sizes[batch])])
+    assert other.counters["targets"] == len(users) and other.counters["calls"] == 7 and other.counters["covered_rows"] == one.counters["covered_rows"]
+    direct = world.rewards()
+    monkeypatch.setattr("ilrec_dist.cf.memory.LIMIT_BYTES", 0)
+    np.testing.assert_allclose(direct.fetch(users, positions), expected, atol=1e-6)
+    assert direct._memory is None and direct.counters["covered_rows"] == one.counters["covered_rows"]
+    last = world.prepared.lengths() - 1  # the test targets are computed when asked for
+    assert not one._memory.holds(np.arange(len(last)), last)
+    monkeypatch.undo()
+    np.testing.assert_allclose(one.fetch(np.arange(5), last[:5]), direct.fetch(np.arange(5), last[:5]), atol=1e-6)

@@ -17,6 +17,7 @@ import ray
 from ilrec_dist.cf.service import RewardClient, reward_actors
 from ilrec_dist.cf.train import train_cf
 from ilrec_dist.errors import UserError
+from ilrec_dist.items.catalogue import make_catalogue
 from tests.cf.conftest import CONFIG, World, training_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,14 +86,35 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(session: None, 
             os.kill(pid(client, replica), signal.SIGKILL)
             if survivors:
                 assert all(np.array_equal(client.fetch_async(*batch).result(), answer) for batch, answer in zip(todo, expected, strict=True))
+        retries = client.meter.retries
+        waiting = [client.fetch_async(*batch) for batch in todo]
         with pytest.raises(UserError, match="no answer after 2 retries"):
-            client.fetch_async(*todo[0]).result()
+            waiting[0].result()
+        began = time.monotonic()
+        with pytest.raises(UserError, match="no answer after 2 retries"):
+            waiting[-1].result()
+        assert time.monotonic() - began < 0.05 and client.meter.retries == retries + 2  # nothing is tried again behind a failure
     with pytest.raises(UserError, match="no reward actors named"):
         RewardClient("pair-gone")
 
 
 def test_a_folder_that_does_not_fit_is_refused_at_start_up(session: None, world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a CF folder"), reward_actors(tmp_path, world.data, world.items, name="lost"):
+        pass
+    other = make_catalogue(world.catalogue.codes()[::-1], [stop - start for start, stop in world.catalogue.level_ranges])
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="made for another catalogue"), reward_actors(world.cf, world.data, tmp_path / "other", name="other"):
+        pass
+    train_cf(replace(CONFIG, epochs=1, reward_index="flat"), world.prepared, world.catalogue, tmp_path / "cf")
+    for name in ("fold1.safetensors", "fold1/index-0.faiss"):  # the CF model and the index
+        path = tmp_path / "cf" / name
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name}: missing or damaged"), reward_actors(tmp_path / "cf", world.data, world.items, name="damaged"):
+            pass
+        path.write_bytes(good)
+    with reward_actors(tmp_path / "cf", world.data, world.items, name="whole"):
         pass
 
 

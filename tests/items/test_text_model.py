@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 from ilrec_dist.config import ItemsConfig
 from ilrec_dist.errors import UserError
@@ -32,7 +33,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("pooling", [None, "pooling_mode_cls_token", "pooling_mode_lasttoken"])
+@pytest.mark.parametrize("pooling", [None, "pooling_mode_cls_token", "pooling_mode_lasttoken", "pooling_mode_max_tokens"])
 def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
     (model_folder / "1_Pooling").mkdir(exist_ok=True)
     (model_folder / "1_Pooling" / "config.json").write_text(json.dumps({pooling: True} if pooling else {}))
@@ -41,7 +42,12 @@ def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
     for text in TEXTS:
         with torch.inference_mode():
             hidden = model(torch.tensor([[ids[word] for word in text.split()]])).last_hidden_state[0]
-        pooled = {None: hidden.mean(0), "pooling_mode_cls_token": hidden[0], "pooling_mode_lasttoken": hidden[-1]}[pooling]
+        pooled = {
+            None: hidden.mean(0),
+            "pooling_mode_cls_token": hidden[0],
+            "pooling_mode_lasttoken": hidden[-1],
+            "pooling_mode_max_tokens": hidden.amax(0),
+        }[pooling]
         expected.append((pooled / pooled.norm()).numpy())
     for batch in (1, 3):
         assert np.allclose(model_vectors(TEXTS, model_folder, batch), expected, atol=1e-5)
@@ -54,3 +60,23 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_
     assert {"config.json", "model.safetensors"} <= {path.name for path in input_files(config)}
     with pytest.raises(UserError, match="items.text_model: .* is not a model folder"):
         build_index(ItemsConfig(text_model=str(tmp_path)), toy(titles=TEXTS), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "older sentence-embedding folder"])
+def test_models_of_other_kinds(model_folder, tmp_path, kind):
+    torch.manual_seed(1)
+    if kind == "decoder":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        GPTNeoXModel(GPTNeoXConfig(vocab_size=8, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "model")
+    elif kind == "encoder-decoder":
+        T5Model(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "model")
+    else:
+        shutil.copytree(model_folder, tmp_path / "model" / "0_Transformer", ignore=shutil.ignore_patterns("1_Pooling"))
+    if kind != "older sentence-embedding folder":
+        for file in model_folder.glob("tokenizer*"):
+            shutil.copy(file, tmp_path / "model")
+    vectors = model_vectors([*TEXTS, "oak " * 300, ""], tmp_path / "model")  # longer than the model takes, and nothing at all
+    assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5)
+    assert np.allclose(vectors[:1], model_vectors(TEXTS[:1], tmp_path / "model"), atol=1e-5)
+    assert len(np.unique(vectors[: len(TEXTS)].round(4), axis=0)) == len(TEXTS)
+    assert not model_vectors(["", ""], tmp_path / "model").any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -31,6 +32,12 @@ class Rejects:
             )
         self.rows.append({"file": str(path), unit: line, "reason": reason, "text": text[:1000]})
 
+    def absorb(self, rows: list[dict[str, Any]]) -> None:
+        """Add what another process has kept."""
+        for row in rows:
+            unit = "row" if "row" in row else "line"
+            self.add(Path(row["file"]), row[unit], row["reason"], row["text"], unit)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -39,6 +46,7 @@ class Source:
     batches: yields record batches with the columns user and item (string or integer, no nulls) and, if timed, timestamp (int64),
              in file order.
     item_table: item texts as a table (id, title, text), strings; None where the format has none.
+    parts: where the interactions are many files, these in order, and what reads one of them; `batches` reads one after the other.
     """
 
     main_file: Path  # named in errors about users and items
@@ -46,6 +54,7 @@ class Source:
     batches: Callable[[Rejects], Iterator[pa.RecordBatch]]
     item_table: Callable[[], pa.Table | None]
     timestamp_unit: str | None = None
+    parts: tuple[list[Path], Callable[[Path, Rejects], Iterator[pa.RecordBatch]]] | None = None
 
 
 def item_rows(ids: list[str], titles: list[str | None], texts: list[str | None]) -> pa.Table:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +16,84 @@ import pyarrow.parquet as pq
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import require_columns, require_file
 from ilrec_dist.data.readers.columns import Times, checked_batch
-from ilrec_dist.data.readers.delimited import Dialect, read_delimited
+from ilrec_dist.data.readers.delimited import Dialect, read_columns, read_delimited
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.errors import UserError
 
 BATCH_ROWS = 1_000_000
+SUFFIXES = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "parquet": (".parquet",)}  # of a folder of many files
 KEYS = {"user": "data.user_column", "item": "data.item_column", "time": "data.time_column; null means: rows are in chronological order"}
 
 
 def table_files(config: DataConfig) -> list[Path]:
-    """The interactions file and the item table."""
-    files = [require_file(config.path or "", "data.path")]
-    return files + ([require_file(config.items_path, "data.items_path")] if config.items_path else [])
+    """The interactions file, or all of a folder, and the item table."""
+    return interaction_files(config) + ([require_file(config.items_path, "data.items_path")] if config.items_path else [])
+
+
+def interaction_files(config: DataConfig) -> list[Path]:
+    """`data.path`; of a folder the files of the format, by name."""
+    path = Path(config.path or "")
+    if not path.is_dir() or config.format not in SUFFIXES:
+        return [require_file(config.path or "", "data.path")]
+    found = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(SUFFIXES[config.format]))
+    if not found:
+        raise UserError(f"{path}: no file named *{' or *'.join(SUFFIXES[config.format])} in this folder (data.path)")
+    return found
 
 
 def read_csv(config: DataConfig) -> Source:
-    """A CSV file with a header line (.tsv: tab-separated; .gz: unpacked on the way); ids are taken as text."""
-    path = table_files(config)[0]
-    dialect = Dialect("\t" if path.name.removesuffix(".gz").endswith(".tsv") else ",")
-    return Source(
-        path,
-        timed=config.time_column is not None,
-        batches=lambda rejects: read_delimited(path, _columns(config), KEYS, dialect, rejects),
-        item_table=lambda: read_item_table(config),
-        timestamp_unit="as in the file; milliseconds for dates, thousandths for decimal numbers",
-    )
+    """CSV files with a header line (.tsv: tab-separated; .gz: unpacked on the way); ids are taken as text."""
+    files, columns = interaction_files(config), _columns(config)
+    kind = _time_kind(files[0], columns["time"]) if "time" in columns and len(files) > 1 else None
+    read_file = partial(_csv_batches, columns=columns, time_kind=kind)
+    return _source(config, files, read_file, "as in the file; milliseconds for dates, thousandths for decimal numbers")
 
 
 def read_parquet(config: DataConfig) -> Source:
-    """A Parquet file; ids are strings or integers, times integers, decimal numbers, dates or timestamps."""
-    path = table_files(config)[0]
+    """Parquet files; ids are strings or integers, times integers, decimal numbers, dates or timestamps. All of a folder have the same types."""
+    files, columns = interaction_files(config), _columns(config)
+    _check_types(files, list(columns.values()))
+    read_file = partial(_parquet_batches, columns=columns)
+    return _source(config, files, read_file, "as in the file; milliseconds for dates and timestamps, thousandths for decimal numbers")
+
+
+def _source(config: DataConfig, files: list[Path], read_file: Callable[[Path, Rejects], Iterator[pa.RecordBatch]], unit: str) -> Source:
     return Source(
-        path,
+        files[0] if len(files) == 1 else files[0].parent,
         timed=config.time_column is not None,
-        batches=lambda rejects: _parquet_batches(path, _columns(config), rejects),
+        batches=lambda rejects: (batch for file in files for batch in read_file(file, rejects)),
         item_table=lambda: read_item_table(config),
-        timestamp_unit="as in the file; milliseconds for dates and timestamps, thousandths for decimal numbers",
+        timestamp_unit=unit,
+        parts=(files, read_file),
     )
+
+
+def _csv_batches(path: Path, rejects: Rejects, columns: dict[str, str], time_kind: str | None) -> Iterator[pa.RecordBatch]:
+    return read_delimited(path, columns, KEYS, _dialect(path), rejects, time_kind)
+
+
+def _dialect(path: Path) -> Dialect:
+    return Dialect("\t" if path.name.removesuffix(".gz").endswith(".tsv") else ",")
+
+
+def _time_kind(path: Path, column: str) -> str | None:
+    """How the first time of the first file is read, which holds for all files."""
+    for batch, _ in read_columns(path, [column], {column: KEYS["time"]}, _dialect(path), Rejects(sys.maxsize)):
+        times = Times()
+        times.parse(batch.column(column))
+        if times.kind:
+            return times.kind
+    return None
+
+
+def _check_types(files: list[Path], names: list[str]) -> None:
+    """Ids that are numbers in one file and text in another would be two ids; times in two units would be in no order."""
+    first = open_parquet(files[0]).schema_arrow
+    for path in files[1:]:
+        schema = open_parquet(path).schema_arrow
+        for name in names:
+            if name in first.names and name in schema.names and schema.field(name).type != first.field(name).type:
+                raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in {files[0].name}; make them one type")
 
 
 def _columns(config: DataConfig) -> dict[str, str]:
@@ -58,7 +101,7 @@ def _columns(config: DataConfig) -> dict[str, str]:
     return columns if config.time_column is None else {**columns, "time": config.time_column}
 
 
-def _parquet_batches(path: Path, columns: dict[str, str], rejects: Rejects) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, rejects: Rejects, columns: dict[str, str]) -> Iterator[pa.RecordBatch]:
     file = open_parquet(path)
     require_columns(path, {name: KEYS[role] for role, name in columns.items()}, file.schema_arrow.names)
     times = Times() if "time" in columns else None
