@@ -48,9 +48,8 @@ class RewardActor:
 
 
 def _yield_to_training() -> None:
-    """Run this process's work in the gaps that training workers on the same cores leave; it gets all it needs once they wait for rewards."""
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread and those it will start: Ray's own go on as they were
+    """Give way to training workers on the same cores; it gets all it needs once they wait for rewards."""
+    os.setpriority(os.PRIO_PROCESS, 0, 19)  # of this thread and those it will start: Ray's own go on as they were (its workers have 15)
 
 
 def load_rewards(cf_folder: Path, prepared_folder: Path, catalogue_folder: Path, shard: int | None) -> TokenRewards:
