@@ -173,7 +173,6 @@ class TrainConfig:
     warmup_steps: NonNegative = 300
     weight_decay: NonNegativeFloat = 0.05
     adam_beta2: Annotated[float, Interval(gt=0, lt=1)] = 0.98
-    average_decay: Fraction = 0.0  # of a moving average of the weights that is validated and kept in place of the last ones; 0: none
     clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_steps: Positive = 200  # steps between checkpoints

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from ilrec_dist.objective.step import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.stage_runs import RESULT
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.average import WeightAverage
 from ilrec_dist.training.batches import Batch, BatchMaker, Ready, micro_batches, prefetched
 from ilrec_dist.training.engine import build_engine, learning_rate
 from ilrec_dist.training.windows import EpochSteps, steps_per_epoch, training_windows
@@ -70,12 +68,11 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     backbone = build_backbone(config, space, seed)
     module = Objective(backbone, objective, config.backbone.num_layers, catalogue.vocab_size, catalogue.used_tokens(), parallel).to(parallel.device)
     engine = build_engine(module, config.train, parallel)
-    average = WeightAverage(backbone, config.train.average_decay) if config.train.average_decay > 0 else None
 
     windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
     epoch_length = steps_per_epoch(windows, config.train.batch_size)
     steps = epoch_length * config.train.epochs
-    progress = _resume(engine, average, folder / "checkpoints", fingerprint, parallel)
+    progress = _resume(engine, folder / "checkpoints", fingerprint, parallel)
     log = MetricsLog(folder, resume_step=progress.step) if lead else None
     if 0 < config.train.patience <= progress.validations_without_gain:
         steps = progress.step  # killed between its early stop and its end
@@ -116,8 +113,6 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
             with timer.part("step"):
                 engine.step()
         progress.step = step + 1
-        if average is not None:
-            average.update(progress.step)
         end_of_epoch = progress.step % epoch_length == 0
         epoch = progress.step / epoch_length
         if progress.step % LOG_STEPS == 0 or end_of_epoch:
@@ -129,18 +124,17 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
                 log.write(progress.step, epoch, values)
         stop = False
         if end_of_epoch and (round(epoch) % config.train.validate_epochs == 0 or progress.step == steps):
-            with timer.paused(), _averaged(average):
+            with timer.paused():
                 stop = _validate(config, objective, backbone, space, parallel, progress, folder, log, epoch)
         if progress.step % config.train.checkpoint_steps == 0 or end_of_epoch or stop:
             with timer.paused():
                 progress.seconds += time.monotonic() - began
                 began = time.monotonic()
-                _save(engine, average, folder / "checkpoints", progress, fingerprint, config.train.keep_checkpoints, parallel)
+                _save(engine, folder / "checkpoints", progress, fingerprint, config.train.keep_checkpoints)
         if stop:
             break
     batches.close()
-    with _averaged(average):
-        _finish(backbone, progress, folder, method, seed, catalogue_hash(catalogue), log)
+    _finish(backbone, progress, folder, method, seed, catalogue_hash(catalogue), log)
     engine.destroy()  # its hooks and groups outlive it otherwise
     del lock
 
@@ -208,15 +202,7 @@ def _save_weights(backbone: Backbone, path: Path) -> None:
     dist.barrier()
 
 
-def _averaged(average: WeightAverage | None) -> AbstractContextManager[None]:
-    return nullcontext() if average is None else average.in_place()
-
-
-def _average_file(folder: Path, parallel: ParallelState) -> Path:
-    return folder / f"average-tp{parallel.tp_rank}.safetensors"
-
-
-def _save(engine: Any, average: WeightAverage | None, folder: Path, progress: Progress, fingerprint: str, keep: int, parallel: ParallelState) -> None:
+def _save(engine: Any, folder: Path, progress: Progress, fingerprint: str, keep: int) -> None:
     staged = checkpoint.staging_folder(folder, progress.step)
     if dist.get_rank() == 0:
         for leftover in folder.glob(".writing-*"):
@@ -224,15 +210,13 @@ def _save(engine: Any, average: WeightAverage | None, folder: Path, progress: Pr
         staged.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(staged), tag="state", save_latest=False)
-    if average is not None and parallel.dp_rank == 0:
-        average.save(_average_file(staged, parallel))
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoint.commit(folder, progress.step, asdict(progress), fingerprint, keep)
     dist.barrier()
 
 
-def _resume(engine: Any, average: WeightAverage | None, folder: Path, fingerprint: str, parallel: ParallelState) -> Progress:
+def _resume(engine: Any, folder: Path, fingerprint: str, parallel: ParallelState) -> Progress:
     """Rank 0 chooses the checkpoint and tells the others, so that all load the same."""
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -245,8 +229,6 @@ def _resume(engine: Any, average: WeightAverage | None, folder: Path, fingerprin
     if found is None:
         return Progress()
     engine.load_checkpoint(str(found.path), tag="state")
-    if average is not None:
-        average.load(_average_file(found.path, parallel))
     return Progress(**found.state)
 
 
