@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-RANK = 16  # of the covariances kept; the rest of each is kept as a diagonal
+RANK = 8  # of the covariances kept; the rest of each is kept as a diagonal
 CELLS_AT_ONCE = 2048
 
 

@@ -24,7 +24,7 @@ ESTIMATES_AT_ONCE = 128
 class RewardOptions:
     """How closely a large catalogue is looked at; small ones are scanned whole."""
 
-    top_k: int = 256  # items scored exactly for the first code; a quarter more are fetched to make up for a rough index
+    top_k: int = 64  # items scored exactly for the first code; a quarter more are fetched to make up for a rough index
     width: int = 8  # the index looks at about width × top_k items
     prefix_items: int = PREFIX_ITEMS  # at least the value the store was written with
 
