@@ -85,9 +85,9 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     catalogue, backbone = space.catalogue, build_backbone(config, space, seed=0)
     module = Objective(backbone, config.objective, config.backbone.num_layers, catalogue.vocab_size, catalogue.used_tokens(), parallel)
     engine = build_engine(module, config.train, parallel)
-    windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
+    windows = training_windows(space.training, config.train.max_history, config.train.targets)
     length = steps_per_epoch(windows, config.train.batch_size)
-    maker = BatchMaker(space.prepared, space.catalogue, space.trie, windows)
+    maker = BatchMaker(space.training, space.catalogue, space.trie, windows)
     rewards = space.reward_source() if parallel.tp_rank == 0 else None
     module.train()
     began = time.monotonic()

@@ -57,6 +57,7 @@ class DataConfig:
     split_ratio: Annotated[list[PositiveFloat], Len(3, 3)] = field(default_factory=lambda: [0.8, 0.1, 0.1])  # chronological: shares of interactions
     split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = None  # chronological: where validation and test begin, instead of split_ratio
     max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
+    both_directions: bool = False  # training reads every user's training items backwards too
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 

@@ -233,7 +233,7 @@ def _without(section: Any, *names: str) -> dict[str, Any]:
 def _data_settings(config: Config) -> dict[str, Any]:
     unused = [] if config.data.format == "synthetic" else ["synthetic"]
     unused += ["split", "split_ratio", "split_dates"] if config.data.split == "leave_one_out" else []
-    return _without(config.data, "path", "items_path", *unused)  # the files' bytes count, not where they lie
+    return _without(config.data, "path", "items_path", "both_directions", *unused)  # the files' bytes count, not where they lie
 
 
 def _items_settings(config: Config) -> dict[str, Any]:
@@ -244,7 +244,8 @@ def _items_settings(config: Config) -> dict[str, Any]:
 
 
 def _cf_settings(config: Config) -> dict[str, Any]:
-    return _without(config.cf, "rewards", "reward_replicas", "reward_retries", "reward_cache")  # how rewards are served changes none of them
+    served = ("rewards", "reward_replicas", "reward_retries", "reward_cache")  # how rewards are served changes none of them
+    return _without(config.cf, *served) | {"both_directions": config.data.both_directions}
 
 
 def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]:
@@ -254,5 +255,5 @@ def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]
         objective = {key: objective[key] for key in ("softmax_scope", "backend")}
     train = _without(config.train, "methods", "seeds", "checkpoint_steps", "keep_checkpoints")
     validation = {"beam": config.evaluation.beam, "exclude_seen": config.evaluation.exclude_seen}
-    mesh = {"tp": config.launch.tp, "workers": config.launch.workers}
+    mesh = {"tp": config.launch.tp, "workers": config.launch.workers, "both_directions": config.data.both_directions}
     return {"method": method, "seed": seed, "backbone": config_to_dict(config.backbone), "objective": objective, "train": train} | validation | mesh

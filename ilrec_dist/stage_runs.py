@@ -93,7 +93,7 @@ def cf(config: Config) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        train_cf(config.cf, space.prepared, None if config.items.from_cf else space.catalogue, space.folders.cf, progress=progress)
+        train_cf(config.cf, space.training, None if config.items.from_cf else space.catalogue, space.folders.cf, progress=progress)
 
 
 def train_and_evaluate(config: Config, trainings: Sequence[Training], evaluate: bool) -> list[float]:
@@ -139,7 +139,7 @@ def following(config: Config, trainings: Sequence[Training], evaluate: bool) -> 
     from ilrec_dist.training.windows import steps_per_epoch, training_windows
     from ilrec_dist.training.workspace import Workspace
 
-    windows = training_windows(Workspace(config).prepared, config.train.max_history, config.train.targets)
+    windows = training_windows(Workspace(config).training, config.train.max_history, config.train.targets)
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
     stop = threading.Event()
 

@@ -71,6 +71,7 @@ def test_moving_the_input_changes_nothing(source):
     [
         ("data.min_item_interactions=2", {"prepare", "index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("items.collisions=resolve", {"index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("data.both_directions=true", {"cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("cf.hidden_size=32", {"cf", "train ilrec seed 1", "evaluate"}),
         ("objective.cpd_mu=0.5", {"train ilrec seed 1", "evaluate"}),
         ("objective.softmax_scope=valid_next", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),

@@ -11,7 +11,7 @@ from ilrec_dist.cf.segments import ragged_ranges
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.trie import Trie
 
-LIMIT_BYTES = 256 << 20
+LIMIT_BYTES = 512 << 20
 BLOCK_USERS = 256
 
 Compute = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # users, positions → rewards, covered rows of each target

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.rewards import Part, TokenRewards, merge
+from ilrec_dist.data.directions import both_directions
 from ilrec_dist.data.prepared import load_prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
@@ -52,10 +53,10 @@ def _yield_to_training() -> None:
     os.setpriority(os.PRIO_PROCESS, 0, 19)  # of this thread and those it will start: Ray's own go on as they were (its workers have 15)
 
 
-def load_rewards(cf_folder: Path, prepared_folder: Path, catalogue_folder: Path, shard: int | None) -> TokenRewards:
+def load_rewards(cf_folder: Path, prepared_folder: Path, catalogue_folder: Path, shard: int | None, backwards: bool) -> TokenRewards:
     """What an actor does first; again in the process that takes a dead one's place."""
-    catalogue = Catalogue.load(catalogue_folder)
-    return TokenRewards.open(cf_folder, load_prepared(prepared_folder), catalogue, Trie(catalogue), shard)
+    catalogue, prepared = Catalogue.load(catalogue_folder), load_prepared(prepared_folder)
+    return TokenRewards.open(cf_folder, both_directions(prepared) if backwards else prepared, catalogue, Trie(catalogue), shard)
 
 
 @contextmanager
@@ -69,11 +70,12 @@ def reward_actors(
     shards: int = 1,
     threads: int = 1,
     max_restarts: int = 3,
+    backwards: bool = False,
 ) -> Iterator[list[Any]]:
     """`replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the length of the block; Ray restarts each up to `max_restarts` times.
 
     With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They are spread over the cluster's nodes, ask for no CPUs of
-    Ray's, which the training workers hold, and end with the block or with the job that started them.
+    Ray's, which the training workers hold, and end with the block or with the job that started them. `backwards` as `data.both_directions`.
     Raises UserError when one cannot load (a folder that is damaged or belongs to other data) and ValueError when the name is taken.
     """
     cf, prepared, catalogue = (Path(folder).resolve() for folder in (cf_folder, prepared_folder, catalogue_folder))
@@ -81,7 +83,7 @@ def reward_actors(
     actors = []
     for replica in range(replicas):
         for shard in range(shards):
-            load = partial(load_rewards, cf, prepared, catalogue, shard if shards > 1 else None)
+            load = partial(load_rewards, cf, prepared, catalogue, shard if shards > 1 else None, backwards)
             options = {"name": f"{name}-{replica}-{shard}", "num_cpus": 0, "max_restarts": max_restarts, "scheduling_strategy": "SPREAD"}
             actors.append(kind.options(**options).remote(load, threads))
     try:

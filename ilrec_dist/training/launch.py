@@ -64,7 +64,8 @@ def reward_actor(config: Config, wanted: bool) -> Iterator[None]:
     from ilrec_dist.cf.service import RewardClient, reward_actors
 
     folders, name, replicas, shards = RunFolders(config.run_dir), reward_actor_name(config), config.cf.reward_replicas, config.cf.reward_shards
-    with reward_actors(folders.cf, folders.data, folders.items, name=name, replicas=replicas, shards=shards, max_restarts=-1):
+    backwards = config.data.both_directions
+    with reward_actors(folders.cf, folders.data, folders.items, name=name, replicas=replicas, shards=shards, max_restarts=-1, backwards=backwards):
         yield
         write_json(folders.cf / "actor-counters.json", RewardClient(name, replicas, shards).counters())
 

@@ -53,7 +53,7 @@ def objective_of(config: Config, method: str) -> ObjectiveConfig:
 
 
 def total_steps(config: Config, space: Workspace) -> int:
-    windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
+    windows = training_windows(space.training, config.train.max_history, config.train.targets)
     return steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
 
 
@@ -69,7 +69,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
     module = Objective(backbone, objective, config.backbone.num_layers, catalogue.vocab_size, catalogue.used_tokens(), parallel).to(parallel.device)
     engine = build_engine(module, config.train, parallel)
 
-    windows = training_windows(space.prepared, config.train.max_history, config.train.targets)
+    windows = training_windows(space.training, config.train.max_history, config.train.targets)
     epoch_length = steps_per_epoch(windows, config.train.batch_size)
     steps = epoch_length * config.train.epochs
     progress = _resume(engine, folder / "checkpoints", fingerprint, parallel)
@@ -88,7 +88,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
                 yield part, rows
 
     rewards = space.reward_source() if objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
-    maker = BatchMaker(space.prepared, catalogue, space.trie, windows)
+    maker = BatchMaker(space.training, catalogue, space.trie, windows)
     layers = [config.backbone.num_layers - 1 - i for i in range(module.num_intermediate)]
     statistics = StatisticsSum(depth, len(layers), layers, parallel.device)
     began, timer = time.monotonic(), StepTimer()

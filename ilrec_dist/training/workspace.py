@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.config import Config
+from ilrec_dist.data.directions import both_directions
 from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.items.catalogue import Catalogue
@@ -33,6 +34,11 @@ class Workspace:
         return load_prepared(self.folders.data)
 
     @cached_property
+    def training(self) -> Prepared:
+        """What the CF model and the language model are trained on."""
+        return both_directions(self.prepared) if self.config.data.both_directions else self.prepared
+
+    @cached_property
     def catalogue(self) -> Catalogue:
         return Catalogue.load(self.folders.items)
 
@@ -52,11 +58,11 @@ class Workspace:
         else:
             from ilrec_dist.cf.rewards import TokenRewards
 
-            source = TokenRewards.open(self.folders.cf, self.prepared, self.catalogue, self.trie)
+            source = TokenRewards.open(self.folders.cf, self.training, self.catalogue, self.trie)
         if self.config.cf.reward_cache:
             from ilrec_dist.cf.cache import CachedRewards, cache_folder
 
-            source = CachedRewards(source, cache_folder(self.folders.cf, self.prepared), self.prepared, self.trie)
+            source = CachedRewards(source, cache_folder(self.folders.cf, self.training), self.training, self.trie)
         return source
 
     def validation_users(self, count: int) -> np.ndarray:

@@ -1,0 +1,63 @@
+"""The training items read backwards as well: what is added, what is not, and that a user's two directions stay together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ilrec_dist.cf.train import train_cf, user_folds
+from ilrec_dist.config import CFConfig
+from ilrec_dist.data.directions import both_directions
+from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.training.windows import training_windows
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    rng = np.random.default_rng(0)
+    lengths = np.array([3, 7, 5, 12, 4, 9, 6, 8])
+    items = rng.integers(0, 20, lengths.sum()).astype(np.int32)
+    return Prepared(items, np.concatenate([[0], np.cumsum(lengths)]), [f"u{u}" for u in range(len(lengths))], [str(i) for i in range(20)])
+
+
+@pytest.mark.parametrize("chronological", [False, True])
+def test_the_added_users_have_the_training_items_latest_first_and_nothing_else(prepared: Prepared, chronological: bool) -> None:
+    if chronological:
+        prepared = replace(prepared, places=np.stack([prepared.lengths() - 1, np.full(8, -1), prepared.lengths() - 1]).astype(np.int32))
+    both, users = both_directions(prepared), prepared.num_users
+    assert both.num_users == 2 * users and both.items.dtype == np.int32
+    for user in range(users):
+        assert np.array_equal(both.sequence(user), prepared.sequence(user))
+        train = prepared.sequence(user)[: prepared.train_lengths()[user]]
+        assert np.array_equal(both.sequence(users + user), train[::-1])
+    assert np.array_equal(both.train_lengths(), np.tile(prepared.train_lengths(), 2))
+    for split in ("validation", "test"):
+        evaluated = prepared.evaluated(split)
+        assert np.array_equal(both.evaluated(split), evaluated) and np.array_equal(both.targets(split, evaluated), prepared.targets(split, evaluated))
+
+
+def test_every_training_item_but_one_is_a_target_once_in_each_direction(prepared: Prepared) -> None:
+    both = both_directions(prepared)
+    windows = training_windows(both, 4, "all")
+    parts = windows.take(np.arange(len(windows)))
+    assert parts.num_targets == 2 * np.maximum(prepared.train_lengths() - 1, 0).sum()
+    assert set(parts.user.tolist()) == set(np.flatnonzero(both.train_lengths() > 1).tolist())
+
+
+def test_a_user_s_two_directions_are_scored_by_one_model_that_saw_neither(prepared: Prepared, tmp_path: Path) -> None:
+    """METHOD.md §5, no leak through the weights: another sequence of a user leaves the model that scores both of that user's directions bit-equal."""
+    config = CFConfig(hidden_size=8, num_layers=1, num_heads=2, max_history=4, epochs=1, batch_size=4)
+    folds = user_folds(prepared.user_ids, 2)
+    assert len(set(folds)) == 2 and np.array_equal(user_folds(both_directions(prepared).user_ids, 2), np.tile(folds, 2))
+    catalogue = make_catalogue(np.arange(20)[:, None], [20])
+    changed = prepared.items.copy()
+    changed[prepared.offsets[3] : prepared.offsets[4]] = changed[prepared.offsets[3] : prepared.offsets[4]][::-1]
+    for name, items in (("one", prepared.items), ("other", changed)):
+        train_cf(config, both_directions(replace(prepared, items=items)), catalogue, tmp_path / name)
+    own, others = f"fold{folds[3]}.safetensors", f"fold{1 - folds[3]}.safetensors"
+    assert (tmp_path / "one" / own).read_bytes() == (tmp_path / "other" / own).read_bytes()
+    assert (tmp_path / "one" / others).read_bytes() != (tmp_path / "other" / others).read_bytes()
