@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from ilrec_dist.errors import UserError
 
 
@@ -60,6 +62,23 @@ def _running(pid: str) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def stream_json_object(path: Path) -> Iterator[tuple[str, Any]]:
+    """As `read_json_object`, key by key: memory holds one value, and the keys so far."""
+    seen: set[str] = set()
+    try:
+        with open(path, "rb") as file:
+            for key, value in ijson.kvitems(file, "", use_float=True):
+                if key in seen:
+                    raise UserError(f"{path}: the key {key!r} occurs twice in one object; keep one of them")
+                seen.add(key)
+                yield key, value
+    except (ijson.JSONError, OSError) as error:
+        read_json_object(path)  # says where and what
+        raise UserError(f"{path}: malformed JSON: {error}") from None
+    if not seen:
+        read_json_object(path)  # not an object, or an empty one
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.prepare import input_files, prepare
 from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.data.readers.lcrec import read_lcrec
 from ilrec_dist.data.readers.tables import open_parquet
 from ilrec_dist.errors import UserError
 from tests.data.shared_data import shared_data
@@ -145,9 +146,24 @@ def test_exact_repeats_go_and_the_core_is_taken_after_that(tmp_path):
     assert list(load_prepared(tmp_path / "out").user_ids) == ["a", "b"]
 
 
+def test_lcrec_is_read_a_few_users_at_a_time(tmp_path, monkeypatch):
+    config = write_lcrec(tmp_path / "in")
+    prepare(config, tmp_path / "whole")
+    monkeypatch.setattr("ilrec_dist.data.readers.lcrec.BATCH_USERS", 2)
+    monkeypatch.setattr("ilrec_dist.data.files.json.loads", None)  # nothing parses a whole file
+    batches = list(read_lcrec(config).batches(None))
+    monkeypatch.undo()
+    assert [batch.column("user").unique().to_pylist() for batch in batches] == [["3", "10"], ["4"]]
+    monkeypatch.setattr("ilrec_dist.data.readers.lcrec.BATCH_USERS", 1)
+    prepare(config, tmp_path / "parts")
+    assert (tmp_path / "whole" / "manifest.json").read_bytes() == (tmp_path / "parts" / "manifest.json").read_bytes()
+
+
 BAD = {
     "malformed JSON": ('{"1": [1, 2,\n 3,, 4]}', r"Toy\.inter\.json: malformed JSON at line 2, column 4"),
     "not an object": ("[1, 2]", r"Toy\.inter\.json: expected a JSON object at the top, found list"),
+    "trailing text": ('{"1": [1, 2, 3]}\n]', r"Toy\.inter\.json: malformed JSON at line 2, column 1"),
+    "not closed": ('{"1": [1, 2, 3]', r"Toy\.inter\.json: malformed JSON at line 1, column 16"),
     "not a list": ('{"u7": "x"}', r"Toy\.inter\.json: user 'u7': expected a list of item ids .* found 'x'"),
     "nested item": ('{"u7": [1, [2]]}', r"Toy\.inter\.json: user 'u7': expected a list"),
     "repeated user": ('{"u7": [1, 2, 3], "u7": [2]}', r"Toy\.inter\.json: the key 'u7' occurs twice"),

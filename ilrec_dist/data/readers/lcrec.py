@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from ilrec_dist.config import DataConfig
-from ilrec_dist.data.files import read_json_object, require_file, single_file
+from ilrec_dist.data.files import require_file, single_file, stream_json_object
 from ilrec_dist.data.readers.source import Source, item_rows
 from ilrec_dist.errors import UserError
+
+BATCH_USERS = 4096
 
 
 def lcrec_files(config: DataConfig) -> list[Path]:
@@ -31,25 +33,31 @@ def read_lcrec(config: DataConfig) -> Source:
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    histories = read_json_object(path)
-    for user, items in histories.items():
+    """The users in turn, BATCH_USERS to a batch; what is in memory as Python objects is one batch."""
+    histories: dict[str, list[Any]] = {}
+    for user, items in stream_json_object(path):
         if not isinstance(items, list) or not all(type(item) is int or (type(item) is str and item) for item in items):
             raise UserError(f"{path}: user {user!r}: expected a list of item ids (integers or strings), found {_short(items)}")
+        histories[user] = items
+        if len(histories) == BATCH_USERS:
+            yield _batch(histories)
+            histories = {}
+    if histories:
+        yield _batch(histories)
+
+
+def _batch(histories: dict[str, list[Any]]) -> pa.RecordBatch:
     lengths = np.fromiter(map(len, histories.values()), np.int64, len(histories))
     users = pa.array(list(histories), pa.string()).take(pa.array(np.repeat(np.arange(len(histories)), lengths)))
-    flat = list(chain.from_iterable(histories.values()))
-    if all(type(item) is int for item in flat):
-        items = pa.array(flat, pa.int64()).cast(pa.string())
-    else:
-        items = pa.array(list(map(str, flat)), pa.string())
-    yield pa.record_batch({"user": users, "item": items})
+    items = pa.array([str(item) for item in chain.from_iterable(histories.values())], pa.string())
+    return pa.record_batch({"user": users, "item": items})
 
 
 def _items(path: Path) -> pa.Table:
     ids: list[str] = []
     titles: list[str | None] = []
     texts: list[str | None] = []
-    for item, fields in read_json_object(path).items():
+    for item, fields in stream_json_object(path):
         if not isinstance(fields, dict):
             raise UserError(f"{path}: item {item!r}: expected an object of text fields, found {_short(fields)}")
         ids.append(item)
