@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -38,6 +39,7 @@ class RewardMemory:
         self.rewards = np.empty(int(counts.sum()), np.float32)
         self.covered = np.empty(len(counts), np.int64)
         self.known = np.zeros(-(-prepared.num_users // BLOCK_USERS), bool)
+        self._lock = threading.Lock()  # `learn` may run beside `fetch`
 
     def holds(self, users: np.ndarray, positions: np.ndarray) -> bool:
         """Whether all are training targets: those of validation and test are nobody's reward."""
@@ -45,12 +47,17 @@ class RewardMemory:
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rewards float32 [nnz] and covered rows int64 [T] of training targets."""
-        blocks = np.unique(users // BLOCK_USERS)
-        for block in blocks[~self.known[blocks]].tolist():
-            self._learn(block)
+        self.learn(np.unique(users // BLOCK_USERS))
         rows = self.first[users] + positions - 1
         counts = self.counts[rows]
         return self.rewards[ragged_ranges(self.ends[rows] - counts, counts)], self.covered[rows]
+
+    def learn(self, blocks: np.ndarray | None = None) -> None:
+        """Compute those of the blocks (all: None) that are not known yet."""
+        for block in range(len(self.known)) if blocks is None else blocks[~self.known[blocks]].tolist():
+            with self._lock:
+                if not self.known[block]:
+                    self._learn(block)
 
     def _learn(self, block: int) -> None:
         users = np.arange(block * BLOCK_USERS, min((block + 1) * BLOCK_USERS, self.prepared.num_users))

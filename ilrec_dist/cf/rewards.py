@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
@@ -159,6 +161,18 @@ class TokenRewards:
     @cached_property
     def _position(self) -> np.ndarray:
         return self.catalogue.position
+
+    def learn_ahead(self, threads: int) -> None:
+        """Where rewards are kept in memory, begin to compute all of them, in a thread beside `fetch`: the workers take a while to start."""
+        memory = self._memory
+        if memory is None:
+            return
+
+        def learn() -> None:
+            torch.set_num_threads(threads)  # counts for one thread alone
+            memory.learn()
+
+        threading.Thread(target=learn, daemon=True, name="reward-memory").start()
 
     @cached_property
     def _memory(self) -> RewardMemory | None:

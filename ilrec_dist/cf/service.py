@@ -34,6 +34,7 @@ class RewardActor:
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         self._rewards = load()
+        self._rewards.learn_ahead(threads)
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As `TokenRewards.fetch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -157,3 +158,20 @@ def test_a_training_target_has_the_same_bits_in_any_company(world: World, monkey
     assert not one._memory.holds(np.arange(len(last)), last)
     monkeypatch.undo()
     np.testing.assert_allclose(one.fetch(np.arange(5), last[:5]), direct.fetch(np.arange(5), last[:5]), atol=1e-6)
+
+
+def test_what_is_learnt_ahead_has_the_bits_of_what_is_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ilrec_dist.cf.memory.BLOCK_USERS", 16)
+    users, positions = training_targets(world.prepared)
+    ahead, asked = world.rewards(), world.rewards()
+    ahead.learn_ahead(1)
+    found = ahead.fetch(users, positions)  # beside the thread
+    assert np.array_equal(found, asked.fetch(users, positions))
+    alone = world.rewards()
+    alone.learn_ahead(1)
+    for thread in threading.enumerate():
+        if thread.name == "reward-memory":
+            thread.join(60)
+    assert alone._memory.known.all()
+    monkeypatch.setattr(alone._memory, "_learn", None)  # nothing is left to compute
+    assert np.array_equal(alone.fetch(users, positions), found) and alone.counters["calls"] == 1
