@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks import loss as benchmark
 from tests.kernels.cases import distance
 
@@ -21,3 +22,18 @@ def test_the_materialised_form_is_the_same_loss(peaked):
         leaf.grad = None
     benchmark.ours(x, benchmark.options(v, "torch", None))
     assert all(distance(leaf.grad, other) < 1e-5 for leaf, other in zip(x.leaves(), expected, strict=True))
+
+
+def test_the_gpu_benchmark_s_parts_run_and_see_a_wrong_gradient(monkeypatch):
+    """On the CPU and small: the comparison with the reference and every figure that needs no further package."""
+    shape = (60, 16, 400, 2)
+    found = list(gpu.distances("cpu", "torch", shape))
+    assert len(found) == 6 and all(distance_ <= bound for _, distance_, bound in found)
+    sizes = gpu.Sizes("60x16x400x2", "20x16x400x2", "30x16x900x2", "30x16x400x1", (1 << 20, 1 << 30), 1 << 16, repeats=3)
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)  # compiling takes longer than all of this
+    figures = list(gpu.figures("cpu", "torch", sizes))
+    assert len(figures) == 7 and all(figure.measured == figure.measured for figure in figures)
+    assert [figure.reached is None for figure in figures].count(True) == 1
+    whole = gpu.cross_layer_loss
+    monkeypatch.setattr(gpu, "cross_layer_loss", lambda *a, **k: whole(*a, **{**k, "loss_scale": k["loss_scale"] * (1.001 if a[6].backend == "torch" else 1)}))
+    assert not any(distance_ <= bound for _, distance_, bound in list(gpu.distances("cpu", "torch", shape))[:3])
