@@ -23,6 +23,7 @@ def finished(tmp_path_factory):
     """A folder with a configuration and its finished run, tensor-parallel over two processes that torchrun started."""
     root = tmp_path_factory.mktemp("run")
     sections = {"launch": {"engine": "torchrun", "workers": 2, "tp": 2, "threads": 1, "device": "cpu"}, "items": {"collisions": "resolve"}}
+    sections["data"] = {"both_directions": True}
     (root / "c.yaml").write_text(yaml.safe_dump(config_to_dict(tiny_config(root / "runs", **sections))))
     assert main(["run", str(root / "c.yaml")]) == 0
     return root

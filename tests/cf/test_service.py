@@ -16,6 +16,7 @@ import ray
 
 from ilrec_dist.cf.service import RewardClient, reward_actors
 from ilrec_dist.cf.train import train_cf
+from ilrec_dist.data.directions import both_directions
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import make_catalogue
 from tests.cf.conftest import CONFIG, World, training_targets
@@ -124,3 +125,14 @@ def test_shards_are_merged(session: None, world: World, tmp_path: Path) -> None:
         client, batch = RewardClient("shards", shards=2), batches(world)[0]
         np.testing.assert_allclose(client.fetch_async(*batch).result(), world.rewards(cf=tmp_path / "cf").fetch(*batch), atol=1e-6)
         assert client.counters()["rows"] == len(batch[0]) * world.trie.depth
+
+
+def test_actors_know_the_histories_read_backwards(session: None, world: World, tmp_path: Path) -> None:
+    both = both_directions(world.prepared)
+    train_cf(replace(CONFIG, epochs=1), both, world.catalogue, tmp_path / "cf")
+    with pytest.raises(UserError, match="were trained for 240 users, the prepared data has 120"):
+        world.rewards(cf=tmp_path / "cf")
+    with reward_actors(tmp_path / "cf", world.data, world.items, name="backwards", backwards=True):
+        users, positions = np.arange(100, 140), np.ones(40, np.int64)  # of either direction
+        found = RewardClient("backwards").fetch_async(users, positions).result()
+    np.testing.assert_array_equal(found, world.rewards(both, cf=tmp_path / "cf").fetch(users, positions))
