@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,14 @@ def _run_torchrun(config: Config, job: Job) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.launch.workers}"]
         command += [f"--max-restarts={config.launch.max_failures}", "-m", "ilrec_dist.training.jobs", file.name]
         threads = config.launch.threads or max(1, len(os.sched_getaffinity(0)) // config.launch.workers)
-        done = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+        done = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, preexec_fn=_ended_with_parent())
     if done.returncode:
         raise WorkersFailed(f"torchrun ended with exit status {done.returncode}; its output above says why")
+
+
+def _ended_with_parent() -> Callable[[], None] | None:
+    """What a new process calls so that the kernel ends it when this one dies, even of SIGKILL: torchrun then ends its workers. Linux only."""
+    if sys.platform != "linux":
+        return None
+    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1
+    return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -93,6 +93,20 @@ def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
     assert_same_as_whole(place, name)
 
 
+def test_torchrun_workers_end_with_a_killed_driver(place):
+    tree = yaml.safe_load((place / "whole.yaml").read_text())
+    tree |= {"name": "torchrun", "launch": tree["launch"] | {"engine": "torchrun"}, "cf": tree["cf"] | {"rewards": "in_process"}}
+    (place / "torchrun.yaml").write_text(yaml.safe_dump(tree))
+    process = run(place, "torchrun")
+    folder = training(place, "torchrun")
+    wait_for("step 10", lambda: steps_logged(folder) >= 10, process)
+    worker = psutil.Process(int((folder / ".lock").read_text()))
+    process.kill()
+    process.wait()
+    worker.wait(60)  # raises when it goes on
+    assert steps_logged(folder) < steps_logged(training(place, "whole"))
+
+
 def test_a_killed_driver_is_resumed(place):
     name = "driver"
     process = run(place, name)
