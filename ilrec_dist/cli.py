@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ilrec_dist import __version__
 from ilrec_dist.errors import UserError, WorkersFailed
@@ -27,14 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["index"] and words[1:2] and words[1] in INDEX_COMMANDS:
         words[:2] = [" ".join(words[:2])]  # `ilrec index CONFIG` stays the stage
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(words)
-    if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; see `ilrec {arguments.command} --help`")
-    else:
-        arguments.overrides += rest  # settings may stand behind a flag too
     try:
+        arguments, rest = _parser().parse_known_args(words)
+        if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+            raise UserError(f"unrecognized arguments: {' '.join(rest)}; see `ilrec {arguments.command} --help`")
+        if rest:
+            arguments.overrides += rest  # settings may stand behind a flag too
         return int(arguments.call(arguments) or 0)
     except UserError as error:
         print(f"ilrec: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -47,8 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake, in place of the usage and a line."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ilrec", description="Train a language model as a recommender with self-hard negatives (ILRec).")
+    parser = _Parser(prog="ilrec", description="Train a language model as a recommender with self-hard negatives (ILRec).")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, what in STAGES.items():

@@ -11,15 +11,27 @@ from typing import Annotated, Any, Literal, Optional, TypeVar
 
 import yaml
 from annotated_types import Ge, Gt, Interval, Len, MinLen
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
 from ilrec_dist.errors import UserError
 
-Positive = Annotated[int, Ge(1)]
-NonNegative = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3, without a point, as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict(), BeforeValidator(_number)]
+Bool = Annotated[bool, Strict()]
+Positive = Annotated[Int, Ge(1)]
+NonNegative = Annotated[Int, Ge(0)]
+PositiveFloat = Annotated[Float, Gt(0)]
+NonNegativeFloat = Annotated[Float, Ge(0)]
+Fraction = Annotated[Float, Interval(ge=0, lt=1)]
 Text = Annotated[str, BeforeValidator(str)]  # YAML makes dates of 2018-10-01
 T = TypeVar("T")
 
@@ -39,7 +51,7 @@ class SyntheticConfig:
     users: Positive = 6000
     items: Positive = 1000
     categories: Positive = 20
-    mean_length: Annotated[float, Ge(3)] = 10.0  # items per user, at least 5
+    mean_length: Annotated[Float, Ge(3)] = 10.0  # items per user, at least 5
     seed: NonNegative = 0
 
 
@@ -57,7 +69,7 @@ class DataConfig:
     split_ratio: Annotated[list[PositiveFloat], Len(3, 3)] = field(default_factory=lambda: [0.8, 0.1, 0.1])  # chronological: shares of interactions
     split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = None  # chronological: where validation and test begin, instead of split_ratio
     max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
-    both_directions: bool = False  # training reads every user's training items backwards too
+    both_directions: Bool = False  # training reads every user's training items backwards too
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -70,8 +82,8 @@ class ItemsConfig:
     embedding: Literal["text", "cf", "text+cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, SASRec's item vectors, or both
     text_model: Optional[str] = None  # folder of a Hugging Face or sentence-embedding model; null: TF-IDF + SVD
     embedding_dim: Positive = 64  # of the SVD
-    levels: Annotated[int, Interval(ge=1, le=8)] = 3
-    codes_per_level: Annotated[int, Interval(ge=2, le=65536)] = 256
+    levels: Annotated[Int, Interval(ge=1, le=8)] = 3
+    codes_per_level: Annotated[Int, Interval(ge=2, le=65536)] = 256
     collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple
     seed: NonNegative = 0
 
@@ -95,13 +107,13 @@ class CFConfig:
     batch_size: Positive = 128  # users
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
-    cf_folds: Annotated[int, Ge(1)] = 2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
+    cf_folds: Annotated[Int, Ge(1)] = 2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
     rewards: Literal["in_process", "actor"] = "in_process"
     reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = "auto"  # scan: the whole catalogue, exact; auto: scan up to 65,536 items, else ivf_pq
     reward_shards: Positive = 1  # ranges of the catalogue that separate reward actors may hold
     reward_replicas: Positive = 1  # reward actors (of each shard) that share the requests
     reward_retries: NonNegative = 16  # of a request, after an actor's death or silence
-    reward_cache: bool = False  # keep rewards on disk per (user, position)
+    reward_cache: Bool = False  # keep rewards on disk per (user, position)
     seed: NonNegative = 0
 
 
@@ -117,15 +129,15 @@ class BackboneConfig:
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     activation: Literal["gelu", "swiglu"] = "gelu"
     position_embedding: Literal["learned", "rope"] = "learned"
-    bias: bool = True
-    qkv_bias: bool = False  # biases on query, key and value although `bias` is false (Qwen2)
-    qk_norm: bool = False  # RMS norm of each query and key head (Qwen3)
+    bias: Bool = True
+    qkv_bias: Bool = False  # biases on query, key and value although `bias` is false (Qwen2)
+    qk_norm: Bool = False  # RMS norm of each query and key head (Qwen3)
     head_dim: Optional[Positive] = None  # None: hidden_size / num_heads
     norm_epsilon: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     rope_scaling_factor: Optional[PositiveFloat] = None  # Llama 3.1's scaling of low frequencies (8; Llama 3.2: 32)
     dropout: Fraction = 0.1  # on embeddings and residuals; attention itself has none
-    tie_embeddings: bool = True
+    tie_embeddings: Bool = True
     init_std: PositiveFloat = 0.02
     vocab_multiple: Positive = 8  # the vocabulary is padded to a multiple of this, whatever tp is
 
@@ -137,7 +149,7 @@ class ObjectiveConfig:
     num_intermediate_layers: Optional[Positive] = None  # m; None: min(3, L // 2)
     negatives_from: Literal["intermediate", "final"] = "intermediate"
     negative_threshold: PositiveFloat = 1.0  # φ
-    max_negatives: Annotated[int, Interval(ge=1, le=128)] = 64  # k
+    max_negatives: Annotated[Int, Interval(ge=1, le=128)] = 64  # k
     negative_scope: Literal["valid_next", "item_tokens", "all"] = "valid_next"
     penalty: Literal["additive", "multiplicative"] = "additive"
     cpo_beta: Optional[NonNegativeFloat] = None  # β
@@ -170,14 +182,14 @@ class TrainConfig:
     batch_size: Positive = 256  # sequences per optimizer step, over all ranks and accumulation steps
     accumulation_steps: Positive = 1
     learning_rate: PositiveFloat = 2e-3
-    min_learning_rate_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0  # where the cosine ends
+    min_learning_rate_ratio: Annotated[Float, Interval(ge=0, le=1)] = 0.0  # where the cosine ends
     warmup_steps: NonNegative = 300
     weight_decay: NonNegativeFloat = 0.05
-    adam_beta2: Annotated[float, Interval(gt=0, lt=1)] = 0.98
+    adam_beta2: Annotated[Float, Interval(gt=0, lt=1)] = 0.98
     clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_steps: Positive = 200  # steps between checkpoints
-    keep_checkpoints: Annotated[int, Ge(2)] = 2
+    keep_checkpoints: Annotated[Int, Ge(2)] = 2
     validate_epochs: Positive = 1  # epochs between validations
     validation_users: NonNegative = 2000  # a fixed seeded sample; 0: all users
     patience: NonNegative = 0  # validations without a better NDCG@10 before stopping; 0: never stop early
@@ -185,8 +197,8 @@ class TrainConfig:
 
 @section
 class EvaluationConfig:
-    beam: Annotated[int, Ge(10)] = 20  # Hit@10 needs ten
-    exclude_seen: bool = True
+    beam: Annotated[Int, Ge(10)] = 20  # Hit@10 needs ten
+    exclude_seen: Bool = True
     batch_size: Positive = 64  # users
     examples: NonNegative = 5  # users shown in the report
 
@@ -237,7 +249,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -274,9 +286,21 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one mapping; YAML itself lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.sub=value, such as train.epochs=3")
     try:
         value = yaml.safe_load(text)
@@ -332,6 +356,8 @@ def _check_together(config: Config, source: str) -> None:
         raise ConfigError(f"{source}: key {key!r}: {why}")
 
     backbone, objective, launch, train = config.backbone, config.objective, config.launch, config.train
+    if Path(config.name).name != config.name:
+        refuse("name", f"expected the name of a folder, found {config.name!r}; runs_dir says where it lies")
     if config.data.format != "synthetic" and config.data.path is None:
         refuse("data.path", f"data.format {config.data.format!r} needs the path of the data")
     if abs(sum(config.data.split_ratio) - 1) > 1e-6:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,11 +65,11 @@ class Run:
         return self._fingerprints[name]
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What the stage's last complete run left behind: fingerprint and seconds; None when there was none or its output is gone."""
-        path = self._record_file(name)
-        if not path.exists() or not self.stages[name].output(self.config).exists():
+        """What the stage's last complete run left behind: fingerprint and seconds. None when there was none, when its output is gone, or when a
+        later attempt with other settings or input was killed: whose output lies there then is not known."""
+        record, begun = _read(self._record_file(name)), _read(self._record_file(name, begun=True))
+        if record is None or not self.stages[name].output(self.config).exists() or (begun is not None and begun["fingerprint"] != record["fingerprint"]):
             return None
-        record: dict[str, Any] = json.loads(path.read_text())
         return record
 
     def is_current(self, name: str) -> bool:
@@ -85,16 +87,19 @@ class Run:
                 pending.append(name)
         if not pending:
             return
-        self._begin()
-        for name in pending:
-            self._clear_other_work(name)
-        first = self.stages[pending[0]]
-        if first.run is None:
+        run = self.stages[pending[0]].run
+        if run is None:
+            self._begin()
+            for name in pending:
+                self._clear_other_work(name)
             self._work(pending)
             return
-        began = time.monotonic()
-        first.run(self.config)
-        self._finished(pending[0], time.monotonic() - began)
+        with self._unchanged_if_refused(pending[0]):
+            self._begin()
+            self._write(self._record_file(pending[0], begun=True), {"fingerprint": self.fingerprint(pending[0])})
+            began = time.monotonic()
+            run(self.config)  # its folder takes the place of the old one at the end, whole
+            self._finished(pending[0], time.monotonic() - began)
 
     def _work(self, names: list[str]) -> None:
         given = [(name, self.stages[name].training) for name in names]
@@ -116,19 +121,34 @@ class Run:
     def stage_seconds(self) -> dict[str, float]:
         return {name: record["seconds"] for name in self.stages if (record := self.record(name)) is not None}
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes the run's folder and holds it, so that no second command works in it at the same time; the system lets go of it when this process dies."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be used as the run's folder ({error.strerror}); choose another runs_dir or name") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another ilrec command is at work in this folder; wait for its end, or choose another name") from None
+        else:
+            yield
+        finally:
+            os.close(handle)
+
     def check_resumable(self) -> None:
         """`--resume`: there must be a run in the folder, and every stage it finished or began must be of this configuration."""
         if not self._state_folder().is_dir():
             raise UserError(f"{self.folder}: nothing to resume; leave --resume out to start a run")
         for name in self.stages:
-            path = self._record_file(name)
-            begun = self._record_file(name, begun=True)
-            for file in (path, begun):
-                if file.exists() and json.loads(file.read_text())["fingerprint"] != self.fingerprint(name):
-                    raise UserError(
-                        f"{self.folder}: stage {name} in this run folder is of another configuration or other input; resume with the configuration in "
-                        f"{self.folder / 'config.yaml'}, or leave --resume out to run what changed anew"
-                    )
+            latest = _read(self._record_file(name, begun=True))
+            if latest is not None and latest["fingerprint"] != self.fingerprint(name):
+                raise UserError(
+                    f"{self.folder}: stage {name} in this run folder is of another configuration or other input; resume with the configuration in "
+                    f"{self.folder / 'config.yaml'}, or leave --resume out to run what changed anew"
+                )
 
     def _begin(self) -> None:
         self._state_folder().mkdir(parents=True, exist_ok=True)
@@ -136,16 +156,30 @@ class Run:
         staged.write_text(dump_config(self.config), encoding="utf-8")
         os.replace(staged, self.folder / "config.yaml")
 
+    @contextmanager
+    def _unchanged_if_refused(self, name: str) -> Iterator[None]:
+        """Where the stage refuses its input, the folder is left as it was: the work of before stays, and a new folder vanishes again."""
+        files = {path: path.read_bytes() if path.exists() else None for path in (self.folder / "config.yaml", self._record_file(name, begun=True))}
+        try:
+            yield
+        except UserError:
+            for path, content in files.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(content)
+            with suppress(OSError):  # not empty
+                self._state_folder().rmdir()
+                self.folder.rmdir()
+            raise
+
     def _clear_other_work(self, name: str) -> None:
-        """Output of another configuration is cleared away; that of an interrupted attempt at the same work stays, to be continued."""
+        """A worker stage's output of another configuration is cleared away; that of an interrupted attempt at the same work stays, to be continued."""
         begun, fingerprint = self._record_file(name, begun=True), self.fingerprint(name)
-        before = json.loads(begun.read_text()) if begun.exists() else None
-        same = before is not None and before["fingerprint"] == fingerprint
+        before = _read(begun)
         self._record_file(name).unlink(missing_ok=True)
-        if not same:
-            output = self.stages[name].output(self.config)
-            if output.is_dir() and output != self.folder:
-                shutil.rmtree(output)
+        if before is None or before["fingerprint"] != fingerprint:
+            shutil.rmtree(self.stages[name].output(self.config), ignore_errors=True)
         self._write(begun, {"fingerprint": fingerprint})
 
     def _state_folder(self) -> Path:
@@ -158,6 +192,10 @@ class Run:
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         staged.write_text(json.dumps(value))
         os.replace(staged, path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def stages(config: Config) -> list[Stage]:
@@ -182,7 +220,7 @@ def stages(config: Config) -> list[Stage]:
             tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
     evaluation = ("prepare", "cf", *trainings)
     tables.append(
-        Stage("evaluate", "evaluate", evaluation, lambda c: _without(c.evaluation, "examples"), _none, lambda _: folders.evaluation),
+        Stage("evaluate", "evaluate", evaluation, lambda c: _without(c.evaluation, "examples", "batch_size"), _none, lambda _: folders.evaluation),
     )
     return tables
 
@@ -201,16 +239,16 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
     wanted = [stage.name for stage in run.stages.values() if command in ("run", stage.command)]
     for name in wanted:  # input files are looked for before anything runs
         run.stages[name].inputs(config)
-    needs_workers = any(run.stages[name].run is None and not run.is_current(name) for name in wanted)
-    if needs_workers:
-        from ilrec_dist.training.launch import cluster
+    with run.alone():
+        if any(run.stages[name].run is None and not run.is_current(name) for name in wanted):
+            from ilrec_dist.training.launch import cluster
 
-        with cluster(config):
+            with cluster(config):
+                _execute_all(run, wanted)
+        else:
             _execute_all(run, wanted)
-    else:
-        _execute_all(run, wanted)
-    if command in ("run", "evaluate"):
-        stage_runs.report(config, run.stage_seconds())
+        if command in ("run", "evaluate"):
+            stage_runs.report(config, run.stage_seconds())
 
 
 def _execute_all(run: Run, names: list[str]) -> None:
@@ -231,7 +269,9 @@ def _without(section: Any, *names: str) -> dict[str, Any]:
 
 
 def _data_settings(config: Config) -> dict[str, Any]:
-    unused = [] if config.data.format == "synthetic" else ["synthetic"]
+    unused = ["min_user_interactions", "min_item_interactions"] if config.data.format == "synthetic" else ["synthetic"]
+    unused += ["max_bad_rows"] if config.data.format in ("synthetic", "lcrec") else []
+    unused += [] if config.data.format in ("csv", "parquet") else ["user_column", "item_column", "time_column"]
     unused += ["split", "split_ratio", "split_dates"] if config.data.split == "leave_one_out" else []
     return _without(config.data, "path", "items_path", "both_directions", *unused)  # the files' bytes count, not where they lie
 
@@ -250,7 +290,7 @@ def _cf_settings(config: Config) -> dict[str, Any]:
 
 def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]:
     """What changes the trained weights, and nothing else."""
-    objective = config_to_dict(config.objective)
+    objective = _without(config.objective, "workspace_mib")
     if method == "sft":
         objective = {key: objective[key] for key in ("softmax_scope", "backend")}
     train = _without(config.train, "methods", "seeds", "checkpoint_steps", "keep_checkpoints")

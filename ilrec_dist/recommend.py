@@ -6,9 +6,12 @@ import dataclasses
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.table import Table
+from rich.text import Text
 
-from ilrec_dist.config import Config, load_config
+from ilrec_dist.config import BackboneConfig, Config, load_config
 from ilrec_dist.errors import UserError
 from ilrec_dist.terminal import console
 
@@ -27,6 +30,8 @@ def recommend(
     seed = config.train.seeds[0] if seed is None else seed
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it or choose another")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out}: this is a folder; expected the name of a Parquet file, such as {out / 'recommendations.parquet'}")
 
     from ilrec_dist.training.jobs import quiet, resolve_device
 
@@ -39,15 +44,22 @@ def recommend(
     from ilrec_dist.evaluation.recommend import recommend as recommend_histories
     from ilrec_dist.reporting.live import stage_progress
     from ilrec_dist.stage_runs import RESULT
-    from ilrec_dist.training.worker import BEST, objective_of
+    from ilrec_dist.training.worker import BEST
     from ilrec_dist.training.workspace import Workspace, build_backbone, load_weights
 
     space = Workspace(config)
     weights = space.folders.training(method, seed) / BEST
-    if not weights.exists():
-        raise UserError(f"{weights}: no such weights; the run trained {', '.join(config.train.methods)} with seeds {config.train.seeds}")
-    if read_json_object(weights.with_name(RESULT)).get("catalogue") != catalogue_hash(space.catalogue):
+    if not weights.exists() or not weights.with_name(RESULT).exists():
+        raise UserError(f"{weights}: no such weights; the run's training is not finished, or it trained other methods than {method} or other seeds than {seed}")
+    result = read_json_object(weights.with_name(RESULT))
+    if result["catalogue"] != catalogue_hash(space.catalogue):
         raise UserError(f"{weights}: trained with other item codes than those in {space.folders.items}; train again (`ilrec run`), or restore the codes")
+    model = result["model"]  # as it was trained: a later command may have left another configuration in the folder
+    config = dataclasses.replace(
+        config,
+        backbone=BackboneConfig(**model["backbone"]),
+        train=dataclasses.replace(config.train, max_history=model["max_history"], precision=model["precision"]),
+    )
     device = resolve_device(config)
     if device == "cpu":
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
@@ -62,7 +74,7 @@ def recommend(
                 histories=histories,
                 top=top,
                 config=config.evaluation,
-                softmax_scope=objective_of(config, method).softmax_scope,
+                softmax_scope=model["softmax_scope"],
                 max_history=config.train.max_history,
                 parallel=parallel,
                 exclude_seen=exclude_seen,
@@ -72,14 +84,19 @@ def recommend(
     finally:
         destroy_parallel()
     if out is None:
-        _print(table.slice(0, PRINTED_USERS * top).to_pylist())
-    else:
-        import pyarrow.parquet as pq
+        print_recommendations(table)
+        return
+    import pyarrow.parquet as pq
 
-        staged = out.with_name(f".{out.name}.{os.getpid()}")
+    staged = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
         pq.write_table(table, staged)
         os.replace(staged, out)
-        console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        staged.unlink(missing_ok=True)
+    console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False, markup=False)
 
 
 def _config_of(run: Path) -> Config:
@@ -90,10 +107,16 @@ def _config_of(run: Path) -> Config:
     return dataclasses.replace(load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name)
 
 
-def _print(rows: list[dict[str, object]]) -> None:
+def print_recommendations(found: pa.Table) -> None:
+    """A table of the first users; titles and ids are shown as they are, whatever brackets they hold."""
+    users = found.column("user").combine_chunks().dictionary_encode()
+    shown = found.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)
-    for column in ("user", "rank", "item", "title", "score"):
+    for column in shown.column_names:
         table.add_column(column, justify="right" if column in ("rank", "score") else "left")
-    for row in rows:
-        table.add_row(str(row["user"]), str(row["rank"]), str(row["item"]), str(row["title"] or ""), f"{row['score']:.3f}", end_section=False)
+    for row in shown.to_pylist():
+        table.add_row(*(Text(text) for text in (row["user"], str(row["rank"]), row["item"], row["title"] or "", f"{row['score']:.3f}")))
     console.print(table)
+    left_out = len(users.dictionary) - PRINTED_USERS
+    if left_out > 0:
+        console.print(f"and {left_out:,} more users; --out writes them all", highlight=False)

@@ -121,11 +121,9 @@ def train_and_evaluate(config: Config, trainings: Sequence[Training], evaluate: 
     for training in trainings:
         result = training.folder / RESULT
         end = result.stat().st_mtime
-        if end < at:  # an earlier attempt finished it
-            seconds.append(read_json_object(result)["seconds"])
-        else:
-            seconds.append(end - at)
-            at = end
+        over_all_attempts = read_json_object(result)["seconds"]
+        seconds.append(max(end - at, over_all_attempts))  # an earlier attempt may have done most of it, or all
+        at = max(at, end)
     if evaluate:
         evaluate_baselines(config, Workspace(config))
         seconds.append(time.time() - at)
@@ -186,4 +184,4 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         cf_report=read_json_object(space.folders.cf / "report.json"),
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
-    console.print(f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}", highlight=False)
+    console.print(f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}", highlight=False, markup=False)

@@ -50,6 +50,14 @@ def test_overrides_replace_values(tmp_path):
         ("train.epochs", ["train.epochs", "key.sub=value"]),
         ("name.sub=1", ["name", "not a section"]),
         ("train.learning_rate=.nan", ["train.learning_rate"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "number", "fast"]),
+        ("train.epochs=true", ["train.epochs", "integer", "True"]),
+        ("train.clip_norm=true", ["train.clip_norm", "number", "True"]),
+        ("train.warmup_steps=10.0", ["train.warmup_steps", "integer", "10.0"]),
+        ("launch.tp='2'", ["launch.tp", "integer", "'2'"]),
+        ("evaluation.exclude_seen=1", ["evaluation.exclude_seen", "boolean", "1"]),
+        (".epochs=1", [".epochs", "key.sub=value"]),
+        ("name=../x", ["'name'", "folder"]),
     ],
 )
 def test_bad_values_name_the_key_and_what_was_expected(override, parts, tmp_path):
@@ -64,7 +72,14 @@ def test_bad_values_name_the_key_and_what_was_expected(override, parts, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [("a: [1,\nb", "line"), ("- 1\n- 2\n", "mapping"), ("train: {epochs: 1}\nfoo: 2\n", "unknown key 'foo'"), ("\xff", "cannot be read")]
+    ("text", "part"),
+    [
+        ("a: [1,\nb", "line"),
+        ("- 1\n- 2\n", "mapping"),
+        ("train: {epochs: 1}\nfoo: 2\n", "unknown key 'foo'"),
+        ("\xff", "cannot be read"),
+        ("name: a\ntrain: {}\ntrain: {}\n", "line 3.*'train' is given twice"),
+    ],
 )
 def test_malformed_files_are_one_line(text, part, tmp_path):
     path = tmp_path / "c.yaml"

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from ilrec_dist.cli import main
-from ilrec_dist.config import config_to_dict
+from ilrec_dist.config import config_to_dict, load_config
 from ilrec_dist.data.prepared import load_prepared
 from ilrec_dist.evaluation.predictions import recompute
+from ilrec_dist.recommend import print_recommendations
 from tests.training.conftest import tiny_config
 
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
@@ -73,6 +74,35 @@ def test_recommendations_for_new_histories(finished):
         assert row["item"] in allowed and row["item"] not in histories[int(row["user"].removeprefix("new"))] and row["title"]
     scores = np.array([row["score"] for row in rows]).reshape(5, 4)
     assert (np.diff(scores) <= 0).all()
+
+
+def test_recommend_decodes_as_the_model_was_trained_whatever_came_into_the_folder_later(finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    prepared = load_prepared(finished / "runs/tiny/data")
+    pq.write_table(pa.table({"user": ["a"], "items": [[prepared.item_ids[i] for i in prepared.sequence(0)]]}), tmp_path / "h.parquet")
+    found = []
+    for runs in (finished / "runs", tmp_path / "runs"):
+        if runs != finished / "runs":
+            other = ["objective.softmax_scope=valid_next", "train.max_history=3", "backbone.hidden_size=16"]
+            assert main(["prepare", str(finished / "c.yaml"), f"runs_dir={runs}", *other]) == 0
+            config = load_config(runs / "tiny/config.yaml")
+            (runs / "tiny/config.yaml").write_text(yaml.safe_dump(config_to_dict(config) | {"backbone": {"hidden_size": 16}}))
+        assert main(["recommend", str(runs / "tiny"), "--histories", str(tmp_path / "h.parquet"), "--out", str(tmp_path / "out.parquet")]) == 0
+        found.append(pq.read_table(tmp_path / "out.parquet"))
+    assert found[0].equals(found[1])
+
+
+def test_the_printed_recommendations_show_brackets_as_they_are_and_how_many_are_left_out(capsys):
+    users = [user for user in ["[/x]", *(f"u{number}" for number in range(22))] for _ in range(2)]
+    columns = {"user": users, "rank": [1, 2] * 23, "item": ["i"] * 46, "title": ["Strings [pack of 7] [/bold]", None] * 23, "score": [-1.0] * 46}
+    print_recommendations(pa.table(columns))
+    shown = capsys.readouterr().out
+    assert shown.count("Strings [pack of 7] [/bold]") == 20 and shown.count("[/x]") == 2 and "and 3 more users" in shown
+
+
+def test_recommend_refuses_a_folder_to_write_to(finished, tmp_path, capsys):
+    assert main(["recommend", str(finished / "runs/tiny"), "--histories", str(finished / "h.parquet"), "--out", str(tmp_path)]) == 2
+    assert "this is a folder" in capsys.readouterr().err
 
 
 def test_recommend_refuses_an_unknown_item_and_leaves_nothing(finished, capsys):

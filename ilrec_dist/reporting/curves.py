@@ -60,6 +60,7 @@ def validation_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def negative_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    runs = [run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))]  # sft looks for none
     return _by_method(runs, lambda method, of: [_per_position(of, key, f"{title}, {method}", note, share) for key, title, note, share in NEGATIVES])
 
 

@@ -58,10 +58,12 @@ def total_steps(config: Config, space: Workspace) -> int:
 
 
 def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str, space: Workspace, parallel: ParallelState) -> None:
-    """Train one method with one seed into `folder`; goes on from its newest checkpoint, if there is one."""
+    """Train one method with one seed into `folder`; goes on from its newest checkpoint, if there is one. Nothing when it is finished."""
     lead = dist.get_rank() == 0
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _only_writer(folder) if lead else None  # held until this process ends; waits for a killed run's last processes
+    lock = _only_writer(folder) if lead else None  # held to the end; waits for a killed run's last processes, which may finish the training
+    if _from_lead((folder / RESULT).exists()):
+        return
     objective = objective_of(config, method)
     catalogue = space.catalogue
     depth = catalogue.depth
@@ -134,7 +136,9 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
         if stop:
             break
     batches.close()
-    _finish(backbone, progress, folder, method, seed, catalogue_hash(catalogue), log)
+    model = {"backbone": asdict(config.backbone), "softmax_scope": objective.softmax_scope, "max_history": config.train.max_history}
+    result = {"method": method, "seed": seed, "catalogue": catalogue_hash(catalogue), "model": model | {"precision": config.train.precision}}
+    _finish(backbone, folder, result | asdict(progress), log)
     engine.destroy()  # its hooks and groups outlive it otherwise
     del lock
 
@@ -216,27 +220,32 @@ def _save(engine: Any, folder: Path, progress: Progress, fingerprint: str, keep:
     dist.barrier()
 
 
+def _from_lead(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def _resume(engine: Any, folder: Path, fingerprint: str, parallel: ParallelState) -> Progress:
     """Rank 0 chooses the checkpoint and tells the others, so that all load the same."""
-    chosen: list[Any] = [None]
+    found = None
     if dist.get_rank() == 0:
         found, damaged = checkpoint.latest(folder, fingerprint)
         for line in damaged:
             print(f"warning: {line}; the checkpoint before it is used", flush=True)
-        chosen = [found]
-    dist.broadcast_object_list(chosen, src=0)
-    found = chosen[0]
+    found = _from_lead(found)
     if found is None:
         return Progress()
     engine.load_checkpoint(str(found.path), tag="state")
     return Progress(**found.state)
 
 
-def _finish(backbone: Backbone, progress: Progress, folder: Path, method: str, seed: int, catalogue: str, log: MetricsLog | None) -> None:
+def _finish(backbone: Backbone, folder: Path, result: dict[str, Any], log: MetricsLog | None) -> None:
     _save_weights(backbone, folder / FINAL)
     if log is not None:
         log.close()
-        write_json(folder / RESULT, {"method": method, "seed": seed, "catalogue": catalogue} | asdict(progress))
+        write_json(folder / RESULT, result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     dist.barrier()
 

@@ -43,13 +43,9 @@ def refused(capsys, *argv) -> str:
     return lines[0]
 
 
-def leftovers(place: Path) -> list[str]:
-    """What stages would call output, and any half-written sibling of it."""
-    return sorted(
-        str(path.relative_to(place / "runs/t"))
-        for path in (place / "runs/t").rglob("*")
-        if path.is_file() and ".stages" not in path.parts and path.name != "config.yaml"
-    )
+def files(place: Path) -> dict[str, bytes]:
+    """Every file of the run's folder with its content."""
+    return {str(path.relative_to(place / "runs/t")): path.read_bytes() for path in (place / "runs/t").rglob("*") if path.is_file()}
 
 
 def test_a_missing_file(place, capsys):
@@ -62,25 +58,25 @@ def test_malformed_json_names_the_position(place, capsys):
     path = write(place, "inter", '{"u0": ["i1", "i2",\n "i3" "i4"]}')
     message = refused(capsys, "prepare", place / "c.yaml")
     assert str(path) in message and "line 2, column 7" in message
-    assert leftovers(place) == []
+    assert not (place / "runs/t").exists()
 
 
 def test_an_item_without_a_code(place, capsys):
     write(place, "index", {item: code for item, code in INDEX.items() if item != "i7"})
     assert main(["prepare", str(place / "c.yaml")]) == 0
-    before = leftovers(place)
+    before = files(place)
     message = refused(capsys, "index", place / "c.yaml")
     assert "toys.index.json" in message and "'i7'" in message
-    assert leftovers(place) == before
+    assert files(place) == before
 
 
 def test_a_duplicate_code_where_the_rule_forbids_it(place, capsys):
     write(place, "index", INDEX | {"i5": INDEX["i4"]})
     assert main(["prepare", str(place / "c.yaml")]) == 0
-    before = leftovers(place)
+    before = files(place)
     message = refused(capsys, "index", place / "c.yaml", "items.collisions=refuse")
     assert "toys.index.json" in message and "i4" in message and "i5" in message
-    assert leftovers(place) == before
+    assert files(place) == before
     assert main(["index", str(place / "c.yaml"), "items.collisions=keep"]) == 0
 
 
@@ -88,7 +84,54 @@ def test_users_too_short_to_split(place, capsys):
     path = write(place, "inter", SEQUENCES | {"short": ["i1", "i2"]})
     message = refused(capsys, "prepare", place / "c.yaml", "data.min_user_interactions=1", "data.min_item_interactions=1")
     assert str(path) in message and "'short'" in message and "2" in message
-    assert leftovers(place) == []
+    assert not (place / "runs/t").exists()
+
+
+def test_a_finished_stage_survives_input_that_is_refused(place, capsys):
+    assert main(["prepare", str(place / "c.yaml")]) == main(["index", str(place / "c.yaml")]) == 0
+    before = files(place)
+    for kind, value in (("inter", '{"u0": ["i1",'), ("index", INDEX | {"i5": INDEX["i4"]})):
+        good = (place / "toys" / f"toys.{kind}.json").read_text()
+        write(place, kind, value)
+        refused(capsys, "prepare" if kind == "inter" else "index", place / "c.yaml", "items.collisions=refuse")
+        assert files(place) == before
+        write(place, kind, good)
+    assert main(["run", str(place / "c.yaml"), "--resume", "train.epochs=0"]) == 2  # refused for its value; the folder is still resumable
+    capsys.readouterr()
+    assert main(["index", str(place / "c.yaml")]) == 0 and "unchanged, not run again" in capsys.readouterr().out
+
+
+def test_a_killed_attempt_leaves_a_stage_that_runs_again(place, capsys):
+    assert main(["prepare", str(place / "c.yaml")]) == 0
+    (place / "runs/t/.stages/prepare.begun.json").write_text(json.dumps({"fingerprint": "of other settings"}))
+    assert "stage prepare has not been made" in refused(capsys, "index", place / "c.yaml")
+    assert main(["prepare", str(place / "c.yaml")]) == 0 and "unchanged" not in capsys.readouterr().out
+
+
+def test_one_command_at_a_time_works_in_a_folder(place, capsys):
+    with Run(load_config(place / "c.yaml")).alone():
+        assert "another ilrec command is at work" in refused(capsys, "prepare", place / "c.yaml")
+    assert main(["prepare", str(place / "c.yaml")]) == 0
+
+
+def test_a_folder_that_cannot_be(place, capsys):
+    message = refused(capsys, "prepare", place / "c.yaml", f"runs_dir={place}/c.yaml")
+    assert "c.yaml/t" in message and "runs_dir" in message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["prepare", "c.yaml", "--nonsense"],
+        ["prepair", "c.yaml"],
+        ["prepare"],
+        [],
+        ["recommend", "runs/t", "--histories", "h.parquet", "--top", "many"],
+        ["recommend", "runs/t"],
+    ],
+)
+def test_a_mistyped_command_is_one_line(argv, capsys):
+    assert "--help" in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(
