@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRA ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart test lint clean
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/ilrec run configs/quickstart.yaml
+	$(BIN)/ilrec run configs/quickstart.yaml $(if $(filter 1,$(GPUS)),launch.workers=1 launch.tp=1)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

@@ -80,11 +80,12 @@ def _run(job: Job) -> None:
 
 
 def resolve_device(config: Config) -> Literal["cpu", "cuda"]:
+    """`auto`: the GPUs, where every worker of this machine has one. Ray hides them from workers to which it gave none."""
     if config.launch.device != "auto":
         return config.launch.device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
 
 
 def quiet() -> None:
