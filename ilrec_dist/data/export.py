@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pacsv
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ilrec_dist.data.files import committed_folder
@@ -68,7 +70,7 @@ def _lcrec(prepared: Prepared, work: Path, name: str, index: str | Path | None) 
 
 
 def _recbole(folder: Path, prepared: Prepared, work: Path, name: str) -> None:
-    users, items = pa.array(list(prepared.user_ids)), pa.array(list(prepared.item_ids))
+    users, items = (_ids(column, what) for column, what in ((prepared.user_ids, "user"), (prepared.item_ids, "item")))
     stream = pq.ParquetFile(folder / "interactions.parquet", pre_buffer=False)
     timed = "timestamp" in stream.schema_arrow.names
     done = 0
@@ -77,20 +79,31 @@ def _recbole(folder: Path, prepared: Prepared, work: Path, name: str) -> None:
         for batch in stream.iter_batches(1_000_000):
             user = batch.column("user")
             place = np.arange(done, done + batch.num_rows) - prepared.offsets[user.to_numpy()]
-            columns = [users.take(user), items.take(batch.column("item")), batch.column("timestamp") if timed else pa.array(place)]
-            _write_tsv(file, pa.table(columns, ["user", "item", "time"]))
+            _write_rows(file, users.take(user), items.take(batch.column("item")), batch.column("timestamp") if timed else pa.array(place))
             done += batch.num_rows
     blank = [""] * prepared.num_items
     with open(work / f"{name}.item", "wb") as file:
         file.write(b"item_id:token\ttitle:token_seq\ttext:token_seq\n")
-        columns = [items, *(pa.array([" ".join(text.split()) for text in column or blank]) for column in (prepared.titles, prepared.texts))]
-        _write_tsv(file, pa.table(columns, ["item", "title", "text"]))
+        _write_rows(file, items, *(pa.array([_line(text) for text in column or blank], pa.large_string()) for column in (prepared.titles, prepared.texts)))
 
 
-def _write_tsv(file, table: pa.Table) -> None:  # type: ignore[no-untyped-def]
-    """Rows without a header and without quotes, which RecBole does not take off; tabs and line breaks were taken out before."""
-    try:
-        pacsv.write_csv(table, file, pacsv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none"))
-    except pa.ArrowInvalid:  # a text with a quote mark in it: pyarrow refuses to write it bare
-        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            file.write(("\t".join(map(str, row)) + "\n").encode())
+def _ids(ids: Sequence[str], what: str) -> pa.Array:
+    """Raises UserError for an id that would not read back: there is no way to write it otherwise."""
+    column = pa.array(list(ids), pa.large_string())
+    unfit = column.filter(pc.match_substring_regex(column, r'[\t\r\n]|^"'))
+    if len(unfit):
+        raise UserError(f"{what} {unfit[0].as_py()!r}: RecBole's files cannot hold ids with a tab or a line break in them or a quote mark at the beginning")
+    return column
+
+
+def _line(text: str) -> str:
+    """The text on one line. One that begins with a quote mark gets single ones: pandas, which RecBole reads with, would look for the closing one."""
+    text = " ".join(text.split())
+    return text.replace('"', "'") if text.startswith('"') else text
+
+
+def _write_rows(file: BinaryIO, *columns: pa.Array) -> None:
+    """Tab-separated, bare: pyarrow's own writer refuses a quote mark that it may not double."""
+    lines = pc.binary_join_element_wise(*(column.cast(pa.large_string()) for column in columns), pa.scalar("\t", pa.large_string()))
+    text = pc.binary_join_element_wise(lines, pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string()))
+    file.write(b"" if len(text) == 0 else text.buffers()[2])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.config import DataConfig
@@ -234,6 +237,39 @@ def test_exports_read_back_as_the_same_interactions(tmp_path, form):
     assert after.texts[0] == "tab inside"
     with pytest.raises(UserError, match="expected one of lcrec, recbole"):
         export_data(tmp_path / "prepared", "csv", tmp_path / "x", "Toy")
+
+
+def _titled(tmp_path, titles):
+    """Prepared data of a user who takes one item of each title, in turn."""
+    with open(tmp_path / "items.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("item", "title"), *enumerate(titles)])
+    (tmp_path / "rows.csv").write_text("user,item,timestamp\n" + "".join(f"u,{item},{item}\n" for item in range(len(titles))))
+    config = DataConfig(format="csv", path=str(tmp_path / "rows.csv"), items_path=str(tmp_path / "items.csv"), min_user_interactions=1, min_item_interactions=1)
+    prepare(config, tmp_path / "prepared")
+
+
+def test_a_recbole_export_has_every_item_once_whatever_its_title(tmp_path):
+    titles = [f"Cable {item} m" for item in range(5000)]
+    titles[3000] = 'Monitor 27" with stand'
+    titles[4000] = '"Weird Al" on vinyl'
+    titles[4001] = '"Heroes'
+    _titled(tmp_path, titles)
+    export_data(tmp_path / "prepared", "recbole", tmp_path / "exported", "Shop")
+    rows = [line.split("\t") for line in (tmp_path / "exported" / "Shop.item").read_text().splitlines()]
+    assert [row[0] for row in rows[1:]] == [str(item) for item in range(5000)]
+    assert [rows[1 + item][1] for item in (3000, 4000, 4001)] == ['Monitor 27" with stand', "'Weird Al' on vinyl", "'Heroes"]
+    with open(tmp_path / "exported" / "Shop.item", newline="") as file:
+        assert list(csv.reader(file, delimiter="\t")) == rows, "as readers see it that know quotes"
+
+
+@pytest.mark.parametrize("user", ["a\tb", '"a'])
+def test_ids_that_recbole_files_cannot_hold_are_refused(tmp_path, user):
+    table = pa.table({"user": [user] * 3, "item": ["x", "y", "z"], "timestamp": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    prepare(DataConfig(format="parquet", path=str(tmp_path / "rows.parquet"), min_user_interactions=1, min_item_interactions=1), tmp_path / "prepared")
+    with pytest.raises(UserError, match="RecBole's files cannot hold ids"):
+        export_data(tmp_path / "prepared", "recbole", tmp_path / "exported", "Shop")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_lcrec_export_takes_the_index_along(tmp_path):
