@@ -110,6 +110,17 @@ def test_amazon_2023(tmp_path):
         ('{"reviewerID": "A1", "unixReviewTime": 1}', "no item id"),
         ('{"reviewerID": "A1", "asin": "x"}', "time None"),
         ("[1]", "expected a JSON object, found list"),
+        (r'{"reviewerID": "A1", "asin": "x", "reviewText": "so good \ud83d", "unixReviewTime": 1}', r"an escape such as \\ud83d without"),
+        (r'{"reviewerID": "A\ud83d", "asin": "x", "unixReviewTime": 1}', r"an escape such as \\ud83d without"),
+        ('{"reviewerID": "A1", "asin": "x", "asin": "y", "unixReviewTime": 1}', "field 'asin' is given twice"),
+        (
+            '{"reviewerID": "A1", "asin": "x", "unixReviewTime": 99999999999999999999}',
+            "field 'unixReviewTime' is 99999999999999999999, expected an integer of 64",
+        ),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": ' + "9" * 5000 + "}", "malformed JSON: Exceeds the limit"),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": 1} {"reviewerID": "A1"}', "malformed JSON at column 56: Extra data"),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": 1.5}', "field 'unixReviewTime' is 1.5, expected an integer"),
+        ("\0", "malformed JSON at column 1"),
     ],
 )
 def test_bad_reviews_are_refused_or_counted(tmp_path, line, reason):
@@ -120,13 +131,41 @@ def test_bad_reviews_are_refused_or_counted(tmp_path, line, reason):
     assert manifest["read"]["bad_rows"] == 1 and histories == {"A1": ["B00C", "B00A", "B00B"]}
 
 
+def test_only_bad_reviews_are_looked_at_one_by_one(tmp_path, monkeypatch):
+    """Of 2,000 reviews, 6 of them bad and some lines blank, no other line becomes a Python object."""
+    from ilrec_dist.data.readers import amazon
+
+    reviews = [json.dumps({"reviewerID": f"A{number % 50}", "asin": f"B{number % 40}", "unixReviewTime": number}) for number in range(2000)]
+    for place, text in ((0, "{"), (1, r'{"reviewerID": "\ud83d"}'), (900, "[]"), (1500, " \r"), (1501, "\n"), (1502, "oops"), (1998, "{}}"), (1999, "{")):
+        reviews[place] = text
+    path = write_jsonl(tmp_path / "reviews.jsonl", reviews)
+    looked_at = []
+    complaint = amazon._complaint
+    monkeypatch.setattr(amazon, "_complaint", lambda line, schema: looked_at.append(line) or complaint(line, schema))
+    manifest, histories, _, _ = load(tmp_path, "amazon", path, max_bad_rows=6)
+    assert len(looked_at) == 6 == manifest["read"]["bad_rows"] and sum(map(len, histories.values())) == 1992
+    rejects = [json.loads(line)["line"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == [1, 2, 901, 1504, 2000, 2001], "a blank line is a line"
+    with pytest.raises(UserError, match=r"reviews.jsonl: line 1: malformed JSON at column 1"):
+        load(tmp_path, "amazon", path)
+
+
+def test_metadata_with_half_a_surrogate_pair(tmp_path):
+    path = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS_2018)
+    meta = write_jsonl(tmp_path / "meta.jsonl", [r'{"asin": "B00A", "title": "Strings \ud83d", "brand": "Elix"}'])
+    assert load(tmp_path, "amazon", path, items_path=str(meta))[2]["B00A"] == "Strings ?"
+    meta = write_jsonl(tmp_path / "meta.jsonl", [META_2018[0], r'{"asin": "B\ud83d", "title": "Strings"}'])
+    with pytest.raises(UserError, match="meta.jsonl: line 2: expected a JSON object with the field 'asin'"):
+        load(tmp_path, "amazon", path, items_path=str(meta))
+
+
 def test_amazon_blocks_of_any_size_give_the_same_rows(tmp_path):
-    from ilrec_dist.data.readers.amazon import json_blocks
+    from ilrec_dist.data.readers.lines import line_blocks
 
     path = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS_2018 * 3)
     whole = path.read_bytes()
     for size in (1, 7, 100, 10_000):
-        blocks = list(json_blocks(path, size))
+        blocks = list(line_blocks(path, size))
         assert b"".join(block for block, _ in blocks) == whole
         assert [first for _, first in blocks] == [1 + whole[: sum(len(block) for block, _ in blocks[:index])].count(b"\n") for index in range(len(blocks))]
 

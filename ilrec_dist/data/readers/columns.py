@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,25 @@ def _dates(text: pa.Array, target: pa.DataType) -> pa.Array:
             except pa.ArrowInvalid:
                 values.append(None)
         return pa.array(values, pa.int64())
+
+
+def failing_rows(count: int, works: Callable[[int, int], bool]) -> Iterator[int]:
+    """The rows of `count` that do not work, in order, found by halving: works(first, last) tries a range at once, so a few bad rows among many cost little.
+
+    A range works where all of its rows do.
+    """
+
+    def search(first: int, last: int) -> Iterator[int]:
+        if first == last or works(first, last):
+            return
+        if last - first == 1:
+            yield first
+            return
+        middle = (first + last) // 2
+        yield from search(first, middle)
+        yield from search(middle, last)
+
+    return search(0, count)
 
 
 def checked_batch(
