@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 from ilrec_dist.errors import UserError
 
 BLOCK_BYTES = 16 << 20
+UNBROKEN = bytes.maketrans(b"\r\n", b"  ")
 BLANK = np.isin(np.arange(256), list(b" \t\r\n"))
 
 
@@ -42,3 +44,56 @@ def filled_lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
     starts = np.concatenate([[0], np.flatnonzero(content[:-1] == ord("\n")) + 1])
     numbers = np.flatnonzero(np.logical_or.reduceat(~BLANK[content], starts))
     return starts[numbers], numbers
+
+
+class RecordLines:
+    """The lines on which a delimited file's records begin, found in one pass over it, however many are asked for.
+
+    A record ends at a line break outside quotes; a quote opens only at the beginning of a field; empty lines are no records. So pyarrow counts.
+    """
+
+    def __init__(self, path: Path, delimiter: str, quoted: bool, header: int) -> None:
+        """header: lines of the file that come before the first record."""
+        self.blocks = line_blocks(path)
+        field = rb'(?:\A|(?<=[%b\r\n]))"[^"]*+(?:""[^"]*+)*+(?:"|\Z)' % re.escape(delimiter.encode())
+        self.quoted = re.compile(field) if quoted else None
+        self.header = header
+        self.open = False  # the next block begins within quotes
+        self.floor = 1
+        self.first, self.lines = 1, np.zeros(0, np.int64)  # of records first, first + 1, …
+
+    def forget(self, before: int) -> None:
+        """No record before that one will be asked for again."""
+        self.floor = before
+
+    def of(self, records: np.ndarray) -> list[int]:
+        """Line numbers of records, both from 1."""
+        while self.first + len(self.lines) <= records.max(initial=0) and (block := next(self.blocks, None)):
+            self.lines = np.concatenate([self.lines, self._begin(*block)])
+            passed = min(max(self.floor - self.first, 0), len(self.lines))
+            self.first, self.lines = self.first + passed, self.lines[passed:]
+        return self.lines[records - self.first].tolist()
+
+    def _begin(self, block: bytes, first_line: int) -> np.ndarray:
+        within = self.open
+        content = np.frombuffer(self._unbroken(block), np.uint8)
+        ends = (content == ord("\n")) | (content == ord("\r"))
+        begins = ~ends
+        begins[1:] &= ends[:-1]
+        begins[0] &= not within
+        breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+        lines = first_line + np.searchsorted(breaks, np.flatnonzero(begins))
+        return lines[lines > self.header]
+
+    def _unbroken(self, block: bytes) -> bytes:
+        """The block with spaces for the line breaks within quotes."""
+        if self.quoted is None or not (self.open or b'"' in block):
+            return block
+        opened = b'"' * self.open
+        self.open = False
+
+        def unbreak(match: re.Match[bytes]) -> bytes:
+            self.open = match.end() == len(match.string)  # a block ends with a line break, so this field does not end there
+            return match[0].translate(UNBROKEN)
+
+        return self.quoted.sub(unbreak, opened + block)[len(opened) :]
