@@ -62,6 +62,14 @@ def test_recbole_errors(tmp_path):
         load(tmp_path, "recbole", tmp_path / "ml.inter")
 
 
+def test_a_bad_row_of_recbole_items_is_refused_without_advice_that_does_not_help(tmp_path):
+    (tmp_path / "ml.inter").write_text(RECBOLE_INTER)
+    (tmp_path / "ml.item").write_text(RECBOLE_ITEM + "22\tSeven\n")
+    for allowed in (0, 5):
+        with pytest.raises(UserError, match=r"ml\.item: line 7: malformed row: 2 fields, expected 4 \('\\t'-separated\); mend it: items are not skipped$"):
+            load(tmp_path, "recbole", tmp_path, max_bad_rows=allowed)
+
+
 REVIEWS_2018 = [
     {"overall": 5.0, "verified": True, "reviewTime": "01 1, 2018", "reviewerID": "A1", "asin": "B00A", "style": {"Size:": " M"}, "unixReviewTime": 1514764800},
     {"overall": 1.0, "reviewerID": "A1", "asin": "B00C", "reviewText": 'a "quoted" {brace}', "vote": "3", "unixReviewTime": 1514764700},
@@ -253,6 +261,16 @@ def test_minionerec(tmp_path):
         UserError, match=r"Tools_5_2016-10-2018-11\.csv: line 2: expected user_id, item_id and a history such as \[3, 14\], found history 'none'"
     ):
         load(tmp_path, "minionerec", tmp_path / "train" / "Tools_5_2016-10-2018-11.csv")
+
+
+@pytest.mark.parametrize("bad", ["A1,x,y", "A1,x,y,[7],12,z,z,z", "A1,[],Saw,none,5,x,y"])
+def test_minionerec_rows_that_are_tolerated_are_tolerated_for_titles_too(tmp_path, bad):
+    write_minionerec(tmp_path, {**MINIONEREC_ROWS, "train": [MINIONEREC_ROWS["train"][0], bad, *MINIONEREC_ROWS["train"][1:]]})
+    with pytest.raises(UserError, match=r"Tools_5_2016-10-2018-11\.csv: line 3: .* --max-bad-rows N"):
+        load(tmp_path, "minionerec", tmp_path)
+    manifest, histories, titles, _ = load(tmp_path, "minionerec", tmp_path, max_bad_rows=1)
+    assert manifest["read"]["bad_rows"] == 1 and histories == {"A1": ["7", "3", "12", "4", "5"], "A2": ["12", "7", "3"]}
+    assert titles == {"3": "Tape, wide", "4": 'Nail "big"', "5": "Saw", "7": "Glue", "12": "Drill"}
 
 
 def _toy(tmp_path):
