@@ -7,12 +7,14 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.prepared import load_prepared
-from ilrec_dist.data.readers import delimited, lines
+from ilrec_dist.data.readers import columns, delimited, lines
+from ilrec_dist.data.readers.columns import Times
 from ilrec_dist.data.readers.delimited import Dialect, read_columns
 from ilrec_dist.data.readers.source import Rejects
 from ilrec_dist.errors import UserError
@@ -106,3 +108,40 @@ def test_empty_lines_before_the_header_and_commas_within_it(tmp_path):
         prepare(csv_config(path, time_column=None), tmp_path / "out")
     manifest = prepare(csv_config(path, time_column=None, max_bad_rows=1), tmp_path / "out")
     assert manifest["interactions"] == 3
+
+
+DATES = {
+    "date": ["2018-07-01", "2018-07-01 10:30:00", "2018-07-01T10:30:00.5", "2018-07-01 10:30:00.123456", "2018-07-01 10:30:00.123456789", "1969-12-31"],
+    "zoned date": ["2018-07-01T10:30:00Z", "2018-07-01 12:30:00+02:00", "2018-07-01T10:30:00.1234567Z", "2018-07-01T10:30:00.123456-0730"],
+}
+MORNING = 1530441000000
+TIMES = {
+    "date": [MORNING - 37800_000, MORNING, MORNING + 500, MORNING + 123, MORNING + 123, -86400_000],
+    "zoned date": [MORNING, MORNING, MORNING + 123, MORNING + 123 + 27000_000],
+}
+NO_DATES = ["soon", "", None, "2018-02-30", "2018-13-01", "2018-07-01 25:00:00", "1530403200", "2018-07-01T10:30", "01.07.2018", "2018-07-01 10:30:00 "]
+
+
+@pytest.mark.parametrize("kind", DATES)
+def test_dates_to_the_millisecond_whatever_stands_beside_them(kind):
+    no_dates = [value for value in NO_DATES if value not in ("2018-07-01T10:30", "2018-07-01 10:30:00 ") or kind == "zoned date"]  # dates without a zone
+    times = Times(kind)
+    assert [times.parse(pa.array([value])).to_pylist() for value in DATES[kind]] == [[value] for value in TIMES[kind]]
+    mixed = [value for pair in zip(DATES[kind] * 9, no_dates * 9, strict=False) for value in pair]
+    expected = [dict(zip(DATES[kind], TIMES[kind], strict=True)).get(value) for value in mixed]
+    assert times.parse(pa.array(mixed)).to_pylist() == expected
+
+
+def test_only_bad_dates_are_tried_singly(monkeypatch):
+    tried = []
+
+    def counted(count, works):
+        return failing_rows(count, lambda first, last: tried.append(last - first) or works(first, last))
+
+    failing_rows = columns.failing_rows
+    monkeypatch.setattr(columns, "failing_rows", counted)
+    dates = [f"2018-07-{1 + number % 30:02} 10:30:00" for number in range(100_000)]
+    dates[500:60_000:7] = ["unknown"] * len(dates[500:60_000:7])
+    dates[77_777] = "2018-06-31"
+    assert Times("date").parse(pa.array(dates)).null_count == len(range(500, 60_000, 7)) + 1
+    assert len(tried) < 40
