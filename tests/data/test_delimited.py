@@ -91,11 +91,16 @@ def test_however_many_bad_rows_the_file_is_read_twice(tmp_path, monkeypatch):
             read.append(len(block[0]))
             yield block
 
-    blocks = lines.line_blocks
+    def opened(path, encoding="utf-8"):
+        read.append(0)
+        return open_text(path, encoding)
+
+    blocks, open_text = lines.line_blocks, delimited.open_text
+    monkeypatch.setattr(delimited, "open_text", opened)
     monkeypatch.setattr(lines, "line_blocks", counted)
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 2000)
     prepare(csv_config(path, max_bad_rows=500), tmp_path / "out")
-    assert sum(read) <= path.stat().st_size
+    assert 0 < sum(read) <= path.stat().st_size and read.count(0) == 1, "one pass for the lines, one look at the header"
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert sorted(reject["line"] for reject in rejects) == [place + 5 for place in range(0, 4000, 8)]
     assert {reject["text"] for reject in rejects if "malformed" in reject["reason"]} == {"x,y"}
