@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pacsv
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ilrec_dist.data.files import committed_folder
@@ -17,6 +19,8 @@ from ilrec_dist.folders import RunFolders
 from ilrec_dist.terminal import console
 
 FORMATS = ("lcrec", "recbole")
+HISTORY = 50  # RecBole's MAX_ITEM_LIST_LENGTH
+CHUNK = 50_000  # targets written at once
 
 
 def export_run(run: Path, form: str, out: Path) -> None:
@@ -37,14 +41,15 @@ def export_data(folder: str | Path, form: str, out: str | Path, name: str, index
 
     lcrec: NAME.inter.json, NAME.item.json and, with `index` (the index stage's index.json), NAME.index.json.
     recbole: NAME.inter (timestamps as stored, or the place in the history where there are none) and NAME.item; leave-one-out over it
-    (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Ids are kept. Raises UserError for another form, and for
-    data of a chronological split, which neither form can carry.
+    (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Of a chronological split NAME.train.inter, NAME.valid.inter and
+    NAME.test.inter (`benchmark_filename: [train, valid, test]`) instead of NAME.inter. Ids are kept. Raises UserError for another form, for a
+    chronological split as lcrec, which cannot carry it, and for ids that a RecBole file cannot hold.
     """
     if form not in FORMATS:
         raise UserError(f"export format {form!r}: expected one of {', '.join(FORMATS)}")
     prepared = load_prepared(folder)
-    if prepared.places is not None:
-        raise UserError(f"{folder}: split chronologically, but files of {form} are split by leave-one-out; prepare with data.split=leave_one_out to export")
+    if prepared.places is not None and form == "lcrec":
+        raise UserError(f"{folder}: split chronologically, but files of lcrec are split by leave-one-out; prepare with data.split=leave_one_out to export")
     with committed_folder(out) as work:
         if form == "lcrec":
             _lcrec(prepared, work, name, index)
@@ -68,29 +73,71 @@ def _lcrec(prepared: Prepared, work: Path, name: str, index: str | Path | None) 
 
 
 def _recbole(folder: Path, prepared: Prepared, work: Path, name: str) -> None:
-    users, items = pa.array(list(prepared.user_ids)), pa.array(list(prepared.item_ids))
+    users, items = _ids(prepared.user_ids, "user"), _ids(prepared.item_ids, "item", within_lists=prepared.places is not None)
+    if prepared.places is None:
+        _inter(folder, prepared, work / f"{name}.inter", users, items)
+    else:
+        everyone = np.arange(prepared.num_users)
+        rows = prepared.train_lengths()
+        user = np.repeat(everyone, rows)
+        _histories(prepared, work / f"{name}.train.inter", users, items, user, np.arange(len(user)) - np.repeat(np.cumsum(rows) - rows, rows))
+        for split, part in (("validation", "valid"), ("test", "test")):
+            _histories(prepared, work / f"{name}.{part}.inter", users, items, everyone, prepared.target_places(split))
+    blank = [""] * prepared.num_items
+    with open(work / f"{name}.item", "wb") as file:
+        file.write(b"item_id:token\ttitle:token_seq\ttext:token_seq\n")
+        _write_rows(file, items, *(pa.array([_line(text) for text in column or blank], pa.large_string()) for column in (prepared.titles, prepared.texts)))
+
+
+def _inter(folder: Path, prepared: Prepared, path: Path, users: pa.Array, items: pa.Array) -> None:
     stream = pq.ParquetFile(folder / "interactions.parquet", pre_buffer=False)
     timed = "timestamp" in stream.schema_arrow.names
     done = 0
-    with open(work / f"{name}.inter", "wb") as file:
+    with open(path, "wb") as file:
         file.write(b"user_id:token\titem_id:token\ttimestamp:float\n")
         for batch in stream.iter_batches(1_000_000):
             user = batch.column("user")
             place = np.arange(done, done + batch.num_rows) - prepared.offsets[user.to_numpy()]
-            columns = [users.take(user), items.take(batch.column("item")), batch.column("timestamp") if timed else pa.array(place)]
-            _write_tsv(file, pa.table(columns, ["user", "item", "time"]))
+            _write_rows(file, users.take(user), items.take(batch.column("item")), batch.column("timestamp") if timed else pa.array(place))
             done += batch.num_rows
-    blank = [""] * prepared.num_items
-    with open(work / f"{name}.item", "wb") as file:
-        file.write(b"item_id:token\ttitle:token_seq\ttext:token_seq\n")
-        columns = [items, *(pa.array([" ".join(text.split()) for text in column or blank]) for column in (prepared.titles, prepared.texts))]
-        _write_tsv(file, pa.table(columns, ["item", "title", "text"]))
 
 
-def _write_tsv(file, table: pa.Table) -> None:  # type: ignore[no-untyped-def]
-    """Rows without a header and without quotes, which RecBole does not take off; tabs and line breaks were taken out before."""
-    try:
-        pacsv.write_csv(table, file, pacsv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none"))
-    except pa.ArrowInvalid:  # a text with a quote mark in it: pyarrow refuses to write it bare
-        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            file.write(("\t".join(map(str, row)) + "\n").encode())
+def _histories(prepared: Prepared, path: Path, users: pa.Array, items: pa.Array, user: np.ndarray, place: np.ndarray) -> None:
+    """One row a target, given as user and place in their sequence, with what comes before it; targets with nothing before them are left out.
+
+    RecBole cuts neither split nor histories of such files itself, and its sequential models take HISTORY items at most.
+    """
+    user, place = user[place >= 1], place[place >= 1]
+    with open(path, "wb") as file:
+        file.write(b"user_id:token\titem_id_list:token_seq\titem_id:token\n")
+        for start in range(0, len(user), CHUNK):
+            who, at = user[start : start + CHUNK], place[start : start + CHUNK]
+            stop = prepared.offsets[who] + at
+            length = np.minimum(at, HISTORY)
+            bounds = np.concatenate([[0], np.cumsum(length)])
+            before = prepared.items[np.repeat(stop - bounds[1:], length) + np.arange(bounds[-1])]
+            histories = pc.binary_join(pa.LargeListArray.from_arrays(pa.array(bounds), items.take(pa.array(before))), pa.scalar(" ", pa.large_string()))
+            _write_rows(file, users.take(pa.array(who)), histories, items.take(pa.array(prepared.items[stop])))
+
+
+def _ids(ids: Sequence[str], what: str, within_lists: bool = False) -> pa.Array:
+    """Raises UserError for an id that would not read back: there is no way to write it otherwise. Spaces part the ids of a list."""
+    column = pa.array(list(ids), pa.large_string())
+    unfit = column.filter(pc.match_substring_regex(column, r'[\t\r\n ]|^"' if within_lists else r'[\t\r\n]|^"'))
+    if len(unfit):
+        inner = "a space, a tab or a line break" if within_lists else "a tab or a line break"
+        raise UserError(f"{what} {unfit[0].as_py()!r}: RecBole's files cannot hold ids with {inner} in them or a quote mark at the beginning")
+    return column
+
+
+def _line(text: str) -> str:
+    """The text on one line. One that begins with a quote mark gets single ones: pandas, which RecBole reads with, would look for the closing one."""
+    text = " ".join(text.split())
+    return text.replace('"', "'") if text.startswith('"') else text
+
+
+def _write_rows(file: BinaryIO, *columns: pa.Array) -> None:
+    """Tab-separated, bare: pyarrow's own writer refuses a quote mark that it may not double."""
+    lines = pc.binary_join_element_wise(*(column.cast(pa.large_string()) for column in columns), pa.scalar("\t", pa.large_string()))
+    text = pc.binary_join_element_wise(lines, pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string()))
+    file.write(b"" if len(text) == 0 else text.buffers()[2])

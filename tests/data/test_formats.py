@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.config import DataConfig
@@ -59,6 +62,14 @@ def test_recbole_errors(tmp_path):
         load(tmp_path, "recbole", tmp_path / "ml.inter")
 
 
+def test_a_bad_row_of_recbole_items_is_refused_without_advice_that_does_not_help(tmp_path):
+    (tmp_path / "ml.inter").write_text(RECBOLE_INTER)
+    (tmp_path / "ml.item").write_text(RECBOLE_ITEM + "22\tSeven\n")
+    for allowed in (0, 5):
+        with pytest.raises(UserError, match=r"ml\.item: line 7: malformed row: 2 fields, expected 4 \('\\t'-separated\); mend it: items are not skipped$"):
+            load(tmp_path, "recbole", tmp_path, max_bad_rows=allowed)
+
+
 REVIEWS_2018 = [
     {"overall": 5.0, "verified": True, "reviewTime": "01 1, 2018", "reviewerID": "A1", "asin": "B00A", "style": {"Size:": " M"}, "unixReviewTime": 1514764800},
     {"overall": 1.0, "reviewerID": "A1", "asin": "B00C", "reviewText": 'a "quoted" {brace}', "vote": "3", "unixReviewTime": 1514764700},
@@ -107,6 +118,17 @@ def test_amazon_2023(tmp_path):
         ('{"reviewerID": "A1", "unixReviewTime": 1}', "no item id"),
         ('{"reviewerID": "A1", "asin": "x"}', "time None"),
         ("[1]", "expected a JSON object, found list"),
+        (r'{"reviewerID": "A1", "asin": "x", "reviewText": "so good \ud83d", "unixReviewTime": 1}', r"an escape such as \\ud83d without"),
+        (r'{"reviewerID": "A\ud83d", "asin": "x", "unixReviewTime": 1}', r"an escape such as \\ud83d without"),
+        ('{"reviewerID": "A1", "asin": "x", "asin": "y", "unixReviewTime": 1}', "field 'asin' is given twice"),
+        (
+            '{"reviewerID": "A1", "asin": "x", "unixReviewTime": 99999999999999999999}',
+            "field 'unixReviewTime' is 99999999999999999999, expected an integer of 64",
+        ),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": ' + "9" * 5000 + "}", "malformed JSON: Exceeds the limit"),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": 1} {"reviewerID": "A1"}', "malformed JSON at column 56: Extra data"),
+        ('{"reviewerID": "A1", "asin": "x", "unixReviewTime": 1.5}', "field 'unixReviewTime' is 1.5, expected an integer"),
+        ("\0", "malformed JSON at column 1"),
     ],
 )
 def test_bad_reviews_are_refused_or_counted(tmp_path, line, reason):
@@ -117,13 +139,41 @@ def test_bad_reviews_are_refused_or_counted(tmp_path, line, reason):
     assert manifest["read"]["bad_rows"] == 1 and histories == {"A1": ["B00C", "B00A", "B00B"]}
 
 
+def test_only_bad_reviews_are_looked_at_one_by_one(tmp_path, monkeypatch):
+    """Of 2,000 reviews, 6 of them bad and some lines blank, no other line becomes a Python object."""
+    from ilrec_dist.data.readers import amazon
+
+    reviews = [json.dumps({"reviewerID": f"A{number % 50}", "asin": f"B{number % 40}", "unixReviewTime": number}) for number in range(2000)]
+    for place, text in ((0, "{"), (1, r'{"reviewerID": "\ud83d"}'), (900, "[]"), (1500, " \r"), (1501, "\n"), (1502, "oops"), (1998, "{}}"), (1999, "{")):
+        reviews[place] = text
+    path = write_jsonl(tmp_path / "reviews.jsonl", reviews)
+    looked_at = []
+    complaint = amazon._complaint
+    monkeypatch.setattr(amazon, "_complaint", lambda line, schema: looked_at.append(line) or complaint(line, schema))
+    manifest, histories, _, _ = load(tmp_path, "amazon", path, max_bad_rows=6)
+    assert len(looked_at) == 6 == manifest["read"]["bad_rows"] and sum(map(len, histories.values())) == 1992
+    rejects = [json.loads(line)["line"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects == [1, 2, 901, 1504, 2000, 2001], "a blank line is a line"
+    with pytest.raises(UserError, match=r"reviews.jsonl: line 1: malformed JSON at column 1"):
+        load(tmp_path, "amazon", path)
+
+
+def test_metadata_with_half_a_surrogate_pair(tmp_path):
+    path = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS_2018)
+    meta = write_jsonl(tmp_path / "meta.jsonl", [r'{"asin": "B00A", "title": "Strings \ud83d", "brand": "Elix"}'])
+    assert load(tmp_path, "amazon", path, items_path=str(meta))[2]["B00A"] == "Strings ?"
+    meta = write_jsonl(tmp_path / "meta.jsonl", [META_2018[0], r'{"asin": "B\ud83d", "title": "Strings"}'])
+    with pytest.raises(UserError, match="meta.jsonl: line 2: expected a JSON object with the field 'asin'"):
+        load(tmp_path, "amazon", path, items_path=str(meta))
+
+
 def test_amazon_blocks_of_any_size_give_the_same_rows(tmp_path):
-    from ilrec_dist.data.readers.amazon import json_blocks
+    from ilrec_dist.data.readers.lines import line_blocks
 
     path = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS_2018 * 3)
     whole = path.read_bytes()
     for size in (1, 7, 100, 10_000):
-        blocks = list(json_blocks(path, size))
+        blocks = list(line_blocks(path, size))
         assert b"".join(block for block, _ in blocks) == whole
         assert [first for _, first in blocks] == [1 + whole[: sum(len(block) for block, _ in blocks[:index])].count(b"\n") for index in range(len(blocks))]
 
@@ -213,6 +263,16 @@ def test_minionerec(tmp_path):
         load(tmp_path, "minionerec", tmp_path / "train" / "Tools_5_2016-10-2018-11.csv")
 
 
+@pytest.mark.parametrize("bad", ["A1,x,y", "A1,x,y,[7],12,z,z,z", "A1,[],Saw,none,5,x,y"])
+def test_minionerec_rows_that_are_tolerated_are_tolerated_for_titles_too(tmp_path, bad):
+    write_minionerec(tmp_path, {**MINIONEREC_ROWS, "train": [MINIONEREC_ROWS["train"][0], bad, *MINIONEREC_ROWS["train"][1:]]})
+    with pytest.raises(UserError, match=r"Tools_5_2016-10-2018-11\.csv: line 3: .* --max-bad-rows N"):
+        load(tmp_path, "minionerec", tmp_path)
+    manifest, histories, titles, _ = load(tmp_path, "minionerec", tmp_path, max_bad_rows=1)
+    assert manifest["read"]["bad_rows"] == 1 and histories == {"A1": ["7", "3", "12", "4", "5"], "A2": ["12", "7", "3"]}
+    assert titles == {"3": "Tape, wide", "4": 'Nail "big"', "5": "Saw", "7": "Glue", "12": "Drill"}
+
+
 def _toy(tmp_path):
     (tmp_path / "rows.csv").write_text("user,item,timestamp\n" + "".join(f"u{user},{item},{(item * 7 + user) % 5}\n" for user in range(3) for item in range(4)))
     (tmp_path / "items.csv").write_text('item,title,text\n0,"A ""quoted"" title","tab\tinside"\n1,Plain,\n')
@@ -234,6 +294,39 @@ def test_exports_read_back_as_the_same_interactions(tmp_path, form):
     assert after.texts[0] == "tab inside"
     with pytest.raises(UserError, match="expected one of lcrec, recbole"):
         export_data(tmp_path / "prepared", "csv", tmp_path / "x", "Toy")
+
+
+def _titled(tmp_path, titles):
+    """Prepared data of a user who takes one item of each title, in turn."""
+    with open(tmp_path / "items.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("item", "title"), *enumerate(titles)])
+    (tmp_path / "rows.csv").write_text("user,item,timestamp\n" + "".join(f"u,{item},{item}\n" for item in range(len(titles))))
+    config = DataConfig(format="csv", path=str(tmp_path / "rows.csv"), items_path=str(tmp_path / "items.csv"), min_user_interactions=1, min_item_interactions=1)
+    prepare(config, tmp_path / "prepared")
+
+
+def test_a_recbole_export_has_every_item_once_whatever_its_title(tmp_path):
+    titles = [f"Cable {item} m" for item in range(5000)]
+    titles[3000] = 'Monitor 27" with stand'
+    titles[4000] = '"Weird Al" on vinyl'
+    titles[4001] = '"Heroes'
+    _titled(tmp_path, titles)
+    export_data(tmp_path / "prepared", "recbole", tmp_path / "exported", "Shop")
+    rows = [line.split("\t") for line in (tmp_path / "exported" / "Shop.item").read_text().splitlines()]
+    assert [row[0] for row in rows[1:]] == [str(item) for item in range(5000)]
+    assert [rows[1 + item][1] for item in (3000, 4000, 4001)] == ['Monitor 27" with stand', "'Weird Al' on vinyl", "'Heroes"]
+    with open(tmp_path / "exported" / "Shop.item", newline="") as file:
+        assert list(csv.reader(file, delimiter="\t")) == rows, "as readers see it that know quotes"
+
+
+@pytest.mark.parametrize("user", ["a\tb", '"a'])
+def test_ids_that_recbole_files_cannot_hold_are_refused(tmp_path, user):
+    table = pa.table({"user": [user] * 3, "item": ["x", "y", "z"], "timestamp": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    prepare(DataConfig(format="parquet", path=str(tmp_path / "rows.parquet"), min_user_interactions=1, min_item_interactions=1), tmp_path / "prepared")
+    with pytest.raises(UserError, match="RecBole's files cannot hold ids"):
+        export_data(tmp_path / "prepared", "recbole", tmp_path / "exported", "Shop")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_lcrec_export_takes_the_index_along(tmp_path):

@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.data.encoder import Encoder
+from ilrec_dist.data.encoder import PART_IDS, PARTS, Encoder
 from ilrec_dist.data.ingest import Spill, k_core, sort_rows
+from ilrec_dist.errors import UserError
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=60)
 
@@ -65,7 +67,7 @@ def test_rows_are_sorted_by_user_then_time_then_file_order_without_exact_repeats
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.text("ab01é", min_size=1, max_size=6), max_size=8), max_size=5))
+@given(st.lists(st.lists(st.text("ab01é", min_size=1, max_size=20), max_size=8), max_size=5))
 def test_encoder_gives_each_id_one_code_and_ranks_them(batches):
     encoder = Encoder()
     codes = [code for batch in batches for code in encoder.encode(pa.array(batch, pa.string())).tolist()]
@@ -83,3 +85,30 @@ def test_integer_ids_are_ordered_by_value():
     codes = encoder.encode(pa.array([10, -9, 100, 10], pa.int64()))
     ranks, ids = encoder.ranks()
     assert ranks[codes].tolist() == [1, 0, 2, 1] and ids.to_pylist() == ["-9", "10", "100"]
+
+
+def test_integers_of_any_length_are_ordered_by_value():
+    ids = ["1742342342342342342", "987654321098765432", "25", "98765432109876543210"]
+    encoder = Encoder()
+    encoder.encode(pa.array(ids))
+    assert encoder.ranks()[1].to_pylist() == sorted(ids, key=int)
+
+
+@pytest.mark.parametrize("pattern", ["user{:07}@mail.example.com", "https://shop.example.com/{:06}", "{}", "B{:09}X"])
+def test_ids_that_begin_or_end_alike_share_out_evenly(pattern):
+    ids = [pattern.format(number) for number in range(0, 25_600, 2)]
+    encoder = Encoder()
+    codes = encoder.encode(pa.array(ids))
+    sizes = [0 if part is None else len(part) for part in encoder.parts]
+    assert 15 < min(sizes) and max(sizes) < 150, "50 to a part, within what chance allows"
+    assert (encoder.encode(pa.array(["x", *ids[:100], "yy"]).slice(1, 100)) == codes[:100]).all(), "whatever stands beside an id, its code stays"
+
+
+def test_more_ids_than_codes_are_an_error(monkeypatch):
+    monkeypatch.setattr("ilrec_dist.data.encoder.PART_IDS", 2)
+    encoder = Encoder()
+    encoder.encode(pa.array(["user1", "user2", "user1"]))
+    with pytest.raises(UserError, match=r"distinct users or items, and 512 is the most that can be numbered"):
+        for start in range(0, 1000, 100):
+            encoder.encode(pa.array([f"user{number}" for number in range(start, start + 100)]))
+    assert (PART_IDS - 1) * PARTS + PARTS - 1 == np.iinfo(np.int32).max, "the last code that is given is the last int32"

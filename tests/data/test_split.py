@@ -105,10 +105,37 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     with pytest.raises(UserError, match="leave no test users"):
         load(tmp_path, [(user, item, item) for user in range(4) for item in range(4)] + [(9, 1, 7)], split_dates=[2, 5])
     load(tmp_path, split_dates=[50, 70])
-    with pytest.raises(UserError, match="files of recbole are split by leave-one-out"):
-        export_data(tmp_path / "out", "recbole", tmp_path / "Shop", "Shop")
+    with pytest.raises(UserError, match="files of lcrec are split by leave-one-out"):
+        export_data(tmp_path / "out", "lcrec", tmp_path / "Shop", "Shop")
     with pytest.raises(UserError, match="the generated data have no times"):
         prepare(DataConfig(split="chronological"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("history", "chunk"), [(50, 50_000), (3, 7)])
+def test_recbole_files_carry_the_split(tmp_path, monkeypatch, history, chunk):
+    """What RecBole reads by benchmark_filename: every training item with what comes before it, and one target a user."""
+    monkeypatch.setattr("ilrec_dist.data.export.HISTORY", history)
+    monkeypatch.setattr("ilrec_dist.data.export.CHUNK", chunk)
+    split = found(load(tmp_path, split_dates=[50, 70]))
+    files = export_data(tmp_path / "out", "recbole", tmp_path / "Shop", "Shop")
+    assert files == ["Shop.item", "Shop.test.inter", "Shop.train.inter", "Shop.valid.inter"]
+
+    def read(part):
+        header, *rows = (line.split("\t") for line in (tmp_path / "Shop" / f"Shop.{part}.inter").read_text().splitlines())
+        assert header == ["user_id:token", "item_id_list:token_seq", "item_id:token"]
+        return [(user, before.split(" "), item) for user, before, item in rows]
+
+    training = [(user, train[:place][-history:], train[place]) for user, (train, *_) in split.items() for place in range(1, len(train))]
+    assert read("train") == [(user, list(map(str, before)), str(item)) for user, before, item in training]
+    for index, part in ((1, "valid"), (2, "test")):
+        targets = [(user, *parts[index]) for user, parts in split.items() if parts[index] is not None]
+        assert len(targets) > 0 and read(part) == [(user, list(map(str, before[-history:])), str(item)) for user, item, before in targets]
+
+
+def test_items_with_a_space_do_not_fit_into_recbole_lists(tmp_path):
+    load(tmp_path, [(user, f"item {item}", time) for user, item, time in ROWS], split_dates=[50, 70])
+    with pytest.raises(UserError, match="item 'item 0': RecBole's files cannot hold ids with a space, a tab or a line break"):
+        export_data(tmp_path / "out", "recbole", tmp_path / "Shop", "Shop")
 
 
 def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import pyarrow.json as pajson
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import require_file
-from ilrec_dist.data.readers.columns import Times, checked_batch
+from ilrec_dist.data.readers.columns import Times, checked_batch, failing_rows
 from ilrec_dist.data.readers.delimited import open_text
-from ilrec_dist.data.readers.lcrec import text_of
+from ilrec_dist.data.readers.lcrec import is_text, text_of
+from ilrec_dist.data.readers.lines import filled_lines, line_blocks
 from ilrec_dist.data.readers.recbole import first_rows
 from ilrec_dist.data.readers.source import Rejects, Source, item_rows
 from ilrec_dist.errors import UserError
 
-BLOCK_BYTES = 16 << 20
 # Edition → (user, item, time) and what else; 2023 gives an item's variants one parent_asin, by which its metadata go.
 FIELDS = {"2018": ("reviewerID", "asin", "unixReviewTime"), "2023": ("user_id", "parent_asin", "timestamp")}
 UNITS = {"2018": "seconds since 1970", "2023": "milliseconds since 1970"}
@@ -34,9 +35,9 @@ def amazon_files(config: DataConfig) -> list[Path]:
 
 
 def read_amazon(config: DataConfig) -> Source:
-    """The edition shows in the first review's fields. Every review is an interaction, whatever its rating."""
+    """The edition shows in a review's fields. Every review is an interaction, whatever its rating."""
     reviews, *metadata = amazon_files(config)
-    edition = _edition(reviews)
+    edition = _edition(reviews, config.max_bad_rows)
     return Source(
         reviews,
         timed=True,
@@ -46,23 +47,29 @@ def read_amazon(config: DataConfig) -> Source:
     )
 
 
-def _edition(path: Path) -> str:
+def _edition(path: Path, max_bad_rows: int) -> str:
+    """By the first review, or by the first good one where bad rows are tolerated."""
+    complaint = ""
     with open_text(path) as file:
-        line = next((line for line in file if line.strip()), "")
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line 1: malformed JSON at column {error.colno}: {error.msg}; expected one review a line") from None
-    for edition, names in FIELDS.items():
-        if isinstance(fields, dict) and set(names) <= set(fields):
-            return edition
-    raise UserError(f"{path}: line 1: expected a review with the fields {', '.join(FIELDS['2018'])} (2018) or {', '.join(FIELDS['2023'])} (2023)")
+        for number, line in islice(((number, line) for number, line in enumerate(file, 1) if line.strip()), max_bad_rows + 1):
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                where = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
+                complaint = complaint or f"line {number}: malformed JSON{where}; expected one review a line"
+                continue
+            for edition, names in FIELDS.items():
+                if isinstance(fields, dict) and set(names) <= set(fields):
+                    return edition
+            expected = " or ".join(f"{', '.join(names)} ({edition})" for edition, names in FIELDS.items())
+            complaint = complaint or f"line {number}: expected a review with the fields {expected}"
+    raise UserError(f"{path}: {complaint or 'the file is empty, expected one review a line'}")
 
 
 def _batches(path: Path, names: tuple[str, str, str], rejects: Rejects) -> Iterator[pa.RecordBatch]:
     times = Times()
     schema = pa.schema([(names[0], pa.string()), (names[1], pa.string()), (names[2], pa.int64())])
-    for block, first_line in json_blocks(path):
+    for block, first_line in line_blocks(path):
         table, lines = parse_block(path, block, first_line, schema, rejects)
         for batch in table.combine_chunks().to_batches():
 
@@ -72,75 +79,70 @@ def _batches(path: Path, names: tuple[str, str, str], rejects: Rejects) -> Itera
             yield checked_batch(path, dict(zip(("user", "item", "time"), batch.columns, strict=True)), times, rejects, places)
 
 
-def json_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, int]]:
-    """(whole lines as bytes, number of the first one), a block at a time."""
-    line = 1
-    rest = b""
-    try:
-        with pa.input_stream(str(path), compression="detect") as stream:
-            while chunk := stream.read(size):
-                cut = chunk.rfind(b"\n") + 1
-                if cut == 0:
-                    rest += chunk
-                    continue
-                block, rest = rest + chunk[:cut], chunk[cut:]
-                yield block, line
-                line += block.count(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read near line {line}: {error}") from None
-    if rest.strip():
-        yield rest, line
-
-
 def parse_block(path: Path, block: bytes, first_line: int, schema: pa.Schema, rejects: Rejects) -> tuple[pa.Table, np.ndarray]:
-    """(table of the schema's fields, line number of each row). Malformed lines go to `rejects`; only blocks that have some are read line by line."""
+    """(table of the schema's fields, line number of each row). Malformed lines go to `rejects`; only blocks that have some are looked at line by line."""
+    starts, numbers = filled_lines(block)
+    numbers += first_line
+    if len(numbers) == 0:
+        return schema.empty_table(), numbers
+    stops = np.append(starts[1:], len(block))
 
-    def parse(data: bytes) -> pa.Table:
-        if not data.strip():
-            return schema.empty_table()
-        return pajson.read_json(
-            pa.BufferReader(data),
-            pajson.ReadOptions(use_threads=False, block_size=len(data) + 1),
-            pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
+    def works(first: int, last: int) -> bool:
+        try:
+            return _parse(block[starts[first] : stops[last - 1]], schema).num_rows == last - first
+        except pa.ArrowInvalid:
+            return False
 
-    lines = block.split(b"\n")
-    numbers = np.array([number for number, line in enumerate(lines, first_line) if line.strip()], np.int64)
     try:
-        table = parse(block)
+        table = _parse(block, schema)
         if table.num_rows == len(numbers):
             return table, numbers
     except pa.ArrowInvalid:
         pass
-    good: list[bytes] = []
-    kept: list[int] = []
-    for number in numbers.tolist():
-        line = lines[number - first_line]
-        reason = _complaint(line, schema)
-        if reason:
-            rejects.add(path, number, reason, line.decode("utf-8", "replace"))
-        else:
-            good.append(line)
-            kept.append(number)
-    return parse(b"\n".join(good)), np.array(kept, np.int64)
+    bad: list[int] = []
+    for row in failing_rows(len(numbers), works):
+        line = block[starts[row] : stops[row]].partition(b"\n")[0]
+        rejects.add(path, int(numbers[row]), _complaint(line, schema), line.decode("utf-8", "replace"))
+        bad.append(row)
+    kept = np.delete(np.arange(len(numbers)), bad)
+    good = b"".join(block[starts[row] : stops[row]] for row in kept.tolist())
+    return _parse(good, schema) if good else schema.empty_table(), numbers[kept]
 
 
-def _complaint(line: bytes, schema: pa.Schema) -> str | None:
-    """Why a line is no row of the schema, or None."""
+def _parse(data: bytes, schema: pa.Schema) -> pa.Table:
+    return pajson.read_json(
+        pa.BufferReader(data),
+        pajson.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        pajson.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+
+
+def _complaint(line: bytes, schema: pa.Schema) -> str:
+    """Why a line that pyarrow refuses is no row of the schema."""
     try:
-        value = json.loads(line)
+        text = line.decode("utf-8")
+        value = json.loads(text)
     except UnicodeDecodeError:
         return "not UTF-8 text"
     except json.JSONDecodeError as error:
         return f"malformed JSON at column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        return f"malformed JSON: {error}"
     if not isinstance(value, dict):
         return f"expected a JSON object, found {type(value).__name__}"
+    keys = [key for key, _ in json.loads(text, object_pairs_hook=list)]
     for field in schema:
         found = value.get(field.name)
         expected = int if pa.types.is_integer(field.type) else str
+        if keys.count(field.name) > 1:
+            return f"field {field.name!r} is given twice"
         if found is not None and type(found) is not expected:
             return f"field {field.name!r} is {found!r}, expected {'an integer' if expected is int else 'a string'}"
-    return None
+        if isinstance(found, int) and not -(2**63) <= found < 2**63:
+            return f"field {field.name!r} is {found}, expected an integer of 64 bits"
+    if not is_text(json.dumps(value, ensure_ascii=False)):
+        return r"an escape such as \ud83d without the other half of its pair: not text"
+    return "not JSON as pyarrow reads it"
 
 
 def _items(path: Path, key: str) -> pa.Table:
@@ -148,14 +150,16 @@ def _items(path: Path, key: str) -> pa.Table:
     ids: list[str] = []
     titles: list[str | None] = []
     texts: list[str | None] = []
-    for block, first_line in json_blocks(path):
+    for block, first_line in line_blocks(path):
         for number, line in enumerate(block.split(b"\n"), first_line):
             if not line.strip():
                 continue
             try:
                 fields: dict[str, Any] = json.loads(line)
                 item = fields[key]
-            except (ValueError, KeyError, TypeError):
+                if type(item) not in (str, int) or not is_text(str(item)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}: line {number}: expected a JSON object with the field {key!r}") from None
             ids.append(str(item))
             titles.append(text_of(fields.get("title")) or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ KINDS = {
     "decimal": r"^-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?$",
     "zoned date": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]+(Z|[+-][0-9]{2}:?[0-9]{2})$",
 }
+DATE = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ][0-9:.]+(Z|[+-][0-9:]+)?)?$"  # what may be one
 EXPECTED = {
     "integer": "an integer, as the first one is",
     "decimal": "a number, as the first one is",
@@ -50,7 +51,7 @@ class Times:
             first = known[0].as_py()
             self.kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, first)), "date")
         if self.kind in ("date", "zoned date"):
-            return _dates(text, pa.timestamp("ms", "UTC" if self.kind == "zoned date" else None))
+            return _dates(text, "UTC" if self.kind == "zoned date" else None)
         good = pc.match_substring_regex(text, KINDS[self.kind or "integer"])
         text = pc.if_else(good, text, pa.scalar(None, pa.string()))
         return text.cast(pa.int64()) if self.kind == "integer" else self._thousandths(text.cast(pa.float64()))
@@ -61,17 +62,47 @@ class Times:
         return pc.round(pc.multiply(values, 1000.0)).cast(pa.int64())
 
 
-def _dates(text: pa.Array, target: pa.DataType) -> pa.Array:
+def _dates(text: pa.Array, zone: str | None) -> pa.Array:
+    """Milliseconds since 1970, int64, null where a value is no date; finer parts of a second are cut off."""
+
+    def parsed(part: pa.Array) -> pa.Array:
+        return part.cast(pa.timestamp("us", zone)).cast(pa.timestamp("ms", zone), safe=False).cast(pa.int64())
+
+    def works(first: int, last: int) -> bool:
+        try:
+            parsed(text.slice(first, last - first))
+            return True
+        except pa.ArrowInvalid:
+            return False
+
     try:
-        return text.cast(target).cast(pa.int64())
-    except pa.ArrowInvalid:  # some value is bad; one by one finds which, and only files with bad rows pay for it
-        values: list[int | None] = []
-        for value in text:
-            try:
-                values.append(value.cast(target).cast(pa.int64()).as_py())
-            except pa.ArrowInvalid:
-                values.append(None)
-        return pa.array(values, pa.int64())
+        return parsed(text)
+    except pa.ArrowInvalid:  # some value is bad, or finer than microseconds
+        nothing = pa.scalar(None, pa.string())
+        text = pc.replace_substring_regex(text, r"(\.[0-9]{6})[0-9]+", r"\1")
+        text = pc.if_else(pc.match_substring_regex(text, DATE), text, nothing)
+        bad = np.zeros(len(text), bool)
+        bad[list(failing_rows(len(text), works))] = True  # such as 30 February
+        return parsed(pc.if_else(pa.array(bad), nothing, text))
+
+
+def failing_rows(count: int, works: Callable[[int, int], bool]) -> Iterator[int]:
+    """The rows of `count` that do not work, in order, found by halving: works(first, last) tries a range at once, so a few bad rows among many cost little.
+
+    A range works where all of its rows do.
+    """
+
+    def search(first: int, last: int) -> Iterator[int]:
+        if first == last or works(first, last):
+            return
+        if last - first == 1:
+            yield first
+            return
+        middle = (first + last) // 2
+        yield from search(first, middle)
+        yield from search(middle, last)
+
+    return search(0, count)
 
 
 def checked_batch(

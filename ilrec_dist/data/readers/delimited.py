@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import gzip
 import zlib
@@ -16,7 +17,8 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from ilrec_dist.data.files import require_columns
-from ilrec_dist.data.readers.columns import Times, checked_batch
+from ilrec_dist.data.readers.columns import Times, checked_batch, failing_rows
+from ilrec_dist.data.readers.lines import RecordLines
 from ilrec_dist.data.readers.source import Rejects
 from ilrec_dist.errors import UserError
 
@@ -52,44 +54,45 @@ class Lines:
 
     path: Path
     first: int  # rows handed out before this batch
-    header: int  # 1 when the file's first line is a header
-    malformed: list[int]  # record numbers that were dropped, counted from 1 with the header
+    malformed: list[int]  # records that were dropped, counted from 1 without the header
+    records: RecordLines
     kept: np.ndarray | None = None  # which rows of the batch as parsed are left, where some are not
 
     def at(self, rows: np.ndarray) -> list[int]:
         """Physical line numbers, from 1, of rows of the batch."""
-        records = np.asarray(rows if self.kept is None else self.kept[rows]) + self.first + self.header + 1
-        for number in self.malformed:  # in file order: each dropped record shifts those at and after it
-            records = records + (records >= number)
-        return physical_lines(self.path, records.tolist())
+        good = np.asarray(rows if self.kept is None else self.kept[rows]) + self.first + 1
+        dropped = np.array(self.malformed, np.int64) - np.arange(len(self.malformed))  # good records up to each, and one
+        return self.records.of(good + np.searchsorted(dropped, good, side="right"))
 
 
 def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: Dialect, rejects: Rejects) -> Iterator[tuple[pa.RecordBatch, Lines]]:
     """Batches of the named columns as strings (empty fields are null), each with the place of its rows."""
+    names, header = (list(dialect.names), 0) if dialect.names else _header(path, dialect)
+    require_columns(path, {column: keys.get(column, "expected by the format") for column in columns}, names)
+    records = RecordLines(path, dialect.delimiter, dialect.quoted, header)
     malformed: list[int] = []
-    fields: list[int] = []
+    pending: list[tuple[int, str]] = []  # fields and text of those that are not reported yet
 
     def skip(row: pacsv.InvalidRow) -> str:
-        malformed.append(row.number)
-        fields.append(row.actual_columns)
+        malformed.append(row.number - header)
+        pending.append((row.actual_columns, row.text))
         return "skip"
 
-    reported = 0
-
     def report() -> None:  # an exception must not pass through pyarrow's parser, which calls `skip`
-        nonlocal reported
-        for number, found in zip(malformed[reported:], fields[reported:], strict=True):
-            reported += 1
-            line = physical_lines(path, [number])[0]
-            rejects.add(path, line, f"malformed row: {found} fields, expected {len(names)} ({dialect.delimiter!r}-separated)", _line(path, line))
+        if pending:
+            places = records.of(np.array(malformed[-len(pending) :]))
+            for line, (found, text) in zip(places, pending, strict=True):
+                rejects.add(path, line, f"malformed row: {found} fields, expected {len(names)} ({dialect.delimiter!r}-separated)", text)
+            pending.clear()
 
-    names = list(dialect.names) if dialect.names else header_names(path, dialect)
-    require_columns(path, {column: keys.get(column, "expected by the format") for column in columns}, names)
+    first = 0
     try:
         reader = pacsv.open_csv(
             path,
-            pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=list(names), skip_rows=0 if dialect.names else 1),
-            pacsv.ParseOptions(delimiter=dialect.delimiter, quote_char='"' if dialect.quoted else False, invalid_row_handler=skip),
+            pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names, skip_rows=header),
+            pacsv.ParseOptions(
+                delimiter=dialect.delimiter, quote_char='"' if dialect.quoted else False, newlines_in_values=dialect.quoted, invalid_row_handler=skip
+            ),
             pacsv.ConvertOptions(
                 include_columns=columns,
                 column_types=dict.fromkeys(columns, pa.binary()),  # as text below, where a row that is none can be named
@@ -98,48 +101,63 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
                 quoted_strings_can_be_null=True,
             ),
         )
-        first = 0
         for batch in reader:
             report()
-            yield _as_text(batch, Lines(path, first, 0 if dialect.names else 1, malformed), rejects)
+            lines = Lines(path, first, malformed, records)
+            yield _as_text(batch, lines, rejects)
             first += batch.num_rows
+            records.forget(first + 1)
         report()
     except (pa.ArrowInvalid, OSError) as error:
         report()
         if "Empty CSV" in str(error):
             return
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "straddling" in reason:
+            line = Lines(path, first, malformed, records).at(np.array([0]))[0]
+            hint = "; is a quote mark left open?" if dialect.quoted else ""
+            reason = f"from line {line} on, a row is longer than {BLOCK_BYTES:,} bytes{hint}"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def _as_text(batch: pa.RecordBatch, lines: Lines, rejects: Rejects) -> tuple[pa.RecordBatch, Lines]:
     """The batch with its columns as strings; rows that are not UTF-8 go to `rejects`."""
     schema = pa.schema([(name, pa.string()) for name in batch.schema.names])
+
     try:
         return batch.cast(schema), lines
     except pa.ArrowInvalid:
-        bad = np.array([row for row in range(batch.num_rows) if not all(_decodes(column[row].as_py()) for column in batch.columns)], np.int64)
+        pass
+
+    def works(first: int, last: int) -> bool:
+        try:
+            batch.slice(first, last - first).cast(schema)
+            return True
+        except pa.ArrowInvalid:
+            return False
+
+    bad = np.fromiter(failing_rows(batch.num_rows, works), np.int64)
     for row, line in zip(bad.tolist(), lines.at(bad), strict=True):
         rejects.add(lines.path, line, "not UTF-8 text", str([column[row].as_py() for column in batch.columns]))
     kept = np.setdiff1d(np.arange(batch.num_rows), bad)
     return batch.take(pa.array(kept)).cast(schema), dataclasses.replace(lines, kept=kept)
 
 
-def _decodes(value: bytes | None) -> bool:
-    try:
-        (value or b"").decode()
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
 def header_names(path: Path, dialect: Dialect) -> list[str]:
     """The fields of the first non-empty line. Raises UserError when there is none."""
-    with open_text(path) as file:
-        for line in file:
-            if line.strip():
-                return [
-                    field.strip().strip('"') if dialect.quoted else field.strip() for field in line.rstrip("\r\n").lstrip("\ufeff").split(dialect.delimiter)
-                ]
+    return _header(path, dialect)[0]
+
+
+def _header(path: Path, dialect: Dialect) -> tuple[list[str], int]:
+    """(the fields of the first row that is not empty, the lines up to its end)."""
+    with open_text(path, "utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=dialect.delimiter, quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE)
+        try:
+            for row in reader:
+                if len(row) > 1 or "".join(row).strip():
+                    return [field.strip().strip('"') if dialect.quoted else field.strip() for field in row], reader.line_num
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: no header line: {error}") from None
     raise UserError(f"{path}: the file is empty, expected a header line")
 
 
@@ -152,23 +170,3 @@ def open_text(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: cannot be unpacked: {error}") from None
-
-
-def physical_lines(path: Path, records: list[int]) -> list[int]:
-    """Line numbers of records, both from 1; empty lines are no records."""
-    wanted = dict.fromkeys(records, 0)
-    last, record = max(records), 0
-    with open_text(path) as file:
-        for line, text in enumerate(file, 1):
-            if text.strip("\r\n"):
-                record += 1
-                if record in wanted:
-                    wanted[record] = line
-                if record >= last:
-                    break
-    return [wanted[record] for record in records]
-
-
-def _line(path: Path, number: int) -> str:
-    with open_text(path) as file:
-        return next((text.rstrip("\r\n") for line, text in enumerate(file, 1) if line == number), "")

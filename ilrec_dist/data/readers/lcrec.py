@@ -67,14 +67,24 @@ def _items(path: Path) -> pa.Table:
 
 
 def text_of(value: Any) -> str:
-    """Any JSON value as one line of text: lists and objects by their leaves."""
+    """Any JSON value as one line of text: lists and objects by their leaves; half a surrogate pair, which is no text, as a question mark."""
     if value is None:
         return ""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         return " ".join(filter(None, map(text_of, value)))
-    return " ".join(str(value).split())
+    text = " ".join(str(value).split())
+    return text if is_text(text) else text.encode("utf-8", "replace").decode()
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON's escapes can name half a surrogate pair."""
+    try:
+        value.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _short(value: Any) -> str:

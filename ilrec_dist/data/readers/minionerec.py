@@ -34,7 +34,7 @@ def read_minionerec(config: DataConfig) -> Source:
     The published split by time is not kept: the canonical split is leave-one-out.
     """
     files = minionerec_files(config)
-    return Source(files[0], timed=False, batches=lambda rejects: _batches(files, rejects), item_table=lambda: _titles(files))
+    return Source(files[0], timed=False, batches=lambda rejects: _batches(files, rejects), item_table=lambda: _titles(files, config.max_bad_rows))
 
 
 def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
@@ -80,11 +80,12 @@ def _unfold(user: pa.Array, histories: pa.ListArray, item: pa.Array, opens: np.n
     return pa.record_batch({"user": user.take(pa.array(np.repeat(np.arange(len(opens)), before + 1))), "item": items})
 
 
-def _titles(files: list[Path]) -> pa.Table:
-    """The titles of the targets, and of items that occur only in histories from the first row of each user."""
+def _titles(files: list[Path], max_bad_rows: int) -> pa.Table:
+    """The titles of the targets, and of items that occur only in histories from the first row of each user. Bad rows were counted with the interactions."""
+    rejects = Rejects(max_bad_rows)
     ids, titles, met = [], [], pa.array([], pa.string())
     for path in files:
-        for batch, _ in read_columns(path, ["user_id", "item_id", "item_title", "history_item_id", "history_item_title"], {}, Dialect(), Rejects()):
+        for batch, _ in read_columns(path, ["user_id", "item_id", "item_title", "history_item_id", "history_item_title"], {}, Dialect(), rejects):
             ids.append(batch.column("item_id"))
             titles.append(batch.column("item_title"))
             first, met = _newcomers(batch.column("user_id"), met)

@@ -60,7 +60,7 @@ def _items(path: Path) -> pa.Table:
     key, title = _typed(path, names, ["item_id"]), _find(names, TITLES)
     text = [name for name in names if name.partition(":")[2] in ("token", "token_seq") and name not in (key, title)]
     wanted = [key, *([title] if title else []), *text]
-    batches = [batch for batch, _ in read_columns(path, wanted, {}, DIALECT, Rejects())]
+    batches = [batch for batch, _ in read_columns(path, wanted, {}, DIALECT, Rejects(hint="mend it: items are not skipped"))]
     table = pa.Table.from_batches(batches) if batches else pa.table({name: pa.array([], pa.string()) for name in wanted})
     columns = {name: table.column(name).combine_chunks() for name in wanted}
     nothing = pa.nulls(table.num_rows, pa.string())

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import require_file
-from ilrec_dist.data.readers.amazon import json_blocks
 from ilrec_dist.data.readers.delimited import open_text
+from ilrec_dist.data.readers.lines import line_blocks
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.data.readers.tables import read_item_table, table_files
 
@@ -31,7 +31,7 @@ def read_sequences(config: DataConfig) -> Source:
 
 
 def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBatch]:
-    for block, first_line in json_blocks(path):
+    for block, first_line in line_blocks(path):
         lines = pc.split_pattern(pa.array([block], pa.large_binary()).cast(pa.large_string()), "\n").values if _is_text(block) else None
         if lines is None:
             texts = [_decoded(path, line, number, rejects) for number, line in enumerate(block.split(b"\n"), first_line)]

@@ -17,6 +17,7 @@ class Rejects:
     """Malformed rows: the first beyond `allowed` is an error, those before it are kept for the reject file."""
 
     allowed: int = 0
+    hint: str = "mend it, or tolerate such rows with --max-bad-rows N"  # what to do, where none is allowed
     rows: list[dict[str, str | int]] = field(default_factory=list)
 
     def add(self, path: Path, line: int, reason: str, text: str = "", unit: str = "line") -> None:
@@ -24,11 +25,7 @@ class Rejects:
         if len(self.rows) >= self.allowed:
             raise UserError(
                 f"{path}: {unit} {line}: {reason}"
-                + (
-                    f" (bad row {len(self.rows) + 1}; data.max_bad_rows allows {self.allowed})"
-                    if self.allowed
-                    else "; mend it, or tolerate such rows with --max-bad-rows N"
-                )
+                + (f" (bad row {len(self.rows) + 1}; data.max_bad_rows allows {self.allowed})" if self.allowed else f"; {self.hint}")
             )
         self.rows.append({"file": str(path), unit: line, "reason": reason, "text": text[:1000]})
 

@@ -1,0 +1,152 @@
+"""Delimited text: quoted line breaks, the lines that errors name, and what finding them costs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ilrec_dist.config import DataConfig
+from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.data.readers import columns, delimited, lines
+from ilrec_dist.data.readers.columns import Times
+from ilrec_dist.data.readers.delimited import Dialect, read_columns
+from ilrec_dist.data.readers.source import Rejects
+from ilrec_dist.errors import UserError
+
+ITEMS = ["7", "B00A", '"B, 1"', '"two\nlines"', '"a ""quoted"" one"', '"\n\n""\r\n"', '5" disk', '"x"y"', '""""', "é"]
+
+
+def csv_config(path, **settings) -> DataConfig:
+    return DataConfig(format="csv", path=str(path), min_user_interactions=1, min_item_interactions=1, **settings)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
+    """Files of quoted line breaks, empty lines, BOMs and rows with too few fields, in blocks of any size."""
+    rng = random.Random(seed)
+    text = rng.choice(["", "\ufeff", "\n\r\n"]) + rng.choice(["user,item,note\n", '"user",item,"a\nnote"\r\n'])
+    good, bad = [], []
+    for number in range(rng.choice([1, 60, 300])):
+        line = text.count("\n") + 1
+        item = rng.choice(ITEMS)
+        if rng.random() < 0.1:
+            bad.append(line)
+            text += f"{number},{item}"
+        else:
+            good.append((str(number), line))
+            text += f"{number},{item},{rng.choice(['', 'x', ITEMS[3]])}"
+        text += rng.choice(["\n", "\n", "\r\n", "\n\n", "\n\r\n"])
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text.removesuffix("\n").encode())
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", rng.choice([100, 333, 1 << 20]))
+    monkeypatch.setattr(lines, "line_blocks", functools.partial(lines.line_blocks, size=rng.choice([1, 50, 1000, 1 << 20])))
+    rejects = Rejects(1000)
+    found = []
+    for batch, places in read_columns(path, ["user"], {}, Dialect(), rejects):
+        rows = np.arange(batch.num_rows)
+        asked = rows[rng.randrange(2) :: rng.choice([1, 3])] if rng.random() < 0.7 else rows[:0]  # some batches have no bad rows
+        found += zip(batch.column("user").take(asked).to_pylist(), places.at(asked), strict=True)
+    assert set(found) <= set(good) and [reject["line"] for reject in rejects.rows] == bad
+
+
+def test_quoted_line_breaks_across_blocks_and_the_line_of_a_row_after_them(tmp_path, monkeypatch):
+    rows = b"".join(b'%d,%d,%d,"two\nlines"\r\n' % (number % 3, number % 5, number) for number in range(30))
+    path = tmp_path / "reviews.csv"
+    path.write_bytes("\ufeffuser,item,timestamp,note\r\n".encode() + rows + b"1,,7,x\r\n")
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 200)
+    with pytest.raises(UserError, match=r"reviews\.csv: line 62: no item id"):
+        prepare(csv_config(path), tmp_path / "out")
+    prepare(csv_config(path, max_bad_rows=1), tmp_path / "out")
+    assert load_prepared(tmp_path / "out").num_interactions == 30
+    assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text())["line"] == 62
+
+
+def test_a_quote_left_open_is_named(tmp_path, monkeypatch):
+    rows = [f"{number % 3},{number % 5},{number}" for number in range(200)]
+    path = tmp_path / "rows.csv"
+    path.write_text("user,item,timestamp\n" + "\n".join([*rows[:50], '1,"2,50', *rows[50:]]) + "\n")
+    with pytest.raises(UserError, match=r"rows\.csv: line 52: malformed row: 2 fields, expected 3"):
+        prepare(csv_config(path), tmp_path / "out")
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
+    with pytest.raises(UserError, match=r"rows\.csv: cannot be read: from line \d+ on, a row is longer than 64 bytes; is a quote mark left open\?$"):
+        prepare(csv_config(path), tmp_path / "out")
+
+
+def test_however_many_bad_rows_the_file_is_read_twice(tmp_path, monkeypatch):
+    rows = [f"{number % 50},{number % 40},{number}" for number in range(4000)]
+    for place in range(0, 4000, 8):
+        rows[place] = ("x,y", ",1,1", "1,,1", "1,2,soon")[place // 8 % 4]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["user,item,timestamp", *["7,7,7"] * 3, *rows]) + "\n")
+    read = []
+
+    def counted(path, size=500):
+        for block in blocks(path, size):
+            read.append(len(block[0]))
+            yield block
+
+    def opened(path, encoding="utf-8"):
+        read.append(0)
+        return open_text(path, encoding)
+
+    blocks, open_text = lines.line_blocks, delimited.open_text
+    monkeypatch.setattr(delimited, "open_text", opened)
+    monkeypatch.setattr(lines, "line_blocks", counted)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 2000)
+    prepare(csv_config(path, max_bad_rows=500), tmp_path / "out")
+    assert 0 < sum(read) <= path.stat().st_size and read.count(0) == 1, "one pass for the lines, one look at the header"
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(reject["line"] for reject in rejects) == [place + 5 for place in range(0, 4000, 8)]
+    assert {reject["text"] for reject in rejects if "malformed" in reject["reason"]} == {"x,y"}
+
+
+def test_empty_lines_before_the_header_and_commas_within_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\n\n"a, b",user,item\n1,u,x\n2,u,y\n3,u,z\n4,,z\n')
+    with pytest.raises(UserError, match=r"rows\.csv: line 7: no user id"):
+        prepare(csv_config(path, time_column=None), tmp_path / "out")
+    manifest = prepare(csv_config(path, time_column=None, max_bad_rows=1), tmp_path / "out")
+    assert manifest["interactions"] == 3
+
+
+DATES = {
+    "date": ["2018-07-01", "2018-07-01 10:30:00", "2018-07-01T10:30:00.5", "2018-07-01 10:30:00.123456", "2018-07-01 10:30:00.123456789", "1969-12-31"],
+    "zoned date": ["2018-07-01T10:30:00Z", "2018-07-01 12:30:00+02:00", "2018-07-01T10:30:00.1234567Z", "2018-07-01T10:30:00.123456-0730"],
+}
+MORNING = 1530441000000
+TIMES = {
+    "date": [MORNING - 37800_000, MORNING, MORNING + 500, MORNING + 123, MORNING + 123, -86400_000],
+    "zoned date": [MORNING, MORNING, MORNING + 123, MORNING + 123 + 27000_000],
+}
+NO_DATES = ["soon", "", None, "2018-02-30", "2018-13-01", "2018-07-01 25:00:00", "1530403200", "2018-07-01T10:30", "01.07.2018", "2018-07-01 10:30:00 "]
+
+
+@pytest.mark.parametrize("kind", DATES)
+def test_dates_to_the_millisecond_whatever_stands_beside_them(kind):
+    no_dates = [value for value in NO_DATES if value not in ("2018-07-01T10:30", "2018-07-01 10:30:00 ") or kind == "zoned date"]  # dates without a zone
+    times = Times(kind)
+    assert [times.parse(pa.array([value])).to_pylist() for value in DATES[kind]] == [[value] for value in TIMES[kind]]
+    mixed = [value for pair in zip(DATES[kind] * 9, no_dates * 9, strict=False) for value in pair]
+    expected = [dict(zip(DATES[kind], TIMES[kind], strict=True)).get(value) for value in mixed]
+    assert times.parse(pa.array(mixed)).to_pylist() == expected
+
+
+def test_only_bad_dates_are_tried_singly(monkeypatch):
+    tried = []
+
+    def counted(count, works):
+        return failing_rows(count, lambda first, last: tried.append(last - first) or works(first, last))
+
+    failing_rows = columns.failing_rows
+    monkeypatch.setattr(columns, "failing_rows", counted)
+    dates = [f"2018-07-{1 + number % 30:02} 10:30:00" for number in range(100_000)]
+    dates[500:60_000:7] = ["unknown"] * len(dates[500:60_000:7])
+    dates[77_777] = "2018-06-31"
+    assert Times("date").parse(pa.array(dates)).null_count == len(range(500, 60_000, 7)) + 1
+    assert len(tried) < 40
