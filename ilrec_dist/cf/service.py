@@ -18,6 +18,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from ilrec_dist.cf.client import Meter, Pending
+from ilrec_dist.cf.folder import read_code_order
 from ilrec_dist.cf.rewards import Part, TokenRewards, merge
 from ilrec_dist.data.directions import both_directions
 from ilrec_dist.data.prepared import load_prepared
@@ -77,9 +78,12 @@ def reward_actors(
 
     With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They are spread over the cluster's nodes, ask for no CPUs of
     Ray's, which the training workers hold, and end with the block or with the job that started them. `backwards` as `data.both_directions`.
-    Raises UserError when one cannot load (a folder that is damaged or belongs to other data) and ValueError when the name is taken.
+    Raises UserError when one cannot load (a folder that is damaged or belongs to other data, or to another number of shards) and ValueError when the name is
+    taken.
     """
     cf, prepared, catalogue = (Path(folder).resolve() for folder in (cf_folder, prepared_folder, catalogue_folder))
+    if shards > 1 and (written := read_code_order(cf)["shards"]) != shards:
+        raise UserError(f"{cf}: written for {written} shards, not {shards}; set cf.reward_shards and cf.reward_index, and run `ilrec cf` again")
     kind: Any = ray.remote(RewardActor)
     actors = []
     for replica in range(replicas):

@@ -14,6 +14,7 @@ from ilrec_dist.cf.folder import checked_file, load_cf
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import CellMoments, cell_moments
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -138,14 +139,14 @@ def _known_positions(known: np.ndarray, trie: Trie, first: int, stop: int) -> np
     return (np.flatnonzero(known[low:high]) + low).astype(np.int32)
 
 
-def load_scorer(cf_folder: str | Path, which: str, trie: Trie, shard: int | None, manifest: dict[str, Any]) -> tuple[SASRec, FoldScorer]:
-    """A fold's model and its scorer: from the store where `train_cf` wrote one, else in memory. Every file read is checked against its hash."""
-    folder = Path(cf_folder)
-    stored = [name for name in manifest["sha256"] if name.startswith(f"{which}/")]
+def load_scorer(cf_folder: str | Path, which: str, trie: Trie, shard: int | None, code_order: dict[str, Any]) -> tuple[SASRec, FoldScorer]:
+    """A fold's model and its scorer: from the store that the manifest `code_order` names, or in memory. Every file read is checked against its hash."""
+    stored = [name for name in code_order["sha256"] if name.startswith(f"{which}/")]
     if not stored:
-        model = load_cf(folder, which)
+        model = load_cf(cf_folder, which)
         return model, in_memory(model.items.weight, model.known, trie.catalogue)
+    folder = Path(cf_folder) / CODE_ORDER
     for name in stored:
         if shard is None or not name.endswith(".faiss") or name.endswith(f"index-{shard}.faiss"):
-            checked_file(folder, name, manifest)
-    return load_cf(folder, which, table=False), open_store(folder / which, trie, shard)
+            checked_file(folder, name, code_order)
+    return load_cf(cf_folder, which, table=False), open_store(folder / which, trie, shard)

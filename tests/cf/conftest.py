@@ -40,6 +40,11 @@ class World:
     def rewards(self, prepared: Prepared | None = None, cf: Path | None = None) -> TokenRewards:
         return TokenRewards.open(cf or self.cf, prepared or self.prepared, self.catalogue, self.trie)
 
+    def rewards_of_others(self, prepared: Prepared) -> TokenRewards:
+        """By the models of this data for histories that they were not trained on, which `open` refuses."""
+        own = self.rewards()
+        return TokenRewards(own.models, own.folds, prepared, self.catalogue, self.trie, own.scorers)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ilrec_dist.cf.ann import build_index, load_index, save_index, search
+from ilrec_dist.cf.code_order import index_kind
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import cell_moments, log_masses
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards, merge
 from ilrec_dist.cf.store import open_store, shard_nodes, write_store
-from ilrec_dist.cf.train import index_kind, train_cf
+from ilrec_dist.cf.train import train_cf
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
@@ -166,7 +167,7 @@ def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: P
     np.testing.assert_allclose(large.fetch(users, positions), exact, atol=2e-3)  # the store is fp16
     np.testing.assert_allclose(scan.fetch(users, positions), exact, atol=0.05)
     assert large.counters["rows"] == len(users) * world.trie.depth
-    path = tmp_path / "cf" / "fold0" / "vectors.npy"
+    path = tmp_path / "cf" / "code-order" / "fold0" / "vectors.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
