@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from ilrec_dist.cf.client import Meter, Pending
 from ilrec_dist.cf.folder import read_code_order
@@ -108,7 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 class RewardClient:
-    """Sends each request to the next replica, and again, to the one after it, when an actor dies or stays silent for `timeout` seconds.
+    """Sends each request to the next replica, and again, to the one after it, when an actor or its node dies or stays silent for `timeout` seconds.
 
     Any process of the Ray job can make one. The rewards depend neither on which replica answers nor on retries. With shards, every shard of a
     replica is asked and the parts are merged. Raises UserError when no such actors run in this job.
@@ -154,7 +154,7 @@ class RewardClient:
             try:
                 answers: list[Any] = ray.get(references, timeout=self.timeout)
                 return merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])  # a copy: Ray's own array is read-only
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # lost: it was computed, and its node died before it was taken
                 failure = type(error).__name__
             if attempt < self.retries:
                 self.meter.retries += 1
