@@ -1,4 +1,4 @@
-"""One fold's scorer: its SASRec and its item vectors in code order; of a large catalogue fp16 on disk, with nearest-item indexes and cell moments."""
+"""One fold's scorer: its SASRec and its item vectors in code order; of a large catalogue on disk, with nearest-item indexes and cell moments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LargeCatalogue:
 class FoldScorer:
     """Scores any range of the code-ordered catalogue with one fold's model."""
 
-    vectors: torch.Tensor  # [n, d], fp32, or fp16 when memory-mapped
+    vectors: torch.Tensor  # [n, d], fp32, or fp16 where the index is an approximate one
     bias: torch.Tensor | None  # fp32 [n], −inf where the model knows no such item; None when it knows all
     large: LargeCatalogue | None = None
 
@@ -83,16 +83,18 @@ def shard_nodes(trie: Trie, shards: int) -> list[tuple[int, int]]:
 
 
 def write_store(folder: Path, table: torch.Tensor, known: torch.Tensor, trie: Trie, kind: str, shards: int = 1, prefix_items: int = PREFIX_ITEMS) -> None:
-    """Write one fold's store into a new folder: vectors.npy (fp16, code order), known.npy, index-S.faiss per shard, moments-P.npz per depth.
+    """Write one fold's store into a new folder: vectors.npy (code order), known.npy, index-S.faiss per shard, moments-P.npz per depth.
 
-    table [num_items, d] and known bool [num_items] by item index; kind as of `ann.build_index`.
+    table [num_items, d] and known bool [num_items] by item index; kind as of `ann.build_index`. Vectors are rounded to fp16, except for the flat
+    index, which is there to be exact.
     """
     folder.mkdir()
     order = trie.catalogue.items
     known_here = known.numpy()[order]
-    vectors = np.lib.format.open_memmap(folder / "vectors.npy", mode="w+", dtype=np.float16, shape=(len(order), table.shape[1]))
+    kept = np.float32 if kind == "flat" else np.float16
+    vectors = np.lib.format.open_memmap(folder / "vectors.npy", mode="w+", dtype=kept, shape=(len(order), table.shape[1]))
     for start in range(0, len(order), 1 << 18):
-        vectors[start : start + (1 << 18)] = table[torch.from_numpy(order[start : start + (1 << 18)].astype(np.int64))].detach().half().numpy()
+        vectors[start : start + (1 << 18)] = table[torch.from_numpy(order[start : start + (1 << 18)].astype(np.int64))].detach().numpy()
     vectors.flush()
     np.save(folder / "known.npy", known_here)
     ranges = shard_nodes(trie, shards)
