@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.data.files import committed_folder, read_json_object, write_json
+from ilrec_dist.data.files import committed_folder, read_json_object, stream_json_object, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.build import ATOMIC, catalogue_report
@@ -37,7 +37,7 @@ def add_items(
     Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
     """
     old = Catalogue.load(folder)
-    old_ids = list(read_json_object(Path(folder) / "index.json"))
+    old_ids = [item for item, _ in stream_json_object(Path(folder) / "index.json")]  # without the codes, which are most of it
     known = set(old_ids)
     for item in new_ids:
         if item in known:
