@@ -19,7 +19,7 @@ from ilrec_dist.cf.train import train_cf
 from ilrec_dist.data.directions import both_directions
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import make_catalogue
-from tests.cf.conftest import CONFIG, World, training_targets
+from tests.cf.conftest import CONFIG, World, documented_metrics, training_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,7 +59,9 @@ def test_same_bits_as_in_process_and_counters_equal_what_was_consumed(client: Re
     assert after["targets"] - before["targets"] == consumed
     assert after["rows"] - before["rows"] == consumed * world.trie.depth
     assert after["calls"] - before["calls"] == len(pending)
-    assert client.meter.summary()["answers"] >= len(pending) and client.meter.summary()["latency_p99"] > 0
+    summary = client.meter.summary()
+    assert summary["answers"] >= len(pending) and summary["latency_p99"] > 0 and 0 <= summary["queue_depth"] <= len(pending)
+    assert {f"rewards/{name}" for name in summary} == documented_metrics() - {"rewards/coverage"}  # the loss's, which no actor knows of
 
 
 def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, world: World) -> None:
