@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+CODE_ORDER = "code-order"  # within the CF folder: what is made of the models for one catalogue
+
 
 @dataclass(frozen=True)
 class RunFolders:
@@ -21,6 +23,10 @@ class RunFolders:
     @property
     def cf(self) -> Path:
         return self.root / "cf"
+
+    @property
+    def rewards(self) -> Path:
+        return self.cf / CODE_ORDER
 
     @property
     def evaluation(self) -> Path:

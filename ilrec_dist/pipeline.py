@@ -80,7 +80,7 @@ class Run:
         """Run those of the stages that are not current, and note that they are. Several names are stages of the workers, which share one group."""
         pending: list[str] = []
         for name in names:
-            self._check_before(name, pending)
+            self.check_before(name, pending)
             if self.is_current(name):
                 console.print(f"[dim]{name}: unchanged, not run again[/dim]")
             else:
@@ -108,7 +108,8 @@ class Run:
         for name, spent in zip(names, seconds, strict=True):
             self._finished(name, spent)
 
-    def _check_before(self, name: str, coming: list[str]) -> None:
+    def check_before(self, name: str, coming: list[str]) -> None:
+        """Every stage before this one must be current, unless it is among those that are `coming`."""
         for before in self.stages[name].after:
             if before not in coming and not self.is_current(before):
                 state = "was made by another configuration or other input" if self.record(before) else "has not been made"
@@ -203,19 +204,20 @@ def stages(config: Config) -> list[Stage]:
 
     folders = RunFolders(config.run_dir)
     cf_first = config.items.from_cf  # the codes are built from the CF model's item vectors
-    before_index, before_cf = (("cf",), ("prepare",)) if cf_first else (("prepare",), ("index",))
+    index = Stage("index", "index", ("cf",) if cf_first else ("prepare",), _items_settings, stage_runs.index_inputs, lambda _: folders.items, stage_runs.index)
+    cf = Stage("cf", "cf", ("prepare",), _cf_settings, _none, lambda _: folders.cf, stage_runs.cf)
+    second, third = (cf, index) if cf_first else (index, cf)
     tables = [
         Stage("prepare", "prepare", (), _data_settings, stage_runs.prepare_inputs, lambda _: folders.data, stage_runs.prepare),
-        Stage("index", "index", before_index, _items_settings, stage_runs.index_inputs, lambda _: folders.items, stage_runs.index),
-        Stage("cf", "cf", before_cf, _cf_settings, _none, lambda _: folders.cf, stage_runs.cf),
+        second,
+        third,
+        Stage("rewards", third.command, ("index", "cf"), _rewards_settings, _none, lambda _: folders.rewards, stage_runs.rewards),
     ]
-    if cf_first:
-        tables[1:] = tables[:0:-1]
     trainings = []
     for method in config.train.methods:
         for seed in config.train.seeds:
             name = f"train {method} seed {seed}"
-            after = ("index", "cf") if method == "ilrec" and config.objective.crr_lambda > 0 else ("index",)
+            after = ("index", "rewards") if method == "ilrec" and config.objective.crr_lambda > 0 else ("index",)
             trainings.append(name)
             tables.append(_training_stage(name, after, method, seed, folders.training(method, seed)))
     evaluation = ("prepare", "cf", *trainings)
@@ -239,6 +241,8 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
     wanted = [stage.name for stage in run.stages.values() if command in ("run", stage.command)]
     for name in wanted:  # input files are looked for before anything runs
         run.stages[name].inputs(config)
+    for name in wanted:
+        run.check_before(name, wanted)
     with run.alone():
         if any(run.stages[name].run is None and not run.is_current(name) for name in wanted):
             from ilrec_dist.training.launch import cluster
@@ -284,8 +288,13 @@ def _items_settings(config: Config) -> dict[str, Any]:
 
 
 def _cf_settings(config: Config) -> dict[str, Any]:
-    served = ("rewards", "reward_replicas", "reward_retries", "reward_cache")  # how rewards are served changes none of them
-    return _without(config.cf, *served) | {"both_directions": config.data.both_directions}
+    """What changes the models; how rewards are found is of the stage after it, and how they are served changes none of them."""
+    after = ("rewards", "reward_index", "reward_shards", "reward_replicas", "reward_retries", "reward_cache")
+    return _without(config.cf, *after) | {"both_directions": config.data.both_directions}
+
+
+def _rewards_settings(config: Config) -> dict[str, Any]:
+    return {"reward_index": config.cf.reward_index, "reward_shards": config.cf.reward_shards}
 
 
 def _training_settings(config: Config, method: str, seed: int) -> dict[str, Any]:

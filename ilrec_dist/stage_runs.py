@@ -93,7 +93,16 @@ def cf(config: Config) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        train_cf(config.cf, space.training, None if config.items.from_cf else space.catalogue, space.folders.cf, progress=progress)
+        train_cf(config.cf, space.training, None, space.folders.cf, progress=progress)
+
+
+def rewards(config: Config) -> None:
+    """What rewards are computed from, for the codes that the index stage gave: the models know items, not codes."""
+    from ilrec_dist.cf.code_order import write_code_order
+    from ilrec_dist.training.workspace import Workspace
+
+    space = Workspace(config)
+    write_code_order(config.cf, space.folders.cf, space.catalogue)
 
 
 def train_and_evaluate(config: Config, trainings: Sequence[Training], evaluate: bool) -> list[float]:

@@ -69,10 +69,12 @@ def test_moving_the_input_changes_nothing(source):
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("data.min_item_interactions=2", {"prepare", "index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("items.collisions=resolve", {"index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("data.both_directions=true", {"cf", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("cf.hidden_size=32", {"cf", "train ilrec seed 1", "evaluate"}),
+        ("data.min_item_interactions=2", {"prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("items.collisions=resolve", {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("data.both_directions=true", {"cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("cf.hidden_size=32", {"cf", "rewards", "train ilrec seed 1", "evaluate"}),
+        ("cf.reward_index=flat", {"rewards", "train ilrec seed 1", "evaluate"}),
+        ("cf.reward_shards=2", {"rewards", "train ilrec seed 1", "evaluate"}),
         ("objective.cpd_mu=0.5", {"train ilrec seed 1", "evaluate"}),
         ("objective.softmax_scope=valid_next", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("backbone.num_layers=6", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
@@ -90,10 +92,34 @@ def test_moving_the_input_changes_nothing(source):
     ],
 )
 def test_each_key_reruns_what_it_is_relevant_to(source, override, changed):
-    before, after = Run(config_of(source)), Run(config_of(source, override))
-    assert {
-        name for name in ("prepare", "index", "cf", "train sft seed 0", "train ilrec seed 1", "evaluate") if before.fingerprint(name) != after.fingerprint(name)
-    } == changed
+    assert reruns(config_of(source), config_of(source, override)) == changed
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("cf.hidden_size=32", {"cf", "index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("items.levels=2", {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        ("cf.reward_index=flat", {"rewards", "train ilrec seed 1", "evaluate"}),
+        ("cf.reward_cache=true", set()),
+    ],
+)
+def test_each_key_where_the_codes_come_from_the_cf_model(source, override, changed):
+    from_cf = ("items.index=null", "items.embedding=cf")
+    assert reruns(config_of(source, *from_cf), config_of(source, *from_cf, override)) == changed
+
+
+def reruns(before: Config, after: Config) -> set[str]:
+    old, new = Run(before), Run(after)
+    names = ("prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate")
+    return {name for name in names if old.fingerprint(name) != new.fingerprint(name)}
+
+
+def test_what_is_missing_is_said_before_a_stage_of_the_command_runs(source):
+    execute(config_of(source), "prepare")
+    with pytest.raises(UserError, match="stage index has not been made; run `ilrec index CONFIG`"):
+        execute(config_of(source), "cf")  # the rewards stage would need it
+    assert not (source / "runs/t/cf").exists()
 
 
 def test_a_stage_refuses_to_stand_on_what_is_missing_or_of_another_configuration(source):

@@ -40,7 +40,7 @@ def test_results_hold_every_row_in_the_documented_form(finished):
         assert row["users"] == prepared.num_users and row["seed"] == 0
         assert all(0 <= row[metric] <= 1 for metric in METRICS) and row["ndcg@10"] <= row["hit@10"]
     assert rows["bayes", True]["ndcg@10"] > rows["popularity", True]["ndcg@10"]
-    assert set(results["stage_seconds"]) == {"prepare", "index", "cf", "train sft seed 0", "train ilrec seed 0", "evaluate"}
+    assert set(results["stage_seconds"]) == {"prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 0", "evaluate"}
     assert results["seconds"] > 0
     assert (finished / "runs/tiny/report.html").stat().st_size > 10_000
 
@@ -55,7 +55,7 @@ def test_the_table_can_be_recomputed_from_the_saved_predictions(finished):
 def test_a_second_run_runs_no_stage(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (finished / "runs/tiny").rglob("*.safetensors")}
     assert main(["run", str(finished / "c.yaml")]) == 0
-    assert capsys.readouterr().out.count("unchanged, not run again") == 6
+    assert capsys.readouterr().out.count("unchanged, not run again") == 7
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "runs/tiny").rglob("*.safetensors")}
 
 

@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 
 from ilrec_dist.cf.client import Meter, Pending
-from ilrec_dist.cf.folder import read_manifest
+from ilrec_dist.cf.folder import data_hash, read_code_order
 from ilrec_dist.cf.plan import num_rewards
 from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.trie import Trie
 
 RECORD = np.dtype([("target", "<i8"), ("offset", "<i8"), ("count", "<i4"), ("crc", "<u4")])
@@ -31,12 +32,12 @@ class Source(Protocol):
 
 
 def cache_folder(cf_folder: str | Path, prepared: Prepared) -> Path:
-    """Where rewards of these models, indexes, codes and histories are kept: the name is a hash over the contents of all of them."""
-    manifest = read_manifest(cf_folder)
-    digest = hashlib.sha256(json.dumps([manifest["catalogue"], sorted(manifest["sha256"].items())]).encode())
-    digest.update(np.ascontiguousarray(prepared.items, "<i4").tobytes())
-    digest.update(np.ascontiguousarray(prepared.offsets, "<i8").tobytes())
-    return Path(cf_folder) / "reward-cache" / digest.hexdigest()[:32]
+    """Where rewards of these models, indexes, codes and histories are kept: the name is a hash over the contents of all of them.
+
+    In the folder that is made for the codes, so that it goes when they do.
+    """
+    contents = json.dumps([read_code_order(cf_folder), data_hash(prepared)], sort_keys=True)
+    return Path(cf_folder) / CODE_ORDER / "reward-cache" / hashlib.sha256(contents.encode()).hexdigest()[:32]
 
 
 class CachedRewards:
@@ -44,7 +45,7 @@ class CachedRewards:
     else the source computes all of it, so that a repeated request has the same bits whether or not a part of it had been asked for before.
 
     Every process appends to two files of its own – values, then a record a target with its CRC-32 – and reads those of all. What a killed writer left
-    half-written has no record, or one whose sum is wrong; it is computed again.
+    half-written has no record, or one whose sum is wrong; it is computed again, and so is one with another number of rewards than the codes ask for.
     """
 
     def __init__(self, source: Source, folder: str | Path, prepared: Prepared, trie: Trie) -> None:
@@ -89,6 +90,10 @@ class CachedRewards:
         records = np.empty(len(targets), RECORD)
         for number in np.unique(files):
             records[files == number] = self._records[number][rows[files == number]]
+        right = records["count"] == num_rewards(self.trie, self.prepared.items[targets])
+        if not right.all():
+            self._place[targets[~right]] = -1
+            return None
         ends = np.cumsum(records["count"], dtype=np.int64)
         rewards = np.empty(int(ends[-1]) if len(ends) else 0, np.float32)
         whole = True

@@ -1,4 +1,4 @@
-"""The CF stage's folder: models, folds, item vectors in code order, and the manifest of hashes that is checked before any of them is used."""
+"""The CF folder: models and folds, in it what is made of them for one catalogue, and the manifests of hashes that are checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from safetensors.torch import save_file
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.config import CFConfig, config_to_dict
 from ilrec_dist.data.files import read_json_object, sha256_file, write_json
+from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HASHED_AT_ONCE = 1 << 22
 
 
 def save_model(folder: Path, which: str, model: SASRec) -> None:
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / f"{which}.safetensors")
 
 
-def write_manifest(folder: Path, config: CFConfig, num_items: int, catalogue: Catalogue | None) -> None:
-    """Name every file of the folder with its SHA-256; to be called last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    write_json(
-        folder / "manifest.json",
-        {
-            "version": FORMAT_VERSION,
-            "config": config_to_dict(config),
-            "items": num_items,
-            "catalogue": None if catalogue is None else catalogue_hash(catalogue),
-            "sha256": {str(path.relative_to(folder)): sha256_file(path) for path in files},
-        },
-    )
+def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """`entries`, and every file of the folder with its SHA-256; to be called last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(folder)): sha256_file(path) for path in files}
+    write_json(folder / "manifest.json", {"version": FORMAT_VERSION, **entries, "sha256": hashes})
+
+
+def models_manifest(config: CFConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the manifest of trained models says of them."""
+    return {"config": config_to_dict(config), "items": prepared.num_items, "data": data_hash(prepared)}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -43,6 +43,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder}: not a CF folder (no manifest.json); run `ilrec cf` first")
+    return _read(path)
+
+
+def read_code_order(folder: str | Path) -> dict[str, Any]:
+    """The manifest of what `write_code_order` wrote. Raises UserError when there is none, or it was made of other models than the CF folder's."""
+    path = Path(folder) / CODE_ORDER / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder}: made for no catalogue yet (no {CODE_ORDER}/manifest.json); run `ilrec cf` and `ilrec index` first")
+    manifest = _read(path)
+    if manifest["models"] != sha256_file(Path(folder) / "manifest.json"):
+        raise UserError(f"{path}: made of other models (the hash of the CF folder's manifest.json differs); run `ilrec cf` again")
+    return manifest
+
+
+def _read(path: Path) -> dict[str, Any]:
     manifest = read_json_object(path)
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec cf` again")
@@ -84,6 +99,17 @@ def load_folds(folder: str | Path) -> np.ndarray:
 def item_vectors(folder: str | Path) -> np.ndarray:
     """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads."""
     return load_cf(folder).items.weight.detach().numpy()
+
+
+def data_hash(prepared: Prepared) -> str:
+    """SHA-256 of all interactions and of what is training among them: of what was trained on, which `both_directions` makes of the data's own files."""
+    digest = hashlib.sha256()
+    arrays = [(prepared.items, "<i4"), (prepared.offsets, "<i8")] + ([] if prepared.places is None else [(prepared.places.ravel(), "<i4")])
+    for array, kind in arrays:
+        digest.update(f"{len(array)} ".encode())
+        for start in range(0, len(array), HASHED_AT_ONCE):  # the files stay mapped
+            digest.update(np.ascontiguousarray(array[start : start + HASHED_AT_ONCE], dtype=kind).data)
+    return digest.hexdigest()
 
 
 def catalogue_hash(catalogue: Catalogue) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ilrec_dist.cf.client import Meter, Pending
-from ilrec_dist.cf.folder import catalogue_hash, load_folds, read_manifest
+from ilrec_dist.cf.folder import catalogue_hash, data_hash, load_folds, read_code_order, read_manifest
 from ilrec_dist.cf.memory import RewardMemory, fits
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
@@ -23,6 +23,7 @@ from ilrec_dist.cf.segments import ragged_ranges, softmax_rows
 from ilrec_dist.cf.store import FoldScorer, in_memory, load_scorer
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -75,18 +76,26 @@ class TokenRewards:
     def open(
         cf_folder: str | Path, prepared: Prepared, catalogue: Catalogue, trie: Trie, shard: int | None = None, options: RewardOptions | None = None
     ) -> TokenRewards:
-        """Load what `train_cf` wrote; of a sharded catalogue the indexes of one shard, or of all (None).
+        """Load what `train_cf` and `write_code_order` wrote; of a sharded catalogue the indexes of one shard, or of all (None).
 
-        Raises UserError when a file's hash, the number of users or items, or the catalogue is not what the models were trained for.
+        Raises UserError when a file's hash, the data or the catalogue is not what the folder was made for, or when it has no such shard.
         """
-        manifest = read_manifest(cf_folder)
+        manifest, code_order = read_manifest(cf_folder), read_code_order(cf_folder)
         folds = load_folds(cf_folder)
         for what, found, expected in (("users", prepared.num_users, len(folds)), ("items", prepared.num_items, manifest["items"])):
             if found != expected:
                 raise UserError(f"{cf_folder}: its models were trained for {expected} {what}, the prepared data has {found}; run `ilrec cf` again")
-        if manifest["catalogue"] not in (None, catalogue_hash(catalogue)):
-            raise UserError(f"{cf_folder}: made for another catalogue (the hash in manifest.json differs); run `ilrec cf` again")
-        loaded = [load_scorer(cf_folder, f"fold{fold}", trie, shard, manifest) for fold in range(manifest["config"]["cf_folds"])]
+        if manifest["data"] != (given := data_hash(prepared)):
+            raise UserError(
+                f"{cf_folder}: its models were trained on other data of the same size (SHA-256 {manifest['data'][:16]}…, the prepared data has "
+                f"{given[:16]}…); run `ilrec cf` again"
+            )
+        if code_order["catalogue"] != catalogue_hash(catalogue):
+            raise UserError(f"{cf_folder}: made for another catalogue (the hash in {CODE_ORDER}/manifest.json differs); run `ilrec cf` and `ilrec index` again")
+        if shard is not None and (code_order["index"] == "scan" or shard >= code_order["shards"]):
+            what = "no index was written, the catalogue is scanned whole" if code_order["index"] == "scan" else f"written for {code_order['shards']}"
+            raise UserError(f"{cf_folder}: no shard {shard}: {what}; set cf.reward_shards and cf.reward_index, and run `ilrec cf` again")
+        loaded = [load_scorer(cf_folder, f"fold{fold}", trie, shard, code_order) for fold in range(manifest["config"]["cf_folds"])]
         return TokenRewards([model for model, _ in loaded], folds, prepared, catalogue, trie, [scorer for _, scorer in loaded], options)
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:

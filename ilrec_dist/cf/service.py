@@ -15,9 +15,10 @@ import faiss
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from ilrec_dist.cf.client import Meter, Pending
+from ilrec_dist.cf.folder import read_code_order
 from ilrec_dist.cf.rewards import Part, TokenRewards, merge
 from ilrec_dist.data.directions import both_directions
 from ilrec_dist.data.prepared import load_prepared
@@ -77,9 +78,12 @@ def reward_actors(
 
     With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They are spread over the cluster's nodes, ask for no CPUs of
     Ray's, which the training workers hold, and end with the block or with the job that started them. `backwards` as `data.both_directions`.
-    Raises UserError when one cannot load (a folder that is damaged or belongs to other data) and ValueError when the name is taken.
+    Raises UserError when one cannot load (a folder that is damaged or belongs to other data, or to another number of shards) and ValueError when the name is
+    taken.
     """
     cf, prepared, catalogue = (Path(folder).resolve() for folder in (cf_folder, prepared_folder, catalogue_folder))
+    if shards > 1 and (written := read_code_order(cf)["shards"]) != shards:
+        raise UserError(f"{cf}: written for {written} shards, not {shards}; set cf.reward_shards and cf.reward_index, and run `ilrec cf` again")
     kind: Any = ray.remote(RewardActor)
     actors = []
     for replica in range(replicas):
@@ -104,7 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 class RewardClient:
-    """Sends each request to the next replica, and again, to the one after it, when an actor dies or stays silent for `timeout` seconds.
+    """Sends each request to the next replica, and again, to the one after it, when an actor or its node dies or stays silent for `timeout` seconds.
 
     Any process of the Ray job can make one. The rewards depend neither on which replica answers nor on retries. With shards, every shard of a
     replica is asked and the parts are merged. Raises UserError when no such actors run in this job.
@@ -150,7 +154,7 @@ class RewardClient:
             try:
                 answers: list[Any] = ray.get(references, timeout=self.timeout)
                 return merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])  # a copy: Ray's own array is read-only
-            except (RayActorError, GetTimeoutError) as error:
+            except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # lost: it was computed, and its node died before it was taken
                 failure = type(error).__name__
             if attempt < self.retries:
                 self.meter.retries += 1

@@ -1,4 +1,4 @@
-"""One fold's scorer: its SASRec and its item vectors in code order; of a large catalogue fp16 on disk, with nearest-item indexes and cell moments."""
+"""One fold's scorer: its SASRec and its item vectors in code order; of a large catalogue on disk, with nearest-item indexes and cell moments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ilrec_dist.cf.folder import checked_file, load_cf
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import CellMoments, cell_moments
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -35,7 +36,7 @@ class LargeCatalogue:
 class FoldScorer:
     """Scores any range of the code-ordered catalogue with one fold's model."""
 
-    vectors: torch.Tensor  # [n, d], fp32, or fp16 when memory-mapped
+    vectors: torch.Tensor  # [n, d], fp32, or fp16 where the index is an approximate one
     bias: torch.Tensor | None  # fp32 [n], −inf where the model knows no such item; None when it knows all
     large: LargeCatalogue | None = None
 
@@ -82,16 +83,18 @@ def shard_nodes(trie: Trie, shards: int) -> list[tuple[int, int]]:
 
 
 def write_store(folder: Path, table: torch.Tensor, known: torch.Tensor, trie: Trie, kind: str, shards: int = 1, prefix_items: int = PREFIX_ITEMS) -> None:
-    """Write one fold's store into a new folder: vectors.npy (fp16, code order), known.npy, index-S.faiss per shard, moments-P.npz per depth.
+    """Write one fold's store into a new folder: vectors.npy (code order), known.npy, index-S.faiss per shard, moments-P.npz per depth.
 
-    table [num_items, d] and known bool [num_items] by item index; kind as of `ann.build_index`.
+    table [num_items, d] and known bool [num_items] by item index; kind as of `ann.build_index`. Vectors are rounded to fp16, except for the flat
+    index, which is there to be exact.
     """
     folder.mkdir()
     order = trie.catalogue.items
     known_here = known.numpy()[order]
-    vectors = np.lib.format.open_memmap(folder / "vectors.npy", mode="w+", dtype=np.float16, shape=(len(order), table.shape[1]))
+    kept = np.float32 if kind == "flat" else np.float16
+    vectors = np.lib.format.open_memmap(folder / "vectors.npy", mode="w+", dtype=kept, shape=(len(order), table.shape[1]))
     for start in range(0, len(order), 1 << 18):
-        vectors[start : start + (1 << 18)] = table[torch.from_numpy(order[start : start + (1 << 18)].astype(np.int64))].detach().half().numpy()
+        vectors[start : start + (1 << 18)] = table[torch.from_numpy(order[start : start + (1 << 18)].astype(np.int64))].detach().numpy()
     vectors.flush()
     np.save(folder / "known.npy", known_here)
     ranges = shard_nodes(trie, shards)
@@ -138,14 +141,14 @@ def _known_positions(known: np.ndarray, trie: Trie, first: int, stop: int) -> np
     return (np.flatnonzero(known[low:high]) + low).astype(np.int32)
 
 
-def load_scorer(cf_folder: str | Path, which: str, trie: Trie, shard: int | None, manifest: dict[str, Any]) -> tuple[SASRec, FoldScorer]:
-    """A fold's model and its scorer: from the store where `train_cf` wrote one, else in memory. Every file read is checked against its hash."""
-    folder = Path(cf_folder)
-    stored = [name for name in manifest["sha256"] if name.startswith(f"{which}/")]
+def load_scorer(cf_folder: str | Path, which: str, trie: Trie, shard: int | None, code_order: dict[str, Any]) -> tuple[SASRec, FoldScorer]:
+    """A fold's model and its scorer: from the store that the manifest `code_order` names, or in memory. Every file read is checked against its hash."""
+    stored = [name for name in code_order["sha256"] if name.startswith(f"{which}/")]
     if not stored:
-        model = load_cf(folder, which)
+        model = load_cf(cf_folder, which)
         return model, in_memory(model.items.weight, model.known, trie.catalogue)
+    folder = Path(cf_folder) / CODE_ORDER
     for name in stored:
         if shard is None or not name.endswith(".faiss") or name.endswith(f"index-{shard}.faiss"):
-            checked_file(folder, name, manifest)
-    return load_cf(folder, which, table=False), open_store(folder / which, trie, shard)
+            checked_file(folder, name, code_order)
+    return load_cf(cf_folder, which, table=False), open_store(folder / which, trie, shard)

@@ -9,21 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
+from ilrec_dist.cf.code_order import index_kind, write_code_order
 from ilrec_dist.cf.fit import Histories, Progress, mean_log_probability, train_model
-from ilrec_dist.cf.folder import save_model, write_manifest
+from ilrec_dist.cf.folder import models_manifest, save_model, write_manifest
 from ilrec_dist.cf.model import SASRec
-from ilrec_dist.cf.store import write_store
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.files import committed_folder, write_json
 from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.items.trie import Trie
-
-SCAN_ITEMS = 65_536  # up to so many items rewards scan the whole catalogue for every target
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
@@ -40,13 +35,12 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
 
     Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a model to which they do not exist: its item counts, batches,
     random numbers and early stopping come from the other users alone. With cf_folds = 1 there are no others: the one model has seen every target.
-    `catalogue` gives the code order of item_embeddings.npy and items.faiss; without it (codes yet to be built from these vectors) they are left
-    out, and with them the stores of a large catalogue (`index_kind`). `progress` is called after each epoch with model, epoch, epochs, loss,
-    ndcg@10 (validation) and seconds.
+    With a catalogue also what `write_code_order` makes for it, which rewards need; it may be called later as well. `progress` is called after each
+    epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds.
     Deterministic for a seed and a number of torch threads. Raises UserError when a fold leaves too few users to train on.
     """
     started = time.perf_counter()
-    kind = index_kind(config, prepared.num_items)
+    index_kind(config, prepared.num_items)  # what cannot be served is refused before it is trained
     histories = Histories(prepared.items, prepared.offsets[:-1], prepared.train_lengths(), prepared.target_places("validation"))
     folds = user_folds(prepared.user_ids, config.cf_folds)
     with committed_folder(out) as work:
@@ -65,26 +59,12 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
             models.append(model)
         np.save(work / "folds.npy", folds.astype(np.int32))
         report["log_p"] = _log_probabilities(histories, folds, full, models)
-        if catalogue is not None:
-            _write_code_order(work, full, catalogue)
-            if kind != "scan":
-                trie = Trie(catalogue)
-                for fold, model in enumerate(models):
-                    write_store(work / f"fold{fold}", model.items.weight, model.known, trie, kind, config.reward_shards)
         report["seconds"] = time.perf_counter() - started
         write_json(work / "report.json", report)
-        write_manifest(work, config, prepared.num_items, catalogue)
+        write_manifest(work, models_manifest(config, prepared))
+        if catalogue is not None:
+            write_code_order(config, work, catalogue)
     return report
-
-
-def index_kind(config: CFConfig, num_items: int) -> str:
-    """What `reward_index: auto` comes to for a catalogue of that size. Raises UserError when it cannot be sharded."""
-    kind = config.reward_index
-    if kind == "auto":
-        kind = "scan" if num_items <= SCAN_ITEMS else "ivf_pq"
-    if kind == "scan" and config.reward_shards > 1:
-        raise UserError(f"cf.reward_shards {config.reward_shards}: a catalogue of {num_items} items is scanned whole; set it to 1, or choose a cf.reward_index")
-    return kind
 
 
 def _users(histories: Histories, chosen: np.ndarray) -> Histories:
@@ -114,11 +94,3 @@ def _pool(parts: list[dict[str, float]]) -> dict[str, float]:
     known = sum(part["targets"] * part["known_share"] for part in parts)
     log_p = sum(part["mean_log_p"] * part["targets"] * part["known_share"] for part in parts)
     return {"mean_log_p": log_p / max(1.0, known), "targets": targets, "known_share": known / max(1, targets)}
-
-
-def _write_code_order(folder: Path, model: SASRec, catalogue: Catalogue) -> None:
-    vectors = np.ascontiguousarray(model.items.weight.detach().numpy()[catalogue.items])
-    np.save(folder / "item_embeddings.npy", vectors)
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    faiss.write_index(index, str(folder / "items.faiss"))

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.data.files import committed_folder, read_json_object, write_json
+from ilrec_dist.data.files import committed_folder, read_json_object, stream_json_object, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.build import catalogue_report
+from ilrec_dist.items.build import ATOMIC, catalogue_report
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.embeddings import item_documents, text_vectors
@@ -33,21 +33,26 @@ def add_items(
     New items get the item indices that follow the old ones, in the order given. Each takes the nearest centroid at every level but the last, and at the
     last the nearest code that no item of its prefix holds; new items of one prefix share its free codes out at the least total distance.
     new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
+    Where an item is one token of its own (items.form atomic) there is nothing to be near to: new items take new tokens behind the old ones, and need neither.
     Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
     """
     old = Catalogue.load(folder)
-    old_ids = list(read_json_object(Path(folder) / "index.json"))
+    old_ids = [item for item, _ in stream_json_object(Path(folder) / "index.json")]  # without the codes, which are most of it
     known = set(old_ids)
     for item in new_ids:
         if item in known:
             raise UserError(f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; leave it out")
         known.add(item)
-    old_vectors, new_vectors = vectors if vectors is not None else _text_vectors(folder, prepared, new_documents)
-    if len(old_vectors) != old.num_items or len(new_vectors) != len(new_ids):
-        raise UserError(f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items")
     codes, sizes = old.codes(), [stop - start for start, stop in old.level_ranges]
-    books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
-    added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
+    if old.level_names == (ATOMIC,):
+        added = np.arange(sizes[0], sizes[0] + len(new_ids), dtype=np.int32)[:, None]
+        sizes = [sizes[0] + len(new_ids)]
+    else:
+        old_vectors, new_vectors = vectors if vectors is not None else _text_vectors(folder, prepared, new_documents)
+        if len(old_vectors) != old.num_items or len(new_vectors) != len(new_ids):
+            raise UserError(f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items")
+        books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
+        added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
     catalogue = make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
     before = read_json_object(Path(folder) / "report.json")
     report = {

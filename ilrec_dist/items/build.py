@@ -18,6 +18,8 @@ from ilrec_dist.items.embeddings import item_documents, item_vectors, text_vecto
 from ilrec_dist.items.index_file import read_index, write_index
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_codes
 
+ATOMIC = "item"  # the name of the one level of a catalogue whose items are a token each
+
 
 def input_files(config: ItemsConfig) -> list[Path]:
     """Files whose bytes decide whether the stage must run again; raises UserError when one is missing."""
@@ -64,7 +66,7 @@ def _codes(
 ) -> tuple[np.ndarray, list[int], list[str], np.ndarray | None, Codebooks | None]:
     """(codes, level sizes, level names, and where codes were built the vectors and codebooks)."""
     if config.form == "atomic":
-        return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], ["item"], None, None
+        return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], [ATOMIC], None, None
     if config.index:
         return *read_index(require_file(config.index, "items.index"), prepared.item_ids), None, None
     vectors = item_vectors(config, prepared, cf_embeddings)

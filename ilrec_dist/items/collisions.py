@@ -61,7 +61,8 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
     Where no prefix of all but the last level holds more items than the last level has codes: within each prefix that has collisions, the items that
     collide are assigned to the codes that no other item of the prefix holds, at the least total increase in squared distance to the codes' centroids
     (codes without a centroid cost as much as the farthest known one; without vectors every move costs the same). Items that collide with none keep their
-    codes, and of those that collide one keeps it. Otherwise a level is added that numbers the items of each tuple in index order.
+    codes, and so does mostly one of those that share a tuple; now and then the total is smaller when an item of another tuple takes that code. Otherwise a
+    level is added that numbers the items of each tuple in index order.
     """
     group, sizes = tuple_groups(codes)
     if (sizes <= 1).all():

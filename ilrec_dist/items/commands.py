@@ -37,13 +37,25 @@ def add_to_index(run: Path, items: Path, out: Path, vectors: tuple[Path, Path] |
         raise UserError(f"{run}: not a run folder with an index (no items/catalogue.json); run `ilrec index build CONFIG` first")
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another folder")
-    table = read_item_table(DataConfig(items_path=str(require_file(items, "--items"))))
-    assert table is not None
-    rows = table.to_pydict()
+    rows = _new_items(require_file(items, "--items"))
     documents = [f"{title or ''} {text or ''}" for title, text in zip(rows["title"], rows["text"], strict=True)]
     given = None if vectors is None else (_vectors(vectors[0]), _vectors(vectors[1]))
     add_items(folders.items, load_prepared(folders.data), rows["id"], out, documents, given)
     return report_index(out)
+
+
+def _new_items(path: Path) -> dict[str, list[str]]:
+    """The table's columns id, title and text."""
+    try:
+        table = read_item_table(DataConfig(items_path=str(path)))
+    except UserError as error:  # the reader names the key by which a run is given such a table
+        raise UserError(str(error).replace("data.items_path", "--items")) from None
+    assert table is not None
+    rows: dict[str, list[str]] = table.to_pydict()
+    empty = next((row for row, item in enumerate(rows["id"], start=1) if not item), None)
+    if empty is not None:
+        raise UserError(f"{path}: row {empty} has no item id (--items)")
+    return rows
 
 
 def _vectors(path: Path) -> np.ndarray:

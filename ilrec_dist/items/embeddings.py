@@ -51,7 +51,8 @@ def text_vectors(documents: Sequence[str], dim: int, seed: int, new: Sequence[st
     fewer terms. Deterministic for one seed.
     """
     if model is not None:
-        return model_vectors(documents, model), model_vectors(new, model)
+        fitted = model_vectors(documents, model)
+        return fitted, model_vectors(new, model) if len(new) else fitted[:0]
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class World:
     def rewards(self, prepared: Prepared | None = None, cf: Path | None = None) -> TokenRewards:
         return TokenRewards.open(cf or self.cf, prepared or self.prepared, self.catalogue, self.trie)
 
+    def rewards_of_others(self, prepared: Prepared) -> TokenRewards:
+        """By the models of this data for histories that they were not trained on, which `open` refuses."""
+        own = self.rewards()
+        return TokenRewards(own.models, own.folds, prepared, self.catalogue, self.trie, own.scorers)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -65,3 +71,12 @@ def with_sequence(prepared: Prepared, user: int, sequence: np.ndarray) -> Prepar
     items = prepared.items.copy()
     items[prepared.offsets[user] : prepared.offsets[user + 1]] = sequence
     return replace(prepared, items=items)
+
+
+def documented_metrics() -> set[str]:
+    """The names in the table of docs/scaling.md, `_p95` standing for the name before it with that end."""
+    text, names = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(), []
+    for row in re.findall(r"^\| (`rewards/.*?) \|", text, re.MULTILINE):
+        for name in re.findall(r"`(.*?)`", row):
+            names.append(name if "/" in name else names[-1].rpartition("_")[0] + name)
+    return set(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import pytest
 
 from ilrec_dist.cf.cache import RECORD, CachedRewards, cache_folder
 from ilrec_dist.cf.client import Meter
-from tests.cf.conftest import World, training_targets, with_sequence
+from ilrec_dist.cf.code_order import write_code_order
+from ilrec_dist.cf.rewards import TokenRewards
+from ilrec_dist.cf.train import train_cf
+from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.trie import Trie
+from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
 
 
 class Nobody:
@@ -80,12 +86,26 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
 
 def test_other_contents_have_another_place(world: World, tmp_path: Path) -> None:
     here = cache_folder(world.cf, world.prepared)
-    assert here == cache_folder(world.cf, replace(world.prepared)) and here.parent == world.cf / "reward-cache"
+    assert here == cache_folder(world.cf, replace(world.prepared)) and here.parent == world.cf / "code-order" / "reward-cache"
     sequence = world.prepared.sequence(0)[::-1]
     assert cache_folder(world.cf, with_sequence(world.prepared, 0, sequence)) != here
-    manifest = (world.cf / "manifest.json").read_text()
-    (tmp_path / "manifest.json").write_text(manifest.replace('"fold0.safetensors": "', '"fold0.safetensors": "0'))
-    assert cache_folder(tmp_path, world.prepared).name != here.name
+    shutil.copytree(world.cf, tmp_path / "cf", ignore=shutil.ignore_patterns("reward-cache"))
+    assert cache_folder(tmp_path / "cf", world.prepared).name == here.name
+    codes = world.catalogue.codes()
+    write_code_order(CONFIG, tmp_path / "cf", make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2]))
+    assert cache_folder(tmp_path / "cf", world.prepared).name != here.name
+    train_cf(replace(CONFIG, seed=1, epochs=1), world.prepared, world.catalogue, tmp_path / "cf")
+    assert cache_folder(tmp_path / "cf", world.prepared).name != here.name
+
+
+def test_rewards_of_other_codes_are_not_taken(world: World, tmp_path: Path) -> None:
+    """A folder that another catalogue's rewards were stored in, which its name should rule out: as many rewards as these codes ask for, or none."""
+    filled(world, tmp_path)
+    codes = world.catalogue.codes()
+    catalogue = make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2])
+    source, batch = TokenRewards(world.rewards().models, world.rewards().folds, world.prepared, catalogue, Trie(catalogue)), batches(world)[0]
+    cached = CachedRewards(source, tmp_path, world.prepared, source.trie)
+    assert np.array_equal(cached.fetch_async(*batch).result(), source.fetch(*batch)) and cached.meter.cached == 0
 
 
 def test_the_source_s_errors_store_nothing(world: World, tmp_path: Path) -> None:

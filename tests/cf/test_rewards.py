@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ilrec_dist.cf import scan as scan_module
-from ilrec_dist.cf.folder import load_cf, load_folds
+from ilrec_dist.cf.folder import data_hash, load_cf, load_folds
 from ilrec_dist.cf.model import window_starts
 from ilrec_dist.cf.plan import num_rewards
 from ilrec_dist.cf.rewards import TokenRewards
 from ilrec_dist.cf.segments import child_shares, ragged_ranges
+from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
@@ -76,7 +77,7 @@ def test_nothing_at_or_after_the_target_changes_a_bit(world: World) -> None:
     for cut in (1, 3, len(sequence) - 2):
         shuffled = np.concatenate([sequence[:cut], np.roll(sequence[cut:], 1)])
         shuffled[cut:] = rng.permutation(shuffled[cut:])
-        altered = world.rewards(with_sequence(world.prepared, user, shuffled))
+        altered = world.rewards_of_others(with_sequence(world.prepared, user, shuffled))
         early = positions[:cut]
         before = world.rewards().fetch(np.full(len(positions), user), positions)
         after = altered.fetch(np.full(len(positions), user), positions)
@@ -126,6 +127,12 @@ def test_one_level_and_a_thread(world: World) -> None:
     assert rewards.meter.summary()["answers"] == 1
 
 
+def chronological(prepared: Prepared) -> np.ndarray:
+    """The places of a split that trains on all but the last three of each user: the same interactions, another training part."""
+    lengths = prepared.lengths().astype(np.int32)
+    return np.stack([np.maximum(lengths - 3, 0), lengths - 2, lengths - 1])
+
+
 def test_refusals(world: World) -> None:
     rewards = world.rewards()
     for position in (0, len(world.prepared.sequence(0))):
@@ -134,6 +141,10 @@ def test_refusals(world: World) -> None:
     fewer = replace(world.prepared, offsets=world.prepared.offsets[:-1])
     with pytest.raises(UserError, match="users"):
         world.rewards(fewer)
+    for others in (with_sequence(world.prepared, 3, world.prepared.sequence(3)[::-1]), replace(world.prepared, places=chronological(world.prepared))):
+        known, given = data_hash(world.prepared)[:16], data_hash(others)[:16]
+        with pytest.raises(UserError, match=rf"trained on other data of the same size \(SHA-256 {known}…, the prepared data has {given}…\)"):
+            world.rewards(others)
     other = make_catalogue(np.zeros((world.prepared.num_items, 3), int), [4, 4, 4])
     with pytest.raises(UserError, match="another catalogue"):
         TokenRewards.open(world.cf, world.prepared, other, Trie(other))

@@ -19,7 +19,7 @@ from ilrec_dist.cf.train import train_cf
 from ilrec_dist.data.directions import both_directions
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import make_catalogue
-from tests.cf.conftest import CONFIG, World, training_targets
+from tests.cf.conftest import CONFIG, World, documented_metrics, training_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,7 +59,9 @@ def test_same_bits_as_in_process_and_counters_equal_what_was_consumed(client: Re
     assert after["targets"] - before["targets"] == consumed
     assert after["rows"] - before["rows"] == consumed * world.trie.depth
     assert after["calls"] - before["calls"] == len(pending)
-    assert client.meter.summary()["answers"] >= len(pending) and client.meter.summary()["latency_p99"] > 0
+    summary = client.meter.summary()
+    assert summary["answers"] >= len(pending) and summary["latency_p99"] > 0 and 0 <= summary["queue_depth"] <= len(pending)
+    assert {f"rewards/{name}" for name in summary} == documented_metrics() - {"rewards/coverage"}  # the loss's, which no actor knows of
 
 
 def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, world: World) -> None:
@@ -108,7 +110,7 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(session: None, world:
     with pytest.raises(UserError, match="made for another catalogue"), reward_actors(world.cf, world.data, tmp_path / "other", name="other"):
         pass
     train_cf(replace(CONFIG, epochs=1, reward_index="flat"), world.prepared, world.catalogue, tmp_path / "cf")
-    for name in ("fold1.safetensors", "fold1/index-0.faiss"):  # the CF model and the index
+    for name in ("fold1.safetensors", "code-order/fold1/index-0.faiss"):  # the CF model and the index
         path = tmp_path / "cf" / name
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -125,6 +127,8 @@ def test_shards_are_merged(session: None, world: World, tmp_path: Path) -> None:
         client, batch = RewardClient("shards", shards=2), batches(world)[0]
         np.testing.assert_allclose(client.fetch_async(*batch).result(), world.rewards(cf=tmp_path / "cf").fetch(*batch), atol=1e-6)
         assert client.counters()["rows"] == len(batch[0]) * world.trie.depth
+    with pytest.raises(UserError, match="written for 2 shards, not 3"), reward_actors(tmp_path / "cf", world.data, world.items, name="thirds", shards=3):
+        pass
 
 
 def test_actors_know_the_histories_read_backwards(session: None, world: World, tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def test_report_gives_the_three_log_probabilities(world: World) -> None:
 
 
 def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
-    vectors = np.load(world.cf / "item_embeddings.npy")
+    vectors = np.load(world.cf / "code-order" / "item_embeddings.npy")
     assert np.array_equal(vectors, item_vectors(world.cf)[world.catalogue.items])
-    index = faiss.read_index(str(world.cf / "items.faiss"))
+    index = faiss.read_index(str(world.cf / "code-order" / "items.faiss"))
     scores, found = index.search(vectors[:5], 3)
     np.testing.assert_allclose(scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5)
     assert found.max() < world.prepared.num_items

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from ilrec_dist.cf.folder import catalogue_hash
 from ilrec_dist.config import ItemsConfig
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
@@ -50,6 +51,21 @@ def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
     with pytest.raises(UserError, match="1 and 2 vectors for 16 old and 1 new items"):
         add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new", vectors=(np.zeros((1, 2)), np.zeros((2, 2))))
     assert not (tmp_path / "new").exists()
+
+
+def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
+    prepared = built(tmp_path, n=12, form="atomic")
+    add_items(tmp_path / "old", prepared, ["x", "y"], tmp_path / "new")
+    old, new = Catalogue.load(tmp_path / "old"), Catalogue.load(tmp_path / "new")
+    assert new.level_ranges == ((1, 15),) and new.item_tokens(np.arange(14)).ravel().tolist() == list(range(1, 15))
+    assert (new.item_tokens(np.arange(12)) == old.item_tokens(np.arange(12))).all()
+    index = json.loads((tmp_path / "new" / "index.json").read_text())
+    assert list(index.items())[-2:] == [("x", ["<item_12>"]), ("y", ["<item_13>"])]
+    assert catalogue_hash(new) != catalogue_hash(old)  # by which a model is refused codes that it was not trained with
+    more = Prepared(prepared.items, prepared.offsets, ["u"], [*prepared.item_ids, "x", "y"])
+    build_index(ItemsConfig(index=str(tmp_path / "new" / "index.json")), more, tmp_path / "given")
+    add_items(tmp_path / "given", more, ["z"], tmp_path / "newer")
+    assert Catalogue.load(tmp_path / "newer").codes().ravel().tolist() == list(range(15))
 
 
 def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):

@@ -9,6 +9,7 @@ from ilrec_dist.config import config_to_dict
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.pipeline import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
+from tests.cf.conftest import documented_metrics
 from tests.helpers import run_distributed
 from tests.training.conftest import tiny_config
 from tests.training.test_training import train_here
@@ -25,6 +26,7 @@ def test_atomic_ids_train_and_decode_and_stored_rewards_have_the_same_bits(tmp_p
         logs.append(read_metrics(tmp_path / name))
     assert max(line.get("validation/ndcg@10", 0.0) for line in logs[0]) > 0.02, "decoding finds targets: 60 items, and 10 of them are looked at"
     last, last_again = ([line for line in log if "rewards/answers" in line][-1] for log in logs)
+    assert documented_metrics() <= last.keys()
     assert last["loss/crr"] > 0 and last["rewards/coverage"] > 0.9
     assert last["rewards/answers"] == 14 and last["rewards/cached"] >= 2, "the second epoch reads what the first computed, but for what is asked ahead"
     assert last_again["rewards/cached"] == last_again["rewards/answers"] == last["rewards/answers"]

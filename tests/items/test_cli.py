@@ -63,6 +63,12 @@ def test_add_refuses_what_it_cannot_use(place, capsys, tmp_path):
     out = ["--out", tmp_path / "out"]
     assert "gone.csv: no such file (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "gone.csv", *out)
     assert "not a run folder with an index" in refused(capsys, "index", "add", tmp_path, "--items", tmp_path / "new.csv", *out)
+    (tmp_path / "untitled.csv").write_text("item,name\nn1,Oak table\n")
+    assert "no column 'title' (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "untitled.csv", *out)
+    (tmp_path / "nameless.csv").write_text("item,title\nn1,Oak table\n,Elm table\n")
+    assert "nameless.csv: row 2 has no item id (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.csv", *out)
+    pq.write_table(pa.table({"item": [None, "n1"], "title": ["Elm table", "Oak table"]}), tmp_path / "nameless.parquet")
+    assert "nameless.parquet: row 1 has no item id" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.parquet", *out)
     np.save(tmp_path / "few.npy", np.zeros((3, 4)))
     assert "3 and 3 vectors for 60 old and 1 new items" in refused(
         capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", *out, "--vectors", tmp_path / "few.npy", tmp_path / "few.npy"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, PreTrainedTokenizerFast, T5Config, T5Model
+from transformers import AutoModel, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 from ilrec_dist.config import ItemsConfig
 from ilrec_dist.errors import UserError
@@ -53,9 +53,12 @@ def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
         assert np.allclose(model_vectors(TEXTS, model_folder, batch), expected, atol=1e-5)
 
 
-def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_folder, tmp_path):
+def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_folder, tmp_path, monkeypatch):
     config = ItemsConfig(text_model=str(model_folder), levels=1, codes_per_level=4)
+    loads, load = [], AutoModel.from_pretrained
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *given, **options: loads.append(given) or load(*given, **options))
     report = build_index(config, toy(titles=TEXTS), tmp_path / "out")
+    assert len(loads) == 1, "not once more for the new items, of which there are none"
     assert report["collisions"]["after"]["items"] == 0
     assert {"config.json", "model.safetensors"} <= {path.name for path in input_files(config)}
     with pytest.raises(UserError, match="items.text_model: .* is not a model folder"):

@@ -1,0 +1,51 @@
+"""What the rewards stage makes of trained models for one catalogue: item vectors in code order, and a large catalogue's stores (METHOD.md §5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from ilrec_dist.cf.folder import catalogue_hash, item_vectors, load_cf, read_manifest, write_manifest
+from ilrec_dist.cf.store import write_store
+from ilrec_dist.config import CFConfig
+from ilrec_dist.data.files import committed_folder, sha256_file
+from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+
+SCAN_ITEMS = 65_536  # up to so many items rewards scan the whole catalogue for every target
+
+
+def index_kind(config: CFConfig, num_items: int) -> str:
+    """What `reward_index: auto` comes to for a catalogue of that size. Raises UserError when it cannot be sharded."""
+    kind = config.reward_index
+    if kind == "auto":
+        kind = "scan" if num_items <= SCAN_ITEMS else "ivf_pq"
+    if kind == "scan" and config.reward_shards > 1:
+        raise UserError(f"cf.reward_shards {config.reward_shards}: a catalogue of {num_items} items is scanned whole; set it to 1, or choose a cf.reward_index")
+    return kind
+
+
+def write_code_order(config: CFConfig, cf_folder: str | Path, catalogue: Catalogue) -> None:
+    """Write the folder `code-order` into that of the trained models: item_embeddings.npy and items.faiss of the model of all users, a store per fold
+    unless the catalogue is scanned (`index_kind`), and the manifest that ties them to catalogue and models. Whole or not at all.
+
+    Apart from the training, so that codes may be built from the models' own vectors, and other codes or another index train nothing again.
+    """
+    kind, folder = index_kind(config, catalogue.num_items), Path(cf_folder)
+    with committed_folder(folder / CODE_ORDER) as work:
+        vectors = np.ascontiguousarray(item_vectors(folder)[catalogue.items])
+        np.save(work / "item_embeddings.npy", vectors)
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        faiss.write_index(index, str(work / "items.faiss"))
+        if kind != "scan":
+            trie = Trie(catalogue)
+            for fold in range(read_manifest(folder)["config"]["cf_folds"]):
+                model = load_cf(folder, f"fold{fold}")
+                write_store(work / f"fold{fold}", model.items.weight, model.known, trie, kind, config.reward_shards)
+        models = sha256_file(folder / "manifest.json")
+        write_manifest(work, {"catalogue": catalogue_hash(catalogue), "models": models, "index": kind, "shards": config.reward_shards})
