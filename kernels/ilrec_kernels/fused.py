@@ -46,7 +46,8 @@ def collect(plan: Plan, chunk: Chunk) -> None:
 
 
 def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here)."""
+    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here); but rows of up to
+    GATE_CAPACITY candidates keep them all."""
     from ilrec_kernels import dense_triton
 
     row, column, value, counts = dense_triton.gate(source, bar, position)

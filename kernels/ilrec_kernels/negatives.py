@@ -79,6 +79,10 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
         stats.ensemble_target[mine] = mean(stack[:, mine, position[mine]])
         bar = candidate_bar(p, chunk, stats, early)
         row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1, plan.budget)
+        if p.group is not None:  # the gate lists more than the exchange has room for; alone, the selection itself comes next
+            keep, _ = keep_largest(row, ensemble, chunk.n, p.options.max_negatives + 1, plan.budget)
+            if keep is not None:
+                row, column, ensemble = row.take(keep), column.take(keep), ensemble.take(keep)
     else:
         value = chunk.spare(len(columns)) if not plan.fused else source.new_empty(chunk.n, len(columns))
         for rows in plan.tiles(chunk.n, len(columns)):

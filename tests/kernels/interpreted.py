@@ -9,7 +9,9 @@ import pytest
 import torch
 from ilrec_kernels import chunked, cross_layer_loss, problem, sliced
 
+from tests.helpers import run_distributed
 from tests.kernels.cases import assert_close, make_case, run_case
+from tests.kernels.test_parallel import sharded, whole
 
 SETTINGS: list[dict[str, Any]] = [
     dict(),
@@ -31,6 +33,17 @@ SETTINGS: list[dict[str, Any]] = [
 def test_agrees_with_the_reference(settings):
     case = make_case(**{"n": 11, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
     assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("edges", [[0, 32, 64], [0, 61, 61]])
+def test_shards_agree_with_the_reference(edges):
+    """The gate lists more candidates of a row than the ranks exchange."""
+    base: dict[str, Any] = dict(n=7, max_negatives=5, mu=0.5, crr_lambda=0.3)
+    dense = dict(negative_scope="all", distill_scope="all")
+    cases = [make_case(**base), make_case(**dense, **base), make_case(negative_scope="all", negative_threshold=1e-3, **base)]
+    ranks = run_distributed(sharded, 2, 2, cases, edges, "triton")
+    for i, case in enumerate(cases):
+        assert_close(whole([r[i] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5)
 
 
 @pytest.mark.parametrize("distill", ["item_tokens", "all"])
