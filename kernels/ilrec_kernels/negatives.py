@@ -23,7 +23,7 @@ def target_ensemble(p: Problem, plan: Plan) -> Tensor:
     owned = (y >= 0) & (y < p.stop - p.start)
     mine = owned.nonzero().flatten()
     out = torch.zeros(p.n, dtype=p.dtype, device=p.targets.device)
-    for part in mine.split(max(1, plan.budget // (8 * p.head.shape[1]))):
+    for part in mine.split(max(1, plan.budget // (16 * p.head.shape[1]))):
         w = p.head[y[part]].to(p.dtype)
         out[part] = sum(torch.linalg.vecdot(h[part].to(p.dtype), w) for h in sources) / len(sources)  # type: ignore[assignment]
     dist.all_reduce(out, group=p.group)

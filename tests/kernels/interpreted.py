@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ilrec_kernels import chunked, cross_layer_loss, problem, sliced
+from ilrec_kernels import chunked, cross_layer_loss, fused, problem, sliced
 
 from tests.helpers import run_distributed
 from tests.kernels.cases import assert_close, make_case, run_case
 from tests.kernels.test_parallel import sharded, whole
+from tests.kernels.test_workspace import live_bytes
 
 SETTINGS: list[dict[str, Any]] = [
     dict(),
@@ -96,6 +97,23 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
     for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
         if a is not None and b is not None:
             assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
+
+
+@pytest.mark.parametrize("d,longest", [(96, 20), (16, 200)])
+def test_the_sliced_regime_keeps_to_the_workspace(d, longest, monkeypatch):
+    """Wide rows and long lists: as few chunks as there is room for, and slices as wide as is left."""
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 250)
+    spans, widths = [], []
+    collect, turn = sliced.collect, fused.turn
+    monkeypatch.setattr(sliced, "collect", lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk))
+    monkeypatch.setattr(fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest))
+    n, v, workspace = 128, 1100, 300_000
+    mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, workspace_bytes=workspace, mu=0.5, crr_lambda=0.3), "triton")
+    assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
+    plan = spans[0][0]
+    assert len(spans) <= -(-n // plan.rows) + 1 and sum(rows for _, rows in spans) == n
+    assert len(widths) == len(spans) * -(-v // plan.slice_columns) and max(widths) == plan.slice_columns >= 128
+    assert mode.peak >= workspace / 2  # what is there is used
 
 
 @pytest.mark.parametrize(
