@@ -43,7 +43,7 @@ def tile_logits(x, w, rows, columns, n, c, d, stride_x, stride_w, ROWS: tl.const
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "c", "low", "high", "m", "stride_split"])  # one form for all sizes: those for particular ones spill
 def forward_kernel(
     x, w, targets, out, n, c, d, low, high, m, stride_stream, stride_x, stride_w, stride_split,
     DISTILL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,

@@ -56,9 +56,18 @@ def test_half_precision_gradients_are_rounded_once(distill):
         assert (a.double() - b.double()).norm() <= 5e-3 * b.double().norm()
 
 
-def test_twenty_runs_are_bitwise_equal():
-    case = make_case(n=7, negative_scope="all", crr_lambda=0.3)
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_twenty_runs_are_bitwise_equal(is_sliced, monkeypatch):
+    """In regime T and, several slices in each of several chunks, in regime V."""
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
+    monkeypatch.setattr(problem, "SLICE", 128)
+    scope = dict(v=300, workspace_bytes=20_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
+    case = make_case(n=9, crr_lambda=0.3, mu=0.5, longest=20, **scope)
+    used = []
+    collect = sliced.collect
+    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
     first = run_case(case, "triton")
+    assert bool(used) == is_sliced
     for _ in range(19):
         again = run_case(case, "triton")
         assert torch.equal(again.output.loss, first.output.loss) and torch.equal(again.head, first.head)
