@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from ilrec_kernels import Backend, LossOptions, cross_layer_loss
+from ilrec_kernels.problem import Plan, Problem, make_plan
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -35,7 +36,7 @@ class Sizes:
     wide: str = "2048x4096x1048576x3"
     distilled: str = "8192x4096x128256x1"
     workspaces: tuple[int, ...] = (1 << 30, 2 << 30, 1 << 29)
-    sliced_workspace: int = 64 << 20
+    sliced_workspace: int = 1 << 29  # at which regime V meets the head a few times, with thousands of rows each
     repeats: int = 30
 
 
@@ -94,6 +95,7 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
     times = medians(parts, x, device, sizes.repeats)
     yield Figure(f"{sizes.dense}: negatives, CPO and CRR over CE and CPD, %", 100 * (times["full"] / times["plain"] - 1), 5.0)
     sliced = loss.options(v, backend, sizes.sliced_workspace, **LISTED)
+    check_sliced(x, sliced)
     n, d = x.hidden[0].shape
     milliseconds = medians({"forward": forward(x, sliced)}, x, device, sizes.repeats)["forward"]
     yield Figure(f"{sizes.dense}, regime V forward: TFLOP/s", len(x.hidden) * 2 * n * d * v / milliseconds / 1e9, 450.0, higher_is_better=True)
@@ -116,6 +118,18 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
         own = next(value for name, value in times.items() if name.startswith("ilrec_kernels"))
         rival = min(value for name, value in times.items() if not name.startswith("ilrec_kernels"))
         yield Figure(f"{sizes.distilled}: Liger's JSD ÷ our CE + CPD", rival / own, 3.0, higher_is_better=True)
+
+
+def plan_of(x: loss.Inputs, o: LossOptions) -> Plan:
+    hidden = tuple(h.detach() for h in x.hidden)
+    return make_plan(Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0], None, None))
+
+
+def check_sliced(x: loss.Inputs, o: LossOptions) -> None:
+    """That the figure of regime V is of regime V, as it runs where the workspace suits it; other backends have none."""
+    plan = plan_of(x, o)
+    if o.backend is Backend.TRITON and not (plan.sliced and plan.rows * 4 >= len(x.targets) and plan.slice_columns >= 512):
+        raise RuntimeError(f"regime V: expected at most 4 chunks with slices of 512 columns or more, got {plan}")
 
 
 def inputs(shape: str, device: str) -> loss.Inputs:

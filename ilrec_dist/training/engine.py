@@ -22,6 +22,7 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.precision == "bf16" else {}),
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,

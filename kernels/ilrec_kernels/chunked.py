@@ -13,7 +13,7 @@ from ilrec_kernels.logits import start_chunk
 from ilrec_kernels.merge import merge
 from ilrec_kernels.negatives import target_ensemble
 from ilrec_kernels.normalisers import collect_statistics
-from ilrec_kernels.problem import Problem, chunk_bounds, make_plan
+from ilrec_kernels.problem import Problem, chunk_spans, make_plan
 from ilrec_kernels.state import Chunk, Gradients, Scratch
 from ilrec_kernels.types import RowStats
 
@@ -23,21 +23,20 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     plan = make_plan(p)
     m = len(p.hidden) - 1
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
-    weights = [c.weight(p.head) if c is not None else p.head[:0] for c in (plan.final, plan.layers, plan.distill)]
     early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
-    bounds = chunk_bounds(p, plan)
-    scratches = [Scratch.make(p, plan) for _ in range(min(plan.under_way, len(bounds)))]
+    spans = chunk_spans(p, plan)
+    scratches = [Scratch.make(p, plan) for _ in range(min(plan.under_way, len(spans)))]
     waiting: deque[tuple[Chunk, Exchange]] = deque()
 
     def finish() -> None:
         chunk, exchange = waiting.popleft()
         merged = merge(p, plan, chunk.pairs, exchange.wait(), chunk.begin, chunk.end, write=out)
         if gradients is not None:
-            add_gradients(p, plan, chunk, merged, weights, gradients)
+            add_gradients(p, plan, chunk, merged, gradients)
 
-    for i, (begin, end) in enumerate(bounds):
-        chunk = start_chunk(p, plan, weights, scratches[i % plan.under_way], begin, end)
-        collect_statistics(p, plan, chunk, None if early is None else early[begin:end])
+    for i, span in enumerate(spans):
+        chunk = start_chunk(p, plan, scratches[i % plan.under_way], span)
+        collect_statistics(p, plan, chunk, None if early is None else early[span.begin : span.end])
         assert chunk.stats is not None
         waiting.append((chunk, Exchange(chunk.stats, chunk.sent, p)))
         if len(waiting) == plan.under_way:  # its exchange went on while this chunk's logits were made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,11 @@ class Columns:
     def same(self, other: Columns | None) -> bool:
         return other is not None and (self.start, self.stop) == (other.start, other.stop) and self.index is other.index
 
-    def weight(self, head: Tensor) -> Tensor:
-        """[len, d]: a view of the head, or a gathered copy."""
-        return head[self.start : self.stop] if self.index is None else head.index_select(0, self.index)
+    def pieces(self, head: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """(range of these columns, their rows of the head), at most `step` at a time: views of the head, or gathered copies."""
+        for i in range(0, len(self), step):
+            j = min(i + step, len(self))
+            yield slice(i, j), head[self.start + i : self.start + j] if self.index is None else head.index_select(0, self.index[i:j])
 
     def find(self, local: Tensor) -> tuple[Tensor, Tensor]:
         """(position of local column ids within these columns, whether they are there); positions of absent ones are 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,21 @@ class Variant:
     attributes: dict[tuple[int], list[list[Any]]]  # arguments that are multiples of 16, as Triton finds out at launch
 
 
-def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3, aligned: tuple[str, ...] = ()) -> Variant:
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3, aligned: Iterable[str] = ()) -> Variant:
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
-    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
+    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned if argument not in constants}
+    name += " aligned" if attributes else ""
     return Variant(name, kernel, signature, constants, {"num_warps": warps, "num_stages": stages}, attributes)
+
+
+def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, ones: Iterable[str]) -> Iterator[Variant]:
+    """A row kernel as Triton specialises it at launch: for sizes of which nothing is known; and for a vocabulary that is a multiple of 16, with
+    pointers, strides and column ranges that are as well. Arguments in `ones` are then 1, which Triton makes a constant."""
+    yield _variant(kernel, types, constants, warps)
+    given = {**constants, **dict.fromkeys(ones, 1)}
+    loose = ("m", "pack", "layers") if kernel is dense_triton.gate_kernel else ("m", "pack")
+    yield _variant(kernel, types, given, warps, aligned=[name for name in kernel.arg_names if name not in given and name not in loose])
 
 
 def variants() -> Iterator[Variant]:
@@ -38,16 +48,19 @@ def variants() -> Iterator[Variant]:
     for (layers, config), (softmax, distill) in itertools.product(dense_triton.CONFIGS.items(), terms):
         if not distill and layers > 1:
             continue
+        few = ["m"] if layers == 1 and distill else []
         shape = {"SOFTMAX": softmax, "DISTILL": distill, "M": layers, "BLOCK": config.block}
         for exclude in (False, True) if softmax else (False,):
             sent = "*i8" if exclude else "*fp32"
-            yield _variant(dense_triton.statistics_kernel, {**single, "sent": sent}, {**shape, "EXCLUDE": exclude}, config.warps)
+            yield from _row_variants(dense_triton.statistics_kernel, {**single, "sent": sent}, {**shape, "EXCLUDE": exclude}, config.warps, few)
         for low in ("*fp32", "*bf16"):
             types = {**single, "final_out": low, "layers_out": low, "factors": "*fp32", "targets": "*i64"}
-            yield _variant(dense_triton.gradients_kernel, types, shape, config.warps)
+            ones = [*few, "pack"] if low == "*fp32" else few
+            yield from _row_variants(dense_triton.gradients_kernel, types, shape, config.warps, ones)
     types = {"source": "*fp32", "bars": "*fp32", "targets": "*i64", "columns_out": "*i32", "values_out": "*fp32", "counts": "*i32"}
     constants = {"CAPACITY": dense_triton.GATE_CAPACITY, "BLOCK": dense_triton.GATE.block}
-    yield _variant(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps)
+    for ones in ([], ["layers"]):
+        yield from list(_row_variants(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps, ones))[1 if ones else 0 :]
     for distill, (dtype, tile) in itertools.product((False, True), sliced_triton.CONFIGS.items()):
         name = "*bf16" if dtype is torch.bfloat16 else "*fp32"
         types = {"x": name, "w": name, "targets": "*i64", "out": "*fp32"}

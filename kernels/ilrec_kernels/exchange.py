@@ -25,9 +25,9 @@ class Sent:
     over: Tensor | None = None  # bool [n], where the entries are H itself already: rows that had more than k
 
 
-def empty_sent(like: Tensor) -> Sent:
-    """None, in the dtype and on the device of `like`."""
-    index, value = like.new_zeros(0, dtype=torch.int64), like.new_zeros(0)
+def empty_sent(p: Problem) -> Sent:
+    """None."""
+    index, value = (torch.zeros(0, dtype=dtype, device=p.head.device) for dtype in (torch.int64, p.dtype))
     return Sent(index, index, value, value, index)
 
 

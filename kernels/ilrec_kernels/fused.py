@@ -46,7 +46,8 @@ def collect(plan: Plan, chunk: Chunk) -> None:
 
 
 def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here)."""
+    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here); but rows of up to
+    GATE_CAPACITY candidates keep them all."""
     from ilrec_kernels import dense_triton
 
     row, column, value, counts = dense_triton.gate(source, bar, position)
@@ -54,8 +55,7 @@ def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: in
     if not crowded.numel():
         return row, column, value
     parts = [(row, column, value)]
-    step = max(1, source.shape[1] // 8)
-    for some in crowded.split(step):
+    for some in crowded.split(max(1, budget // (8 * source.shape[2]))):
         values = source[0, some]
         for layer in source[1:]:
             values += layer[some]
@@ -86,12 +86,11 @@ def finish(p: Problem, plan: Plan, chunk: Chunk, factors: Factors) -> tuple[Tens
     return g, g_layers
 
 
-def turn(p: Problem, chunk: Chunk, z: Tensor, factors: Factors, target: Tensor, distill: tuple[int, int]) -> Tensor:
+def turn(p: Problem, z: Tensor, table: Tensor, target: Tensor, distill: tuple[int, int]) -> Tensor:
     """As finish, for a slice's logits z [streams, n, w]; returns the final layer's gradients, the first matrix of the stack."""
     from ilrec_kernels import dense_triton
 
     layers = z[1:] if z.shape[0] > 1 else None
-    table = factor_table(chunk, factors, z.shape[0] - 1, True)
     return dense_triton.gradients(z[0], layers, table, target, distill, 0, True, layers is not None, gradient_dtype(p))[0]
 
 

@@ -17,10 +17,10 @@ from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.state import Chunk, Factors, Gradients
 
 
-def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights: list[Tensor], out: Gradients) -> None:
+def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, out: Gradients) -> None:
     """The chunk's gradients, added to `out`."""
-    factors = row_factors(p, plan, chunk, merged, out.scale[chunk.begin : chunk.end].to(chunk.x.dtype))
-    grad_x = torch.zeros_like(chunk.x)
+    factors = row_factors(p, plan, chunk, merged, out.scale[chunk.begin : chunk.end].to(p.dtype))
+    grad_x = torch.zeros_like(chunk.x, dtype=p.dtype)
     students: Tensor | None = None
     if plan.sliced:
         sliced.finish(p, plan, chunk, factors, grad_x, out)
@@ -35,7 +35,7 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, weights:
         listed_gradient(chunk, factors)
     if students is None and factors.layer is not None and not plan.sliced:
         students = student_gradients(plan, chunk, factors)
-    back_project(p, plan, chunk, students, weights, grad_x, out)
+    back_project(p, plan, chunk, students, grad_x, out)
 
 
 def row_factors(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, scale: Tensor) -> Factors:
@@ -103,11 +103,10 @@ class Product:
     grad: Tensor
     x: Tensor  # [r, d] hidden rows
     grad_x: Tensor  # [r, d] where their gradient goes
-    weight: Tensor  # [c, d]
-    columns: Columns
+    columns: Columns  # whose rows of the head they meet
 
 
-def products(plan: Plan, chunk: Chunk, students: Tensor | None, weights: list[Tensor], grad_x: Tensor) -> list[Product]:
+def products(plan: Plan, chunk: Chunk, students: Tensor | None, grad_x: Tensor) -> list[Product]:
     """All streams at once where their gradients lie one above the other; else the final layer's, then the layers'."""
     out: list[Product] = []
     if plan.sliced:
@@ -120,31 +119,31 @@ def products(plan: Plan, chunk: Chunk, students: Tensor | None, weights: list[Te
             chunk.z_layers[..., : inside.start] = 0
             chunk.z_layers[..., inside.stop :] = 0
             both = chunk.z_final.as_strided((plan.streams * chunk.n, len(plan.layers)), chunk.z_final.stride())
-            return [Product(both, chunk.x.flatten(0, 1), grad_x.flatten(0, 1), weights[0], plan.layers)]
+            return [Product(both, chunk.x.flatten(0, 1), grad_x.flatten(0, 1), plan.layers)]
     if plan.softmax:
         assert chunk.z_final is not None and plan.final is not None
-        out.append(Product(chunk.z_final, chunk.x[0], grad_x[0], weights[0], plan.final))
+        out.append(Product(chunk.z_final, chunk.x[0], grad_x[0], plan.final))
     if dense:
         assert students is not None and plan.distill is not None
-        out.append(Product(students.flatten(0, 1), chunk.x[1:].flatten(0, 1), grad_x[1:].flatten(0, 1), weights[2], plan.distill))
+        out.append(Product(students.flatten(0, 1), chunk.x[1:].flatten(0, 1), grad_x[1:].flatten(0, 1), plan.distill))
     return out
 
 
-def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, weights: list[Tensor], grad_x: Tensor, out: Gradients) -> None:
+def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, grad_x: Tensor, out: Gradients) -> None:
     """The products of the gradients with the head, summed over ranks while those with the hidden rows run."""
-    jobs = products(plan, chunk, students, weights, grad_x)
+    jobs = products(plan, chunk, students, grad_x)
     for job in jobs:
-        hidden_gradient(job.grad, job.weight, job.grad_x, plan.block)
+        hidden_gradient(job.grad, p.head, job.columns, job.grad_x, plan.block)
     if chunk.ragged is not None:
         first, last = 1 if plan.softmax else 0, plan.streams if plan.ragged_distill else 1
         if last > first:
-            parts = [chunk.p_final[None]] if first == 0 and chunk.p_final is not None else []
-            parts += [students] if plan.ragged_distill and students is not None else []
-            chunk.ragged.backward(torch.cat(parts), chunk.x[first:last], p.head, grad_x[first:last], out.head)
+            parts = [chunk.p_final] if first == 0 and chunk.p_final is not None else []
+            parts += students.unbind(0) if plan.ragged_distill and students is not None else ()
+            chunk.ragged.backward(parts, chunk.x[first:last], p.head, grad_x[first:last], out.head)
     reduction = dist.all_reduce(grad_x, group=p.group, async_op=True) if p.group is not None else None
     if out.head is not None:
         for job in jobs:
-            add_head_gradient(p, job, out.head)
+            add_head_gradient(p, plan, job, out.head)
     if reduction is not None:
         reduction.wait()
     for stream, target in enumerate(out.hidden[: plan.streams]):
@@ -152,18 +151,26 @@ def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, 
             target[chunk.begin : chunk.end] = grad_x[stream]
 
 
-def add_head_gradient(p: Problem, job: Product, out: Tensor) -> None:
+def add_head_gradient(p: Problem, plan: Plan, job: Product, out: Tensor) -> None:
     """out[columns] += gradᵀ · x, for the trainable rows alone where only some train."""
     low, wanted, columns = p.head.dtype, p.trainable, job.columns
-    if wanted is None and columns.index is None:
-        return weight_gradient(job.grad, job.x, out[columns.start : columns.stop], low)
+    if columns.index is None and (wanted is None or wanted.index is None):
+        first, last = (columns.start, columns.stop) if wanted is None else (max(columns.start, wanted.start), min(columns.stop, wanted.stop))
+        if first < last:
+            weight_gradient(job.grad[:, first - columns.start : last - columns.start], job.x, out[first:last], low)
+        return
+    place = None
     if wanted is None:
-        rows, part = columns.index, job.grad
+        rows = columns.rows(out.device)
     else:
-        ids = wanted.rows(job.grad.device)
+        ids = wanted.rows(out.device)
         position, inside = columns.find(ids)
-        rows, part = ids[inside], job.grad.index_select(1, position[inside])
-    assert rows is not None
-    update = out.new_zeros(rows.numel(), out.shape[1])
-    weight_gradient(part, job.x, update, low)
-    out.index_add_(0, rows, update)  # distinct rows: the order does not matter
+        here = inside.nonzero().flatten()
+        rows, place = ids.take(here), position.take(here)
+    step = max(1, plan.budget // (out.element_size() * sum(job.x.shape)))
+    for i in range(0, rows.numel(), step):
+        some = rows[i : i + step]
+        grad = job.grad[:, i : i + step] if place is None else job.grad.index_select(1, place[i : i + step])
+        update = out.index_select(0, some)
+        weight_gradient(grad, job.x, update, low)
+        out.index_copy_(0, some, update)  # distinct rows

@@ -23,7 +23,7 @@ def target_ensemble(p: Problem, plan: Plan) -> Tensor:
     owned = (y >= 0) & (y < p.stop - p.start)
     mine = owned.nonzero().flatten()
     out = torch.zeros(p.n, dtype=p.dtype, device=p.targets.device)
-    for part in mine.split(max(1, plan.budget // (8 * p.head.shape[1]))):
+    for part in mine.split(max(1, plan.budget // (16 * p.head.shape[1]))):
         w = p.head[y[part]].to(p.dtype)
         out[part] = sum(torch.linalg.vecdot(h[part].to(p.dtype), w) for h in sources) / len(sources)  # type: ignore[assignment]
     dist.all_reduce(out, group=p.group)
@@ -79,6 +79,10 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
         stats.ensemble_target[mine] = mean(stack[:, mine, position[mine]])
         bar = candidate_bar(p, chunk, stats, early)
         row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1, plan.budget)
+        if p.group is not None:  # the gate lists more than the exchange has room for; alone, the selection itself comes next
+            keep, _ = keep_largest(row, ensemble, chunk.n, p.options.max_negatives + 1, plan.budget)
+            if keep is not None:
+                row, column, ensemble = row.take(keep), column.take(keep), ensemble.take(keep)
     else:
         value = chunk.spare(len(columns)) if not plan.fused else source.new_empty(chunk.n, len(columns))
         for rows in plan.tiles(chunk.n, len(columns)):

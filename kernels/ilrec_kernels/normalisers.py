@@ -16,7 +16,7 @@ from ilrec_kernels.state import Chunk
 
 def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
     """This rank's part of METHOD.md §7: candidates first, since normalisers leave them out; logits become exponentials in place."""
-    stats = RankStats.zeros(chunk.n, plan.streams - 1, chunk.x.dtype, chunk.x.device)
+    stats = RankStats.zeros(chunk.n, plan.streams - 1, p.dtype, chunk.x.device)
     chunk.stats = stats
     if p.options.needs_negatives:
         find_candidates(p, plan, chunk, early)
@@ -86,11 +86,15 @@ def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
 
 
 def distill_students(plan: Plan, chunk: Chunk) -> Tensor:
-    """[m, n, c] of the layers' logits over the distill columns: a view, or (once) a compact copy where the columns are scattered."""
+    """[m, n, c] of the layers' logits over the distill columns: a view, or, where the columns are scattered, moved together (once) in their memory."""
     assert chunk.z_layers is not None and plan.distill is not None and plan.layers is not None
     within = plan.distill.within(plan.layers)
     if isinstance(within, slice):
         return chunk.z_layers[..., within]
     if chunk.z_layers.shape[-1] != len(plan.distill):
-        chunk.z_layers = chunk.z_layers.index_select(-1, within)
+        z = chunk.z_layers.flatten(0, 1)
+        compact = chunk.z_layers.view(-1)[: len(z) * len(plan.distill)].view(len(z), -1)
+        for rows in plan.tiles(*z.shape):  # a row moves to where only rows up to itself were
+            compact[rows] = z[rows].index_select(1, within)
+        chunk.z_layers = compact.unflatten(0, chunk.z_layers.shape[:2])
     return chunk.z_layers

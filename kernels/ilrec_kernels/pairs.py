@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ilrec_kernels.problem import Span
 from ilrec_kernels.types import TokenLists
 
 
@@ -47,13 +48,11 @@ class Pairs:
         return position.masked_fill_(keys.take(position) != wanted, -1)
 
 
-def chunk_pairs(lists: TokenLists, targets: Tensor, begin: int, end: int) -> Pairs:
-    """The pairs of rows [begin, end), each row's target among them; `targets` [end − begin] are global ids."""
-    n = end - begin
-    indptr = lists.indptr[begin : end + 1]
-    low, high = int(indptr[0]), int(indptr[-1])
+def chunk_pairs(lists: TokenLists, targets: Tensor, span: Span) -> Pairs:
+    """The pairs of the span's rows, each row's target among them; `targets` [n] are global ids."""
+    n, low, high = span.end - span.begin, span.low, span.high
     token = lists.tokens[low:high]
-    length = indptr.diff()
+    length = lists.indptr[span.begin : span.end + 1].diff()
     row = torch.repeat_interleave(torch.arange(n, device=token.device), length, output_size=high - low)
     target = (token == targets.take(row)).nonzero().flatten()
     has_target = torch.zeros(n, dtype=torch.bool, device=token.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
 SMALL_CHUNK = 1536  # stacked rows (rows × streams) under which regime T's products are bound by reading the head
+SPLIT = 2048  # columns of regime V's forward that leave statistics of their own, so that a part can be redone alone
+SLICE = 512  # columns that a slice of regime V has at least, where rows can make room for them
+SLICE_STEP = 128  # of which it has a multiple
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.hidden[0])
 
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of the hidden rows that the products take: on a GPU their own, where it is the head's."""
+        return self.head.dtype if self.head.is_cuda and all(h.dtype == self.head.dtype for h in self.hidden) else self.dtype
+
+
+class Span(NamedTuple):
+    """Rows [begin, end) of a call and, where it has lists, their entries [low, high)."""
+
+    begin: int
+    end: int
+    low: int = 0
+    high: int = 0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,7 +74,7 @@ class Plan:
     rows: int  # rows of a chunk
     under_way: int  # chunks whose logits are held at once: with other ranks two, so that one's exchange goes on during the other's products
     pair_budget: int  # list entries of a chunk
-    block: int  # head rows upcast at a time
+    block: int  # head rows gathered or upcast at a time
     tile: int  # elements that the passes over the logits work on at a time: what stays in a core's cache
     budget: int  # bytes for small temporaries
     fused: bool  # Triton's row kernels go over the dense logits
@@ -95,13 +113,6 @@ def widest(scopes: list[Columns | None], everything: Columns) -> Columns | None:
     return everything if any(c is everything for c in dense) else (dense[0] if dense else None)
 
 
-def shares(total: int, lists: int, logits: bool) -> tuple[int, int]:
-    """(bytes for the rows' matrices of logits and vectors, bytes for their lists) of a workspace; `lists` is what all rows' lists would take."""
-    if not logits:
-        return total * 3 // 8, total // 2
-    return max(total * 3 // 4, total * 7 // 8 - min(lists, total // 4)), total // 4  # few lists leave their share to the logits
-
-
 def make_plan(p: Problem) -> Plan:
     o = p.options
     everything, items = (dense_columns(scope, o, p.start, p.stop) for scope in ("all", "item_tokens"))
@@ -122,61 +133,77 @@ def make_plan(p: Problem) -> Plan:
     slices = (distill is None or distill.index is None) and (layers is None or layers.index is None)
     fused = o.backend is Backend.TRITON and slices and (softmax or distill is not None)
 
-    d, size = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8
     total = workspace_bytes(o, p.head.device)
-    pair_bytes = 48 + 3 * streams * size
-    listed = p.candidates.tokens.numel() if pairs and p.candidates is not None else 0
-    row_share, list_share = shares(total, listed * pair_bytes, final is not None or layers is not None)
-    block = p.head.shape[0]
-    if p.head.dtype != p.dtype and not p.head.is_cuda:
-        block = max(1, min(block, total // 8 // (d * size)))
+    budget = total // (4 if final is None and layers is None else 12)
+    d, size, gpu = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8, p.head.is_cuda
+    block = max(1, p.head.shape[0])
+    if any(c is not None and c.index is not None for c in (final, layers, distill)) or (p.head.dtype != p.dtype and not gpu):
+        block = max(1, min(block, budget // (d * (size + p.head.element_size()))))
     plan = Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
-        rows=max(1, p.n), under_way=1, pair_budget=max(1, list_share // pair_bytes), block=block,
-        tile=min(1 << 18, total // 8 // (2 * size)) if not p.head.is_cuda else total // 8 // (2 * size),
-        budget=total // 8, fused=fused, sliced=False, slice_columns=0,
+        rows=max(1, p.n), under_way=1, pair_budget=0, block=block, tile=budget // (2 * size) if gpu else min(1 << 18, budget // (2 * size)),
+        budget=budget, fused=fused, sliced=False, slice_columns=0,
     )  # fmt: skip
-    width = plan.logits + plan.spare + (2 if plan.logits else 3) * streams * d + 64
-    if fused:
-        width += _len(final) // 4 + 2 * 260  # a byte a column marks what was sent; the gate's lists
-    rows = max(1, row_share // (width * size))
-    if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
-        agreed = torch.tensor(rows, device=p.head.device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
-        rows = int(agreed)
-    halves = p.group is not None and 1 < rows < p.n
+    listed = p.candidates.tokens.numel() / max(1, p.n) if pairs and p.candidates is not None else 0.0  # entries of a row, in the mean
+    lists = listed * pair_bytes(plan, size)
+    room = total - budget
+    rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
     supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0
     supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
-    sliced = supported and rows * streams < SMALL_CHUNK <= p.n * streams
-    slice_columns = total // 2 // max(1, p.n * streams * size) if sliced else 0
-    if sliced:
-        rows = p.n
-    elif halves:
-        plan = replace(plan, under_way=2, pair_budget=max(1, plan.pair_budget // 2))
-        rows //= 2
-    rows = min(max(1, p.n), rows)
+    supported = supported and all(h.dtype == p.head.dtype for h in p.hidden)
+    whole, slice_row = sliced_row_bytes(p, plan, size) + lists, streams * size  # bytes of a row, and of it for each column of a slice
+    sliced_rows = max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
+    if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
+        agreed = torch.tensor([rows, sliced_rows], device=p.head.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
+        rows, sliced_rows = agreed.tolist()
+    sliced = supported and rows * streams < SMALL_CHUNK <= p.n * streams and rows < sliced_rows
+    under_way = 2 if p.group is not None and 1 < rows < p.n and not sliced else 1
+    rows = min(max(1, p.n), sliced_rows if sliced else max(1, rows // under_way))
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
-    return replace(plan, rows=rows, sliced=sliced, slice_columns=slice_columns)
+    slice_columns = max(SLICE_STEP, int((room / rows - whole) // slice_row) // SLICE_STEP * SLICE_STEP) if sliced else 0
+    return replace(plan, rows=rows, under_way=under_way, pair_budget=int(rows * listed * 9 / 8) + 1, sliced=sliced, slice_columns=slice_columns)
 
 
-def chunk_bounds(p: Problem, plan: Plan) -> list[tuple[int, int]]:
-    """Consecutive row ranges within the plan's limits of rows and list entries."""
-    starts = list(range(0, p.n, plan.rows))
-    bounds = [(s, min(s + plan.rows, p.n)) for s in starts]
-    if not plan.pairs:
-        return bounds
-    assert p.candidates is not None
-    edges = p.candidates.indptr
-    out: list[tuple[int, int]] = []
-    totals = (edges[[e for _, e in bounds]] - edges[starts]).tolist() if bounds else []
-    for (begin, end), nnz in zip(bounds, totals, strict=True):
-        while nnz > plan.pair_budget and begin < end:
-            limit = int(torch.searchsorted(edges, edges[begin] + plan.pair_budget, right=True)) - 1
-            cut = min(max(begin + 1, limit), end)
-            out.append((begin, cut))
-            nnz -= int(edges[cut] - edges[begin])
-            begin = cut
-        if begin < end:
-            out.append((begin, end))
+def row_bytes(p: Problem, plan: Plan, size: int) -> int:
+    """What a row of a chunk takes in regime T, besides its list."""
+    logits = (plan.logits + plan.spare) * size
+    if plan.fused:
+        logits += _len(plan.final) + 2 * 260 * size  # a byte a column marks what was sent; the gate's lists
+    elif p.head.is_cuda and p.head.dtype != p.dtype:
+        logits += plan.logits * p.head.element_size()  # rounded for the products
+    return logits + hidden_bytes(p, plan, size) + 64 * size
+
+
+def sliced_row_bytes(p: Problem, plan: Plan, size: int) -> int:
+    """What a row takes in regime V, besides its list and the columns of a slice: the splits' statistics twice over, no logits."""
+    splits = -(-_len(plan.final) // SPLIT)
+    return hidden_bytes(p, plan, size) + (2 * splits * (2 + 3 * plan.streams) + 64) * size
+
+
+def hidden_bytes(p: Problem, plan: Plan, size: int) -> int:
+    """A row's hidden rows and their gradient; on a CPU also a block's share of that, before it is added."""
+    return plan.streams * p.hidden[0].shape[1] * (p.row_dtype.itemsize + (1 if p.head.is_cuda else 2) * size)
+
+
+def pair_bytes(plan: Plan, size: int) -> int:
+    """What a list's entry takes: its indices, and a stream's logit several times over where they are made for the lists alone."""
+    if plan.ragged_distill or not plan.softmax:
+        return 104 + 4 * plan.streams * size
+    return 64 + 3 * plan.streams * size if plan.ragged_negatives else 48
+
+
+def chunk_spans(p: Problem, plan: Plan) -> list[Span]:
+    """Consecutive rows within the plan's limits of rows and list entries."""
+    edges = p.candidates.indptr.cpu() if plan.pairs and p.candidates is not None else None
+    out: list[Span] = []
+    begin = low = high = 0
+    while begin < p.n:
+        end = min(begin + plan.rows, p.n)
+        if edges is not None:
+            end = min(end, max(begin + 1, int(torch.searchsorted(edges, low + plan.pair_budget, right=True)) - 1))
+            high = int(edges[end])
+        out.append(Span(begin, end, low, high))
+        begin, low = end, high
     return out

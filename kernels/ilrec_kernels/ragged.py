@@ -1,12 +1,15 @@
 """Logits and their gradients at ragged lists of tokens (the valid_next scope), at a cost in proportion to the lists.
 
 Rows with the same list form a group: one dense product with the group's rows of the head (at a semantic-ID trie's root every row is in one
-group). Groups of about the same shape are padded together and run as one batched product, so that a thousand short lists are a few calls.
+group). Groups of about the same shape are padded together and run as one batched product, so that a thousand short lists are a few calls; a
+group too large for the budget is cut into several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,69 +24,70 @@ class Bucket:
 
     rows: Tensor  # int64 [G, R]; n where there is none
     tokens: Tensor  # int64 [G, L] local columns; 0 where there is none
-    pairs: Tensor  # int64 [G, R, L] index of the pair; P where there is none
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.rows.shape, self.tokens.shape[1])  # type: ignore[return-value]
 
 
 class RaggedHead:
     """The head at pairs (row [P], local column [P]), rows ascending.
 
-    Rows marked in `skip` [n] are left out: logits 0, no gradient. `width` is S·d; `budget` bytes bound the temporaries.
+    Rows marked in `skip` [n] are left out: logits 0, no gradient. There are S streams of d columns; `budget` bytes bound the temporaries.
     Buckets lie one after the other in flat buffers; what goes in or out of these is looked up in one go.
     """
 
-    def __init__(self, row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> None:
+    def __init__(self, row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int) -> None:
         self.n, self.count = skip.numel(), row.numel()
-        self.buckets = list(_buckets(row, column, skip, width, budget)) if self.count else []
-        none = row.new_zeros(0)
-        self.pairs = torch.cat([none, *(b.pairs.flatten() for b in self.buckets)])  # [Q] the pair at each place of a flat buffer
-        self.rows = torch.cat([none, *(b.rows.flatten() for b in self.buckets)])
+        found = list(_buckets(row, column, skip, streams, d, budget)) if self.count else []
+        self.buckets = [bucket for bucket, _ in found]
+        self.pairs = torch.cat([row.new_zeros(0), *(pairs for _, pairs in found)])  # [Q] the pair at each place of a flat buffer
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """[S, P] in hidden's dtype, from hidden [S, n, d] and the rank's head rows."""
-        s, _, d = hidden.shape
-        flat, begin = hidden.new_zeros(s, self.pairs.numel() + 1), 0  # the last place is a skipped pair's
-        for b in self.buckets:
-            x, w = self._rows(b, hidden), head[b.tokens].to(hidden.dtype)
-            z = torch.bmm(x, w.transpose(1, 2)).view(len(x), s, -1, w.shape[1])
-            flat[:, begin : begin + b.pairs.numel()].view(s, *b.pairs.shape).copy_(z.transpose(0, 1))
-            begin += b.pairs.numel()
-        place = _inverse(self.pairs, self.count)
-        return torch.stack([stream.take(place) for stream in flat])
+    def logits(self, hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+        """[S, P] in `dtype`, from hidden [S, n, d] and the rank's head rows."""
+        s = hidden.shape[0]
+        flat = torch.zeros(s, self.pairs.numel() + 1, dtype=dtype, device=hidden.device)  # the last place is a skipped pair's
+        for b, places in self._places():
+            x, w = self._rows(b, hidden, dtype), head[b.tokens].to(dtype)
+            g, r, t = b.shape
+            flat[:, places].view(s, g, r, t).copy_(torch.bmm(x, w.transpose(1, 2)).view(g, s, r, t).transpose(0, 1))
+        place = torch.full((self.count + 1,), self.pairs.numel(), dtype=torch.int64, device=hidden.device)
+        place[self.pairs] = torch.arange(self.pairs.numel(), device=hidden.device)
+        return torch.stack([stream.take(place[: self.count]) for stream in flat])
 
-    def backward(self, grad: Tensor, hidden: Tensor, head: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None) -> None:
-        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad [V_local, d], given grad [S, P]."""
-        s, _, d = hidden.shape
-        zero = grad.new_zeros(1)
+    def backward(self, grad: Sequence[Tensor], hidden: Tensor, head: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None) -> None:
+        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad [V_local, d], given S times grad [P]."""
+        s, n, d = hidden.shape
+        zero = grad[0].new_zeros(1)
         flat = torch.stack([torch.cat([stream, zero]).take(self.pairs) for stream in grad])
-        dx, begin, top = grad.new_zeros(s, self.rows.numel() + 1, d), 0, 0
-        for b in self.buckets:
-            g, r = b.rows.shape
-            dz = flat[:, begin : begin + b.pairs.numel()].view(s, *b.pairs.shape).transpose(0, 1).reshape(g, s * r, -1)
+        for b, places in self._places():
+            g, r, t = b.shape
+            dz = flat[:, places].view(s, g, r, t).transpose(0, 1).reshape(g, s * r, t)
             if hidden_grad is not None:
-                part = torch.bmm(dz, head[b.tokens].to(grad.dtype)).view(g, s, r, d)
-                dx[:, top : top + g * r].view(s, g, r, d).copy_(part.transpose(0, 1))
+                part = torch.bmm(dz, head[b.tokens].to(dz.dtype))
+                index = b.rows.clamp(max=n - 1)[:, None] + n * torch.arange(s, device=b.rows.device)[:, None]  # padding adds zeros to the last row
+                add_rows(hidden_grad.view(s * n, d), index.flatten(), part.view(-1, d))
             if head_grad is not None:
-                dw = torch.bmm(dz.transpose(1, 2), self._rows(b, hidden))
+                dw = torch.bmm(dz.transpose(1, 2), self._rows(b, hidden, dz.dtype))
                 add_rows(head_grad, b.tokens.flatten(), dw.flatten(0, 1))  # padding adds zeros to row 0
-            begin, top = begin + b.pairs.numel(), top + g * r
-        if hidden_grad is not None:
-            hidden_grad += dx.index_select(1, _inverse(self.rows, self.n))
 
-    def _rows(self, b: Bucket, hidden: Tensor) -> Tensor:
+    def _places(self) -> Iterator[tuple[Bucket, slice]]:
+        """The buckets and where they lie in a flat buffer."""
+        begin = 0
+        for b in self.buckets:
+            end = begin + math.prod(b.shape)
+            yield b, slice(begin, end)
+            begin = end
+
+    def _rows(self, b: Bucket, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """[G, S·R, d] of hidden [S, n, d]."""
-        (s, n, d), (g, r) = hidden.shape, b.rows.shape
-        return hidden.index_select(1, b.rows.flatten().clamp_(max=n - 1)).view(s, g, r, d).transpose(0, 1).reshape(g, s * r, d)
+        (s, n, d), (g, r, _) = hidden.shape, b.shape
+        return hidden.index_select(1, b.rows.flatten().clamp_(max=n - 1)).view(s, g, r, d).transpose(0, 1).to(dtype).reshape(g, s * r, d)
 
 
-def _inverse(index: Tensor, size: int) -> Tensor:
-    """int64 [size]: where in `index` each of 0 … size − 1 stands; what is not there, at its end. Entries of `size` are padding."""
-    place = torch.full((size + 1,), index.numel(), dtype=torch.int64, device=index.device)
-    place[index] = torch.arange(index.numel(), device=index.device)
-    return place[:size]
-
-
-def _buckets(row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int) -> Iterator[Bucket]:
-    """Group rows by identical list, then bucket groups by shape."""
+def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int) -> Iterator[tuple[Bucket, Tensor]]:
+    """Group rows by identical list, bucket groups by shape, and cut what exceeds the budget; with each bucket its pairs, flat over [G, R, L]: P where
+    there is none."""
     device, n = row.device, skip.numel()
     length = torch.bincount(row, minlength=n)
     first = length.cumsum(0) - length
@@ -95,21 +99,25 @@ def _buckets(row: Tensor, column: Tensor, skip: Tensor, width: int, budget: int)
     begin, members = begin[members > 0], members[members > 0]
     tokens = length[order[begin]]
     shape = _log2(members) * 64 + _log2(tokens)
+    per_row, per_token, per_pair = 8 * streams * d, 12 * d, 8 * streams + 24  # bytes: two copies of the hidden rows, of the head's, of the logits
     for key in torch.unique(shape).tolist():
         chosen = (shape == key).nonzero().flatten()
         most, longest = int(members[chosen].max()), int(tokens[chosen].max())
-        step = max(1, budget // (8 * ((most + longest) * width + most * longest)))
+        wide = max(1, min(longest, budget // 3 // per_token))
+        high = max(1, min(most, (budget - wide * per_token) // (per_row + wide * per_pair)))
+        step = max(1, budget // (most * per_row + longest * per_token + most * longest * per_pair)) if (wide, high) == (longest, most) else 1
         for part in chosen.split(step):
-            offsets = torch.arange(most, device=device)
-            present = offsets < members[part, None]
-            rows = order[(begin[part, None] + offsets).clamp(max=order.numel() - 1)].masked_fill(~present, n)
-            offsets = torch.arange(longest, device=device)
-            listed = offsets < tokens[part, None]
             leader = order[begin[part]]
-            listed_tokens = column[(first[leader, None] + offsets).clamp(max=column.numel() - 1)].masked_fill(~listed, 0)
-            base = first[rows.clamp(max=n - 1)]
-            pairs = (base[:, :, None] + offsets).masked_fill(~(present[:, :, None] & listed[:, None, :]), row.numel())
-            yield Bucket(rows, listed_tokens, pairs)
+            for i, j in itertools.product(range(0, most, high), range(0, longest, wide)):
+                offsets = torch.arange(i, min(i + high, most), device=device)
+                present = offsets < members[part, None]
+                rows = order[(begin[part, None] + offsets).clamp(max=order.numel() - 1)].masked_fill(~present, n)
+                offsets = torch.arange(j, min(j + wide, longest), device=device)
+                listed = offsets < tokens[part, None]
+                listed_tokens = column[(first[leader, None] + offsets).clamp(max=column.numel() - 1)].masked_fill(~listed, 0)
+                base = first[rows.clamp(max=n - 1)]
+                pairs = (base[:, :, None] + offsets).masked_fill_(~(present[:, :, None] & listed[:, None, :]), row.numel())
+                yield Bucket(rows, listed_tokens), pairs.flatten()
 
 
 def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Tensor:

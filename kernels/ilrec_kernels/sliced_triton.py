@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ilrec_kernels.problem import SPLIT
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,7 +26,6 @@ class Config:
 # by element type of rows and head; tests compile exactly these
 CONFIGS = {torch.bfloat16: Config(64, 128, 32, 8, 3), torch.float32: Config(64, 32, 32, 8, 2)}
 ALIGNMENT = 16  # d is a multiple of this, so that rows are read in wide loads
-SPLIT = 2048  # columns a program walks; each leaves its own statistics, so that a part can be redone alone
 
 # statistics of a split, in this order, each [n]: then three a layer (layer_top, layer_rest, cross)
 Z_TARGET, TOP, REST, TEACHER_TOP, TEACHER_REST, PER_LAYER = 0, 1, 2, 3, 4, 5
@@ -42,7 +43,7 @@ def tile_logits(x, w, rows, columns, n, c, d, stride_x, stride_w, ROWS: tl.const
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "c", "low", "high", "m", "stride_split"])  # one form for all sizes: those for particular ones spill
 def forward_kernel(
     x, w, targets, out, n, c, d, low, high, m, stride_stream, stride_x, stride_w, stride_split,
     DISTILL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,

@@ -52,7 +52,7 @@ class Chunk:
 
     begin: int
     end: int
-    x: Tensor  # [S, n, d]
+    x: Tensor  # [S, n, d], in the rows' dtype
     y: Tensor  # [n] local column of the target; 0 where another rank owns it
     owned: Tensor  # bool [n]
     row: Tensor  # arange(n)

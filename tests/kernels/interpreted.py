@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ilrec_kernels import chunked, cross_layer_loss, problem, sliced
+from ilrec_kernels import chunked, cross_layer_loss, fused, problem, sliced
 
+from tests.helpers import run_distributed
 from tests.kernels.cases import assert_close, make_case, run_case
+from tests.kernels.test_parallel import sharded, whole
+from tests.kernels.test_workspace import live_bytes
 
 SETTINGS: list[dict[str, Any]] = [
     dict(),
@@ -33,6 +36,17 @@ def test_agrees_with_the_reference(settings):
     assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
 
 
+@pytest.mark.parametrize("edges", [[0, 32, 64], [0, 61, 61]])
+def test_shards_agree_with_the_reference(edges):
+    """The gate lists more candidates of a row than the ranks exchange."""
+    base: dict[str, Any] = dict(n=7, max_negatives=5, mu=0.5, crr_lambda=0.3)
+    dense = dict(negative_scope="all", distill_scope="all")
+    cases = [make_case(**base), make_case(**dense, **base), make_case(negative_scope="all", negative_threshold=1e-3, **base)]
+    ranks = run_distributed(sharded, 2, 2, cases, edges, "triton")
+    for i, case in enumerate(cases):
+        assert_close(whole([r[i] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5)
+
+
 @pytest.mark.parametrize("distill", ["item_tokens", "all"])
 def test_half_precision_gradients_are_rounded_once(distill):
     case = make_case(n=9, v=130, d=32, distill_scope=distill, item_tokens=(0, 100), negative_scope="all", crr_lambda=0.3, mu=0.5, dtype=torch.bfloat16)
@@ -42,9 +56,18 @@ def test_half_precision_gradients_are_rounded_once(distill):
         assert (a.double() - b.double()).norm() <= 5e-3 * b.double().norm()
 
 
-def test_twenty_runs_are_bitwise_equal():
-    case = make_case(n=7, negative_scope="all", crr_lambda=0.3)
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_twenty_runs_are_bitwise_equal(is_sliced, monkeypatch):
+    """In regime T and, several slices in each of several chunks, in regime V."""
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
+    monkeypatch.setattr(problem, "SLICE", 128)
+    scope = dict(v=300, workspace_bytes=20_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
+    case = make_case(n=9, crr_lambda=0.3, mu=0.5, longest=20, **scope)
+    used = []
+    collect = sliced.collect
+    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
     first = run_case(case, "triton")
+    assert bool(used) == is_sliced
     for _ in range(19):
         again = run_case(case, "triton")
         assert torch.equal(again.output.loss, first.output.loss) and torch.equal(again.head, first.head)
@@ -83,6 +106,23 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
     for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
         if a is not None and b is not None:
             assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
+
+
+@pytest.mark.parametrize("d,longest", [(96, 20), (16, 200)])
+def test_the_sliced_regime_keeps_to_the_workspace(d, longest, monkeypatch):
+    """Wide rows and long lists: as few chunks as there is room for, and slices as wide as is left."""
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 250)
+    spans, widths = [], []
+    collect, turn = sliced.collect, fused.turn
+    monkeypatch.setattr(sliced, "collect", lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk))
+    monkeypatch.setattr(fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest))
+    n, v, workspace = 128, 1100, 300_000
+    mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, workspace_bytes=workspace, mu=0.5, crr_lambda=0.3), "triton")
+    assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
+    plan = spans[0][0]
+    assert len(spans) <= -(-n // plan.rows) + 1 and sum(rows for _, rows in spans) == n
+    assert len(widths) == len(spans) * -(-v // plan.slice_columns) and max(widths) == plan.slice_columns >= 128
+    assert mode.peak >= workspace / 2  # what is there is used
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ def test_the_gpu_benchmark_s_parts_run_and_see_a_wrong_gradient(monkeypatch):
     found = list(gpu.distances("cpu", "torch", shape))
     assert len(found) == 6 and all(distance_ <= bound for _, distance_, bound in found)
     sizes = gpu.Sizes("60x16x400x2", "20x16x400x2", "30x16x900x2", "30x16x400x1", (1 << 20, 1 << 30), 1 << 16, repeats=3)
+    listed = benchmark.options(900, "triton", 1 << 20, **gpu.LISTED)
+    with pytest.raises(RuntimeError, match="regime V"):  # few rows: regime T
+        gpu.check_sliced(benchmark.make_inputs((30, 16, 900, 1), "cpu", True), listed)
     monkeypatch.setattr(torch, "compile", lambda fn: fn)  # compiling takes longer than all of this
     figures = list(gpu.figures("cpu", "torch", sizes))
     assert len(figures) == 7 and all(figure.measured == figure.measured for figure in figures)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.kernels.cases import make_case, run_case
+from tests.kernels.cases import Case, make_case, run_case
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,6 +44,18 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def live_bytes(case: Case, backend: str = "torch", **kwargs: Any) -> LiveBytes:
+    """What a call makes besides its inputs and gradients."""
+    (n, d), v = case.hidden[0].shape, case.head.shape[0]
+    mode = LiveBytes([n * d * 4, n * d * 2, v * d * 4, v * d * 2])  # the hidden rows' and the head's gradients
+    for tensor in (*case.hidden, case.head, case.targets, case.lists.indptr, case.lists.tokens, case.rewards):
+        mode.seen.add(tensor.untyped_storage()._cdata)
+    with mode:
+        run_case(case, backend, **kwargs)
+    return mode
+
+
+SCATTERED = torch.arange(3000)[torch.arange(3000) % 29 != 7]
 SETTINGS: list[dict[str, Any]] = [
     dict(),
     dict(negative_scope="all", distill_scope="all"),
@@ -51,20 +63,25 @@ SETTINGS: list[dict[str, Any]] = [
     dict(softmax_scope="valid_next", distill_scope="valid_next"),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(negative_scope="all", distill_scope="all", dtype=torch.bfloat16),
+    dict(d=256),
+    dict(d=96, item_tokens=SCATTERED),
+    dict(d=96, item_tokens=SCATTERED, dtype=torch.bfloat16),
+    dict(negative_scope="all", item_tokens=SCATTERED),  # distillation over some of the columns that the layers' logits are made of
+    dict(negative_scope="item_tokens", item_tokens=SCATTERED, softmax_scope="valid_next"),
+    dict(d=96, distill_scope="all", trainable_rows=SCATTERED),
+    dict(d=96, item_tokens=SCATTERED, trainable_rows=(100, 2000)),
+    dict(d=256, longest=200, softmax_scope="valid_next", distill_scope="valid_next"),  # lists wider than what a bucket may take
+    dict(longest=1500),
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_nothing_exceeds_the_workspace(settings):
-    n, v, d = 256, 3000, 24
+    n, v = 256, 3000
     workspace = n * v * 4 // 5
-    case = make_case(n=n, v=v, d=d, workspace_bytes=workspace, item_tokens=(0, v), **settings)
-    free = [n * d * 4, n * d * 2, v * d * 4, v * d * 2]  # the hidden rows' and the head's gradients
-    mode = LiveBytes(free)
-    for tensor in (*case.hidden, case.head, case.targets, case.lists.indptr, case.lists.tokens, case.rewards):
-        mode.seen.add(tensor.untyped_storage()._cdata)
-    with mode:
-        run_case(case)
+    trainable = settings.get("trainable_rows")
+    settings = {"d": 24, "item_tokens": (0, v)} | {name: value for name, value in settings.items() if name != "trainable_rows"}
+    mode = live_bytes(make_case(n=n, v=v, workspace_bytes=workspace, **settings), trainable_rows=trainable)
     assert mode.largest <= workspace
     assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     assert mode.peak >= workspace / 20

@@ -116,6 +116,30 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     assert steps == sorted(set(steps)) and steps == [line["step"] for line in read_metrics(tmp_path / "whole") if "loss/total" in line]
 
 
+def accumulated_norm(mesh: Mesh, tree: dict) -> float:
+    """The norm of a gradient of three micro-batches: of the first, and twice the 512th part of it."""
+    from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
+    from ilrec_dist.training.engine import build_engine
+
+    config = config_from_dict(tree).train
+    parallel = initialize_parallel(mesh.tp, "cpu")
+    try:
+        engine = build_engine(torch.nn.Linear(1, 1, bias=False), config, parallel)
+        for x in (1.0, 2**-9, 2**-9):
+            engine.backward(engine(torch.full((1, 1), x, dtype=torch.bfloat16)).sum())
+            engine.step()
+        return float(engine.get_global_grad_norm())
+    finally:
+        destroy_parallel()
+
+
+def test_bf16_gradients_are_summed_over_micro_batches_in_fp32(tiny):
+    """In bf16 1 + 2⁻⁹ + 2⁻⁹ is 1. The engine divides by the number of micro-batches."""
+    tree = config_to_dict(tiny_config(tiny, train={"precision": "bf16", "accumulation_steps": 3}))
+    (norm,) = run_distributed(accumulated_norm, 1, 1, tree)
+    assert norm == pytest.approx(float(torch.tensor(1 / 3).bfloat16()) * (1 + 2**-8), rel=1e-3)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capfd):
     config = config_to_dict(tiny_config(tiny))
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "whole"))
