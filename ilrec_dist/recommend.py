@@ -52,7 +52,7 @@ def recommend(
     if not weights.exists() or not weights.with_name(RESULT).exists():
         raise UserError(f"{weights}: no such weights; the run's training is not finished, or it trained other methods than {method} or other seeds than {seed}")
     result = read_json_object(weights.with_name(RESULT))
-    if result["catalogue"] != catalogue_hash(space.catalogue):
+    if "model" not in result or result["catalogue"] != catalogue_hash(space.catalogue):
         raise UserError(f"{weights}: trained with other item codes than those in {space.folders.items}; train again (`ilrec run`), or restore the codes")
     model = result["model"]  # as it was trained: a later command may have left another configuration in the folder
     config = dataclasses.replace(

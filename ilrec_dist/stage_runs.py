@@ -81,6 +81,7 @@ def index(config: Config) -> None:
 def cf(config: Config) -> None:
     from ilrec_dist.cf.train import train_cf
     from ilrec_dist.reporting.live import stage_progress
+    from ilrec_dist.training.jobs import resolve_device
     from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
@@ -93,7 +94,7 @@ def cf(config: Config) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        train_cf(config.cf, space.training, None, space.folders.cf, progress=progress)
+        train_cf(config.cf, space.training, None, space.folders.cf, progress, resolve_device(config))
 
 
 def rewards(config: Config) -> None:

@@ -42,21 +42,22 @@ class Histories:
 
 
 def train_model(
-    config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None
+    config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None, device: str = "cpu"
 ) -> tuple[SASRec, dict[str, Any]]:
     """Train on the training part of `histories`, keep the epoch with the best validation NDCG@10 over these same users, stop after `patience` worse ones.
 
     Everything that is random comes from `seed` and everything else from `histories`: users left out leave no trace. The caller's RNG is restored.
-    Returns the model in eval mode and its report: epochs run, the best one, loss and NDCG@10 by epoch, seconds.
+    Returns the model on the CPU, in eval mode, and its report: epochs run, the best one, loss and NDCG@10 by epoch, seconds.
     Raises UserError when no user has two training items.
     """
     begin, count, fresh = training_windows(histories, config.max_history)
     if not len(begin):
         raise UserError(f"CF model {name!r}: none of its {len(histories.starts)} users has two training items; give it more users, or a lower cf.cf_folds")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [torch.cuda.current_device()]):
         torch.manual_seed(seed)
         model = SASRec.from_config(config, num_items)
         model.known.copy_(torch.from_numpy(histories.known_items(num_items)))
+        model.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True)
         order = np.random.default_rng(seed)
         best: dict[str, Any] = {"epoch": 0, "ndcg@10": -1.0}
@@ -84,7 +85,7 @@ def train_model(
     model.load_state_dict(state)
     seconds = time.perf_counter() - started
     report = {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
-    return model.eval(), report
+    return model.cpu().eval(), report
 
 
 def training_windows(histories: Histories, max_history: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -115,12 +116,12 @@ def batches_by_length(lengths: np.ndarray, batch_size: int, order: np.random.Gen
 def window_loss(model: SASRec, items: np.ndarray, begin: np.ndarray, count: np.ndarray, fresh: np.ndarray) -> tuple[torch.Tensor, int]:
     """Summed full-softmax cross-entropy of a batch of training windows, and how many targets it sums."""
     inputs = pad_histories(items, begin, count)
-    hidden = model(inputs)
+    hidden = model(inputs.to(model.device))
     columns = np.arange(inputs.shape[1])
     rows = np.flatnonzero((columns < count[:, None]) & (columns >= fresh[:, None]))
     targets = items[(begin[:, None] + 1 + columns).reshape(-1)[rows]].astype(np.int64)
-    picked = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(rows)]
-    return full_softmax_loss(picked, model.items.weight, torch.from_numpy(targets)), len(rows)
+    picked = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(rows).to(model.device)]
+    return full_softmax_loss(picked, model.items.weight, torch.from_numpy(targets).to(model.device)), len(rows)
 
 
 @torch.no_grad()
@@ -131,12 +132,12 @@ def validation_ndcg(model: SASRec, histories: Histories, batch_size: int = 512) 
     total = 0.0
     for start in range(0, len(users), batch_size):
         batch = users[start : start + batch_size]
-        wanted = torch.from_numpy(histories.items[histories.starts[batch] + positions[batch]].astype(np.int64))
+        wanted = torch.from_numpy(histories.items[histories.starts[batch] + positions[batch]].astype(np.int64)).to(model.device)
         scores = encode(model, histories.items, histories.starts[batch], positions[batch]) @ model.items.weight.t()
         own = scores.gather(1, wanted[:, None])
         rank = (scores > own).sum(1)
         tied = scores == own
-        tied &= torch.arange(scores.shape[1]) < wanted[:, None]
+        tied &= torch.arange(scores.shape[1], device=model.device) < wanted[:, None]
         rank += tied.sum(1)
         total += float((1.0 / torch.log2(rank.double() + 2))[rank < 10].sum())
     return total / max(1, len(users))

@@ -69,7 +69,7 @@ def checked_file(folder: str | Path, name: str, manifest: dict[str, Any] | None 
     path = Path(folder) / name
     expected = (manifest or read_manifest(folder))["sha256"].get(name)
     if expected is None or not path.exists() or sha256_file(path) != expected:
-        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the one in manifest.json); run `ilrec cf` again")
+        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the one in manifest.json); delete {folder} and run `ilrec cf` again")
     return path
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ilrec_dist.config import CFConfig
 
-LOGITS_PER_CHUNK = 1 << 22  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
 
 
 class Block(nn.Module):
@@ -72,6 +72,10 @@ class SASRec(nn.Module):
     def num_items(self) -> int:
         return self.items.num_embeddings
 
+    @property
+    def device(self) -> torch.device:
+        return self.positions.weight.device
+
     def forward(self, items: Tensor) -> Tensor:
         """Item indices int64 [B, S], S ≤ max_history, chronological and padded on the right → queries fp32 [B, S, d].
 
@@ -96,7 +100,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, num_items = hidden.shape[0], weight.shape[0]
-        chunk = max(1, LOGITS_PER_CHUNK // num_items)
+        chunk = max(1, LOGITS_PER_CHUNK[hidden.device.type] // num_items)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         buffer = hidden.new_empty(min(chunk, rows), num_items)
         loss = hidden.new_zeros((), dtype=torch.float64)
@@ -172,8 +176,8 @@ def encode(
     bounds = np.searchsorted(place[which][order], np.arange(0, len(windows) + batch_size, batch_size))
     for index, first in enumerate(range(0, len(windows), batch_size)):
         batch = by_length[first : first + batch_size]
-        padded = pad_histories(items, windows[batch], lengths[batch])
+        padded = pad_histories(items, windows[batch], lengths[batch]).to(model.device)
         rows = order[bounds[index] : bounds[index + 1]]
         flat = (place[which[rows]] - first) * padded.shape[1] + inputs[rows] - 1
-        queries[torch.from_numpy(rows)] = model.transform(embed(padded), torch.from_numpy(flat))
+        queries[torch.from_numpy(rows).to(model.device)] = model.transform(embed(padded), torch.from_numpy(flat).to(model.device))
     return queries

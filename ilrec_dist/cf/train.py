@@ -30,7 +30,9 @@ def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
     return (np.frombuffer(digests, dtype=">u8") % np.uint64(folds)).astype(np.int64)
 
 
-def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, out: str | Path, progress: Progress | None = None) -> dict[str, Any]:
+def train_cf(
+    config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, out: str | Path, progress: Progress | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Train all CF models and write their folder, whole or not at all; returns the report that is also written as report.json.
 
     Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a model to which they do not exist: its item counts, batches,
@@ -44,7 +46,7 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
     histories = Histories(prepared.items, prepared.offsets[:-1], prepared.train_lengths(), prepared.target_places("validation"))
     folds = user_folds(prepared.user_ids, config.cf_folds)
     with committed_folder(out) as work:
-        full, full_report = train_model(config, prepared.num_items, histories, "full", config.seed, progress)
+        full, full_report = train_model(config, prepared.num_items, histories, "full", config.seed, progress, device)
         save_model(work, "full", full)
         report: dict[str, Any] = {"folds": config.cf_folds, "models": {"full": full_report}}
         models = []
@@ -53,7 +55,7 @@ def train_cf(config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, 
             if config.cf_folds > 1:
                 others = _users(histories, folds != fold)
                 model, report["models"][f"fold{fold}"] = train_model(
-                    config, prepared.num_items, others, f"fold{fold}", config.seed * 1_000_003 + fold + 1, progress
+                    config, prepared.num_items, others, f"fold{fold}", config.seed * 1_000_003 + fold + 1, progress, device
                 )
             save_model(work, f"fold{fold}", model)
             models.append(model)

@@ -13,7 +13,7 @@ from ilrec_dist.cf.model import SASRec, encode, full_softmax_loss, window_starts
 
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", 7 * 11)  # several chunks, the last one short
+    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})  # several chunks, the last one short
     torch.manual_seed(0)
     hidden, weight = (torch.randn(17, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True))
     targets = torch.randint(0, 11, (17,))
