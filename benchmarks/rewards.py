@@ -27,11 +27,11 @@ import faiss
 import numpy as np
 import torch
 
+from ilrec_dist.cf.code_order import SCAN_ITEMS
 from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards
 from ilrec_dist.cf.store import PREFIX_ITEMS, open_store, write_store
-from ilrec_dist.cf.train import SCAN_ITEMS
 from ilrec_dist.config import load_config
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
