@@ -55,7 +55,8 @@ def cross_layer_loss(
     Logits, normalisers and the head's gradient are fp32 (fp64 for fp64 inputs). For "sum" and "mean" gradients are made in forward and
     multiplied by the upstream gradient in backward; for "none" they are made in backward. Under no_grad only the loss is computed.
 
-    Raises ValueError for shapes, dtypes and scopes that do not go together. Targets outside [0, vocab_size) raise too.
+    Raises ValueError for shapes, dtypes and scopes that do not go together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side
+    assertion, which the process does not survive.
     """
     problem = _problem(final_hidden, layer_hidden, head_weight, targets, candidates, rewards, options, vocab, trainable_rows, tp_group)
     if reduction not in ("mean", "sum", "none"):
@@ -161,7 +162,9 @@ def _problem(
         raise ValueError(f"head_weight: expected at least {stop - start} rows of {d}, got {tuple(head.shape)}")
     if targets.shape != (n,) or targets.dtype != torch.int64:
         raise ValueError(f"targets: expected int64 [{n}], got {targets.dtype} {list(targets.shape)}")
-    if n and not 0 <= int(targets.min()) <= int(targets.max()) < options.vocab_size:
+    if n and targets.is_cuda:  # the device tells, later: to ask it here would wait for all of the model's forward
+        torch._assert_async(((targets >= 0) & (targets < options.vocab_size)).all())
+    elif n and not 0 <= int(targets.min()) <= int(targets.max()) < options.vocab_size:
         raise ValueError(f"targets: expected ids in [0, {options.vocab_size}), got {int(targets.min())} to {int(targets.max())}")
     if options.needs_candidates and candidates is None:
         raise ValueError("candidates: needed by a valid_next scope and by crr_lambda > 0")

@@ -89,7 +89,7 @@ class Exchange:
         self.sizes = [part.shape[1] for part in parts]
         self.message = torch.cat(parts, 1)
         self.everything = self.message.new_empty(dist.get_world_size(p.group), *self.message.shape)
-        self.work = dist.all_gather(list(self.everything.unbind(0)), self.message, group=p.group, async_op=True)
+        self.work = dist.all_gather_into_tensor(self.everything.flatten(0, 1), self.message, group=p.group, async_op=True)
 
     def wait(self) -> Gathered:
         sent, values = self.sent, [getattr(self.stats, f.name) for f in fields(RankStats)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ilrec_kernels.columns import Columns
 from ilrec_kernels.exchange import empty_sent
 from ilrec_kernels.linear import project
 from ilrec_kernels.pairs import chunk_pairs
@@ -58,11 +59,11 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     need_final = not plan.softmax or plan.ragged_distill or (plan.ragged_negatives and (from_final or chunk.z_final is None))
     need_layers = plan.ragged_distill or (plan.ragged_negatives and not from_final)
 
-    def gather(z: Tensor | None, columns: object) -> Tensor | None:
-        if z is None:
+    def gather(z: Tensor | None, columns: Columns | None) -> Tensor | None:
+        if z is None or columns is None:
             return None
-        position, inside = columns.find(column)  # type: ignore[attr-defined]
-        if not bool(inside.all()):
+        position, inside = columns.find(column)
+        if len(columns) < p.stop - p.start and not bool(inside.all()):  # asks the device only where there is a question
             return None
         flat = local.row * z.shape[-1] + position
         return z.reshape(-1).take(flat) if z.dim() == 2 else torch.stack([layer.reshape(-1).take(flat) for layer in z])

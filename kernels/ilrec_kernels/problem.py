@@ -146,7 +146,7 @@ def make_plan(p: Problem) -> Plan:
     )  # fmt: skip
     listed = p.candidates.tokens.numel() / max(1, p.n) if pairs and p.candidates is not None else 0.0  # entries of a row, in the mean
     lists = listed * pair_bytes(plan, size)
-    room = total - budget
+    room = min(total - budget, total * 7 // 8 if gpu else total * 5 // 6)  # the rest is for what allocators and BLAS take; more of it on a CPU
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
     supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,32 +54,60 @@ BLOCK = 32
 def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """The up to k largest values [n, c] that reach threshold [n], as (row [E], column [E], value [E]), ascending by (row, column).
 
-    Two passes: the k blocks of columns with the largest maxima hold the k largest values. Where a tie crosses the cut the row is
-    redone exactly. `budget` bytes bound the temporaries.
+    Blocks of columns whose maximum does not reach the threshold are never looked into again. Of rows with many that do, the k blocks with the
+    largest maxima hold the k largest values; where a tie crosses the cut the row is redone exactly. `budget` bytes bound the temporaries.
     """
     n, c = values.shape
     whole = c // BLOCK * BLOCK
-    blocks = -(-c // BLOCK)
-    if blocks <= 2 * k:
-        live, maxima = torch.arange(n, device=values.device), None
-    else:
-        maxima = values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
-        if whole < c:
-            maxima = torch.cat([maxima, values[:, whole:].amax(1, keepdim=True)], 1)
-        live = (maxima.amax(1) >= threshold).nonzero().flatten()  # rows without any candidate end here
+    if -(-c // BLOCK) <= 2 * k:
+        return _in_parts(torch.arange(n, device=values.device), budget // (24 * (c + 1)), lambda some: _exact(values, threshold, k, some))
+    maxima = values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    if whole < c:
+        maxima = torch.cat([maxima, values[:, whole:].amax(1, keepdim=True)], 1)
+    reached = maxima >= threshold[:, None]
+    count = reached.sum(1)
+    crowded = count > 2 * k
+    few = ((count > 0) & ~crowded).nonzero().flatten()
+    many = crowded.nonzero().flatten()
+    row, column, value = _in_parts(few, budget // (48 * BLOCK * k), lambda some: _few_blocks(values, reached, threshold, k, some, budget))
+    if not many.numel():
+        return row, column, value
+    r, cc, v = _in_parts(many, budget // (24 * (k + 1) * BLOCK), lambda some: _by_blocks(values, maxima, threshold, k, some))
+    if not few.numel():
+        return r, cc, v
+    row, column, value = torch.cat([row, r]), torch.cat([column, cc]), torch.cat([value, v])
+    order = torch.argsort(row, stable=True)
+    return row[order], column[order], value[order]
+
+
+Entries = tuple[Tensor, Tensor, Tensor]
+
+
+def _in_parts(rows: Tensor, step: int, find: Callable[[Tensor], Entries]) -> Entries:
+    """What `find` gives for `step` of the rows at a time; its rows are places in what it is given."""
     parts = []
-    for some in live.split(max(1, budget // (24 * min(c + 1, (k + 1) * BLOCK)))):
-        row, column, value = _exact(values, threshold, k, some) if maxima is None else _by_blocks(values, maxima, threshold, k, some)
+    for some in rows.split(max(1, step)):
+        row, column, value = find(some)
         parts.append((some[row], column, value))
-    if not parts:
-        return live, live, values.new_zeros(0)
     if len(parts) == 1:
         return parts[0]
     row, column, value = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return row, column, value
 
 
-def _exact(values: Tensor, threshold: Tensor, k: int, some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _few_blocks(values: Tensor, reached: Tensor, threshold: Tensor, k: int, some: Tensor, budget: int) -> Entries:
+    """Of the rows `some`, each with up to 2k blocks that reach the threshold: only those blocks are gathered."""
+    c = values.shape[1]
+    row, block = reached[some].nonzero(as_tuple=True)
+    column = block[:, None] * BLOCK + torch.arange(BLOCK, device=values.device)
+    found = values.take(some[row, None] * c + column.clamp(max=c - 1))
+    entry, place = ((found >= threshold[some[row], None]) & (column < c)).nonzero(as_tuple=True)
+    row, column, value = row[entry], column[entry, place], found[entry, place]
+    keep, _ = keep_largest(row, value, some.numel(), k, budget)
+    return (row, column, value) if keep is None else (row[keep], column[keep], value[keep])
+
+
+def _exact(values: Tensor, threshold: Tensor, k: int, some: Tensor) -> Entries:
     """Of the rows `some`; the row's place in `some` is returned."""
     values = values if some.numel() == values.shape[0] else values[some]
     keep = largest(values, k) & (values >= threshold[some, None])
@@ -85,7 +115,7 @@ def _exact(values: Tensor, threshold: Tensor, k: int, some: Tensor) -> tuple[Ten
     return row, column, values[row, column]
 
 
-def _by_blocks(values: Tensor, maxima: Tensor, threshold: Tensor, k: int, some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_blocks(values: Tensor, maxima: Tensor, threshold: Tensor, k: int, some: Tensor) -> Entries:
     c = values.shape[1]
     top = maxima[some].topk(k + 1)
     blocks = top.indices.sort(1).values

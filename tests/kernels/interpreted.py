@@ -61,8 +61,8 @@ def test_twenty_runs_are_bitwise_equal(is_sliced, monkeypatch):
     """In regime T and, several slices in each of several chunks, in regime V."""
     monkeypatch.setattr(problem, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
     monkeypatch.setattr(problem, "SLICE", 128)
-    scope = dict(v=300, workspace_bytes=20_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
-    case = make_case(n=9, crr_lambda=0.3, mu=0.5, longest=20, **scope)
+    scope = dict(v=160, workspace_bytes=12_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
+    case = make_case(n=7, crr_lambda=0.3, mu=0.5, longest=20, **scope)
     used = []
     collect = sliced.collect
     monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
@@ -111,12 +111,12 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
 @pytest.mark.parametrize("d,longest", [(96, 20), (16, 200)])
 def test_the_sliced_regime_keeps_to_the_workspace(d, longest, monkeypatch):
     """Wide rows and long lists: as few chunks as there is room for, and slices as wide as is left."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 250)
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 200)
     spans, widths = [], []
     collect, turn = sliced.collect, fused.turn
     monkeypatch.setattr(sliced, "collect", lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk))
     monkeypatch.setattr(fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest))
-    n, v, workspace = 128, 1100, 300_000
+    n, v, workspace = 100, 1100, 240_000
     mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, workspace_bytes=workspace, mu=0.5, crr_lambda=0.3), "triton")
     assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     plan = spans[0][0]

@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ilrec_kernels.select import dense_candidates
 
 from tests.helpers import run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, reference_by_rows, run_case
@@ -33,6 +35,21 @@ def test_any_shape(n, v, d, m, k, seed, std, threshold, negatives, distill, soft
     if not differ.any():
         assert_close(ours, truth, 1e-5, floor=1e-2)
     assert differ.float().mean() < 0.2 if n > 10 else True
+
+
+@pytest.mark.parametrize("budget", [1, 200_000, 1 << 24])
+def test_dense_candidates_are_those_of_a_stable_sort(budget):
+    """Rows without, with few and with many blocks that reach the bar, at once; values tie across blocks and across the cut."""
+    g = torch.Generator().manual_seed(0)
+    values, k = (3 * torch.randn(40, 1000, generator=g)).round(), 3
+    threshold = torch.linspace(-2, 12, 40)[torch.randperm(40, generator=g)]
+    blocks = (values.unfold(1, 32, 32).amax(2) >= threshold[:, None]).sum(1)
+    assert (blocks == 0).any() and ((blocks > 0) & (blocks <= 2 * k)).any() and (blocks > 2 * k).any()
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True) & (values >= threshold[:, None])
+    row, column, value = dense_candidates(values, threshold, k, budget)
+    assert torch.equal(torch.stack([row, column]), torch.stack(expected.nonzero(as_tuple=True)))
+    assert torch.equal(value, values[row, column])
 
 
 ROWS, VOCABULARIES = (0, 1, 15, 26, 128, 513), (507, 32_000, 50_264, 128_256)

@@ -77,6 +77,26 @@ def test_compiled_forms_are_those_that_a_launch_chooses():
     assert all(sum(found) >= len(found) / 2 for found in forms.values()) and len(forms) == 3
 
 
+@pytest.mark.parametrize("workspace,sliced,stacked", [(None, False, 1536), (1 << 29, True, 8192)])
+def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked):
+    """8,192 rows of 4,096 in bf16, 131,072 tokens, 3 layers and listed negatives: at the default 1 GiB regime T's chunks are large enough, at half of it
+    regime V's are a third of all rows. Fake tensors stand for the GPU's."""
+    from ilrec_kernels import LossOptions, TokenLists
+    from ilrec_kernels.problem import Problem, make_plan
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    n, d, v = 8192, 4096, 131_072
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden = tuple(torch.empty(n, d, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+        head = torch.empty(v, d, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        indptr, tokens, targets = (torch.empty(size, dtype=torch.int64, device="cuda") for size in (n + 1, 256 * n, n))
+        rewards = torch.empty(256 * n, device="cuda")
+        options = LossOptions(v, distill_scope="all", backend="triton", workspace_bytes=workspace)
+        plan = make_plan(Problem(hidden, head, targets, TokenLists(indptr, tokens), rewards, options, 0, v, None, None))
+    assert plan.fused and plan.sliced == sliced and plan.rows * plan.streams >= stacked
+    assert plan.slice_columns >= 512 if sliced else True
+
+
 def test_no_kernel_uses_atomics():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels/ilrec_kernels").glob("*.py")]
     assert sum("@triton.jit" in source for source in sources) == 2 and not any("tl.atomic" in source for source in sources)
