@@ -79,6 +79,8 @@ def index(config: Config) -> None:
 
 
 def cf(config: Config) -> None:
+    import torch
+
     from ilrec_dist.cf.train import train_cf
     from ilrec_dist.reporting.live import stage_progress
     from ilrec_dist.training.jobs import resolve_device
@@ -94,7 +96,9 @@ def cf(config: Config) -> None:
             ndcg = event.get("ndcg@10")
             bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
 
-        train_cf(config.cf, space.training, None, space.folders.cf, progress, resolve_device(config))
+        device = resolve_device(config) if torch.cuda.is_available() else "cpu"  # launch.device is the workers': this process may have no GPU
+        train_cf(config.cf, space.training, None, space.folders.cf, progress, device)
+    torch.cuda.empty_cache()  # the workers may share the GPU
 
 
 def rewards(config: Config) -> None:

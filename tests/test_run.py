@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from ilrec_dist.cli import main
@@ -121,6 +122,12 @@ def test_recommend_refuses_codes_that_the_model_was_not_trained_with(finished, t
     capsys.readouterr()
     assert main(["recommend", str(tmp_path / "runs/tiny"), "--histories", str(tmp_path / "h.parquet")]) == 2
     assert "trained with other item codes" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_none(finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    assert main(["cf", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "launch.device=cuda", "cf.epochs=1"]) == 0
 
 
 def test_an_error_of_the_users_that_one_worker_meets_is_one_line(finished, tmp_path, capfd):
