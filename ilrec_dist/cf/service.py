@@ -58,7 +58,8 @@ def _yield_to_training() -> None:
 def load_rewards(cf_folder: Path, prepared_folder: Path, catalogue_folder: Path, shard: int | None, backwards: bool) -> TokenRewards:
     """What an actor does first; again in the process that takes a dead one's place."""
     catalogue, prepared = Catalogue.load(catalogue_folder), load_prepared(prepared_folder)
-    return TokenRewards.open(cf_folder, both_directions(prepared) if backwards else prepared, catalogue, Trie(catalogue), shard)
+    trie = Trie.load(catalogue_folder, catalogue)
+    return TokenRewards.open(cf_folder, both_directions(prepared) if backwards else prepared, catalogue, trie, shard)
 
 
 @contextmanager

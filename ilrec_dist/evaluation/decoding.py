@@ -61,25 +61,26 @@ class SearchSpace:
     def __init__(self, trie: Trie, device: torch.device | str = "cpu", allowed: np.ndarray | None = None) -> None:
         self.trie, self.allowed, self.depth = trie, allowed, trie.depth
         in_code_order = np.ones(trie.catalogue.num_items, bool) if allowed is None else allowed[trie.catalogue.items]
-        allowed_before = np.concatenate([[0], np.cumsum(in_code_order, dtype=np.int64)])
+        allowed_before = np.zeros(len(in_code_order) + 1, np.int32)
+        np.cumsum(in_code_order, dtype=np.int32, out=allowed_before[1:])
         self._available = [np.diff(allowed_before[start]) for start in trie.node_start]  # allowed items below every node
         self._empty = None if allowed is None else [torch.from_numpy(count == 0).to(device) for count in self._available]
-        self._child_start = [torch.from_numpy(start.astype(np.int64)).to(device) for start in trie.child_start]
-        self._token = [torch.from_numpy(token.astype(np.int64)).to(device) for token in trie.node_token]
+        self._child_start = [torch.from_numpy(start).to(device) for start in trie.child_start]  # int32: on a CPU the trie's own memory
+        self._token = [torch.from_numpy(token).to(device) for token in trie.node_token]
         self.token_range = [(int(token.min()), int(token.max()) + 1) for token in trie.node_token[1:]]  # of the tokens that follow depth p
 
     def children(self, p: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """nodes int64 [B, K] at depth p, -1 for none → their children, padded: (nodes at depth p + 1, tokens, is there one), each [B, K, c]."""
-        start, count = self._child_start[p][nodes.clamp(min=0)], self.num_children(p, nodes)
+        start, count = self._child_start[p][nodes.clamp(min=0)].long(), self.num_children(p, nodes)
         offset = torch.arange(max(1, int(count.max())), device=nodes.device)
         exists = offset < count[..., None]
         child = torch.where(exists, start[..., None] + offset, 0)
-        return child, self._token[p + 1][child], exists
+        return child, self._token[p + 1][child].long(), exists
 
     def num_children(self, p: int, nodes: Tensor) -> Tensor:
         """int64 [B, K]: how many continuations the nodes at depth p have; 0 for -1."""
         known = nodes.clamp(min=0)
-        return (self._child_start[p][known + 1] - self._child_start[p][known]) * (nodes >= 0)
+        return (self._child_start[p][known + 1] - self._child_start[p][known]).long() * (nodes >= 0)
 
     def closed(self, excluded: ItemSets, device: torch.device | str) -> list[Tensor]:
         """Per depth 1 … C, the nodes with no item left to a user once theirs are taken away: sorted keys row · num_nodes + node."""

@@ -18,6 +18,7 @@ from ilrec_dist.items.collisions import collision_report, squared_distances, tup
 from ilrec_dist.items.embeddings import item_documents, text_vectors
 from ilrec_dist.items.index_file import write_index
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks
+from ilrec_dist.items.trie import Trie
 
 
 def add_items(
@@ -63,6 +64,7 @@ def add_items(
     }
     with committed_folder(out) as work:
         catalogue.save(work)
+        Trie(catalogue).save(work)
         write_index(work / "index.json", catalogue, [*old_ids, *new_ids])
         write_json(work / "report.json", report)
     return report

@@ -17,6 +17,7 @@ from ilrec_dist.items.collisions import collision_report, first_collision, resol
 from ilrec_dist.items.embeddings import item_documents, item_vectors, text_vectors
 from ilrec_dist.items.index_file import read_index, write_index
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_codes
+from ilrec_dist.items.trie import Trie
 
 ATOMIC = "item"  # the name of the one level of a catalogue whose items are a token each
 
@@ -56,6 +57,7 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     }
     with committed_folder(out) as folder:
         catalogue.save(folder)
+        Trie(catalogue).save(folder)
         write_index(folder / "index.json", catalogue, prepared.item_ids)
         write_json(folder / "report.json", report)
     return report

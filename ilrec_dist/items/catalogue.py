@@ -12,7 +12,8 @@ import numpy as np
 from ilrec_dist.data.files import read_json_object, sha256_file, write_json
 from ilrec_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no position.npy
+FILES = ("tokens.npy", "items.npy", "position.npy")
 PAD = 0
 
 
@@ -60,10 +61,10 @@ class Catalogue:
         return names
 
     def save(self, folder: str | Path) -> None:
-        """Write tokens.npy, items.npy and catalogue.json (with their SHA-256) into an existing folder."""
+        """Write tokens.npy, items.npy, position.npy and catalogue.json (with their SHA-256) into an existing folder."""
         folder = Path(folder)
-        np.save(folder / "tokens.npy", self.tokens)
-        np.save(folder / "items.npy", self.items)
+        for name, array in zip(FILES, (self.tokens, self.items, self.position), strict=True):
+            np.save(folder / name, array)
         write_json(
             folder / "catalogue.json",
             {
@@ -71,26 +72,35 @@ class Catalogue:
                 "items": self.num_items,
                 "level_ranges": [list(bounds) for bounds in self.level_ranges],
                 "level_names": list(self.level_names),
-                "sha256": {name: sha256_file(folder / name) for name in ("tokens.npy", "items.npy")},
+                "sha256": {name: sha256_file(folder / name) for name in FILES},
             },
         )
 
     @staticmethod
     def load(folder: str | Path) -> Catalogue:
-        """Read what `save` wrote. Raises UserError when a file is missing or damaged."""
+        """Map what `save` wrote: processes of one machine share its memory. Raises UserError when a file is missing or damaged."""
         folder = Path(folder)
         if not (folder / "catalogue.json").exists():
             raise UserError(f"{folder}: not a catalogue folder (no catalogue.json); run `ilrec index` first")
         meta = read_json_object(folder / "catalogue.json")
-        if meta.get("version") != FORMAT_VERSION:
+        if meta.get("version") not in (1, FORMAT_VERSION):
             raise UserError(f"{folder / 'catalogue.json'}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec index` again")
         for name, expected in meta["sha256"].items():
-            if not (folder / name).exists() or sha256_file(folder / name) != expected:
-                raise UserError(f"{folder / name}: missing or damaged (its SHA-256 is not the one in catalogue.json); run `ilrec index` again")
-        items = np.load(folder / "items.npy")
-        return Catalogue(
-            np.load(folder / "tokens.npy"), items, _inverse(items), tuple((int(a), int(b)) for a, b in meta["level_ranges"]), tuple(meta["level_names"])
-        )
+            check_file(folder / name, expected, "catalogue.json")
+        tokens, items = map_array(folder / "tokens.npy"), map_array(folder / "items.npy")
+        position = map_array(folder / "position.npy") if "position.npy" in meta["sha256"] else _inverse(items)
+        return Catalogue(tokens, items, position, tuple((int(a), int(b)) for a, b in meta["level_ranges"]), tuple(meta["level_names"]))
+
+
+def check_file(path: Path, expected: str, manifest: str) -> None:
+    """Raises UserError when a file of a catalogue's folder is missing or its SHA-256 is not `expected`, which `manifest` holds."""
+    if not path.exists() or sha256_file(path) != expected:
+        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); run `ilrec index` again")
+
+
+def map_array(path: Path) -> np.ndarray:
+    """An .npy file as an array that takes memory only where it is read, and gives it back when others need it; not to be written to."""
+    return np.asarray(np.load(path, mmap_mode="c"))  # torch wants memory that could be written: the file would not change
 
 
 def make_catalogue(codes: np.ndarray, level_sizes: Sequence[int], level_names: Sequence[str] | None = None) -> Catalogue:

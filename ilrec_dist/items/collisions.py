@@ -78,11 +78,14 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
     collides = sizes[group] > 1
     crowded = np.flatnonzero(np.isin(prefix, np.unique(prefix[collides])))
     crowded = crowded[np.argsort(prefix[crowded], kind="stable")]
-    rest = None if vectors is None or books is None else books.residual(vectors, codes, last)
+    colliding = np.flatnonzero(collides)
+    rest = None if vectors is None or books is None else books.residual(vectors[colliding], codes[colliding], last)
     for members in np.split(crowded, np.flatnonzero(np.diff(prefix[crowded])) + 1):
         moving = members[collides[members]]
         free = np.setdiff1d(np.arange(level_sizes[last]), codes[members[~collides[members]], last])
-        cost = np.ones((len(moving), len(free))) if rest is None or books is None else _cost(rest[moving], books.levels[last], codes[moving, last], free)
+        cost = np.ones((len(moving), len(free)))
+        if rest is not None and books is not None:
+            cost = _cost(rest[np.searchsorted(colliding, moving)], books.levels[last], codes[moving, last], free)
         cost[free[None, :] == codes[moving, last][:, None]] = 0.0
         rows, columns = linear_sum_assignment(cost)
         result[moving[rows], last] = free[columns]

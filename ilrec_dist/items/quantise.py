@@ -8,6 +8,7 @@ import numpy as np
 
 from ilrec_dist.errors import UserError
 
+AT_ONCE = 1 << 17  # vectors whose residuals are held
 TRAIN_POINTS_PER_CODE = 256  # FAISS's own default for k-means; more points change little
 
 
@@ -48,23 +49,23 @@ def residual_codes(vectors: np.ndarray, levels: int, codes_per_level: int, seed:
     if n > TRAIN_POINTS_PER_CODE * codes_per_level:
         sample = vectors[np.sort(random.choice(n, TRAIN_POINTS_PER_CODE * codes_per_level, replace=False))]
     quantiser.train(np.ascontiguousarray(sample))
-    packed = quantiser.compute_codes(np.ascontiguousarray(vectors))
-    codes = faiss.unpack_bitstrings(packed, levels, bits).astype(np.int32)
+    codes = np.empty((n, levels), np.int32)
+    for start in range(0, n, AT_ONCE):
+        packed = quantiser.compute_codes(np.ascontiguousarray(vectors[start : start + AT_ONCE]))
+        codes[start : start + AT_ONCE] = faiss.unpack_bitstrings(packed, levels, bits)
     books = faiss.vector_to_array(quantiser.codebooks).reshape(levels, codes_per_level, dim)
     return codes, Codebooks(list(books))
 
 
 def centroid_codebooks(vectors: np.ndarray, codes: np.ndarray, level_sizes: list[int]) -> Codebooks:
     """Codebooks for given codes: at each level the mean of the residuals of the items that carry the code."""
-    rest = np.array(vectors, np.float32)
-    levels = []
+    books = Codebooks([])
     for level, size in enumerate(level_sizes):
-        code = codes[:, level]
-        count = np.bincount(code, minlength=size)
-        sums = np.zeros((size, rest.shape[1]), np.float32)
-        np.add.at(sums, code, rest)
+        count = np.bincount(codes[:, level], minlength=size)
+        sums = np.zeros((size, vectors.shape[1]), np.float32)
+        for start in range(0, len(codes), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            np.add.at(sums, codes[some, level], books.residual(vectors[some], codes[some], level))
         with np.errstate(invalid="ignore", divide="ignore"):
-            book = sums / count[:, None].astype(np.float32)
-        levels.append(book)
-        rest -= book[code]
-    return Codebooks(levels)
+            books.levels.append(sums / count[:, None].astype(np.float32))
+    return books

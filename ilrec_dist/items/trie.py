@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.data.files import read_json_object, sha256_file, write_json
+from ilrec_dist.items.catalogue import Catalogue, check_file, map_array
 
 
 class Trie:
@@ -17,25 +21,51 @@ class Trie:
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
-        self.catalogue = catalogue
-        self.depth = catalogue.depth
-        tokens, n = catalogue.tokens, catalogue.num_items
-        self.node_start: list[np.ndarray] = [np.array([0, n], np.int32)]
+        depth, tokens, n = catalogue.depth, catalogue.tokens, catalogue.num_items
+        node_start: list[np.ndarray] = [np.array([0, n], np.int32)]
         first = np.zeros(n, bool)  # positions at which a prefix of the current depth begins
         if n:
             first[0] = True
-        starts = []
-        for level in range(self.depth):
+        for level in range(depth):
             first[1:] |= tokens[1:, level] != tokens[:-1, level]
-            start = np.flatnonzero(first)
-            starts.append(start)
-            self.node_start.append(np.append(start, n).astype(np.int32))
+            node_start.append(np.append(np.flatnonzero(first), n).astype(np.int32))
+        child_start = [np.searchsorted(node_start[p + 1], node_start[p]).astype(np.int32) for p in range(depth)]
         # One array of all tokens, a view per depth: candidates of several depths are then one gather.
         widest = max(end - start for start, end in catalogue.level_ranges)
-        self._tokens = np.concatenate([*(tokens[start, level] for level, start in enumerate(starts)), np.zeros(widest, np.int32)])  # see candidates
-        self._token_base = np.cumsum([0] + [len(start) for start in starts])
-        self.node_token = [np.zeros(0, np.int32)] + [self._tokens[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)]
-        self.child_start = [np.searchsorted(self.node_start[p + 1], self.node_start[p]).astype(np.int32) for p in range(self.depth)]
+        labels = np.concatenate([*(tokens[node_start[p + 1][:-1], p] for p in range(depth)), np.zeros(widest, np.int32)])  # see candidates
+        self._hold(catalogue, node_start, child_start, labels)
+
+    def _hold(self, catalogue: Catalogue, node_start: list[np.ndarray], child_start: list[np.ndarray], labels: np.ndarray) -> None:
+        self.catalogue, self.depth = catalogue, catalogue.depth
+        self.node_start, self.child_start, self._tokens = node_start, child_start, labels
+        self._token_base = np.cumsum([0] + [len(start) - 1 for start in node_start[1:]])
+        self.node_token = [np.zeros(0, np.int32)] + [labels[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write trie.npy and trie.json (with its SHA-256) beside the catalogue's files."""
+        path, arrays = Path(folder) / "trie.npy", self._arrays()
+        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(sum(map(len, arrays)),))
+        for part, array in zip(_cut(stored, [len(array) for array in arrays]), arrays, strict=True):
+            part[:] = array
+        stored.flush()
+        write_json(path.with_suffix(".json"), {"nodes": [self.num_nodes(p) for p in range(self.depth + 1)], "sha256": sha256_file(path)})
+
+    @staticmethod
+    def load(folder: str | Path, catalogue: Catalogue) -> Trie:
+        """Map what `save` wrote beside this catalogue; made anew where an earlier version wrote none. Raises UserError when it is damaged."""
+        path = Path(folder) / "trie.npy"
+        if not path.with_suffix(".json").exists():
+            return Trie(catalogue)
+        meta = read_json_object(path.with_suffix(".json"))
+        check_file(path, meta["sha256"], "trie.json")
+        stored, starts = map_array(path), [count + 1 for count in meta["nodes"]]
+        *arrays, labels = _cut(stored, [*starts, *starts[:-1], len(stored) - sum(starts) - sum(starts[:-1])])
+        trie = Trie.__new__(Trie)
+        trie._hold(catalogue, arrays[: len(starts)], arrays[len(starts) :], labels)
+        return trie
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [*self.node_start, *self.child_start, self._tokens]
 
     def num_nodes(self, p: int) -> int:
         return len(self.node_start[p]) - 1
@@ -43,7 +73,7 @@ class Trie:
     @property
     def nbytes(self) -> int:
         """Memory of the trie's own arrays, without the catalogue's."""
-        return self._tokens.nbytes + sum(array.nbytes for array in (*self.node_start, *self.child_start))
+        return sum(array.nbytes for array in self._arrays())
 
     def item_node(self, p: int, items: np.ndarray) -> np.ndarray:
         """int64 nodes at depth p whose range holds the items (item indices, any shape)."""
@@ -114,6 +144,10 @@ class Trie:
             starts[:, p] = first + self._token_base[p]
         indptr, where = _ranges(starts.ravel(), counts.ravel())
         return indptr, self._tokens[where].astype(np.int64)
+
+
+def _cut(array: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    return np.split(array, np.cumsum(lengths)[:-1])
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

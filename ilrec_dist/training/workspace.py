@@ -44,7 +44,7 @@ class Workspace:
 
     @cached_property
     def trie(self) -> Trie:
-        return Trie(self.catalogue)
+        return Trie.load(self.folders.items, self.catalogue)
 
     def reward_source(self) -> RewardSource:
         """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""

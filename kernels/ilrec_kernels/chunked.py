@@ -13,6 +13,7 @@ from ilrec_kernels.logits import start_chunk
 from ilrec_kernels.merge import merge
 from ilrec_kernels.negatives import target_ensemble
 from ilrec_kernels.normalisers import collect_statistics
+from ilrec_kernels.pairs import lists_hold_targets
 from ilrec_kernels.problem import Problem, chunk_spans, make_plan
 from ilrec_kernels.state import Chunk, Gradients, Scratch
 from ilrec_kernels.types import RowStats
@@ -25,6 +26,7 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
     early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
     spans = chunk_spans(p, plan)
+    complete = lists_hold_targets(p.candidates, p.targets, spans) if plan.pairs and p.candidates is not None else [True] * len(spans)
     scratches = [Scratch.make(p, plan) for _ in range(min(plan.under_way, len(spans)))]
     waiting: deque[tuple[Chunk, Exchange]] = deque()
 
@@ -35,7 +37,7 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
             add_gradients(p, plan, chunk, merged, gradients)
 
     for i, span in enumerate(spans):
-        chunk = start_chunk(p, plan, scratches[i % plan.under_way], span)
+        chunk = start_chunk(p, plan, scratches[i % plan.under_way], span, complete[i])
         collect_statistics(p, plan, chunk, None if early is None else early[span.begin : span.end])
         assert chunk.stats is not None
         waiting.append((chunk, Exchange(chunk.stats, chunk.sent, p)))

@@ -213,8 +213,8 @@ def gradients(
     return final_out[:, :c], layers_out[..., : matrix.shape[-1]] if layers is not None else None
 
 
-def gate(source: Tensor, bars: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Candidates of source [layers, n, c] as (row [E], column [E], value [E]) ascending, and counts [n]; rows beyond the capacity are left out."""
+def gate(source: Tensor, bars: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates of source [layers, n, c]: columns int32 and values [n, GATE_CAPACITY], a row's first ones filled, ascending; how many it has, int32 [n]."""
     layers, n, c = source.shape
     columns = torch.empty(n, GATE_CAPACITY, dtype=torch.int32, device=source.device)
     values = source.new_empty(n, GATE_CAPACITY)
@@ -224,6 +224,4 @@ def gate(source: Tensor, bars: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
             source, bars, targets, columns, values, counts, c, layers, source.stride(1), source.stride(0),
             CAPACITY=GATE_CAPACITY, BLOCK=GATE.block, num_warps=GATE.warps,
         )  # fmt: skip
-    listed = torch.arange(GATE_CAPACITY, device=source.device) < counts.masked_fill(counts > GATE_CAPACITY, 0)[:, None]
-    row, place = listed.nonzero(as_tuple=True)
-    return row, columns[row, place].long(), values[row, place], counts
+    return columns, values, counts

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_kernels.problem import Problem
+from ilrec_kernels.segments import row_counts
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Exchange:
         n, dtype = stats.top.shape[0], stats.top.dtype
         self.integer = torch.int64 if dtype == torch.float64 else torch.int32
         self.width = p.options.max_negatives + 1 if p.options.needs_negatives else 0
-        count = torch.bincount(sent.row, minlength=n)
+        count = row_counts(sent.row, n)
         place = torch.arange(sent.row.numel(), device=sent.row.device) - (count.cumsum(0) - count).take(sent.row)
         parts = [v.T if v.dim() == 2 else v[:, None] for v in values] + [count.to(self.integer)[:, None].view(dtype)]
         for entries in (sent.ensemble, sent.z, sent.token.to(self.integer).view(dtype)) if self.width else ():
@@ -102,7 +103,7 @@ class Exchange:
         if not self.width:
             return Gathered(RankStats(*merged), sent.row, sent.token, sent.ensemble, sent.z, None, None)
         listed = torch.arange(self.width, device=counts.device) < counts.T[:, :, None]  # [n, R, width]
-        row, rank, _ = listed.nonzero(as_tuple=True)
-        ensemble, z, token = (piece.transpose(0, 1)[listed] for piece in pieces[-3:])
-        mine = (rank == dist.get_rank(self.group)).nonzero().flatten()
+        row, rank, place = listed.nonzero(as_tuple=True)
+        ensemble, z, token = (piece[rank, row, place] for piece in pieces[-3:])
+        mine = torch.nonzero_static(rank == dist.get_rank(self.group), size=sent.row.numel()).flatten()
         return Gathered(RankStats(*merged), row, token.view(self.integer).long(), ensemble, z, None, mine)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import finite
-from ilrec_kernels.select import dense_candidates
+from ilrec_kernels.select import dense_candidates, keep_largest
 from ilrec_kernels.state import Chunk, Factors
 
 
@@ -45,28 +45,39 @@ def collect(plan: Plan, chunk: Chunk) -> None:
         stats.layer_top, stats.layer_rest, stats.cross = values[4], values[5], values[6]
 
 
-def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here); but rows of up to
-    GATE_CAPACITY candidates keep them all."""
+def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here); and which rows had more, bool [n].
+
+    The device is asked once, unless rows have more than k.
+    """
     from ilrec_kernels import dense_triton
 
-    row, column, value, counts = dense_triton.gate(source, bar, position)
-    crowded = (counts > dense_triton.GATE_CAPACITY).nonzero().flatten()
-    if not crowded.numel():
-        return row, column, value
-    parts = [(row, column, value)]
-    for some in crowded.split(max(1, budget // (8 * source.shape[2]))):
-        values = source[0, some]
+    n, capacity = source.shape[1], dense_triton.GATE_CAPACITY
+    columns, values, counts = dense_triton.gate(source, bar, position)
+    over = counts > k
+    listed = counts.masked_fill(counts > capacity, 0).long()
+    total, most = torch.stack([listed.sum(), counts.amax().long()]).tolist() if n else (0, 0)
+    row = torch.repeat_interleave(torch.arange(n, device=counts.device), listed, output_size=total)
+    place = torch.arange(total, device=counts.device) - (listed.cumsum(0) - listed).take(row)
+    column, value = columns[row, place].long(), values[row, place]
+    if most <= k:
+        return row, column, value, over
+    keep, _ = keep_largest(row, value, n, k, budget)
+    parts = [(row, column, value) if keep is None else (row.take(keep), column.take(keep), value.take(keep))]
+    if most <= capacity:
+        return *parts[0], over
+    for some in (counts > capacity).nonzero().flatten().split(max(1, budget // (8 * source.shape[2]))):
+        mean = source[0, some]
         for layer in source[1:]:
-            values += layer[some]
-        values /= source.shape[0]
+            mean += layer[some]
+        mean /= source.shape[0]
         here = (position[some] >= 0).nonzero().flatten()
-        values[here, position[some[here]]] = -torch.inf
-        r, c, v = dense_candidates(values, bar[some], k, budget)
+        mean[here, position[some[here]]] = -torch.inf
+        r, c, v = dense_candidates(mean, bar[some], k, budget)
         parts.append((some[r], c, v))
     row, column, value = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = torch.argsort(row, stable=True)
-    return row[order], column[order], value[order]
+    return row[order], column[order], value[order], over
 
 
 def finish(p: Problem, plan: Plan, chunk: Chunk, factors: Factors) -> tuple[Tensor, Tensor | None]:

@@ -14,8 +14,8 @@ from ilrec_kernels.ragged import RaggedHead
 from ilrec_kernels.state import Chunk, Scratch
 
 
-def start_chunk(p: Problem, plan: Plan, scratch: Scratch, span: Span) -> Chunk:
-    """Logits: dense where the plan has columns, and at the pairs where a list scope is used."""
+def start_chunk(p: Problem, plan: Plan, scratch: Scratch, span: Span, complete: bool) -> Chunk:
+    """Logits: dense where the plan has columns, and at the pairs where a list scope is used. `complete` as of pairs.lists_hold_targets."""
     begin, end = span.begin, span.end
     x = torch.stack([h[begin:end].to(p.row_dtype) for h in p.hidden[: plan.streams]])
     y = p.targets[begin:end] - p.start
@@ -25,7 +25,7 @@ def start_chunk(p: Problem, plan: Plan, scratch: Scratch, span: Span) -> Chunk:
         dense_logits(p, plan, chunk)
     if plan.pairs:
         assert p.candidates is not None
-        chunk.pairs = chunk_pairs(p.candidates, p.targets[begin:end], span)
+        chunk.pairs = chunk_pairs(p.candidates, p.targets, span, complete)
         chunk.local = chunk.pairs if p.group is None else chunk.pairs.in_shard(p.start, p.stop)
         at_pairs(p, plan, chunk)
     return chunk

@@ -11,7 +11,7 @@ from torch import Tensor
 from ilrec_kernels.exchange import Gathered
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
-from ilrec_kernels.segments import finite, segment_logsumexp, segment_max, segment_sum, set_key
+from ilrec_kernels.segments import finite, row_counts, segment_logsumexp, segment_max, segment_sum, set_key
 from ilrec_kernels.select import keep_largest
 from ilrec_kernels.types import LossOptions, RowStats
 
@@ -72,7 +72,7 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
             found = g.pair if g.pair is not None else pairs.find(row, g.token)
         # entries from elsewhere than the lists may lie outside the masked softmax
         inside = None if plan.softmax or found is None or plan.ragged_negatives else found >= 0
-        count = torch.bincount(row if member is None else row[member], minlength=n).to(z.dtype)
+        count = (row_counts(row, n) if member is None else segment_sum(member.long(), row, n)).to(z.dtype)
         some = (count > 0).to(z.dtype)
         if o.penalty == "additive":
             z_adjusted = z + o.beta * weight
@@ -87,7 +87,7 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
             write.crr[begin:end] = crr * some
             write.covered[begin:end] = covered
         write.num_negatives[begin:end] = count
-        write.negatives_key[begin:end] = set_key(g.token, row, n) if member is None else set_key(g.token[member], row[member], n)
+        write.negatives_key[begin:end] = set_key(g.token, row, n, member)
         write.capped[begin:end] = capped
         if found is not None:
             real = count if plan.ragged_negatives else segment_sum(only((found >= 0).to(z.dtype), member, 0.0), row, n)
@@ -123,8 +123,11 @@ def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int)
         return None, g.over
     bar = ensemble_target + math.log(p.options.negative_threshold)
     member = g.ensemble >= bar.take(g.row)
+    over = segment_sum(member.long(), g.row, n) > p.options.max_negatives
+    if not bool(over.any()):
+        return member, over
     passed = member.nonzero().flatten()
-    keep, over = keep_largest(g.row.take(passed), g.ensemble.take(passed), n, p.options.max_negatives, plan.budget)
+    keep, _ = keep_largest(g.row.take(passed), g.ensemble.take(passed), n, p.options.max_negatives, plan.budget)
     if keep is not None:
         member = torch.zeros_like(member).index_fill_(0, passed.take(keep), True)
     return member, over

@@ -73,17 +73,17 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
     within = columns.within(outer)
     position, inside = columns.find(chunk.y)
     here = inside & chunk.owned
-    mine = here.nonzero().flatten()
+    over = None
     if plan.fused and isinstance(within, slice):
         stack = source[..., within]
-        stats.ensemble_target[mine] = mean(stack[:, mine, position[mine]])
-        bar = candidate_bar(p, chunk, stats, early)
-        row, column, ensemble = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1, plan.budget)
-        if p.group is not None:  # the gate lists more than the exchange has room for; alone, the selection itself comes next
-            keep, _ = keep_largest(row, ensemble, chunk.n, p.options.max_negatives + 1, plan.budget)
-            if keep is not None:
-                row, column, ensemble = row.take(keep), column.take(keep), ensemble.take(keep)
+        if len(columns):
+            stats.ensemble_target = mean(stack[:, chunk.row, position]).masked_fill_(~here, 0.0)
+        bar, alone = candidate_bar(p, chunk, stats, early), p.group is None
+        # alone, the bar is exact and this is H itself; among ranks it was loosened, and one more tells whether the row was capped
+        row, column, ensemble, more = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + (not alone), plan.budget)
+        over = more if alone else None
     else:
+        mine = here.nonzero().flatten()
         value = chunk.spare(len(columns)) if not plan.fused else source.new_empty(chunk.n, len(columns))
         for rows in plan.tiles(chunk.n, len(columns)):
             average(source[:, rows], within, value[rows])
@@ -92,7 +92,7 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
         bar = candidate_bar(p, chunk, stats, early)
         value[mine, position] = -torch.inf  # y is excluded before the top-k
         row, column, ensemble = dense_candidates(value, bar, p.options.max_negatives + 1, plan.budget)
-    chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
+    chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble, over)
 
 
 def average(layers: Tensor, within: slice | Tensor, out: Tensor) -> None:
@@ -110,15 +110,15 @@ def candidate_bar(p: Problem, chunk: Chunk, stats: RankStats, early: Tensor | No
     return (bar + math.log(p.options.negative_threshold)).masked_fill(~target_is_item(p, chunk), torch.inf)
 
 
-def dense_sent(p: Problem, plan: Plan, chunk: Chunk, row: Tensor, column: Tensor, ensemble: Tensor) -> Sent:
-    """The entries at local columns, with their final logits and where those sit."""
+def dense_sent(p: Problem, plan: Plan, chunk: Chunk, row: Tensor, column: Tensor, ensemble: Tensor, over: Tensor | None) -> Sent:
+    """The entries at local columns, with their final logits and where those sit; `over` as in Sent."""
     assert plan.final is not None and chunk.z_final is not None
     slot = row * len(plan.final) + plan.final.find(column)[0]
     z, token = chunk.z_final.view(-1).take(slot), column + p.start
     if not plan.softmax:
         assert chunk.local is not None
         slot = chunk.local.find(row, token)
-    return Sent(row, token, ensemble, z, slot)
+    return Sent(row, token, ensemble, z, slot, over=over)
 
 
 def mean(layers: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,27 +41,43 @@ class Pairs:
 
     def find(self, row: Tensor, token: Tensor) -> Tensor:
         """int64 position of each (row, token) among the pairs, −1 where it is not one."""
-        if not self.row.numel():
-            return torch.full_like(row, -1)
-        width = int(max(self.token.max(), token.max())) + 1 if token.numel() else 1
-        keys, wanted = self.row * width + self.token, row * width + token
-        position = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
-        return position.masked_fill_(keys.take(position) != wanted, -1)
+        return find_pairs(self.row, self.token, row, token)
 
 
-def chunk_pairs(lists: TokenLists, targets: Tensor, span: Span) -> Pairs:
-    """The pairs of the span's rows, each row's target among them; `targets` [n] are global ids."""
-    n, low, high = span.end - span.begin, span.low, span.high
+def find_pairs(rows: Tensor, tokens: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """int64: where each (row, token) is among the pairs (rows, tokens), which ascend; −1 where it is not one."""
+    if not rows.numel():
+        return torch.full_like(row, -1)
+    keys, wanted = (rows << 32) + tokens, (row << 32) + token
+    position = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
+    return position.masked_fill_(keys.take(position) != wanted, -1)
+
+
+def listed(lists: TokenLists, targets: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """(row and token of each entry of the span's lists, where each row's target is among them, or −1)."""
+    low, high, everyone = span.low, span.high, torch.arange(span.end - span.begin, device=targets.device)
     token = lists.tokens[low:high]
-    length = lists.indptr[span.begin : span.end + 1].diff()
-    row = torch.repeat_interleave(torch.arange(n, device=token.device), length, output_size=high - low)
-    target = (token == targets.take(row)).nonzero().flatten()
-    has_target = torch.zeros(n, dtype=torch.bool, device=token.device)
-    has_target[row.take(target)] = True
-    pairs = Pairs(n, row, token, torch.arange(low, high, device=token.device), target, has_target, (length == 1) & has_target)
-    missing = (~has_target).nonzero().flatten()
-    if not missing.numel():
-        return pairs
+    row = torch.repeat_interleave(everyone, lists.indptr[span.begin : span.end + 1].diff(), output_size=high - low)
+    return row, token, find_pairs(row, token, everyone, targets[span.begin : span.end])
+
+
+def lists_hold_targets(lists: TokenLists, targets: Tensor, spans: Sequence[Span]) -> list[bool]:
+    """Of each span, whether every row's target is in its list: one question to the device, asked before it has anything else to do."""
+    found = [(listed(lists, targets, span)[2] >= 0).all() for span in spans]
+    return torch.stack(found).tolist() if found else []
+
+
+def chunk_pairs(lists: TokenLists, targets: Tensor, span: Span, complete: bool) -> Pairs:
+    """The pairs of the span's rows, each row's target among them; `targets` [N] are global ids. Complete: as of `lists_hold_targets`."""
+    n, low, high = span.end - span.begin, span.low, span.high
+    row, token, target = listed(lists, targets, span)
+    has_target = target >= 0
+    single = (lists.indptr[span.begin : span.end + 1].diff() == 1) & has_target
+    source = torch.arange(low, high, device=token.device)
+    if complete:
+        return Pairs(n, row, token, source, target, has_target, single)
+    pairs = Pairs(n, row, token, source, target[has_target], has_target, single)
+    missing, targets = (~has_target).nonzero().flatten(), targets[span.begin : span.end]
     # the masked softmax competes for the target as well
     row, token = torch.cat([row, missing]), torch.cat([token, targets[missing]])
     target = torch.cat([target, torch.arange(len(pairs.row), len(row), device=row.device)])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ilrec_kernels.segments import add_rows, segment_sum
+from ilrec_kernels.segments import add_rows, row_counts, segment_sum
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, bu
     """Group rows by identical list, bucket groups by shape, and cut what exceeds the budget; with each bucket its pairs, flat over [G, R, L]: P where
     there is none."""
     device, n = row.device, skip.numel()
-    length = torch.bincount(row, minlength=n)
+    length = row_counts(row, n)
     first = length.cumsum(0) - length
     group = _group_ids(row, column, length, first)
     used = ((length > 0) & ~skip).nonzero().flatten()

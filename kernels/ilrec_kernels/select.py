@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ilrec_kernels.segments import row_counts
+
 
 def keep_largest(row: Tensor, value: Tensor, n: int, k: int, budget: int) -> tuple[Tensor | None, Tensor]:
     """Of entries (row [E] ascending, value [E]; tokens ascending within a row) the k largest of every row.
 
     Returns (int64 [≤ E], the kept entries, ascending, or None for all of them; bool [n]: rows that had more than k). `budget` bytes bound the temporaries.
     """
-    count = torch.bincount(row, minlength=n)
+    count = row_counts(row, n)
     over = count > k
     crowded = over.nonzero().flatten()
     if not crowded.numel():

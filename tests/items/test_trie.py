@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -123,6 +125,56 @@ def test_save_and_load_round_trip_and_damage_is_named(tmp_path):
         Catalogue.load(tmp_path)
     with pytest.raises(UserError, match="not a catalogue folder"):
         Catalogue.load(tmp_path / "nowhere")
+
+
+def arrays_of(trie):
+    return [*trie.node_start, *trie.child_start, *trie.node_token, trie._tokens]
+
+
+@settings(max_examples=50, deadline=None)
+@given(code_tables())
+def test_a_stored_trie_is_the_trie(table):
+    catalogue = make_catalogue(*table)
+    built = Trie(catalogue)
+    with TemporaryDirectory() as folder:
+        catalogue.save(folder)
+        built.save(folder)
+        stored = Trie.load(folder, Catalogue.load(folder))
+        for one, two in zip(arrays_of(built), arrays_of(stored), strict=True):
+            assert one.dtype == two.dtype and one.tolist() == two.tolist()
+        items = np.arange(len(table[0]))
+        for one, two in zip(built.target_candidates(items), stored.target_candidates(items), strict=True):
+            assert one.tolist() == two.tolist()
+        assert stored.nbytes == built.nbytes
+
+
+def test_stored_arrays_are_mapped_and_damage_is_named(tmp_path):
+    catalogue = make_catalogue(np.array([[1, 0], [0, 1], [0, 1]]), [2, 2])
+    catalogue.save(tmp_path)
+    Trie(catalogue).save(tmp_path)
+    loaded = Catalogue.load(tmp_path)
+    for array in (loaded.tokens, loaded.items, loaded.position, *Trie.load(tmp_path, loaded).node_start):
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        assert isinstance(array, np.memmap)
+    data = bytearray((tmp_path / "trie.npy").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "trie.npy").write_bytes(data)
+    with pytest.raises(UserError, match="trie.npy: missing or damaged"):
+        Trie.load(tmp_path, loaded)
+
+
+def test_a_catalogue_of_the_first_format_still_loads(tmp_path):
+    catalogue = make_catalogue(np.array([[1, 0], [0, 1], [0, 1]]), [2, 2])
+    catalogue.save(tmp_path)
+    (tmp_path / "position.npy").unlink()
+    meta = json.loads((tmp_path / "catalogue.json").read_text())
+    del meta["sha256"]["position.npy"]
+    (tmp_path / "catalogue.json").write_text(json.dumps(meta | {"version": 1}))
+    loaded = Catalogue.load(tmp_path)
+    assert loaded.position.tolist() == catalogue.position.tolist()
+    for one, two in zip(arrays_of(Trie.load(tmp_path, loaded)), arrays_of(Trie(catalogue)), strict=True):
+        assert one.tolist() == two.tolist()
 
 
 def test_codes_outside_their_level_are_refused():
