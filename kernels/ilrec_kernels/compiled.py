@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ilrec_kernels import dense_triton, sliced_triton
+from ilrec_kernels import dense_triton
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Variant:
     attributes: dict[tuple[int], list[list[Any]]]  # arguments that are multiples of 16, as Triton finds out at launch
 
 
-def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3, aligned: Iterable[str] = ()) -> Variant:
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, aligned: Iterable[str] = ()) -> Variant:
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned if argument not in constants}
     name += " aligned" if attributes else ""
-    return Variant(name, kernel, signature, constants, {"num_warps": warps, "num_stages": stages}, attributes)
+    return Variant(name, kernel, signature, constants, {"num_warps": warps}, attributes)
 
 
 def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, ones: Iterable[str]) -> Iterator[Variant]:
@@ -61,8 +59,3 @@ def variants() -> Iterator[Variant]:
     constants = {"CAPACITY": dense_triton.GATE_CAPACITY, "BLOCK": dense_triton.GATE.block}
     for ones in ([], ["layers"]):
         yield from list(_row_variants(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps, ones))[1 if ones else 0 :]
-    for distill, (dtype, tile) in itertools.product((False, True), sliced_triton.CONFIGS.items()):
-        name = "*bf16" if dtype is torch.bfloat16 else "*fp32"
-        types = {"x": name, "w": name, "targets": "*i64", "out": "*fp32"}
-        constants = {"DISTILL": distill, "WIDTH": sliced_triton.SPLIT, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-        yield _variant(sliced_triton.forward_kernel, types, constants, tile.warps, tile.stages, (*types, "d", "stride_stream", "stride_x", "stride_w"))

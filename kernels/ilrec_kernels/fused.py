@@ -45,6 +45,13 @@ def collect(plan: Plan, chunk: Chunk) -> None:
         stats.layer_top, stats.layer_rest, stats.cross = values[4], values[5], values[6]
 
 
+def slice_statistics(z: Tensor, layers: Tensor | None, sent: Tensor | None, distill: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Of a slice's logits z [n, w] and layers [m, n, w], as dense_triton.statistics; `sent` int8 [n, w] marks what the normaliser leaves out."""
+    from ilrec_kernels import dense_triton
+
+    return dense_triton.statistics(z, layers, sent, distill, 0, True, layers is not None)
+
+
 def candidates(source: Tensor, bar: Tensor, position: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As select.dense_candidates, of source [layers, n, c] without the target's column `position` [n] (−1: not here); and which rows had more, bool [n].
 

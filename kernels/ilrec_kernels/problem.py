@@ -15,7 +15,6 @@ from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
 SMALL_CHUNK = 1536  # stacked rows (rows × streams) under which regime T's products are bound by reading the head
-SPLIT = 2048  # columns of regime V's forward that leave statistics of their own, so that a part can be redone alone
 SLICE = 512  # columns that a slice of regime V has at least, where rows can make room for them
 SLICE_STEP = 128  # of which it has a multiple
 
@@ -149,10 +148,10 @@ def make_plan(p: Problem) -> Plan:
     room = min(total - budget, total * 7 // 8 if gpu else total * 5 // 6)  # the rest is for what allocators and BLAS take; more of it on a CPU
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
-    supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad and d % 16 == 0
+    supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad
     supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
     supported = supported and all(h.dtype == p.head.dtype for h in p.hidden)
-    whole, slice_row = sliced_row_bytes(p, plan, size) + lists, streams * size  # bytes of a row, and of it for each column of a slice
+    whole, slice_row = hidden_bytes(p, plan, size) + 64 * size + lists, streams * size + 1  # bytes of a row, and of it for each column of a slice
     sliced_rows = max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor([rows, sliced_rows], device=p.head.device)
@@ -174,12 +173,6 @@ def row_bytes(p: Problem, plan: Plan, size: int) -> int:
     elif p.head.is_cuda and p.head.dtype != p.dtype:
         logits += plan.logits * p.head.element_size()  # rounded for the products
     return logits + hidden_bytes(p, plan, size) + 64 * size
-
-
-def sliced_row_bytes(p: Problem, plan: Plan, size: int) -> int:
-    """What a row takes in regime V, besides its list and the columns of a slice: the splits' statistics twice over, no logits."""
-    splits = -(-_len(plan.final) // SPLIT)
-    return hidden_bytes(p, plan, size) + (2 * splits * (2 + 3 * plan.streams) + 64) * size
 
 
 def hidden_bytes(p: Problem, plan: Plan, size: int) -> int:
