@@ -27,7 +27,7 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
     spans = chunk_spans(p, plan)
     complete = lists_hold_targets(p.candidates, p.targets, spans) if plan.pairs and p.candidates is not None else [True] * len(spans)
-    scratches = [Scratch.make(p, plan) for _ in range(min(plan.under_way, len(spans)))]
+    scratches = Scratch.make(p, plan, min(plan.under_way, len(spans)))
     waiting: deque[tuple[Chunk, Exchange]] = deque()
 
     def finish() -> None:

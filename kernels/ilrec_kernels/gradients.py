@@ -30,6 +30,8 @@ def add_gradients(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, out: Gra
             chunk.z_layers = layers
             students = select(layers, plan.distill.within(plan.layers))
     elif plan.softmax:
+        if plan.shared and factors.layer is not None:
+            students = shared_student_gradients(plan, chunk, factors)
         final_gradient(plan, chunk, factors)
     if not plan.softmax:
         listed_gradient(chunk, factors)
@@ -93,6 +95,19 @@ def student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:
         part = teacher[rows].mul_(own[rows, None])
         for student, factor in zip(students[:, rows], other[:, rows, None], strict=True):
             torch.addcmul(part, student, factor, out=student)
+    return students
+
+
+def shared_student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:
+    """As student_gradients, [m, n, c], where the final layer's exponentials are the teacher's but for the sent entries."""
+    z, students, own, other, at_sent = chunk.z_final, chunk.z_layers, factors.teacher, factors.layer, chunk.teacher_sent
+    assert z is not None and students is not None and own is not None and other is not None and at_sent is not None
+    columns = z.shape[1]
+    for rows, entries, place in chunk.sent_in(list(plan.tiles(*z.shape)), columns):
+        teacher = torch.mul(z[rows], own[rows, None], out=chunk.desk(rows, columns))
+        teacher.view(-1).index_copy_(0, place, at_sent[entries] * own.take(chunk.sent.row[entries]))
+        for student, factor in zip(students[:, rows], other[:, rows, None], strict=True):
+            torch.addcmul(teacher, student, factor, out=student)
     return students
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ilrec_kernels import fused
 from ilrec_kernels.columns import select
 from ilrec_kernels.exchange import RankStats, Sent
-from ilrec_kernels.problem import Plan, Problem
+from ilrec_kernels.problem import TILES, Plan, Problem
 from ilrec_kernels.select import dense_candidates, keep_largest
 from ilrec_kernels.state import Chunk
 
@@ -73,26 +73,34 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
     within = columns.within(outer)
     position, inside = columns.find(chunk.y)
     here = inside & chunk.owned
-    over = None
+    if len(columns):
+        place = position + within.start if isinstance(within, slice) else within[position]
+        stats.ensemble_target = mean(source[:, chunk.row, place]).masked_fill_(~here, 0.0)
+    bar, over, position = candidate_bar(p, chunk, stats, early), None, position.masked_fill(~here, -1)
     if plan.fused and isinstance(within, slice):
-        stack = source[..., within]
-        if len(columns):
-            stats.ensemble_target = mean(stack[:, chunk.row, position]).masked_fill_(~here, 0.0)
-        bar, alone = candidate_bar(p, chunk, stats, early), p.group is None
+        alone = p.group is None
         # alone, the bar is exact and this is H itself; among ranks it was loosened, and one more tells whether the row was capped
-        row, column, ensemble, more = fused.candidates(stack, bar, position.masked_fill(~here, -1), p.options.max_negatives + (not alone), plan.budget)
+        row, column, ensemble, more = fused.candidates(source[..., within], bar, position, p.options.max_negatives + (not alone), plan.budget)
         over = more if alone else None
     else:
-        mine = here.nonzero().flatten()
-        value = chunk.spare(len(columns)) if not plan.fused else source.new_empty(chunk.n, len(columns))
-        for rows in plan.tiles(chunk.n, len(columns)):
-            average(source[:, rows], within, value[rows])
-        position = position[mine]
-        stats.ensemble_target[mine] = value[mine, position]
-        bar = candidate_bar(p, chunk, stats, early)
-        value[mine, position] = -torch.inf  # y is excluded before the top-k
-        row, column, ensemble = dense_candidates(value, bar, p.options.max_negatives + 1, plan.budget)
+        row, column, ensemble = tiled_candidates(plan, chunk, source, within, bar, position, p.options.max_negatives + 1)
     chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble, over)
+
+
+def tiled_candidates(
+    plan: Plan, chunk: Chunk, source: Tensor, within: slice | Tensor, bar: Tensor, position: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As select.dense_candidates of z̄ [n, c] without the target's column `position` [n] (−1: not here), of which only a few tiles are there at a time."""
+    parts, columns = [(chunk.row[:0], chunk.row[:0], bar[:0])], len(plan.negatives) if plan.negatives is not None else 0
+    for rows in plan.tiles(chunk.n, columns, TILES):
+        value, y = chunk.desk(rows, columns), position[rows]
+        average(source[:, rows], within, value)
+        here = (y >= 0).nonzero().flatten()
+        value[here, y[here]] = -torch.inf  # y is excluded before the top-k
+        row, column, ensemble = dense_candidates(value, bar[rows], k, plan.budget)
+        parts.append((row + rows.start, column, ensemble))
+    row, column, ensemble = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return row, column, ensemble
 
 
 def average(layers: Tensor, within: slice | Tensor, out: Tensor) -> None:

@@ -15,6 +15,7 @@ from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
 SMALL_CHUNK = 1536  # stacked rows (rows × streams) under which regime T's products are bound by reading the head
+TILES = 4  # tiles that candidates are looked for in at once
 SLICE = 512  # columns that a slice of regime V has at least, where rows can make room for them
 SLICE_STEP = 128  # of which it has a multiple
 
@@ -77,6 +78,7 @@ class Plan:
     tile: int  # elements that the passes over the logits work on at a time: what stays in a core's cache
     budget: int  # bytes for small temporaries
     fused: bool  # Triton's row kernels go over the dense logits
+    shared: bool  # the final layer's exponentials are the teacher's too
     sliced: bool  # regime V
     slice_columns: int  # columns of a slice in regime V's backward
 
@@ -86,13 +88,19 @@ class Plan:
         return _len(self.final) + (self.streams - 1) * _len(self.layers)
 
     @property
-    def spare(self) -> int:
-        """How many values a row needs besides its logits: first z̄, then the teacher's exponentials."""
-        return 0 if self.fused else max(_len(self.distill), _len(self.negatives))
+    def teacher(self) -> int:
+        """How many values a row needs besides its logits: the teacher's exponentials, where they are kept by themselves."""
+        return 0 if self.fused or self.shared else _len(self.distill)
 
-    def tiles(self, rows: int, columns: int) -> Iterator[slice]:
-        """Ranges of rows that are one tile each."""
-        step = max(1, self.tile // max(1, columns))
+    @property
+    def desk(self) -> int:
+        """Values of the memory that a few tiles are worked on in: z̄ while candidates are looked for, then the teacher."""
+        wide = max(_len(self.negatives), _len(self.distill) if self.shared else 0)
+        return max(wide, TILES * self.tile) if wide and not (self.fused and (self.layers is None or self.layers.index is None)) else 0
+
+    def tiles(self, rows: int, columns: int, times: int = 1) -> Iterator[slice]:
+        """Ranges of rows that are so many tiles each."""
+        step = max(1, times * self.tile // max(1, columns))
         return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
@@ -141,11 +149,12 @@ def make_plan(p: Problem) -> Plan:
     plan = Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
         rows=max(1, p.n), under_way=1, pair_budget=0, block=block, tile=budget // (2 * size) if gpu else min(1 << 18, budget // (2 * size)),
-        budget=budget, fused=fused, sliced=False, slice_columns=0,
+        budget=budget, fused=fused, shared=not fused and softmax and distill is not None and distill.same(final), sliced=False, slice_columns=0,
     )  # fmt: skip
     listed = p.candidates.tokens.numel() / max(1, p.n) if pairs and p.candidates is not None else 0.0  # entries of a row, in the mean
     lists = listed * pair_bytes(plan, size)
     room = min(total - budget, total * 7 // 8 if gpu else total * 5 // 6)  # the rest is for what allocators and BLAS take; more of it on a CPU
+    room -= plan.desk * size
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
     supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad
@@ -167,7 +176,7 @@ def make_plan(p: Problem) -> Plan:
 
 def row_bytes(p: Problem, plan: Plan, size: int) -> int:
     """What a row of a chunk takes in regime T, besides its list."""
-    logits = (plan.logits + plan.spare) * size
+    logits = (plan.logits + plan.teacher) * size
     if plan.fused:
         logits += _len(plan.final) + 2 * 260 * size  # a byte a column marks what was sent; the gate's lists
     elif p.head.is_cuda and p.head.dtype != p.dtype:

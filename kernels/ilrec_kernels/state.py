@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,19 @@ class Scratch:
     """Memory that every chunk of a call uses anew: without it each would fault its pages in again."""
 
     logits: Tensor  # flat
-    spare: Tensor  # flat: z̄ while candidates are looked for, then the teacher
+    teacher: Tensor  # flat
+    desk: Tensor  # flat, and all chunks' of a call: nothing stays on it
 
     @staticmethod
-    def make(p: Problem, plan: Plan) -> Scratch:
+    def make(p: Problem, plan: Plan, count: int) -> list[Scratch]:
+        """For `count` chunks whose logits are held at once."""
         rows = 0 if plan.sliced else min(plan.rows, p.n)
-        return Scratch(*(torch.empty(rows * width, dtype=p.dtype, device=p.head.device) for width in (plan.logits, plan.spare)))
+
+        def memory(size: int) -> Tensor:
+            return torch.empty(size, dtype=p.dtype, device=p.head.device)
+
+        desk = memory(plan.desk)
+        return [Scratch(memory(rows * plan.logits), memory(rows * plan.teacher), desk) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,21 @@ class Chunk:
     z_layers: Tensor | None = None  # [m, n, c]: logits, then e^(z − max) over the distill columns, then gradients
     p_final: Tensor | None = None  # [P]: the same at the pairs
     p_layers: Tensor | None = None  # [m, P]
-    teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]
+    teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]; None where z_final is that
+    teacher_sent: Tensor | None = None  # [E] the same at the sent entries, where z_final has 0
     stats: RankStats | None = None
 
-    def spare(self, columns: int) -> Tensor:
-        """[n, columns] of the scratch memory."""
-        return self.scratch.spare[: self.n * columns].view(self.n, columns)
+    def desk(self, rows: slice, columns: int) -> Tensor:
+        """[rows, columns] of the scratch memory: room for a few tiles."""
+        count = rows.stop - rows.start
+        return self.scratch.desk[: count * columns].view(count, columns)
+
+    def sent_in(self, tiles: list[slice], columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, which of the sent entries lie in them, where in a matrix [rows, columns]) of each tile of the final layer's logits."""
+        bounds = torch.tensor([rows.start for rows in tiles] + [self.n], device=self.row.device)
+        edges = torch.searchsorted(self.sent.row, bounds).tolist()
+        for rows, low, high in zip(tiles, edges[:-1], edges[1:], strict=True):
+            yield rows, slice(low, high), self.sent.slot[low:high] - rows.start * columns
 
     @property
     def n(self) -> int:
