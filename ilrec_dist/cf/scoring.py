@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from ilrec_dist.cf.folder import load_cf
-from ilrec_dist.cf.model import encode
+from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.data.prepared import Prepared
 
 
 @torch.no_grad()
-def sasrec_scores(cf_folder: str | Path, prepared: Prepared, users: np.ndarray, split: str) -> np.ndarray:
+def sasrec_scores(model: SASRec, prepared: Prepared, users: np.ndarray, split: str) -> np.ndarray:
     """Logits of every item as the target of `split` ("validation" or "test"): float32 [len(users), num_items], by item index.
 
     The history is all that stands before the target. Seen items are not excluded: that is the ranking's business. Users are scored all at once;
-    hand over batches of them. Raises UserError when the folder is missing or damaged.
+    hand over batches of them. `model` is that of all training users, as `load_cf` gives it.
     """
-    model = load_cf(cf_folder)
     users = np.asarray(users, np.int64)
     starts = prepared.offsets[users]
     queries = encode(model, prepared.items, starts, prepared.history_stop(split, users) - starts)

@@ -135,10 +135,11 @@ class RewardClient:
         return Pending(self.meter, self._thread, partial(self._answer, self._send(users, positions), users, positions))
 
     def counters(self) -> dict[str, float]:
-        """The actors' counters, summed; what a dead process had counted is gone with it."""
+        """The actors' counters, summed; what a dead process had counted is gone with it. Asked again like rewards; UserError after the last retry."""
         totals: dict[str, float] = {}
         for actor in [actor for shards in self.actors for actor in shards]:
-            part: Any = ray.get(actor.counters.remote())
+            ask = partial(_ask, actor)
+            (part,) = self._get(ask(), ask)
             totals = {key: totals.get(key, 0) + value for key, value in part.items()}
         return totals
 
@@ -151,16 +152,28 @@ class RewardClient:
     def _answer(self, references: list[Any], users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         if self._failure is not None:
             raise self._failure  # those behind a request that was given up do not wait as long once more
+        try:
+            answers = self._get(references, partial(self._send, users, positions))
+        except UserError as error:
+            self._failure = error
+            raise
+        return merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])  # a copy: Ray's own array is read-only
+
+    def _get(self, references: list[Any], again: Callable[[], list[Any]]) -> list[Any]:
+        """The answers; `again` sends the request once more."""
         for attempt in range(self.retries + 1):
             try:
                 answers: list[Any] = ray.get(references, timeout=self.timeout)
-                return merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])  # a copy: Ray's own array is read-only
+                return answers
             except (RayActorError, ObjectLostError, GetTimeoutError) as error:  # lost: it was computed, and its node died before it was taken
                 failure = type(error).__name__
             if attempt < self.retries:
                 self.meter.retries += 1
                 if attempt > 0:  # the first goes at once: to another replica, or to the process that Ray has started in the dead one's place
                     time.sleep(min(self.backoff * 2 ** (attempt - 1), 10.0))
-                references = self._send(users, positions)
-        self._failure = UserError(f"the reward actors gave no answer after {self.retries} retries ({failure}); see Ray's logs, or set cf.rewards=in_process")
-        raise self._failure
+                references = again()
+        raise UserError(f"the reward actors gave no answer after {self.retries} retries ({failure}); see Ray's logs, or set cf.rewards=in_process")
+
+
+def _ask(actor: Any) -> list[Any]:
+    return [actor.counters.remote()]

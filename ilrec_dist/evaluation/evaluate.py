@@ -117,9 +117,11 @@ def _scorer(method: str, prepared: Prepared, split: str, cf_folder: str | Path |
             return lambda users: popularity_scores(counts, users)
         return lambda users: transition_scores(counts, prepared, users, split)
     if method == "sasrec" and cf_folder is not None:
+        from ilrec_dist.cf.folder import load_cf
         from ilrec_dist.cf.scoring import sasrec_scores
 
-        return lambda users: sasrec_scores(cf_folder, prepared, users, split)
+        model = load_cf(cf_folder)
+        return lambda users: sasrec_scores(model, prepared, users, split)
     if method == "bayes" and data_folder is not None:
         from ilrec_dist.data.synthetic import bayes_scores
 

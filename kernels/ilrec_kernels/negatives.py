@@ -87,9 +87,7 @@ def scope_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None)
     chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble, over)
 
 
-def tiled_candidates(
-    plan: Plan, chunk: Chunk, source: Tensor, within: slice | Tensor, bar: Tensor, position: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def tiled_candidates(plan: Plan, chunk: Chunk, source: Tensor, within: slice | Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """As select.dense_candidates of z̄ [n, c] without the target's column `position` [n] (−1: not here), of which only a few tiles are there at a time."""
     parts, columns = [(chunk.row[:0], chunk.row[:0], bar[:0])], len(plan.negatives) if plan.negatives is not None else 0
     for rows in plan.tiles(chunk.n, columns, TILES):

@@ -78,6 +78,8 @@ def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, worl
     assert client.meter.retries > 0
     for batch, answer in zip(todo * 4, answers, strict=True):
         assert np.array_equal(answer, local.fetch(*batch))
+    os.kill(pid(client), signal.SIGKILL)
+    assert client.counters()["rows"] == 0  # of the process that took its place
 
 
 def test_replicas_share_the_requests_and_stand_in_for_each_other(session: None, world: World) -> None:

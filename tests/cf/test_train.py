@@ -76,13 +76,14 @@ def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
 
 def test_sasrec_scores_read_what_stands_before_the_target(world: World) -> None:
     users = np.array([4, 0, 7])
-    scores = sasrec_scores(world.cf, world.prepared, users, "test")
+    model = load_cf(world.cf)
+    scores = sasrec_scores(model, world.prepared, users, "test")
     assert scores.shape == (3, world.prepared.num_items) and scores.dtype == np.float32
     sequence = world.prepared.sequence(0).copy()
     sequence[-1] = (sequence[-1] + 1) % world.prepared.num_items
     altered = with_sequence(world.prepared, 0, sequence)
-    assert np.array_equal(sasrec_scores(world.cf, altered, users, "test"), scores)
-    assert not np.array_equal(sasrec_scores(world.cf, world.prepared, users, "validation"), scores)
+    assert np.array_equal(sasrec_scores(model, altered, users, "test"), scores)
+    assert not np.array_equal(sasrec_scores(model, world.prepared, users, "validation"), scores)
 
 
 def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) -> None:
