@@ -9,8 +9,8 @@ import pytest
 import torch
 from ilrec_kernels import chunked, cross_layer_loss, fused, problem, sliced
 
-from tests.helpers import run_distributed
-from tests.kernels.cases import assert_close, make_case, run_case
+from tests.helpers import Mesh, run_distributed
+from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
 from tests.kernels.test_parallel import sharded, whole
 from tests.kernels.test_workspace import live_bytes
 
@@ -108,6 +108,26 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
     for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
         if a is not None and b is not None:
             assert (a.double() - b.double()).norm() <= bound * b.double().norm()
+
+
+def sharded_and_sliced(mesh: Mesh, case: Case, edges: list[int]) -> tuple[Outcome, bool]:
+    """A shard's outcome and whether regime V made it. The process serves other tests afterwards."""
+    used: list[int] = []
+    collect, small = sliced.collect, problem.SMALL_CHUNK
+    sliced.collect, problem.SMALL_CHUNK = lambda *a: used.append(1) or collect(*a), 60
+    try:
+        return sharded(mesh, [case], edges, "triton")[0], bool(used)
+    finally:
+        sliced.collect, problem.SMALL_CHUNK = collect, small
+
+
+@pytest.mark.parametrize("edges", [[0, 400, 900], [0, 880, 880]])
+def test_the_sliced_regime_in_shards(edges):
+    """Uneven, padded, and one of them empty; item tokens in a part of them."""
+    case = make_case(n=70, v=880, longest=30, item_tokens=(100, 700), crr_lambda=0.3, mu=0.5, max_negatives=5, workspace_bytes=150_000)
+    ranks = run_distributed(sharded_and_sliced, 2, 2, case, edges)
+    assert all(used for _, used in ranks)
+    assert_close(whole([outcome for outcome, _ in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5)
 
 
 @pytest.mark.parametrize("d,longest", [(96, 20), (16, 200)])
