@@ -95,8 +95,9 @@ class Plan:
     @property
     def desk(self) -> int:
         """Values of the memory that a few tiles are worked on in: z̄ while candidates are looked for, then the teacher."""
-        wide = max(_len(self.negatives), _len(self.distill) if self.shared else 0)
-        return max(wide, TILES * self.tile) if wide and not (self.fused and (self.layers is None or self.layers.index is None)) else 0
+        gated = self.fused and self.negatives is not None and self.negatives.index is None  # by a kernel of its own
+        wide = max(0 if gated else _len(self.negatives), _len(self.distill) if self.shared else 0)
+        return max(wide, TILES * self.tile) if wide else 0
 
     def tiles(self, rows: int, columns: int, times: int = 1) -> Iterator[slice]:
         """Ranges of rows that are so many tiles each."""

@@ -22,6 +22,8 @@ SETTINGS: list[dict[str, Any]] = [
     dict(negative_scope="item_tokens", softmax_scope="valid_next"),
     dict(distill_scope="valid_next", negatives_from="final", negative_scope="all"),
     dict(item_tokens=torch.tensor([1, 2, 3, 5, 8, 13, 21])),
+    dict(item_tokens=torch.tensor([1, 2, 3, 5, 8, 13, 21]), negative_scope="item_tokens", distill_scope="all"),
+    dict(item_tokens=torch.tensor([1, 2, 3, 5, 8, 13, 21]), negative_scope="item_tokens", negatives_from="final", mu=0.0),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(beta=0.0, crr_lambda=0.0, m=3),
     dict(negative_scope="all", n=1, m=1),
