@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import ijson
+import numpy as np
 
 from ilrec_dist.errors import UserError
+
+
+def map_array(path: Path) -> np.ndarray:
+    """An .npy file as an array that takes memory only where it is read, and gives it back when others need it; not to be written to."""
+    return np.asarray(np.load(path, mmap_mode="c"))  # torch wants memory that could be written: the file would not change
 
 
 def sha256_file(path: str | Path) -> str:

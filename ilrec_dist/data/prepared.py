@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ilrec_dist.data.files import read_json_object
+from ilrec_dist.data.files import map_array, read_json_object
 from ilrec_dist.errors import UserError
 
 FORMAT_VERSION = 2
@@ -143,7 +143,7 @@ def load_prepared(folder: str | Path) -> Prepared:
     for name, entry in manifest["files"].items():
         if not (folder / name).exists() or (folder / name).stat().st_size != entry["bytes"]:
             raise UserError(f"{folder / name}: missing or not of the {entry['bytes']} bytes that the manifest names; run `ilrec prepare` again")
-    items, offsets = _read_version_1(folder) if manifest["version"] == 1 else (_mapped(folder / "sequences.npy"), _mapped(folder / "offsets.npy"))
+    items, offsets = _read_version_1(folder) if manifest["version"] == 1 else (map_array(folder / "sequences.npy"), map_array(folder / "offsets.npy"))
     return Prepared(
         items=items,
         offsets=offsets,
@@ -151,12 +151,8 @@ def load_prepared(folder: str | Path) -> Prepared:
         item_ids=Strings(folder / "items.parquet", "id"),
         titles=_texts(folder / "items.parquet", "title"),
         texts=_texts(folder / "items.parquet", "text"),
-        places=_mapped(folder / "places.npy") if "places.npy" in manifest["files"] else None,
+        places=map_array(folder / "places.npy") if "places.npy" in manifest["files"] else None,
     )
-
-
-def _mapped(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _read_version_1(folder: Path) -> tuple[np.ndarray, np.ndarray]:

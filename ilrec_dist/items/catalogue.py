@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.data.files import read_json_object, sha256_file, write_json
+from ilrec_dist.data.files import map_array, read_json_object, sha256_file, write_json
 from ilrec_dist.errors import UserError
 
 FORMAT_VERSION = 2  # 1 had no position.npy
@@ -96,11 +96,6 @@ def check_file(path: Path, expected: str, manifest: str) -> None:
     """Raises UserError when a file of a catalogue's folder is missing or its SHA-256 is not `expected`, which `manifest` holds."""
     if not path.exists() or sha256_file(path) != expected:
         raise UserError(f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); run `ilrec index` again")
-
-
-def map_array(path: Path) -> np.ndarray:
-    """An .npy file as an array that takes memory only where it is read, and gives it back when others need it; not to be written to."""
-    return np.asarray(np.load(path, mmap_mode="c"))  # torch wants memory that could be written: the file would not change
 
 
 def make_catalogue(codes: np.ndarray, level_sizes: Sequence[int], level_names: Sequence[str] | None = None) -> Catalogue:

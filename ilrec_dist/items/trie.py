@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.data.files import read_json_object, sha256_file, write_json
-from ilrec_dist.items.catalogue import Catalogue, check_file, map_array
+from ilrec_dist.data.files import map_array, read_json_object, sha256_file, write_json
+from ilrec_dist.items.catalogue import Catalogue, check_file
 
 
 class Trie:

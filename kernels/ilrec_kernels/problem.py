@@ -80,7 +80,7 @@ class Plan:
     fused: bool  # Triton's row kernels go over the dense logits
     shared: bool  # the final layer's exponentials are the teacher's too
     sliced: bool  # regime V
-    slice_columns: int  # columns of a slice in regime V's backward
+    slice_columns: int  # columns of a slice in regime V
 
     @property
     def logits(self) -> int:
