@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +55,29 @@ def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
         asked = rows[rng.randrange(2) :: rng.choice([1, 3])] if rng.random() < 0.7 else rows[:0]  # some batches have no bad rows
         found += zip(batch.column("user").take(asked).to_pylist(), places.at(asked), strict=True)
     assert set(found) <= set(good) and [reject["line"] for reject in rejects.rows] == bad
+
+
+def test_rows_that_the_parser_drops_while_others_are_reported(tmp_path, monkeypatch):
+    """The parser may run ahead in a thread of its own: none of its bad rows is lost or given another's line."""
+    of, open_csv, count = lines.RecordLines.of, delimited.pacsv.open_csv, 900
+
+    def ahead(*arguments):
+        reader = open_csv(*arguments)
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(next, reader, None)
+            while (batch := following.result()) is not None:
+                following = pool.submit(next, reader, None)
+                yield batch
+
+    monkeypatch.setattr(delimited.pacsv, "open_csv", ahead)
+    monkeypatch.setattr(lines.RecordLines, "of", lambda *arguments: (time.sleep(0.01), of(*arguments))[1])
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 500)
+    path = tmp_path / "rows.csv"
+    path.write_text("user,item\n" + "".join(f"{row},7\n" if row % 3 else f"{row}\n" for row in range(count)))
+    rejects = Rejects(count)
+    users = [user for batch, _ in read_columns(path, ["user"], {}, Dialect(), rejects) for user in batch.column(0).to_pylist()]
+    assert users == [str(row) for row in range(count) if row % 3]
+    assert [(reject["line"], reject["text"]) for reject in rejects.rows] == [(row + 2, str(row)) for row in range(0, count, 3)]
 
 
 def test_quoted_line_breaks_across_blocks_and_the_line_of_a_row_after_them(tmp_path, monkeypatch):

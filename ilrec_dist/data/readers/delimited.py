@@ -72,18 +72,22 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
     records = RecordLines(path, dialect.delimiter, dialect.quoted, header)
     malformed: list[int] = []
     pending: list[tuple[int, str]] = []  # fields and text of those that are not reported yet
+    reported = 0
 
-    def skip(row: pacsv.InvalidRow) -> str:
+    def skip(row: pacsv.InvalidRow) -> str:  # in pyarrow's thread, which may run while others are reported
         malformed.append(row.number - header)
         pending.append((row.actual_columns, row.text))
         return "skip"
 
     def report() -> None:  # an exception must not pass through pyarrow's parser, which calls `skip`
-        if pending:
-            places = records.of(np.array(malformed[-len(pending) :]))
-            for line, (found, text) in zip(places, pending, strict=True):
+        nonlocal reported
+        some = pending[:]
+        if some:
+            places = records.of(np.array(malformed[reported : reported + len(some)]))
+            reported += len(some)
+            del pending[: len(some)]
+            for line, (found, text) in zip(places, some, strict=True):
                 rejects.add(path, line, f"malformed row: {found} fields, expected {len(names)} ({dialect.delimiter!r}-separated)", text)
-            pending.clear()
 
     first = 0
     try:
