@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,13 +68,14 @@ def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, worl
     assert np.array_equal(client.fetch_async(*todo[0]).result(), local.fetch(*todo[0]))
     os.kill(pid(client), signal.SIGKILL)  # between
     assert np.array_equal(client.fetch_async(*todo[1]).result(), local.fetch(*todo[1]))
-    victim = pid(client)
-    under_way = [client.fetch_async(*batch) for batch in todo * 4]
-    killer = threading.Thread(target=lambda: (time.sleep(0.02), os.kill(victim, signal.SIGKILL)))
-    killer.start()  # in the middle
-    answers = [answer.result() for answer in under_way]
-    killer.join()
-    assert client.meter.retries > 0
+    victim, retries = pid(client), client.meter.retries
+    under_way = [client.fetch_async(*batch) for batch in todo * 2]
+    answers = [under_way.pop(0).result()]
+    os.kill(victim, signal.SIGSTOP)  # in the middle: what is sent from here on cannot have been answered when it dies
+    under_way += [client.fetch_async(*batch) for batch in todo * 2]
+    os.kill(victim, signal.SIGKILL)
+    answers += [answer.result() for answer in under_way]
+    assert client.meter.retries > retries
     for batch, answer in zip(todo * 4, answers, strict=True):
         assert np.array_equal(answer, local.fetch(*batch))
     os.kill(pid(client), signal.SIGKILL)
