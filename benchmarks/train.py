@@ -174,7 +174,7 @@ class Trainer:
                 clock.mark("loss")
                 self.engine.backward(output.loss)
                 clock.mark("backward")
-                self.statistics.add(output.rows, ready.batch.real_tokens)
+                self.statistics.add(output.rows, ready.batch.real_tokens, ready.batch.slots)
                 self.engine.step()
                 clock.mark("optimizer")
                 tokens += ready.batch.real_tokens * self.parallel.dp

@@ -75,22 +75,25 @@ class DataConfig:
 
 @section
 class ItemsConfig:
-    """Items → code tuples. With `index` the given file is read; without, one is built by residual quantisation."""
+    """Items → token sequences. With `index` the given codes are read; without, they are built by residual quantisation. Or titles, or a token each."""
 
-    form: Literal["semantic", "atomic"] = "semantic"  # atomic: one token per item
+    form: Literal["semantic", "titles", "atomic"] = "semantic"  # titles: byte-pair pieces and an end token; atomic: one token per item
     index: Optional[str] = None  # a NAME.index.json
     embedding: Literal["text", "cf", "text+cf"] = "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, SASRec's item vectors, or both
     text_model: Optional[str] = None  # folder of a Hugging Face or sentence-embedding model; null: TF-IDF + SVD
     embedding_dim: Positive = 64  # of the SVD
     levels: Annotated[Int, Interval(ge=1, le=8)] = 3
     codes_per_level: Annotated[Int, Interval(ge=2, le=65536)] = 256
-    collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a code tuple
+    tokenizer: Optional[str] = None  # titles: a tokenizer.json; null: byte-pair encoding learned from the titles
+    title_vocab_size: Annotated[Int, Ge(512)] = 8192  # titles: tokens that are learned, at most; the 256 bytes are among them
+    title_tokens: Annotated[Int, Interval(ge=1, le=256)] = 32  # titles: longer ones are cut
+    collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a token sequence
     seed: NonNegative = 0
 
     @property
     def from_cf(self) -> bool:
         """Whether the codes are built from the CF model's item vectors, so that the CF stage comes first."""
-        return self.index is None and self.form != "atomic" and "cf" in self.embedding
+        return self.index is None and self.form == "semantic" and "cf" in self.embedding
 
 
 @section
@@ -393,5 +396,10 @@ def _check_together(config: Config, source: str) -> None:
     codes = config.items.codes_per_level
     if config.items.form == "semantic" and config.items.index is None and codes & (codes - 1):
         refuse("items.codes_per_level", f"expected a power of two, found {codes}; try {1 << (codes.bit_length() - 1)}")
-    if config.items.form == "atomic" and config.items.index is not None:
-        refuse("items.index", "an index file gives code tuples, but items.form atomic is one token an item; leave one of the two out")
+    if config.items.form != "semantic" and config.items.index is not None:
+        refuse("items.index", f"an index file gives code tuples, which items.form {config.items.form} has none of; leave one of the two out")
+    if config.items.form == "titles":
+        if config.items.collisions == "resolve":
+            refuse("items.collisions", "items of one title cannot be told apart by other tokens (items.form titles); expected keep or refuse")
+        if train.targets != "last":
+            refuse("train.targets", "items.form titles takes one target a sequence; expected last")

@@ -284,7 +284,7 @@ def _items_settings(config: Config) -> dict[str, Any]:
     if config.items.index is not None:
         vectors = {"dim": config.items.embedding_dim, "seed": config.items.seed} if config.items.collisions == "resolve" else {}  # they price the moves
         return {"collisions": config.items.collisions, "given": True, "form": config.items.form} | vectors
-    return _without(config.items, "index")
+    return _without(config.items, "index", "tokenizer")
 
 
 def _cf_settings(config: Config) -> dict[str, Any]:

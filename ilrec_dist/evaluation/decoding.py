@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_dist.errors import UserError
+from ilrec_dist.items.catalogue import END, PAD
 from ilrec_dist.items.trie import Trie
 
 SoftmaxScope = Literal["all", "valid_next"]
@@ -60,6 +61,7 @@ class SearchSpace:
 
     def __init__(self, trie: Trie, device: torch.device | str = "cpu", allowed: np.ndarray | None = None) -> None:
         self.trie, self.allowed, self.depth = trie, allowed, trie.depth
+        self.titles = trie.catalogue.pieces is not None
         in_code_order = np.ones(trie.catalogue.num_items, bool) if allowed is None else allowed[trie.catalogue.items]
         allowed_before = np.zeros(len(in_code_order) + 1, np.int32)
         np.cumsum(in_code_order, dtype=np.int32, out=allowed_before[1:])
@@ -76,6 +78,12 @@ class SearchSpace:
         exists = offset < count[..., None]
         child = torch.where(exists, start[..., None] + offset, 0)
         return child, self._token[p + 1][child].long(), exists
+
+    def leaves(self, p: int, nodes: Tensor) -> Tensor:
+        """int64 [B, K]: the nodes at depth C of nodes at depth p behind which nothing branches; -1 for -1."""
+        for start in self._child_start[p:]:
+            nodes = torch.where(nodes >= 0, start[nodes.clamp(min=0)].long(), -1)
+        return nodes
 
     def num_children(self, p: int, nodes: Tensor) -> Tensor:
         """int64 [B, K]: how many continuations the nodes at depth p have; 0 for -1."""
@@ -140,6 +148,9 @@ def beam_search(
             for at in range(0, len(tokens), users)
         ]
         nodes, scores, chosen, parents = (torch.cat(column) for column in zip(*parts, strict=True))
+        if space.titles and bool(((chosen <= END) | (nodes < 0)).all()):  # all have ended
+            nodes = space.leaves(p + 1, nodes)
+            break
         if p + 2 < space.depth or (p + 2 == space.depth and softmax_scope == "all"):
             hidden = model.decode(cache, chosen, parents)
         elif p + 2 == space.depth:
@@ -167,6 +178,8 @@ def _extend(
     """One more token on a slice of users: the `width` best (nodes at depth p + 1, scores, tokens, parents), [b, width] each."""
     child, token, exists = space.children(p, nodes)
     log_p = head.log_probabilities(hidden.flatten(0, 1), token.flatten(0, 1), exists.flatten(0, 1), space.token_range[p]).view_as(token)
+    if space.titles:
+        log_p = log_p.masked_fill(token == PAD, 0.0)  # no choice: the title has ended
     total = (scores[..., None] + log_p).masked_fill(~space.open(p, child, exists, first_row, closed), -torch.inf).flatten(1)
     if total.shape[1] < width:  # slices differ in how many candidates they have
         total = torch.nn.functional.pad(total, (0, width - total.shape[1]), value=-torch.inf)

@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.backbone.parallel import ParallelState
+from ilrec_dist.cf.segments import ragged_ranges
 from ilrec_dist.evaluation.decoding import ItemSets, RankedItems, SearchSpace, SoftmaxScope, beam_search, expand
+from ilrec_dist.items.catalogue import Catalogue
 
 Progress = Callable[[int, int], Any]  # (histories done, histories in all) on this data-parallel rank
 
@@ -28,15 +30,26 @@ class Histories:
     def seen(self, rows: np.ndarray) -> ItemSets:
         return ItemSets.of([self.items[self.start[row] : self.stop[row]] for row in rows])
 
-    def batches(self, max_history: int, size: int) -> list[tuple[int, np.ndarray]]:
-        """(input length in items, rows int64), long inputs first, so that the largest batch is met at once and a short one ends the work."""
-        lengths = np.minimum(self.stop - self.start, max_history)
-        if len(lengths) == 0 or lengths.min() < 1:
+    def inputs(self, rows: np.ndarray, max_history: int, catalogue: Catalogue) -> np.ndarray:
+        """int64 [n, S] tokens of the rows' last max_history items, which must be equally many (see batches)."""
+        count = np.minimum(self.stop[rows] - self.start[rows], max_history)
+        items = self.items[ragged_ranges(self.stop[rows] - count, count)]
+        real = np.arange(catalogue.depth) < catalogue.item_lengths(items)[:, None]
+        return catalogue.item_tokens(items)[real].reshape(len(rows), -1).astype(np.int64)
+
+    def batches(self, max_history: int, size: int, catalogue: Catalogue) -> list[np.ndarray]:
+        """Rows int64 with inputs of equally many tokens, long ones first, so that the largest batch is met at once and a short one ends the work."""
+        count = np.minimum(self.stop - self.start, max_history)
+        if len(count) == 0 or count.min() < 1:
             raise ValueError("expected histories of at least one item each")
+        lengths = count * catalogue.depth
+        if catalogue.pieces is not None:
+            tokens = np.append(0, np.cumsum(catalogue.item_lengths(self.items)))
+            lengths = tokens[self.stop] - tokens[self.stop - count]
         found = []
         for length in np.unique(lengths)[::-1]:
             rows = np.flatnonzero(lengths == length)
-            found += [(int(length), rows[at : at + size]) for at in range(0, len(rows), size)]
+            found += [rows[at : at + size] for at in range(0, len(rows), size)]
         return found
 
 
@@ -59,14 +72,13 @@ def rank_histories(
     group work on the same histories. The backbone is in eval mode meanwhile.
     """
     catalogue = space.trie.catalogue
-    batches = histories.batches(max_history, batch_size)[parallel.dp_rank :: parallel.dp]
+    batches = histories.batches(max_history, batch_size, catalogue)[parallel.dp_rank :: parallel.dp]
     found: list[tuple[np.ndarray, RankedItems]] = []
-    done, total = 0, sum(len(rows) for _, rows in batches)
+    done, total = 0, sum(map(len, batches))
     was_training = backbone.training
     backbone.eval()
-    for length, rows in batches:
-        context = histories.items[histories.stop[rows, None] + np.arange(-length, 0)]
-        tokens = torch.from_numpy(catalogue.item_tokens(context).reshape(len(rows), -1).astype(np.int64)).to(parallel.device)
+    for rows in batches:
+        tokens = torch.from_numpy(histories.inputs(rows, max_history, catalogue)).to(parallel.device)
         excluded = histories.seen(rows) if exclude_seen else None
         beams = beam_search(
             backbone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,15 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.data.files import committed_folder, read_json_object, stream_json_object, write_json
+from ilrec_dist.data.files import committed_folder, read_json_object, stream_json_object
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.build import ATOMIC, catalogue_report
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.build import ATOMIC, catalogue_report, write_items
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.embeddings import item_documents, text_vectors
-from ilrec_dist.items.index_file import write_index
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks
-from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
 
 
 def add_items(
@@ -27,6 +27,7 @@ def add_items(
     new_ids: Sequence[str],
     out: str | Path,
     new_documents: Sequence[str] | None = None,
+    new_titles: Sequence[str] | None = None,
     vectors: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Extend the catalogue in `folder` (built over `prepared`) by new items; write the longer one to `out` and return its report.
@@ -35,6 +36,7 @@ def add_items(
     last the nearest code that no item of its prefix holds; new items of one prefix share its free codes out at the least total distance.
     new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
     Where an item is one token of its own (items.form atomic) there is nothing to be near to: new items take new tokens behind the old ones, and need neither.
+    Where it is its title, the new items are `new_titles`, spelt in the old pieces and cut at the old length.
     Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
     """
     old = Catalogue.load(folder)
@@ -44,6 +46,42 @@ def add_items(
         if item in known:
             raise UserError(f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; leave it out")
         known.add(item)
+    before = read_json_object(Path(folder) / "report.json")
+    if old.pieces is not None:
+        catalogue = _with_titles(folder, old, new_ids, new_titles)
+    else:
+        catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors)
+    report = {
+        **before,
+        **catalogue_report(catalogue),
+        "added": len(new_ids),
+        "collisions": {**before["collisions"], "after": collision_report(catalogue.codes())},
+    }
+    with committed_folder(out) as work:
+        write_items(work, catalogue, [*old_ids, *new_ids], report)
+        if old.pieces is not None:
+            shutil.copy(Path(folder) / TOKENIZER, work / TOKENIZER)
+    return report
+
+
+def _with_titles(folder: str | Path, old: Catalogue, new_ids: Sequence[str], new_titles: Sequence[str] | None) -> Catalogue:
+    assert old.pieces is not None
+    titles = new_titles if new_titles is not None else [""] * len(new_ids)
+    bare = next((item for item, title in zip(new_ids, titles, strict=True) if not title.strip()), None)
+    if bare is not None:
+        raise UserError(f"index add: item {bare!r} has no title; where items are titles (items.form) each needs one")
+    new = spell(load_tokenizer(Path(folder) / TOKENIZER, "index add"), titles, old.depth - 1, old.depth)
+    return make_title_catalogue(np.vstack([old.tokens[old.position], new]), old.pieces)
+
+
+def _with_codes(
+    folder: str | Path,
+    prepared: Prepared,
+    old: Catalogue,
+    new_ids: Sequence[str],
+    new_documents: Sequence[str] | None,
+    vectors: tuple[np.ndarray, np.ndarray] | None,
+) -> Catalogue:
     codes, sizes = old.codes(), [stop - start for start, stop in old.level_ranges]
     if old.level_names == (ATOMIC,):
         added = np.arange(sizes[0], sizes[0] + len(new_ids), dtype=np.int32)[:, None]
@@ -54,20 +92,7 @@ def add_items(
             raise UserError(f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items")
         books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
         added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
-    catalogue = make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
-    before = read_json_object(Path(folder) / "report.json")
-    report = {
-        **before,
-        **catalogue_report(catalogue),
-        "added": len(new_ids),
-        "collisions": {**before["collisions"], "after": collision_report(catalogue.codes())},
-    }
-    with committed_folder(out) as work:
-        catalogue.save(work)
-        Trie(catalogue).save(work)
-        write_index(work / "index.json", catalogue, [*old_ids, *new_ids])
-        write_json(work / "report.json", report)
-    return report
+    return make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
 
 
 def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:

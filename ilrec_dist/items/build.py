@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from ilrec_dist.config import ItemsConfig
 from ilrec_dist.data.files import committed_folder, require_file, sha256_file, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions
 from ilrec_dist.items.embeddings import item_documents, item_vectors, text_vectors
 from ilrec_dist.items.index_file import read_index, write_index
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_codes
+from ilrec_dist.items.titles import TOKENIZER, build_titles
 from ilrec_dist.items.trie import Trie
 
 ATOMIC = "item"  # the name of the one level of a catalogue whose items are a token each
@@ -25,6 +27,8 @@ ATOMIC = "item"  # the name of the one level of a catalogue whose items are a to
 def input_files(config: ItemsConfig) -> list[Path]:
     """Files whose bytes decide whether the stage must run again; raises UserError when one is missing."""
     files = [require_file(config.index, "items.index")] if config.index else []
+    if config.form == "titles" and config.tokenizer:
+        files.append(require_file(config.tokenizer, "items.tokenizer"))
     if config.text_model:
         files += sorted(path for path in Path(config.text_model).glob("*") if path.is_file())
     return files
@@ -34,8 +38,11 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     """Codes for every item → the folder `out`: the catalogue's files, index.json, report.json. Returns the report.
 
     A given `items.index` is read; otherwise codes are built (`items.embedding`; cf_embeddings float [num_items, d] by item index where that says cf).
+    Where items are titles the tokenizer is written beside them (see titles.py).
     Collisions follow `items.collisions`: keep; refuse (UserError naming two items); resolve (see collisions.resolve_collisions).
     """
+    if config.form == "titles":
+        return _build_titles(config, prepared, out)
     codes, sizes, names, vectors, books = _codes(config, prepared, cf_embeddings)
     before = collision_report(codes)
     how, changed = "none", 0
@@ -48,18 +55,45 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
         codes, sizes, how, changed = resolution.codes, resolution.level_sizes, resolution.how, resolution.items_changed
         names += next([letter] for letter in string.ascii_lowercase if letter not in names) if len(sizes) > len(names) else []
     catalogue = make_catalogue(codes, sizes, names)
+    built = f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"
     report = {
-        "source": config.index or (f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"),
+        "source": config.index or built,
         "index_sha256": sha256_file(config.index) if config.index else None,
         "vectors": {"kind": config.embedding, "dim": config.embedding_dim, "seed": config.seed, "text_model": config.text_model},
         **catalogue_report(catalogue),
         "collisions": {"rule": config.collisions, "before": before, "after": collision_report(codes), "resolved_by": how, "items_changed": changed},
     }
     with committed_folder(out) as folder:
-        catalogue.save(folder)
-        Trie(catalogue).save(folder)
-        write_index(folder / "index.json", catalogue, prepared.item_ids)
-        write_json(folder / "report.json", report)
+        write_items(folder, catalogue, prepared.item_ids, report)
+    return report
+
+
+def write_items(folder: Path, catalogue: Catalogue, item_ids: Sequence[str], report: dict[str, Any]) -> None:
+    """The catalogue's files, its trie, index.json and report.json."""
+    catalogue.save(folder)
+    Trie(catalogue).save(folder)
+    write_index(folder / "index.json", catalogue, item_ids)
+    write_json(folder / "report.json", report)
+
+
+def _build_titles(config: ItemsConfig, prepared: Prepared, out: str | Path) -> dict[str, Any]:
+    catalogue, tokenizer = build_titles(prepared, config.title_tokens, config.title_vocab_size, config.tokenizer)
+    codes = catalogue.codes()
+    if config.collisions == "refuse" and (pair := first_collision(codes)) is not None:
+        one, other = (prepared.item_ids[item] for item in pair)
+        raise UserError(
+            f"items.form titles: items {one!r} and {other!r} have the same title within {config.title_tokens} tokens, which items.collisions: refuse forbids; "
+            "raise items.title_tokens, mend the titles, or set it to keep"
+        )
+    found = collision_report(codes)
+    report = {
+        "source": f"titles of at most {config.title_tokens} tokens",
+        **catalogue_report(catalogue),
+        "collisions": {"rule": config.collisions, "before": found, "after": found, "resolved_by": "none", "items_changed": 0},
+    }
+    with committed_folder(out) as folder:
+        write_items(folder, catalogue, prepared.item_ids, report)
+        tokenizer.save(str(folder / TOKENIZER))
     return report
 
 
@@ -100,11 +134,18 @@ def _refuse_collision(config: ItemsConfig, prepared: Prepared, codes: np.ndarray
         )
 
 
+def code_use(catalogue: Catalogue, level: int) -> np.ndarray:
+    """int64 [codes of the level]: items that have each code there; titles that have ended before are none of them."""
+    start, stop = catalogue.level_ranges[level]
+    tokens = catalogue.tokens[:, level]
+    return np.bincount(tokens[tokens != PAD] - start, minlength=stop - start)
+
+
 def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
     """Sizes, and per level: its codes, how many occur, the entropy of their use in bits (at most log2 of the codes), and the items of the busiest one."""
     levels = []
     for level, (start, stop) in enumerate(catalogue.level_ranges):
-        use = np.bincount(catalogue.tokens[:, level] - start, minlength=stop - start)
+        use = code_use(catalogue, level)
         share = use[use > 0] / use.sum()
         levels.append(
             {

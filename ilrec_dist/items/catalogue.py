@@ -15,17 +15,22 @@ from ilrec_dist.errors import UserError
 FORMAT_VERSION = 2  # 1 had no position.npy
 FILES = ("tokens.npy", "items.npy", "position.npy")
 PAD = 0
+END = 1  # closes every title where items are titles
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in code order: sorted by code tuple, items that share one by item index. Token 0 is padding; level 0 starts at token 1."""
+    """Items in code order: sorted by code tuple, items that share one by item index. Token 0 is padding; level 0 starts at token 1.
+
+    Where items are titles (`pieces`), all levels share the tokens [1, vocab_size), a title ends with END, and PAD stands behind that up to C.
+    """
 
     tokens: np.ndarray  # int32 [n, C] global token ids of each item's code tuple, in code order
     items: np.ndarray  # int32 [n] item index at each code-order position
     position: np.ndarray  # int32 [n] item index -> code-order position
     level_ranges: tuple[tuple[int, int], ...]  # per level: [start, stop) of its token ids; contiguous
     level_names: tuple[str, ...]  # the letter in a token's name, such as a in <a_12>
+    pieces: tuple[str, ...] | None = None  # where items are titles: the text of each token, that of PAD and END among them
 
     @property
     def num_items(self) -> int:
@@ -42,19 +47,27 @@ class Catalogue:
         return self.level_ranges[-1][1]
 
     def used_tokens(self) -> np.ndarray:
-        """int32: the distinct tokens that occur in some item, ascending; codes that no item has are not among them."""
-        return np.unique(self.tokens)
+        """int32: the distinct tokens that occur in some item, ascending; codes that no item has are not among them, nor is PAD."""
+        return np.setdiff1d(self.tokens, [PAD])
 
     def item_tokens(self, items: np.ndarray) -> np.ndarray:
-        """int32 [..., C] tokens of item indices [...]."""
+        """int32 [..., C] tokens of item indices [...]; PAD behind the end of a title."""
         return self.tokens[self.position[items]]
 
+    def item_lengths(self, items: np.ndarray) -> np.ndarray:
+        """int64 [...]: how many tokens each of the item indices [...] has; C unless items are titles."""
+        if self.pieces is None:
+            return np.full(np.shape(items), self.depth, np.int64)
+        return np.count_nonzero(self.item_tokens(items), axis=-1)
+
     def codes(self) -> np.ndarray:
-        """int32 [n, C] codes by item index: tokens less their level's start."""
+        """int32 [n, C] codes by item index: tokens less their level's start; -1 behind the end of a title."""
         return self.tokens[self.position] - np.array([start for start, _ in self.level_ranges], np.int32)
 
     def token_names(self) -> list[str]:
-        """The vocabulary as text: "<pad>", "<a_0>", "<a_1>", …"""
+        """The vocabulary as text: "<pad>", "<a_0>", "<a_1>", …, or the pieces of titles."""
+        if self.pieces is not None:
+            return list(self.pieces)
         names = ["<pad>"]
         for name, (start, stop) in zip(self.level_names, self.level_ranges, strict=True):
             names += [f"<{name}_{code}>" for code in range(stop - start)]
@@ -72,6 +85,7 @@ class Catalogue:
                 "items": self.num_items,
                 "level_ranges": [list(bounds) for bounds in self.level_ranges],
                 "level_names": list(self.level_names),
+                **({} if self.pieces is None else {"pieces": list(self.pieces)}),
                 "sha256": {name: sha256_file(folder / name) for name in FILES},
             },
         )
@@ -89,7 +103,8 @@ class Catalogue:
             check_file(folder / name, expected, "catalogue.json")
         tokens, items = map_array(folder / "tokens.npy"), map_array(folder / "items.npy")
         position = map_array(folder / "position.npy") if "position.npy" in meta["sha256"] else _inverse(items)
-        return Catalogue(tokens, items, position, tuple((int(a), int(b)) for a, b in meta["level_ranges"]), tuple(meta["level_names"]))
+        ranges, pieces = tuple((int(a), int(b)) for a, b in meta["level_ranges"]), meta.get("pieces")
+        return Catalogue(tokens, items, position, ranges, tuple(meta["level_names"]), None if pieces is None else tuple(pieces))
 
 
 def check_file(path: Path, expected: str, manifest: str) -> None:
@@ -109,6 +124,13 @@ def make_catalogue(codes: np.ndarray, level_sizes: Sequence[int], level_names: S
     tokens = (codes[order] + starts).astype(np.int32)
     names = tuple(level_names) if level_names is not None else tuple(string.ascii_lowercase[: len(level_sizes)])
     return Catalogue(tokens, order, _inverse(order), tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)), names)
+
+
+def make_title_catalogue(tokens: np.ndarray, pieces: Sequence[str]) -> Catalogue:
+    """Catalogue of titles: tokens int32 [num_items, C] by item index, in each row tokens of [2, len(pieces)), END, and PAD to the end."""
+    order = np.lexsort(tokens.T[::-1]).astype(np.int32)
+    levels = range(1, tokens.shape[1] + 1)
+    return Catalogue(tokens[order], order, _inverse(order), ((1, len(pieces)),) * len(levels), tuple(map(str, levels)), tuple(pieces))
 
 
 def _inverse(order: np.ndarray) -> np.ndarray:

@@ -38,9 +38,10 @@ def add_to_index(run: Path, items: Path, out: Path, vectors: tuple[Path, Path] |
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another folder")
     rows = _new_items(require_file(items, "--items"))
-    documents = [f"{title or ''} {text or ''}" for title, text in zip(rows["title"], rows["text"], strict=True)]
+    titles = [title or "" for title in rows["title"]]
+    documents = [f"{title} {text or ''}" for title, text in zip(titles, rows["text"], strict=True)]
     given = None if vectors is None else (_vectors(vectors[0]), _vectors(vectors[1]))
-    add_items(folders.items, load_prepared(folders.data), rows["id"], out, documents, given)
+    add_items(folders.items, load_prepared(folders.data), rows["id"], out, documents, titles, given)
     return report_index(out)
 
 

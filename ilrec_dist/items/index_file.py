@@ -11,7 +11,7 @@ import numpy as np
 
 from ilrec_dist.data.files import read_json_object
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import PAD, Catalogue
 
 TOKEN = re.compile(r"<([A-Za-z]+)_([0-9]{1,7})>")
 
@@ -60,6 +60,6 @@ def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str])
     with open(path, "w", encoding="utf-8") as file:
         file.write("{")
         for number, item in enumerate(item_ids):
-            code = ", ".join([names[token] for token in catalogue.tokens[catalogue.position[number]]])
+            code = ", ".join([names[token] for token in catalogue.tokens[catalogue.position[number]] if token != PAD])
             file.write(f"{', ' if number else ''}{json.dumps(item, ensure_ascii=False)}: [{code}]")
         file.write("}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ilrec_dist.data.files import read_json_object
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.build import catalogue_report
+from ilrec_dist.items.build import catalogue_report, code_use
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.index_file import read_index
@@ -64,8 +64,8 @@ def report_table(report: dict[str, Any]) -> str:
 def report_plot(catalogue: Catalogue, path: str | Path) -> None:
     """An SVG with one curve a level: items per code, codes sorted by use (log scale)."""
     curves = []
-    for level, (start, stop) in enumerate(catalogue.level_ranges):
-        curves.append(np.sort(np.bincount(catalogue.tokens[:, level] - start, minlength=stop - start))[::-1])
+    for level in range(catalogue.depth):
+        curves.append(np.sort(code_use(catalogue, level))[::-1])
     top = np.log10(max(curve.max() for curve in curves) + 1)
     body = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',

@@ -12,14 +12,15 @@ NAMES = ("rows", "loss/cpo", "loss/cpd", "loss/crr", "p_target", "negatives", "e
 
 
 class StatisticsSum:
-    """fp64 sums [C, names + m] over rows since the last read-out; row n is at position n % C in its item."""
+    """fp64 sums [C, names + m] over rows since the last read-out, by position in the item."""
 
     def __init__(self, depth: int, num_intermediate: int, layers: list[int], device: torch.device):
         self.depth, self.layers = depth, layers
         self.sums = torch.zeros(depth, len(NAMES) + num_intermediate, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, rows: RowStats, tokens: int) -> None:
+    def add(self, rows: RowStats, tokens: int, slots: torch.Tensor | None = None) -> None:
+        """Rows of whole items, one after another; with slots int64 [N], ascending, row n is at position slots[n] % C."""
         self.tokens += tokens
         if rows.cpo.numel() == 0:
             return
@@ -38,6 +39,9 @@ class StatisticsSum:
             *rows.kl[: len(self.layers)],
         ]
         table = torch.stack([column.to(torch.float32) for column in columns], dim=1)
+        if slots is not None:  # titles are of many lengths: zeros behind their ends
+            ragged, table = table, table.new_zeros((int(slots[-1]) // self.depth + 1) * self.depth, table.shape[1])
+            table[slots.to(table.device)] = ragged
         self.sums += table.view(-1, self.depth, table.shape[1]).sum(0, dtype=torch.float64)
 
     def read(self, group: dist.ProcessGroup | None, mu: float, crr_lambda: float) -> dict[str, float]:

@@ -13,24 +13,26 @@ import numpy as np
 import torch
 
 from ilrec_dist.cf.client import Meter, Pending
+from ilrec_dist.cf.segments import ragged_ranges
 from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import PAD, Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.training.windows import Windows
 
-PAD = 0
 SWITCH_SECONDS = 2e-4  # how long the thread that makes batches may keep the interpreter from the training thread; Python's default is 5 ms
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Rows are target-major, then by position in the item: (t0, p0), (t0, p1), …"""
+    """One micro-batch. Rows are target-major, then by position in the item: (t0, p0), (t0, p1), …, up to the item's last token."""
 
     tokens: torch.Tensor  # int64 [B, S], right-padded with PAD
     rows: torch.Tensor  # int64 [N] flat positions in B·S whose next token belongs to a target item
     targets: torch.Tensor  # int64 [N]
     candidate_indptr: torch.Tensor  # int64 [N + 1]
     candidate_tokens: torch.Tensor  # int64 [nnz], trie children of each row's prefix
+    scored: np.ndarray | None  # bool [rewards of the T targets]: those of candidate_tokens; None: all. What stands behind a title's end is none of them
+    slots: torch.Tensor | None  # int64 [N]: target · C + position in the item; None: 0 … N − 1
     users: np.ndarray  # int64 [T] user of each target
     positions: np.ndarray  # int64 [T] its place in the user's sequence
     step_rows: int  # N of the whole optimizer step, over ranks and accumulation steps (METHOD.md §6)
@@ -61,27 +63,46 @@ class BatchMaker:
         inside = column < lengths[:, None]
         flat = (self.prepared.offsets[part.user] + part.start)[:, None] + column
         items = self.prepared.items[np.where(inside, flat, 0)]
-        grid = np.where(inside[:, :, None], self.catalogue.item_tokens(items), PAD).astype(np.int64)
-        grid = grid.reshape(len(part), size * depth)
+        sizes = np.where(inside, self.catalogue.item_lengths(items), 0)  # tokens of each item
+        ends = np.cumsum(sizes, axis=1)  # in its sequence
+        length = ends[:, -1]
+        longest = int(length.max()) if len(part) else depth
+        grid = np.full((len(part), longest), PAD, np.int64)
+        grid[np.arange(longest) < length[:, None]] = self.catalogue.item_tokens(items)[np.arange(depth) < sizes[:, :, None]]
         is_target = inside & (column >= (part.target - part.start)[:, None])
         sequence, place = np.nonzero(is_target)
-        width = max(size * depth - 1, 1)  # the last token is never an input; an empty batch still has one column
-        first = sequence * width + place * depth - 1
-        rows = (first[:, None] + np.arange(depth)).reshape(-1)
+        width = max(longest - 1, 1)  # the last token is never an input; an empty batch still has one column
+        each = sizes[sequence, place]
         target_items = items[sequence, place]
+        real = np.arange(depth) < each[:, None]  # [T, C]
         indptr, candidates = self.trie.target_candidates(target_items)
+        scored = slots = None
+        if not real.all():
+            counts = np.diff(indptr)
+            scored, slots = np.repeat(real.ravel(), counts), torch.from_numpy(np.flatnonzero(real))
+            indptr, candidates = np.append(0, np.cumsum(counts[real.ravel()])), candidates[scored]
         tokens = grid[:, :-1] if len(part) else np.full((1, width), PAD, dtype=np.int64)
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens)),
-            rows=torch.from_numpy(rows.astype(np.int64)),
-            targets=torch.from_numpy(self.catalogue.item_tokens(target_items).astype(np.int64).reshape(-1)),
+            rows=torch.from_numpy(ragged_ranges(sequence * width + ends[sequence, place] - each - 1, each)),
+            targets=torch.from_numpy(self.catalogue.item_tokens(target_items)[real].astype(np.int64)),
             candidate_indptr=torch.from_numpy(np.asarray(indptr, dtype=np.int64)),
             candidate_tokens=torch.from_numpy(np.asarray(candidates, dtype=np.int64)),
+            scored=scored,
+            slots=slots,
             users=part.user[sequence],
             positions=(part.start[sequence] + place).astype(np.int64),
             step_rows=step_rows,
-            real_tokens=int((lengths * depth - 1).sum()),
+            real_tokens=int((length - 1).sum()),
         )
+
+    def num_rows(self, numbers: np.ndarray) -> int:
+        """Response rows of the given window numbers: the tokens of their targets."""
+        part = self.windows.take(numbers)
+        if self.catalogue.pieces is None:
+            return part.num_targets * self.catalogue.depth
+        targets = ragged_ranges(self.prepared.offsets[part.user] + part.target, part.stop - part.target)
+        return int(self.catalogue.item_lengths(self.prepared.items[targets]).sum())
 
 
 def micro_batches(step: np.ndarray, dp_rank: int, dp: int, accumulation: int) -> list[np.ndarray]:

@@ -66,7 +66,6 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
         return
     objective = objective_of(config, method)
     catalogue = space.catalogue
-    depth = catalogue.depth
     backbone = build_backbone(config, space, seed)
     module = Objective(backbone, objective, config.backbone.num_layers, catalogue.vocab_size, catalogue.used_tokens(), parallel).to(parallel.device)
     engine = build_engine(module, config.train, parallel)
@@ -81,18 +80,19 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
 
     order = lru_cache(1)(partial(EpochSteps, windows, config.train.batch_size, seed))  # of the epoch at hand
 
+    maker = BatchMaker(space.training, catalogue, space.trie, windows)
+
     def plan() -> Iterator[tuple[np.ndarray, int]]:
         for step in range(progress.step, steps):
             epoch, place = divmod(step, epoch_length)
             numbers = order(epoch)[place]
-            rows = windows.take(numbers).num_targets * depth
+            rows = maker.num_rows(numbers)
             for part in micro_batches(numbers, parallel.dp_rank, parallel.dp, config.train.accumulation_steps):
                 yield part, rows
 
     rewards = space.reward_source() if objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
-    maker = BatchMaker(space.training, catalogue, space.trie, windows)
     layers = [config.backbone.num_layers - 1 - i for i in range(module.num_intermediate)]
-    statistics = StatisticsSum(depth, len(layers), layers, parallel.device)
+    statistics = StatisticsSum(catalogue.depth, len(layers), layers, parallel.device)
     began, timer = time.monotonic(), StepTimer()
     batches = prefetched(plan(), maker.make, rewards)
     module.train()
@@ -111,7 +111,7 @@ def train(config: Config, method: str, seed: int, folder: Path, fingerprint: str
                 output = engine(*_tensors(batch, parallel.device), given, parallel.dp * config.train.accumulation_steps / batch.step_rows)
             with timer.part("backward"):
                 engine.backward(output.loss)
-            statistics.add(output.rows, batch.real_tokens)
+            statistics.add(output.rows, batch.real_tokens, batch.slots)
             with timer.part("step"):
                 engine.step()
         progress.step = step + 1
@@ -148,7 +148,10 @@ def shared_rewards(ready: Ready, wanted: bool, parallel: ParallelState) -> torch
     if not wanted:
         return None
     size = ready.batch.candidate_tokens.numel()
-    values = torch.from_numpy(np.asarray(ready.rewards.result(), dtype=np.float32)) if ready.rewards is not None else torch.empty(size)
+    values = torch.empty(size)
+    if ready.rewards is not None:
+        found = np.asarray(ready.rewards.result(), dtype=np.float32)
+        values = torch.from_numpy(found if ready.batch.scored is None else found[ready.batch.scored])
     values = values.to(parallel.device)
     if parallel.tp > 1:
         dist.broadcast(values, group=parallel.tp_group, group_src=0)

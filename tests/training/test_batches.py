@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.catalogue import END, make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.training.batches import PAD, BatchMaker, micro_batches, prefetched
 from ilrec_dist.training.windows import training_windows
@@ -42,6 +42,39 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
     assert maker.catalogue.item_tokens(np.array(items)).reshape(-1).tolist() == expected_targets
     for row, target in enumerate(expected_targets):
         assert target in batch.candidate_tokens[batch.candidate_indptr[row] : batch.candidate_indptr[row + 1]]
+
+
+def test_titles_are_rows_up_to_their_ends():
+    rng = np.random.default_rng(5)
+    titles = np.full((50, 5), PAD, np.int32)
+    for title, length in zip(titles, rng.integers(1, 5, 50), strict=True):
+        title[:length], title[length] = rng.integers(2, 9, length), END
+    catalogue = make_title_catalogue(titles, ["<pad>", "<end>", *"abcdefg"])
+    offsets = np.cumsum([0, *rng.integers(3, 20, 60)])
+    prepared = Prepared(rng.integers(0, 50, offsets[-1]).astype(np.int32), offsets, [str(u) for u in range(60)], [str(i) for i in range(50)])
+    maker = BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 6, "last"))
+    numbers = rng.permutation(len(maker.windows))[:23]
+    batch, part, row = maker.make(numbers, step_rows=5), maker.windows.take(numbers), 0
+    assert maker.num_rows(numbers) == len(batch.rows) and batch.scored is not None and batch.slots is not None
+    all_indptr, all_candidates = maker.trie.target_candidates(np.array([prepared.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]))
+    assert batch.scored.sum() == len(batch.candidate_tokens) and len(batch.scored) == len(all_candidates)
+    kept = np.flatnonzero(batch.scored)
+    tokens, own = batch.tokens.flatten().tolist(), [[token for token in title.tolist() if token != PAD] for title in titles]
+    for b, (user, start, target, stop) in enumerate(zip(part.user, part.start, part.target, part.stop, strict=True)):
+        items = prepared.sequence(user)[start:stop].tolist()
+        sequence = [token for item in items for token in own[item]]
+        assert batch.tokens[b].tolist() == (sequence + [PAD] * batch.tokens.shape[1])[: batch.tokens.shape[1]]
+        title, history = own[items[target - start]], len(sequence) - len(own[items[-1]])
+        assert target == stop - 1
+        for place, token in enumerate(title):
+            assert batch.targets[row] == token and batch.slots[row] == b * 5 + place and batch.rows[row] == b * batch.tokens.shape[1] + history + place - 1
+            assert place == 0 or tokens[batch.rows[row]] == title[place - 1]
+            low, high = batch.candidate_indptr[row : row + 2].tolist()
+            assert batch.candidate_tokens[low:high].tolist() == sorted({other[place] for other in own if other[:place] == title[:place]})
+            reward_row = np.searchsorted(all_indptr, kept[low:high], side="right") - 1
+            assert (reward_row == b * 5 + place).all() and batch.candidate_tokens[low:high].tolist() == all_candidates[kept[low:high]].tolist()
+            row += 1
+    assert row == len(batch.rows)
 
 
 def test_no_windows_give_one_padded_sequence_without_rows(maker):
