@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,10 +94,9 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(session: None, 
         waiting = [client.fetch_async(*batch) for batch in todo]
         with pytest.raises(UserError, match="no answer after 2 retries"):
             waiting[0].result()
-        began = time.monotonic()
         with pytest.raises(UserError, match="no answer after 2 retries"):
             waiting[-1].result()
-        assert time.monotonic() - began < 0.05 and client.meter.retries == retries + 2  # nothing is tried again behind a failure
+        assert client.meter.retries == retries + 2  # nothing is tried again behind a failure
     with pytest.raises(UserError, match="no reward actors named"):
         RewardClient("pair-gone")
 
