@@ -97,8 +97,10 @@ def load_folds(folder: str | Path) -> np.ndarray:
 
 
 def item_vectors(folder: str | Path) -> np.ndarray:
-    """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads."""
-    return load_cf(folder).items.weight.detach().numpy()
+    """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads. Mapped, not read."""
+    with safe_open(checked_file(folder, "full.safetensors"), "pt") as file:
+        table: np.ndarray = file.get_tensor("items.weight").numpy()
+    return table
 
 
 def data_hash(prepared: Prepared) -> str:

@@ -22,9 +22,9 @@ ALL = slice(None)
 
 
 class Strings(Sequence[str]):
-    """A column of strings in a Parquet file, read when first looked at and kept in Arrow: 10⁷ ids cost their bytes, not a Python object each.
+    """A column of strings in a Parquet file, read when first looked into and kept in Arrow: 10⁷ ids cost their bytes, not a Python object each.
 
-    A missing value reads as "".
+    Going through it reads a row group at a time and keeps nothing. A missing value reads as "".
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -51,9 +51,10 @@ class Strings(Sequence[str]):
         return self.column[index % len(self)].as_py() or ""
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in self.column.chunks:
-            for value in chunk.to_pylist():
-                yield value or ""
+        with pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(columns=[self.name]):
+                for value in batch.column(0).to_pylist():
+                    yield value or ""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

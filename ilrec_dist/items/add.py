@@ -50,7 +50,7 @@ def add_items(
     if old.pieces is not None:
         catalogue = _with_titles(folder, old, new_ids, new_titles)
     else:
-        catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors)
+        catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors, Path(out).parent)
     report = {
         **before,
         **catalogue_report(catalogue),
@@ -81,13 +81,14 @@ def _with_codes(
     new_ids: Sequence[str],
     new_documents: Sequence[str] | None,
     vectors: tuple[np.ndarray, np.ndarray] | None,
+    scratch: Path,
 ) -> Catalogue:
     codes, sizes = old.codes(), [stop - start for start, stop in old.level_ranges]
     if old.level_names == (ATOMIC,):
         added = np.arange(sizes[0], sizes[0] + len(new_ids), dtype=np.int32)[:, None]
         sizes = [sizes[0] + len(new_ids)]
     else:
-        old_vectors, new_vectors = vectors if vectors is not None else _text_vectors(folder, prepared, new_documents)
+        old_vectors, new_vectors = vectors if vectors is not None else _text_vectors(folder, prepared, new_documents, scratch)
         if len(old_vectors) != old.num_items or len(new_vectors) != len(new_ids):
             raise UserError(f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items")
         books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
@@ -95,14 +96,14 @@ def _with_codes(
     return make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
 
 
-def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequence[str] | None, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
     documents = item_documents(prepared)
     if documents is None or new_documents is None:
         raise UserError("index add: needs titles or texts of the old and the new items, or vectors of both")
     vectors = read_json_object(Path(folder) / "report.json")["vectors"]
     if vectors["kind"] != "text":
         raise UserError(f"index add: {folder} was built from {vectors['kind']} vectors; give such vectors of the old and the new items")
-    return text_vectors(documents, vectors["dim"], vectors["seed"], new_documents, vectors["text_model"])
+    return text_vectors(documents, vectors["dim"], vectors["seed"], scratch, new_documents, vectors["text_model"])
 
 
 def _assign(vectors: np.ndarray, books: Codebooks, old_codes: np.ndarray, sizes: list[int], old: Catalogue, ids: Sequence[str]) -> np.ndarray:

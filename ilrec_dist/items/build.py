@@ -43,14 +43,15 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     """
     if config.form == "titles":
         return _build_titles(config, prepared, out)
-    codes, sizes, names, vectors, books = _codes(config, prepared, cf_embeddings)
+    scratch = Path(out).parent
+    codes, sizes, names, vectors, books = _codes(config, prepared, cf_embeddings, scratch)
     before = collision_report(codes)
     how, changed = "none", 0
     if config.collisions == "refuse":
         _refuse_collision(config, prepared, codes, names)
     elif config.collisions == "resolve" and before["items"]:
         if vectors is None:
-            vectors, books = _cost_vectors(config, prepared, cf_embeddings, codes, sizes)
+            vectors, books = _cost_vectors(config, prepared, cf_embeddings, codes, sizes, scratch)
         resolution = resolve_collisions(codes, sizes, vectors, books)
         codes, sizes, how, changed = resolution.codes, resolution.level_sizes, resolution.how, resolution.items_changed
         names += next([letter] for letter in string.ascii_lowercase if letter not in names) if len(sizes) > len(names) else []
@@ -98,25 +99,25 @@ def _build_titles(config: ItemsConfig, prepared: Prepared, out: str | Path) -> d
 
 
 def _codes(
-    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None
+    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, scratch: Path
 ) -> tuple[np.ndarray, list[int], list[str], np.ndarray | None, Codebooks | None]:
     """(codes, level sizes, level names, and where codes were built the vectors and codebooks)."""
     if config.form == "atomic":
         return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], [ATOMIC], None, None
     if config.index:
         return *read_index(require_file(config.index, "items.index"), prepared.item_ids), None, None
-    vectors = item_vectors(config, prepared, cf_embeddings)
+    vectors = item_vectors(config, prepared, cf_embeddings, scratch)
     codes, books = residual_codes(vectors, config.levels, config.codes_per_level, config.seed)
     return codes, [config.codes_per_level] * config.levels, list(string.ascii_lowercase[: config.levels]), vectors, books
 
 
 def _cost_vectors(
-    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, codes: np.ndarray, sizes: list[int]
+    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, codes: np.ndarray, sizes: list[int], scratch: Path
 ) -> tuple[np.ndarray | None, Codebooks | None]:
     """For a given index: vectors by text, by CF where there is no text, else none; and each code's centroid."""
     documents = item_documents(prepared)
     if documents is not None:
-        vectors = text_vectors(documents, config.embedding_dim, config.seed, model=config.text_model)[0]
+        vectors = text_vectors(documents, config.embedding_dim, config.seed, scratch, model=config.text_model)[0]
     elif cf_embeddings is not None:
         vectors = np.asarray(cf_embeddings, np.float32)
     else:

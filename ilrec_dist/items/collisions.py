@@ -25,8 +25,11 @@ def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if codes.shape[1] == 0:
         return np.zeros(len(codes), np.int64), np.array([len(codes)])
     order = np.lexsort(codes.T[::-1])
-    first = np.ones(len(codes), bool)
-    first[1:] = (codes[order][1:] != codes[order][:-1]).any(axis=1)
+    first = np.zeros(len(codes), bool)
+    first[:1] = True
+    for level in codes.T:  # not all at once: a large catalogue's codes would be in memory three times
+        sorted_codes = level[order]
+        first[1:] |= sorted_codes[1:] != sorted_codes[:-1]
     group = np.empty(len(codes), np.int64)
     group[order] = np.cumsum(first) - 1
     return group, np.bincount(group)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, islice, repeat
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,9 +15,40 @@ from ilrec_dist.data.files import read_json_object
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 
+AT_ONCE = 1 << 17  # texts, and vectors, that are held at once
+FIT_DOCUMENTS = 1 << 20  # texts that TF-IDF + SVD are fitted on at most; more change little
 
-def item_vectors(config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None) -> np.ndarray:
-    """float32 [num_items, d], rows in item-index order, as `items.embedding` says: text, cf or text+cf.
+
+class Texts(Protocol):
+    """Texts that are counted and gone through, as often as wanted."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+class Documents:
+    """Title and text of every item as one string, in item-index order; gone through as often as wanted, never all in memory."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+
+    def __len__(self) -> int:
+        return self.prepared.num_items
+
+    def __iter__(self) -> Iterator[str]:
+        blank = repeat("", len(self))
+        for title, text in zip(self.prepared.titles or blank, self.prepared.texts or blank, strict=True):
+            yield f"{title} {text}"
+
+
+def item_documents(prepared: Prepared) -> Documents | None:
+    """The items' documents; None where the data set has neither titles nor texts."""
+    return None if prepared.titles is None and prepared.texts is None else Documents(prepared)
+
+
+def item_vectors(config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, scratch: Path) -> np.ndarray:
+    """float32 [num_items, d], rows in item-index order, as `items.embedding` says: text, cf or text+cf. Mapped, of a file in the folder `scratch`.
 
     cf_embeddings: float [num_items, d'], by item index. Raises UserError when the texts or the CF vectors that are needed are missing.
     """
@@ -26,48 +60,83 @@ def item_vectors(config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndar
             raise UserError(
                 "items.embedding text: the data set has neither titles nor texts; give an item table (data.items_path), an items.index, or items.embedding: cf"
             )
-        parts.append(text_vectors(documents, config.embedding_dim, config.seed, model=config.text_model)[0])
+        parts.append(text_vectors(documents, config.embedding_dim, config.seed, scratch, model=config.text_model)[0])
     if "cf" in kind.split("+"):
         if cf_embeddings is None or len(cf_embeddings) != prepared.num_items:
             raise UserError(f"items.embedding {kind}: needs one CF vector for each of the {prepared.num_items} items; run `ilrec cf` first")
-        parts.append(np.ascontiguousarray(cf_embeddings, np.float32))
+        parts.append(np.asarray(cf_embeddings, np.float32))
     if len(parts) == 1:
         return parts[0]
-    return np.hstack([part / np.sqrt((part**2).sum(axis=1).mean()) for part in parts])  # the same mean square length: neither side drowns the other
+    blocks = [slice(start, start + AT_ONCE) for start in range(0, prepared.num_items, AT_ONCE)]
+    squares = [sum(float((part[block].astype(np.float64) ** 2).sum()) for block in blocks) / len(part) for part in parts]
+    joint = _mapped(scratch, prepared.num_items, sum(part.shape[1] for part in parts))
+    for block in blocks:  # the same mean square length: neither side drowns the other
+        joint[block] = np.hstack([part[block] / np.float32(np.sqrt(square)) for part, square in zip(parts, squares, strict=True)])
+    return joint
 
 
-def item_documents(prepared: Prepared) -> list[str] | None:
-    """Title and text of every item as one string; None where the data set has neither."""
-    if prepared.titles is None and prepared.texts is None:
-        return None
-    blank = [""] * prepared.num_items
-    return [f"{title} {text}" for title, text in zip(prepared.titles or blank, prepared.texts or blank, strict=True)]
+def text_vectors(
+    documents: Texts, dim: int, seed: int, scratch: Path, new: Sequence[str] = (), model: str | Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit-length vectors of texts: (float32 [n, d] of `documents`, mapped, of a file in `scratch`; float32 [m, d] of `new` in the same space).
 
-
-def text_vectors(documents: Sequence[str], dim: int, seed: int, new: Sequence[str] = (), model: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Unit-length vectors of texts: (float32 [n, d] of `documents`, float32 [m, d] of `new` in the same space).
-
-    By the model in a folder (see model_vectors) or, without one, TF-IDF + SVD fitted on `documents`, where d is `dim`, or fewer where the documents have
-    fewer terms. Deterministic for one seed.
+    By the model in a folder (see load_text_model) or, without one, TF-IDF + SVD fitted on `documents` (on a seeded FIT_DOCUMENTS of them where they are
+    more), where d is `dim`, or fewer where the documents have fewer terms. Deterministic for one seed.
     """
     if model is not None:
-        fitted = model_vectors(documents, model)
-        return fitted, model_vectors(new, model) if len(new) else fitted[:0]
+        embed = load_text_model(model)
+        blocks = map(embed, _blocks(documents))
+        first = next(blocks, embed([]))
+        fitted, fresh = _mapped(scratch, len(documents), first.shape[1]), embed(list(new))
+        _fill(fitted, chain([first], blocks))
+        return fitted, fresh
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2 if len(documents) >= 50 else 1, dtype=np.float32)
+    whole = len(documents) <= FIT_DOCUMENTS
     try:
-        terms = vectorizer.fit_transform(documents)
+        terms = vectorizer.fit_transform(documents if whole else _sample(documents, seed))
     except ValueError:
         raise UserError("items.embedding text: the titles and texts hold no words; give an items.index, or items.embedding: cf") from None
     svd = TruncatedSVD(max(1, min(dim, min(terms.shape) - 1)), random_state=seed)
-    fitted = _unit(svd.fit_transform(terms))
+    of_fit = svd.fit_transform(terms)
+    fitted = _mapped(scratch, len(documents), of_fit.shape[1])
+    _fill(fitted, [_unit(of_fit)] if whole else (_unit(svd.transform(vectorizer.transform(block))) for block in _blocks(documents)))
     return fitted, _unit(svd.transform(vectorizer.transform(new))) if len(new) else np.zeros((0, fitted.shape[1]), np.float32)
 
 
-def model_vectors(documents: Sequence[str], folder: str | Path, batch: int = 64, max_tokens: int = 256) -> np.ndarray:
-    """Unit-length float32 [n, hidden size] by a Hugging Face or sentence-embedding model in a local folder: encoder, decoder, or the encoder of both.
+def _sample(documents: Texts, seed: int) -> Iterator[str]:
+    chosen = np.zeros(len(documents), bool)
+    chosen[np.random.default_rng(seed).choice(len(documents), FIT_DOCUMENTS, replace=False)] = True
+    return compress(documents, chosen)
+
+
+def _blocks(documents: Texts) -> Iterator[list[str]]:
+    remaining = iter(documents)
+    while block := list(islice(remaining, AT_ONCE)):
+        yield block
+
+
+def _mapped(scratch: Path, rows: int, dim: int) -> np.ndarray:
+    """A new float32 array of a file that has no name and is gone with the array: its memory is given back to disk when others need it."""
+    if rows == 0:
+        return np.zeros((0, dim), np.float32)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        return np.asarray(np.memmap(file, np.float32, "w+", shape=(rows, dim)))
+
+
+def _fill(vectors: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
+    start = 0
+    for block in blocks:
+        vectors[start : start + len(block)] = block
+        start += len(block)
+
+
+def load_text_model(folder: str | Path, batch: int = 64, max_tokens: int = 256) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from n texts to unit-length float32 [n, hidden size], by a Hugging Face or sentence-embedding model in a local folder.
+
+    The model is an encoder, a decoder, or the encoder of both.
 
     Texts are cut at `max_tokens`, or the fewer that the model takes. Pooled as the folder's 1_Pooling/config.json says (first, last or maximum over tokens),
     by the mean over tokens otherwise; a projection that some sentence-embedding models add after it is left out. Raises UserError when it does not load.
@@ -95,26 +164,30 @@ def model_vectors(documents: Sequence[str], folder: str | Path, batch: int = 64,
     max_tokens = min(max_tokens, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    vectors = np.zeros((len(documents), model.config.hidden_size), np.float32)
-    order = sorted(range(len(documents)), key=lambda item: len(documents[item]))  # alike lengths together: little padding
-    with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            tokens = tokenizer([documents[row] for row in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
-            mask = tokens["attention_mask"]
-            if mask.shape[1] == 0:  # texts without a token, where the tokenizer adds none of its own: their vectors stay zero
-                continue
-            hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-            if modes.get("pooling_mode_cls_token"):
-                pooled = hidden[:, 0]
-            elif modes.get("pooling_mode_lasttoken"):
-                pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
-            elif modes.get("pooling_mode_max_tokens"):
-                pooled = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-            else:
-                pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-            vectors[rows] = torch.where(mask.any(1, keepdim=True), pooled.float(), 0.0).cpu().numpy()
-    return _unit(vectors)
+
+    def embed(documents: Sequence[str]) -> np.ndarray:
+        vectors = np.zeros((len(documents), model.config.hidden_size), np.float32)
+        order = sorted(range(len(documents)), key=lambda item: len(documents[item]))  # alike lengths together: little padding
+        with torch.inference_mode():
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
+                tokens = tokenizer([documents[row] for row in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
+                mask = tokens["attention_mask"]
+                if mask.shape[1] == 0:  # texts without a token, where the tokenizer adds none of its own: their vectors stay zero
+                    continue
+                hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+                if modes.get("pooling_mode_cls_token"):
+                    pooled = hidden[:, 0]
+                elif modes.get("pooling_mode_lasttoken"):
+                    pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
+                elif modes.get("pooling_mode_max_tokens"):
+                    pooled = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+                else:
+                    pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+                vectors[rows] = torch.where(mask.any(1, keepdim=True), pooled.float(), 0.0).cpu().numpy()
+        return _unit(vectors)
+
+    return embed
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -4,54 +4,61 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.data.files import read_json_object
+from ilrec_dist.data.files import stream_json_object
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import PAD, Catalogue
 
 TOKEN = re.compile(r"<([A-Za-z]+)_([0-9]{1,7})>")
 
 
-def read_index(path: str | Path, item_ids: Sequence[str]) -> tuple[np.ndarray, list[int], list[str]]:
-    """Codes int32 [num_items, C] of the items in index order, codes per level (the largest that occurs plus one), and the levels' names.
+def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> tuple[np.ndarray, list[int], list[str]]:
+    """Codes int32 [num_items, C] of the items in index order (None: all, as the file has them), codes per level (the largest plus one), the levels' names.
 
     Items of the file that the data set does not have are passed over, but count towards the level sizes. Raises UserError naming file and item for an
     item without a code, a token that is not of the form <a_128>, or a code of another length.
     """
     path = Path(path)
-    index = read_json_object(path)
-    if not index:
-        raise UserError(f"{path}: holds no items")
-    first_item, first = next(iter(index.items()))
     names: list[str] = []
-    codes = np.empty((len(index), len(first) if isinstance(first, list) else 0), np.int32)
-    for row, (item, tokens) in enumerate(index.items()):
+    flat = array("i")
+    row_of: dict[str, int] = {}
+    first: tuple[str, list[str]] = ("", [])
+    for item, tokens in stream_json_object(path):
         if not isinstance(tokens, list) or not tokens:
             raise UserError(f"{path}: item {item!r}: expected a list of code tokens, found {tokens!r}")
-        if len(tokens) != codes.shape[1]:
-            raise UserError(f"{path}: item {item!r} has {len(tokens)} codes, item {first_item!r} has {codes.shape[1]}; all items need as many")
+        if not row_of:
+            first = item, tokens
+        if len(tokens) != len(first[1]):
+            raise UserError(f"{path}: item {item!r} has {len(tokens)} codes, item {first[0]!r} has {len(first[1])}; all items need as many")
         for level, token in enumerate(tokens):
             match = TOKEN.fullmatch(token) if isinstance(token, str) else None
             if match is None:
                 raise UserError(f"{path}: item {item!r}: code {token!r} is not of the form <a_128>")
-            if row == 0:
+            if not row_of:
                 names.append(match[1])
             elif match[1] != names[level]:
-                raise UserError(f"{path}: item {item!r}: code {token!r} at level {level + 1}, where item {first_item!r} has <{names[level]}_…>")
-            codes[row, level] = int(match[2])
+                raise UserError(f"{path}: item {item!r}: code {token!r} at level {level + 1}, where item {first[0]!r} has <{names[level]}_…>")
+            flat.append(int(match[2]))
+        row_of[item] = len(row_of)
+    if not row_of:
+        raise UserError(f"{path}: holds no items")
     if len(set(names)) != len(names):
-        raise UserError(f"{path}: item {first_item!r}: two levels share a name in {first}; expected a name of its own for each level")
-    row_of = {item: row for row, item in enumerate(index)}
-    rows = np.fromiter((row_of.get(item, -1) for item in item_ids), np.int64, len(item_ids))
+        raise UserError(f"{path}: item {first[0]!r}: two levels share a name in {first[1]}; expected a name of its own for each level")
+    codes = np.frombuffer(flat, np.int32).reshape(-1, len(names))
+    sizes = [int(size) + 1 for size in codes.max(axis=0)]
+    if item_ids is None:
+        return codes, sizes, names
+    rows = np.fromiter((row_of.get(item, -1) for item in item_ids), np.int64)
     if (rows < 0).any():
-        missing = item_ids[int(np.flatnonzero(rows < 0)[0])]
+        missing = next(item for item in item_ids if item not in row_of)
         count = int((rows < 0).sum())
         raise UserError(f"{path}: item {missing!r} of the interactions has no code ({count} such items); add it, or leave items.index out to build one")
-    return codes[rows], [int(size) + 1 for size in codes.max(axis=0)], names
+    return codes[rows], sizes, names
 
 
 def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str]) -> None:

@@ -25,8 +25,7 @@ def open_index(path: str | Path) -> tuple[dict[str, Any], Catalogue]:
     """
     path = Path(path)
     if path.is_file():
-        ids = list(read_json_object(path))
-        codes, sizes, names = read_index(path, ids)
+        codes, sizes, names = read_index(path)
         catalogue, found = make_catalogue(codes, sizes, names), collision_report(codes)
         collisions = {"rule": "keep", "before": found, "after": found, "resolved_by": "none", "items_changed": 0}
         return {"source": str(path), **catalogue_report(catalogue), "collisions": collisions}, catalogue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from ilrec_dist.config import DataConfig, ItemsConfig
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.items import embeddings
 from ilrec_dist.items.build import build_index, input_files
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions, tuple_groups
+from ilrec_dist.items.embeddings import item_vectors
 from ilrec_dist.items.quantise import centroid_codebooks, residual_codes
 from tests.data.shared_data import shared_data
 
@@ -167,6 +170,25 @@ def test_cf_vectors_and_both_side_by_side(tmp_path):
     build_index(ItemsConfig(codes_per_level=8, embedding="cf"), prepared, tmp_path / "cf", vectors)
     build_index(ItemsConfig(codes_per_level=8, embedding="text+cf", embedding_dim=8), prepared, tmp_path / "both", vectors)
     assert (Catalogue.load(tmp_path / "cf").codes() != Catalogue.load(tmp_path / "both").codes()).any()
+
+
+def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatch):
+    prepared = toy(90, words(90))
+    cf = np.random.default_rng(1).standard_normal((90, 6)).astype(np.float32) * 5
+    config = ItemsConfig(embedding="text+cf", embedding_dim=8)
+    at_once = item_vectors(config, prepared, cf, tmp_path)
+    assert at_once.shape == (90, 14) and list(tmp_path.iterdir()) == []
+    text, joint_cf = at_once[:, :8], at_once[:, 8:]
+    np.testing.assert_allclose(joint_cf, cf / np.sqrt((cf**2).sum(1).mean()), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
+    monkeypatch.setattr(embeddings, "AT_ONCE", 16)
+    np.testing.assert_allclose(item_vectors(config, prepared, cf, tmp_path), at_once, rtol=1e-5)
+    monkeypatch.setattr(embeddings, "FIT_DOCUMENTS", 80)  # a sample: another space, in which the same items are alike
+    found = item_vectors(replace(config, embedding="text"), prepared, None, tmp_path)
+    assert np.array_equal(found, item_vectors(replace(config, embedding="text"), prepared, None, tmp_path))
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+    likeness, expected = (vectors @ vectors.T for vectors in (found, text))
+    assert np.corrcoef(likeness.ravel(), expected.ravel())[0, 1] > 0.9
 
 
 def test_atomic_ids_are_one_token_an_item(tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPTNeoXConfig, GPTNeo
 from ilrec_dist.config import ItemsConfig
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.build import build_index, input_files
-from ilrec_dist.items.embeddings import model_vectors
+from ilrec_dist.items.embeddings import load_text_model
 from tests.items.test_build import toy
 
 TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
@@ -50,7 +50,7 @@ def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
         }[pooling]
         expected.append((pooled / pooled.norm()).numpy())
     for batch in (1, 3):
-        assert np.allclose(model_vectors(TEXTS, model_folder, batch), expected, atol=1e-5)
+        assert np.allclose(load_text_model(model_folder, batch)(TEXTS), expected, atol=1e-5)
 
 
 def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_folder, tmp_path, monkeypatch):
@@ -78,8 +78,8 @@ def test_models_of_other_kinds(model_folder, tmp_path, kind):
     if kind != "older sentence-embedding folder":
         for file in model_folder.glob("tokenizer*"):
             shutil.copy(file, tmp_path / "model")
-    vectors = model_vectors([*TEXTS, "oak " * 300, ""], tmp_path / "model")  # longer than the model takes, and nothing at all
+    vectors = load_text_model(tmp_path / "model")([*TEXTS, "oak " * 300, ""])  # longer than the model takes, and nothing at all
     assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5)
-    assert np.allclose(vectors[:1], model_vectors(TEXTS[:1], tmp_path / "model"), atol=1e-5)
+    assert np.allclose(vectors[:1], load_text_model(tmp_path / "model")(TEXTS[:1]), atol=1e-5)
     assert len(np.unique(vectors[: len(TEXTS)].round(4), axis=0)) == len(TEXTS)
-    assert not model_vectors(["", ""], tmp_path / "model").any()
+    assert not load_text_model(tmp_path / "model")(["", ""]).any()
