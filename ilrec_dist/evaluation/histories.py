@@ -31,7 +31,7 @@ class Histories:
         return ItemSets.of([self.items[self.start[row] : self.stop[row]] for row in rows])
 
     def inputs(self, rows: np.ndarray, max_history: int, catalogue: Catalogue) -> np.ndarray:
-        """int64 [n, S] tokens of the rows' last max_history items, which must be equally many (see batches)."""
+        """int64 [n, S] tokens of the rows' last max_history items, which must have equally many (see batches)."""
         count = np.minimum(self.stop[rows] - self.start[rows], max_history)
         items = self.items[ragged_ranges(self.stop[rows] - count, count)]
         real = np.arange(catalogue.depth) < catalogue.item_lengths(items)[:, None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.items.quantise import Codebooks
+from ilrec_dist.items.quantise import AT_ONCE, Codebooks
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,18 @@ class Resolution:
 
 
 def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(group int64 [n] of each row's code tuple, size int64 [groups]); groups are numbered in code order."""
+    """(group int32 [n] of each row's code tuple, size int64 [groups]); groups are numbered in code order."""
     if codes.shape[1] == 0:
-        return np.zeros(len(codes), np.int64), np.array([len(codes)])
+        return np.zeros(len(codes), np.int32), np.array([len(codes)])
     order = np.lexsort(codes.T[::-1])
     first = np.zeros(len(codes), bool)
     first[:1] = True
     for level in codes.T:  # not all at once: a large catalogue's codes would be in memory three times
         sorted_codes = level[order]
         first[1:] |= sorted_codes[1:] != sorted_codes[:-1]
-    group = np.empty(len(codes), np.int64)
-    group[order] = np.cumsum(first) - 1
+    group = np.empty(len(codes), np.int32)
+    group[order] = np.cumsum(first, dtype=np.int32) - 1
+    del order
     return group, np.bincount(group)
 
 
@@ -79,10 +80,19 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
         return Resolution(np.column_stack([codes, rank]).astype(np.int32), [*level_sizes, int(sizes.max())], "extra level", 0)
     result = codes.copy()
     collides = sizes[group] > 1
-    crowded = np.flatnonzero(np.isin(prefix, np.unique(prefix[collides])))
-    crowded = crowded[np.argsort(prefix[crowded], kind="stable")]
+    del group
+    has_collisions = np.zeros(len(prefix_sizes), bool)
+    has_collisions[prefix[collides]] = True
+    order = np.argsort(prefix, kind="stable").astype(np.int32)
+    crowded = order[has_collisions[prefix[order]]]
+    del order
     colliding = np.flatnonzero(collides)
-    rest = None if vectors is None or books is None else books.residual(vectors[colliding], codes[colliding], last)
+    rest = None
+    if vectors is not None and books is not None:
+        rest = np.empty((len(colliding), vectors.shape[1]), np.float32)
+        for start in range(0, len(colliding), AT_ONCE):
+            some = colliding[start : start + AT_ONCE]
+            rest[start : start + AT_ONCE] = books.residual(vectors[some], codes[some], last)
     for members in np.split(crowded, np.flatnonzero(np.diff(prefix[crowded])) + 1):
         moving = members[collides[members]]
         free = np.setdiff1d(np.arange(level_sizes[last]), codes[members[~collides[members]], last])
