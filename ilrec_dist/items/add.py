@@ -14,7 +14,7 @@ from ilrec_dist.data.files import committed_folder, read_json_object, stream_jso
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.build import ATOMIC, catalogue_report, write_items
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
+from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.embeddings import item_documents, text_vectors
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks
@@ -36,7 +36,7 @@ def add_items(
     last the nearest code that no item of its prefix holds; new items of one prefix share its free codes out at the least total distance.
     new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
     Where an item is one token of its own (items.form atomic) there is nothing to be near to: new items take new tokens behind the old ones, and need neither.
-    Where it is its title, the new items are `new_titles`, spelt in the old pieces and cut at the old length.
+    Where it is its title, the new items are `new_titles`, spelt in the old pieces.
     Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
     """
     old = Catalogue.load(folder)
@@ -48,7 +48,7 @@ def add_items(
         known.add(item)
     before = read_json_object(Path(folder) / "report.json")
     if old.pieces is not None:
-        catalogue = _with_titles(folder, old, new_ids, new_titles)
+        catalogue = _with_titles(folder, old, new_ids, new_titles, before["title_tokens"])
     else:
         catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors, Path(out).parent)
     report = {
@@ -64,14 +64,15 @@ def add_items(
     return report
 
 
-def _with_titles(folder: str | Path, old: Catalogue, new_ids: Sequence[str], new_titles: Sequence[str] | None) -> Catalogue:
+def _with_titles(folder: str | Path, old: Catalogue, new_ids: Sequence[str], new_titles: Sequence[str] | None, title_tokens: int) -> Catalogue:
     assert old.pieces is not None
     titles = new_titles if new_titles is not None else [""] * len(new_ids)
     bare = next((item for item, title in zip(new_ids, titles, strict=True) if not title.strip()), None)
     if bare is not None:
         raise UserError(f"index add: item {bare!r} has no title; where items are titles (items.form) each needs one")
-    new = spell(load_tokenizer(Path(folder) / TOKENIZER, "index add"), titles, old.depth - 1, old.depth)
-    return make_title_catalogue(np.vstack([old.tokens[old.position], new]), old.pieces)
+    both = [old.tokens[old.position], spell(load_tokenizer(Path(folder) / TOKENIZER, "index add"), titles, title_tokens)]
+    depth = max(tokens.shape[1] for tokens in both)
+    return make_title_catalogue(np.vstack([np.pad(tokens, ((0, 0), (0, depth - tokens.shape[1])), constant_values=PAD) for tokens in both]), old.pieces)
 
 
 def _with_codes(

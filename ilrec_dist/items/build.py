@@ -89,6 +89,7 @@ def _build_titles(config: ItemsConfig, prepared: Prepared, out: str | Path) -> d
     found = collision_report(codes)
     report = {
         "source": f"titles of at most {config.title_tokens} tokens",
+        "title_tokens": config.title_tokens,
         **catalogue_report(catalogue),
         "collisions": {"rule": config.collisions, "before": found, "after": found, "resolved_by": "none", "items_changed": 0},
     }
@@ -153,7 +154,7 @@ def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
                 "name": catalogue.level_names[level],
                 "codes": stop - start,
                 "used": int((use > 0).sum()),
-                "entropy_bits": float(-(share * np.log2(share)).sum()),
+                "entropy_bits": float(-(share * np.log2(share)).sum()) + 0.0,
                 "largest": int(use.max()),
             }
         )

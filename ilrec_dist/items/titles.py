@@ -37,10 +37,10 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer.json ({what}): {str(error).splitlines()[0]}") from None
 
 
-def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int, depth: int | None = None) -> np.ndarray:
-    """int32 [n, C] of n titles: at most `title_tokens` tokens of each, END, and PAD. C is `depth`, above title_tokens, or what the longest needs."""
+def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.ndarray:
+    """int32 [n, C] of n titles: at most `title_tokens` tokens of each, END, and PAD up to C, which the longest needs."""
     ids = [encoding.ids[:title_tokens] for encoding in tokenizer.encode_batch(list(map(plain, titles)), add_special_tokens=False)]
-    tokens = np.full((len(ids), depth or 1 + max(map(len, ids), default=0)), PAD, np.int32)
+    tokens = np.full((len(ids), 1 + max(map(len, ids), default=0)), PAD, np.int32)
     for row, title in enumerate(ids):
         tokens[row, : len(title)], tokens[row, len(title)] = title, END
         tokens[row, : len(title)] += FIRST
