@@ -32,9 +32,12 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
     """A tokenizer.json as Hugging Face models have it. Raises UserError, naming `what` asked for it, when there is none or it does not load."""
     path = require_file(path, what)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{path}: not a tokenizer.json ({what}): {str(error).splitlines()[0]}") from None
+    tokenizer.no_padding()  # models' files may ask for both: padding would be spelt as part of a title
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.ndarray:

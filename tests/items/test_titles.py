@@ -107,6 +107,16 @@ def test_refusals(tmp_path):
             config_from_dict(tree)
 
 
+def test_a_given_tokenizer_neither_pads_nor_cuts(tmp_path):
+    build_index(CONFIG, data(), tmp_path / "items")
+    tokenizer = load_tokenizer(tmp_path / "items" / TOKENIZER, "the test")
+    tokenizer.enable_padding(pad_id=5, pad_token="!")
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "given.json"))
+    build_index(replace(CONFIG, tokenizer=str(tmp_path / "given.json")), data(), tmp_path / "again")
+    assert (tmp_path / "again/tokens.npy").read_bytes() == (tmp_path / "items/tokens.npy").read_bytes()
+
+
 def test_new_items_are_spelt_in_the_old_pieces(tmp_path):
     build_index(CONFIG, data(), tmp_path / "old")
     add_items(tmp_path / "old", data(), ["n0"], tmp_path / "new", new_titles=["Dark violin strings"])
