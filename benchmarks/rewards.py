@@ -32,6 +32,7 @@ from ilrec_dist.cf.model import SASRec, encode
 from ilrec_dist.cf.plan import Plan
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards
 from ilrec_dist.cf.store import PREFIX_ITEMS, open_store, write_store
+from ilrec_dist.cf.table import Split
 from ilrec_dist.config import load_config
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
@@ -88,7 +89,7 @@ def load(folder: Path) -> TokenRewards:
     prepared = Prepared(np.load(folder / "histories.npy"), offsets, range(len(offsets) - 1), range(n))  # type: ignore[arg-type]
     torch.manual_seed(0)
     small = folder / "table.pt"
-    model = SASRec(n if small.exists() else 1, WIDTH, 2, 2, 0.0, 50).eval()
+    model = SASRec(Split(n if small.exists() else 1), WIDTH, 2, 2, 0.0, 50).eval()
     scorers = None
     if small.exists():
         state = torch.load(small)

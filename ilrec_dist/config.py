@@ -111,6 +111,7 @@ class CFConfig:
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     cf_folds: Annotated[Int, Ge(1)] = 2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
+    split_table: Bool = False  # the item table and its optimizer are split over the launch.workers
     rewards: Literal["in_process", "actor"] = "in_process"
     reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = "auto"  # scan: the whole catalogue, exact; auto: scan up to 65,536 items, else ivf_pq
     reward_shards: Positive = 1  # ranges of the catalogue that separate reward actors may hold

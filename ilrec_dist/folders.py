@@ -25,6 +25,11 @@ class RunFolders:
         return self.root / "cf"
 
     @property
+    def cf_work(self) -> Path:
+        """Of the workers, while they train CF models together."""
+        return self.root / ".cf-work"
+
+    @property
     def rewards(self) -> Path:
         return self.cf / CODE_ORDER
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ilrec_dist.config import Config, dump_config
 from ilrec_dist.data.files import read_json_object
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.terminal import console
 
+if TYPE_CHECKING:
+    from ilrec_dist.training.workspace import Workspace
+
 RESULT = "result.json"  # in a training's folder when it is finished
-COUNTER = ".progress.json"  # in the evaluation's folder while the workers are at it: done, total
+COUNTER = ".progress.json"  # how far the workers are: in the evaluation's folder, and in that of CF training
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def index(config: Config) -> None:
 
 
 def cf(config: Config) -> None:
+    if config.cf.split_table:
+        return _cf_by_workers(config)
     import torch
 
     from ilrec_dist.cf.train import train_cf
@@ -87,18 +93,59 @@ def cf(config: Config) -> None:
     from ilrec_dist.training.workspace import Workspace
 
     space = Workspace(config)
-    models = 1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)
-    done: dict[str, float] = {}
-    with stage_progress("cf", models * config.cf.epochs, "epochs") as bar:
-
-        def progress(event: dict[str, Any]) -> None:
-            done[event["model"]] = event["epoch"]
-            ndcg = event.get("ndcg@10")
-            bar(sum(done.values()), f"{event['model']} loss {event['loss']:.3f}" + (f" NDCG@10 {ndcg:.4f}" if ndcg is not None else ""))
-
+    with stage_progress("cf", _cf_epochs(config), "epochs") as bar:
         device = resolve_device(config) if torch.cuda.is_available() else "cpu"  # launch.device is the workers': this process may have no GPU
-        train_cf(config.cf, space.training, None, space.folders.cf, progress, device)
+        train_cf(config.cf, space.training, None, space.folders.cf, _epochs_so_far(bar), device)
     torch.cuda.empty_cache()  # the workers may share the GPU
+
+
+def _cf_epochs(config: Config) -> int:
+    return (1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)) * config.cf.epochs
+
+
+def _epochs_so_far(show: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+    """What `train_cf` calls after every epoch: shows how many there were, and the last one's figures."""
+    done: dict[str, float] = {}
+
+    def progress(event: dict[str, Any]) -> None:
+        done[event["model"]] = event["epoch"]
+        show(sum(done.values()), f"{event['model']} loss {event['loss']:.3f} NDCG@10 {event['ndcg@10']:.4f}")
+
+    return progress
+
+
+def _cf_by_workers(config: Config) -> None:
+    from ilrec_dist.reporting.live import follow_counter
+    from ilrec_dist.training.jobs import Job
+    from ilrec_dist.training.launch import run_workers
+
+    folders, stop = RunFolders(config.run_dir), threading.Event()
+    shutil.rmtree(folders.cf_work, ignore_errors=True)
+    thread = threading.Thread(target=follow_counter, args=(folders.cf_work / COUNTER, "cf", "epochs", stop), daemon=True)
+    thread.start()
+    try:
+        with _ray(config):
+            run_workers(config, Job.of_cf(config))
+    finally:
+        stop.set()
+        thread.join()
+        shutil.rmtree(folders.cf_work, ignore_errors=True)
+
+
+def cf_part(config: Config, space: Workspace, device: str) -> None:
+    """The CF stage in one of the workers that split the item table."""
+    from ilrec_dist.cf.table import Split
+    from ilrec_dist.cf.train import train_cf
+    from ilrec_dist.reporting.live import write_counter
+
+    split = Split.over_workers(space.training.num_items)
+
+    def show(done: float, text: str) -> None:
+        if split.part == 0:
+            write_counter(space.folders.cf_work / COUNTER, done, _cf_epochs(config), text)
+
+    show(0, "")
+    train_cf(config.cf, space.training, None, space.folders.cf, _epochs_so_far(show), device, split)
 
 
 def rewards(config: Config) -> None:

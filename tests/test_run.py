@@ -25,6 +25,7 @@ def finished(tmp_path_factory):
     """A folder with a configuration and its finished run, tensor-parallel over two processes that torchrun started."""
     root = tmp_path_factory.mktemp("run")
     sections = {"launch": {"engine": "torchrun", "workers": 2, "tp": 2, "threads": 1, "device": "cpu"}, "items": {"collisions": "resolve"}}
+    sections["cf"] = {"split_table": True}
     sections["data"] = {"both_directions": True}
     (root / "c.yaml").write_text(yaml.safe_dump(config_to_dict(tiny_config(root / "runs", **sections))))
     assert main(["run", str(root / "c.yaml")]) == 0
@@ -127,7 +128,7 @@ def test_recommend_refuses_codes_that_the_model_was_not_trained_with(finished, t
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_none(finished, tmp_path):
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    assert main(["cf", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "launch.device=cuda", "cf.epochs=1"]) == 0
+    assert main(["cf", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "launch.device=cuda", "cf.split_table=false", "cf.epochs=1"]) == 0
 
 
 def test_an_error_of_the_users_that_one_worker_meets_is_one_line(finished, tmp_path, capfd):

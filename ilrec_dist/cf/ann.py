@@ -14,12 +14,16 @@ TRAIN_PER_LIST = 40  # vectors per inverted list that k-means sees
 HNSW_LINKS = 32
 
 
-def build_index(kind: str, vectors: np.ndarray, seed: int = 0) -> Any:
-    """A FAISS index over the rows of vectors [n, d] (fp16 or fp32, memory-mapped if need be), ids 0 … n−1; kind "flat", "ivf_pq" or "hnsw".
+def build_index(kind: str, vectors: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> Any:
+    """A FAISS index over rows of vectors [·, d] (fp16 or fp32, memory-mapped if need be): the n given ones, or all; ids 0 … n−1 in their order.
 
-    ivf_pq keeps d/2 four-bit codes per item: its scores are rough and to be replaced by exact ones.
+    kind "flat", "ivf_pq" or "hnsw"; ivf_pq keeps d/2 four-bit codes per item: its scores are rough and to be replaced by exact ones.
     """
-    n, d = vectors.shape
+    n, d = len(vectors) if rows is None else len(rows), vectors.shape[1]
+
+    def block(which: Any) -> np.ndarray:
+        return np.ascontiguousarray(vectors[which if rows is None else rows[which]], dtype=np.float32)
+
     index: Any
     if kind == "flat":
         index = faiss.IndexFlatIP(d)
@@ -32,11 +36,11 @@ def build_index(kind: str, vectors: np.ndarray, seed: int = 0) -> Any:
         index = faiss.index_factory(d, f"IVF{lists},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.pq.cp.seed = seed + 1, seed + 1
         sample = np.sort(np.random.default_rng(seed).permutation(n)[: max(lists * TRAIN_PER_LIST, 1024)])
-        index.train(np.ascontiguousarray(vectors[sample], dtype=np.float32))
+        index.train(block(sample))
     else:
         raise ValueError(f"index kind {kind!r}: expected flat, ivf_pq or hnsw")
     for start in range(0, n, ADD_AT_ONCE):
-        index.add(np.ascontiguousarray(vectors[start : start + ADD_AT_ONCE], dtype=np.float32))
+        index.add(block(slice(start, start + ADD_AT_ONCE)))
     return index
 
 

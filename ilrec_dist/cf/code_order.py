@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 
+from ilrec_dist.cf.ann import build_index, save_index
 from ilrec_dist.cf.folder import catalogue_hash, item_vectors, load_cf, read_manifest, write_manifest
 from ilrec_dist.cf.store import write_store
 from ilrec_dist.config import CFConfig
@@ -30,19 +30,18 @@ def index_kind(config: CFConfig, num_items: int) -> str:
 
 
 def write_code_order(config: CFConfig, cf_folder: str | Path, catalogue: Catalogue) -> None:
-    """Write the folder `code-order` into that of the trained models: item_embeddings.npy and items.faiss of the model of all users, a store per fold
-    unless the catalogue is scanned (`index_kind`), and the manifest that ties them to catalogue and models. Whole or not at all.
+    """Write the folder `code-order` into that of the trained models, whole or not at all: where the catalogue is scanned (`index_kind`) item_embeddings.npy
+    and items.faiss of the model of all users, else a store per fold with its FAISS indexes; and the manifest that ties them to catalogue and models.
 
     Apart from the training, so that codes may be built from the models' own vectors, and other codes or another index train nothing again.
     """
     kind, folder = index_kind(config, catalogue.num_items), Path(cf_folder)
     with committed_folder(folder / CODE_ORDER) as work:
-        vectors = np.ascontiguousarray(item_vectors(folder)[catalogue.items])
-        np.save(work / "item_embeddings.npy", vectors)
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        faiss.write_index(index, str(work / "items.faiss"))
-        if kind != "scan":
+        if kind == "scan":
+            vectors = np.ascontiguousarray(item_vectors(folder)[catalogue.items])
+            np.save(work / "item_embeddings.npy", vectors)
+            save_index(build_index("flat", vectors), work / "items.faiss")
+        else:
             trie = Trie(catalogue)
             for fold in range(read_manifest(folder)["config"]["cf_folds"]):
                 model = load_cf(folder, f"fold{fold}")

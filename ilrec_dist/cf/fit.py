@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from ilrec_dist.cf.model import SASRec, encode, full_softmax_loss, pad_histories, window_stride
+from ilrec_dist.cf.folder import save_model
+from ilrec_dist.cf.model import SASRec, encode, pad_histories, window_stride
 from ilrec_dist.cf.segments import ragged_arange
+from ilrec_dist.cf.table import Split, full_softmax_loss
 from ilrec_dist.config import CFConfig
 from ilrec_dist.errors import UserError
 
 Progress = Callable[[dict[str, Any]], None]
+SCORES_AT_ONCE = 1 << 26  # fp32 of a validation batch
 
 
 @dataclass(frozen=True)
@@ -42,26 +47,27 @@ class Histories:
 
 
 def train_model(
-    config: CFConfig, num_items: int, histories: Histories, name: str, seed: int, progress: Progress | None = None, device: str = "cpu"
-) -> tuple[SASRec, dict[str, Any]]:
+    config: CFConfig, split: Split, histories: Histories, path: Path, seed: int, progress: Progress | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Train on the training part of `histories`, keep the epoch with the best validation NDCG@10 over these same users, stop after `patience` worse ones.
 
     Everything that is random comes from `seed` and everything else from `histories`: users left out leave no trace. The caller's RNG is restored.
-    Returns the model on the CPU, in eval mode, and its report: epochs run, the best one, loss and NDCG@10 by epoch, seconds.
+    The best epoch's model is written to `path` (NAME.safetensors) whenever there is a better one. Of a split table every process trains its own rows, and the
+    rest of the model is the same in all of them. Returns the report: epochs run, the best one, loss and NDCG@10 by epoch, seconds.
     Raises UserError when no user has two training items.
     """
     begin, count, fresh = training_windows(histories, config.max_history)
     if not len(begin):
-        raise UserError(f"CF model {name!r}: none of its {len(histories.starts)} users has two training items; give it more users, or a lower cf.cf_folds")
+        raise UserError(f"CF model {path.stem!r}: none of its {len(histories.starts)} users has two training items; give it more users, or a lower cf.cf_folds")
     with torch.random.fork_rng(devices=[] if device == "cpu" else [torch.cuda.current_device()]):
         torch.manual_seed(seed)
-        model = SASRec.from_config(config, num_items)
-        model.known.copy_(torch.from_numpy(histories.known_items(num_items)))
+        model = SASRec.from_config(config, split)
+        model.known.copy_(torch.from_numpy(histories.known_items(split.num_items)))
         model.to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True)
+        shared = [parameter for name, parameter in model.named_parameters() if name != "items.weight"]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98), fused=True)
         order = np.random.default_rng(seed)
         best: dict[str, Any] = {"epoch": 0, "ndcg@10": -1.0}
-        state: dict[str, torch.Tensor] = {}
         curve: list[dict[str, float]] = []
         started = time.perf_counter()
         for epoch in range(1, config.epochs + 1):
@@ -71,21 +77,29 @@ def train_model(
                 loss, rows = window_loss(model, histories.items, begin[batch], count[batch], fresh[batch])
                 optimizer.zero_grad(set_to_none=True)
                 (loss / rows).backward()  # type: ignore[no-untyped-call]
+                _agree(shared, split)
                 optimizer.step()
                 total, targets = total + float(loss.detach()), targets + rows
             ndcg = validation_ndcg(model, histories)
             curve.append({"epoch": epoch, "loss": total / targets, "ndcg@10": ndcg})
             if progress is not None:
-                progress({"model": name, "epochs": config.epochs, "seconds": time.perf_counter() - started, **curve[-1]})
+                progress({"model": path.stem, "epochs": config.epochs, "seconds": time.perf_counter() - started, **curve[-1]})
             if ndcg > best["ndcg@10"]:
                 best = curve[-1]
-                state = {key: value.clone() for key, value in model.state_dict().items()}
+                save_model(path, model)
             elif epoch - best["epoch"] >= config.patience:
                 break
-    model.load_state_dict(state)
     seconds = time.perf_counter() - started
-    report = {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
-    return model.cpu().eval(), report
+    return {"users": len(histories.starts), "best_epoch": best["epoch"], "validation_ndcg@10": best["ndcg@10"], "curve": curve, "seconds": seconds}
+
+
+def _agree(parameters: list[nn.Parameter], split: Split) -> None:
+    """All processes take the first one's gradients, which theirs differ from by rounding if at all, so that what they share stays the same to the bit."""
+    if split.parts > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        agreed = split.first(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, values in zip(gradients, agreed.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(values.view_as(gradient))
 
 
 def training_windows(histories: Histories, max_history: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,24 +135,17 @@ def window_loss(model: SASRec, items: np.ndarray, begin: np.ndarray, count: np.n
     rows = np.flatnonzero((columns < count[:, None]) & (columns >= fresh[:, None]))
     targets = items[(begin[:, None] + 1 + columns).reshape(-1)[rows]].astype(np.int64)
     picked = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(rows).to(model.device)]
-    return full_softmax_loss(picked, model.items.weight, torch.from_numpy(targets).to(model.device)), len(rows)
+    return full_softmax_loss(picked, model.items.weight, torch.from_numpy(targets).to(model.device), model.items.split), len(rows)
 
 
 @torch.no_grad()
-def validation_ndcg(model: SASRec, histories: Histories, batch_size: int = 512) -> float:
+def validation_ndcg(model: SASRec, histories: Histories) -> float:
     """Mean NDCG@10 of each user's validation item, full ranking, history items kept, ties in item order; 0 without users."""
-    positions = histories.validation
-    users = np.flatnonzero(positions >= 1)
+    users = np.flatnonzero(histories.validation >= 1)
     total = 0.0
-    for start in range(0, len(users), batch_size):
-        batch = users[start : start + batch_size]
-        wanted = torch.from_numpy(histories.items[histories.starts[batch] + positions[batch]].astype(np.int64)).to(model.device)
-        scores = encode(model, histories.items, histories.starts[batch], positions[batch]) @ model.items.weight.t()
-        own = scores.gather(1, wanted[:, None])
-        rank = (scores > own).sum(1)
-        tied = scores == own
-        tied &= torch.arange(scores.shape[1], device=model.device) < wanted[:, None]
-        rank += tied.sum(1)
+    for batch in _batches(model, len(users), 512):
+        wanted, logits = _scored(model, histories, users[batch], histories.validation[users[batch]])
+        rank = model.items.rank(wanted, logits)
         total += float((1.0 / torch.log2(rank.double() + 2))[rank < 10].sum())
     return total / max(1, len(users))
 
@@ -152,14 +159,27 @@ def mean_log_probability(model: SASRec, histories: Histories, rows: np.ndarray, 
     if len(rows) > limit:
         chosen = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
         rows, positions = rows[chosen], positions[chosen]
-    table, unknown = model.items.weight, ~model.known
+    split = model.items.split
+    unknown = ~model.known[split.start : split.stop]
     total, known = 0.0, 0
-    for batch in np.array_split(np.arange(len(rows)), 1 + len(rows) // 1024):
-        first = histories.starts[rows[batch]]
-        wanted = torch.from_numpy(histories.items[first + positions[batch]].astype(np.int64))
-        logits = encode(model, histories.items, first, positions[batch]) @ table.t()
+    for batch in _batches(model, len(rows), 1024):
+        wanted, logits = _scored(model, histories, rows[batch], positions[batch])
+        own = model.items.logits_of(wanted, logits)[:, 0]
         logits[:, unknown] = -torch.inf
-        log_p = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        top = split.max(logits.amax(1))
+        log_p = own - top - split.sum((logits - top[:, None]).exp_().sum(1)).log()
         seen = model.known[wanted]
         total, known = total + float(log_p[seen].double().sum()), known + int(seen.sum())
     return {"mean_log_p": total / max(1, known), "targets": len(rows), "known_share": known / max(1, len(rows))}
+
+
+def _batches(model: SASRec, rows: int, most: int) -> list[slice]:
+    size = max(1, min(most, SCORES_AT_ONCE * model.items.split.parts // model.num_items))
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+def _scored(model: SASRec, histories: Histories, rows: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The item of each target (row of histories.starts, position), int64 [R], and the logits of this part's items there, fp32 [R, stop − start]."""
+    first = histories.starts[rows]
+    wanted = torch.from_numpy(histories.items[first + positions].astype(np.int64)).to(model.device)
+    return wanted, model.items.logits(encode(model, histories.items, first, positions))

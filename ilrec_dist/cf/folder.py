@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ilrec_dist.cf.model import SASRec
+from ilrec_dist.cf.table import Split
 from ilrec_dist.config import CFConfig, config_to_dict
 from ilrec_dist.data.files import read_json_object, sha256_file, write_json
 from ilrec_dist.data.prepared import Prepared
@@ -20,10 +23,34 @@ from ilrec_dist.items.catalogue import Catalogue
 
 FORMAT_VERSION = 2
 HASHED_AT_ONCE = 1 << 22
+TABLE, KNOWN = "items.weight", "known"  # of a model's state
 
 
-def save_model(folder: Path, which: str, model: SASRec) -> None:
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / f"{which}.safetensors")
+def save_model(path: Path, model: SASRec) -> None:
+    """Write a model as one safetensors file. Every process of a split table writes its own rows of it, and the first one everything else."""
+    split, state = model.items.split, {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    table = state.pop(TABLE)
+    whole = {TABLE: (split.num_items, table.shape[1]), **{name: value.shape for name, value in state.items()}}  # fp32 before bool: aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in whole.items():
+        begin, end = end, end + math.prod(shape) * (1 if name == KNOWN else 4)
+        header[name] = {"dtype": "BOOL" if name == KNOWN else "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    if split.part == 0:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(data + end)
+            file.seek(data + split.num_items * table.shape[1] * 4)
+            for value in state.values():
+                file.write(value.numpy().data)
+    split.barrier()
+    with open(path, "r+b") as file:
+        file.seek(data + split.start * table.shape[1] * 4)
+        file.write(table.numpy().data)
+    split.barrier()
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
@@ -80,14 +107,24 @@ def load_config(folder: str | Path) -> CFConfig:
 def load_cf(folder: str | Path, which: str = "full", table: bool = True) -> SASRec:
     """A trained model in eval mode: "full", or "fold0", "fold1", … Raises UserError when it is missing or damaged.
 
-    table=False leaves the item table and `known` out, for callers that keep the vectors elsewhere.
+    The item table is mapped, not read. table=False leaves it and `known` out, for callers that keep the vectors elsewhere.
     """
     manifest = read_manifest(folder)
     path = checked_file(folder, f"{which}.safetensors", manifest)
-    model = SASRec.from_config(CFConfig(**manifest["config"]), manifest["items"] if table else 1)
+    return read_model(path, CFConfig(**manifest["config"]), Split(manifest["items"] if table else 1), table)
+
+
+def read_model(path: Path, config: CFConfig, split: Split, table: bool = True) -> SASRec:
+    """What `save_model` wrote, in eval mode and on the CPU; of the item table the rows of this process's part, mapped. table=False as of `load_cf`."""
+    with torch.device("meta"):  # nothing is drawn
+        model = SASRec.from_config(config, split)
     with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys() if table or name not in ("items.weight", "known")}  # noqa: SIM118
-    model.load_state_dict(state, strict=table)
+        state = {name: file.get_tensor(name) for name in file.keys() if name not in (TABLE, KNOWN)}  # noqa: SIM118
+        if table:
+            state |= {TABLE: file.get_slice(TABLE)[split.start : split.stop], KNOWN: file.get_tensor(KNOWN)}
+        else:
+            state |= {TABLE: torch.zeros(1, config.hidden_size), KNOWN: torch.zeros(1, dtype=torch.bool)}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -99,7 +136,7 @@ def load_folds(folder: str | Path) -> np.ndarray:
 def item_vectors(folder: str | Path) -> np.ndarray:
     """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads. Mapped, not read."""
     with safe_open(checked_file(folder, "full.safetensors"), "pt") as file:
-        table: np.ndarray = file.get_tensor("items.weight").numpy()
+        table: np.ndarray = file.get_tensor(TABLE).numpy()
     return table
 
 

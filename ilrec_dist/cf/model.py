@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ilrec_dist.cf.table import ItemTable, Split
 from ilrec_dist.config import CFConfig
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
+INIT_STD = 0.02
 
 
 class Block(nn.Module):
@@ -44,33 +44,34 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """A causal transformer over item indices whose output layer is its own item table.
 
-    `known` (bool [num_items]) marks the items that occur in the sequences the model was trained on; the rewards give the others nothing.
+    `known` (bool [num_items]) marks the items that occur in the sequences the model was trained on; the rewards give the others nothing. With a table in
+    several parts the processes that hold them run one model: each computes the same queries.
     """
 
     known: Tensor
 
-    def __init__(self, num_items: int, hidden_size: int, num_layers: int, num_heads: int, dropout: float, max_history: int) -> None:
+    def __init__(self, split: Split, hidden_size: int, num_layers: int, num_heads: int, dropout: float, max_history: int) -> None:
         super().__init__()
         self.max_history = max_history
-        self.items = nn.Embedding(num_items, hidden_size)
+        self.items = ItemTable(split, hidden_size, INIT_STD)
         self.positions = nn.Embedding(max_history, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
-        self.register_buffer("known", torch.zeros(num_items, dtype=torch.bool))
+        self.register_buffer("known", torch.zeros(split.num_items, dtype=torch.bool))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_config(cls, config: CFConfig, num_items: int) -> SASRec:
-        return cls(num_items, config.hidden_size, config.num_layers, config.num_heads, config.dropout, config.max_history)
+    def from_config(cls, config: CFConfig, split: Split) -> SASRec:
+        return cls(split, config.hidden_size, config.num_layers, config.num_heads, config.dropout, config.max_history)
 
     @property
     def num_items(self) -> int:
-        return self.items.num_embeddings
+        return self.items.split.num_items
 
     @property
     def device(self) -> torch.device:
@@ -92,40 +93,6 @@ class SASRec(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, rows if number == last else None)  # the last layer's feed-forward is most of it, and most places are nobody's query
         return self.norm(x)  # type: ignore[no-any-return]
-
-
-class _FullSoftmaxLoss(torch.autograd.Function):
-    """Sum of −log softmax(hidden · weightᵀ)[target]; gradients are made in forward, a chunk of rows at a time, so no [R, n] tensor is ever held."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows, num_items = hidden.shape[0], weight.shape[0]
-        chunk = max(1, LOGITS_PER_CHUNK[hidden.device.type] // num_items)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        buffer = hidden.new_empty(min(chunk, rows), num_items)
-        loss = hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, rows, chunk):
-            part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
-            top = logits.amax(1, keepdim=True)
-            target_logit = logits.gather(1, wanted[:, None])
-            mass = logits.sub_(top).exp_().sum(1, keepdim=True)
-            loss += (mass.log() + top - target_logit).sum(dtype=torch.float64)
-            # softmax = logits / mass; the division is done on the narrow side of both products
-            torch.mm(logits, weight, out=grad_hidden[start : start + chunk]).div_(mass).sub_(weight[wanted])
-            grad_weight.addmm_(logits.t(), part / mass).index_add_(0, wanted, part, alpha=-1)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss.to(hidden.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None
-
-
-def full_softmax_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of hidden fp32 [R, d] against all rows of weight fp32 [n, d]; targets int64 [R]. Once differentiable."""
-    return _FullSoftmaxLoss.apply(hidden, weight, targets)  # type: ignore[no-any-return]
 
 
 # A history longer than max_history is read through windows that advance by half of it, in training and in scoring alike, so that one forward
@@ -161,7 +128,7 @@ def encode(
     """
     model.eval()
     embed = embed or model.items
-    queries = torch.empty(len(positions), model.positions.embedding_dim)
+    queries = torch.empty(len(positions), model.positions.embedding_dim, device=model.device)
     if len(positions) == 0:
         return queries
     begin = starts + window_starts(positions, model.max_history)

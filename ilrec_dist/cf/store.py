@@ -101,7 +101,7 @@ def write_store(folder: Path, table: torch.Tensor, known: torch.Tensor, trie: Tr
     np.save(folder / "shards.npy", np.array(ranges))
     for number, (first, stop) in enumerate(ranges):
         positions = _known_positions(known_here, trie, first, stop)
-        save_index(build_index(kind, vectors if len(positions) == len(order) else vectors[positions]), folder / f"index-{number}.faiss")
+        save_index(build_index(kind, vectors, positions), folder / f"index-{number}.faiss")
     tensor, mask = torch.from_numpy(np.asarray(vectors)), torch.from_numpy(known_here)
     for depth, nodes in enumerate(moment_nodes(trie, prefix_items), start=1):
         cell_moments(tensor, mask, trie.node_start[depth], nodes).save(folder / f"moments-{depth}.npz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +14,10 @@ import numpy as np
 
 from ilrec_dist.cf.code_order import index_kind, write_code_order
 from ilrec_dist.cf.fit import Histories, Progress, mean_log_probability, train_model
-from ilrec_dist.cf.folder import models_manifest, save_model, write_manifest
-from ilrec_dist.cf.model import SASRec
+from ilrec_dist.cf.folder import models_manifest, read_model, write_manifest
+from ilrec_dist.cf.table import Split
 from ilrec_dist.config import CFConfig
-from ilrec_dist.data.files import committed_folder, write_json
+from ilrec_dist.data.files import write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.items.catalogue import Catalogue
 
@@ -31,41 +32,47 @@ def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
 
 
 def train_cf(
-    config: CFConfig, prepared: Prepared, catalogue: Catalogue | None, out: str | Path, progress: Progress | None = None, device: str = "cpu"
+    config: CFConfig,
+    prepared: Prepared,
+    catalogue: Catalogue | None,
+    out: str | Path,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    split: Split | None = None,
 ) -> dict[str, Any]:
     """Train all CF models and write their folder, whole or not at all; returns the report that is also written as report.json.
 
     Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a model to which they do not exist: its item counts, batches,
     random numbers and early stopping come from the other users alone. With cf_folds = 1 there are no others: the one model has seen every target.
     With a catalogue also what `write_code_order` makes for it, which rewards need; it may be called later as well. `progress` is called after each
-    epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds.
-    Deterministic for a seed and a number of torch threads. Raises UserError when a fold leaves too few users to train on.
+    epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds. With `split` the item table and its optimizer are split over the processes of
+    the default group, each of which calls this with its own part, and the models are those of one process but for rounding.
+    Deterministic for a seed, a number of torch threads and of parts. Raises UserError when a fold leaves too few users to train on.
     """
     started = time.perf_counter()
     index_kind(config, prepared.num_items)  # what cannot be served is refused before it is trained
+    split = split or Split(prepared.num_items)
     histories = Histories(prepared.items, prepared.offsets[:-1], prepared.train_lengths(), prepared.target_places("validation"))
     folds = user_folds(prepared.user_ids, config.cf_folds)
-    with committed_folder(out) as work:
-        full, full_report = train_model(config, prepared.num_items, histories, "full", config.seed, progress, device)
-        save_model(work, "full", full)
-        report: dict[str, Any] = {"folds": config.cf_folds, "models": {"full": full_report}}
-        models = []
+    with split.committed_folder(out) as work:
+        reports = {"full": train_model(config, split, histories, work / "full.safetensors", config.seed, progress, device)}
         for fold in range(config.cf_folds):
-            model = full
-            if config.cf_folds > 1:
-                others = _users(histories, folds != fold)
-                model, report["models"][f"fold{fold}"] = train_model(
-                    config, prepared.num_items, others, f"fold{fold}", config.seed * 1_000_003 + fold + 1, progress, device
-                )
-            save_model(work, f"fold{fold}", model)
-            models.append(model)
-        np.save(work / "folds.npy", folds.astype(np.int32))
-        report["log_p"] = _log_probabilities(histories, folds, full, models)
+            path = work / f"fold{fold}.safetensors"
+            if config.cf_folds == 1:
+                if split.part == 0:
+                    shutil.copyfile(work / "full.safetensors", path)
+                continue
+            seed = config.seed * 1_000_003 + fold + 1
+            reports[path.stem] = train_model(config, split, _users(histories, folds != fold), path, seed, progress, device)
+        split.barrier()
+        report = {"folds": config.cf_folds, "models": reports, "log_p": _log_probabilities(config, split, histories, folds, work, device)}
         report["seconds"] = time.perf_counter() - started
-        write_json(work / "report.json", report)
-        write_manifest(work, models_manifest(config, prepared))
-        if catalogue is not None:
-            write_code_order(config, work, catalogue)
+        if split.part == 0:
+            np.save(work / "folds.npy", folds.astype(np.int32))
+            write_json(work / "report.json", report)
+            write_manifest(work, models_manifest(config, prepared))
+            if catalogue is not None:
+                write_code_order(config, work, catalogue)
     return report
 
 
@@ -74,19 +81,21 @@ def _users(histories: Histories, chosen: np.ndarray) -> Histories:
     return dataclasses.replace(histories, **parts)
 
 
-def _log_probabilities(histories: Histories, folds: np.ndarray, full: SASRec, models: list[SASRec]) -> dict[str, Any]:
+def _log_probabilities(config: CFConfig, split: Split, histories: Histories, folds: np.ndarray, work: Path, device: str) -> dict[str, Any]:
     """Mean log P_CF(y): on targets a fold model was trained on, on those it scores, and of the full model on validation targets.
 
     The first exceeds the third by what a model remembers of its own targets; the second should not.
     """
-    crossed = len(models) > 1
+    crossed = config.cf_folds > 1
     in_fold, cross_fitted = [], []
-    for fold, model in enumerate(models):
+    for fold in range(config.cf_folds):
+        model = read_model(work / f"fold{fold}.safetensors", config, split).to(device)
         own = _users(histories, folds != fold if crossed else folds == fold)
         in_fold.append(mean_log_probability(model, own, *own.training_targets()))
         scored = _users(histories, folds == fold)
         cross_fitted.append(mean_log_probability(model, scored, *scored.training_targets()))
     rows = np.flatnonzero(histories.validation >= 1)
+    full = read_model(work / "full.safetensors", config, split).to(device)
     validation = mean_log_probability(full, histories, rows, histories.validation[rows])
     return {"in_fold": _pool(in_fold), "cross_fitted": _pool(cross_fitted), "validation": validation}
 

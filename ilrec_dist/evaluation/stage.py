@@ -11,13 +11,12 @@ import torch.distributed as dist
 
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.config import Config
-from ilrec_dist.data.files import write_json
 from ilrec_dist.evaluation.evaluate import baseline_predictions, evaluate_model
 from ilrec_dist.evaluation.histories import Progress
 from ilrec_dist.evaluation.metrics import paired_bootstrap
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.folders import RunFolders
-from ilrec_dist.reporting.live import stage_progress
+from ilrec_dist.reporting.live import stage_progress, write_counter
 from ilrec_dist.reporting.report import Example
 from ilrec_dist.reporting.results import Interval
 from ilrec_dist.stage_runs import COUNTER
@@ -99,11 +98,9 @@ def evaluate_trained(config: Config, space: Workspace, parallel: ParallelState) 
 
 def _counter(space: Workspace, dp: int, before: int, total: int) -> Progress:
     """Leaves the rankings done so far where the driver looks for them; other data-parallel ranks are taken to be as far."""
-    folder = space.folders.evaluation
-    folder.mkdir(parents=True, exist_ok=True)
 
     def progress(done: int, mine: int) -> None:
-        write_json(folder / COUNTER, {"done": before + min(done, mine) * dp, "total": total})
+        write_counter(space.folders.evaluation / COUNTER, before + min(done, mine) * dp, total)
 
     return progress
 

@@ -173,22 +173,28 @@ def stage_progress(title: str, total: float | None = None, unit: str = "", conso
 
 
 def follow_counter(path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5) -> None:
-    """Show what other processes write to `path` ({"done": …, "total": …}), from the file's first appearance until `stop` is set."""
+    """Show what another process leaves at `path` by `write_counter`, from the file's first appearance until `stop` is set."""
     while (counted := _counted(path)) is None:
         if stop.wait(poll_seconds):
             return
     with stage_progress(title, counted[1], unit) as bar:
         while not stop.wait(poll_seconds):
             if (counted := _counted(path)) is not None:
-                bar(counted[0])
+                bar(counted[0], counted[2])
 
 
-def _counted(path: Path) -> tuple[float, float] | None:
+def write_counter(path: Path, done: float, total: float, note: str = "") -> None:
+    """For `follow_counter` in another process: `done` of `total`, and what to show behind it. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"done": done, "total": total, "note": note}))
+
+
+def _counted(path: Path) -> tuple[float, float, str] | None:
     try:
         values = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # not there yet, finished, or being written
         return None
-    return values["done"], values["total"]
+    return values["done"], values["total"], values["note"]
 
 
 def clock(seconds: float) -> str:

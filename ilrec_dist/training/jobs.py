@@ -28,16 +28,24 @@ class Job:
     folder: str  # where the job leaves the user's own errors
     trainings: list[dict[str, Any]]  # one after the other
     evaluate: bool  # all that is trained, after that
+    cf: bool = False  # only the CF models, with a table split over the workers
 
     @classmethod
     def of(cls, config: Config, trainings: Sequence[Training], evaluate: bool) -> Job:
-        there = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve()))  # workers have another working directory
         plain = [dataclasses.asdict(training) | {"folder": str(training.folder.resolve())} for training in trainings]
-        return cls(config_to_dict(there), str(RunFolders(config.run_dir).trainings.resolve()), plain, evaluate)
+        return cls(_for_workers(config), str(RunFolders(config.run_dir).trainings.resolve()), plain, evaluate)
+
+    @classmethod
+    def of_cf(cls, config: Config) -> Job:
+        return cls(_for_workers(config), str(RunFolders(config.run_dir).cf_work.resolve()), [], evaluate=False, cf=True)
 
     @property
     def failure_file(self) -> Path:
         return Path(self.folder) / ".failure.json"
+
+
+def _for_workers(config: Config) -> dict[str, Any]:
+    return config_to_dict(dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve())))  # they have another working directory
 
 
 def run_job(job: Job) -> None:
@@ -65,6 +73,10 @@ def _run(job: Job) -> None:
     parallel = initialize_parallel(config.launch.tp, device)
     space = Workspace(config)
     try:
+        if job.cf:
+            from ilrec_dist.stage_runs import cf_part
+
+            cf_part(config, space, device)
         for plain in job.trainings:
             from ilrec_dist.training.worker import train
 

@@ -16,6 +16,7 @@ from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.moments import cell_moments, log_masses
 from ilrec_dist.cf.rewards import RewardOptions, TokenRewards, merge
 from ilrec_dist.cf.store import open_store, shard_nodes, write_store
+from ilrec_dist.cf.table import Split
 from ilrec_dist.cf.train import train_cf
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.prepared import Prepared
@@ -52,7 +53,7 @@ def large() -> Large:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        model = SASRec(ITEMS, WIDTH, 1, 2, 0.0, 8).eval()
+        model = SASRec(Split(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
         model.items.weight.data = torch.from_numpy(table + 0.02 * rng.normal(size=table.shape)).float()
         model.known.copy_(torch.from_numpy(rng.random(ITEMS) < 0.9))
         models.append(model)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ilrec_dist.cf import model as model_module
+from ilrec_dist.cf import table
 from ilrec_dist.cf.fit import Histories, batches_by_length, training_windows
-from ilrec_dist.cf.model import SASRec, encode, full_softmax_loss, window_starts
+from ilrec_dist.cf.model import SASRec, encode, window_starts
+from ilrec_dist.cf.table import Split, full_softmax_loss
 
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})  # several chunks, the last one short
+    monkeypatch.setattr(table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})  # several chunks, the last one short
     torch.manual_seed(0)
     hidden, weight = (torch.randn(17, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True))
     targets = torch.randint(0, 11, (17,))
@@ -29,7 +30,7 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def sasrec() -> SASRec:
     torch.manual_seed(1)
-    return SASRec(num_items=30, hidden_size=8, num_layers=2, num_heads=2, dropout=0.5, max_history=4)
+    return SASRec(Split(30), hidden_size=8, num_layers=2, num_heads=2, dropout=0.5, max_history=4)
 
 
 def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:

@@ -1,0 +1,118 @@
+"""The item table split over processes: the same losses, ranks and models as of one process that holds it whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ilrec_dist.cf.fit import _agree
+from ilrec_dist.cf.folder import load_cf
+from ilrec_dist.cf.model import SASRec
+from ilrec_dist.cf.table import ItemTable, Split, full_softmax_loss
+from ilrec_dist.cf.train import train_cf
+from ilrec_dist.data.prepared import load_prepared
+from ilrec_dist.errors import UserError
+from tests.cf.conftest import CONFIG, World
+from tests.helpers import Mesh, run_distributed
+
+ITEMS, WIDTH, ROWS = 23, 6, 40  # parts of 7 and 8 items
+
+
+def whole_and_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(ITEMS, WIDTH), torch.randn(ROWS, WIDTH), torch.randint(0, ITEMS, (ROWS,))
+
+
+def by_table(split: Split) -> dict[str, torch.Tensor]:
+    """Lookup, loss, ranks and gradients, of a table whose equal rows make ties."""
+    weight, hidden, targets = whole_and_rows()
+    weight[9], weight[20] = weight[2], weight[2]
+    targets[:3] = torch.tensor([2, 9, 20])
+    table = ItemTable(split, WIDTH, 1.0)
+    table.weight.data = weight[split.start : split.stop].clone()
+    hidden.requires_grad_()
+    looked_up = table(targets)
+    (full_softmax_loss(hidden, table.weight, targets, split) + (looked_up * hidden.detach()).sum()).backward()
+    rank = table.rank(targets, table.logits(hidden.detach()))
+    return {"vectors": looked_up.detach(), "hidden": hidden.grad, "weight": table.weight.grad, "rank": rank}
+
+
+def by_a_part(mesh: Mesh) -> dict[str, torch.Tensor]:
+    return by_table(Split.over_workers(ITEMS))
+
+
+def test_lookup_loss_ranks_and_gradients() -> None:
+    whole, parts = by_table(Split(ITEMS)), run_distributed(by_a_part, 3, 1)
+    weight, hidden, targets = whole_and_rows()
+    for part in parts:
+        assert torch.equal(part["vectors"], whole["vectors"]) and torch.equal(part["rank"], whole["rank"])
+        torch.testing.assert_close(part["hidden"], whole["hidden"])
+    assert [len(part["weight"]) for part in parts] == [7, 8, 8]
+    torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"])
+    assert whole["rank"][:3].diff().tolist() != [0, 0]  # the ties are told apart by item order
+
+
+@pytest.mark.parametrize(("items", "width"), [(1000, 64), (37, 3), (5, 2)])
+def test_the_first_values_do_not_depend_on_the_parts(items: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(split: Split) -> SASRec:
+        torch.manual_seed(4)
+        return SASRec(split, width, 1, 1, 0.0, 8)
+
+    monkeypatch.setattr("ilrec_dist.cf.table.DRAWN_AT_ONCE", 160)
+    whole, parts = drawn(Split(items)), [drawn(Split(items, part, 4)) for part in range(4)]
+    assert torch.equal(torch.cat([part.items.weight for part in parts]), whole.items.weight)
+    assert all(torch.equal(part.positions.weight, whole.positions.weight) for part in parts)
+    assert 0.01 < float(whole.items.weight.detach().std()) < 0.04
+
+
+def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
+    prepared = load_prepared(data)
+    return train_cf(replace(CONFIG, dropout=0.1), prepared, None, out, split=Split.over_workers(prepared.num_items))
+
+
+def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path: Path) -> None:
+    whole = train_cf(replace(CONFIG, dropout=0.1), world.prepared, None, tmp_path / "whole")
+    reports = run_distributed(train_a_part, 3, 1, str(world.data), str(tmp_path / "parts"))
+    assert json.loads((tmp_path / "parts" / "report.json").read_text())["models"].keys() == {"full", "fold0", "fold1"}
+    for name, report in whole["models"].items():
+        for part in reports:
+            for line, other in zip(report["curve"], part["models"][name]["curve"], strict=True):
+                assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other["ndcg@10"] == pytest.approx(line["ndcg@10"], abs=0.01)
+        one, other = load_cf(tmp_path / "whole", name), load_cf(tmp_path / "parts", name)
+        assert torch.equal(one.known, other.known)
+        moved = (one.items.weight - SASRec.from_config(CONFIG, Split(one.num_items)).items.weight).detach().abs().mean()
+        for (key, value), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+            assert (value - theirs).detach().abs().mean() < 0.02 * moved, key
+    for kind in ("in_fold", "cross_fitted", "validation"):
+        for part in reports:
+            assert part["log_p"][kind]["mean_log_p"] == pytest.approx(whole["log_p"][kind]["mean_log_p"], abs=1e-3)
+    assert np.array_equal(np.load(tmp_path / "parts" / "folds.npy"), np.load(tmp_path / "whole" / "folds.npy"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def gradients_of_each(mesh: Mesh) -> list[list[float]]:
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(1))]
+    for number, parameter in enumerate(parameters[:2]):
+        parameter.grad = torch.full_like(parameter, 10.0 * number + mesh.rank)
+    _agree(parameters, Split.over_workers(ITEMS))
+    return [parameter.grad.flatten().tolist() for parameter in parameters[:2]]
+
+
+def test_what_the_parts_share_gets_the_gradients_of_the_first() -> None:
+    assert run_distributed(gradients_of_each, 2, 1) == [[[0.0] * 4, [10.0] * 3]] * 2
+
+
+def too_many(mesh: Mesh) -> str:
+    with pytest.raises(UserError) as error:
+        Split.over_workers(1)
+    return str(error.value)
+
+
+def test_more_workers_than_items_are_refused() -> None:
+    assert all("cf.split_table" in message for message in run_distributed(too_many, 2, 1))
