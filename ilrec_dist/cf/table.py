@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilrec_dist.data.files import committed_folder
 from ilrec_dist.errors import UserError
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
@@ -69,29 +65,17 @@ class Split:
             dist.broadcast(values, 0)
         return values
 
+    def told(self, value: Any) -> Any:
+        """The first part's value, anything that can be pickled."""
+        values = [value]
+        if self.parts > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def barrier(self) -> None:
         """Returns when all parts have come here."""
         if self.parts > 1:
             dist.barrier()
-
-    @contextmanager
-    def committed_folder(self, out: str | Path) -> Iterator[Path]:
-        """As `files.committed_folder`, for all parts together; their machines must see one file system."""
-        if self.parts == 1:
-            with committed_folder(out) as work:
-                yield work
-        elif self.part == 0:
-            with committed_folder(out) as work:
-                dist.broadcast_object_list([str(work)])
-                yield work
-                self.barrier()  # all have written
-            self.barrier()  # it is in place
-        else:
-            told: list[Any] = [None]
-            dist.broadcast_object_list(told)
-            yield Path(told[0])
-            self.barrier()
-            self.barrier()
 
 
 class ItemTable(nn.Module):

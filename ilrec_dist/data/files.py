@@ -37,7 +37,6 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     work = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     for leftover in out.parent.glob(f".{out.name}.*-*"):
         if leftover.name.startswith((f".{out.name}.writing-", f".{out.name}.previous-")) and not _running(leftover.name.rpartition("-")[2]):
@@ -45,12 +44,20 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work
+        put_in_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(work: Path, out: Path) -> None:
+    """`work`, a sibling of `out`, becomes `out`; what was there vanishes."""
+    previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
+    try:
         if out.exists():
             os.replace(out, previous)
         os.replace(work, out)
     finally:
-        for leftover in (work, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _running(pid: str) -> bool:

@@ -57,6 +57,29 @@ def test_training_again_gives_the_same_bytes_and_calls_progress(world: World, tm
     assert events[1]["loss"] < events[0]["loss"]
 
 
+class Killed(BaseException):
+    """As a signal would, in the middle."""
+
+
+def test_a_killed_stage_goes_on_with_the_models_it_had_finished(world: World, tmp_path: Path) -> None:
+    def kill(event: dict) -> None:
+        if (event["model"], event["epoch"]) == ("fold0", 1):
+            raise Killed
+
+    for config in (replace(CONFIG, seed=1), CONFIG):  # what was left of other settings is not gone on with
+        with pytest.raises(Killed):
+            train_cf(config, world.prepared, None, tmp_path / "cf", progress=kill)
+    events: list[dict] = []
+    report = train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
+    assert [(event["model"], event["epoch"]) for event in events] == [("full", 2), ("fold0", 1), ("fold0", 2), ("fold1", 1), ("fold1", 2)]
+    assert report["models"]["full"]["curve"] == world.report["models"]["full"]["curve"] and report["log_p"] == world.report["log_p"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cf"]
+    files = {path.relative_to(world.cf) for path in world.cf.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "cf") for path in (tmp_path / "cf").rglob("*") if path.is_file()}
+    for name in ("full", "fold0", "fold1"):
+        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(tmp_path / "cf" / f"{name}.safetensors")
+
+
 def test_report_gives_the_three_log_probabilities(world: World) -> None:
     log_p = world.report["log_p"]
     assert set(log_p) == {"in_fold", "cross_fitted", "validation"}
