@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,8 @@ def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
     }
     for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
         full, plain = (options(v, backend, args.workspace, **changes) for changes in ({}, PLAIN))
-        found[f"ilrec_kernels {backend}"] = (lambda o=full: ours(x, o), 1)
-        found[f"ilrec_kernels {backend}, CE + CPD only"] = (lambda o=plain: ours(x, o), 1)
+        found[f"ilrec_kernels {backend}"] = (partial(ours, x, full), 1)
+        found[f"ilrec_kernels {backend}, CE + CPD only"] = (partial(ours, x, plain), 1)
     compiled = torch.compile(materialised)
     found["eager torch, materialised"] = (lambda: materialised(x.hidden, x.head, x.targets, dense).backward(), 1)
     found["torch.compile, materialised"] = (lambda: compiled(x.hidden, x.head, x.targets, dense).backward(), 1)

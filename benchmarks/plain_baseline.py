@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,7 +285,8 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        record = {"epoch": epoch + 1, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu, "loss": float(np.mean(losses))}
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
+        record: dict[str, Any] = {"epoch": epoch + 1, **spent, "loss": float(np.mean(losses))}
         if args.validation_users:
             record["validation"] = evaluate(model, data, order[: args.validation_users], args, last=2)
         epochs.append(record)

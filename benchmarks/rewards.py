@@ -172,9 +172,9 @@ def through_the_service(folder: Path, warm: tuple[np.ndarray, np.ndarray], rest:
     try:
         from rewards import load as importable_load  # by its module's name, so that the actor can import it
 
-        kind = ray.remote(RewardActor)
+        kind: Any = ray.remote(RewardActor)
         loader = partial(importable_load, folder)
-        replicas = [kind.options(name=f"bench-{number}-0", num_cpus=0).remote(loader, 1) for number in range(actors)]  # type: ignore[attr-defined]
+        replicas = [kind.options(name=f"bench-{number}-0", num_cpus=0).remote(loader, 1) for number in range(actors)]
         client = RewardClient("bench", replicas=actors)
         for answer in [client.fetch_async(*warm) for _ in replicas]:
             answer.result()

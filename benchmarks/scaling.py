@@ -96,7 +96,8 @@ def line(rows: list[dict[str, Any]], name: str, bytes_per_cell: float) -> tuple[
 def predict(rows: list[dict[str, Any]], items: int, prefix_items: int) -> tuple[dict[str, float], dict[str, float]]:
     """(the predictions for `items`, the constants they come from)."""
     cells = moment_cells(items, prefix_items)
-    constants, found = {}, {}
+    constants: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name, bytes_per_cell in (("memory_mib", MOMENT_BYTES), ("disk_mib", MOMENT_BYTES - 2 * WIDTH * RANK)):  # the factor is fp16 on disk
         fixed, per_item = line(rows, name, bytes_per_cell)
         found[name] = fixed + per_item * items + cells * bytes_per_cell / 2**20

@@ -52,7 +52,8 @@ class Clock:
     """Seconds of a step by part. Time spent waiting in collectives counts as communication, not as the part it falls in."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.parts, self.inside = device, defaultdict(float), 0.0
+        self.device, self.inside = device, 0.0
+        self.parts: defaultdict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def mark(self, part: str) -> None:
@@ -98,6 +99,7 @@ def draw(config: Config, vocab: int) -> tuple[Any, Any, Any, Any]:
     """(prepared, catalogue, trie, rewards) of random histories over random codes, with a CF model of random weights."""
     from ilrec_dist.cf.model import SASRec
     from ilrec_dist.cf.rewards import TokenRewards
+    from ilrec_dist.cf.table import Split
     from ilrec_dist.data.prepared import Prepared
     from ilrec_dist.items.catalogue import make_catalogue
     from ilrec_dist.items.trie import Trie
@@ -109,7 +111,7 @@ def draw(config: Config, vocab: int) -> tuple[Any, Any, Any, Any]:
     prepared = Prepared(rng.integers(0, ITEMS, USERS * length).astype(np.int32), offsets, range(USERS), range(ITEMS))  # type: ignore[arg-type]
     trie = Trie(catalogue)
     torch.manual_seed(0)
-    model = SASRec.from_config(config.cf, ITEMS).eval()
+    model = SASRec.from_config(config.cf, Split(ITEMS)).eval()
     model.known.fill_(True)
     return prepared, catalogue, trie, TokenRewards([model], np.zeros(USERS, np.int64), prepared, catalogue, trie)
 
@@ -240,7 +242,7 @@ def report(name: str, config: Config, vocab: int, args: argparse.Namespace) -> l
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {threads} threads a process"
     print(f"\n{name}: {b.num_layers} layers of {b.hidden_size}, {max(vocab, LEVELS * CODES + 1):,} tokens, {LEVELS * CODES:,} of them items', tp {args.tp}")
     print(f"{machine}; torch {torch.__version__}; median of {args.steps} steps, ms\n{'':<8}{'step':>9}{'tokens/s':>11}" + "".join(f"{p:>14}" for p in PARTS))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method, steps in found.items():
         middle = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in ("all", "tokens", *PARTS)}
         rate = middle["tokens"] / middle["all"]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ilrec_dist.errors import UserError
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
+ROWS_PER_CHUNK = 32  # at least: with fewer, each reads the table for too little
 DRAWN_AT_ONCE = 1 << 22  # random numbers; a multiple of 16, of which torch makes as many at a time
 
 
@@ -131,12 +132,12 @@ class _Sum(torch.autograd.Function):
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):
-    """Sum of −log softmax(hidden · weightᵀ)[target]; gradients are made in forward, a chunk of rows at a time, so no [R, n] tensor is ever held."""
+    """Sum of −log softmax(hidden · weightᵀ)[target]; gradients are made in forward, a chunk of rows at a time, so no [R, n] tensor is held."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, split: Split) -> Tensor:
         rows, largest = hidden.shape[0], -(-split.num_items // split.parts)
-        chunk = max(1, LOGITS_PER_CHUNK[hidden.device.type] // largest)  # the same in all parts
+        chunk = max(ROWS_PER_CHUNK, LOGITS_PER_CHUNK[hidden.device.type] // largest)  # the same in all parts
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         buffer = hidden.new_empty(min(chunk, rows), len(weight))
         loss = hidden.new_zeros((), dtype=torch.float64)

@@ -15,6 +15,7 @@ from ilrec_dist.cf.table import Split, full_softmax_loss
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})  # several chunks, the last one short
+    monkeypatch.setattr(table, "ROWS_PER_CHUNK", 1)
     torch.manual_seed(0)
     hidden, weight = (torch.randn(17, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True))
     targets = torch.randint(0, 11, (17,))
@@ -25,6 +26,10 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None
     (2 * reference).backward()
     torch.testing.assert_close(full_softmax_loss(hidden, weight, targets), reference)
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
+    loss = full_softmax_loss(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # a second time is refused: the gradients are used up
+        loss.backward()
 
 
 @pytest.fixture
