@@ -60,7 +60,7 @@ def measure(items: int, parts: int, steps: int) -> dict[str, Any]:
         mp.spawn(train, (parts, items, steps, port, folder), nprocs=parts)
         found = [json.loads((Path(folder) / f"{part}.json").read_text()) for part in range(parts)]
     whole = {key: max(result[key] for result in found) for key in found[0]}
-    return {"items": items, "parts": parts, "targets_a_step": BATCH * (LENGTH - 1), **whole, "bytes_an_item": whole["peak_mib"] * 2**20 / items}
+    return {"items": items, "parts": parts, "targets_a_step": BATCH * (LENGTH - 1), **whole}
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row['items']:,} items in {parts} part{'s' * (parts > 1)}: {row['seconds_a_step']:.2f} s a step of {row['targets_a_step']} targets, "
-            f"peak {row['peak_mib']:,.0f} MiB a process ({row['bytes_an_item']:,.0f} bytes an item), loss {row['loss']:.4f}",
+            f"peak {row['peak_mib']:,.0f} MiB a process, loss {row['loss']:.4f}",
             flush=True,
         )
     if arguments.json:

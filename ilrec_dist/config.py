@@ -121,6 +121,9 @@ class CFConfig:
     seed: NonNegative = 0
 
 
+CF_SERVING = ("rewards", "reward_index", "reward_shards", "reward_replicas", "reward_retries", "reward_cache")  # of CFConfig: change no model
+
+
 @section
 class BackboneConfig:
     """A decoder built by Megatron-core from these sizes."""

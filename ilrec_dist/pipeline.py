@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist import stage_runs
-from ilrec_dist.config import Config, config_to_dict, dump_config
+from ilrec_dist.config import CF_SERVING, Config, config_to_dict, dump_config
 from ilrec_dist.data.files import sha256_file
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
@@ -289,8 +289,7 @@ def _items_settings(config: Config) -> dict[str, Any]:
 
 def _cf_settings(config: Config) -> dict[str, Any]:
     """What changes the models; how rewards are found is of the stage after it, and how they are served changes none of them."""
-    after = ("rewards", "reward_index", "reward_shards", "reward_replicas", "reward_retries", "reward_cache")
-    return _without(config.cf, *after) | {"both_directions": config.data.both_directions}
+    return _without(config.cf, *CF_SERVING) | {"both_directions": config.data.both_directions}
 
 
 def _rewards_settings(config: Config) -> dict[str, Any]:

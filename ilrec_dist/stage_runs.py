@@ -56,6 +56,8 @@ def prepare(config: Config) -> None:
 
 def _ray(config: Config) -> AbstractContextManager[None]:
     """The cluster's connection, unless the command that runs all stages holds it already."""
+    if config.launch.engine != "ray":
+        return nullcontext()
     import ray
 
     from ilrec_dist.training.launch import cluster

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ilrec_dist.cli import main
 from ilrec_dist.config import config_to_dict, load_config
@@ -129,6 +130,16 @@ def test_recommend_refuses_codes_that_the_model_was_not_trained_with(finished, t
 def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_none(finished, tmp_path):
     shutil.copytree(finished / "runs", tmp_path / "runs")
     assert main(["cf", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "launch.device=cuda", "cf.split_table=false", "cf.epochs=1"]) == 0
+
+
+def test_a_split_table_is_trained_by_the_workers(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    before = load_file(tmp_path / "runs/tiny/cf/full.safetensors")
+    monkeypatch.setattr("ilrec_dist.cf.train.train_cf", None)  # of this process
+    assert main(["cf", str(finished / "c.yaml"), f"runs_dir={tmp_path / 'runs'}", "cf.epochs=1", "cf.seed=1"]) == 0
+    after = load_file(tmp_path / "runs/tiny/cf/full.safetensors")
+    assert after.keys() == before.keys() and not torch.equal(after["items.weight"], before["items.weight"])
+    assert not [path.name for path in (tmp_path / "runs/tiny").iterdir() if path.name.startswith(".cf")]
 
 
 def test_an_error_of_the_users_that_one_worker_meets_is_one_line(finished, tmp_path, capfd):

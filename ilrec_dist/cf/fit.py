@@ -80,7 +80,7 @@ def train_model(
                 _agree(shared, split)
                 optimizer.step()
                 total, targets = total + float(loss.detach()), targets + rows
-            ndcg = validation_ndcg(model, histories)
+            ndcg = split.told(validation_ndcg(model, histories))  # the same to the bit, or parts might differ in what is best
             curve.append({"epoch": epoch, "loss": total / targets, "ndcg@10": ndcg})
             if progress is not None:
                 progress({"model": path.stem, "epochs": config.epochs, "seconds": time.perf_counter() - started, **curve[-1]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ilrec_dist.errors import UserError
 from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # raise when files or training change: models of an interrupted stage are gone on with by the same version only
 HASHED_AT_ONCE = 1 << 22
 TABLE, KNOWN = "items.weight", "known"  # of a model's state
 
@@ -30,7 +31,8 @@ def save_model(path: Path, model: SASRec) -> None:
     """Write a model as one safetensors file. Every process of a split table writes its own rows of it, and the first one everything else."""
     split, state = model.items.split, {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     table = state.pop(TABLE)
-    whole = {TABLE: (split.num_items, table.shape[1]), **{name: value.shape for name, value in state.items()}}  # fp32 before bool: aligned
+    state[KNOWN] = state.pop(KNOWN)  # last: its bytes would leave what follows unaligned
+    whole = {TABLE: (split.num_items, table.shape[1]), **{name: value.shape for name, value in state.items()}}
     header: dict[str, Any] = {}
     end = 0
     for name, shape in whole.items():
@@ -47,7 +49,7 @@ def save_model(path: Path, model: SASRec) -> None:
             for value in state.values():
                 file.write(value.numpy().data)
     split.barrier()
-    with open(path, "r+b") as file:
+    with open(os.open(path, os.O_WRONLY), "wb") as file:  # not to be read: a network file system would write pages whole, with others' rows in them
         file.seek(data + split.start * table.shape[1] * 4)
         file.write(table.numpy().data)
     split.barrier()

@@ -14,7 +14,7 @@ from ilrec_dist.errors import UserError
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
 ROWS_PER_CHUNK = 32  # at least: with fewer, each reads the table for too little
-DRAWN_AT_ONCE = 1 << 22  # random numbers; a multiple of 16, of which torch makes as many at a time
+DRAWN_AT_ONCE = 1 << 22  # random numbers
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class _FullSoftmaxLoss(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, rows), len(weight))
         loss = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, rows, chunk):
-            part = hidden[start : start + chunk]
+            block = hidden[start : start + chunk]
             wanted, inside = split.own(targets[start : start + chunk])
-            logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            logits = torch.mm(block, weight.t(), out=buffer[: len(block)])
             top = split.max(logits.amax(1, keepdim=True))
             target_logit = logits.gather(1, wanted[:, None]) * inside[:, None]
             mass = logits.sub_(top).exp_().sum(1, keepdim=True)
@@ -152,7 +152,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             loss += (mass.log() + top - target_logit).sum(dtype=torch.float64)
             # softmax = logits / mass; the division is done on the narrow side of both products
             torch.mm(logits, weight, out=grad_hidden[start : start + chunk]).div_(mass).sub_(weight[wanted] * inside[:, None])
-            grad_weight.addmm_(logits.t(), part / mass).index_add_(0, wanted, part * inside[:, None], alpha=-1)
+            grad_weight.addmm_(logits.t(), block / mass).index_add_(0, wanted, block * inside[:, None], alpha=-1)
         ctx.save_for_backward(split.sum(grad_hidden), grad_weight)
         return loss.to(hidden.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import os
 import shutil
@@ -10,21 +11,22 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ilrec_dist.cf.code_order import index_kind, write_code_order
 from ilrec_dist.cf.fit import Histories, Progress, mean_log_probability, train_model
-from ilrec_dist.cf.folder import models_manifest, read_model, write_manifest
+from ilrec_dist.cf.folder import FORMAT_VERSION, data_hash, models_manifest, read_model, write_manifest
 from ilrec_dist.cf.table import Split
-from ilrec_dist.config import CFConfig
-from ilrec_dist.data.files import put_in_place, read_json_object, write_json
+from ilrec_dist.config import CF_SERVING, CFConfig, config_to_dict
+from ilrec_dist.data.files import clear_leftovers, put_in_place, read_json_object, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 
-BEGUN = "begun.json"  # in the folder of unfinished work: what the work is
+TASK, LOCK = "task.json", ".lock"  # in the folder of unfinished work: what is to be done, and who is at it
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
@@ -52,68 +54,101 @@ def train_cf(
     With a catalogue also what `write_code_order` makes for it, which rewards need; it may be called later as well. `progress` is called after each
     epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds. With `split` the item table and its optimizer are split over the processes of
     the default group, each of which calls this with its own part and sees the same folder, and the models are those of one process but for rounding.
-    Models that a killed process finished with the same settings and data are taken from it. Deterministic for a seed, a number of torch threads and of parts.
-    Raises UserError when a fold leaves too few users to train on.
+    Models that an interrupted call finished with the same settings and data are taken from it. Deterministic for a seed, a number of torch threads and
+    of parts. Raises UserError when a fold leaves too few users to train on.
     """
     started = time.perf_counter()
+    out = Path(out)
     index_kind(config, prepared.num_items)  # what cannot be served is refused before it is trained
     split = split or Split(prepared.num_items)
     histories = Histories(prepared.items, prepared.offsets[:-1], prepared.train_lengths(), prepared.target_places("validation"))
     folds = user_folds(prepared.user_ids, config.cf_folds)
-    manifest = models_manifest(config, prepared)
-    with _unfinished(Path(out), manifest | {"parts": split.parts}, split) as work:
+    with _unfinished(out, config, prepared, folds, split) as unfinished:
+        work = unfinished / out.name
         trainings = {"full": (histories, config.seed)}
         if config.cf_folds > 1:
             trainings |= {f"fold{fold}": (_users(histories, folds != fold), config.seed * 1_000_003 + fold + 1) for fold in range(config.cf_folds)}
-        reports = {name: _trained(config, split, users, work / name, seed, progress, device) for name, (users, seed) in trainings.items()}
+        reports = {}
+        for name, (users, seed) in trainings.items():
+            reports[name] = _trained(config, split, users, work / f"{name}.safetensors", seed, unfinished / f"{name}.json", progress, device)
         if config.cf_folds == 1 and split.part == 0:
             shutil.copyfile(work / "full.safetensors", work / "fold0.safetensors")
         split.barrier()
         report = {"folds": config.cf_folds, "models": reports, "log_p": _log_probabilities(config, split, histories, folds, work, device)}
         report["seconds"] = time.perf_counter() - started
+        split.barrier()  # none reads them any more
         if split.part == 0:
-            for note in (BEGUN, *(f"{name}.json" for name in trainings)):
-                (work / note).unlink()
+            for stale in ("manifest.json", CODE_ORDER):  # of an attempt that was interrupted here
+                shutil.rmtree(work / stale) if (work / stale).is_dir() else (work / stale).unlink(missing_ok=True)
             np.save(work / "folds.npy", folds.astype(np.int32))
             write_json(work / "report.json", report)
-            write_manifest(work, manifest)
+            write_manifest(work, models_manifest(config, prepared))
             if catalogue is not None:
                 write_code_order(config, work, catalogue)
-            put_in_place(work, Path(out))
-        split.barrier()
+            put_in_place(work, out)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 
 @contextmanager
-def _unfinished(out: Path, task: dict[str, Any], split: Split) -> Iterator[Path]:
-    """The folder in which models gather until all are there. It stays when this process is killed, for the next one with the same task."""
-    work = out.with_name(f".{out.name}.unfinished")
+def _unfinished(out: Path, config: CFConfig, prepared: Prepared, folds: np.ndarray, split: Split) -> Iterator[Path]:
+    """The folder in which models, and notes of what is done, gather until all are there. It stays when the work is interrupted, for the next call with
+    the same task; where the input is refused it vanishes."""
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    lock = None
     if split.part == 0:
-        if not (work / BEGUN).exists() or read_json_object(work / BEGUN) != task:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            write_json(work / BEGUN, task)
+        lock = _only_writer(unfinished)
+        clear_leftovers(out)
+        settings = {key: value for key, value in config_to_dict(config).items() if key not in CF_SERVING}
+        task = {"version": FORMAT_VERSION, "settings": settings, "data": data_hash(prepared), "folds": hashlib.sha256(folds.tobytes()).hexdigest()}
+        task |= {"items": prepared.num_items, "parts": split.parts}
+        if _noted(unfinished / TASK) != task:
+            for path in unfinished.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+            (unfinished / out.name).mkdir()
+            write_json(unfinished / TASK, task)
     split.barrier()
     try:
-        yield work
+        yield unfinished
     except UserError:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            lock.close()
 
 
-def _trained(config: CFConfig, split: Split, histories: Histories, path: Path, seed: int, progress: Progress | None, device: str) -> dict[str, Any]:
-    """The report of the model at `path`.safetensors, which is trained unless it is there: its report, `path`.json, comes last."""
-    done = path.with_suffix(".json")
-    report: dict[str, Any] | None = split.told(read_json_object(done) if split.part == 0 and done.exists() else None)
+def _noted(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json_object(path)
+    except UserError:  # none, or damaged
+        return None
+
+
+def _only_writer(folder: Path) -> IO[str]:
+    """Make the folder and hold its lock; waits for the last processes of a killed run, and makes it anew where they have removed it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
+            return lock
+        lock.close()
+
+
+def _trained(config: CFConfig, split: Split, histories: Histories, path: Path, seed: int, note: Path, progress: Progress | None, device: str) -> dict[str, Any]:
+    """The report of the model at `path`, which is trained unless it is there: its report, at `note`, comes last."""
+    report: dict[str, Any] | None = split.told(read_json_object(note) if split.part == 0 and note.exists() else None)
     if report is not None:
         if progress is not None:
-            progress({"model": path.name, "epochs": config.epochs, "seconds": report["seconds"], **report["curve"][-1]})
+            progress({"model": path.stem, "epochs": config.epochs, "seconds": report["seconds"], **report["curve"][-1]})
         return report
-    report = train_model(config, split, histories, path.with_suffix(".safetensors"), seed, progress, device)
+    report = train_model(config, split, histories, path, seed, progress, device)
     if split.part == 0:
-        staged = path.with_suffix(".json.writing")
-        write_json(staged, report)
-        os.replace(staged, done)
+        write_json(note, report)
     return report
 
 

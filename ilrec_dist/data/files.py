@@ -38,9 +38,7 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     work = out.with_name(f".{out.name}.writing-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{out.name}.*-*"):
-        if leftover.name.startswith((f".{out.name}.writing-", f".{out.name}.previous-")) and not _running(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+    clear_leftovers(out)
     work.mkdir()
     try:
         yield work
@@ -49,8 +47,15 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what processes that were killed while they wrote `out` left beside it."""
+    for leftover in out.parent.glob(f".{out.name}.*-*"):
+        if leftover.name.startswith((f".{out.name}.writing-", f".{out.name}.previous-")) and not _running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def put_in_place(work: Path, out: Path) -> None:
-    """`work`, a sibling of `out`, becomes `out`; what was there vanishes."""
+    """The folder `work`, of the same file system, becomes `out`; what was there vanishes."""
     previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
     try:
         if out.exists():
@@ -74,7 +79,10 @@ def _running(pid: str) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """All of it, or, when the process is killed, what was there before."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staged, path)
 
 
 def stream_json_object(path: Path) -> Iterator[tuple[str, Any]]:

@@ -194,7 +194,7 @@ def _counted(path: Path) -> tuple[float, float, str] | None:
         values = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # not there yet, finished, or being written
         return None
-    return values["done"], values["total"], values["note"]
+    return values["done"], values["total"], values.get("note", "")
 
 
 def clock(seconds: float) -> str:

@@ -17,7 +17,7 @@ from ilrec_dist.config import Config, config_from_dict, config_to_dict
 from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
-from ilrec_dist.stage_runs import RESULT, Training
+from ilrec_dist.stage_runs import RESULT, Training, cf_part
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,6 @@ def _run(job: Job) -> None:
     space = Workspace(config)
     try:
         if job.cf:
-            from ilrec_dist.stage_runs import cf_part
-
             cf_part(config, space, device)
         for plain in job.trainings:
             from ilrec_dist.training.worker import train

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ilrec_dist.cf.fit import _agree
-from ilrec_dist.cf.folder import load_cf
+from ilrec_dist.cf.folder import load_cf, read_model, save_model
 from ilrec_dist.cf.model import SASRec
 from ilrec_dist.cf.table import ItemTable, Split, full_softmax_loss
 from ilrec_dist.cf.train import train_cf
@@ -71,8 +72,34 @@ def test_the_first_values_do_not_depend_on_the_parts(items: int, width: int, mon
     assert 0.01 < float(whole.items.weight.detach().std()) < 0.04
 
 
+@pytest.mark.parametrize("items", [37, 64])
+def test_tensors_of_a_model_file_are_aligned_and_mapped(items: int, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = SASRec(Split(items), CONFIG.hidden_size, CONFIG.num_layers, CONFIG.num_heads, 0.0, CONFIG.max_history)
+    model.known[::3] = True
+    save_model(tmp_path / "m.safetensors", model)
+    read = read_model(tmp_path / "m.safetensors", CONFIG, Split(items))
+    assert all(value.data_ptr() % 4 == 0 for value in read.parameters())
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
+    library = load_file(tmp_path / "m.safetensors")
+    assert library.keys() == model.state_dict().keys() and all(torch.equal(library[name], value) for name, value in model.state_dict().items())
+
+
+class Killed(BaseException):
+    """As a signal would, in the middle."""
+
+
 def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
+    """Interrupted once, after the first model, of which nothing is trained again."""
+
+    def kill(event: dict) -> None:
+        if event["model"] == "fold0":
+            raise Killed
+
     prepared = load_prepared(data)
+    arguments = (replace(CONFIG, dropout=0.1), prepared, None, out, kill)
+    with pytest.raises(Killed):
+        train_cf(*arguments, split=Split.over_workers(prepared.num_items))
     return train_cf(replace(CONFIG, dropout=0.1), prepared, None, out, split=Split.over_workers(prepared.num_items))
 
 

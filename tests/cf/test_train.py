@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
+from ilrec_dist.cf import train
 from ilrec_dist.cf.folder import item_vectors, load_cf, load_folds
 from ilrec_dist.cf.scoring import sasrec_scores
 from ilrec_dist.cf.train import train_cf, user_folds
@@ -78,6 +80,44 @@ def test_a_killed_stage_goes_on_with_the_models_it_had_finished(world: World, tm
     assert files == {path.relative_to(tmp_path / "cf") for path in (tmp_path / "cf").rglob("*") if path.is_file()}
     for name in ("full", "fold0", "fold1"):
         assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(tmp_path / "cf" / f"{name}.safetensors")
+
+
+def test_a_stage_killed_at_its_very_end_trains_nothing_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    for what in ("put_in_place", "write_code_order", "write_manifest"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, what, kill)
+            train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf")
+    events: list[dict] = []
+    train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
+    assert [(event["model"], event["epoch"]) for event in events] == [("full", 2), ("fold0", 2), ("fold1", 2)]
+    assert json.loads((tmp_path / "cf/manifest.json").read_text())["sha256"] == json.loads((world.cf / "manifest.json").read_text())["sha256"] | {
+        "report.json": sha256_file(tmp_path / "cf/report.json")  # it holds seconds
+    }
+
+
+@pytest.mark.parametrize("change", ["users", "settings", "format", "half a note"])
+def test_unfinished_work_of_another_task_is_not_gone_on_with(world: World, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(event: dict) -> None:
+        if event["model"] == "fold1":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_cf(CONFIG, world.prepared, None, tmp_path / "cf", progress=kill)
+    config, prepared = replace(CONFIG, reward_retries=1), world.prepared  # which changes no model
+    if change == "users":  # other folds: a model of before has seen users that it would have to score
+        prepared = replace(prepared, user_ids=[f"{user}x" for user in prepared.user_ids])
+    elif change == "settings":
+        config = replace(config, learning_rate=2e-3)
+    elif change == "format":
+        monkeypatch.setattr(train, "FORMAT_VERSION", train.FORMAT_VERSION + 1)
+    else:
+        (tmp_path / ".cf.unfinished/task.json").write_text("{")
+    events: list[dict] = []
+    train_cf(config, prepared, None, tmp_path / "cf", progress=events.append)
+    assert len(events) == 6 and [path.name for path in tmp_path.iterdir()] == ["cf"]
 
 
 def test_report_gives_the_three_log_probabilities(world: World) -> None:
