@@ -8,6 +8,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 
 ADD_AT_ONCE = 1 << 18
 TRAIN_PER_LIST = 40  # vectors per inverted list that k-means sees
@@ -60,11 +61,16 @@ def save_index(index: Any, path: Path) -> None:
 
 
 def load_index(path: Path) -> Any:
-    """On the GPU when faiss has one and the kind runs there."""
+    """On this process's GPU when faiss has one and the kind runs there."""
     index = faiss.read_index(str(path))
-    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and isinstance(index, faiss.IndexFlatIP):
-        return faiss.index_cpu_to_all_gpus(index)
+    if num_gpus() > 0 and isinstance(index, faiss.IndexFlatIP):
+        return faiss.index_cpu_to_gpus_list(index, gpus=[torch.cuda.current_device() if torch.cuda.is_available() else 0])  # the other workers have theirs
     return index
+
+
+def num_gpus() -> int:
+    """GPUs that faiss sees; 0 for a build without GPU support."""
+    return int(getattr(faiss, "get_num_gpus", lambda: 0)())
 
 
 def search(index: Any, queries: np.ndarray, k: int, width: int = 8) -> np.ndarray:

@@ -168,12 +168,15 @@ def test_the_index_finds_the_nearest() -> None:
 def test_a_gpu_takes_the_flat_index_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.random.default_rng(3).normal(size=(500, 16)).astype(np.float32)
     moved = []
-    monkeypatch.setattr("faiss.get_num_gpus", lambda: 1, raising=False)
-    monkeypatch.setattr("faiss.index_cpu_to_all_gpus", lambda index: moved.append(index) or index, raising=False)
+    monkeypatch.setattr("faiss.get_num_gpus", lambda: 8, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("faiss.index_cpu_to_gpus_list", lambda index, gpus: moved.append(gpus) or index)
     for kind, count in (("flat", 1), ("hnsw", 1), ("ivf_pq", 1)):
         save_index(build_index(kind, vectors), tmp_path / kind)
         found = search(load_index(tmp_path / kind), vectors[:3], 5, width=30)
         assert len(moved) == count and found.shape == (3, 5)
+    assert moved == [[3]]
 
 
 def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: Path) -> None:
