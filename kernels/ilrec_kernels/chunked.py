@@ -24,7 +24,7 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     plan = make_plan(p)
     m = len(p.hidden) - 1
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
-    early = target_ensemble(p, plan) if p.group is not None and p.options.needs_negatives else None
+    early = target_ensemble(p, plan) if p.options.needs_negatives and (p.group is not None or (plan.sliced and plan.gated)) else None
     spans = chunk_spans(p, plan)
     complete = lists_hold_targets(p.candidates, p.targets, spans) if plan.pairs and p.candidates is not None else [True] * len(spans)
     scratches = Scratch.make(p, plan, min(plan.under_way, len(spans)))

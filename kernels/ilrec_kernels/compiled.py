@@ -22,40 +22,40 @@ class Variant:
     attributes: dict[tuple[int], list[list[Any]]]  # arguments that are multiples of 16, as Triton finds out at launch
 
 
-def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, aligned: Iterable[str] = ()) -> Variant:
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: Iterable[str] = ()) -> Variant:
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned if argument not in constants}
     name += " aligned" if attributes else ""
-    return Variant(name, kernel, signature, constants, {"num_warps": warps}, attributes)
+    return Variant(name, kernel, signature, constants, dense_triton.LAUNCH, attributes)
 
 
-def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, ones: Iterable[str]) -> Iterator[Variant]:
+def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any], ones: Iterable[str] = ()) -> Iterator[Variant]:
     """A row kernel as Triton specialises it at launch: for sizes of which nothing is known; and for a vocabulary that is a multiple of 16, with
     pointers, strides and column ranges that are as well. Arguments in `ones` are then 1, which Triton makes a constant."""
-    yield _variant(kernel, types, constants, warps)
+    yield _variant(kernel, types, constants)
     given = {**constants, **dict.fromkeys(ones, 1)}
-    loose = ("m", "pack", "layers") if kernel is dense_triton.gate_kernel else ("m", "pack")
-    yield _variant(kernel, types, given, warps, aligned=[name for name in kernel.arg_names if name not in given and name not in loose])
+    yield _variant(kernel, types, given, aligned=[name for name in kernel.arg_names if name not in given and name not in LOOSE])
+
+
+LOOSE = ("m", "k", "pack", "share")  # numbers that are not specialised, or no multiple of 16
 
 
 def variants() -> Iterator[Variant]:
-    """All of them: each tile of layers, each combination of terms, each dtype the gradients are stored in."""
-    single = {"final": "*fp32", "layers": "*fp32", "out": "*fp32"}
-    terms = [(True, False), (True, True), (False, True)]
-    for (layers, config), (softmax, distill) in itertools.product(dense_triton.CONFIGS.items(), terms):
-        if not distill and layers > 1:
-            continue
-        few = ["m"] if layers == 1 and distill else []
-        shape = {"SOFTMAX": softmax, "DISTILL": distill, "M": layers, "BLOCK": config.block}
-        for exclude in (False, True) if softmax else (False,):
-            sent = "*i8" if exclude else "*fp32"
-            yield from _row_variants(dense_triton.statistics_kernel, {**single, "sent": sent}, {**shape, "EXCLUDE": exclude}, config.warps, few)
-        for low in ("*fp32", "*bf16"):
-            types = {**single, "final_out": low, "layers_out": low, "factors": "*fp32", "targets": "*i64"}
-            ones = [*few, "pack"] if low == "*fp32" else few
-            yield from _row_variants(dense_triton.gradients_kernel, types, shape, config.warps, ones)
-    types = {"source": "*fp32", "bars": "*fp32", "targets": "*i64", "columns_out": "*i32", "values_out": "*fp32", "counts": "*i32"}
-    constants = {"CAPACITY": dense_triton.GATE_CAPACITY, "BLOCK": dense_triton.GATE.block}
-    for ones in ([], ["layers"]):
-        yield from list(_row_variants(dense_triton.gate_kernel, types, constants, dense_triton.GATE.warps, ones))[1 if ones else 0 :]
+    """All of them: each combination of terms, each source of candidates, each dtype the gradients are stored in."""
+    single = dict.fromkeys(("final", "layers", "out", "bars", "floors", "list_values", "values_out", "logits_out"), "*fp32")
+    single |= {"list_columns": "*i32", "columns_out": "*i32", "found_out": "*i32", "targets": "*i64", "share": "fp32"}
+    absent = dict.fromkeys(("bars", "floors", "targets", "list_columns", "list_values", "columns_out", "values_out", "logits_out", "found_out"), "*fp32")
+    sizes = {"LAYERS": dense_triton.LAYERS, "ROOM": dense_triton.ROOM, "BLOCK": dense_triton.BLOCK, "PART": dense_triton.PART}
+    for softmax, distill in ((True, False), (True, True), (False, True)):
+        terms = {"SOFTMAX": softmax, "DISTILL": distill}
+        for gate, exclude in itertools.product(("", "layers", "final"), (False, True)):
+            if exclude and (gate or not softmax):
+                continue
+            types = {**single, **({} if gate else absent), "sent": "*i8" if exclude else "*fp32"}
+            yield from _row_variants(dense_triton.statistics_kernel, types, {**terms, "EXCLUDE": exclude, "GATE": gate, **sizes})
+        for low, listed in itertools.product(("*fp32", "*bf16"), (False, True) if softmax else (False,)):
+            types = dict.fromkeys(("final", "layers", "factors"), "*fp32") | {"final_out": low, "layers_out": low, "targets": "*i64"}
+            types |= {"listed": "*i32", "listed_gradients": "*fp32"} if listed else {"listed": "*i64", "listed_gradients": "*i64"}
+            constants = {**terms, "LISTED": listed, "WANTED": dense_triton.WANTED, "BLOCK": dense_triton.BLOCK}
+            yield from _row_variants(dense_triton.gradients_kernel, types, constants, ["pack"] if low == "*fp32" else [])

@@ -24,6 +24,7 @@ class Sent:
     slot: Tensor  # int64 [E]: where the final layer's logit sits on this rank; −1 outside the softmax scope
     pair: Tensor | None = None  # int64 [E]: position among this rank's pairs, where it is known
     over: Tensor | None = None  # bool [n], where the entries are H itself already: rows that had more than k
+    member: Tensor | None = None  # bool [E], where every row has as many entries: those that are any; the others' logits are −inf
 
 
 def empty_sent(p: Problem) -> Sent:
@@ -67,6 +68,7 @@ class Gathered:
     pair: Tensor | None  # int64: position among the pairs, where it is known
     mine: Tensor | None  # int64: this rank's entries among all; None: all of them
     over: Tensor | None = None  # as in Sent
+    member: Tensor | None = None  # as in Sent
 
 
 class Exchange:
@@ -95,7 +97,7 @@ class Exchange:
     def wait(self) -> Gathered:
         sent, values = self.sent, [getattr(self.stats, f.name) for f in fields(RankStats)]
         if self.group is None:
-            return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.pair, None, sent.over)
+            return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.pair, None, sent.over, sent.member)
         self.work.wait()
         pieces = self.everything.split(self.sizes, 2)
         merged = [piece.transpose(1, 2) if v.dim() == 2 else piece[..., 0] for v, piece in zip(values, pieces, strict=False)]

@@ -83,7 +83,7 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
         adjusted = torch.logaddexp(rest, segment_logsumexp(only(z_adjusted, inside, -torch.inf), row, n))
         if o.crr_lambda > 0:
             label, target_label, covered = soft_labels(p, pairs, row, found, both(member, inside), begin, end)
-            crr = segment_sum(label * (plain.take(row) - z), row, n) + target_label * (plain - z_target)
+            crr = segment_sum(only(label * (plain.take(row) - z), member, 0.0), row, n) + target_label * (plain - z_target)
             write.crr[begin:end] = crr * some
             write.covered[begin:end] = covered
         write.num_negatives[begin:end] = count
@@ -120,7 +120,7 @@ def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
     """(which entries are H, bool [E] or None for all; rows that had more than k, bool [n])."""
     if g.over is not None:
-        return None, g.over
+        return g.member, g.over
     bar = ensemble_target + math.log(p.options.negative_threshold)
     member = g.ensemble >= bar.take(g.row)
     over = segment_sum(member.long(), g.row, n) > p.options.max_negatives

@@ -8,7 +8,7 @@ from torch import Tensor
 from ilrec_kernels import fused, sliced
 from ilrec_kernels.columns import select
 from ilrec_kernels.exchange import RankStats
-from ilrec_kernels.negatives import find_candidates
+from ilrec_kernels.negatives import find_candidates, send_listed
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.segments import exp_below, finite, segment_max, segment_sum
 from ilrec_kernels.state import Chunk
@@ -20,10 +20,9 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     chunk.stats = stats
     if p.options.needs_negatives:
         find_candidates(p, plan, chunk, early)
-    if plan.sliced:
-        sliced.collect(p, plan, chunk)
-    elif plan.fused:
-        fused.collect(plan, chunk)
+    listed = sliced.collect(p, plan, chunk) if plan.sliced else fused.collect(plan, chunk) if plan.fused else None
+    if listed is not None:
+        send_listed(p, plan, chunk, listed)
     if plan.shared:
         shared_statistics(plan, chunk, stats)
     elif not plan.fused or plan.distill is None:

@@ -95,9 +95,13 @@ class Plan:
     @property
     def desk(self) -> int:
         """Values of the memory that a few tiles are worked on in: z̄ while candidates are looked for, then the teacher."""
-        gated = self.fused and self.negatives is not None and self.negatives.index is None  # by a kernel of its own
-        wide = max(0 if gated else _len(self.negatives), _len(self.distill) if self.shared else 0)
+        wide = max(0 if self.gated else _len(self.negatives), _len(self.distill) if self.shared else 0)
         return max(wide, TILES * self.tile) if wide else 0
+
+    @property
+    def gated(self) -> bool:
+        """Dense candidates are found by the kernel that makes the statistics."""
+        return self.fused and self.negatives is not None and self.negatives.index is None
 
     def tiles(self, rows: int, columns: int, times: int = 1) -> Iterator[slice]:
         """Ranges of rows that are so many tiles each."""
@@ -157,11 +161,11 @@ def make_plan(p: Problem) -> Plan:
     room = min(total - budget, total * 7 // 8 if gpu else total * 5 // 6)  # the rest is for what allocators and BLAS take; more of it on a CPU
     room -= plan.desk * size
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
-    # regime V where a chunk would be small although there are many rows; it knows lists of negatives and dense distillation
-    supported = fused and softmax and negatives is None and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad
+    # regime V where a chunk would be small although there are many rows; it knows dense distillation
+    supported = fused and softmax and (negatives is None or negatives.index is None) and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad
     supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
     supported = supported and all(h.dtype == p.head.dtype for h in p.hidden)
-    whole, slice_row = hidden_bytes(p, plan, size) + 64 * size + lists, streams * size + 1  # bytes of a row, and of it for each column of a slice
+    whole, slice_row = hidden_bytes(p, plan, size) + 64 * size + lists + (list_bytes(p, size) if plan.gated else 0), streams * size + 1  # bytes of a row, and of it for each column of a slice
     sliced_rows = max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor([rows, sliced_rows], device=p.head.device)
@@ -179,10 +183,15 @@ def row_bytes(p: Problem, plan: Plan, size: int) -> int:
     """What a row of a chunk takes in regime T, besides its list."""
     logits = (plan.logits + plan.teacher) * size
     if plan.fused:
-        logits += _len(plan.final) + 2 * 260 * size  # a byte a column marks what was sent; the gate's lists
+        logits += list_bytes(p, size) if plan.gated else _len(plan.final)  # a byte a column marks what was sent
     elif p.head.is_cuda and p.head.dtype != p.dtype:
         logits += plan.logits * p.head.element_size()  # rounded for the products
     return logits + hidden_bytes(p, plan, size) + 64 * size
+
+
+def list_bytes(p: Problem, size: int) -> int:
+    """A row's gated candidates: the kernel's list of 512, and the wanted ones' values and indices in several forms."""
+    return 512 * (size + 4) + (p.options.max_negatives + 1) * 150
 
 
 def hidden_bytes(p: Problem, plan: Plan, size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ilrec_kernels.exchange import RankStats, Sent
+from ilrec_kernels.listed import Gate, Listed
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
 from ilrec_kernels.ragged import RaggedHead
@@ -76,6 +77,9 @@ class Chunk:
     teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]; None where z_final is that
     teacher_sent: Tensor | None = None  # [E] the same at the sent entries, where z_final has 0
     stats: RankStats | None = None
+    gate: Gate | None = None  # what the row kernels are to list as candidates, in columns of the final layer's logits
+    listed: Listed | None = None  # what they listed
+    place: Tensor | None = None  # int64 [E]: where on those lists the sent entries are; None: all places were sent
 
     def desk(self, rows: slice, columns: int) -> Tensor:
         """[rows, columns] of the scratch memory: room for a few tiles."""

@@ -28,7 +28,10 @@ SETTINGS: list[dict[str, Any]] = [
     dict(beta=0.0, crr_lambda=0.0, m=3),
     dict(negative_scope="all", n=1, m=1),
     dict(negative_scope="all", n=0),
-    dict(negative_scope="all", v=2600, n=3, m=1, negative_threshold=1e-4),  # more candidates than the gate lists
+    dict(negative_scope="all", v=2600, n=3, m=1, negative_threshold=1e-4),  # more candidates than a list has room for
+    dict(negative_scope="item_tokens", item_tokens=(1100, 2500), v=2600, n=3, negative_threshold=1e-4, distill_scope="all"),
+    dict(negative_scope="all", v=1500, n=3, negative_threshold=1e-4, max_negatives=128, negatives_from="final", mu=0.0),
+    dict(negative_scope="item_tokens", item_tokens=(100, 1300), v=1500, n=3, negative_threshold=1e-4, softmax_scope="valid_next"),
 ]
 
 
@@ -38,9 +41,29 @@ def test_agrees_with_the_reference(settings):
     assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
 
 
+def whole_numbers(case: Case) -> Case:
+    """With logits that are small whole numbers: most values of a row are tied, exactly and on every backend."""
+    return replace(case, hidden=[h.round().clamp(-1, 1) for h in case.hidden], head=(case.head * 3).round().clamp(-1, 1))
+
+
+@pytest.mark.parametrize("workspace", [None, 130_000])
+@pytest.mark.parametrize("settings", [dict(max_negatives=1), dict(max_negatives=60, m=3), dict(max_negatives=128, negatives_from="final")])
+def test_ties_go_to_the_lower_token(settings, workspace, monkeypatch):
+    """In regime T, and across slices in regime V, where many more are tied at the cut than a list has room for."""
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 12 if workspace else 0)
+    used = []
+    collect = sliced.collect
+    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
+    common: dict[str, Any] = dict(n=9, v=2300, longest=20, negative_scope="all", negative_threshold=0.1, mu=0.5, crr_lambda=0.3, distill_scope="all")
+    case = whole_numbers(make_case(**common, workspace_bytes=workspace, **settings))
+    ours, truth = run_case(case, "triton"), run_case(case, "reference")
+    assert bool(used) == bool(workspace) and truth.output.rows.capped.any()
+    assert_close(ours, truth, 1e-5)
+
+
 @pytest.mark.parametrize("edges", [[0, 32, 64], [0, 61, 61]])
 def test_shards_agree_with_the_reference(edges):
-    """The gate lists more candidates of a row than the ranks exchange."""
+    """There are more candidates of a row than the ranks exchange."""
     base: dict[str, Any] = dict(n=7, max_negatives=5, mu=0.5, crr_lambda=0.3)
     dense = dict(negative_scope="all", distill_scope="all")
     cases = [make_case(**base), make_case(**dense, **base), make_case(negative_scope="all", negative_threshold=1e-3, **base)]
@@ -63,7 +86,7 @@ def test_twenty_runs_are_bitwise_equal(is_sliced, monkeypatch):
     """In regime T and, several slices in each of several chunks, in regime V."""
     monkeypatch.setattr(problem, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
     monkeypatch.setattr(problem, "SLICE", 128)
-    scope = dict(v=160, workspace_bytes=12_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
+    scope = dict(v=160, workspace_bytes=9_000, distill_scope="all") if is_sliced else dict(negative_scope="all")
     case = make_case(n=7, crr_lambda=0.3, mu=0.5, longest=20, **scope)
     used = []
     collect = sliced.collect
@@ -92,17 +115,22 @@ SLICED: list[dict[str, Any]] = [
     dict(item_tokens=(700, 2300), m=3, penalty="multiplicative", beta=0.1),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(negatives_from="final", mu=0.0),
+    dict(negative_scope="all"),
+    dict(negative_scope="all", distill_scope="all", max_negatives=128, negative_threshold=1e-3),
+    dict(negative_scope="item_tokens", item_tokens=(700, 1500), distill_scope="all", dtype=torch.bfloat16),
+    dict(negative_scope="item_tokens", item_tokens=(700, 2300), mu=0.0, negative_threshold=1e-3),
+    dict(negative_scope="all", negatives_from="final", mu=0.0, penalty="multiplicative", beta=0.1),
 ]
 
 
 @pytest.mark.parametrize("settings", SLICED)
 def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
     """Regime V: a workspace that holds a few rows' logits at a time."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 60)
+    monkeypatch.setattr(problem, "SMALL_CHUNK", 14)
     used = []
     collect = sliced.collect
     monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
-    case = make_case(**{"n": 70, "d": 16, "v": 2500, "longest": 40, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, "workspace_bytes": 400_000, **settings})
+    case = make_case(**{"n": 15, "d": 16, "v": 2500, "longest": 40, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, "workspace_bytes": 130_000, **settings})
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
     assert used
     assert_close(replace(ours, hidden=truth.hidden, head=truth.head), truth, 1e-5)
@@ -115,18 +143,20 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
 def sharded_and_sliced(mesh: Mesh, case: Case, edges: list[int]) -> tuple[Outcome, bool]:
     """A shard's outcome and whether regime V made it. The process serves other tests afterwards."""
     used: list[int] = []
-    collect, small = sliced.collect, problem.SMALL_CHUNK
-    sliced.collect, problem.SMALL_CHUNK = lambda *a: used.append(1) or collect(*a), 60
+    collect, small, narrow = sliced.collect, problem.SMALL_CHUNK, problem.SLICE
+    sliced.collect, problem.SMALL_CHUNK, problem.SLICE = lambda *a: used.append(1) or collect(*a), 40, 128
     try:
         return sharded(mesh, [case], edges, "triton")[0], bool(used)
     finally:
-        sliced.collect, problem.SMALL_CHUNK = collect, small
+        sliced.collect, problem.SMALL_CHUNK, problem.SLICE = collect, small, narrow
 
 
 @pytest.mark.parametrize("edges", [[0, 400, 900], [0, 880, 880]])
-def test_the_sliced_regime_in_shards(edges):
+@pytest.mark.parametrize("scope", ["valid_next", "item_tokens"])
+def test_the_sliced_regime_in_shards(edges, scope):
     """Uneven, padded, and one of them empty; item tokens in a part of them."""
-    case = make_case(n=70, v=880, longest=30, item_tokens=(100, 700), crr_lambda=0.3, mu=0.5, max_negatives=5, workspace_bytes=150_000)
+    options = dict(negative_scope=scope, item_tokens=(100, 700), crr_lambda=0.3, mu=0.5, max_negatives=5, workspace_bytes=90_000)
+    case = make_case(n=24, v=880, longest=30, **options)
     ranks = run_distributed(sharded_and_sliced, 2, 2, case, edges)
     assert all(used for _, used in ranks)
     assert_close(whole([outcome for outcome, _ in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5)
