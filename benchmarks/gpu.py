@@ -24,7 +24,7 @@ import loss  # noqa: E402  the benchmark beside this one
 
 CHECKED = (2000, 64, 20_000, 3)  # large enough that 8 MiB of workspace select regime V
 SMALL_WORKSPACE = 8 << 20
-LISTED: dict[str, Any] = {"negative_scope": "valid_next"}  # with dense distillation and softmax: what regime V covers
+LISTED: dict[str, Any] = {"negative_scope": "valid_next"}  # with dense distillation and softmax
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sizes:
     wide: str = "2048x4096x1048576x3"
     distilled: str = "8192x4096x128256x1"
     workspaces: tuple[int, ...] = (1 << 30, 2 << 30, 1 << 29)
-    sliced_workspace: int = 1 << 29  # at which regime V meets the head a few times, with thousands of rows each
+    sliced_workspace: int = 3 << 27  # at which regime V meets the head a few times, with thousands of rows each
     repeats: int = 30
 
 
@@ -76,6 +76,7 @@ def distances(device: str, backend: str, shape: tuple[int, int, int, int] = CHEC
             ("dense scopes", None, {}),
             ("listed negatives", None, LISTED),
             ("listed negatives, small workspace", SMALL_WORKSPACE, LISTED),
+            ("dense scopes, small workspace", SMALL_WORKSPACE, {}),
         ):
             o = loss.options(shape[2], backend, workspace, **changes)
             pairs = zip(gradients(x, o), gradients(x, replace(o, backend=Backend.REFERENCE)), strict=True)

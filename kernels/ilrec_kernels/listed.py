@@ -59,5 +59,5 @@ class Listed:
         ensemble, order = torch.cat([self.ensemble, other.ensemble], 1).sort(dim=1, descending=True, stable=True)  # ties to the lower column
         columns, z = columns.gather(1, order), z.gather(1, order)
         by_column = columns[:, :k].masked_fill(columns[:, :k] < 0, torch.iinfo(torch.int32).max).argsort(1)
-        kept = Listed(*(values[:, :k].gather(1, by_column) for values in (columns, ensemble, z)), self.found + other.found)
-        return kept, z[:, k:]
+        columns, ensemble, kept_z = (values[:, :k].gather(1, by_column) for values in (columns, ensemble, z))
+        return Listed(columns, ensemble, kept_z, self.found + other.found), z[:, k:]

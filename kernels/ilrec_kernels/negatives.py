@@ -40,14 +40,13 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
     assert columns is not None and plan.final is not None and stats is not None
     position, inside = columns.find(chunk.y)
     here = inside & chunk.owned
-    if not plan.sliced:
-        outer = plan.final if final else plan.layers
-        source = chunk.z_final[None] if final and chunk.z_final is not None else chunk.z_layers
-        assert outer is not None and source is not None
-        within = columns.within(outer)
-        if len(columns):
-            place = position + within.start if isinstance(within, slice) else within[position]
-            stats.ensemble_target = mean(source[:, chunk.row, place]).masked_fill_(~here, 0.0)
+    outer = plan.final if final else plan.layers
+    source = chunk.z_final[None] if final and chunk.z_final is not None else chunk.z_layers
+    assert outer is not None
+    within = columns.within(outer)
+    if len(columns) and source is not None:  # regime V has no logits yet
+        place = position + within.start if isinstance(within, slice) else within[position]
+        stats.ensemble_target = mean(source[:, chunk.row, place]).masked_fill_(~here, 0.0)
     bar = candidate_bar(p, chunk, stats, early)
     if plan.gated:
         first, alone = columns.start - plan.final.start, early is None
@@ -56,6 +55,7 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
         k = p.options.max_negatives + (not alone)
         chunk.gate = Gate(bar, torch.full_like(bar, -torch.inf), target, first, first + len(columns), k, final)
         return
+    assert source is not None
     row, column, ensemble = tiled_candidates(plan, chunk, source, within, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1)
     chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
 

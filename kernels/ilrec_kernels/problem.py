@@ -14,7 +14,7 @@ from ilrec_kernels.columns import Columns, dense_columns
 from ilrec_kernels.types import Backend, LossOptions, TokenLists, compute_dtype
 
 MIB = 1 << 20
-SMALL_CHUNK = 1536  # stacked rows (rows × streams) under which regime T's products are bound by reading the head
+SMALL_CHUNK = 768  # stacked rows (rows × streams) under which regime T's products are bound by the head and its gradient (docs/kernel.md, Roofline)
 TILES = 4  # tiles that candidates are looked for in at once
 SLICE = 512  # columns that a slice of regime V has at least, where rows can make room for them
 SLICE_STEP = 128  # of which it has a multiple
@@ -162,10 +162,12 @@ def make_plan(p: Problem) -> Plan:
     room -= plan.desk * size
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows dense distillation
-    supported = fused and softmax and (negatives is None or negatives.index is None) and not (cpd and distill is None) and p.trainable is None and p.head.requires_grad
+    supported = fused and softmax and (negatives is None or plan.gated) and not (cpd and distill is None)
+    supported = supported and p.trainable is None and p.head.requires_grad
     supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
     supported = supported and all(h.dtype == p.head.dtype for h in p.hidden)
-    whole, slice_row = hidden_bytes(p, plan, size) + 64 * size + lists + (list_bytes(p, size) if plan.gated else 0), streams * size + 1  # bytes of a row, and of it for each column of a slice
+    whole = hidden_bytes(p, plan, size) + 64 * size + lists + (list_bytes(p, size) if plan.gated else 0)  # bytes of a row
+    slice_row = streams * size + 1  # and of it for each column of a slice
     sliced_rows = max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor([rows, sliced_rows], device=p.head.device)
@@ -191,7 +193,7 @@ def row_bytes(p: Problem, plan: Plan, size: int) -> int:
 
 def list_bytes(p: Problem, size: int) -> int:
     """A row's gated candidates: the kernel's list of 512, and the wanted ones' values and indices in several forms."""
-    return 512 * (size + 4) + (p.options.max_negatives + 1) * 150
+    return 512 * (size + 4) + (p.options.max_negatives + 10) * 150
 
 
 def hidden_bytes(p: Problem, plan: Plan, size: int) -> int:

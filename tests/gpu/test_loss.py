@@ -18,6 +18,8 @@ SETTINGS: list[dict[str, Any]] = [
     dict(negative_scope="all", distill_scope="all"),
     dict(negative_scope="item_tokens", item_tokens=torch.arange(3, 900, 7)),
     dict(softmax_scope="valid_next", distill_scope="valid_next"),
+    dict(negative_scope="all", distill_scope="all", negative_threshold=1e-4),  # more candidates than a list has room for
+    dict(negative_scope="item_tokens", negatives_from="final"),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
 ]
 REGIME_V = dict(n=2000, v=20_000, d=64, longest=40, workspace_bytes=8 << 20)
@@ -42,7 +44,9 @@ def test_agrees_with_the_reference(settings, backend):
     assert_close(back(run_case(on_device(case), backend)), run_case(case, "reference"), 1e-5, floor=1e-2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"distill_scope": "all"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"distill_scope": "all"}, {"distill_scope": "all", "negative_scope": "all"}, {"negative_scope": "item_tokens", "m": 3}]
+)
 def test_regime_v_agrees_with_the_reference(settings):
     case = make_case(**{"crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **REGIME_V, **settings})
     assert_close(back(run_case(on_device(case), "triton")), run_case(case, "reference"), 1e-5, floor=1e-2)

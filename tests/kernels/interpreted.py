@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ilrec_kernels import chunked, cross_layer_loss, fused, problem, sliced
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
@@ -108,6 +109,41 @@ def test_partly_trainable_heads_and_rows_of_their_own(rows):
     assert_close(ours, truth, 1e-5)
 
 
+class Questions(TorchDispatchMode):
+    """Counts what a GPU's host would have to wait for: sizes and values that it must know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = "index" in name and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for x in args if isinstance(x, list | tuple) for i in x)
+        self.count += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scope", ["all", "item_tokens", "valid_next"])
+def test_the_device_is_not_asked_about_dense_candidates(scope, monkeypatch):
+    """Alone in regime T every chunk is launched ahead. (Listed negatives, which are counted, show that the test can fail.)"""
+    questions, chunks = Questions(), []
+
+    def watched(run: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            chunks.append(run)
+            with questions:
+                return run(*args, **kwargs)
+
+        return call
+
+    for name in ("start_chunk", "collect_statistics", "merge", "add_gradients"):
+        monkeypatch.setattr(chunked, name, watched(getattr(chunked, name)))
+    case = make_case(n=12, v=300, mu=0.5, crr_lambda=0.3, negative_scope=scope, negative_threshold=0.1, max_negatives=5, workspace_bytes=60_000)
+    ours = run_case(case, "triton")
+    assert len(chunks) > 4 and ours.output.rows.capped.any()
+    assert (questions.count > 0) == (scope == "valid_next")
+
+
 SLICED: list[dict[str, Any]] = [
     dict(),
     dict(distill_scope="all"),
@@ -162,16 +198,17 @@ def test_the_sliced_regime_in_shards(edges, scope):
     assert_close(whole([outcome for outcome, _ in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5)
 
 
-@pytest.mark.parametrize("d,longest", [(96, 20), (16, 200)])
-def test_the_sliced_regime_keeps_to_the_workspace(d, longest, monkeypatch):
-    """Wide rows and long lists: as few chunks as there is room for, and slices as wide as is left."""
+@pytest.mark.parametrize("d,longest,scope", [(96, 20, "valid_next"), (16, 200, "valid_next"), (16, 20, "all")])
+def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch):
+    """Wide rows, long lists, many candidates: as few chunks as there is room for, and slices as wide as is left."""
     monkeypatch.setattr(problem, "SMALL_CHUNK", 200)
     spans, widths = [], []
     collect, turn = sliced.collect, fused.turn
     monkeypatch.setattr(sliced, "collect", lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk))
     monkeypatch.setattr(fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest))
     n, v, workspace = 100, 1100, 240_000
-    mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, workspace_bytes=workspace, mu=0.5, crr_lambda=0.3), "triton")
+    options = dict(workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, negative_threshold=0.1, max_negatives=5)
+    mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, **options), "triton")
     assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     plan = spans[0][0]
     assert len(spans) <= -(-n // plan.rows) + 1 and sum(rows for _, rows in spans) == n

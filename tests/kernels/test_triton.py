@@ -76,9 +76,10 @@ def test_compiled_forms_are_those_that_a_launch_chooses():
     assert all(sum(found) >= len(found) / 2 for found in forms.values()) and len(forms) == 2
 
 
-@pytest.mark.parametrize("workspace,sliced,stacked", [(None, False, 1536), (1 << 29, True, 8192)])
-def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked):
-    """8,192 rows of 4,096 in bf16, 131,072 tokens, 3 layers and listed negatives: at the default 1 GiB regime T's chunks are large enough, at half of it
+@pytest.mark.parametrize("scope", ["valid_next", "all"])
+@pytest.mark.parametrize("workspace,sliced,stacked", [(None, False, 1536), (1 << 29, False, 768), (3 << 27, True, 8192)])
+def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked, scope):
+    """8,192 rows of 4,096 in bf16, 131,072 tokens and 3 layers: at the default 1 GiB and at half of it regime T's chunks are large enough, at 384 MiB
     regime V's are a third of all rows. Fake tensors stand for the GPU's."""
     from ilrec_kernels import LossOptions, TokenLists
     from ilrec_kernels.problem import Problem, make_plan
@@ -90,7 +91,7 @@ def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked):
         head = torch.empty(v, d, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         indptr, tokens, targets = (torch.empty(size, dtype=torch.int64, device="cuda") for size in (n + 1, 256 * n, n))
         rewards = torch.empty(256 * n, device="cuda")
-        options = LossOptions(v, distill_scope="all", backend="triton", workspace_bytes=workspace)
+        options = LossOptions(v, distill_scope="all", negative_scope=scope, backend="triton", workspace_bytes=workspace)
         plan = make_plan(Problem(hidden, head, targets, TokenLists(indptr, tokens), rewards, options, 0, v, None, None))
     assert plan.fused and plan.sliced == sliced and plan.rows * plan.streams >= stacked
     assert plan.slice_columns >= 512 if sliced else True
