@@ -207,7 +207,7 @@ def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch
     monkeypatch.setattr(sliced, "collect", lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk))
     monkeypatch.setattr(fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest))
     n, v, workspace = 100, 1100, 240_000
-    options = dict(workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, negative_threshold=0.1, max_negatives=5)
+    options = dict(workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, max_negatives=5)
     mode = live_bytes(make_case(n=n, v=v, d=d, longest=longest, **options), "triton")
     assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     plan = spans[0][0]
