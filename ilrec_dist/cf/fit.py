@@ -17,6 +17,7 @@ from ilrec_dist.cf.model import SASRec, encode, pad_histories, window_stride
 from ilrec_dist.cf.segments import ragged_arange
 from ilrec_dist.cf.table import Split, full_softmax_loss
 from ilrec_dist.config import CFConfig
+from ilrec_dist.data.prepared import ItemArray
 from ilrec_dist.errors import UserError
 
 Progress = Callable[[dict[str, Any]], None]
@@ -27,15 +28,17 @@ SCORES_AT_ONCE = 1 << 26  # fp32 of a validation batch
 class Histories:
     """Some users' interactions, as the trainer sees them: only the training part, and for validation the items up to that target."""
 
-    items: np.ndarray  # int32 [T], all users' interactions
+    items: ItemArray  # int32 [T], all users' interactions
     starts: np.ndarray  # int64 [u]
     training_lengths: np.ndarray  # int64 [u]
     validation: np.ndarray  # int64 [u], place of the validation target in the user's sequence; below 1: none
 
-    def training_targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """(row of `starts`, position) of every training item but each user's first."""
-        counts = np.maximum(self.training_lengths - 1, 0)
-        return np.repeat(np.arange(len(counts)), counts), ragged_arange(counts) + 1
+    def training_targets(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(row of `starts`, position) of every training item but each user's first; of more than `limit` that many, evenly spaced."""
+        ends = np.append(0, np.cumsum(np.maximum(self.training_lengths - 1, 0)))
+        chosen = evenly_spaced(int(ends[-1]), limit)
+        rows = np.searchsorted(ends, chosen, side="right") - 1
+        return rows, chosen - ends[rows] + 1
 
     def known_items(self, num_items: int) -> np.ndarray:
         """bool [num_items]: what occurs in the training part."""
@@ -44,6 +47,11 @@ class Histories:
             lengths = self.training_lengths[low : low + 100_000]
             known[self.items[np.repeat(self.starts[low : low + 100_000], lengths) + ragged_arange(lengths)]] = True
         return known
+
+
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+    """int64: 0 … count − 1, or `limit` of them from the first to the last."""
+    return np.arange(count) if limit is None or count <= limit else np.linspace(0, count - 1, limit).astype(np.int64)
 
 
 def train_model(
@@ -127,7 +135,7 @@ def batches_by_length(lengths: np.ndarray, batch_size: int, order: np.random.Gen
     return [batches[i] for i in order.permutation(len(batches))]
 
 
-def window_loss(model: SASRec, items: np.ndarray, begin: np.ndarray, count: np.ndarray, fresh: np.ndarray) -> tuple[torch.Tensor, int]:
+def window_loss(model: SASRec, items: ItemArray, begin: np.ndarray, count: np.ndarray, fresh: np.ndarray) -> tuple[torch.Tensor, int]:
     """Summed full-softmax cross-entropy of a batch of training windows, and how many targets it sums."""
     inputs = pad_histories(items, begin, count)
     hidden = model(inputs.to(model.device))
@@ -151,14 +159,8 @@ def validation_ndcg(model: SASRec, histories: Histories) -> float:
 
 
 @torch.no_grad()
-def mean_log_probability(model: SASRec, histories: Histories, rows: np.ndarray, positions: np.ndarray, limit: int = 20_000) -> dict[str, float]:
-    """Mean log P_CF(y) over the targets (row of histories.starts, position) whose item the model knows, and the share of those.
-
-    Of more than `limit` targets that many, evenly spaced, are taken.
-    """
-    if len(rows) > limit:
-        chosen = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
-        rows, positions = rows[chosen], positions[chosen]
+def mean_log_probability(model: SASRec, histories: Histories, rows: np.ndarray, positions: np.ndarray) -> dict[str, float]:
+    """Mean log P_CF(y) over the targets (row of histories.starts, position) whose item the model knows, and the share of those."""
     split = model.items.split
     unknown = ~model.known[split.start : split.stop]
     total, known = 0.0, 0

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ilrec_dist.cf.table import ItemTable, Split
 from ilrec_dist.config import CFConfig
+from ilrec_dist.data.prepared import ItemArray
 
 INIT_STD = 0.02
 
@@ -109,7 +110,7 @@ def window_starts(positions: np.ndarray, max_history: int) -> np.ndarray:
     return (np.maximum(positions - max_history, 0) + stride - 1) // stride * stride
 
 
-def pad_histories(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Tensor:
+def pad_histories(items: ItemArray, starts: np.ndarray, lengths: np.ndarray) -> Tensor:
     """items[start : start + length] of each row, right-padded with item 0, as int64 [B, max(lengths)]."""
     columns = np.arange(int(lengths.max(initial=1)))
     inside = columns < lengths[:, None]
@@ -118,7 +119,7 @@ def pad_histories(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
 
 @torch.no_grad()
 def encode(
-    model: SASRec, items: np.ndarray, starts: np.ndarray, positions: np.ndarray, embed: Callable[[Tensor], Tensor] | None = None, batch_size: int = 128
+    model: SASRec, items: ItemArray, starts: np.ndarray, positions: np.ndarray, embed: Callable[[Tensor], Tensor] | None = None, batch_size: int = 128
 ) -> Tensor:
     """Queries of many targets: fp32 [T, d] (METHOD.md §5, the history before each target).
 

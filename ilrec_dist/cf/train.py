@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from ilrec_dist.cf.code_order import index_kind, write_code_order
-from ilrec_dist.cf.fit import Histories, Progress, mean_log_probability, train_model
+from ilrec_dist.cf.fit import Histories, Progress, evenly_spaced, mean_log_probability, train_model
 from ilrec_dist.cf.folder import FORMAT_VERSION, data_hash, models_manifest, read_model, write_manifest
 from ilrec_dist.cf.table import Split
 from ilrec_dist.config import CF_SERVING, CFConfig, config_to_dict
@@ -26,6 +26,7 @@ from ilrec_dist.errors import UserError
 from ilrec_dist.folders import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue
 
+REPORTED = 20_000  # targets that a mean log-probability of the report is taken over, at most
 TASK, LOCK = "task.json", ".lock"  # in the folder of unfinished work: what is to be done, and who is at it
 
 
@@ -34,8 +35,7 @@ def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
 
     It depends on the id alone, so no user's data, nor the presence of other users, moves anyone to another fold.
     """
-    digests = b"".join(hashlib.blake2b(user.encode(), digest_size=8).digest() for user in user_ids)
-    return (np.frombuffer(digests, dtype=">u8") % np.uint64(folds)).astype(np.int64)
+    return np.fromiter((int.from_bytes(hashlib.blake2b(user.encode(), digest_size=8).digest(), "big") % folds for user in user_ids), np.int64)
 
 
 def train_cf(
@@ -167,10 +167,11 @@ def _log_probabilities(config: CFConfig, split: Split, histories: Histories, fol
     for fold in range(config.cf_folds):
         model = read_model(work / f"fold{fold}.safetensors", config, split).to(device)
         own = _users(histories, folds != fold if crossed else folds == fold)
-        in_fold.append(mean_log_probability(model, own, *own.training_targets()))
+        in_fold.append(mean_log_probability(model, own, *own.training_targets(REPORTED)))
         scored = _users(histories, folds == fold)
-        cross_fitted.append(mean_log_probability(model, scored, *scored.training_targets()))
+        cross_fitted.append(mean_log_probability(model, scored, *scored.training_targets(REPORTED)))
     rows = np.flatnonzero(histories.validation >= 1)
+    rows = rows[evenly_spaced(len(rows), REPORTED)]
     full = read_model(work / "full.safetensors", config, split).to(device)
     validation = mean_log_probability(full, histories, rows, histories.validation[rows])
     return {"in_fold": _pool(in_fold), "cross_fitted": _pool(cross_fitted), "validation": validation}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,13 @@ FORMAT_VERSION = 2
 SPLITS = ("validation", "test")
 Users = np.ndarray | slice  # which users: their numbers, or ALL
 ALL = slice(None)
+
+
+class ItemArray(Protocol):
+    """int32 [n] item indices, read by slice or integers: a NumPy array, or what is worked out when read (`data.directions`)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class Strings(Sequence[str]):
@@ -70,7 +77,7 @@ class Prepared:
     places[2] (test), -1 for users who have none. In either case a target's history is all that stands before it.
     """
 
-    items: np.ndarray  # int32 [T] item index, all users' interactions, chronological within a user
+    items: ItemArray  # int32 [T] item index, all users' interactions, chronological within a user
     offsets: np.ndarray  # int64 [U+1]
     user_ids: Sequence[str]
     item_ids: Sequence[str]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ilrec_dist.backbone.model import Backbone
 from ilrec_dist.backbone.parallel import ParallelState
 from ilrec_dist.cf.segments import ragged_ranges
+from ilrec_dist.data.prepared import ItemArray
 from ilrec_dist.evaluation.decoding import ItemSets, RankedItems, SearchSpace, SoftmaxScope, beam_search, expand
 from ilrec_dist.items.catalogue import Catalogue
 
@@ -23,7 +24,7 @@ Progress = Callable[[int, int], Any]  # (histories done, histories in all) on th
 class Histories:
     """n histories as ranges of one array of item indices, oldest first: history r is items[start[r] : stop[r]], never empty."""
 
-    items: np.ndarray  # int [T]
+    items: ItemArray  # int [T]
     start: np.ndarray  # int64 [n]
     stop: np.ndarray  # int64 [n]
 
@@ -44,8 +45,10 @@ class Histories:
             raise ValueError("expected histories of at least one item each")
         lengths = count * catalogue.depth
         if catalogue.pieces is not None:
-            tokens = np.append(0, np.cumsum(catalogue.item_lengths(self.items)))
-            lengths = tokens[self.stop] - tokens[self.stop - count]
+            for low in range(0, len(count), 100_000):  # histories at a time: nothing as long as all interactions is made
+                part, stop = count[low : low + 100_000], self.stop[low : low + 100_000]
+                tokens = catalogue.item_lengths(self.items[ragged_ranges(stop - part, part)])
+                lengths[low : low + 100_000] = np.add.reduceat(tokens, np.cumsum(part) - part)
         found = []
         for length in np.unique(lengths)[::-1]:
             rows = np.flatnonzero(lengths == length)

@@ -62,6 +62,9 @@ def test_every_training_target_once_with_the_history_scoring_uses() -> None:
     assert sorted(target for target, _ in found) == sorted(expected.tolist())
     windows = dict(zip(expected.tolist(), (histories.starts[rows] + window_starts(positions, 4)).tolist(), strict=True))
     assert all(windows[target] == window for target, window in found)
+    some = np.linspace(0, len(rows) - 1, 7).astype(int)
+    for found_part, part in zip(histories.training_targets(7), (rows[some], positions[some]), strict=True):
+        assert np.array_equal(found_part, part)
 
 
 def test_batches_hold_every_window_once_and_like_lengths_together() -> None:

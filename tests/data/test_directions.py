@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ilrec_dist.cf.folder import data_hash
 from ilrec_dist.cf.train import train_cf, user_folds
 from ilrec_dist.config import CFConfig
 from ilrec_dist.data.directions import both_directions
@@ -29,7 +33,7 @@ def test_the_added_users_have_the_training_items_latest_first_and_nothing_else(p
     if chronological:
         prepared = replace(prepared, places=np.stack([prepared.lengths() - 1, np.full(8, -1), prepared.lengths() - 1]).astype(np.int32))
     both, users = both_directions(prepared), prepared.num_users
-    assert both.num_users == 2 * users and both.items.dtype == np.int32
+    assert both.num_users == 2 * users
     for user in range(users):
         assert np.array_equal(both.sequence(user), prepared.sequence(user))
         train = prepared.sequence(user)[: prepared.train_lengths()[user]]
@@ -38,6 +42,62 @@ def test_the_added_users_have_the_training_items_latest_first_and_nothing_else(p
     for split in ("validation", "test"):
         evaluated = prepared.evaluated(split)
         assert np.array_equal(both.evaluated(split), evaluated) and np.array_equal(both.targets(split, evaluated), prepared.targets(split, evaluated))
+
+
+LENGTHS = st.lists(st.integers(0, 9), max_size=12)
+
+
+def _both_by_definition(prepared: Prepared) -> np.ndarray:
+    """All of it in memory: every user's training items are put, turned round, behind the data."""
+    turned = [prepared.sequence(user)[:length][::-1] for user, length in enumerate(prepared.train_lengths())]
+    return np.concatenate([np.asarray(prepared.items), *turned])
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 2**32 - 1))
+def test_items_read_as_if_they_lay_in_memory(lengths: list[int], seed: int) -> None:
+    """Users without training items, slices and integers of any shape and sign, and the hash that binds a CF model to what it was trained on."""
+    rng = np.random.default_rng(seed)
+    prepared = Prepared(rng.integers(0, 50, sum(lengths)).astype(np.int32), np.append(0, np.cumsum(lengths)).astype(np.int64), ["u"] * len(lengths), ["i"] * 50)
+    both, whole = both_directions(prepared), _both_by_definition(prepared)
+    assert len(both.items) == len(whole) == both.num_interactions
+    for start, stop, step in [(None, None, None), *rng.integers(-len(whole) - 2, len(whole) + 3, (20, 3)).tolist()]:
+        part = slice(start, stop, step or None)
+        assert np.array_equal(both.items[part], whole[part]) and both.items[part].dtype == np.int32
+    for shape in [(), (0,), (7,), (3, 5)]:
+        if len(whole):
+            index = rng.integers(-len(whole), len(whole), shape)
+            assert np.array_equal(both.items[index], whole[index]) and both.items[index].dtype == np.int32
+    assert data_hash(both) == data_hash(replace(both, items=whole))
+
+
+def test_an_index_beyond_the_items_is_refused(prepared: Prepared) -> None:
+    items = both_directions(prepared).items
+    for index in (len(items), [-len(items) - 1], np.ones(len(items), bool), [0.5]):
+        with pytest.raises(IndexError):
+            items[index]
+
+
+def test_ids_twice(prepared: Prepared) -> None:
+    ids = both_directions(prepared).user_ids
+    assert list(ids) == [*prepared.user_ids] * 2 and [ids[i] for i in range(-16, 16)] == [*prepared.user_ids] * 4
+    assert ids[3:12:4] == ["u3", "u7", "u3"]
+    with pytest.raises(IndexError):
+        ids[16]
+
+
+def test_memory_is_the_users_not_the_interactions() -> None:
+    users, length = 100, 20_000
+    prepared = Prepared(
+        np.zeros(users * length, np.int32), np.arange(0, (users + 1) * length, length), [str(u) for u in range(users)], [str(i) for i in range(20)]
+    )
+    tracemalloc.start()
+    try:
+        both = both_directions(prepared)
+        both.items[np.arange(0, len(both.items), 997)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400_000  # the items are 8 MB, and as much again turned round
 
 
 def test_every_training_item_but_one_is_a_target_once_in_each_direction(prepared: Prepared) -> None:
