@@ -16,6 +16,8 @@ from ilrec_dist.data.files import committed_folder
 from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.index_file import stored_ids
 from ilrec_dist.terminal import console
 
 FORMATS = ("lcrec", "recbole")
@@ -39,17 +41,21 @@ def export_run(run: Path, form: str, out: Path) -> None:
 def export_data(folder: str | Path, form: str, out: str | Path, name: str, index: str | Path | None = None) -> list[str]:
     """Write the prepared `folder` to the folder `out` as NAME.inter.json and the like; returns the file names.
 
-    lcrec: NAME.inter.json, NAME.item.json and, with `index` (the index stage's index.json), NAME.index.json.
+    lcrec: NAME.inter.json, NAME.item.json and, with `index` (index.json in the index stage's folder), NAME.index.json.
     recbole: NAME.inter (timestamps as stored, or the place in the history where there are none) and NAME.item; leave-one-out over it
     (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same split. Of a chronological split NAME.train.inter, NAME.valid.inter and
     NAME.test.inter (`benchmark_filename: [train, valid, test]`) instead of NAME.inter. Ids are kept. Raises UserError for another form, for a
-    chronological split as lcrec, which cannot carry it, and for ids that a RecBole file cannot hold.
+    chronological split as lcrec, which cannot carry it, for an index of other items, and for ids that a RecBole file cannot hold.
     """
     if form not in FORMATS:
         raise UserError(f"export format {form!r}: expected one of {', '.join(FORMATS)}")
     prepared = load_prepared(folder)
     if prepared.places is not None and form == "lcrec":
         raise UserError(f"{folder}: split chronologically, but files of lcrec are split by leave-one-out; prepare with data.split=leave_one_out to export")
+    if index is not None and form == "lcrec":
+        items = Path(index).parent
+        for _ in stored_ids(items, Catalogue.load(items), prepared.item_ids):  # raises at the first that does not fit
+            pass
     with committed_folder(out) as work:
         if form == "lcrec":
             _lcrec(prepared, work, name, index)

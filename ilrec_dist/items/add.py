@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.data.files import committed_folder, read_json_object, stream_json_object
+from ilrec_dist.data.files import committed_folder, read_json_object
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.build import ATOMIC, catalogue_report, write_items
 from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.embeddings import item_documents, text_vectors
+from ilrec_dist.items.index_file import stored_ids
 from ilrec_dist.items.quantise import Codebooks, centroid_codebooks
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
 
@@ -37,10 +38,10 @@ def add_items(
     new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
     Where an item is one token of its own (items.form atomic) there is nothing to be near to: new items take new tokens behind the old ones, and need neither.
     Where it is its title, the new items are `new_titles`, spelt in the old pieces.
-    Raises UserError for an id that is already there, for texts that are missing, and for a prefix with no code left.
+    Raises UserError for an index of other items than `prepared` holds, an id that is already there, texts that are missing, and a prefix with no code left.
     """
     old = Catalogue.load(folder)
-    old_ids = [item for item, _ in stream_json_object(Path(folder) / "index.json")]  # without the codes, which are most of it
+    old_ids = list(stored_ids(folder, old, prepared.item_ids))
     known = set(old_ids)
     for item in new_ids:
         if item in known:

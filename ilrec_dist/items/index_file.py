@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,24 @@ def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> tuple
         count = int((rows < 0).sum())
         raise UserError(f"{path}: item {missing!r} of the interactions has no code ({count} such items); add it, or leave items.index out to build one")
     return codes[rows], sizes, names
+
+
+def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]) -> Iterator[str]:
+    """The items of the index.json beside a catalogue, an item at a time: they are `item_ids`, in that order, with the catalogue's codes.
+
+    Raises UserError, when it gets there, where the items are others, or the codes of the file are not those of the catalogue.
+    """
+    path, names = Path(folder) / "index.json", catalogue.token_names()
+    for number, (entry, item) in enumerate(zip_longest(stream_json_object(path), item_ids)):
+        if number < catalogue.num_items:
+            codes = [names[token] for token in catalogue.item_tokens(number).tolist() if token != PAD]
+            if entry is None or entry[1] != codes:
+                raise UserError(f"{path}: damaged or changed: item {number + 1} does not have the catalogue's codes; remove {folder} and run `ilrec index` again")
+        elif entry is not None:
+            raise UserError(f"{path}: damaged or changed: more items than the catalogue's {number}; remove {folder} and run `ilrec index` again")
+        if entry is None or item is None or entry[0] != item:
+            raise UserError(f"{folder}: the index was made for other items than the run's prepared data holds; run `ilrec index` again")
+        yield item
 
 
 def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str]) -> None:

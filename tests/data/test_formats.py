@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ilrec_dist.config import DataConfig
+from ilrec_dist.config import DataConfig, ItemsConfig
 from ilrec_dist.data.export import export_data
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.prepared import load_prepared
 from ilrec_dist.errors import UserError
+from ilrec_dist.items.build import build_index
 
 
 def load(tmp_path, form, path, **settings):
@@ -331,5 +333,15 @@ def test_ids_that_recbole_files_cannot_hold_are_refused(tmp_path, user):
 
 def test_lcrec_export_takes_the_index_along(tmp_path):
     _toy(tmp_path)
-    (tmp_path / "index.json").write_text('{"0": ["<a_1>"]}')
-    assert "Toy.index.json" in export_data(tmp_path / "prepared", "lcrec", tmp_path / "exported", "Toy", tmp_path / "index.json")
+    build_index(ItemsConfig(form="atomic"), load_prepared(tmp_path / "prepared"), tmp_path / "items")
+    files = export_data(tmp_path / "prepared", "lcrec", tmp_path / "exported", "Toy", tmp_path / "items/index.json")
+    assert files == ["Toy.index.json", "Toy.inter.json", "Toy.item.json"]
+    assert json.loads((tmp_path / "exported/Toy.index.json").read_text()).keys() == json.loads((tmp_path / "exported/Toy.item.json").read_text()).keys()
+
+
+def test_an_index_of_other_items_is_not_exported(tmp_path):
+    prepared = _toy(tmp_path)
+    build_index(ItemsConfig(form="atomic"), replace(prepared, item_ids=["0", "1", "2", "4"]), tmp_path / "items")
+    with pytest.raises(UserError, match="items: the index was made for other items than the run's prepared data holds; run `ilrec index` again"):
+        export_data(tmp_path / "prepared", "lcrec", tmp_path / "exported", "Toy", tmp_path / "items/index.json")
+    assert not (tmp_path / "exported").exists()

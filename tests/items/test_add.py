@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,39 @@ def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("ids", [[f"j{item}" for item in range(12)], [f"i{item}" for item in range(11)], [f"i{item}" for item in range(13)]])
+def test_an_index_of_other_items_is_refused(tmp_path, ids):
+    prepared = built(tmp_path, n=12, form="atomic")
+    with pytest.raises(UserError, match=r"old: the index was made for other items than the run's prepared data holds; run `ilrec index` again"):
+        add_items(tmp_path / "old", replace(prepared, item_ids=ids), ["x"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "item"),
+    [
+        (lambda index: {"i0": ["<a_1>"]}, 1),
+        (lambda index: {**index, "i3": index["i4"], "i4": index["i3"]}, 4),
+        (lambda index: {item: index[item] for item in list(index)[:-1]}, 16),
+        (lambda index: {}, 1),
+    ],
+)
+def test_an_index_file_that_is_not_the_catalogues_is_refused(tmp_path, change, item):
+    prepared, file = built(tmp_path, n=16), tmp_path / "old/index.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=f"index.json: damaged or changed: item {item} does not have the catalogue's codes; remove .*old and run"):
+        add_items(tmp_path / "old", prepared, ["x"], tmp_path / "new", ["group1"])
+    file.write_text(json.dumps({f"i{number}": code for number, code in enumerate(stored_codes(tmp_path / "old") + [["<a_0>", "<b_0>"]])}))
+    with pytest.raises(UserError, match="index.json: damaged or changed: more items than the catalogue's 16"):
+        add_items(tmp_path / "old", prepared, ["x"], tmp_path / "new", ["group1"])
+
+
+def stored_codes(folder) -> list[list[str]]:
+    catalogue = Catalogue.load(folder)
+    names = catalogue.token_names()
+    return [[names[token] for token in row] for row in catalogue.item_tokens(np.arange(catalogue.num_items)).tolist()]
+
+
 def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
     prepared = built(tmp_path, n=12, form="atomic")
     add_items(tmp_path / "old", prepared, ["x", "y"], tmp_path / "new")
@@ -79,7 +113,7 @@ def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
     with pytest.raises(UserError, match="no code left"):
         add_items(
             tmp_path / "new",
-            Prepared(np.zeros(1, np.int32), np.array([0, 1]), ["u"], ["x"] * 10),
+            Prepared(np.zeros(1, np.int32), np.array([0, 1]), ["u"], [*prepared.item_ids, "a", "b"]),
             ["c"],
             tmp_path / "more",
             vectors=(np.vstack([vectors, new]), new[:1]),

@@ -120,7 +120,7 @@ def test_a_given_tokenizer_neither_pads_nor_cuts(tmp_path):
 def test_new_items_are_spelt_in_the_old_pieces(tmp_path):
     build_index(CONFIG, data(), tmp_path / "old")
     add_items(tmp_path / "old", data(), ["n0"], tmp_path / "new", new_titles=["Dark violin strings"])
-    add_items(tmp_path / "new", data(), ["n1"], tmp_path / "newer", new_titles=["Köln 東京 " + "guitar " * 99])
+    add_items(tmp_path / "new", replace(data(), item_ids=[*data().item_ids, "n0"]), ["n1"], tmp_path / "newer", new_titles=["Köln 東京 " + "guitar " * 99])
     old, new = Catalogue.load(tmp_path / "old"), Catalogue.load(tmp_path / "newer")
     assert new.depth == 33 > old.depth and new.pieces == old.pieces and new.num_items == 8
     assert all(new.item_tokens(np.array(item))[: old.depth].tolist() == old.item_tokens(np.array(item)).tolist() for item in range(6))
