@@ -23,6 +23,8 @@ from ilrec_dist.terminal import console
 FORMATS = ("lcrec", "recbole")
 HISTORY = 50  # RecBole's MAX_ITEM_LIST_LENGTH
 CHUNK = 50_000  # targets written at once
+# What pandas, which RecBole reads with, takes for a missing value: the default na_values of read_csv.
+MISSING = ["", "#N/A N/A", *"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()]
 
 
 def export_run(run: Path, form: str, out: Path) -> None:
@@ -133,6 +135,11 @@ def _ids(ids: Sequence[str], what: str, within_lists: bool = False) -> pa.Array:
     if len(unfit):
         inner = "a space, a tab or a line break" if within_lists else "a tab or a line break"
         raise UserError(f"{what} {unfit[0].as_py()!r}: RecBole's files cannot hold ids with {inner} in them or a quote mark at the beginning")
+    lost = column.filter(pc.is_in(column, pa.array(MISSING, pa.large_string())))
+    if len(lost):
+        raise UserError(
+            f"{what} {lost[0].as_py()!r}: pandas, which RecBole reads with, takes this id for a missing value; rename it in the input and prepare again"
+        )
     return column
 
 

@@ -30,7 +30,9 @@ def input_files(config: ItemsConfig) -> list[Path]:
     if config.form == "titles" and config.tokenizer:
         files.append(require_file(config.tokenizer, "items.tokenizer"))
     if config.text_model:
-        files += sorted(path for path in Path(config.text_model).glob("*") if path.is_file())
+        folder = Path(config.text_model)
+        inner = (path for path in folder.rglob("*") if path.is_file())
+        files += sorted(path for path in inner if not any(part.startswith(".") for part in path.relative_to(folder).parent.parts))  # not downloaders' notes
     return files
 
 

@@ -152,9 +152,17 @@ def load_text_model(folder: str | Path, batch: int = 64, max_tokens: int = 256) 
         raise UserError(f"items.text_model: {folder} is not a model folder (no config.json); nothing is downloaded")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
-    except (OSError, ValueError) as error:
-        raise UserError(f"items.text_model: {folder} does not load: {str(error).splitlines()[0]}") from None
+        names = {*tokenizer.vocab_files_names.values(), "tokenizer.json"} if tokenizer.vocab_files_names else set()
+        if names and not any((folder / name).exists() for name in names):  # an empty vocabulary would stand in for it
+            raise OSError(f"no tokenizer (none of {', '.join(sorted(names))})")
+        model, found = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+        if found["mismatched_keys"]:  # left to itself the library points at a report
+            name, stored, expected = min(found["mismatched_keys"])
+            raise ValueError(f"the weights are of another model than config.json: {name} is {list(stored)}, expected {list(expected)}")
+    except Exception as error:  # damaged files raise all kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"items.text_model: {folder} does not load: {reason}") from None
+    model = model.eval().float()
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     modes = read_json_object(pooling) if pooling.exists() else {}

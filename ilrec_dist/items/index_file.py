@@ -70,9 +70,11 @@ def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]
     path, names = Path(folder) / "index.json", catalogue.token_names()
     for number, (entry, item) in enumerate(zip_longest(stream_json_object(path), item_ids)):
         if number < catalogue.num_items:
-            codes = [names[token] for token in catalogue.item_tokens(number).tolist() if token != PAD]
+            codes = [names[token] for token in catalogue.tokens[catalogue.position[number]].tolist() if token != PAD]
             if entry is None or entry[1] != codes:
-                raise UserError(f"{path}: damaged or changed: item {number + 1} does not have the catalogue's codes; remove {folder} and run `ilrec index` again")
+                raise UserError(
+                    f"{path}: damaged or changed: item {number + 1} does not have the catalogue's codes; remove {folder} and run `ilrec index` again"
+                )
         elif entry is not None:
             raise UserError(f"{path}: damaged or changed: more items than the catalogue's {number}; remove {folder} and run `ilrec index` again")
         if entry is None or item is None or entry[0] != item:

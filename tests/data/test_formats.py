@@ -331,6 +331,18 @@ def test_ids_that_recbole_files_cannot_hold_are_refused(tmp_path, user):
     assert not (tmp_path / "exported").exists()
 
 
+@pytest.mark.parametrize("ids", [("NA", "x"), ("u", "null"), ("u", "nan"), ("None", "x")])
+def test_ids_that_pandas_takes_for_missing_values_are_refused(tmp_path, ids):
+    user, item = ids
+    pq.write_table(pa.table({"user": [user] * 3, "item": [item, "y", "NA-1"], "timestamp": [1, 2, 3]}), tmp_path / "rows.parquet")
+    prepare(DataConfig(format="parquet", path=str(tmp_path / "rows.parquet"), min_user_interactions=1, min_item_interactions=1), tmp_path / "prepared")
+    what = f"user '{user}'" if item == "x" else f"item '{item}'"
+    with pytest.raises(UserError, match=f"^{what}: pandas, which RecBole reads with, takes this id for a missing value"):
+        export_data(tmp_path / "prepared", "recbole", tmp_path / "exported", "Shop")
+    assert not (tmp_path / "exported").exists()
+    assert export_data(tmp_path / "prepared", "lcrec", tmp_path / "exported", "Shop") == ["Shop.inter.json", "Shop.item.json"]
+
+
 def test_lcrec_export_takes_the_index_along(tmp_path):
     _toy(tmp_path)
     build_index(ItemsConfig(form="atomic"), load_prepared(tmp_path / "prepared"), tmp_path / "items")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -63,6 +64,37 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_
     assert {"config.json", "model.safetensors"} <= {path.name for path in input_files(config)}
     with pytest.raises(UserError, match="items.text_model: .* is not a model folder"):
         build_index(ItemsConfig(text_model=str(tmp_path)), toy(titles=TEXTS), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], r"no tokenizer \(none of tokenizer.json, vocab.txt\)"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 500), "header"),
+        (lambda folder: narrow(folder / "config.json"), r"another model than config.json: embeddings.LayerNorm.bias is \[16\], expected \[32\]"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, message):
+    shutil.copytree(model_folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=f"^items.text_model: .*model does not load: .*{message}") as raised:
+        load_text_model(tmp_path / "model")
+    assert "\n" not in str(raised.value)
+
+
+def narrow(config):
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
+
+
+def test_files_of_inner_folders_count_as_inputs_too(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    for name in ("1_Pooling", "0_Transformer", ".cache/huggingface"):
+        (tmp_path / "model" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name / "config.json").write_text("{}")
+    files = input_files(ItemsConfig(text_model=str(tmp_path / "model")))
+    assert all(path.is_file() for path in files) and files == sorted(files)
+    found = {str(path.relative_to(tmp_path / "model")) for path in files}
+    assert found >= {"config.json", "1_Pooling/config.json", "0_Transformer/config.json"} and ".cache/huggingface/config.json" not in found
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "older sentence-embedding folder"])
