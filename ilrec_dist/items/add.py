@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.data.files import committed_folder, read_json_object
+from ilrec_dist.data.files import committed_folder
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.build import ATOMIC, catalogue_report, write_items
+from ilrec_dist.items.build import ATOMIC, catalogue_report, read_report, write_items
 from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.embeddings import item_documents, text_vectors
@@ -41,17 +41,18 @@ def add_items(
     Raises UserError for an index of other items than `prepared` holds, an id that is already there, texts that are missing, and a prefix with no code left.
     """
     old = Catalogue.load(folder)
+    scratch = next(parent for parent in Path(out).absolute().parents if parent.is_dir())  # nothing is made before all is well
     old_ids = list(stored_ids(folder, old, prepared.item_ids))
     known = set(old_ids)
     for item in new_ids:
         if item in known:
             raise UserError(f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; leave it out")
         known.add(item)
-    before = read_json_object(Path(folder) / "report.json")
+    before = read_report(folder, *(["title_tokens"] if old.pieces is not None else []))
     if old.pieces is not None:
         catalogue = _with_titles(folder, old, new_ids, new_titles, before["title_tokens"])
     else:
-        catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors, Path(out).parent)
+        catalogue = _with_codes(folder, prepared, old, new_ids, new_documents, vectors, scratch)
     report = {
         **before,
         **catalogue_report(catalogue),
@@ -102,7 +103,7 @@ def _text_vectors(folder: str | Path, prepared: Prepared, new_documents: Sequenc
     documents = item_documents(prepared)
     if documents is None or new_documents is None:
         raise UserError("index add: needs titles or texts of the old and the new items, or vectors of both")
-    vectors = read_json_object(Path(folder) / "report.json")["vectors"]
+    vectors = read_report(folder, "vectors")["vectors"]
     if vectors["kind"] != "text":
         raise UserError(f"index add: {folder} was built from {vectors['kind']} vectors; give such vectors of the old and the new items")
     return text_vectors(documents, vectors["dim"], vectors["seed"], scratch, new_documents, vectors["text_model"])

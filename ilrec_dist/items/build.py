@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ilrec_dist.config import ItemsConfig
-from ilrec_dist.data.files import committed_folder, require_file, sha256_file, write_json
+from ilrec_dist.data.files import committed_folder, read_json_object, require_file, sha256_file, write_json
 from ilrec_dist.data.prepared import Prepared
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue
@@ -136,6 +136,16 @@ def _refuse_collision(config: ItemsConfig, prepared: Prepared, codes: np.ndarray
             f"{config.index or 'the built index'}: items {prepared.item_ids[pair[0]]!r} and {prepared.item_ids[pair[1]]!r} share the code {code}, "
             "which items.collisions: refuse forbids; mend the file, or set it to keep or resolve"
         )
+
+
+def read_report(folder: str | Path, *keys: str) -> dict[str, Any]:
+    """The report.json that `ilrec index` wrote into `folder`. Raises UserError where it lacks what all such reports hold, or one of `keys`."""
+    path = Path(folder) / "report.json"
+    report = read_json_object(path)
+    lacking = [key for key in ("source", "items", "vocab_size", "levels", "collisions", *keys) if key not in report]
+    if lacking:
+        raise UserError(f"{path}: damaged: no {lacking[0]!r} in it; remove {folder} and run `ilrec index` again")
+    return report
 
 
 def code_use(catalogue: Catalogue, level: int) -> np.ndarray:

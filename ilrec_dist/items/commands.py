@@ -13,6 +13,7 @@ from ilrec_dist.data.readers.tables import read_item_table
 from ilrec_dist.errors import UserError
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.items.add import add_items
+from ilrec_dist.items.embeddings import AT_ONCE
 from ilrec_dist.items.report import open_index, report_plot, report_table
 
 
@@ -20,6 +21,8 @@ def report_index(path: Path, plot: Path | None = None) -> str:
     """The table of a run's index, of a catalogue folder or of a NAME.index.json; with `plot` also writes the picture there (SVG)."""
     report, catalogue = open_index(path)
     if plot is not None:
+        if plot.is_dir():
+            raise UserError(f"--plot {plot}: is a folder; name the file to write")
         if not plot.parent.is_dir():
             raise UserError(f"--plot {plot}: the folder {plot.parent} does not exist; create it or choose another")
         report_plot(catalogue, plot)
@@ -40,7 +43,11 @@ def add_to_index(run: Path, items: Path, out: Path, vectors: tuple[Path, Path] |
     rows = _new_items(require_file(items, "--items"))
     titles = [title or "" for title in rows["title"]]
     documents = [f"{title} {text or ''}" for title, text in zip(titles, rows["text"], strict=True)]
-    given = None if vectors is None else (_vectors(vectors[0]), _vectors(vectors[1]))
+    given = None
+    if vectors is not None:
+        given = _vectors(vectors[0]), _vectors(vectors[1])
+        if given[0].shape[1] != given[1].shape[1]:
+            raise UserError(f"{vectors[1]}: vectors of {given[1].shape[1]} dimensions, those of {vectors[0]} have {given[0].shape[1]} (--vectors)")
     add_items(folders.items, load_prepared(folders.data), rows["id"], out, documents, titles, given)
     return report_index(out)
 
@@ -66,4 +73,11 @@ def _vectors(path: Path) -> np.ndarray:
         raise UserError(f"{path}: not a readable .npy file (--vectors): {str(error).splitlines()[0]}") from None
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2:
         raise UserError(f"{path}: expected an array [items, dimensions] (--vectors)")
+    if vectors.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected numbers, found {vectors.dtype} (--vectors)")
+    for start in range(0, len(vectors), AT_ONCE):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(vectors[start : start + AT_ONCE].astype(np.float32)).all(axis=1)
+        if not finite.all():
+            raise UserError(f"{path}: row {start + int(finite.argmin()) + 1}: a value that is NaN, infinite or beyond 32-bit floats; mend it (--vectors)")
     return vectors

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ilrec_dist.data.files import read_json_object
 from ilrec_dist.errors import UserError
-from ilrec_dist.items.build import catalogue_report, code_use
+from ilrec_dist.items.build import catalogue_report, code_use, read_report
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.index_file import read_index
@@ -32,7 +31,7 @@ def open_index(path: str | Path) -> tuple[dict[str, Any], Catalogue]:
     folder = path / "items" if (path / "items" / "catalogue.json").exists() else path
     if not (folder / "catalogue.json").exists():
         raise UserError(f"{path}: neither a run folder with an index, nor a folder that `ilrec index` wrote, nor a NAME.index.json")
-    return read_json_object(folder / "report.json"), Catalogue.load(folder)
+    return read_report(folder), Catalogue.load(folder)
 
 
 def report_table(report: dict[str, Any]) -> str:

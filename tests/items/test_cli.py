@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,49 @@ def test_add_refuses_what_it_cannot_use(place, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (np.zeros((1, 5)), "new.npy: vectors of 5 dimensions, those of .*old.npy have 4"),
+        (np.array([[0, np.nan, 0, 0]]), "new.npy: row 1: a value that is NaN, infinite"),
+        (np.array([[0, 1e39, 0, 0]]), "new.npy: row 1: .* beyond 32-bit floats"),
+        (np.array([["a", "b", "c", "d"]]), "new.npy: expected numbers, found <U1"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_are_named(place, capsys, tmp_path, new, message):
+    (tmp_path / "new.csv").write_text("item,title\nn1,Oak table\n")
+    old = np.random.default_rng(0).normal(size=(60, 4))
+    np.save(tmp_path / "old.npy", old)
+    np.save(tmp_path / "new.npy", new)
+    add = ["index", "add", place / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "out", "--vectors", tmp_path / "old.npy", tmp_path / "new.npy"]
+    assert re.search(message, refused(capsys, *add))
+    old[7, 0] = np.inf
+    np.save(tmp_path / "old.npy", old)
+    assert "old.npy: row 8: a value that is NaN, infinite" in refused(capsys, *add)
+    assert not (tmp_path / "out").exists()
+
+
+def test_add_makes_the_folders_above_its_own(place, capsys, tmp_path):
+    (tmp_path / "new.csv").write_text("item,title\ni1,Oak table\n")
+    add = ["index", "add", str(place / "t"), "--items", str(tmp_path / "new.csv"), "--out", str(tmp_path / "a/b/out")]
+    (tmp_path / "crowd.csv").write_text("item,title\n" + "".join(f"n{n},Oak table\n" for n in range(40)))
+    refused(capsys, *add[:4], tmp_path / "crowd.csv", *add[5:])
+    assert not (tmp_path / "a").exists()
+    assert main(add) == 0 and Catalogue.load(tmp_path / "a/b/out").num_items == 61
+
+
+def test_a_report_that_lacks_something_is_named(place, capsys, tmp_path):
+    shutil.copytree(place / "t", tmp_path / "t")
+    (tmp_path / "new.csv").write_text("item,title\nn1,Oak table\n")
+    (tmp_path / "t/items/report.json").write_text("{}")
+    for argv in (["report", tmp_path / "t"], ["add", tmp_path / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "out"]):
+        assert "report.json: damaged: no 'source' in it; remove" in refused(capsys, "index", *argv)
+    whole = json.loads((place / "t/items/report.json").read_text())
+    (tmp_path / "t/items/report.json").write_text(json.dumps({key: value for key, value in whole.items() if key != "vectors"}))
+    assert "report.json: damaged: no 'vectors' in it" in refused(capsys, "index", *argv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_of_a_run_a_folder_and_a_file(place, capsys, tmp_path):
     tables = []
     for index in (place / "t", place / "t/items"):
@@ -92,6 +137,7 @@ def test_report_of_a_run_a_folder_and_a_file(place, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert f"3 items, 6 tokens with padding, from {file}" in shown and "2 items (66.67%) share 1 tuples, largest group 2" in shown
     assert "neither a run folder with an index" in refused(capsys, "index", "report", tmp_path)
+    assert "is a folder; name the file" in refused(capsys, "index", "report", place / "t", "--plot", tmp_path)
     assert "the folder" in refused(capsys, "index", "report", place / "t", "--plot", tmp_path / "gone/use.svg")
 
 
