@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, compress, islice, repeat
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from ilrec_dist.errors import UserError
 
 AT_ONCE = 1 << 17  # texts, and vectors, that are held at once
 FIT_DOCUMENTS = 1 << 20  # texts that TF-IDF + SVD are fitted on at most; more change little
+MAX_TERMS = 50_000
+LEFT_OUT = 0.25  # of the texts, that words may leave without a term
+NO_BLANKS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]")  # Thai, Lao, Burmese, Khmer, kana, Han
 
 
 class Texts(Protocol):
@@ -80,8 +85,8 @@ def text_vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit-length vectors of texts: (float32 [n, d] of `documents`, mapped, of a file in `scratch`; float32 [m, d] of `new` in the same space).
 
-    By the model in a folder (see load_text_model) or, without one, TF-IDF + SVD fitted on `documents` (on a seeded FIT_DOCUMENTS of them where they are
-    more), where d is `dim`, or fewer where the documents have fewer terms. Deterministic for one seed.
+    By the model in a folder (see load_text_model) or, without one, TF-IDF of words or characters (see _terms) + SVD, fitted on `documents` (on a seeded
+    FIT_DOCUMENTS of them where they are more), where d is `dim`, or fewer where the documents have fewer terms. Deterministic for one seed.
     """
     if model is not None:
         embed = load_text_model(model)
@@ -91,19 +96,37 @@ def text_vectors(
         _fill(fitted, chain([first], blocks))
         return fitted, fresh
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2 if len(documents) >= 50 else 1, dtype=np.float32)
     whole = len(documents) <= FIT_DOCUMENTS
     try:
-        terms = vectorizer.fit_transform(documents if whole else _sample(documents, seed))
+        vectorizer, terms = _terms(lambda: iter(documents) if whole else _sample(documents, seed), min_df=2 if len(documents) >= 50 else 1)
     except ValueError:
-        raise UserError("items.embedding text: the titles and texts hold no words; give an items.index, or items.embedding: cf") from None
+        raise UserError("items.embedding text: the titles and texts are blank; give an items.index, or items.embedding: cf") from None
     svd = TruncatedSVD(max(1, min(dim, min(terms.shape) - 1)), random_state=seed)
-    of_fit = svd.fit_transform(terms)
+    with np.errstate(divide="ignore", invalid="ignore"):  # texts all alike: the variance that it divides by is 0
+        of_fit = svd.fit_transform(terms)
     fitted = _mapped(scratch, len(documents), of_fit.shape[1])
     _fill(fitted, [_unit(of_fit)] if whole else (_unit(svd.transform(vectorizer.transform(block))) for block in _blocks(documents)))
     return fitted, _unit(svd.transform(vectorizer.transform(new))) if len(new) else np.zeros((0, fitted.shape[1]), np.float32)
+
+
+def _terms(texts: Callable[[], Iterator[str]], min_df: int) -> tuple[Any, Any]:
+    """(TF-IDF fitted on the texts, its sparse matrix of them): of words that `min_df` texts have, or of one to three characters where words say little.
+
+    That is where more than LEFT_OUT of the texts are in a script without blanks between words, or have none of these words, or where they all have but one.
+    Blank texts do not count. Raises ValueError where there are no others.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    without_blanks = [NO_BLANKS.search(text) is not None for text in texts() if text.strip()]
+    if sum(without_blanks) <= LEFT_OUT * len(without_blanks):
+        words = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=MAX_TERMS, min_df=min_df, dtype=np.float32)
+        with suppress(ValueError):  # no word at all
+            terms = words.fit_transform(texts())
+            if terms.shape[1] > 1 and np.count_nonzero(np.diff(terms.indptr)) >= (1 - LEFT_OUT) * len(without_blanks):
+                return words, terms
+    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(1, 3), max_features=MAX_TERMS, dtype=np.float32)
+    return characters, characters.fit_transform(texts())
 
 
 def _sample(documents: Texts, seed: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ilrec_dist.config import DataConfig, ItemsConfig
 from ilrec_dist.data.prepare import prepare
@@ -18,7 +19,7 @@ from ilrec_dist.items import embeddings
 from ilrec_dist.items.build import build_index, input_files
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions, tuple_groups
-from ilrec_dist.items.embeddings import item_vectors
+from ilrec_dist.items.embeddings import _terms, item_vectors, text_vectors
 from ilrec_dist.items.quantise import centroid_codebooks, residual_codes
 from tests.data.shared_data import shared_data
 
@@ -154,7 +155,7 @@ def test_codes_approximate_their_vectors_better_level_by_level():
     ("config", "titles", "message"),
     [
         (ItemsConfig(codes_per_level=4), None, "neither titles nor texts"),
-        (ItemsConfig(codes_per_level=4), ["the", "of", "", ""], "hold no words"),
+        (ItemsConfig(codes_per_level=4), ["", " ", "", ""], "the titles and texts are blank"),
         (ItemsConfig(codes_per_level=4, embedding="cf"), None, "needs one CF vector for each of the 4 items"),
         (ItemsConfig(codes_per_level=3), ["oak", "elm", "ash", "fir"], "3 is not a power of two.* try 2"),
         (ItemsConfig(codes_per_level=8), ["oak", "elm", "ash", "fir"], "8 codes for 4 items; use at most 4"),
@@ -163,6 +164,43 @@ def test_codes_approximate_their_vectors_better_level_by_level():
 def test_what_cannot_be_built_is_said(tmp_path, config, titles, message):
     with pytest.raises(UserError, match=message):
         build_index(config, toy(titles=titles), tmp_path / "out")
+
+
+def one_word(item):
+    return "guitar"
+
+
+def chinese(item):
+    return "".join("弦琴弓木蓝包"[(item // 6**place) % 6] for place in range(3)) + "吉他架箱"[item % 4] * 3
+
+
+def half_chinese(item):
+    return chinese(item) if item % 2 else f"blue guitar {item % 5}x"
+
+
+def part_numbers(item):
+    return f"{('KAB', 'XCD', 'QEF')[item % 3]}{item * 7919 % 1000:04}"
+
+
+@pytest.mark.parametrize(("title", "kinds"), [(one_word, 1), (chinese, 4), (half_chinese, 2), (part_numbers, 3)])
+def test_titles_whose_words_say_little(tmp_path, title, kinds):
+    titles = [title(item) for item in range(60)]
+    vectors, new = text_vectors(titles, 16, 0, tmp_path, titles[:5])
+    assert np.isfinite(vectors).all() and (np.linalg.norm(vectors, axis=1) > 0.99).all() and np.allclose(new, vectors[:5], atol=1e-5)
+    likeness, kind = vectors @ vectors.T, np.arange(60) % kinds
+    same = kind[:, None] == kind
+    assert likeness[same].mean() > 0.3 + (likeness[~same].mean() if kinds > 1 else 0.0), "items of one kind are alike"
+    report = build_index(ItemsConfig(levels=2, codes_per_level=8, collisions="resolve"), toy(60, titles), tmp_path / "out")
+    assert report["collisions"]["after"]["items"] == 0
+
+
+def test_characters_are_taken_only_where_words_say_little():
+    for titles in (words(90), [*words(90), *map(chinese, range(20))], [*words(90), *[""] * 900], [*words(90), *map(part_numbers, range(20))]):
+        vectorizer, terms = _terms(lambda titles=titles: iter(titles), 2)
+        expected = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2, dtype=np.float32).fit_transform(titles)
+        assert vectorizer.analyzer == "word" and terms.shape == expected.shape and (terms != expected).nnz == 0
+    for titles in ([*words(60), *map(chinese, range(30))], [*words(60), *map(part_numbers, range(30))], ["the", "of", "of", "a"]):
+        assert _terms(lambda titles=titles: iter(titles), 2)[0].analyzer == "char_wb"
 
 
 def test_cf_vectors_and_both_side_by_side(tmp_path):
