@@ -274,7 +274,7 @@ def _without(section: Any, *names: str) -> dict[str, Any]:
 
 def _data_settings(config: Config) -> dict[str, Any]:
     unused = ["min_user_interactions", "min_item_interactions"] if config.data.format == "synthetic" else ["synthetic"]
-    unused += ["max_bad_rows"] if config.data.format in ("synthetic", "lcrec") else []
+    unused += ["max_bad_rows"] if config.data.format == "synthetic" else []
     unused += [] if config.data.format in ("csv", "parquet") else ["user_column", "item_column", "time_column"]
     unused += ["split", "split_ratio", "split_dates"] if config.data.split == "leave_one_out" else []
     return _without(config.data, "path", "items_path", "both_directions", *unused)  # the files' bytes count, not where they lie

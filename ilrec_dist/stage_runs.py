@@ -206,9 +206,11 @@ def following(config: Config, trainings: Sequence[Training], evaluate: bool) -> 
 
     def follow() -> None:
         for training in trainings:
-            with LiveProgress(training.folder, steps, training.title):
-                while not (training.folder / RESULT).exists() and not stop.wait(0.3):
-                    pass
+            with LiveProgress(training.folder, steps, training.title) as progress:
+                while not (training.folder / RESULT).exists():
+                    if stop.wait(0.3):
+                        progress.finished = (training.folder / RESULT).exists()
+                        break
             if stop.is_set():
                 return
         if evaluate:

@@ -64,11 +64,15 @@ class CachedRewards:
             self._refresh()
         found = self._read(targets) if (self._place[targets] >= 0).all() else None
         if found is not None:
-            self.meter.cached += 1
-            return Pending(self.meter, self._thread, lambda: found)
+            answer = Pending(self.meter, self._thread, lambda: found)
+            answer.keep = self._count  # when it is taken, as all answers are counted
+            return answer
         pending = self.source.fetch_async(users, positions)
         pending.keep = partial(self._store, targets)
         return pending
+
+    def _count(self, _: np.ndarray) -> None:
+        self.meter.cached += 1
 
     def _refresh(self) -> None:
         """Learn what all writers have added."""

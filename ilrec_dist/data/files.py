@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
 
 from ilrec_dist.errors import UserError
@@ -85,23 +84,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(staged, path)
 
 
-def stream_json_object(path: Path) -> Iterator[tuple[str, Any]]:
-    """As `read_json_object`, key by key: memory holds one value, and the keys so far."""
-    seen: set[str] = set()
-    try:
-        with open(path, "rb") as file:
-            for key, value in ijson.kvitems(file, "", use_float=True):
-                if key in seen:
-                    raise UserError(f"{path}: the key {key!r} occurs twice in one object; keep one of them")
-                seen.add(key)
-                yield key, value
-    except (ijson.JSONError, OSError) as error:
-        read_json_object(path)  # says where and what
-        raise UserError(f"{path}: malformed JSON: {error}") from None
-    if not seen:
-        read_json_object(path)  # not an object, or an empty one
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file whose top is an object; a repeated key is an error, for one of the two values would be lost in silence.
 
@@ -144,12 +126,14 @@ def require_file(path: str | Path, what: str) -> Path:
 
 
 def require_columns(path: Path, wanted: dict[str, str], present: Sequence[str]) -> None:
-    """Each wanted column (name → the config key that chose it) must be present; the error names the nearest one that is."""
+    """Each wanted column (name → the config key that chose it) must be present, once; the error names the nearest one that is."""
     for name, key in wanted.items():
         if name not in present:
             nearest = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
             hint = f"; the nearest column is {nearest[0]!r}" if nearest else ""
             raise UserError(f"{path}: no column {name!r} ({key}){hint}; the file has: {', '.join(map(str, present))}")
+        if list(present).count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} ({key}) occurs twice; rename or drop one of them")
 
 
 def single_file(folder: Path, suffixes: Iterable[str], what: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,8 @@ class Strings(Sequence[str]):
 
     @cached_property
     def column(self) -> pa.ChunkedArray:
-        return pq.read_table(self.path, columns=[self.name]).column(self.name)
+        with _refused_when_damaged(self.path):
+            return pq.read_table(self.path, columns=[self.name]).column(self.name)
 
     def __len__(self) -> int:
         return self.rows
@@ -58,7 +60,7 @@ class Strings(Sequence[str]):
         return self.column[index % len(self)].as_py() or ""
 
     def __iter__(self) -> Iterator[str]:
-        with pq.ParquetFile(self.path) as file:
+        with _refused_when_damaged(self.path), pq.ParquetFile(self.path) as file:
             for batch in file.iter_batches(columns=[self.name]):
                 for value in batch.column(0).to_pylist():
                     yield value or ""
@@ -67,6 +69,14 @@ class Strings(Sequence[str]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@contextmanager
+def _refused_when_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}; remove its folder and run `ilrec prepare` again") from None
 
 
 @dataclass(frozen=True)

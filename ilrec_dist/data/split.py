@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ilrec_dist.config import DataConfig
 from ilrec_dist.errors import UserError
 
 Times = Callable[[], Iterator[np.ndarray]]  # every pass gives all times again, in chunks
-MILLISECONDS_FROM = 10**11  # as milliseconds the year 1973, as seconds the year 5138
+SECONDS_TO = 10**11  # as seconds the year 5138, as milliseconds 1973: a file's largest time tells its unit; microseconds, nanoseconds a thousand times further
 BIN_BITS = 16
 
 
@@ -84,12 +84,13 @@ def _range(times: Times) -> tuple[int, int]:
 
 
 def _moment(text: str, latest: int) -> int:
-    """A time in the file's unit: integers as they are; dates (UTC) in milliseconds where the file's latest time is too large for seconds."""
+    """A time in the unit of those kept: integers as they are; dates (UTC) in the unit in which the latest time is no later than the year 5138."""
     if text.lstrip("-").isdigit():
         return int(text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise UserError(f"data.split_dates: {text!r} is neither an ISO 8601 date, such as 2018-10-01, nor an integer in the file's unit of time") from None
-    milliseconds = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-    return milliseconds if latest > MILLISECONDS_FROM else milliseconds // 1000
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    a_second = next(unit for unit in (1, 10**3, 10**6, 10**9) if latest <= SECONDS_TO * unit or unit == 10**9)
+    return since // timedelta(microseconds=1) * a_second // 10**6

@@ -60,9 +60,6 @@ def _new_items(path: Path) -> dict[str, list[str]]:
         raise UserError(str(error).replace("data.items_path", "--items")) from None
     assert table is not None
     rows: dict[str, list[str]] = table.to_pydict()
-    empty = next((row for row, item in enumerate(rows["id"], start=1) if not item), None)
-    if empty is not None:
-        raise UserError(f"{path}: row {empty} has no item id (--items)")
     return rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.data.files import stream_json_object
+from ilrec_dist.data.json_stream import stream_json_object
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.catalogue import PAD, Catalogue
 

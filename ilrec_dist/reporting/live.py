@@ -103,6 +103,7 @@ class LiveProgress:
 
     def __init__(self, folder: str | Path, total_steps: int, title: str, console: Console | None = None, poll_seconds: float = 0.5) -> None:
         self.state = TrainingState(total_steps)
+        self.finished = True  # whether a context that ends without an error means that the run is through
         self._follower = LogFollower(folder)
         self._poll_seconds = poll_seconds
         self._display = _display(title, float(total_steps), console or Console())
@@ -118,7 +119,7 @@ class LiveProgress:
         self._stop.set()
         self._thread.join()
         self._look()
-        self._display.stop(done=kind is None)
+        self._display.stop(done=kind is None and self.finished)
 
     def _follow(self) -> None:
         while not self._stop.wait(self._poll_seconds):

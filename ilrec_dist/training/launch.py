@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,10 @@ from ilrec_dist.data.files import write_json
 from ilrec_dist.errors import UserError, WorkersFailed
 from ilrec_dist.folders import RunFolders
 from ilrec_dist.training.jobs import Job, job_to_json, run_job
+
+HEARD_SECONDS = 10.0
+NO_HEAD = "no Ray head answers there"
+START_ONE = "start one with `ray start --head` and give the address that it prints, or none for a local Ray"
 
 
 def run_workers(config: Config, job: Job) -> None:
@@ -50,11 +55,27 @@ def cluster(config: Config) -> Iterator[None]:
 
     address = config.launch.ray_address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {} if address else {"num_cpus": max(len(os.sched_getaffinity(0)), config.launch.workers), "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    where = f"launch.ray_address {address}" if config.launch.ray_address else f"RAY_ADDRESS={address}"
+    if address:
+        _refuse_unless_heard(address, where)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except ConnectionError as error:
+        raise UserError(f"{where}: {NO_HEAD} ({str(error).splitlines()[0]}); {START_ONE}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_unless_heard(address: str, where: str) -> None:
+    """Ray itself tries for minutes before it gives up a host and port where nothing listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), HEARD_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"{where}: {NO_HEAD} ({error}); {START_ONE}") from None
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ def test_a_second_epoch_and_a_second_run_read_the_same_bits(world: World, tmp_pa
     for batch in batches(world, 25) + batches(world):  # another epoch's batches, and the first one's
         assert all(stored[target] == found for target, found in by_target(world, *batch, later.fetch_async(*batch).result()).items())
     assert later.meter.summary()["cached"] == later.meter.answers == len(batches(world, 25)) + len(batches(world))
+    asked = later.fetch_async(*batches(world)[0])
+    assert later.meter.cached == later.meter.answers, "answers are counted when they are taken, from disk or not"
+    asked.result()
+    assert later.meter.cached == later.meter.answers
 
 
 def test_writers_read_each_other(world: World, tmp_path: Path) -> None:

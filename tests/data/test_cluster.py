@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.readers.source import Rejects
 from ilrec_dist.errors import UserError
 from ilrec_dist.stage_runs import prepare as prepare_stage
+from ilrec_dist.training.launch import cluster as ray_session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,6 +89,22 @@ def test_errors_of_a_file_are_those_of_one_machine(cluster: Cluster, tmp_path: P
             prepare(config, tmp_path / "out", spread)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+def test_an_address_where_no_head_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, and listening to nobody
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        began = time.monotonic()
+        with (
+            pytest.raises(UserError, match=f"launch.ray_address {address}: no Ray head answers there"),
+            ray_session(Config(launch=LaunchConfig(ray_address=address))),
+        ):
+            pass
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`"), ray_session(Config()):
+            pass
+        assert time.monotonic() - began < 25
 
 
 def test_the_stage_uses_the_cluster_it_is_given(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
         line = text.count("\n") + 1
         item = rng.choice(ITEMS)
         if rng.random() < 0.1:
-            bad.append(line)
+            bad += range(line, line + 1 + item.count("\n"))  # each of its lines
             text += f"{number},{item}"
         else:
             good.append((str(number), line))
@@ -96,11 +96,71 @@ def test_a_quote_left_open_is_named(tmp_path, monkeypatch):
     rows = [f"{number % 3},{number % 5},{number}" for number in range(200)]
     path = tmp_path / "rows.csv"
     path.write_text("user,item,timestamp\n" + "\n".join([*rows[:50], '1,"2,50', *rows[50:]]) + "\n")
-    with pytest.raises(UserError, match=r"rows\.csv: line 52: malformed row: 2 fields, expected 3"):
-        prepare(csv_config(path), tmp_path / "out")
+    for allowed in (0, 1000):
+        with pytest.raises(UserError, match=r"rows\.csv: line 52: a quote mark of this row is left open"):
+            prepare(csv_config(path, max_bad_rows=allowed), tmp_path / "out")
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     with pytest.raises(UserError, match=r"rows\.csv: cannot be read: from line \d+ on, a row is longer than 64 bytes; is a quote mark left open\?$"):
         prepare(csv_config(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_quote_left_open_in_a_column_that_is_not_read_loses_no_rows_in_silence(tmp_path, ending):
+    path = tmp_path / "rows.csv"
+    rows = ["user,item,timestamp,note", "1,2,3,fine", "1,3,4,", '1,4,5,"left open', "2,5,6,x", "2,6,7,x"]
+    path.write_text("\n".join(rows) + ending)
+    with pytest.raises(UserError, match=r"rows\.csv: line 4: a quote mark of this row is left open: all rows behind it"):
+        prepare(csv_config(path), tmp_path / "out")
+    (tmp_path / "alone.csv").write_text('user,item,timestamp,note\n1,2,3,"open' + ending)
+    with pytest.raises(UserError, match=r"alone\.csv: line 2: a quote mark"):
+        prepare(csv_config(tmp_path / "alone.csv"), tmp_path / "out")
+
+
+def test_each_line_of_a_malformed_row_counts(tmp_path):
+    """A quote that another row's closes may have swallowed good rows: they are not lost as one."""
+    path = tmp_path / "rows.csv"
+    path.write_text('user,item,timestamp\n1,1,1\n1,"2,2\n1,3,3\n1,4,4\n1,5"\n1,6,6\n1,7,7\n')
+    message = r"malformed row: 2 fields, expected 3 \(','-separated\), over 4 lines; is a quote mark left open\?; mend it"
+    with pytest.raises(UserError, match=rf"rows\.csv: line 3: {message}"):
+        prepare(csv_config(path), tmp_path / "out")
+    with pytest.raises(UserError, match=r"rows\.csv: line 6: in the malformed row that begins on line 3 \(bad row 4"):
+        prepare(csv_config(path, max_bad_rows=3), tmp_path / "out")
+    read = prepare(csv_config(path, max_bad_rows=4), tmp_path / "out")["read"]
+    assert (read["interactions"], read["bad_rows"]) == (3, 4)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["text"]) for reject in rejects] == [(3, '1,"2,2'), (4, "1,3,3"), (5, "1,4,4"), (6, '1,5"')]
+
+
+@pytest.mark.parametrize("text", ["user,item,timestamp", "user,item,timestamp\n", "\n\nuser,item,timestamp\r\n\n"])
+def test_a_header_alone_has_no_interactions(tmp_path, text):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rows\.csv: no interactions$"):
+        prepare(csv_config(path), tmp_path / "out")
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("user,item,timestamp,item\n1,2,3,4\n")
+    with pytest.raises(UserError, match=r"rows\.csv: the column 'item' \(data.item_column\) occurs twice; rename or drop one of them"):
+        prepare(csv_config(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["soon", None, "7", "2020-01-01", "9"], [None, None, 7, None, 9]),
+        (["", "2020-13-45", "2020-01-01", "7"], [None, None, 1577836800000, None]),
+        (["1577836800123456789", "-9223372036854775807", "9223372036854775807"], [1577836800123456789, -(2**63) + 1, 2**63 - 1]),
+        (["1", "9223372036854775808", "-9999999999999999999", "12345678901234567890", "x"], [1, None, None, None, None]),
+        (["1.5", "9e15", "-2e-3", "inf"], [1500, None, -2, None]),
+        (["soon", "later"], [None, None]),
+    ],
+)
+def test_the_first_time_decides_how_all_are_read(values, expected):
+    assert Times().parse(pa.array(values, pa.string())).to_pylist() == expected
+    times = Times()
+    assert [times.parse(pa.array([value], pa.string()))[0].as_py() for value in values] == expected, "over batches too"
 
 
 def test_however_many_bad_rows_the_file_is_read_twice(tmp_path, monkeypatch):

@@ -72,6 +72,16 @@ def test_a_bad_row_of_recbole_items_is_refused_without_advice_that_does_not_help
             load(tmp_path, "recbole", tmp_path, max_bad_rows=allowed)
 
 
+def test_recbole_items_without_a_text(tmp_path):
+    (tmp_path / "ml.inter").write_text(RECBOLE_INTER)
+    (tmp_path / "ml.item").write_text(
+        "item_id:token\tyear:token\tname:token\tclass:token_seq\n242\t\tA\t\n302\t1997\tB\t\n377\t\t\tComedy  Crime\n51\t1990\tC\tDrama\n"
+    )
+    _, _, titles, texts = load(tmp_path, "recbole", tmp_path)
+    assert titles == {"242": "A", "302": "B", "377": "", "51": "C", "346": ""}
+    assert texts == {"242": "", "302": "1997", "377": "Comedy Crime", "51": "1990 Drama", "346": ""}
+
+
 REVIEWS_2018 = [
     {"overall": 5.0, "verified": True, "reviewTime": "01 1, 2018", "reviewerID": "A1", "asin": "B00A", "style": {"Size:": " M"}, "unixReviewTime": 1514764800},
     {"overall": 1.0, "reviewerID": "A1", "asin": "B00C", "reviewText": 'a "quoted" {brace}', "vote": "3", "unixReviewTime": 1514764700},
@@ -139,6 +149,14 @@ def test_bad_reviews_are_refused_or_counted(tmp_path, line, reason):
         load(tmp_path, "amazon", path)
     manifest, histories, _, _ = load(tmp_path, "amazon", path, max_bad_rows=1)
     assert manifest["read"]["bad_rows"] == 1 and histories == {"A1": ["B00C", "B00A", "B00B"]}
+
+
+def test_reviews_with_bytes_that_are_no_text(tmp_path):
+    path = write_jsonl(tmp_path / "reviews.jsonl", REVIEWS_2018)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b'{"reviewerID": "A1", "asin": "B\xff", "unixReviewTime": 1514764600}\n')
+    with pytest.raises(UserError, match=r"reviews.jsonl: line 4: not UTF-8 text"):
+        load(tmp_path, "amazon", path)
+    assert load(tmp_path, "amazon", path, max_bad_rows=1)[1] == {"A1": ["B00C", "B00A", "B00B"]}
 
 
 def test_only_bad_reviews_are_looked_at_one_by_one(tmp_path, monkeypatch):
@@ -234,6 +252,13 @@ def test_s3rec_and_sasrec_text(tmp_path):
     assert [json.loads(line)["line"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()] == [5, 4]
 
 
+@pytest.mark.parametrize("text", ["1 11 12 13\n2 12 11 13\n", "1 11\n1 12\n1 13\n2 12\n2 11\n2 13\n"])
+def test_a_byte_order_mark_is_no_part_of_the_first_user(tmp_path, text):
+    path = tmp_path / "Beauty.txt"
+    path.write_text("\ufeff" + text)
+    assert load(tmp_path, "sequences", path)[1] == {"1": ["11", "12", "13"], "2": ["12", "11", "13"]}
+
+
 MINIONEREC = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
 MINIONEREC_ROWS = {
     "train": [
@@ -265,7 +290,19 @@ def test_minionerec(tmp_path):
         load(tmp_path, "minionerec", tmp_path / "train" / "Tools_5_2016-10-2018-11.csv")
 
 
-@pytest.mark.parametrize("bad", ["A1,x,y", "A1,x,y,[7],12,z,z,z", "A1,[],Saw,none,5,x,y"])
+def test_minionerec_histories_that_are_empty_or_of_ids_with_blanks(tmp_path):
+    rows = {
+        "train": ["A1,[],Drill,[],12,x,y", "A1,\"['Drill']\",Glue,['12'],a b,x,y", "A2,\"['Glue', 'Saw']\",Drill,\"[ 'a b' ,  5 ]\",12,x,y"],
+        "valid": ["A1,x,Saw,x,5,x,y".replace(",x,5", ",[12],5"), "A3,[],Saw,[ ],5,x,y"],
+        "test": ["A3,x,Glue,[5],a b,x,y", "A3,x,Drill,[5],12,x,y"],
+    }
+    write_minionerec(tmp_path, rows)
+    assert load(tmp_path, "minionerec", tmp_path)[1] == {"A1": ["12", "a b", "5"], "A2": ["a b", "5", "12"], "A3": ["5", "a b", "12"]}
+
+
+@pytest.mark.parametrize(
+    "bad", ["A1,x,y,[7 3],12,z,z", "A1,x,y,\"['a, b']\",12,z,z", 'A1,x,y,"[7,]",12,z,z', "A1,x,y", "A1,x,y,[7],12,z,z,z", "A1,[],Saw,none,5,x,y"]
+)
 def test_minionerec_rows_that_are_tolerated_are_tolerated_for_titles_too(tmp_path, bad):
     write_minionerec(tmp_path, {**MINIONEREC_ROWS, "train": [MINIONEREC_ROWS["train"][0], bad, *MINIONEREC_ROWS["train"][1:]]})
     with pytest.raises(UserError, match=r"Tools_5_2016-10-2018-11\.csv: line 3: .* --max-bad-rows N"):

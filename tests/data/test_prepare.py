@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import subprocess
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.config import DataConfig
+from ilrec_dist.data.json_stream import stream_json_object
 from ilrec_dist.data.prepare import input_files, prepare
 from ilrec_dist.data.prepared import load_prepared
 from ilrec_dist.data.readers.lcrec import read_lcrec
@@ -31,7 +33,8 @@ def unfiltered(**settings) -> DataConfig:
 
 def write_lcrec(folder, histories=HISTORIES, items=ITEMS):
     folder.mkdir(exist_ok=True)
-    (folder / "Toy.inter.json").write_text(histories if isinstance(histories, str) else json.dumps(histories))
+    text = histories if isinstance(histories, str | bytes) else json.dumps(histories)
+    (folder / "Toy.inter.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     if items is not None:
         (folder / "Toy.item.json").write_text(json.dumps(items))
     return unfiltered(format="lcrec", path=str(folder))
@@ -164,8 +167,14 @@ BAD = {
     "not an object": ("[1, 2]", r"Toy\.inter\.json: expected a JSON object at the top, found list"),
     "trailing text": ('{"1": [1, 2, 3]}\n]', r"Toy\.inter\.json: malformed JSON at line 2, column 1"),
     "not closed": ('{"1": [1, 2, 3]', r"Toy\.inter\.json: malformed JSON at line 1, column 16"),
-    "not a list": ('{"u7": "x"}', r"Toy\.inter\.json: user 'u7': expected a list of item ids .* found 'x'"),
-    "nested item": ('{"u7": [1, [2]]}', r"Toy\.inter\.json: user 'u7': expected a list"),
+    "not a list": ('{"u7": "x"}', r"Toy\.inter\.json: user 1: 'u7' has 'x', expected a list of item ids"),
+    "nested item": ('{"u7": [1, [2]]}', r"Toy\.inter\.json: user 1: 'u7' has \[1, \[2\]\], expected a list"),
+    "half a surrogate pair": (
+        '{"u7": [1, 2, 3],\n "u\\\\8": ["\\ud83d\\ude00", "\\\\ud83d", "a\\ud83d", 4]}',
+        r"Toy\.inter\.json: line 2: \\ud83d after .* is half a surrogate pair",
+    ),
+    "its other half": ('{"u7": ["\\ude00"]}', r"Toy\.inter\.json: line 1: \\ude00 after .* is half a surrogate pair"),
+    "not UTF-8": (b'{"u\xff": [1, 2, 3]}', r"Toy\.inter\.json: not UTF-8 text \(byte 3\)"),
     "repeated user": ('{"u7": [1, 2, 3], "u7": [2]}', r"Toy\.inter\.json: the key 'u7' occurs twice"),
     "short user": ('{"1": [1, 2, 3], "u8": [1, 2]}', r"Toy\.inter\.json: user 'u8' has 2 interactions, expected at least 3"),
     "no rows": ("{}", r"Toy\.inter\.json: no interactions"),
@@ -179,6 +188,42 @@ def test_bad_lcrec_is_one_clear_line_and_leaves_nothing(tmp_path, text, message)
         prepare(config, tmp_path / "out")
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"], "something was left behind"
+
+
+def test_a_malformed_user_of_lcrec_is_tolerated_and_counted(tmp_path):
+    config = write_lcrec(tmp_path / "in", {"1": [1, 2, 3], "2": "x", "3": [3, 2, 1], "4": [None]})
+    manifest = prepare(unfiltered(format="lcrec", path=config.path, max_bad_rows=2), tmp_path / "out")
+    assert manifest["users"] == manifest["read"]["bad_rows"] == 2
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["user"], row["text"]) for row in rejects] == [(2, "'x'"), (4, "[None]")]
+
+
+def test_an_item_of_lcrec_with_a_field_twice_or_half_a_character_is_refused(tmp_path):
+    config = write_lcrec(tmp_path / "in")
+    for text, message in (
+        ('{"1": {"title": "a", "title": "b"}}', r"Toy\.item\.json: the key 'title' occurs twice in one object"),
+        ('{"1": {"title": "\\ud83dxyz"}}', r"Toy\.item\.json: line 1: .* is half a surrogate pair"),
+    ):
+        (tmp_path / "in" / "Toy.item.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            prepare(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_half_pairs_are_found_wherever_blocks_end(tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    whole = ["\\ud83d\\ude00", "\\\\ud83d", "\\\\\\\\", '\\"', "\\u00e9", "\\uDBFF\\uDFFF", "x", ",", "é"]
+    path = tmp_path / "some.json"
+    for size in range(1, 40):
+        monkeypatch.setattr("ilrec_dist.data.json_stream.CHUNK_BYTES", size)
+        values = ["".join(rng.choices(whole, k=rng.randrange(6))) for _ in range(5)]
+        path.write_text("{" + ",\n".join(f'"{number}": "{value}"' for number, value in enumerate(values)) + "}")
+        assert dict(stream_json_object(path)) == json.loads(path.read_text())
+        line = rng.randrange(5)
+        values[line] += rng.choice(["\\ud83d", "\\ude00", "\\ude00\\ud83d", "\\ud83dx\\ude00", "\\\\\\ud83d\\\\ude00"])
+        path.write_text("{" + ",\n".join(f'"{number}": "{value}"' for number, value in enumerate(values)) + "}")
+        with pytest.raises(UserError, match=f"line {line + 1}: "):
+            list(stream_json_object(path))
 
 
 def test_missing_inputs_are_named(tmp_path):
@@ -236,7 +281,7 @@ GOOD = [("u", item, item) for item in range(4)]
         ([*GOOD, ("u", 5, "soon")], 6, "time 'soon' is not an integer"),
         ([*GOOD, ("u", 5, "")], 6, "time None is not an integer"),
         ([("u", 5, 1.5), *GOOD, ("u", 6, "x")], 7, "time 'x' is not a number"),
-        ([("u", 5, "2020-01-02"), ("u", 6, "2020-01-02 10:00:00"), ("u", 7, "2020-13-02")], 4, "time '2020-13-02' is not a number or an ISO 8601 date"),
+        ([("u", 5, "2020-01-02"), ("u", 6, "2020-01-02 10:00:00"), ("u", 7, "2020-13-02")], 4, "time '2020-13-02' is not an ISO 8601 date"),
         ([("u", 5, "2020-01-02T10:00:00Z"), ("u", 6, "2020-01-02")], 3, "time '2020-01-02' is not an ISO 8601 date-time with a zone"),
     ],
 )
@@ -307,6 +352,92 @@ def test_bad_parquet_rows_are_named_by_row(tmp_path):
         prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
 
 
+def of_bytes(values):
+    """A string column of these bytes, whatever they are."""
+    column = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(column), column.buffers())
+
+
+def test_parquet_columns_as_other_tools_write_them(tmp_path):
+    path = tmp_path / "rows.parquet"
+
+    def refused(message, **columns):
+        pq.write_table(pa.table({"user": ["u"] * 3, "item": [1, 2, 3], "timestamp": [1, 2, 3]} | columns), path)
+        with pytest.raises(UserError, match=f"rows.parquet: {message}"):
+            prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+
+    for name in ("user", "item", "timestamp"):
+        refused("row 2: not UTF-8 text", **{name: of_bytes([b"1", b"2\xff", b"3"])})
+    refused("row 3: time 18446744073709551615 is not", timestamp=pa.array([1, 2, 2**64 - 1], pa.uint64()))
+    refused(r"the time column holds list<.*>, expected integers, numbers, dates, timestamps or text", timestamp=[[1], [2], [3]])
+    refused(r"the item column holds list<.*>, expected strings or integers", item=[[1], [2], [3]])
+    pq.write_table(pa.Table.from_arrays([pa.array([1])] * 4, ["user", "item", "item", "timestamp"]), path)
+    with pytest.raises(UserError, match=r"rows.parquet: the column 'item' \(data.item_column\) occurs twice"):
+        prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+    hashes = pa.array([2**64 - 1, 2**63, 70], pa.uint64())
+    pq.write_table(pa.table({"user": pa.array([2**64 - 2] * 3, pa.uint64()), "item": hashes, "timestamp": pa.array([3, 2, 1], pa.uint64())}), path)
+    prepare(unfiltered(format="parquet", path=str(path)), tmp_path / "out")
+    prepared = load_prepared(tmp_path / "out")
+    assert (
+        list(prepared.item_ids) == ["70", str(2**63), str(2**64 - 1)] and prepared.items.tolist() == [0, 1, 2] and list(prepared.user_ids) == [str(2**64 - 2)]
+    )
+
+
+def test_rows_that_are_not_text_are_tolerated_and_counted(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"user": ["u"] * 4, "item": of_bytes([b"1", b"2\xff", b"3", b"4"]), "timestamp": [1, 2, 3, 4]}), path)
+    prepare(unfiltered(format="parquet", path=str(path), max_bad_rows=1), tmp_path / "out")
+    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
+    assert (reject["row"], reject["reason"]) == (2, "not UTF-8 text") and "2\ufffd" in reject["text"]
+    assert list(load_prepared(tmp_path / "out").item_ids) == ["1", "3", "4"]
+
+
+def test_item_tables_that_cannot_be_used_are_refused_by_line_row_or_column(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", GOOD)
+
+    def refused(name, message):
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            prepare(unfiltered(format="csv", path=config.path, items_path=str(tmp_path / name)), tmp_path / "out")
+
+    for content, message in (
+        (b"item,title\n1,a\n2\n", r"line 3: malformed row: 1 fields, expected 2 .*; mend it: items are not skipped$"),
+        (b"item,title\n1,a\n,b\n", r"line 3: no item id; mend it"),
+        (b"item,title\n1,a\n2,\xff\n", "line 3: not UTF-8 text"),
+        (b"item,title,title\n1,a,b\n", r"the column 'title' \(data.items_path\) occurs twice"),
+        (b"item,name\n1,a\n", r"no column 'title' \(data.items_path\)"),
+        (b"item,title\n1,a\n1,b\n", "item '1' has 2 rows, expected one"),
+        (b'item,title\n1,a\n2,"b\n3,c\n', "line 3: a quote mark of this row is left open"),
+        (b"", "the file is empty, expected a header line"),
+    ):
+        (tmp_path / "items.csv").write_bytes(content)
+        refused("items.csv", message)
+    (tmp_path / "items.csv.gz").write_bytes(gzip.compress(b"item,title\n" + b"".join(b"%d,title %d\n" % (n, n * n) for n in range(9000)))[:-2000])
+    refused("items.csv.gz", "cannot be ")
+    for columns, message in (
+        ({"item": ["1", None], "title": ["a", "b"]}, "row 2: no item id"),
+        ({"item": ["1", "2"], "title": [["a"], ["b"]]}, r"column 'title' holds list<.*>, expected text"),
+        ({"item": ["1", "2"], "title": ["a", "b"], "text": of_bytes([b"x", b"\xff"])}, "row 2: 'text' is not UTF-8 text"),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+        refused("items.parquet", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_column_in_two_roles_is_refused(tmp_path):
+    config = write_csv(tmp_path / "rows.csv", GOOD)
+    with pytest.raises(UserError, match="data.user_column and data.item_column are both 'item'; name two columns"):
+        prepare(unfiltered(format="csv", path=config.path, user_column="item"), tmp_path / "out")
+
+
+def test_files_of_a_folder_read_times_as_the_first_that_has_one(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_csv(tmp_path / "in" / "a.csv", [])
+    write_csv(tmp_path / "in" / "b.csv", [("u", 1, "2.5"), ("u", 2, "1")])
+    write_csv(tmp_path / "in" / "c.csv", [("u", 3, "2")])
+    prepare(unfiltered(format="csv", path=str(tmp_path / "in")), tmp_path / "out")
+    assert histories_of(load_prepared(tmp_path / "out")) == {"u": [2, 3, 1]}
+
+
 def test_reading_parquet_holds_row_groups_and_not_the_file(tmp_path):
     path = tmp_path / "rows.parquet"
     table = pa.table([np.random.default_rng(0).integers(0, 2**40, 1_000_000)] * 3, ["user", "item", "timestamp"])
@@ -328,6 +459,13 @@ def test_a_damaged_prepared_folder_is_refused(tmp_path):
     (tmp_path / "out" / "items.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"items.parquet: missing or not of the \d+ bytes"):
         load_prepared(tmp_path / "out")
+    prepare(write_lcrec(tmp_path / "in"), tmp_path / "out")
+    content = bytearray((tmp_path / "out" / "items.parquet").read_bytes())
+    content[4:40] = bytes(36)
+    (tmp_path / "out" / "items.parquet").write_bytes(content)
+    for read in (lambda ids: ids[0], list):
+        with pytest.raises(UserError, match=r"items.parquet: damaged: .*; remove its folder and run `ilrec prepare` again"):
+            read(load_prepared(tmp_path / "out").item_ids)
     with pytest.raises(UserError, match="not a prepared data folder"):
         load_prepared(tmp_path / "in")
 

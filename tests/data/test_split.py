@@ -69,13 +69,20 @@ def test_by_date_is_the_definition(tmp_path):
     assert prepared.train_mask().sum() == sum(time < 50 for *_, time in ROWS)
 
 
-@pytest.mark.parametrize("unit", [1, 1000])
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
 def test_dates_are_read_in_the_unit_of_the_file(tmp_path, unit):
     day = 86400
     rows = [(user, item, (1_500_000_000 + time * day) * unit) for user, item, time in ROWS]
     cuts = [(1_500_000_000 // day + 51) * day * unit, (1_500_000_000 // day + 71) * day * unit]  # midnights
     prepared = load(tmp_path, rows, split_dates=["2017-09-03", "2017-09-23T00:00:00+00:00"])
     assert found(prepared) == expected(rows, *cuts)
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_dates_where_decimal_numbers_are_kept_in_thousandths(tmp_path, unit):
+    rows = [(user, item, f"{(1_500_000_000 + time * 86400) * unit}.0") for user, item, time in ROWS]
+    prepared = load(tmp_path, rows, split_dates=["2017-09-03", "2017-09-23"])
+    assert found(prepared) == expected(ROWS, 51, 71), "midnights as above: a day is a unit of these rows"
 
 
 def test_by_ratio_never_parts_rows_of_one_time(tmp_path):

@@ -68,9 +68,9 @@ def test_add_refuses_what_it_cannot_use(place, capsys, tmp_path):
     (tmp_path / "untitled.csv").write_text("item,name\nn1,Oak table\n")
     assert "no column 'title' (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "untitled.csv", *out)
     (tmp_path / "nameless.csv").write_text("item,title\nn1,Oak table\n,Elm table\n")
-    assert "nameless.csv: row 2 has no item id (--items)" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.csv", *out)
+    assert "nameless.csv: line 3: no item id; mend it" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.csv", *out)
     pq.write_table(pa.table({"item": [None, "n1"], "title": ["Elm table", "Oak table"]}), tmp_path / "nameless.parquet")
-    assert "nameless.parquet: row 1 has no item id" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.parquet", *out)
+    assert "nameless.parquet: row 1: no item id" in refused(capsys, "index", "add", place / "t", "--items", tmp_path / "nameless.parquet", *out)
     np.save(tmp_path / "few.npy", np.zeros((3, 4)))
     assert "3 and 3 vectors for 60 old and 1 new items" in refused(
         capsys, "index", "add", place / "t", "--items", tmp_path / "new.csv", *out, "--vectors", tmp_path / "few.npy", tmp_path / "few.npy"

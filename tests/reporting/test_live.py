@@ -117,5 +117,12 @@ def test_a_terminal_gets_one_bar(tmp_path):
         pass
 
 
+def test_a_run_that_did_not_end_well_is_not_done(tmp_path):
+    console = Console(file=io.StringIO(), width=160)
+    with LiveProgress(tmp_path, 50, "sft", console=console, poll_seconds=0.01) as progress:
+        progress.finished = False
+    assert console.file.getvalue().startswith("sft: stopped after 0:0")
+
+
 def test_clock():
     assert [clock(4.2), clock(65), clock(3725.2)] == ["0:04", "1:05", "1:02:05"]

@@ -50,7 +50,7 @@ def read_amazon(config: DataConfig) -> Source:
 def _edition(path: Path, max_bad_rows: int) -> str:
     """By the first review, or by the first good one where bad rows are tolerated."""
     complaint = ""
-    with open_text(path) as file:
+    with open_text(path, "utf-8-sig") as file:
         for number, line in islice(((number, line) for number, line in enumerate(file, 1) if line.strip()), max_bad_rows + 1):
             try:
                 fields = json.loads(line)

@@ -13,46 +13,56 @@ import pyarrow.compute as pc
 from ilrec_dist.data.readers.source import Rejects
 from ilrec_dist.errors import UserError
 
-# How the first value of a text column is read decides for all.
+# How the first time in a text column is read decides for all.
 KINDS = {
-    "integer": r"^-?[0-9]{1,18}$",
+    "integer": r"^-?[0-9]{1,19}$",
     "decimal": r"^-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?$",
     "zoned date": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]+(Z|[+-][0-9]{2}:?[0-9]{2})$",
 }
 DATE = r"^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ][0-9:.]+(Z|[+-][0-9:]+)?)?$"  # what may be one
+ANY = "|".join([*KINDS.values(), DATE])
 EXPECTED = {
-    "integer": "an integer, as the first one is",
-    "decimal": "a number, as the first one is",
-    "zoned date": "an ISO 8601 date-time with a zone, as the first one is",
-    "date": "a number or an ISO 8601 date",
+    None: "a number or an ISO 8601 date",
+    "integer": "an integer of 64 bits, as the first time is one",
+    "decimal": "a number below 9·10¹⁵, as the first time is one",
+    "zoned date": "an ISO 8601 date-time with a zone, as the first time is one",
+    "date": "an ISO 8601 date, as the first time is one",
 }
+LARGEST = str(2**63 - 1)  # as many digits as an integer may have
+TIMES = ("integer", "floating", "decimal", "timestamp", "date", "string", "large_string")  # Arrow types of a time column
 
 
 class Times:
-    """A time column as int64, read one way throughout, which its first value decides.
+    """A time column as int64, read one way throughout, which the first value that is a time decides.
 
     Integers stay as they are; decimal numbers become thousandths; ISO 8601 dates and date-times become milliseconds since 1970.
     """
 
     def __init__(self, kind: str | None = None) -> None:
-        self.kind = kind  # a key of EXPECTED; None until the first value of a text column is seen
+        self.kind = kind  # a key of EXPECTED; None until a text column's first time is seen
 
     def parse(self, column: pa.Array) -> pa.Array:
         """int64, null where a value does not parse."""
+        if pa.types.is_uint64(column.type):
+            column = pc.if_else(pc.less(column, pa.scalar(2**63, pa.uint64())), column, pa.scalar(None, pa.uint64()))
         if pa.types.is_integer(column.type):
             return column.cast(pa.int64())
-        if pa.types.is_floating(column.type):
+        if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
             return self._thousandths(column.cast(pa.float64()))
         if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             return column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
         text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-        known = text.drop_null()
-        if self.kind is None and len(known):
-            first = known[0].as_py()
-            self.kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, first)), "date")
+        if self.kind is None:
+            first = pc.index(pc.fill_null(pc.match_substring_regex(text, ANY), False), True).as_py()
+            if first < 0:
+                return pa.nulls(len(text), pa.int64())
+            self.kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, text[first].as_py())), "date")
         if self.kind in ("date", "zoned date"):
             return _dates(text, "UTC" if self.kind == "zoned date" else None)
-        good = pc.match_substring_regex(text, KINDS[self.kind or "integer"])
+        good = pc.match_substring_regex(text, KINDS[self.kind])
+        if self.kind == "integer" and (pc.max(pc.binary_length(text)).as_py() or 0) >= len(LARGEST):
+            digits = pc.ascii_ltrim(text, "-")
+            good = pc.and_(good, pc.or_(pc.less(pc.binary_length(digits), len(LARGEST)), pc.less_equal(digits, LARGEST)))
         text = pc.if_else(good, text, pa.scalar(None, pa.string()))
         return text.cast(pa.int64()) if self.kind == "integer" else self._thousandths(text.cast(pa.float64()))
 
@@ -117,30 +127,63 @@ def checked_batch(
 
     columns: user, item and, with `times`, time, as arrays. places: row numbers within the batch → `unit` numbers in the file.
     """
-    user, item = _ids(path, columns["user"], "user"), _ids(path, columns["item"], "item")
+    whole = {name: text_or_null(_plain(column)) for name, column in columns.items()}
+    user, item = _ids(path, whole["user"], "user"), _ids(path, whole["item"], "item")
     good_user, good_item = _present(user), _present(item)
     good = pc.and_(good_user, good_item)
     batch = {"user": user, "item": item}
     if times is not None:
-        batch["timestamp"] = times.parse(columns["time"])
+        if not any(getattr(pa.types, f"is_{name}")(whole["time"].type) for name in TIMES):
+            raise UserError(f"{path}: the time column holds {whole['time'].type}, expected integers, numbers, dates, timestamps or text")
+        batch["timestamp"] = times.parse(whole["time"])
         good = pc.and_(good, pc.is_valid(batch["timestamp"]))
     if not pc.all(good).as_py():
         rows = np.flatnonzero(~good.to_numpy(zero_copy_only=False))
         for row, place in zip(rows.tolist(), places(rows), strict=True):
-            if not good_user[row].as_py():
+            if any(columns[name][row].is_valid and not whole[name][row].is_valid for name in columns):
+                reason = "not UTF-8 text"
+            elif not good_user[row].as_py():
                 reason = "no user id"
             elif not good_item[row].as_py():
                 reason = "no item id"
             else:
-                reason = f"time {columns['time'][row].as_py()!r} is not {EXPECTED.get(times.kind or '', 'a time') if times else 'a time'}"
-            rejects.add(path, place, reason, str([column[row].as_py() for column in columns.values()]), unit)
+                reason = f"time {columns['time'][row].as_py()!r} is not {EXPECTED[times.kind if times else None]}"
+            rejects.add(path, place, reason, str([_shown(column[row]) for column in columns.values()]), unit)
         batch = {name: column.filter(good) for name, column in batch.items()}
     return pa.record_batch(batch)
 
 
+def text_or_null(column: pa.Array) -> pa.Array:
+    """The column, with null for the strings of it that are not UTF-8, which a Parquet or JSON file may hold."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+
+    def works(first: int, last: int) -> bool:
+        try:
+            column.slice(first, last - first).validate(full=True)
+            return True
+        except pa.ArrowInvalid:
+            return False
+
+    bad = np.zeros(len(column), bool)
+    bad[list(failing_rows(len(column), works))] = True
+    return pc.if_else(pa.array(bad), pa.scalar(None, column.type), column) if bad.any() else column
+
+
+def _shown(value: pa.Scalar) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes().decode("utf-8", "replace")
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
 def _ids(path: Path, column: pa.Array, name: str) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    if pa.types.is_uint64(column.type):
+        return column.cast(pa.string())  # may be beyond int64; ids of digits are in order of value either way
     if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
         return column.cast(pa.string())
     if pa.types.is_integer(column.type):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gzip
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ilrec_dist.data.readers.source import Rejects
 from ilrec_dist.errors import UserError
 
 BLOCK_BYTES = 32 << 20
+END = "\x03end of the file\x03"  # in every field of a row put behind the last: in quotes that are still open it is no row
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,18 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
             reported += len(some)
             del pending[: len(some)]
             for line, (found, text) in zip(places, some, strict=True):
-                rejects.add(path, line, f"malformed row: {found} fields, expected {len(names)} ({dialect.delimiter!r}-separated)", text)
+                if END in text:
+                    raise _open_quote(path, line)
+                over = text.split("\n")  # each line of it may have been a row
+                hint = f", over {len(over)} lines; is a quote mark left open?" if len(over) > 1 else ""
+                rejects.add(path, line, f"malformed row: {found} fields, expected {len(names)} ({dialect.delimiter!r}-separated){hint}", over[0])
+                for further, part in enumerate(over[1:], 1):
+                    rejects.add(path, line + further, f"in the malformed row that begins on line {line}", part)
 
-    first = 0
+    first, ended = 0, not dialect.quoted
     try:
         reader = pacsv.open_csv(
-            path,
+            _Ended(path, dialect.delimiter.join([END] * len(names))) if dialect.quoted else path,
             pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=names, skip_rows=header),
             pacsv.ParseOptions(
                 delimiter=dialect.delimiter, quote_char='"' if dialect.quoted else False, newlines_in_values=dialect.quoted, invalid_row_handler=skip
@@ -107,14 +115,18 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
         )
         for batch in reader:
             report()
+            if dialect.quoted and batch.num_rows and batch.column(0)[-1].as_py() == END.encode():
+                ended, batch = True, batch.slice(0, batch.num_rows - 1)
             lines = Lines(path, first, malformed, records)
             yield _as_text(batch, lines, rejects)
             first += batch.num_rows
-            records.forget(first + 1)
+            records.forget(first)
         report()
+        if not ended:
+            raise _open_quote(path, Lines(path, first, malformed, records).at(np.array([-1]))[0] if first else header + 1)
     except (pa.ArrowInvalid, OSError) as error:
         report()
-        if "Empty CSV" in str(error):
+        if "Empty CSV" in str(error) or "Could not skip initial" in str(error):  # nothing behind the header
             return
         reason = str(error).splitlines()[0]
         if "straddling" in reason:
@@ -122,6 +134,30 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
             hint = "; is a quote mark left open?" if dialect.quoted else ""
             reason = f"from line {line} on, a row is longer than {BLOCK_BYTES:,} bytes{hint}"
         raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+class _Ended(io.RawIOBase):
+    """A file's bytes, unpacked when its name ends in .gz, and a last row behind them."""
+
+    def __init__(self, path: Path, row: str) -> None:
+        self.stream, self.row = pa.input_stream(str(path), compression="detect"), f"\n{row}\n".encode()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.stream.read(None if size < 0 else size)
+        if not data or size < 0:
+            data, self.row = data + self.row, b""
+        return data
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def _open_quote(path: Path, line: int) -> UserError:
+    return UserError(f"{path}: line {line}: a quote mark of this row is left open: all rows behind it are taken as its text; close it or take it out")
 
 
 def _as_text(batch: pa.RecordBatch, lines: Lines, rejects: Rejects) -> tuple[pa.RecordBatch, Lines]:

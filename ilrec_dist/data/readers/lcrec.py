@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from ilrec_dist.config import DataConfig
-from ilrec_dist.data.files import require_file, single_file, stream_json_object
-from ilrec_dist.data.readers.source import Source, item_rows
+from ilrec_dist.data.files import require_file, single_file
+from ilrec_dist.data.json_stream import stream_json_object
+from ilrec_dist.data.readers.source import Rejects, Source, item_rows
 from ilrec_dist.errors import UserError
 
 BATCH_USERS = 4096
@@ -29,16 +30,17 @@ def lcrec_files(config: DataConfig) -> list[Path]:
 def read_lcrec(config: DataConfig) -> Source:
     """Users and items keep their ids; a user's list is taken as chronological. The third file, NAME.index.json, is items.index."""
     inter, *item = lcrec_files(config)
-    return Source(inter, timed=False, batches=lambda rejects: _batches(inter), item_table=lambda: _items(item[0]) if item else None)
+    return Source(inter, timed=False, batches=lambda rejects: _batches(inter, rejects), item_table=lambda: _items(item[0]) if item else None)
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, rejects: Rejects) -> Iterator[pa.RecordBatch]:
     """The users in turn, BATCH_USERS to a batch; what is in memory as Python objects is one batch."""
     histories: dict[str, list[Any]] = {}
-    for user, items in stream_json_object(path):
+    for number, (user, items) in enumerate(stream_json_object(path), 1):
         if not isinstance(items, list) or not all(type(item) is int or (type(item) is str and item) for item in items):
-            raise UserError(f"{path}: user {user!r}: expected a list of item ids (integers or strings), found {_short(items)}")
-        histories[user] = items
+            rejects.add(path, number, f"{user!r} has {_short(items)}, expected a list of item ids (integers or strings)", _short(items), "user")
+        else:
+            histories[user] = items
         if len(histories) == BATCH_USERS:
             yield _batch(histories)
             histories = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,12 @@ BLANK = np.isin(np.arange(256), list(b" \t\r\n"))
 
 
 def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, int]]:
-    """(whole lines as bytes, number of the first one), a block at a time; unpacked by the file's ending."""
+    """(whole lines as bytes, number of the first one), a block at a time; unpacked by the file's ending; without a byte order mark."""
     line = 1
     rest = b""
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
+            rest = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
             while chunk := stream.read(size):
                 cut = chunk.rfind(b"\n") + 1
                 if cut == 0:

@@ -18,7 +18,8 @@ from ilrec_dist.data.readers.source import Rejects, Source
 
 COLUMNS = ["user_id", "history_item_id", "item_id"]
 SPLITS = ("train", "valid", "test")
-LIST = r"^\s*\[.*\]\s*$"
+ID = r"""(?:'[^'",\\]+'|"[^'",\\]+"|[^\s'",\[\]]+)"""  # as Python writes it, without marks that would need a parser
+LIST = rf"^\s*\[\s*(?:{ID}(?:\s*,\s*{ID})*)?\s*\]\s*$"
 
 
 def minionerec_files(config: DataConfig) -> list[Path]:
@@ -51,7 +52,7 @@ def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
             first, met = _newcomers(user, met)
             opens = np.zeros(len(user), bool)
             opens[first] = True  # the first row of a user not met before: its history counts
-            yield _unfold(user, _ids(history.filter(pa.array(opens))), item, opens)
+            yield _unfold(user, *_ids(history.filter(pa.array(opens))), item, opens)
 
 
 def _newcomers(user: pa.Array, met: pa.Array) -> tuple[np.ndarray, pa.Array]:
@@ -61,22 +62,26 @@ def _newcomers(user: pa.Array, met: pa.Array) -> tuple[np.ndarray, pa.Array]:
     return first, pa.concat_arrays([met, user.take(pa.array(first))])
 
 
-def _ids(history: pa.Array) -> pa.ListArray:
-    """ "[3, 14]" or "['3', '14']" → lists of strings."""
-    return pc.split_pattern(pc.replace_substring_regex(history, r"[\[\]'\"\s]", ""), ",")
+def _ids(history: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """ "[3, 14]" or "['3', '14']", "[]" → (int64 items of each, these as strings)."""
+    inner = pc.utf8_trim_whitespace(pc.utf8_trim(pc.utf8_trim_whitespace(history), "[]"))
+    lists = pc.split_pattern(inner, ",")
+    lengths = np.where(pc.equal(inner, "").to_numpy(zero_copy_only=False), 0, pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+    items = pc.utf8_trim(pc.utf8_trim_whitespace(pc.list_flatten(lists)), "'\"")
+    return lengths.astype(np.int64), items.filter(pc.not_equal(items, ""))
 
 
-def _unfold(user: pa.Array, histories: pa.ListArray, item: pa.Array, opens: np.ndarray) -> pa.RecordBatch:
+def _unfold(user: pa.Array, lengths: np.ndarray, histories: pa.Array, item: pa.Array, opens: np.ndarray) -> pa.RecordBatch:
     """One row an interaction: before the target of a row that opens a user's sequence come the items of its history."""
     before = np.zeros(len(opens), np.int64)
-    before[opens] = pc.list_value_length(histories).to_numpy(zero_copy_only=False)
+    before[opens] = lengths
     targets = np.cumsum(before + 1) - 1
     source = np.empty(int((before + 1).sum()), np.int64)
     is_target = np.zeros(len(source), bool)
     is_target[targets] = True
     source[~is_target] = np.arange(before.sum())
     source[is_target] = np.arange(len(opens)) + before.sum()
-    items = pa.concat_arrays([pc.list_flatten(histories).cast(pa.string()), item]).take(pa.array(source))
+    items = pa.concat_arrays([histories.cast(pa.string()), item]).take(pa.array(source))
     return pa.record_batch({"user": user.take(pa.array(np.repeat(np.arange(len(opens)), before + 1))), "item": items})
 
 

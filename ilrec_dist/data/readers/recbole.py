@@ -64,9 +64,8 @@ def _items(path: Path) -> pa.Table:
     table = pa.Table.from_batches(batches) if batches else pa.table({name: pa.array([], pa.string()) for name in wanted})
     columns = {name: table.column(name).combine_chunks() for name in wanted}
     nothing = pa.nulls(table.num_rows, pa.string())
-    joined = (
-        pc.binary_join_element_wise(*(columns[name] for name in text), " ", null_handling="skip") if len(text) > 1 else columns[text[0]] if text else nothing
-    )
+    joined = pc.utf8_trim_whitespace(pc.binary_join_element_wise(*(pc.fill_null(columns[name], "") for name in text), " ")) if text else nothing
+    joined = pc.if_else(pc.equal(joined, ""), pa.scalar(None, pa.string()), pc.replace_substring_regex(joined, "  +", " "))
     return first_rows(pa.table({"id": columns[key], "title": columns[title] if title else nothing, "text": joined}))
 
 
