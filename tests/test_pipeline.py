@@ -81,7 +81,7 @@ def test_moving_the_input_changes_nothing(source):
         ("evaluation.beam=30", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("evaluation.batch_size=2", set()),
         ("evaluation.examples=2", set()),
-        ("data.max_bad_rows=3", set()),
+        ("data.max_bad_rows=3", {"prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("data.time_column=when", set()),
         ("data.synthetic.users=7", set()),
         ("objective.workspace_mib=8", set()),

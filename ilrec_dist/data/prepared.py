@@ -136,15 +136,6 @@ class Prepared:
         """int64 end (exclusive, into `items`) of the history that split may see, of users who are evaluated; at test time it holds the validation item."""
         return self.offsets[:-1][users] + self.target_places(split, users)
 
-    def train_mask(self) -> np.ndarray:
-        """bool [T] interactions of the training split."""
-        train = self.train_lengths()
-        return np.repeat(np.tile([True, False], self.num_users), np.stack([train, self.lengths() - train], axis=1).ravel())
-
-    def user_of_interaction(self) -> np.ndarray:
-        """int64 [T] the user of every interaction."""
-        return np.repeat(np.arange(self.num_users), self.lengths())
-
 
 def load_prepared(folder: str | Path) -> Prepared:
     """Open what `prepare` wrote: sequences are mapped into memory, ids and texts read when first used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
@@ -10,6 +11,7 @@ from scipy import sparse
 from ilrec_dist.data.prepared import Prepared
 
 LAST_ITEMS = 6  # of the history, that transitions looks at
+AT_ONCE = 1 << 23  # interactions
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,20 @@ class Counts:
 
 
 def count_training(prepared: Prepared) -> Counts:
-    """Count the training split alone: neither validation nor test items, nor the pairs that lead to them."""
-    train = prepared.train_mask()
-    popularity = np.bincount(prepared.items[train], minlength=prepared.num_items)
-    user = prepared.user_of_interaction()
-    pair = np.flatnonzero(train[1:] & (user[1:] == user[:-1]))  # the item before a training item is one too
-    shape = (prepared.num_items, prepared.num_items)
-    transitions = sparse.coo_array((np.ones(len(pair)), (prepared.items[pair], prepared.items[pair + 1])), shape=shape).tocsr()
+    """Count the training split alone: neither validation nor test items, nor the pairs that lead to them. Some millions of interactions at a time."""
+    popularity = np.zeros(prepared.num_items, np.int64)
+    transitions = sparse.csr_array((prepared.num_items, prepared.num_items), dtype=np.float64)
+    starts = np.arange(0, prepared.num_interactions, AT_ONCE)
+    bounds = np.unique(np.append(np.searchsorted(prepared.offsets, starts), prepared.num_users))
+    for first, last in pairwise(bounds.tolist()):
+        users = slice(first, last)
+        items = np.asarray(prepared.items[prepared.offsets[first] : prepared.offsets[last]])
+        begins = prepared.offsets[users] - prepared.offsets[first]
+        place = np.arange(len(items)) - np.repeat(begins, prepared.lengths(users))
+        train = place < np.repeat(prepared.train_lengths(users), prepared.lengths(users))
+        popularity += np.bincount(items[train], minlength=prepared.num_items)
+        second = np.flatnonzero(train & (place > 0))  # the item before a training item is one too
+        transitions += sparse.coo_array((np.ones(len(second)), (items[second - 1], items[second])), shape=transitions.shape).tocsr()
     return Counts(popularity, transitions)
 
 

@@ -21,6 +21,7 @@ from ilrec_dist.data.prepared import load_prepared
 from ilrec_dist.data.readers.lcrec import read_lcrec
 from ilrec_dist.data.readers.tables import open_parquet
 from ilrec_dist.errors import UserError
+from tests.data.masks import train_mask
 from tests.data.shared_data import shared_data
 
 HISTORIES = {"3": [1, 2, 3, 4], "10": [4, 3, 2, 1, 5], "4": [2, 3, 5]}
@@ -68,7 +69,7 @@ def test_leave_one_out_helpers(tmp_path):
     prepared = load_prepared(tmp_path / "out")
     assert prepared.targets("test").tolist() == [3, 4, 4] and prepared.targets("validation").tolist() == [2, 2, 0]
     assert prepared.train_lengths().tolist() == [2, 1, 3]
-    assert prepared.train_mask().tolist() == [True, True, False, False, True, False, False, True, True, True, False, False]
+    assert train_mask(prepared).tolist() == [True, True, False, False, True, False, False, True, True, True, False, False]
     assert prepared.history_stop("test").tolist() == [3, 6, 11]
 
 

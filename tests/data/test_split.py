@@ -24,6 +24,7 @@ from ilrec_dist.evaluation.stage import evaluate_baselines, predictions_file
 from ilrec_dist.pipeline import execute
 from ilrec_dist.training.windows import training_windows
 from ilrec_dist.training.workspace import Workspace
+from tests.data.masks import train_mask
 
 RNG = np.random.default_rng(4)
 ROWS = sorted({tuple(row) for row in RNG.integers(0, [40, 25, 90], (500, 3)).tolist()})
@@ -66,7 +67,7 @@ def test_by_date_is_the_definition(tmp_path):
     prepared = load(tmp_path, split_dates=[50, 70])
     assert found(prepared) == expected(ROWS, 50, 70)
     assert any(targets[1] is None for targets in found(prepared).values()), "the sample has users without a validation target"
-    assert prepared.train_mask().sum() == sum(time < 50 for *_, time in ROWS)
+    assert train_mask(prepared).sum() == sum(time < 50 for *_, time in ROWS)
 
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
@@ -147,7 +148,7 @@ def test_items_with_a_space_do_not_fit_into_recbole_lists(tmp_path):
 
 def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
     prepared = load(tmp_path, split_dates=[50, 70])
-    later = ~prepared.train_mask()
+    later = ~train_mask(prepared)
     assert 0 < later.sum() < len(later)
     items = prepared.items.copy()
     items[later] = (items[later] + 1 + RNG.integers(0, prepared.num_items - 1, later.sum())) % prepared.num_items

@@ -14,6 +14,7 @@ from ilrec_dist.data.synthetic import ANYTHING, COMPANION, HABIT, RETURN, bayes_
 from ilrec_dist.errors import UserError
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import Catalogue
+from tests.data.masks import train_mask, user_of_interaction
 
 SMALL = SyntheticConfig(users=300, items=120, categories=6)
 
@@ -85,7 +86,7 @@ def _ndcg(prepared, scores):
 
 def _transitions(prepared):
     """METHOD.md §9: score(v) = Σ over the last 6 history items i of T[i, v] / (rank_i · √pop_i)."""
-    mask, users = prepared.train_mask(), prepared.user_of_interaction()
+    mask, users = train_mask(prepared), user_of_interaction(prepared)
     follows = mask[1:] & mask[:-1] & (users[1:] == users[:-1])
     counts = np.zeros((prepared.num_items, prepared.num_items))
     np.add.at(counts, (prepared.items[:-1][follows], prepared.items[1:][follows]), 1)

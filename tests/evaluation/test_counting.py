@@ -32,6 +32,24 @@ def test_counts_are_of_the_training_split_alone() -> None:
     assert pairs == {(0, 1): 1, (1, 2): 3, (2, 1): 1}
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 6, 7, 100])
+def test_counts_do_not_depend_on_how_many_are_read_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("ilrec_dist.evaluation.counting.AT_ONCE", at_once)
+    test_counts_are_of_the_training_split_alone()
+    rng = np.random.default_rng(at_once)
+    lengths = rng.integers(0, 9, 60)
+    items, offsets = rng.integers(0, 12, lengths.sum()).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)])
+    train = rng.integers(0, lengths + 1)
+    prepared = Prepared(items, offsets, [""] * 60, [""] * 12, places=np.stack([train, train, train]).astype(np.int32))
+    popularity, pairs = np.zeros(12), np.zeros((12, 12))
+    for user, count in enumerate(train):
+        sequence = prepared.sequence(user)[:count]
+        np.add.at(popularity, sequence, 1)
+        np.add.at(pairs, (sequence[:-1], sequence[1:]), 1)
+    counts = count_training(prepared)
+    assert counts.popularity.tolist() == popularity.tolist() and counts.transitions.toarray().tolist() == pairs.tolist()
+
+
 def test_transition_scores_follow_the_formula() -> None:
     prepared = toy()
     counts = count_training(prepared)
