@@ -51,24 +51,28 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> 
     """Peaked: layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens, as in a trained model.
     Random: nothing agrees with anything, so that about half the vocabulary passes the negatives' threshold."""
     n, d, v, m = shape
-    g = torch.Generator().manual_seed(0)
-    head = torch.randn(v, d, generator=g)
-    targets = torch.randint(0, v, (n,), generator=g)
-    common = torch.randn(n, d, generator=g) + 6.0 * head[targets] / math.sqrt(d)
+    g = torch.Generator(device).manual_seed(0)  # a large head is drawn on the device: on the host it would take minutes
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device)
+
+    head = normal(v, d)
+    targets = torch.randint(0, v, (n,), generator=g, device=device)
+    common = normal(n, d) + 6.0 * head[targets] / math.sqrt(d)
     scale = 2.0 / math.sqrt(d)
-    noise = [torch.randn(n, d, generator=g) for _ in range(m + 1)]
+    noise = [normal(n, d) for _ in range(m + 1)]
     hidden = [(common + 0.5 * x) * scale if peaked else x * scale for x in noise]
-    tokens = torch.stack([torch.randperm(v, generator=g)[:255] for _ in range(8)])[torch.arange(n) % 8]
+    tokens = torch.stack([torch.randperm(v, generator=g, device=device)[:255] for _ in range(8)])[torch.arange(n, device=device) % 8]
     tokens = torch.cat([tokens, targets[:, None]], 1).sort(1).values
     distinct = torch.ones_like(tokens, dtype=torch.bool)
     distinct[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    lists = TokenLists(F.pad(distinct.sum(1).cumsum(0), (1, 0)).to(device), tokens[distinct].to(device))
-    rewards = torch.rand(lists.tokens.numel(), generator=g).to(device)
+    lists = TokenLists(F.pad(distinct.sum(1).cumsum(0), (1, 0)), tokens[distinct])
+    rewards = torch.rand(lists.tokens.numel(), generator=g, device=device)
 
     def leaf(x: Tensor) -> Tensor:
-        return x.to(device, torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_()
+        return x.to(torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_()
 
-    return Inputs([leaf(h) for h in hidden], leaf(head), targets.to(device), lists, rewards)
+    return Inputs([leaf(h) for h in hidden], leaf(head), targets, lists, rewards)
 
 
 def options(v: int, backend: str, workspace: int | None, **changes: Any) -> LossOptions:

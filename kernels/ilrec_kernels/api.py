@@ -52,7 +52,8 @@ def cross_layer_loss(
     reduction      "sum": loss_scale · Σ; "mean": the same divided by N; "none": loss_scale · each row's loss [N]
 
     Hidden gradients are summed over tp_group, so they are the whole gradient and identical on each rank; the head's gradient is the shard's.
-    Logits, normalisers and the head's gradient are fp32 (fp64 for fp64 inputs). For "sum" and "mean" gradients are made in forward and
+    Logits, normalisers and the head's gradient are fp32 (fp64 for fp64 inputs), also under autocast; on a GPU the factors of the products have the
+    head's dtype, so that hidden rows in fp32 are rounded to bf16 for a bf16 head. For "sum" and "mean" gradients are made in forward and
     multiplied by the upstream gradient in backward; for "none" they are made in backward. Under no_grad only the loss is computed.
 
     Raises ValueError for shapes, dtypes and scopes that do not go together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side
@@ -95,6 +96,11 @@ class _Call:
         p = Problem(
             tuple(hidden), head, p.targets, p.candidates, p.rewards, p.options, p.start, p.stop, p.group, p.trainable
         )  # the tensors autograd hands over
+        with torch.autocast(head.device.type, enabled=False):  # every product says itself what its factors are rounded to
+            return self._run(p, wanted, row_scale)
+
+    def _run(self, p: Problem, wanted: Sequence[bool], row_scale: Tensor) -> tuple[RowStats, list[Tensor | None]]:
+        hidden, head = p.hidden, p.head
         if not any(wanted):
             return chunked.run(p, None), [None] * len(wanted)
         grads = Gradients(

@@ -26,19 +26,21 @@ def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], alig
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     name = kernel.__name__ + "".join(f" {k}={v}" for k, v in constants.items())
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned if argument not in constants}
-    name += " aligned" if attributes else ""
+    name += " aligned" * bool(attributes) + " large" * (types.get("stride_layer") == "i64")
     return Variant(name, kernel, signature, constants, dense_triton.LAUNCH, attributes)
 
 
-def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any], ones: Iterable[str] = ()) -> Iterator[Variant]:
-    """A row kernel as Triton specialises it at launch: for sizes of which nothing is known; and for a vocabulary that is a multiple of 16, with
-    pointers, strides and column ranges that are as well. Arguments in `ones` are then 1, which Triton makes a constant."""
+def _row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Iterator[Variant]:
+    """A row kernel as Triton specialises it at launch: for sizes of which nothing is known; for a vocabulary that is a multiple of 16, with
+    pointers and strides that are as well; and this with strides beyond 2³¹ elements."""
     yield _variant(kernel, types, constants)
-    given = {**constants, **dict.fromkeys(ones, 1)}
-    yield _variant(kernel, types, given, aligned=[name for name in kernel.arg_names if name not in given and name not in LOOSE])
+    aligned = [name for name in kernel.arg_names if name not in constants and name not in LOOSE]
+    yield _variant(kernel, types, constants, aligned)
+    if constants["DISTILL"]:
+        yield _variant(kernel, types | {name: "i64" for name in kernel.arg_names if name.startswith("stride_layer")}, constants, aligned)
 
 
-LOOSE = ("m", "k", "pack", "share")  # numbers that are not specialised, or no multiple of 16
+LOOSE = ("low", "high", "first", "last", "m", "k", "share")  # numbers that are not specialised, or no multiple of 16
 
 
 def variants() -> Iterator[Variant]:
@@ -58,4 +60,4 @@ def variants() -> Iterator[Variant]:
             types = dict.fromkeys(("final", "layers", "factors"), "*fp32") | {"final_out": low, "layers_out": low, "targets": "*i64"}
             types |= {"listed": "*i32", "listed_gradients": "*fp32"} if listed else {"listed": "*i64", "listed_gradients": "*i64"}
             constants = {**terms, "LISTED": listed, "WANTED": dense_triton.WANTED, "BLOCK": dense_triton.BLOCK}
-            yield from _row_variants(dense_triton.gradients_kernel, types, constants, ["pack"] if low == "*fp32" else [])
+            yield from _row_variants(dense_triton.gradients_kernel, types, constants)

@@ -71,7 +71,7 @@ def keep_largest(columns, values, held, k, floor, final, top, rest, SOFTMAX: tl.
     return floor, top, rest
 
 
-@triton.jit(do_not_specialize=["k", "m"])
+@triton.jit(do_not_specialize=["low", "high", "first", "last", "m", "k"])  # compared with only: a form for each of their kinds would be compiled mid-run
 def statistics_kernel(
     final, layers, sent, out, bars, floors, targets, list_columns, list_values, columns_out, values_out, logits_out, found_out,
     c, low, high, first, last, shift, layer_columns, m, k, share, stride_final, stride_layer, stride_layer_row,
@@ -200,14 +200,14 @@ def statistics_kernel(
     tl.store(out + 4 + 2 * m + stream, cross, mask=stream < m)
 
 
-@triton.jit(do_not_specialize=["k", "m"])
+@triton.jit(do_not_specialize=["low", "high", "m", "k"])
 def gradients_kernel(
     final, layers, final_out, layers_out, factors, targets, listed, listed_gradients,
-    c, low, high, shift, layer_columns, m, k, stride_final, stride_layer, stride_layer_row, pack,
+    c, low, high, shift, layer_columns, m, k, stride_final, stride_layer, stride_layer_row, stride_final_out, stride_layer_out, stride_layer_row_out,
     SOFTMAX: tl.constexpr, DISTILL: tl.constexpr, LISTED: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits become gradients in place. With a half-precision head the outputs are the same memory seen in that dtype, `pack` elements of it
-    to one fp32: a row's gradients take the first half of its bytes, behind what the row's program has already read.
+    """Logits become gradients in place. With a half-precision head the outputs are the same memory seen in that dtype (with strides in its elements):
+    a row's gradients take the first half of its bytes, behind what the row's program has already read.
 
     factors[row] = e-factor of the final layer (log), its linear factor, what the target adds, teacher_top, teacher factor, then m each of
     layer_top and layer factor. targets[row] is the target's column or −1. LISTED: listed[row] are k columns (−1: none) that get listed_gradients.
@@ -221,9 +221,9 @@ def gradients_kernel(
     own = tl.load(factors + 4)
     target = tl.load(targets + row)
     final += row * stride_final
-    final_out += row * stride_final * pack
+    final_out += row * stride_final_out
     layers += row * stride_layer_row
-    layers_out += row * stride_layer_row * pack
+    layers_out += row * stride_layer_row_out
     for start in range(0, c, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < c
@@ -248,7 +248,7 @@ def gradients_kernel(
                     g = tl.where(scope, other * tl.exp(student - layer_top) + teacher, 0.0)
                     tl.debug_barrier()
                     tl.store(to, g, mask=real)
-                    to += stride_layer * pack
+                    to += stride_layer_out
                     student = following
     if LISTED:
         tl.debug_barrier()  # what the blocks wrote is overwritten
@@ -279,11 +279,12 @@ def statistics(
         listed = Listed(places, values, z, places.new_empty(n))
         lists = (gate.bars, gate.floors, gate.targets, places.new_empty(n, ROOM), final.new_empty(n, ROOM), places, values, z, listed.found)
     if n:
-        statistics_kernel[(n,)](
-            final, matrix, sent if sent is not None else final, out, *lists, c, *distill, gate.first if gate else 0, gate.last if gate else 0, shift,
-            matrix.shape[-1], m, gate.k if gate else 0, 1 / max(m, 1), final.stride(0), matrix.stride(0), matrix.stride(1), SOFTMAX=softmax,
-            EXCLUDE=sent is not None, DISTILL=has_distill, GATE=kind, LAYERS=LAYERS, ROOM=ROOM, BLOCK=BLOCK, PART=PART, **LAUNCH,
-        )  # fmt: skip
+        with torch.cuda.device_of(final):
+            statistics_kernel[(n,)](
+                final, matrix, sent if sent is not None else final, out, *lists, c, *distill, gate.first if gate else 0, gate.last if gate else 0, shift,
+                matrix.shape[-1], m, gate.k if gate else 0, 1 / max(m, 1), final.stride(0), matrix.stride(0), matrix.stride(1), SOFTMAX=softmax,
+                EXCLUDE=sent is not None, DISTILL=has_distill, GATE=kind, LAYERS=LAYERS, ROOM=ROOM, BLOCK=BLOCK, PART=PART, **LAUNCH,
+            )  # fmt: skip
     head = out[:, :4].T.contiguous()
     tail = out[:, 4:].unflatten(1, (3, m)).permute(1, 2, 0).contiguous() if m else out.new_empty(3, 0, n)
     return (*head.unbind(0), *tail.unbind(0)), listed
@@ -300,13 +301,13 @@ def gradients(
     n, c = final.shape
     m = layers.shape[0] if layers is not None and has_distill else 0
     matrix = layers if layers is not None else final[None]
-    pack = final.element_size() // low.itemsize
     final_out, layers_out = final.view(low), matrix.view(low)
     if n:
         columns, values = listed if listed is not None else (targets, targets)
-        gradients_kernel[(n,)](
-            final, matrix, final_out, layers_out, factors, targets, columns, values, c, *distill, shift, matrix.shape[-1], m,
-            columns.shape[1] if listed is not None else 0, final.stride(0), matrix.stride(0), matrix.stride(1), pack, SOFTMAX=softmax, DISTILL=has_distill,
-            LISTED=listed is not None, WANTED=WANTED, BLOCK=BLOCK, **LAUNCH,
-        )  # fmt: skip
+        with torch.cuda.device_of(final):
+            gradients_kernel[(n,)](
+                final, matrix, final_out, layers_out, factors, targets, columns, values, c, *distill, shift, matrix.shape[-1], m,
+                columns.shape[1] if listed is not None else 0, final.stride(0), matrix.stride(0), matrix.stride(1), final_out.stride(0), layers_out.stride(0),
+                layers_out.stride(1), SOFTMAX=softmax, DISTILL=has_distill, LISTED=listed is not None, WANTED=WANTED, BLOCK=BLOCK, **LAUNCH,
+            )  # fmt: skip
     return final_out[:, :c], layers_out[..., : matrix.shape[-1]] if layers is not None else None

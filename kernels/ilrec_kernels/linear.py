@@ -11,6 +11,12 @@ from torch import Tensor
 from ilrec_kernels.columns import Columns
 
 SLAB = 4096  # head rows summed over at a time on CPU: a product over 10⁵ of them in one running sum loses two digits of fp32
+GPU_SLAB = 32_768  # the same on a GPU, for a head in fp32
+
+
+def _rounded(head: Tensor) -> bool:
+    """Whether gradients at the logits are rounded to the head's dtype before the products: not to fp16, where after the loss's scale most would be 0."""
+    return head.is_cuda and head.dtype == torch.bfloat16
 
 
 def project(x: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int) -> None:
@@ -24,22 +30,27 @@ def project(x: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int) 
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int, accumulate: bool = False) -> None:
-    """out [r, d] (+)= grad [r, c] · head[columns]. On a GPU with a half-precision head, grad is in its dtype or rounded to it here."""
+    """out [r, d] (+)= grad [r, c] · head[columns]. On a GPU with a bf16 head, grad is in its dtype or rounded to it here."""
     if not accumulate:
         out.zero_()
-    step = min(block, SLAB) if not head.is_cuda else block if columns.index is not None else max(1, len(columns))
+    if not head.is_cuda:
+        step = min(block, SLAB)
+    elif columns.index is None and head.dtype == out.dtype:
+        step = GPU_SLAB
+    else:
+        step = max(1, len(columns)) if columns.index is None and _rounded(head) else block
     for part, weight in columns.pieces(head, step):
         if not head.is_cuda:
             out += grad[:, part].to(out.dtype) @ weight.to(out.dtype)
-        elif weight.dtype == out.dtype:
-            out.addmm_(grad[:, part], weight)
-        else:
+        elif _rounded(head):
             torch.addmm(out, grad[:, part].to(weight.dtype), weight, out_dtype=out.dtype, out=out)
+        else:
+            out.addmm_(grad[:, part].to(out.dtype), weight.to(out.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:
-    """out [c, d] (fp32 or fp64) += grad [r, c]ᵀ · x [r, d]; on a GPU with a half-precision head (`low`) the factors are in its dtype."""
-    if out.is_cuda and low != out.dtype:
+    """out [c, d] (fp32 or fp64) += grad [r, c]ᵀ · x [r, d]; on a GPU with a bf16 head (`low`) the factors are in its dtype."""
+    if out.is_cuda and low == torch.bfloat16:
         torch.addmm(out, grad.to(low).T, x.to(low), out_dtype=out.dtype, out=out)  # no [c, d] besides out
     else:
         out.addmm_(grad.to(out.dtype).T, x.to(out.dtype))

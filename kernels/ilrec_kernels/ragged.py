@@ -23,7 +23,7 @@ class Bucket:
     """G groups of up to R rows and L tokens."""
 
     rows: Tensor  # int64 [G, R]; n where there is none
-    tokens: Tensor  # int64 [G, L] local columns; 0 where there is none
+    tokens: Tensor  # int64 [G, L] local columns; where there is none, some other list's: many of one would be added one after the other
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,11 +65,11 @@ class RaggedHead:
             dz = flat[:, places].view(s, g, r, t).transpose(0, 1).reshape(g, s * r, t)
             if hidden_grad is not None:
                 part = torch.bmm(dz, head[b.tokens].to(dz.dtype))
-                index = b.rows.clamp(max=n - 1)[:, None] + n * torch.arange(s, device=b.rows.device)[:, None]  # padding adds zeros to the last row
+                index = self._filled(b)[:, None] + n * torch.arange(s, device=b.rows.device)[:, None]  # padding adds zeros
                 add_rows(hidden_grad.view(s * n, d), index.flatten(), part.view(-1, d))
             if head_grad is not None:
                 dw = torch.bmm(dz.transpose(1, 2), self._rows(b, hidden, dz.dtype))
-                add_rows(head_grad, b.tokens.flatten(), dw.flatten(0, 1))  # padding adds zeros to row 0
+                add_rows(head_grad, b.tokens.flatten(), dw.flatten(0, 1))
 
     def _places(self) -> Iterator[tuple[Bucket, slice]]:
         """The buckets and where they lie in a flat buffer."""
@@ -81,8 +81,12 @@ class RaggedHead:
 
     def _rows(self, b: Bucket, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """[G, S·R, d] of hidden [S, n, d]."""
-        (s, n, d), (g, r, _) = hidden.shape, b.shape
-        return hidden.index_select(1, b.rows.flatten().clamp_(max=n - 1)).view(s, g, r, d).transpose(0, 1).to(dtype).reshape(g, s * r, d)
+        (s, _, d), (g, r, _) = hidden.shape, b.shape
+        return hidden.index_select(1, self._filled(b).flatten()).view(s, g, r, d).transpose(0, 1).to(dtype).reshape(g, s * r, d)
+
+    def _filled(self, b: Bucket) -> Tensor:
+        """[G, R] rows, with any in place of those that are not there."""
+        return torch.where(b.rows < self.n, b.rows, torch.arange(b.rows.numel(), device=b.rows.device).view_as(b.rows) % self.n)
 
 
 def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int) -> Iterator[tuple[Bucket, Tensor]]:
@@ -114,7 +118,7 @@ def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, bu
                 rows = order[(begin[part, None] + offsets).clamp(max=order.numel() - 1)].masked_fill(~present, n)
                 offsets = torch.arange(j, min(j + wide, longest), device=device)
                 listed = offsets < tokens[part, None]
-                listed_tokens = column[(first[leader, None] + offsets).clamp(max=column.numel() - 1)].masked_fill(~listed, 0)
+                listed_tokens = column[(first[leader, None] + offsets) % column.numel()]
                 base = first[rows.clamp(max=n - 1)]
                 pairs = (base[:, :, None] + offsets).masked_fill_(~(present[:, :, None] & listed[:, None, :]), row.numel())
                 yield Bucket(rows, listed_tokens), pairs.flatten()

@@ -185,6 +185,17 @@ def test_recompute_and_no_grad_count_once(reentrant, reduction):
     assert all(distance(h.grad, e) < 1e-12 for h, e in zip(hidden, expected.hidden, strict=True))
 
 
+@pytest.mark.parametrize("scopes", [{}, dict(negative_scope="all", distill_scope="all"), dict(softmax_scope="valid_next", distill_scope="valid_next")])
+def test_autocast_changes_no_bit(scopes):
+    case = make_case(crr_lambda=0.3, **scopes)
+    plain = run_case(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (case.hidden[0] @ case.head.T).dtype == torch.bfloat16
+        inside = run_case(case)
+    assert torch.equal(inside.output.loss, plain.output.loss) and torch.equal(inside.head, plain.head)
+    assert all(torch.equal(a, b) for a, b in zip(inside.hidden, plain.hidden, strict=True))
+
+
 def test_inside_a_compiled_function():
     """The call breaks the graph; what stands around it is compiled, and loss and gradients are those of the plain function."""
     case = make_case(crr_lambda=0.3)
