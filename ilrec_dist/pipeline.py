@@ -25,7 +25,7 @@ from ilrec_dist.folders import RunFolders
 from ilrec_dist.stage_runs import Training
 from ilrec_dist.terminal import console
 
-FORMAT = 2  # raise when a stage's output changes for the same settings
+FORMAT = 3  # raise when a stage's output changes for the same settings
 
 
 @dataclass(frozen=True)

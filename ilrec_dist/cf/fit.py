@@ -33,7 +33,7 @@ class Histories:
     training_lengths: np.ndarray  # int64 [u]
     validation: np.ndarray  # int64 [u], place of the validation target in the user's sequence; below 1: none
 
-    def training_targets(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def training_targets(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(row of `starts`, position) of every training item but each user's first; of more than `limit` that many, evenly spaced."""
         ends = np.append(0, np.cumsum(np.maximum(self.training_lengths - 1, 0)))
         chosen = evenly_spaced(int(ends[-1]), limit)
@@ -49,9 +49,9 @@ class Histories:
         return known
 
 
-def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
     """int64: 0 … count − 1, or `limit` of them from the first to the last."""
-    return np.arange(count) if limit is None or count <= limit else np.linspace(0, count - 1, limit).astype(np.int64)
+    return np.arange(count) if count <= limit else np.linspace(0, count - 1, limit).astype(np.int64)
 
 
 def train_model(

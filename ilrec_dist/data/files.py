@@ -131,7 +131,8 @@ def require_columns(path: Path, wanted: dict[str, str], present: Sequence[str]) 
         if name not in present:
             nearest = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
             hint = f"; the nearest column is {nearest[0]!r}" if nearest else ""
-            raise UserError(f"{path}: no column {name!r} ({key}){hint}; the file has: {', '.join(map(str, present))}")
+            listed = ", ".join(map(str, present))
+            raise UserError(f"{path}: no column {name!r} ({key}){hint}; the file has: {listed if len(listed) <= 500 else listed[:500] + ' …'}")
         if list(present).count(name) > 1:
             raise UserError(f"{path}: the column {name!r} ({key}) occurs twice; rename or drop one of them")
 

@@ -22,7 +22,7 @@ def stream_json_object(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises UserError naming the file and the line or key, also for an object that has a key twice and for half a surrogate pair.
     """
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     repeated: list[str] = []
 
     class Noting(dict[str, Any]):  # an exception here would be lost in the parser's C code
@@ -37,11 +37,14 @@ def stream_json_object(path: Path) -> Iterator[tuple[str, Any]]:
             for key, value in ijson.kvitems(file, "", use_float=True, map_type=Noting):
                 if key in seen or repeated:
                     raise UserError(f"{path}: the key {(repeated or [key])[0]!r} occurs twice in one object; keep one of them")
-                seen.add(key)
+                seen[key] = None
                 yield key, value
     except (ijson.JSONError, OSError) as error:
         read_json_object(path)  # says where and what
-        raise UserError(f"{path}: malformed JSON: {error}") from None
+        after = f"; the last key that was read is {next(reversed(seen))!r}" if seen else ""
+        if "integer overflow" in str(error):
+            raise UserError(f"{path}: an integer beyond 64 bits{after}; write such ids as strings, in quotes") from None
+        raise UserError(f"{path}: malformed JSON: {str(error).splitlines()[0]}{after}") from None
     if not seen:
         read_json_object(path)  # not an object, or an empty one
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ BIN_BITS = 16
 
 @dataclass(frozen=True)
 class Cuts:
-    """Interactions before `validation` train, those before `test` validate, the rest test; in the file's own unit of time."""
+    """Interactions before `validation` train, those before `test` validate, the rest test; in the unit of the times that are kept."""
 
     validation: int
     test: int
@@ -85,12 +86,14 @@ def _range(times: Times) -> tuple[int, int]:
 
 def _moment(text: str, latest: int) -> int:
     """A time in the unit of those kept: integers as they are; dates (UTC) in the unit in which the latest time is no later than the year 5138."""
-    if text.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]{1,19}", text):
         return int(text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"data.split_dates: {text!r} is neither an ISO 8601 date, such as 2018-10-01, nor an integer in the file's unit of time") from None
+        raise UserError(
+            f"data.split_dates: {text!r} is neither an ISO 8601 date, such as 2018-10-01, nor an integer in the unit of the times that are kept"
+        ) from None
     since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
     a_second = next(unit for unit in (1, 10**3, 10**6, 10**9) if latest <= SECONDS_TO * unit or unit == 10**9)
     return since // timedelta(microseconds=1) * a_second // 10**6

@@ -41,7 +41,9 @@ def add_items(
     Raises UserError for an index of other items than `prepared` holds, an id that is already there, texts that are missing, and a prefix with no code left.
     """
     old = Catalogue.load(folder)
-    scratch = next(parent for parent in Path(out).absolute().parents if parent.is_dir())  # nothing is made before all is well
+    scratch = next(place for place in (Path(out).absolute(), *Path(out).absolute().parents) if place.exists())  # nothing is made before all is well
+    if not scratch.is_dir():
+        raise UserError(f"index add: {scratch} is a file, expected a folder (--out {out})")
     old_ids = list(stored_ids(folder, old, prepared.item_ids))
     known = set(old_ids)
     for item in new_ids:

@@ -143,8 +143,9 @@ def read_report(folder: str | Path, *keys: str) -> dict[str, Any]:
     path = Path(folder) / "report.json"
     report = read_json_object(path)
     lacking = [key for key in ("source", "items", "vocab_size", "levels", "collisions", *keys) if key not in report]
+    lacking += [key for key in ("collisions",) if not lacking and not isinstance(report[key], dict)]
     if lacking:
-        raise UserError(f"{path}: damaged: no {lacking[0]!r} in it; remove {folder} and run `ilrec index` again")
+        raise UserError(f"{path}: damaged: no usable {lacking[0]!r} in it; remove {folder} and run `ilrec index` again")
     return report
 
 

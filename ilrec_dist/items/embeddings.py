@@ -19,6 +19,8 @@ from ilrec_dist.errors import UserError
 
 AT_ONCE = 1 << 17  # texts, and vectors, that are held at once
 FIT_DOCUMENTS = 1 << 20  # texts that TF-IDF + SVD are fitted on at most; more change little
+FIT_CHARACTERS = 1 << 17  # where terms are of characters: each text has many times as many
+CHARACTERS = 128  # of a text, that these are taken from
 MAX_TERMS = 50_000
 LEFT_OUT = 0.25  # of the texts, that words may leave without a term
 NO_BLANKS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]")  # Thai, Lao, Burmese, Khmer, kana, Han
@@ -97,14 +99,15 @@ def text_vectors(
         return fitted, fresh
     from sklearn.decomposition import TruncatedSVD
 
-    whole = len(documents) <= FIT_DOCUMENTS
+    few = len(documents) <= FIT_DOCUMENTS
     try:
-        vectorizer, terms = _terms(lambda: iter(documents) if whole else _sample(documents, seed), min_df=2 if len(documents) >= 50 else 1)
+        vectorizer, terms = _terms(lambda: iter(documents) if few else _sample(documents, seed), min_df=2 if len(documents) >= 50 else 1)
     except ValueError:
         raise UserError("items.embedding text: the titles and texts are blank; give an items.index, or items.embedding: cf") from None
     svd = TruncatedSVD(max(1, min(dim, min(terms.shape) - 1)), random_state=seed)
     with np.errstate(divide="ignore", invalid="ignore"):  # texts all alike: the variance that it divides by is 0
         of_fit = svd.fit_transform(terms)
+    whole = terms.shape[0] == len(documents)
     fitted = _mapped(scratch, len(documents), of_fit.shape[1])
     _fill(fitted, [_unit(of_fit)] if whole else (_unit(svd.transform(vectorizer.transform(block))) for block in _blocks(documents)))
     return fitted, _unit(svd.transform(vectorizer.transform(new))) if len(new) else np.zeros((0, fitted.shape[1]), np.float32)
@@ -125,8 +128,15 @@ def _terms(texts: Callable[[], Iterator[str]], min_df: int) -> tuple[Any, Any]:
             terms = words.fit_transform(texts())
             if terms.shape[1] > 1 and np.count_nonzero(np.diff(terms.indptr)) >= (1 - LEFT_OUT) * len(without_blanks):
                 return words, terms
-    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(1, 3), max_features=MAX_TERMS, dtype=np.float32)
-    return characters, characters.fit_transform(texts())
+    characters = TfidfVectorizer(
+        sublinear_tf=True, analyzer="char_wb", preprocessor=_beginning, ngram_range=(1, 3), max_features=MAX_TERMS, min_df=min_df, dtype=np.float32
+    )
+    every = -(-sum(1 for _ in texts()) // FIT_CHARACTERS)
+    return characters, characters.fit_transform(islice(texts(), 0, None, every))
+
+
+def _beginning(text: str) -> str:
+    return text[:CHARACTERS].lower()
 
 
 def _sample(documents: Texts, seed: int) -> Iterator[str]:
@@ -182,6 +192,9 @@ def load_text_model(folder: str | Path, batch: int = 64, max_tokens: int = 256) 
         if found["mismatched_keys"]:  # left to itself the library points at a report
             name, stored, expected = min(found["mismatched_keys"])
             raise ValueError(f"the weights are of another model than config.json: {name} is {list(stored)}, expected {list(expected)}")
+        lacking = [name for name in sorted(found["missing_keys"]) if "pooler" not in name and not name.startswith("decoder")]  # what is not used
+        if lacking:  # would be drawn at random
+            raise ValueError(f"the weights are of another model than config.json: there is no {lacking[0]}")
     except Exception as error:  # damaged files raise all kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"items.text_model: {folder} does not load: {reason}") from None

@@ -61,7 +61,7 @@ def cluster(config: Config) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
-        raise UserError(f"{where}: {NO_HEAD} ({str(error).splitlines()[0]}); {START_ONE}") from None
+        raise UserError(f"{where}: {NO_HEAD} ({' '.join(str(error).split())}); {START_ONE}") from None
     try:
         yield
     finally:
@@ -70,11 +70,13 @@ def cluster(config: Config) -> Iterator[None]:
 
 def _refuse_unless_heard(address: str, where: str) -> None:
     """Ray itself tries for minutes before it gives up a host and port where nothing listens."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(f"{where}: that is a dashboard's address; expected the head's, HOST:PORT as `ray start --head` prints it, or auto")
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
+    if host and port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), HEARD_SECONDS).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise UserError(f"{where}: {NO_HEAD} ({error}); {START_ONE}") from None
 
 

@@ -104,6 +104,9 @@ def test_an_address_where_no_head_answers_is_refused_at_once(monkeypatch: pytest
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`"), ray_session(Config()):
             pass
+        monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+        with pytest.raises(UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"), ray_session(Config()):
+            pass
         assert time.monotonic() - began < 25
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,6 +105,23 @@ def test_a_quote_left_open_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     with pytest.raises(UserError, match=r"rows\.csv: cannot be read: from line \d+ on, a row is longer than 64 bytes; is a quote mark left open\?$"):
         prepare(csv_config(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("allowed", [0, 9])
+def test_a_malformed_row_that_is_no_text_is_named_too(tmp_path, allowed):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"user,item,timestamp\n1,2,3\n\n1,3,4\n1,\xff\n1,4,5\n")
+    with pytest.raises(UserError, match=r"rows\.csv: line 5: malformed row, and not UTF-8 text; mend it: such rows cannot be skipped$"):
+        prepare(csv_config(path, max_bad_rows=allowed), tmp_path / "out")
+
+
+def test_nothing_but_the_error_is_said_of_such_a_row(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"user,item\n1,2\n\xff\n")
+    code = "from ilrec_dist.data.readers.delimited import *\nlist(read_columns(Path('rows.csv'), ['user'], {}, Dialect(), Rejects()))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stderr.splitlines()[-1].endswith("line 3: malformed row, and not UTF-8 text; mend it: such rows cannot be skipped")
+    assert "UnicodeDecodeError" not in found.stderr
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])

@@ -178,6 +178,8 @@ BAD = {
     "not UTF-8": (b'{"u\xff": [1, 2, 3]}', r"Toy\.inter\.json: not UTF-8 text \(byte 3\)"),
     "repeated user": ('{"u7": [1, 2, 3], "u7": [2]}', r"Toy\.inter\.json: the key 'u7' occurs twice"),
     "short user": ('{"1": [1, 2, 3], "u8": [1, 2]}', r"Toy\.inter\.json: user 'u8' has 2 interactions, expected at least 3"),
+    "a large integer": ('{"u7": [1], "u8": [18446744073709551615]}', r"Toy\.inter\.json: an integer beyond 64 bits; the last key that was read is 'u7'; write"),
+    "no user": ('{"": [1, 2, 3]}', r"Toy\.inter\.json: user 1: no user id"),
     "no rows": ("{}", r"Toy\.inter\.json: no interactions"),
 }
 
@@ -369,7 +371,8 @@ def test_parquet_columns_as_other_tools_write_them(tmp_path):
 
     for name in ("user", "item", "timestamp"):
         refused("row 2: not UTF-8 text", **{name: of_bytes([b"1", b"2\xff", b"3"])})
-    refused("row 3: time 18446744073709551615 is not", timestamp=pa.array([1, 2, 2**64 - 1], pa.uint64()))
+        refused("row 2: not UTF-8 text", **{name: pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int32()), of_bytes([b"1", b"2\xff"]))})
+    refused("row 3: time 18446744073709551615 is not one: null, or too large", timestamp=pa.array([1, 2, 2**64 - 1], pa.uint64()))
     refused(r"the time column holds list<.*>, expected integers, numbers, dates, timestamps or text", timestamp=[[1], [2], [3]])
     refused(r"the item column holds list<.*>, expected strings or integers", item=[[1], [2], [3]])
     pq.write_table(pa.Table.from_arrays([pa.array([1])] * 4, ["user", "item", "item", "timestamp"]), path)
@@ -416,6 +419,11 @@ def test_item_tables_that_cannot_be_used_are_refused_by_line_row_or_column(tmp_p
     refused("items.csv.gz", "cannot be ")
     for columns, message in (
         ({"item": ["1", None], "title": ["a", "b"]}, "row 2: no item id"),
+        (
+            {"item": ["1", "2"], "title": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), of_bytes([b"x", b"\xff"]))},
+            "row 2: 'title' is not UTF-8 text",
+        ),
+        ({"item": [1.5, 2.0], "title": ["a", "b"]}, "column 'item' holds double, expected strings or integers"),
         ({"item": ["1", "2"], "title": [["a"], ["b"]]}, r"column 'title' holds list<.*>, expected text"),
         ({"item": ["1", "2"], "title": ["a", "b"], "text": of_bytes([b"x", b"\xff"])}, "row 2: 'text' is not UTF-8 text"),
     ):

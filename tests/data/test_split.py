@@ -104,6 +104,7 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     for settings_, message in (
         ({"split_dates": [50, 900]}, r"data.split_dates \['50', '900'\]: cuts at times 50 and 900 leave training, validation or test without"),
         ({"split_dates": ["soon", 70]}, "'soon' is neither an ISO 8601 date"),
+        ({"split_dates": [50, "--5"]}, "'--5' is neither an ISO 8601 date"),
         ({"split_ratio": [0.7, 0.2, 0.3]}, "key 'data.split_ratio': the shares .* add up to 1.2, expected 1"),
         ({"time_column": None}, r"rows.csv: data.split chronological needs times"),
     ):
@@ -164,7 +165,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
     histories = [Histories(data.items, data.offsets[:-1], data.train_lengths(), data.target_places("validation")) for data in (prepared, other)]
     assert (histories[0].known_items(25) == histories[1].known_items(25)).all()
     for data in histories:
-        row, position = data.training_targets()
+        row, position = data.training_targets(10**6)
         assert not later[data.starts[row] + position].any()
 
 

@@ -203,6 +203,18 @@ def test_characters_are_taken_only_where_words_say_little():
         assert _terms(lambda titles=titles: iter(titles), 2)[0].analyzer == "char_wb"
 
 
+def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
+    """Fitted on every third text, of which only the beginning counts; every item still gets a vector near its kind."""
+    monkeypatch.setattr(embeddings, "FIT_CHARACTERS", 25)
+    titles = [chinese(item) + "尾" * 200 + str(item) for item in range(60)]
+    vectorizer, terms = _terms(lambda: iter(titles), 2)
+    assert terms.shape[0] == 20 and not any("尾9" in term for term in vectorizer.get_feature_names_out())
+    vectors, new = text_vectors(titles, 16, 0, tmp_path, titles[:5])
+    assert vectors.shape == (60, 16) and np.allclose(new, vectors[:5], atol=1e-5)
+    likeness, kind = vectors @ vectors.T, np.arange(60) % 4
+    assert likeness[kind[:, None] == kind].mean() > likeness[kind[:, None] != kind].mean() + 0.05
+
+
 def test_cf_vectors_and_both_side_by_side(tmp_path):
     prepared, vectors = toy(64, words(64)), np.random.default_rng(0).normal(size=(64, 8))
     build_index(ItemsConfig(codes_per_level=8, embedding="cf"), prepared, tmp_path / "cf", vectors)

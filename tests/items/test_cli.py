@@ -110,6 +110,8 @@ def test_add_makes_the_folders_above_its_own(place, capsys, tmp_path):
     refused(capsys, *add[:4], tmp_path / "crowd.csv", *add[5:])
     assert not (tmp_path / "a").exists()
     assert main(add) == 0 and Catalogue.load(tmp_path / "a/b/out").num_items == 61
+    (tmp_path / "file").write_text("")
+    assert "file is a file, expected a folder (--out" in refused(capsys, *add[:6], tmp_path / "file/out")
 
 
 def test_a_report_that_lacks_something_is_named(place, capsys, tmp_path):
@@ -117,10 +119,12 @@ def test_a_report_that_lacks_something_is_named(place, capsys, tmp_path):
     (tmp_path / "new.csv").write_text("item,title\nn1,Oak table\n")
     (tmp_path / "t/items/report.json").write_text("{}")
     for argv in (["report", tmp_path / "t"], ["add", tmp_path / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "out"]):
-        assert "report.json: damaged: no 'source' in it; remove" in refused(capsys, "index", *argv)
+        assert "report.json: damaged: no usable 'source' in it; remove" in refused(capsys, "index", *argv)
     whole = json.loads((place / "t/items/report.json").read_text())
     (tmp_path / "t/items/report.json").write_text(json.dumps({key: value for key, value in whole.items() if key != "vectors"}))
-    assert "report.json: damaged: no 'vectors' in it" in refused(capsys, "index", *argv)
+    assert "report.json: damaged: no usable 'vectors' in it" in refused(capsys, "index", *argv)
+    (tmp_path / "t/items/report.json").write_text(json.dumps(whole | {"collisions": []}))
+    assert "report.json: damaged: no usable 'collisions' in it" in refused(capsys, "index", *argv)
     assert not (tmp_path / "out").exists()
 
 

@@ -72,6 +72,7 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_
         (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], r"no tokenizer \(none of tokenizer.json, vocab.txt\)"),
         (lambda folder: os.truncate(folder / "model.safetensors", 500), "header"),
         (lambda folder: narrow(folder / "config.json"), r"another model than config.json: embeddings.LayerNorm.bias is \[16\], expected \[32\]"),
+        (lambda folder: deepen(folder / "config.json"), "another model than config.json: there is no encoder.layer.1.attention.output.LayerNorm.bias"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, message):
@@ -80,6 +81,10 @@ def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, mess
     with pytest.raises(UserError, match=f"^items.text_model: .*model does not load: .*{message}") as raised:
         load_text_model(tmp_path / "model")
     assert "\n" not in str(raised.value)
+
+
+def deepen(config):
+    config.write_text(config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
 
 
 def narrow(config):

@@ -127,7 +127,8 @@ def checked_batch(
 
     columns: user, item and, with `times`, time, as arrays. places: row numbers within the batch → `unit` numbers in the file.
     """
-    whole = {name: text_or_null(_plain(column)) for name, column in columns.items()}
+    columns = {name: plain(column) for name, column in columns.items()}
+    whole = {name: text_or_null(column) for name, column in columns.items()}
     user, item = _ids(path, whole["user"], "user"), _ids(path, whole["item"], "item")
     good_user, good_item = _present(user), _present(item)
     good = pc.and_(good_user, good_item)
@@ -147,7 +148,9 @@ def checked_batch(
             elif not good_item[row].as_py():
                 reason = "no item id"
             else:
-                reason = f"time {columns['time'][row].as_py()!r} is not {EXPECTED[times.kind if times else None]}"
+                text = pa.types.is_string(whole["time"].type) or pa.types.is_large_string(whole["time"].type)
+                expected = EXPECTED[times.kind] if text and times else "one: null, or too large (integers below 2⁶³, other numbers below 9·10¹⁵)"
+                reason = f"time {columns['time'][row].as_py()!r} is not {expected}"
             rejects.add(path, place, reason, str([_shown(column[row]) for column in columns.values()]), unit)
         batch = {name: column.filter(good) for name, column in batch.items()}
     return pa.record_batch(batch)
@@ -177,13 +180,14 @@ def _shown(value: pa.Scalar) -> object:
         return value.as_buffer().to_pybytes().decode("utf-8", "replace")
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array) -> pa.Array:
+    """A dictionary column as its values."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _ids(path: Path, column: pa.Array, name: str) -> pa.Array:
     if pa.types.is_uint64(column.type):
-        return column.cast(pa.string())  # may be beyond int64; ids of digits are in order of value either way
+        return column  # hashes may be beyond int64
     if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
         return column.cast(pa.string())
     if pa.types.is_integer(column.type):

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import gzip
 import io
+import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,18 @@ from ilrec_dist.errors import UserError
 
 BLOCK_BYTES = 32 << 20
 END = "\x03end of the file\x03"  # in every field of a row put behind the last: in quotes that are still open it is no row
+
+
+_shown = sys.unraisablehook
+
+
+def _quietly(unraisable: Any) -> None:
+    """pyarrow shows a malformed row as text before `skip` gets it; where it is none, it goes on with an error of its own, told below."""
+    if not (isinstance(unraisable.exc_value, UnicodeDecodeError) and getattr(unraisable.object, "__qualname__", "") == "read_columns.<locals>.skip"):
+        _shown(unraisable)
+
+
+sys.unraisablehook = _quietly
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,9 @@ def read_columns(path: Path, columns: list[str], keys: dict[str, str], dialect: 
         if "Empty CSV" in str(error) or "Could not skip initial" in str(error):  # nothing behind the header
             return
         reason = str(error).splitlines()[0]
+        if number := re.search(r"Row #([0-9]+): Expected", reason):  # only where its text could not be decoded for `skip`
+            line = records.of(np.array([int(number[1]) - header]))[0]
+            raise UserError(f"{path}: line {line}: malformed row, and not UTF-8 text; mend it: such rows cannot be skipped") from None
         if "straddling" in reason:
             line = Lines(path, first, malformed, records).at(np.array([0]))[0]
             hint = "; is a quote mark left open?" if dialect.quoted else ""

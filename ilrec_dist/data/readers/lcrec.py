@@ -37,7 +37,9 @@ def _batches(path: Path, rejects: Rejects) -> Iterator[pa.RecordBatch]:
     """The users in turn, BATCH_USERS to a batch; what is in memory as Python objects is one batch."""
     histories: dict[str, list[Any]] = {}
     for number, (user, items) in enumerate(stream_json_object(path), 1):
-        if not isinstance(items, list) or not all(type(item) is int or (type(item) is str and item) for item in items):
+        if not user:
+            rejects.add(path, number, "no user id", _short(items), "user")
+        elif not isinstance(items, list) or not all(type(item) is int or (type(item) is str and item) for item in items):
             rejects.add(path, number, f"{user!r} has {_short(items)}, expected a list of item ids (integers or strings)", _short(items), "user")
         else:
             histories[user] = items

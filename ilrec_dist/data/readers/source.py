@@ -32,7 +32,7 @@ class Rejects:
     def absorb(self, rows: list[dict[str, Any]]) -> None:
         """Add what another process has kept."""
         for row in rows:
-            unit = next(unit for unit in ("line", "row", "user") if unit in row)
+            unit = "row" if "row" in row else "line"
             self.add(Path(row["file"]), row[unit], row["reason"], row["text"], unit)
 
 

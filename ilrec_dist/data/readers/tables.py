@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.config import DataConfig
 from ilrec_dist.data.files import require_columns, require_file
-from ilrec_dist.data.readers.columns import Times, checked_batch, text_or_null
+from ilrec_dist.data.readers.columns import Times, checked_batch, plain, text_or_null
 from ilrec_dist.data.readers.delimited import Dialect, header_names, read_columns, read_delimited
 from ilrec_dist.data.readers.source import Rejects, Source
 from ilrec_dist.errors import UserError
@@ -191,6 +191,9 @@ def _parquet_items(path: Path) -> pa.Table:
 
 def _text(path: Path, name: str, column: pa.Array, first: int) -> pa.Array:
     try:
+        column = plain(column)
+        if name == "item" and not (pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            raise UserError(f"{path}: column 'item' holds {column.type}, expected strings or integers")
         text = text_or_null(column).cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(f"{path}: column {name!r} holds {column.type}, expected text") from None
