@@ -1,7 +1,7 @@
 """What the cross-layer loss costs against its own matrix products, forward and backward together: `python benchmarks/loss.py --quick`.
 
 The limit is the bare products of the same work: 3 of them a stream (logits, hidden gradient, head gradient), the best of chunked and whole.
-Liger's and Apple's kernels take part where they are installed (`pip install ilrec-dist[bench]`), each with the part it can do.
+Liger's and Apple's kernels take part where they are installed (`pip install .[bench]`), each with the part it can do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plain single-process PyTorch decoder over semantic IDs: checks both the numbers and the speed of the system.
 
-    OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data ../shared/data/instruments --epochs 15 --json plain.json
+    OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15 --json plain.json
 
 Nothing of `ilrec_dist` is used: it reads the LC-Rec triple, trains a pre-norm GPT-2 on every item after a user's first, and
 decodes with a constrained beam search, so that an error in the system cannot hide in the check.
