@@ -57,7 +57,7 @@ def test_every_training_target_once_with_the_history_scoring_uses() -> None:
     begin, count, fresh = training_windows(histories, 4)
     assert count.max() <= 4
     found = [(int(b + i + 1), int(b)) for b, c, f in zip(begin, count, fresh, strict=True) for i in range(f, c)]
-    rows, positions = histories.training_targets()
+    rows, positions = histories.training_targets(10**6)
     expected = histories.starts[rows] + positions
     assert sorted(target for target, _ in found) == sorted(expected.tolist())
     windows = dict(zip(expected.tolist(), (histories.starts[rows] + window_starts(positions, 4)).tolist(), strict=True))
