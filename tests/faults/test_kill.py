@@ -1,6 +1,8 @@
 """SIGKILL a worker, the reward actor and the driver in mid-training: the run goes on from a checkpoint and ends with the same bits."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ilrec_dist.config import config_to_dict
+from ilrec_dist.pipeline import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 
@@ -25,24 +28,27 @@ PATIENCE_SECONDS = 240
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a configuration whose run is prepared up to the CF models; trained once without any fault."""
+    """A folder of configurations whose runs are prepared up to the CF models; one is trained without any fault."""
     root = tmp_path_factory.mktemp("faults")
-    for name in ("whole", "worker-and-actor", "driver"):
-        config = tiny_config(
-            root / "runs",
-            train={"epochs": EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": EPOCHS},
-            launch={"engine": "ray", "workers": 1, "tp": 1, "threads": 1, "device": "cpu"},
-            cf={"rewards": "actor"},
-        )
-        tree = config_to_dict(config) | {"name": name}
-        (root / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    config = tiny_config(
+        root / "runs",
+        train={"epochs": EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": EPOCHS},
+        launch={"engine": "ray", "workers": 1, "tp": 1, "threads": 1, "device": "cpu"},
+        cf={"rewards": "actor"},
+    )
+    for stage in ("prepare", "index", "cf"):
+        execute(dataclasses.replace(config, name="whole"), stage)
+    tree = config_to_dict(config)
+    torchrun = {"launch": tree["launch"] | {"engine": "torchrun"}, "cf": tree["cf"] | {"rewards": "in_process"}}
+    for name, changes in (("whole", {}), ("worker-and-actor", {}), ("driver", {}), ("torchrun", torchrun)):
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(tree | changes | {"name": name}))
+        if name != "whole":
+            shutil.copytree(root / "runs" / "whole", root / "runs" / name)
     run(root, "whole").wait(PATIENCE_SECONDS)
     return root
 
 
 def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
-    for stage in ("prepare", "index", "cf"):
-        subprocess.run([sys.executable, "-m", "ilrec_dist.cli", stage, root / f"{name}.yaml"], check=True, stdout=subprocess.DEVNULL)
     log = open(root / f"{name}.log", "a")
     return subprocess.Popen([sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags], stdout=log, stderr=log, start_new_session=True)
 
@@ -94,9 +100,6 @@ def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
 
 
 def test_torchrun_workers_end_with_a_killed_driver(place):
-    tree = yaml.safe_load((place / "whole.yaml").read_text())
-    tree |= {"name": "torchrun", "launch": tree["launch"] | {"engine": "torchrun"}, "cf": tree["cf"] | {"rewards": "in_process"}}
-    (place / "torchrun.yaml").write_text(yaml.safe_dump(tree))
     process = run(place, "torchrun")
     folder = training(place, "torchrun")
     wait_for("step 10", lambda: steps_logged(folder) >= 10, process)
