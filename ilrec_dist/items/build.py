@@ -143,7 +143,8 @@ def read_report(folder: str | Path, *keys: str) -> dict[str, Any]:
     path = Path(folder) / "report.json"
     report = read_json_object(path)
     lacking = [key for key in ("source", "items", "vocab_size", "levels", "collisions", *keys) if key not in report]
-    lacking += [key for key in ("collisions",) if not lacking and not isinstance(report[key], dict)]
+    if not lacking and not isinstance(report["collisions"], dict):
+        lacking = ["collisions"]
     if lacking:
         raise UserError(f"{path}: damaged: no usable {lacking[0]!r} in it; remove {folder} and run `ilrec index` again")
     return report

@@ -131,8 +131,8 @@ def _terms(texts: Callable[[], Iterator[str]], min_df: int) -> tuple[Any, Any]:
     characters = TfidfVectorizer(
         sublinear_tf=True, analyzer="char_wb", preprocessor=_beginning, ngram_range=(1, 3), max_features=MAX_TERMS, min_df=min_df, dtype=np.float32
     )
-    every = -(-sum(1 for _ in texts()) // FIT_CHARACTERS)
-    return characters, characters.fit_transform(islice(texts(), 0, None, every))
+    every = -(-len(without_blanks) // FIT_CHARACTERS)
+    return characters, characters.fit_transform(islice(filter(str.strip, texts()), 0, None, every) if every > 1 else texts())
 
 
 def _beginning(text: str) -> str:
