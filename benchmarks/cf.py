@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ilrec_dist.cf.fit import Histories, train_model
-from ilrec_dist.cf.table import Split
-from ilrec_dist.config import CFConfig
+from ilrec_dist.cf.config import CFConfig
+from ilrec_dist.cf.sasrec.fit import Histories, train_model
+from ilrec_dist.cf.sasrec.sharded_table import Split
 
 LENGTH, BATCH = 9, 32
 CONFIG = CFConfig(epochs=1, batch_size=BATCH)
@@ -37,7 +37,9 @@ def peak_mib() -> float:
 def train(part: int, parts: int, items: int, steps: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     if parts > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=part, world_size=parts)
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=part, world_size=parts
+        )
     users = BATCH * steps
     sequences = np.random.default_rng(0).integers(0, items, users * LENGTH).astype(np.int32)
     none = np.zeros(users, np.int64)  # no validation targets
@@ -45,9 +47,22 @@ def train(part: int, parts: int, items: int, steps: int, port: int, folder: str)
     seconds: list[float] = []
     before = peak_mib()
     began = time.perf_counter()
-    report = train_model(CONFIG, Split(items, part, parts), histories, Path(folder) / "model.safetensors", 0, lambda event: seconds.append(event["seconds"]))
-    result = {"seconds_a_step": seconds[0] / steps, "peak_mib": peak_mib() - before, "whole_seconds": time.perf_counter() - began}
-    (Path(folder) / f"{part}.json").write_text(json.dumps(result | {"loss": report["curve"][0]["loss"]}))
+    report = train_model(
+        CONFIG,
+        Split(items, part, parts),
+        histories,
+        Path(folder) / "model.safetensors",
+        0,
+        lambda event: seconds.append(event["seconds"]),
+    )
+    result = {
+        "seconds_a_step": seconds[0] / steps,
+        "peak_mib": peak_mib() - before,
+        "whole_seconds": time.perf_counter() - began,
+    }
+    (Path(folder) / f"{part}.json").write_text(
+        json.dumps(result | {"loss": report["curve"][0]["loss"]})
+    )
     if parts > 1:
         dist.destroy_process_group()
 
@@ -64,8 +79,12 @@ def measure(items: int, parts: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10⁵ items, under 50 seconds on two free cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="10⁵ items, under 50 seconds on two free cores"
+    )
     parser.add_argument("--items", type=int, help="default 2·10⁶")
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=3)
@@ -75,7 +94,9 @@ def main() -> None:
     print(machine, flush=True)
     rows = []
     for parts in arguments.parts:
-        row = measure(arguments.items or (100_000 if arguments.quick else 2_000_000), parts, arguments.steps)
+        row = measure(
+            arguments.items or (100_000 if arguments.quick else 2_000_000), parts, arguments.steps
+        )
         rows.append(row)
         print(
             f"{row['items']:,} items in {parts} part{'s' * (parts > 1)}: {row['seconds_a_step']:.2f} s a step of {row['targets_a_step']} targets, "

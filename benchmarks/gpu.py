@@ -36,7 +36,9 @@ class Sizes:
     wide: str = "2048x4096x1048576x3"
     distilled: str = "8192x4096x128256x1"
     workspaces: tuple[int, ...] = (1 << 30, 2 << 30, 1 << 29)
-    sliced_workspace: int = 3 << 27  # at which regime V meets the head a few times, with thousands of rows each
+    sliced_workspace: int = (
+        3 << 27
+    )  # at which regime V meets the head a few times, with thousands of rows each
     repeats: int = 30
 
 
@@ -51,7 +53,13 @@ class Figure:
 
     @property
     def reached(self) -> bool | None:
-        return None if self.goal is None else (self.measured >= self.goal if self.higher_is_better else self.measured <= self.goal)
+        return (
+            None
+            if self.goal is None
+            else (
+                self.measured >= self.goal if self.higher_is_better else self.measured <= self.goal
+            )
+        )
 
     def line(self) -> str:
         goal = "" if self.goal is None else f"{'≥' if self.higher_is_better else '≤'} {self.goal:g}"
@@ -62,16 +70,31 @@ def gradients(x: loss.Inputs, o: LossOptions) -> list[Tensor]:
     """The loss and the gradients of all leaves, fp64."""
     for leaf in x.leaves():
         leaf.grad = None
-    out = cross_layer_loss(x.hidden[0], x.hidden[1:], x.head, x.targets, x.lists, x.rewards, o, loss_scale=1 / len(x.targets))
+    out = cross_layer_loss(
+        x.hidden[0],
+        x.hidden[1:],
+        x.head,
+        x.targets,
+        x.lists,
+        x.rewards,
+        o,
+        loss_scale=1 / len(x.targets),
+    )
     out.loss.backward()
     return [out.loss.detach().double(), *(leaf.grad.double() for leaf in x.leaves())]  # type: ignore[union-attr]
 
 
-def distances(device: str, backend: str, shape: tuple[int, int, int, int] = CHECKED) -> Iterator[tuple[str, float, float]]:
+def distances(
+    device: str, backend: str, shape: tuple[int, int, int, int] = CHECKED
+) -> Iterator[tuple[str, float, float]]:
     """(what, largest distance of loss and gradients from the reference, what it may be): ‖Δ‖ / ‖reference‖ of each tensor."""
     drawn = loss.make_inputs(shape, device, peaked=True)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
-        x = replace(drawn, hidden=[h.detach().to(dtype).requires_grad_() for h in drawn.hidden], head=drawn.head.detach().to(dtype).requires_grad_())
+        x = replace(
+            drawn,
+            hidden=[h.detach().to(dtype).requires_grad_() for h in drawn.hidden],
+            head=drawn.head.detach().to(dtype).requires_grad_(),
+        )
         for what, workspace, changes in (
             ("dense scopes", None, {}),
             ("listed negatives", None, LISTED),
@@ -79,8 +102,14 @@ def distances(device: str, backend: str, shape: tuple[int, int, int, int] = CHEC
             ("dense scopes, small workspace", SMALL_WORKSPACE, {}),
         ):
             o = loss.options(shape[2], backend, workspace, **changes)
-            pairs = zip(gradients(x, o), gradients(x, replace(o, backend=Backend.REFERENCE)), strict=True)
-            yield f"{what}, {str(dtype).removeprefix('torch.')}", max(float((a - b).norm() / b.norm()) for a, b in pairs), bound
+            pairs = zip(
+                gradients(x, o), gradients(x, replace(o, backend=Backend.REFERENCE)), strict=True
+            )
+            yield (
+                f"{what}, {str(dtype).removeprefix('torch.')}",
+                max(float((a - b).norm() / b.norm()) for a, b in pairs),
+                bound,
+            )
 
 
 def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
@@ -88,49 +117,99 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
     x = inputs(sizes.dense, device)
     v = x.head.shape[0]
     for workspace in sizes.workspaces:
-        times = medians({"ours": whole(x, loss.options(v, backend, workspace))} | bare(x), x, device, sizes.repeats)
+        times = medians(
+            {"ours": whole(x, loss.options(v, backend, workspace))} | bare(x),
+            x,
+            device,
+            sizes.repeats,
+        )
         ratio = times["ours"] / min(times["whole"], times["chunked"])
-        yield Figure(f"{sizes.dense}, workspace {workspace >> 20} MiB: × the bare products", ratio, 1.18 if workspace >= 1 << 30 else 1.30)
+        yield Figure(
+            f"{sizes.dense}, workspace {workspace >> 20} MiB: × the bare products",
+            ratio,
+            1.18 if workspace >= 1 << 30 else 1.30,
+        )
     first = sizes.workspaces[0]
-    parts = {"full": whole(x, loss.options(v, backend, first)), "plain": whole(x, loss.options(v, backend, first, **loss.PLAIN))}
+    parts = {
+        "full": whole(x, loss.options(v, backend, first)),
+        "plain": whole(x, loss.options(v, backend, first, **loss.PLAIN)),
+    }
     times = medians(parts, x, device, sizes.repeats)
-    yield Figure(f"{sizes.dense}: negatives, CPO and CRR over CE and CPD, %", 100 * (times["full"] / times["plain"] - 1), 5.0)
+    yield Figure(
+        f"{sizes.dense}: negatives, CPO and CRR over CE and CPD, %",
+        100 * (times["full"] / times["plain"] - 1),
+        5.0,
+    )
     sliced = loss.options(v, backend, sizes.sliced_workspace, **LISTED)
     check_sliced(x, sliced)
     n, d = x.hidden[0].shape
     milliseconds = medians({"forward": forward(x, sliced)}, x, device, sizes.repeats)["forward"]
-    yield Figure(f"{sizes.dense}, regime V forward: TFLOP/s", len(x.hidden) * 2 * n * d * v / milliseconds / 1e9, 450.0, higher_is_better=True)
+    yield Figure(
+        f"{sizes.dense}, regime V forward: TFLOP/s",
+        len(x.hidden) * 2 * n * d * v / milliseconds / 1e9,
+        450.0,
+        higher_is_better=True,
+    )
     del x
     x = inputs(sizes.few_rows, device)
-    dense = {name: run for name, (run, _) in loss.providers(x, namespace(device, sizes.repeats)).items() if "materialised" in name}
-    times = medians({"ours": whole(x, loss.options(v, backend, None))} | dense, x, device, sizes.repeats)
+    dense = {
+        name: run
+        for name, (run, _) in loss.providers(x, namespace(device, sizes.repeats)).items()
+        if "materialised" in name
+    }
+    times = medians(
+        {"ours": whole(x, loss.options(v, backend, None))} | dense, x, device, sizes.repeats
+    )
     for name in dense:
         if name in times:  # it may not have fitted
             yield Figure(f"{sizes.few_rows}: × {name}", times["ours"] / times[name], 1.0)
     del x, dense
     x = inputs(sizes.wide, device)
-    times = medians({"ours": whole(x, loss.options(x.head.shape[0], backend, None, **LISTED))} | bare(x), x, device, max(3, sizes.repeats // 10))
-    yield Figure(f"{sizes.wide}, listed negatives: × the bare products", times["ours"] / min(times["whole"], times["chunked"]))
+    times = medians(
+        {"ours": whole(x, loss.options(x.head.shape[0], backend, None, **LISTED))} | bare(x),
+        x,
+        device,
+        max(3, sizes.repeats // 10),
+    )
+    yield Figure(
+        f"{sizes.wide}, listed negatives: × the bare products",
+        times["ours"] / min(times["whole"], times["chunked"]),
+    )
     del x
     x = inputs(sizes.distilled, device)
-    theirs = {name: run for name, (run, _) in loss.others(x, namespace(device, sizes.repeats)).items() if "CPD" in name}
+    theirs = {
+        name: run
+        for name, (run, _) in loss.others(x, namespace(device, sizes.repeats)).items()
+        if "CPD" in name
+    }
     if theirs:
         times = medians(theirs, x, device, sizes.repeats)
         own = next(value for name, value in times.items() if name.startswith("ilrec_kernels"))
         rival = min(value for name, value in times.items() if not name.startswith("ilrec_kernels"))
-        yield Figure(f"{sizes.distilled}: Liger's JSD ÷ our CE + CPD", rival / own, 3.0, higher_is_better=True)
+        yield Figure(
+            f"{sizes.distilled}: Liger's JSD ÷ our CE + CPD",
+            rival / own,
+            3.0,
+            higher_is_better=True,
+        )
 
 
 def plan_of(x: loss.Inputs, o: LossOptions) -> Plan:
     hidden = tuple(h.detach() for h in x.hidden)
-    return make_plan(Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0], None, None))
+    return make_plan(
+        Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0], None, None)
+    )
 
 
 def check_sliced(x: loss.Inputs, o: LossOptions) -> None:
     """That the figure of regime V is of regime V, as it runs where the workspace suits it; other backends have none."""
     plan = plan_of(x, o)
-    if o.backend is Backend.TRITON and not (plan.sliced and plan.rows * 4 >= len(x.targets) and plan.slice_columns >= 512):
-        raise RuntimeError(f"regime V: expected at most 4 chunks with slices of 512 columns or more, got {plan}")
+    if o.backend is Backend.TRITON and not (
+        plan.sliced and plan.rows * 4 >= len(x.targets) and plan.slice_columns >= 512
+    ):
+        raise RuntimeError(
+            f"regime V: expected at most 4 chunks with slices of 512 columns or more, got {plan}"
+        )
 
 
 def inputs(shape: str, device: str) -> loss.Inputs:
@@ -151,24 +230,35 @@ def forward(x: loss.Inputs, o: LossOptions) -> Callable[[], None]:
 
 
 def bare(x: loss.Inputs) -> dict[str, Callable[[], None]]:
-    return {"whole": lambda: loss.bare(x, len(x.targets) * len(x.hidden)), "chunked": lambda: loss.bare(x, 4096)}
+    return {
+        "whole": lambda: loss.bare(x, len(x.targets) * len(x.hidden)),
+        "chunked": lambda: loss.bare(x, 4096),
+    }
 
 
 def namespace(device: str, repeats: int) -> argparse.Namespace:
     return argparse.Namespace(device=device, repeats=repeats, workspace=None)
 
 
-def medians(calls: dict[str, Callable[[], Any]], x: loss.Inputs, device: str, repeats: int) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[], Any]], x: loss.Inputs, device: str, repeats: int
+) -> dict[str, float]:
     """Milliseconds."""
-    return loss.measure({name: (call, 1) for name, call in calls.items()}, x, namespace(device, repeats))[0]
+    return loss.measure(
+        {name: (call, 1) for name, call in calls.items()}, x, namespace(device, repeats)
+    )[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="example: python benchmarks/gpu.py --json gpu.json"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/gpu.py --json gpu.json",
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows, with device and versions")
-    parser.add_argument("--check-only", action="store_true", help="compare with the reference and measure nothing")
+    parser.add_argument(
+        "--check-only", action="store_true", help="compare with the reference and measure nothing"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device; on a CPU run benchmarks/loss.py")
@@ -178,7 +268,10 @@ def main() -> None:
     for backend in ("torch", "triton"):
         for what, found, bound in distances("cuda", backend):
             wrong += not found <= bound
-            print(f"{backend}, {what}: {found:.1e} from the reference, {'ok' if found <= bound else f'MORE THAN {bound:.0e}'}", flush=True)
+            print(
+                f"{backend}, {what}: {found:.1e} from the reference, {'ok' if found <= bound else f'MORE THAN {bound:.0e}'}",
+                flush=True,
+            )
     if wrong:
         sys.exit(f"{wrong} of the comparisons above failed; nothing is measured")
     if args.check_only:
@@ -189,7 +282,9 @@ def main() -> None:
         print(figure.line(), flush=True)
         if args.json:  # after every row: a run that is cut short leaves what it has
             rows = [asdict(f) | {"reached": f.reached} for f in found_figures]
-            Path(args.json).write_text(json.dumps({"machine": where, "figures": rows}, indent=1) + "\n", encoding="utf-8")
+            Path(args.json).write_text(
+                json.dumps({"machine": where, "figures": rows}, indent=1) + "\n", encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

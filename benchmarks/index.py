@@ -24,11 +24,11 @@ import faiss
 import numpy as np
 import torch
 
-from ilrec_dist.config import ItemsConfig
-from ilrec_dist.data.files import map_array
-from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.common.files import map_array
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
 
 WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
@@ -42,7 +42,10 @@ class Peak(threading.Thread):
     def run(self) -> None:
         while True:
             lines = Path("/proc/self/status").read_text().splitlines()
-            self.mib = max(self.mib, next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")))
+            self.mib = max(
+                self.mib,
+                next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")),
+            )
             time.sleep(0.005)
 
 
@@ -62,14 +65,16 @@ def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
 
 
 def measure_build(items: int) -> dict[str, Any]:
-    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(items)])
+    dataset = InteractionDataset(
+        np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(items)]
+    )
     config = ItemsConfig(embedding="cf", levels=LEVELS, codes_per_level=CODES, collisions="resolve")
     with tempfile.TemporaryDirectory() as temporary:
         np.save(Path(temporary) / "vectors.npy", draw_vectors(items))
         vectors = map_array(Path(temporary) / "vectors.npy")
         PEAK.start()
         started = time.perf_counter()
-        report = build_index(config, prepared, Path(temporary) / "items", vectors)
+        report = build_index(config, dataset, Path(temporary) / "items", vectors)
         seconds = time.perf_counter() - started
     collisions = report["collisions"]
     return {
@@ -85,10 +90,16 @@ def measure_build(items: int) -> dict[str, Any]:
 def measure_trie(items: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     PEAK.start()
-    catalogue = make_catalogue(rng.integers(0, CODES, (items, LEVELS), dtype=np.int32), [CODES] * LEVELS)
+    catalogue = make_catalogue(
+        rng.integers(0, CODES, (items, LEVELS), dtype=np.int32), [CODES] * LEVELS
+    )
     started = time.perf_counter()
     trie = Trie(catalogue)
-    result: dict[str, Any] = {"items": items, "trie_seconds": time.perf_counter() - started, "bytes_per_item": trie.nbytes / items}
+    result: dict[str, Any] = {
+        "items": items,
+        "trie_seconds": time.perf_counter() - started,
+        "bytes_per_item": trie.nbytes / items,
+    }
     result["candidates_ms"] = []
     for depth in range(LEVELS):
         nodes = rng.integers(0, trie.num_nodes(depth), PREFIXES)
@@ -103,7 +114,12 @@ def measure_trie(items: int) -> dict[str, Any]:
 
 def in_its_own_process(what: str, items: int, threads: int) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, __file__, "--one", what, str(items), "--threads", str(threads)], env=environment, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", what, str(items), "--threads", str(threads)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -116,8 +132,12 @@ def one(what: str, items: int, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10⁵ and 10⁶ items, under 50 seconds on two free cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="10⁵ and 10⁶ items, under 50 seconds on two free cores"
+    )
     parser.add_argument("--items", type=int, help="items of the build (default 10⁶)")
     parser.add_argument("--trie", type=int, help="items of the trie (default 10⁷)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -127,22 +147,34 @@ def main() -> None:
     if arguments.one:
         one(arguments.one[0], int(arguments.one[1]), arguments.threads)
         return
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads, "faiss": faiss.__version__, "numpy": np.__version__}
+    machine = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "faiss": faiss.__version__,
+        "numpy": np.__version__,
+    }
     print(machine, flush=True)
-    build = in_its_own_process("build", arguments.items or (100_000 if arguments.quick else 1_000_000), arguments.threads)
+    build = in_its_own_process(
+        "build", arguments.items or (100_000 if arguments.quick else 1_000_000), arguments.threads
+    )
     print(
         f"build: {build['items']:,} items in {build['seconds']:.1f} s, peak {build['peak_mib']:,.0f} MiB; colliding {build['colliding_before']:.2%} before, "
         f"{build['colliding_after']} items after, resolved by {build['resolved_by']}",
         flush=True,
     )
-    trie = in_its_own_process("trie", arguments.trie or (1_000_000 if arguments.quick else 10_000_000), arguments.threads)
+    trie = in_its_own_process(
+        "trie", arguments.trie or (1_000_000 if arguments.quick else 10_000_000), arguments.threads
+    )
     milliseconds = ", ".join(f"{value:.1f}" for value in trie["candidates_ms"])
     print(
         f"trie: {trie['items']:,} items, {trie['bytes_per_item']:.1f} bytes an item, built in {trie['trie_seconds']:.1f} s, peak {trie['peak_mib']:,.0f} MiB; "
         f"candidates of {PREFIXES:,} prefixes at depth 0 … {LEVELS - 1}: {milliseconds} ms"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "build": build, "trie": trie}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "build": build, "trie": trie}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> 
     """Peaked: layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens, as in a trained model.
     Random: nothing agrees with anything, so that about half the vocabulary passes the negatives' threshold."""
     n, d, v, m = shape
-    g = torch.Generator(device).manual_seed(0)  # a large head is drawn on the device: on the host it would take minutes
+    g = torch.Generator(device).manual_seed(
+        0
+    )  # a large head is drawn on the device: on the host it would take minutes
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=device)
@@ -62,7 +64,9 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> 
     scale = 2.0 / math.sqrt(d)
     noise = [normal(n, d) for _ in range(m + 1)]
     hidden = [(common + 0.5 * x) * scale if peaked else x * scale for x in noise]
-    tokens = torch.stack([torch.randperm(v, generator=g, device=device)[:255] for _ in range(8)])[torch.arange(n, device=device) % 8]
+    tokens = torch.stack([torch.randperm(v, generator=g, device=device)[:255] for _ in range(8)])[
+        torch.arange(n, device=device) % 8
+    ]
     tokens = torch.cat([tokens, targets[:, None]], 1).sort(1).values
     distinct = torch.ones_like(tokens, dtype=torch.bool)
     distinct[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
@@ -76,12 +80,31 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> 
 
 
 def options(v: int, backend: str, workspace: int | None, **changes: Any) -> LossOptions:
-    values = dict(negative_scope="all", distill_scope="all", beta=BETA, mu=MU, crr_lambda=LAMBDA, max_negatives=K, reward_floor=FLOOR)
-    return LossOptions(vocab_size=v, backend=backend, workspace_bytes=workspace, **{**values, **changes})  # type: ignore[arg-type]
+    values = dict(
+        negative_scope="all",
+        distill_scope="all",
+        beta=BETA,
+        mu=MU,
+        crr_lambda=LAMBDA,
+        max_negatives=K,
+        reward_floor=FLOOR,
+    )
+    return LossOptions(
+        vocab_size=v, backend=backend, workspace_bytes=workspace, **{**values, **changes}
+    )  # type: ignore[arg-type]
 
 
 def ours(x: Inputs, o: LossOptions) -> None:
-    out = cross_layer_loss(x.hidden[0], x.hidden[1:], x.head, x.targets, x.lists, x.rewards, o, loss_scale=1 / len(x.targets))
+    out = cross_layer_loss(
+        x.hidden[0],
+        x.hidden[1:],
+        x.head,
+        x.targets,
+        x.lists,
+        x.rewards,
+        o,
+        loss_scale=1 / len(x.targets),
+    )
     out.loss.backward()
 
 
@@ -106,8 +129,19 @@ def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: T
     cpo = z[0].scatter_add(1, index, BETA * weight).logsumexp(1) - z_target
     log_p = z[0].log_softmax(1)
     teacher = log_p.detach()
-    cpd = torch.stack([F.kl_div(s.log_softmax(1), teacher, reduction="none", log_target=True).sum(1) for s in z[1:]]).mean(0)
-    crr = -((label * log_p.gather(1, index)).sum(1) + own[:, 0] * log_p.gather(1, targets[:, None])[:, 0]) * some
+    cpd = torch.stack(
+        [
+            F.kl_div(s.log_softmax(1), teacher, reduction="none", log_target=True).sum(1)
+            for s in z[1:]
+        ]
+    ).mean(0)
+    crr = (
+        -(
+            (label * log_p.gather(1, index)).sum(1)
+            + own[:, 0] * log_p.gather(1, targets[:, None])[:, 0]
+        )
+        * some
+    )
     return (cpo + MU * cpd + LAMBDA * crr).sum() / n
 
 
@@ -121,7 +155,9 @@ def row_loop(x: Inputs, rows: int) -> None:
         adjusted = z[0].index_add(0, negatives, BETA * p[negatives].softmax(0).to(z[0].dtype))
         total = total + adjusted.logsumexp(0) - z[0][x.targets[i]]
         for s in z[1:]:
-            total = total + MU / len(z[1:]) * F.kl_div(s.log_softmax(0), z[0].detach().log_softmax(0), reduction="sum", log_target=True)
+            total = total + MU / len(z[1:]) * F.kl_div(
+                s.log_softmax(0), z[0].detach().log_softmax(0), reduction="sum", log_target=True
+            )
     total.backward()
 
 
@@ -148,18 +184,30 @@ def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
     v, n, device = x.head.shape[0], len(x.targets), x.head.device.type
     streams = len(x.hidden)
     dense = torch.zeros(n, v, device=x.head.device)
-    dense[torch.repeat_interleave(torch.arange(n, device=device), x.lists.indptr.diff()), x.lists.tokens] = x.rewards
+    dense[
+        torch.repeat_interleave(torch.arange(n, device=device), x.lists.indptr.diff()),
+        x.lists.tokens,
+    ] = x.rewards
     found: dict[str, Provider] = {
         "bare GEMMs, whole": (lambda: bare(x, n * streams), 1),
-        "bare GEMMs, chunked": (lambda: bare(x, max(64, (64 << 20) // (4 * v)) if device == "cpu" else 4096), 1),
+        "bare GEMMs, chunked": (
+            lambda: bare(x, max(64, (64 << 20) // (4 * v)) if device == "cpu" else 4096),
+            1,
+        ),
     }
     for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
         full, plain = (options(v, backend, args.workspace, **changes) for changes in ({}, PLAIN))
         found[f"ilrec_kernels {backend}"] = (partial(ours, x, full), 1)
         found[f"ilrec_kernels {backend}, CE + CPD only"] = (partial(ours, x, plain), 1)
     compiled = torch.compile(materialised)
-    found["eager torch, materialised"] = (lambda: materialised(x.hidden, x.head, x.targets, dense).backward(), 1)
-    found["torch.compile, materialised"] = (lambda: compiled(x.hidden, x.head, x.targets, dense).backward(), 1)
+    found["eager torch, materialised"] = (
+        lambda: materialised(x.hidden, x.head, x.targets, dense).backward(),
+        1,
+    )
+    found["torch.compile, materialised"] = (
+        lambda: compiled(x.hidden, x.head, x.targets, dense).backward(),
+        1,
+    )
     few = min(n, 8)
     found["row loop (authors' form)"] = (lambda: row_loop(x, few), n / few)
     return found | (others(x, args) if device == "cuda" else {})
@@ -175,16 +223,31 @@ def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
 
         cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)
         chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
-        found["Liger fused linear cross-entropy, CE alone"] = (lambda: cross(x.head, x.hidden[0], x.targets).backward(), 1)
-        found["Liger fused linear JSD, one layer's CPD"] = (lambda: jsd(x.hidden[1], x.head, teacher, head, x.targets).backward(), 1)
-        found["Liger chunked JSD loss, one layer's CPD"] = (lambda: chunked(x.hidden[1], x.head, teacher, head, x.targets).backward(), 1)
+        found["Liger fused linear cross-entropy, CE alone"] = (
+            lambda: cross(x.head, x.hidden[0], x.targets).backward(),
+            1,
+        )
+        found["Liger fused linear JSD, one layer's CPD"] = (
+            lambda: jsd(x.hidden[1], x.head, teacher, head, x.targets).backward(),
+            1,
+        )
+        found["Liger chunked JSD loss, one layer's CPD"] = (
+            lambda: chunked(x.hidden[1], x.head, teacher, head, x.targets).backward(),
+            1,
+        )
         o = options(x.head.shape[0], "triton", args.workspace, **PLAIN)
         one = [teacher, x.hidden[1]]
-        found["ilrec_kernels triton, CE + one layer's CPD"] = (lambda: ours(replace(x, hidden=one), o), 1)
+        found["ilrec_kernels triton, CE + one layer's CPD"] = (
+            lambda: ours(replace(x, hidden=one), o),
+            1,
+        )
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
-        found["cut-cross-entropy, CE alone"] = (lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(), 1)
+        found["cut-cross-entropy, CE alone"] = (
+            lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(),
+            1,
+        )
     return found
 
 
@@ -218,7 +281,11 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(key)
+        )
         return int(line.split()[1]) * 1024
 
     before = status("VmRSS")
@@ -226,7 +293,9 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
     return max(0, status("VmHWM") - before - gradients)
 
 
-def measure(table: dict[str, Provider], x: Inputs, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
+def measure(
+    table: dict[str, Provider], x: Inputs, args: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, int]]:
     """(median milliseconds, extra bytes) by provider; one that has no memory left is dropped."""
     memory: dict[str, int] = {}
     for name, (fn, _) in list(table.items()):
@@ -239,7 +308,9 @@ def measure(table: dict[str, Provider], x: Inputs, args: argparse.Namespace) -> 
             note(f"{name}: out of memory")
             del table[name]
     times: dict[str, list[float]] = {name: [] for name in table}
-    for repeat in range(args.repeats):  # interleaved, so that drift of the machine falls on all alike
+    for repeat in range(
+        args.repeats
+    ):  # interleaved, so that drift of the machine falls on all alike
         began = time.perf_counter()
         for name, (fn, factor) in table.items():
             for leaf in x.leaves():
@@ -260,20 +331,38 @@ def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     limit = min(value for name, value in median.items() if name.startswith("bare"))
     flops = 3 * (m + 1) * 2 * n * d * v
     rows = []
-    print(f"\n{shape} (N x d x V x m), {args.device}, {args.logits} logits\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}")
+    print(
+        f"\n{shape} (N x d x V x m), {args.device}, {args.logits} logits\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}"
+    )
     for name, value in median.items():
-        rows.append({"shape": shape, "provider": name, "fwd_bwd_ms": value, "ratio_to_bare_gemm": value / limit, "extra_bytes": memory[name]})
-        print(f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}{memory[name] / 2**20:>11.0f}")
+        rows.append(
+            {
+                "shape": shape,
+                "provider": name,
+                "fwd_bwd_ms": value,
+                "ratio_to_bare_gemm": value / limit,
+                "extra_bytes": memory[name],
+            }
+        )
+        print(
+            f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}{memory[name] / 2**20:>11.0f}"
+        )
     for name, value in median.items():
         if f"{name}, CE + CPD only" in median:
-            print(f"{name}: negatives, CPO and CRR add {100 * (value / median[f'{name}, CE + CPD only'] - 1):.1f} %")
+            print(
+                f"{name}: negatives, CPO and CRR add {100 * (value / median[f'{name}, CE + CPD only'] - 1):.1f} %"
+            )
     return rows
 
 
 def machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -283,16 +372,33 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/loss.py --shapes 2048x256x32000x3 --logits random --json loss.json",
     )
-    parser.add_argument("--quick", action="store_true", help="one small shape, under 50 s on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small shape, under 50 s on 2 cores"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--shapes", help="comma-separated N x d x V x m, as 2048x256x32000x3")
-    parser.add_argument("--logits", default="peaked", choices=["peaked", "random"], help="random: about half the vocabulary passes the threshold")
+    parser.add_argument(
+        "--logits",
+        default="peaked",
+        choices=["peaked", "random"],
+        help="random: about half the vocabulary passes the threshold",
+    )
     parser.add_argument("--workspace", type=int, help="bytes; default 64 MiB on CPU, 1 GiB on GPU")
     parser.add_argument("--repeats", type=int, help="default 30 on GPU, 5 on CPU, 3 with --quick")
     args = parser.parse_args()
     args.repeats = args.repeats or (3 if args.quick else 30 if args.device == "cuda" else 5)
-    shapes = args.shapes.split(",") if args.shapes else QUICK_SHAPES if args.quick else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
+    shapes = (
+        args.shapes.split(",")
+        if args.shapes
+        else QUICK_SHAPES
+        if args.quick
+        else CUDA_SHAPES
+        if args.device == "cuda"
+        else CPU_SHAPES
+    )
     print(f"{machine(args.device)}; torch {torch.__version__}; Python {platform.python_version()}")
     rows = [row for shape in shapes for row in run_shape(shape, args)]
     if args.json:

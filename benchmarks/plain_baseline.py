@@ -41,9 +41,16 @@ def read_triple(folder: Path, index: Path | None) -> Triple:
     """Read NAME.inter.json and NAME.index.json (or the given index) of an LC-Rec folder; items must be numbered from 0."""
     (inter_path,) = folder.glob("*.inter.json")
     index = index or inter_path.with_name(inter_path.name.replace(".inter.", ".index."))
-    sequences = [np.array(items, dtype=np.int64) for items in json.loads(inter_path.read_text()).values()]
+    sequences = [
+        np.array(items, dtype=np.int64) for items in json.loads(inter_path.read_text()).values()
+    ]
     codes_of = json.loads(index.read_text())
-    codes = np.array([[int(code.strip("<>").split("_")[1]) for code in codes_of[str(item)]] for item in range(len(codes_of))])
+    codes = np.array(
+        [
+            [int(code.strip("<>").split("_")[1]) for code in codes_of[str(item)]]
+            for item in range(len(codes_of))
+        ]
+    )
     depth = codes.shape[1]
     tokens = 1 + np.arange(depth) * LEVEL_SIZE + codes
     vocab_size = 1 + depth * LEVEL_SIZE
@@ -74,13 +81,18 @@ class Block(nn.Module):
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[B, S, d] -> q, k, v, each [B, heads, S, d / heads]."""
-        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)]
+        return [
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        ]
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = self.split(x)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -91,14 +103,29 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Pre-norm GPT-2 with learned positions and a tied head."""
 
-    def __init__(self, vocab_size: int, positions: int, hidden: int = 128, layers: int = 4, heads: int = 4, dropout: float = 0.1):
+    def __init__(
+        self,
+        vocab_size: int,
+        positions: int,
+        hidden: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        dropout: float = 0.1,
+    ):
         super().__init__()
-        self.embed, self.position = nn.Embedding(vocab_size, hidden), nn.Embedding(positions, hidden)
+        self.embed, self.position = (
+            nn.Embedding(vocab_size, hidden),
+            nn.Embedding(positions, hidden),
+        )
         self.blocks = nn.ModuleList(Block(hidden, heads, dropout) for _ in range(layers))
         self.norm, self.dropout = nn.LayerNorm(hidden), nn.Dropout(dropout)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                scale = 0.02 / math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 0.02
+                scale = (
+                    0.02 / math.sqrt(2 * layers)
+                    if name.endswith(("out.weight", "down.weight"))
+                    else 0.02
+                )
                 nn.init.normal_(parameter, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -125,10 +152,17 @@ def windows(sequence: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, int
 
 
 def training_rows(data: Triple, history: int) -> list[tuple[np.ndarray, int]]:
-    return [window for sequence in data.sequences for window in windows(sequence[:-2], history + 1) if len(window[0]) > window[1]]
+    return [
+        window
+        for sequence in data.sequences
+        for window in windows(sequence[:-2], history + 1)
+        if len(window[0]) > window[1]
+    ]
 
 
-def batches(rows: list[tuple[np.ndarray, int]], size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def batches(
+    rows: list[tuple[np.ndarray, int]], size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Rows of like length together (random within a length), batches in random order."""
     lengths = np.array([len(items) for items, _ in rows])
     order = rng.permutation(len(rows))
@@ -138,7 +172,9 @@ def batches(rows: list[tuple[np.ndarray, int]], size: int, rng: np.random.Genera
     return groups
 
 
-def batch_loss(model: Decoder, data: Triple, rows: list[tuple[np.ndarray, int]], scope: str) -> Tensor:
+def batch_loss(
+    model: Decoder, data: Triple, rows: list[tuple[np.ndarray, int]], scope: str
+) -> Tensor:
     """Mean cross-entropy over the tokens of all target items of a batch."""
     depth = data.tokens.shape[1]
     width = max(len(items) for items, _ in rows)
@@ -149,7 +185,10 @@ def batch_loss(model: Decoder, data: Triple, rows: list[tuple[np.ndarray, int]],
         tokens[row, : len(items)] = data.tokens[items]
         nodes[row, : len(items)] = data.item_nodes[items, :depth]
         is_target[row, context : len(items)] = True
-    flat, chosen = torch.from_numpy(tokens).flatten(1), torch.from_numpy(is_target).flatten(1)[:, 1:]
+    flat, chosen = (
+        torch.from_numpy(tokens).flatten(1),
+        torch.from_numpy(is_target).flatten(1)[:, 1:],
+    )
     hidden, _ = model(flat[:, :-1])
     logits = model.logits(hidden[chosen])
     if scope == "valid_next":
@@ -161,7 +200,14 @@ def batch_loss(model: Decoder, data: Triple, rows: list[tuple[np.ndarray, int]],
 
 
 @torch.no_grad()
-def beam_search(model: Decoder, data: Triple, histories: np.ndarray, seen: list[np.ndarray] | None, beam: int, scope: str) -> Tensor:
+def beam_search(
+    model: Decoder,
+    data: Triple,
+    histories: np.ndarray,
+    seen: list[np.ndarray] | None,
+    beam: int,
+    scope: str,
+) -> Tensor:
     """Histories of one length, int64 [B, h] -> leaf nodes int64 [B, beam], best first, -1 where fewer exist.
 
     `seen` (per user, item ids) removes those items: a node is closed once all its items are seen.
@@ -171,7 +217,9 @@ def beam_search(model: Decoder, data: Triple, histories: np.ndarray, seen: list[
     if seen is not None:
         sizes = torch.from_numpy(np.bincount(data.item_nodes.ravel(), minlength=len(data.child)))
         for user, items in enumerate(seen):
-            count = torch.from_numpy(np.bincount(data.item_nodes[items].ravel(), minlength=len(data.child)))
+            count = torch.from_numpy(
+                np.bincount(data.item_nodes[items].ravel(), minlength=len(data.child))
+            )
             closed[user] = count == sizes
     hidden, cache = model(torch.from_numpy(data.tokens[histories].reshape(users, -1)))
     hidden = hidden[:, -1:]
@@ -201,7 +249,9 @@ def beam_search(model: Decoder, data: Triple, histories: np.ndarray, seen: list[
             ancestors = torch.cat([ancestors, itself], 2)
         else:
             ancestors = itself
-        mask = torch.cat([torch.ones(users, width, length, dtype=torch.bool), ancestors], 2)[:, None]
+        mask = torch.cat([torch.ones(users, width, length, dtype=torch.bool), ancestors], 2)[
+            :, None
+        ]
         x = model.embed(tokens) + model.position.weight[length + level]
         for number, block in enumerate(model.blocks):
             x, cache[number] = block(x, mask, cache[number])
@@ -209,7 +259,9 @@ def beam_search(model: Decoder, data: Triple, histories: np.ndarray, seen: list[
     raise AssertionError("depth is at least 1")
 
 
-def evaluate(model: Decoder, data: Triple, users: np.ndarray, args: argparse.Namespace, last: int = 1) -> dict[str, float]:
+def evaluate(
+    model: Decoder, data: Triple, users: np.ndarray, args: argparse.Namespace, last: int = 1
+) -> dict[str, float]:
     """Hit and NDCG at 1, 5, 10 of the item `last` from the end; items that share a code tuple fill ranks in id order."""
     model.eval()
     groups: dict[int, list[int]] = {}
@@ -224,10 +276,19 @@ def evaluate(model: Decoder, data: Triple, users: np.ndarray, args: argparse.Nam
             chunk = members[start : start + args.eval_batch]
             pasts = [data.sequences[user][:-last] for user in chunk]
             seen = pasts if args.exclude_seen else None
-            leaves = beam_search(model, data, np.stack([past[-length:] for past in pasts]), seen, args.beam, args.softmax)
+            leaves = beam_search(
+                model,
+                data,
+                np.stack([past[-length:] for past in pasts]),
+                seen,
+                args.beam,
+                args.softmax,
+            )
             for user, past, row in zip(chunk, pasts, leaves.tolist(), strict=True):
                 skip = set(past.tolist()) if args.exclude_seen else set()
-                ranked = [item for leaf in row if leaf >= 0 for item in groups[leaf] if item not in skip]
+                ranked = [
+                    item for leaf in row if leaf >= 0 for item in groups[leaf] if item not in skip
+                ]
                 target = int(data.sequences[user][-last])
                 ranks.append(ranked.index(target) if target in ranked else 10**9)
     model.train()
@@ -239,18 +300,43 @@ def evaluate(model: Decoder, data: Triple, users: np.ndarray, args: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with NAME.inter.json and NAME.index.json")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with NAME.inter.json and NAME.index.json"
+    )
     parser.add_argument("--index", type=Path, help="another NAME.index.json")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--schedule-epochs", type=int, help="epochs the cosine is laid out for, where fewer are run (default: --epochs)")
-    parser.add_argument("--softmax", choices=["all", "valid_next"], default="all", help="softmax scope of training and decoding")
+    parser.add_argument(
+        "--schedule-epochs",
+        type=int,
+        help="epochs the cosine is laid out for, where fewer are run (default: --epochs)",
+    )
+    parser.add_argument(
+        "--softmax",
+        choices=["all", "valid_next"],
+        default="all",
+        help="softmax scope of training and decoding",
+    )
     parser.add_argument("--history", type=int, default=20, help="items of context")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--eval-batch", type=int, default=256)
     parser.add_argument("--beam", type=int, default=20)
-    parser.add_argument("--exclude-seen", action="store_true", help="never return items of the history (default: they are kept)")
-    parser.add_argument("--validation-users", type=int, default=0, help="users of the validation after each epoch; 0: none")
-    parser.add_argument("--test-users", type=int, default=0, help="first users of a seeded permutation; 0: all, -1: none")
+    parser.add_argument(
+        "--exclude-seen",
+        action="store_true",
+        help="never return items of the history (default: they are kept)",
+    )
+    parser.add_argument(
+        "--validation-users",
+        type=int,
+        default=0,
+        help="users of the validation after each epoch; 0: none",
+    )
+    parser.add_argument(
+        "--test-users",
+        type=int,
+        default=0,
+        help="first users of a seeded permutation; 0: all, -1: none",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -266,12 +352,20 @@ def main() -> None:
     rows = training_rows(data, args.history)
     steps_per_epoch = math.ceil(len(rows) / args.batch)
     total_steps = steps_per_epoch * (args.schedule_epochs or args.epochs)
-    print(f"{len(data.sequences)} users, {len(data.tokens)} items, {len(rows)} rows, {parameters:,} parameters, {steps_per_epoch} steps an epoch", flush=True)
+    print(
+        f"{len(data.sequences)} users, {len(data.tokens)} items, {len(rows)} rows, {parameters:,} parameters, {steps_per_epoch} steps an epoch",
+        flush=True,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
     warm_up = 300
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up)))),
+        lambda step: (
+            (step + 1) / warm_up
+            if step < warm_up
+            else 0.5
+            * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
+        ),
     )
     order = np.random.default_rng(0).permutation(len(data.sequences))
     epochs = []
@@ -285,23 +379,34 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
+        spent = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - start_cpu,
+        }
         record: dict[str, Any] = {"epoch": epoch + 1, **spent, "loss": float(np.mean(losses))}
         if args.validation_users:
-            record["validation"] = evaluate(model, data, order[: args.validation_users], args, last=2)
+            record["validation"] = evaluate(
+                model, data, order[: args.validation_users], args, last=2
+            )
         epochs.append(record)
         print(json.dumps(record), flush=True)
     result: dict[str, object] = {
         "dataset": args.data.name,
         "machine": f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
         "parameters": parameters,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "arguments": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items()
+        },
         "epochs": epochs,
     }
     if args.test_users >= 0:
         start = time.perf_counter()
         users = order[: args.test_users] if args.test_users else order
-        result["test"] = evaluate(model, data, users, args) | {"users": len(users), "seconds": time.perf_counter() - start}
+        result["test"] = evaluate(model, data, users, args) | {
+            "users": len(users),
+            "seconds": time.perf_counter() - start,
+        }
         print(json.dumps(result["test"]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -30,9 +30,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from ilrec_dist.config import DataConfig
+from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.ingest.threads import ahead
 from ilrec_dist.data.prepare import prepare
-from ilrec_dist.data.threads import ahead
 
 FORMATS = ("parquet", "csv", "text")
 CHUNK = 2_000_000
@@ -47,16 +47,24 @@ def draw(rows: int, users: int, items: int, text: bool) -> Iterator[pa.Table]:
         columns = [pa.array(user), pa.array(item)]
         if text:
             columns = [
-                pc.binary_join_element_wise(letter, pc.utf8_lpad(column.cast(pa.string()), 8, "0"), "") for letter, column in zip("UI", columns, strict=True)
+                pc.binary_join_element_wise(
+                    letter, pc.utf8_lpad(column.cast(pa.string()), 8, "0"), ""
+                )
+                for letter, column in zip("UI", columns, strict=True)
             ]
-        yield pa.table([*columns, pa.array(1_500_000_000 + rng.integers(0, 94_608_000, size))], ["user", "item", "timestamp"])
+        yield pa.table(
+            [*columns, pa.array(1_500_000_000 + rng.integers(0, 94_608_000, size))],
+            ["user", "item", "timestamp"],
+        )
 
 
 def write(path: Path, rows: int, users: int, items: int, form: str) -> None:
     tables = ahead(draw(rows, users, items, form == "text"))
     first = next(tables)
     if form == "csv":
-        writer: Any = pacsv.CSVWriter(path, first.schema, write_options=pacsv.WriteOptions(quoting_style="none"))
+        writer: Any = pacsv.CSVWriter(
+            path, first.schema, write_options=pacsv.WriteOptions(quoting_style="none")
+        )
     else:
         writer = pq.ParquetWriter(path, first.schema, compression="zstd", use_dictionary=False)
     with writer:
@@ -75,39 +83,77 @@ def measure(folder: Path, form: str, rows: int, users: int, items: int) -> dict[
 
     def watch() -> None:
         while not done.wait(0.5):
-            with contextlib.suppress(FileNotFoundError):  # prepare deletes what it is done with while this looks
-                most[0] = max(most[0], sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # prepare deletes what it is done with while this looks
+                most[0] = max(
+                    most[0],
+                    sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                )
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        run = subprocess.run([sys.executable, __file__, "--prepare", str(path), str(folder / "out")], stdout=subprocess.PIPE, check=True)
+        run = subprocess.run(
+            [sys.executable, __file__, "--prepare", str(path), str(folder / "out")],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
     finally:
         done.set()
         watcher.join()
         path.unlink()
         shutil.rmtree(folder / "out", ignore_errors=True)
     found = json.loads(run.stdout.splitlines()[-1])
-    return {"format": form, "rows": rows, "users": users, "items": items, "drawn_seconds": drawn, "disk_gib": most[0] / 2**30} | found
+    return {
+        "format": form,
+        "rows": rows,
+        "users": users,
+        "items": items,
+        "drawn_seconds": drawn,
+        "disk_gib": most[0] / 2**30,
+    } | found
 
 
 def prepare_one(path: Path, out: Path) -> None:
     """In the process that is measured."""
     started = time.perf_counter()
-    manifest = prepare(DataConfig(format="csv" if path.suffix == ".csv" else "parquet", path=str(path)), out)
+    manifest = prepare(
+        DataConfig(format="csv" if path.suffix == ".csv" else "parquet", path=str(path)), out
+    )
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rate = manifest["read"]["interactions"] / seconds
-    print(json.dumps({"seconds": seconds, "rows_per_second": rate, "peak_gib": peak, "kept": manifest["interactions"], "k_core": manifest["k_core"]}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "rows_per_second": rate,
+                "peak_gib": peak,
+                "kept": manifest["interactions"],
+                "k_core": manifest["k_core"],
+            }
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 million rows, under 50 seconds on two free cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="4 million rows, under 50 seconds on two free cores"
+    )
     parser.add_argument("--rows", type=int, help="interactions (default 10⁸)")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="which files (default: all)")
-    parser.add_argument("--no-growth", action="store_true", help="leave out the two rows of fixed users and items")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=FORMATS, help="which files (default: all)"
+    )
+    parser.add_argument(
+        "--no-growth", action="store_true", help="leave out the two rows of fixed users and items"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the temporary folder is made (default: the system's)"
+    )
     parser.add_argument("--json", type=Path, help="write the table's rows here")
     parser.add_argument("--prepare", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -118,8 +164,16 @@ def main() -> None:
     wanted = [(form, rows, rows // 10, rows // 100) for form in arguments.format]
     if not arguments.no_growth:
         wanted += [("parquet", size, rows // 100, rows // 1000) for size in (rows // 10, rows)]
-    machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "pyarrow": pa.__version__}
-    print(f"{machine}\n{'file':>8} {'rows':>12} {'users':>11} {'items':>10} {'rows/s':>10} {'seconds':>8} {'peak GiB':>9} {'disk GiB':>9}", flush=True)
+    machine = {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "pyarrow": pa.__version__,
+    }
+    print(
+        f"{machine}\n{'file':>8} {'rows':>12} {'users':>11} {'items':>10} {'rows/s':>10} {'seconds':>8} {'peak GiB':>9} {'disk GiB':>9}",
+        flush=True,
+    )
     found = []
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="prepare-") as folder:
         for case in wanted:
@@ -132,7 +186,9 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine, "rows": found}
     if not arguments.no_growth:
         result["peak_growth"] = found[-1]["peak_gib"] / found[-2]["peak_gib"]
-        print(f"peak memory grows {result['peak_growth']:.2f} × from {found[-2]['rows']:,} to {found[-1]['rows']:,} rows of the same users and items")
+        print(
+            f"peak memory grows {result['peak_growth']:.2f} × from {found[-2]['rows']:,} to {found[-1]['rows']:,} rows of the same users and items"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -26,19 +26,46 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ilrec_dist.config import Config, config_from_dict, config_to_dict, load_config
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.config.load import config_from_dict, load_config
+from ilrec_dist.config.tree import Config
 
 PARTS = ("data", "rewards", "forward", "loss", "backward", "optimizer", "communication")
 # name → (configuration, whole vocabulary or 0 for the item tokens alone)
 CPU_SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-    "small": ({"backbone": {"num_layers": 4, "hidden_size": 128, "num_heads": 4}, "train": {"batch_size": 64}}, 0),
-    "LLM-like": ({"backbone": {"num_layers": 8, "hidden_size": 512, "num_heads": 8}, "train": {"batch_size": 8}}, 32_000),
-}
-CUDA_SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-    "small": ({"backbone": {"num_layers": 4, "hidden_size": 256, "num_heads": 4}, "train": {"batch_size": 256}}, 0),
+    "small": (
+        {
+            "backbone": {"num_layers": 4, "hidden_size": 128, "num_heads": 4},
+            "train": {"batch_size": 64},
+        },
+        0,
+    ),
     "LLM-like": (
         {
-            "backbone": {"num_layers": 16, "hidden_size": 2048, "num_heads": 32, "normalization": "RMSNorm", "activation": "swiglu", "bias": False},
+            "backbone": {"num_layers": 8, "hidden_size": 512, "num_heads": 8},
+            "train": {"batch_size": 8},
+        },
+        32_000,
+    ),
+}
+CUDA_SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "small": (
+        {
+            "backbone": {"num_layers": 4, "hidden_size": 256, "num_heads": 4},
+            "train": {"batch_size": 256},
+        },
+        0,
+    ),
+    "LLM-like": (
+        {
+            "backbone": {
+                "num_layers": 16,
+                "hidden_size": 2048,
+                "num_heads": 32,
+                "normalization": "RMSNorm",
+                "activation": "swiglu",
+                "bias": False,
+            },
             "train": {"batch_size": 64, "precision": "bf16"},
             "objective": {"backend": "triton"},
         },
@@ -91,74 +118,121 @@ def count_collectives(clock: Clock) -> None:
             self.work.wait()
             clock.inside += time.perf_counter() - began
 
-    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor"):
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "reduce",
+        "reduce_scatter_tensor",
+    ):
         setattr(dist, name, timed(getattr(dist, name)))
 
 
 def draw(config: Config, vocab: int) -> tuple[Any, Any, Any, Any]:
     """(prepared, catalogue, trie, rewards) of random histories over random codes, with a CF model of random weights."""
-    from ilrec_dist.cf.model import SASRec
-    from ilrec_dist.cf.rewards import TokenRewards
-    from ilrec_dist.cf.table import Split
-    from ilrec_dist.data.prepared import Prepared
+    from ilrec_dist.cf.rewards.token_rewards import TokenRewards
+    from ilrec_dist.cf.sasrec.model import SASRec
+    from ilrec_dist.cf.sasrec.sharded_table import Split
+    from ilrec_dist.data.dataset import InteractionDataset
     from ilrec_dist.items.catalogue import make_catalogue
     from ilrec_dist.items.trie import Trie
 
     rng = np.random.default_rng(0)
     catalogue = make_catalogue(rng.integers(0, CODES, (ITEMS, LEVELS)), [CODES] * LEVELS)
-    length = config.train.max_history + 3  # of which max_history + 1 items train: every window is full
+    length = (
+        config.train.max_history + 3
+    )  # of which max_history + 1 items train: every window is full
     offsets = np.arange(USERS + 1, dtype=np.int64) * length
-    prepared = Prepared(rng.integers(0, ITEMS, USERS * length).astype(np.int32), offsets, range(USERS), range(ITEMS))  # type: ignore[arg-type]
+    dataset = InteractionDataset(
+        rng.integers(0, ITEMS, USERS * length).astype(np.int32), offsets, range(USERS), range(ITEMS)
+    )  # type: ignore[arg-type]
     trie = Trie(catalogue)
     torch.manual_seed(0)
     model = SASRec.from_config(config.cf, Split(ITEMS)).eval()
     model.known.fill_(True)
-    return prepared, catalogue, trie, TokenRewards([model], np.zeros(USERS, np.int64), prepared, catalogue, trie)
+    return (
+        dataset,
+        catalogue,
+        trie,
+        TokenRewards([model], np.zeros(USERS, np.int64), dataset, catalogue, trie),
+    )
 
 
 class Trainer:
     """One method's engine and batches, as the training loop has them."""
 
-    def __init__(self, config: Config, method: str, vocab: int, parallel: Any, clock: Clock, drawn: tuple[Any, Any, Any, Any]) -> None:
-        from ilrec_dist.backbone.model import Backbone
-        from ilrec_dist.objective.statistics import StatisticsSum
-        from ilrec_dist.objective.step import Objective
-        from ilrec_dist.training.batches import BatchMaker
+    def __init__(
+        self,
+        config: Config,
+        method: str,
+        vocab: int,
+        parallel: Any,
+        clock: Clock,
+        drawn: tuple[Any, Any, Any, Any],
+    ) -> None:
+        from ilrec_dist.model.gpt import Backbone
+        from ilrec_dist.objective.ilrec import Objective
+        from ilrec_dist.objective.metrics import StatisticsSum
+        from ilrec_dist.pipeline.artifacts import max_positions
+        from ilrec_dist.samples.collate import BatchMaker
+        from ilrec_dist.samples.windows import training_windows
         from ilrec_dist.training.engine import build_engine
-        from ilrec_dist.training.windows import training_windows
-        from ilrec_dist.training.worker import objective_of
-        from ilrec_dist.training.workspace import max_positions
+        from ilrec_dist.training.trainer import objective_of
 
-        self.config, self.parallel, self.clock, self.objective = config, parallel, clock, objective_of(config, method)
-        prepared, catalogue, trie, rewards = drawn
+        self.config, self.parallel, self.clock, self.objective = (
+            config,
+            parallel,
+            clock,
+            objective_of(config, method),
+        )
+        dataset, catalogue, trie, rewards = drawn
         vocab = max(vocab, catalogue.vocab_size)
-        backbone = Backbone(config.backbone, vocab, max_positions(config, catalogue.depth), config.train.precision, 0)
-        module = Objective(backbone, self.objective, config.backbone.num_layers, vocab, catalogue.used_tokens(), parallel).to(parallel.device)
+        backbone = Backbone(
+            config.backbone,
+            vocab,
+            max_positions(config, catalogue.depth),
+            config.train.precision,
+            0,
+        )
+        module = Objective(
+            backbone,
+            self.objective,
+            config.backbone.num_layers,
+            vocab,
+            catalogue.used_tokens(),
+            parallel,
+        ).to(parallel.device)
         backbone.register_forward_hook(lambda *_: clock.mark("forward"))
         self.streams = 1 + module.num_intermediate
-        self.trunk = sum(p.numel() for p in backbone.parameters() if p.dim() == 2) * parallel.tp - backbone.padded_vocab_size * config.backbone.hidden_size
+        self.trunk = (
+            sum(p.numel() for p in backbone.parameters() if p.dim() == 2) * parallel.tp
+            - backbone.padded_vocab_size * config.backbone.hidden_size
+        )
         self.engine = build_engine(module, config.train, parallel)
-        self.windows = training_windows(prepared, config.train.max_history, config.train.targets)
-        self.maker = BatchMaker(prepared, catalogue, trie, self.windows)
+        self.windows = training_windows(dataset, config.train.max_history, config.train.targets)
+        self.maker = BatchMaker(dataset, catalogue, trie, self.windows)
         self.rewards = rewards if self.objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
         layers = list(range(module.num_intermediate))
         self.statistics = StatisticsSum(catalogue.depth, len(layers), layers, parallel.device)
         self.vocab, self.items, self.depth = vocab, catalogue.vocab_size - 1, catalogue.depth
 
     def plan(self, steps: int) -> Iterator[tuple[np.ndarray, int]]:
-        from ilrec_dist.training.batches import micro_batches
-        from ilrec_dist.training.windows import EpochSteps
+        from ilrec_dist.samples.collate import micro_batches
+        from ilrec_dist.samples.windows import EpochSteps
 
         train = self.config.train
         for numbers in EpochSteps(self.windows, train.batch_size, 0, 0)[:steps]:
             rows = self.windows.take(numbers).num_targets * self.depth
-            for part in micro_batches(numbers, self.parallel.dp_rank, self.parallel.dp, train.accumulation_steps):
+            for part in micro_batches(
+                numbers, self.parallel.dp_rank, self.parallel.dp, train.accumulation_steps
+            ):
                 yield part, rows
 
     def run(self, steps: int) -> Iterator[dict[str, float]]:
         """Takes steps, one at each turn; gives seconds by part, "all" and "tokens"."""
-        from ilrec_dist.training.batches import prefetched
-        from ilrec_dist.training.worker import _tensors, shared_rewards
+        from ilrec_dist.samples.collate import prefetched
+        from ilrec_dist.training.trainer import _tensors, shared_rewards
 
         clock = self.clock
         batches = prefetched(self.plan(steps), self.maker.make, self.rewards)
@@ -171,7 +245,9 @@ class Trainer:
                 clock.mark("data")
                 given = shared_rewards(ready, self.objective.crr_lambda > 0, self.parallel)
                 clock.mark("rewards")
-                scale = self.parallel.dp * self.config.train.accumulation_steps / ready.batch.step_rows
+                scale = (
+                    self.parallel.dp * self.config.train.accumulation_steps / ready.batch.step_rows
+                )
                 output = self.engine(*_tensors(ready.batch, self.parallel.device), given, scale)
                 clock.mark("loss")
                 self.engine.backward(output.loss)
@@ -180,7 +256,10 @@ class Trainer:
                 self.engine.step()
                 clock.mark("optimizer")
                 tokens += ready.batch.real_tokens * self.parallel.dp
-                self.rows, self.sequences, self.length = len(ready.batch.targets), *ready.batch.tokens.shape
+                self.rows, self.sequences, self.length = (
+                    len(ready.batch.targets),
+                    *ready.batch.tokens.shape,
+                )
             yield clock.read() | {"all": time.perf_counter() - began, "tokens": tokens}
         batches.close()
 
@@ -192,12 +271,20 @@ class Trainer:
         return 3 * (2 * self.trunk * tokens + attention + 2 * self.rows * d * head)
 
 
-def _worker(rank: int, tree: dict[str, Any], vocab: int, args: argparse.Namespace, port: int, queue: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.tp), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from ilrec_dist.training.jobs import quiet
+def _worker(
+    rank: int, tree: dict[str, Any], vocab: int, args: argparse.Namespace, port: int, queue: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(args.tp),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    from ilrec_dist.launch.job import quiet
 
     quiet()
-    from ilrec_dist.backbone.parallel import initialize_parallel
+    from ilrec_dist.distributed.process_groups import initialize_parallel
 
     config = config_from_dict(tree)
     torch.set_num_threads(config.launch.threads or max(1, len(os.sched_getaffinity(0)) // args.tp))
@@ -205,16 +292,25 @@ def _worker(rank: int, tree: dict[str, Any], vocab: int, args: argparse.Namespac
     clock = Clock(parallel.device)
     count_collectives(clock)
     drawn = draw(config, vocab)
-    trainers = {method: Trainer(config, method, vocab, parallel, clock, drawn) for method in ("sft", "ilrec")}
+    trainers = {
+        method: Trainer(config, method, vocab, parallel, clock, drawn)
+        for method in ("sft", "ilrec")
+    }
     runs = {method: trainer.run(args.steps + 1) for method, trainer in trainers.items()}
     found: dict[str, list[dict[str, float]]] = {method: [] for method in trainers}
-    for turn in range(args.steps + 1):  # a step of each in turn, so that a drifting machine does not favour one
+    for turn in range(
+        args.steps + 1
+    ):  # a step of each in turn, so that a drifting machine does not favour one
         for method, run in runs.items():
             step = next(run)
             if turn:  # the first warms up
                 found[method].append(step)
         if rank == 0:
-            print(f"step {turn} of {args.steps}: " + ", ".join(f"{m} {1e3 * s[-1]['all']:.0f} ms" for m, s in found.items() if s), flush=True)
+            print(
+                f"step {turn} of {args.steps}: "
+                + ", ".join(f"{m} {1e3 * s[-1]['all']:.0f} ms" for m, s in found.items() if s),
+                flush=True,
+            )
     if rank == 0:
         bound = trainers["ilrec"].multiplications() / trainers["sft"].multiplications()
         queue.put((found, bound, torch.get_num_threads()))
@@ -222,12 +318,16 @@ def _worker(rank: int, tree: dict[str, Any], vocab: int, args: argparse.Namespac
     os._exit(0)  # interpreter shutdown with live gloo groups can hang
 
 
-def measure(config: Config, vocab: int, args: argparse.Namespace) -> tuple[dict[str, list[dict[str, float]]], float, int]:
+def measure(
+    config: Config, vocab: int, args: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, float]]], float, int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = mp.get_context("spawn").Queue()
-    context = mp.spawn(_worker, (config_to_dict(config), vocab, args, port, queue), nprocs=args.tp, join=False)
+    context = mp.spawn(
+        _worker, (config_to_dict(config), vocab, args, port, queue), nprocs=args.tp, join=False
+    )
     while queue.empty():
         context.join(timeout=0.2)  # raises what a worker raised
     answer = queue.get()
@@ -239,15 +339,38 @@ def measure(config: Config, vocab: int, args: argparse.Namespace) -> tuple[dict[
 def report(name: str, config: Config, vocab: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     found, bound, threads = measure(config, vocab, args)
     b = config.backbone
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}, {threads} threads a process"
-    print(f"\n{name}: {b.num_layers} layers of {b.hidden_size}, {max(vocab, LEVELS * CODES + 1):,} tokens, {LEVELS * CODES:,} of them items', tp {args.tp}")
-    print(f"{machine}; torch {torch.__version__}; median of {args.steps} steps, ms\n{'':<8}{'step':>9}{'tokens/s':>11}" + "".join(f"{p:>14}" for p in PARTS))
+    machine = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.processor() or platform.machine()}, {threads} threads a process"
+    )
+    print(
+        f"\n{name}: {b.num_layers} layers of {b.hidden_size}, {max(vocab, LEVELS * CODES + 1):,} tokens, {LEVELS * CODES:,} of them items', tp {args.tp}"
+    )
+    print(
+        f"{machine}; torch {torch.__version__}; median of {args.steps} steps, ms\n{'':<8}{'step':>9}{'tokens/s':>11}"
+        + "".join(f"{p:>14}" for p in PARTS)
+    )
     rows: list[dict[str, Any]] = []
     for method, steps in found.items():
-        middle = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in ("all", "tokens", *PARTS)}
+        middle = {
+            key: statistics.median(step.get(key, 0.0) for step in steps)
+            for key in ("all", "tokens", *PARTS)
+        }
         rate = middle["tokens"] / middle["all"]
-        print(f"{method:<8}{1e3 * middle['all']:>9.1f}{rate:>11,.0f}" + "".join(f"{1e3 * middle[p]:>14.1f}" for p in PARTS))
-        rows.append({"shape": name, "method": method, "step_ms": 1e3 * middle["all"], "tokens_per_second": rate, **{f"{p}_ms": 1e3 * middle[p] for p in PARTS}})
+        print(
+            f"{method:<8}{1e3 * middle['all']:>9.1f}{rate:>11,.0f}"
+            + "".join(f"{1e3 * middle[p]:>14.1f}" for p in PARTS)
+        )
+        rows.append(
+            {
+                "shape": name,
+                "method": method,
+                "step_ms": 1e3 * middle["all"],
+                "tokens_per_second": rate,
+                **{f"{p}_ms": 1e3 * middle[p] for p in PARTS},
+            }
+        )
     ratio = rows[1]["step_ms"] / rows[0]["step_ms"]
     print(f"ILRec's step is {ratio:.2f} × SFT's; multiplications {bound:.2f} ×")
     for row in rows:
@@ -261,23 +384,43 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/train.py configs/quickstart.yaml backbone.hidden_size=256 --vocab 32000 --steps 10",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="backbone, objective and training settings; data are drawn")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="backbone, objective and training settings; data are drawn",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--vocab", type=int, default=0, help="with a CONFIG: tokens in all (default: the item tokens alone)")
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=0,
+        help="with a CONFIG: tokens in all (default: the item tokens alone)",
+    )
     parser.add_argument("--steps", type=int, help="of each method (default 16; 4 with --quick)")
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, under 50 s on 2 cores")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     args = parser.parse_intermixed_args()
     args.steps = args.steps or (4 if args.quick else 16)
-    shapes = {name: (config_from_dict(tree), vocab) for name, (tree, vocab) in (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES).items()}
+    shapes = {
+        name: (config_from_dict(tree), vocab)
+        for name, (tree, vocab) in (CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES).items()
+    }
     if args.config:
         shapes = {Path(args.config).stem: (load_config(args.config, args.overrides), args.vocab)}
     rows = []
     for name, (config, vocab) in shapes.items():
         if args.quick:
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=min(config.train.batch_size, 32 if vocab == 0 else 4)))
+            config = dataclasses.replace(
+                config,
+                train=dataclasses.replace(
+                    config.train, batch_size=min(config.train.batch_size, 32 if vocab == 0 else 4)
+                ),
+            )
         rows += report(name, config, vocab, args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers import close_pools
+from ilrec_dist.testing.distributed import close_pools
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ilrec_dist.config import Config, ConfigError, config_from_dict, config_to_dict, dump_config, load_config
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.config.load import config_from_dict, dump_config, load_config
+from ilrec_dist.config.tree import Config, ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -19,16 +21,37 @@ def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
 
 def test_defaults_are_the_methods():
     config = Config()
-    assert (config.objective.beta, config.objective.cpd_mu, config.objective.crr_lambda) == (1.0, 0.1, 0.02)
+    assert (config.objective.beta, config.objective.cpd_mu, config.objective.crr_lambda) == (
+        1.0,
+        0.1,
+        0.02,
+    )
     assert config_from_dict({"objective": {"penalty": "multiplicative"}}).objective.beta == 0.1
-    assert (config.objective.as_sft().beta, config.objective.as_sft().cpd_mu, config.objective.as_sft().crr_lambda) == (0, 0, 0)
+    assert (
+        config.objective.as_sft().beta,
+        config.objective.as_sft().cpd_mu,
+        config.objective.as_sft().crr_lambda,
+    ) == (0, 0, 0)
 
 
 def test_overrides_replace_values(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("train: {epochs: 4}\n")
-    config = load_config(path, ["train.epochs=7", "items.index=some/file.json", "train.seeds=[1, 2]", "train.learning_rate=1e-4"])
-    assert (config.train.epochs, config.items.index, config.train.seeds, config.train.learning_rate) == (7, "some/file.json", [1, 2], 1e-4)
+    config = load_config(
+        path,
+        [
+            "train.epochs=7",
+            "items.index=some/file.json",
+            "train.seeds=[1, 2]",
+            "train.learning_rate=1e-4",
+        ],
+    )
+    assert (
+        config.train.epochs,
+        config.items.index,
+        config.train.seeds,
+        config.train.learning_rate,
+    ) == (7, "some/file.json", [1, 2], 1e-4)
     assert config_to_dict(config)["train"]["epochs"] == 7
 
 

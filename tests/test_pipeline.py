@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from ilrec_dist.config import Config, load_config
-from ilrec_dist.errors import UserError
-from ilrec_dist.pipeline import Run, execute
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import load_config
+from ilrec_dist.config.tree import Config
+from ilrec_dist.pipeline.run import Run, execute
 
 
 @pytest.fixture
@@ -17,7 +18,9 @@ def source(tmp_path):
     folder.mkdir()
     sequences = {f"u{u}": [f"i{i}" for i in rng.choice(12, 8, replace=False)] for u in range(30)}
     (folder / "toys.inter.json").write_text(json.dumps(sequences))
-    (folder / "toys.index.json").write_text(json.dumps({f"i{i}": [f"<a_{i % 3}>", f"<b_{i // 3}>"] for i in range(12)}))
+    (folder / "toys.index.json").write_text(
+        json.dumps({f"i{i}": [f"<a_{i % 3}>", f"<b_{i // 3}>"] for i in range(12)})
+    )
     (tmp_path / "c.yaml").write_text(
         f"name: t\nruns_dir: {tmp_path}/runs\ndata: {{format: lcrec, path: {folder}}}\nitems: {{index: {folder}/toys.index.json}}\n"
         "train: {methods: [sft, ilrec], seeds: [0, 1]}\n"
@@ -69,19 +72,50 @@ def test_moving_the_input_changes_nothing(source):
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("data.min_item_interactions=2", {"prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("items.collisions=resolve", {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("data.both_directions=true", {"cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        (
+            "data.min_item_interactions=2",
+            {
+                "prepare",
+                "index",
+                "cf",
+                "rewards",
+                "train sft seed 0",
+                "train ilrec seed 1",
+                "evaluate",
+            },
+        ),
+        (
+            "items.collisions=resolve",
+            {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
+        (
+            "data.both_directions=true",
+            {"cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
         ("cf.hidden_size=32", {"cf", "rewards", "train ilrec seed 1", "evaluate"}),
         ("cf.reward_index=flat", {"rewards", "train ilrec seed 1", "evaluate"}),
         ("cf.reward_shards=2", {"rewards", "train ilrec seed 1", "evaluate"}),
         ("objective.cpd_mu=0.5", {"train ilrec seed 1", "evaluate"}),
-        ("objective.softmax_scope=valid_next", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        (
+            "objective.softmax_scope=valid_next",
+            {"train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
         ("backbone.num_layers=6", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("evaluation.beam=30", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("evaluation.batch_size=2", set()),
         ("evaluation.examples=2", set()),
-        ("data.max_bad_rows=3", {"prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        (
+            "data.max_bad_rows=3",
+            {
+                "prepare",
+                "index",
+                "cf",
+                "rewards",
+                "train sft seed 0",
+                "train ilrec seed 1",
+                "evaluate",
+            },
+        ),
         ("data.time_column=when", set()),
         ("data.synthetic.users=7", set()),
         ("objective.workspace_mib=8", set()),
@@ -98,8 +132,14 @@ def test_each_key_reruns_what_it_is_relevant_to(source, override, changed):
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("cf.hidden_size=32", {"cf", "index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
-        ("items.levels=2", {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        (
+            "cf.hidden_size=32",
+            {"cf", "index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
+        (
+            "items.levels=2",
+            {"index", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
         ("cf.reward_index=flat", {"rewards", "train ilrec seed 1", "evaluate"}),
         ("cf.reward_cache=true", set()),
     ],
@@ -111,7 +151,15 @@ def test_each_key_where_the_codes_come_from_the_cf_model(source, override, chang
 
 def reruns(before: Config, after: Config) -> set[str]:
     old, new = Run(before), Run(after)
-    names = ("prepare", "index", "cf", "rewards", "train sft seed 0", "train ilrec seed 1", "evaluate")
+    names = (
+        "prepare",
+        "index",
+        "cf",
+        "rewards",
+        "train sft seed 0",
+        "train ilrec seed 1",
+        "evaluate",
+    )
     return {name for name in names if old.fingerprint(name) != new.fingerprint(name)}
 
 
@@ -123,7 +171,9 @@ def test_what_is_missing_is_said_before_a_stage_of_the_command_runs(source):
 
 
 def test_a_stage_refuses_to_stand_on_what_is_missing_or_of_another_configuration(source):
-    with pytest.raises(UserError, match="stage prepare has not been made; run `ilrec prepare CONFIG`"):
+    with pytest.raises(
+        UserError, match="stage prepare has not been made; run `ilrec prepare CONFIG`"
+    ):
         execute(config_of(source), "index")
     execute(config_of(source), "prepare")
     with pytest.raises(UserError, match="stage prepare was made by another configuration"):
@@ -135,7 +185,9 @@ def test_resume_needs_a_run_of_the_same_configuration(source):
         execute(config_of(source), "prepare", resume=True)
     execute(config_of(source), "prepare")
     execute(config_of(source), "prepare", resume=True)
-    with pytest.raises(UserError, match="stage prepare in this run folder is of another configuration"):
+    with pytest.raises(
+        UserError, match="stage prepare in this run folder is of another configuration"
+    ):
         execute(config_of(source, "data.min_user_interactions=6"), "prepare", resume=True)
 
 

@@ -15,19 +15,38 @@ def test_a_wheel_holds_both_packages_and_the_command(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("ilrec_dist", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     packages = (source / "ilrec_dist", source / "kernels/ilrec_kernels")
-    modules = {str(path.relative_to(package.parent)) for package in packages for path in package.rglob("*.py")}
+    modules = {
+        str(path.relative_to(package.parent))
+        for package in packages
+        for path in package.rglob("*.py")
+    }
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
         check=True,
         timeout=120,
     )
     (wheel,) = tmp_path.glob("ilrec_dist-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+        (entry_points,) = (
+            archive.read(name).decode() for name in names if name.endswith("entry_points.txt")
+        )
     assert "ilrec_dist/cli.py" in modules and "ilrec_kernels/api.py" in modules
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert any(name.endswith("LICENSE") for name in names)
-    assert "ilrec = ilrec_dist.cli:main" in entry_points
+    assert "ilrec = ilrec_dist.cli.main:main" in entry_points

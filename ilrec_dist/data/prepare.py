@@ -14,24 +14,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ilrec_dist.config import DataConfig, config_to_dict
-from ilrec_dist.data.cluster import spread_batches
-from ilrec_dist.data.encoder import Encoder
-from ilrec_dist.data.files import committed_folder, sha256_file, write_json
-from ilrec_dist.data.ingest import Core, Rows, Spill, k_core, sort_rows, spill_batches
-from ilrec_dist.data.prepared import FORMAT_VERSION
-from ilrec_dist.data.readers.amazon import amazon_files, read_amazon
-from ilrec_dist.data.readers.lcrec import lcrec_files, read_lcrec
-from ilrec_dist.data.readers.minionerec import minionerec_files, read_minionerec
-from ilrec_dist.data.readers.movielens import movielens_files, read_movielens
-from ilrec_dist.data.readers.recbole import read_recbole, recbole_files
-from ilrec_dist.data.readers.sequences import read_sequences, sequences_files
-from ilrec_dist.data.readers.source import Rejects, Source
-from ilrec_dist.data.readers.tables import read_csv, read_parquet, table_files
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import committed_folder, sha256_file, write_json
+from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.dataset import FORMAT_VERSION
+from ilrec_dist.data.formats.amazon import amazon_files, read_amazon
+from ilrec_dist.data.formats.lcrec import lcrec_files, read_lcrec
+from ilrec_dist.data.formats.minionerec import minionerec_files, read_minionerec
+from ilrec_dist.data.formats.movielens import movielens_files, read_movielens
+from ilrec_dist.data.formats.recbole import read_recbole, recbole_files
+from ilrec_dist.data.formats.sequences import read_sequences, sequences_files
+from ilrec_dist.data.formats.source import Rejects, Source
+from ilrec_dist.data.formats.tables import read_csv, read_parquet, table_files
+from ilrec_dist.data.ingest.cluster import spread_batches
+from ilrec_dist.data.ingest.encoder import Encoder
+from ilrec_dist.data.ingest.spill import Core, Rows, Spill, k_core, sort_rows, spill_batches
+from ilrec_dist.data.ingest.threads import ahead, ordered_map
 from ilrec_dist.data.split import Cuts, find_cuts, places
-from ilrec_dist.data.synthetic import GENERATOR_VERSION, draw_histories, draw_model, item_table
-from ilrec_dist.data.threads import ahead, ordered_map
-from ilrec_dist.errors import UserError
+from ilrec_dist.data.synthetic.generate import (
+    GENERATOR_VERSION,
+    draw_histories,
+    draw_model,
+    item_table,
+)
 
 READERS: dict[str, Callable[[DataConfig], Source]] = {
     "lcrec": read_lcrec,
@@ -73,15 +79,28 @@ def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[s
     """
     files = input_files(config)
     with committed_folder(out) as folder:
-        counts = _generate(config, folder) if config.format == "synthetic" else _ingest(config, folder, spread)
+        counts = (
+            _generate(config, folder)
+            if config.format == "synthetic"
+            else _ingest(config, folder, spread)
+        )
         names = sorted(path.name for path in folder.iterdir())
         manifest = {
             "version": FORMAT_VERSION,
             "format": config.format,
             "split": "leave-one-out",
             **counts,
-            "inputs": {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _names(files).items()},
-            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names},
+            "inputs": {
+                name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for name, path in _names(files).items()
+            },
+            "files": {
+                name: {
+                    "bytes": (folder / name).stat().st_size,
+                    "sha256": sha256_file(folder / name),
+                }
+                for name in names
+            },
         }
         write_json(folder / "manifest.json", manifest)
     return manifest
@@ -101,7 +120,9 @@ def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
     users, items = Encoder(), Encoder()
     read = Spill(scratch / "read", source.timed)
     many = spread and source.parts is not None and len(source.parts[0]) > 1
-    batches = spread_batches(*source.parts, rejects) if many and source.parts else source.batches(rejects)
+    batches = (
+        spread_batches(*source.parts, rejects) if many and source.parts else source.batches(rejects)
+    )
     spill_batches(ahead(batches), read, users, items)
     total = read.rows
     if total == 0:
@@ -109,18 +130,29 @@ def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
     (user_rank, user_ids), (item_rank, item_ids) = users.ranks(), items.ranks()
     rows = Spill(scratch / "sorted", source.timed)
     repeats = sort_rows(read, rows, user_rank, item_rank)
-    core = k_core(rows, len(user_ids), len(item_ids), config.min_user_interactions, config.min_item_interactions)
+    core = k_core(
+        rows,
+        len(user_ids),
+        len(item_ids),
+        config.min_user_interactions,
+        config.min_item_interactions,
+    )
     _check_core(core, config, source)
     cuts = _cuts(config, rows, core, source)
     lengths, before = _write_interactions(rows, core, folder, cuts)
-    kept_users, kept_items = user_ids.filter(pa.array(core.users)), item_ids.filter(pa.array(core.items))
+    kept_users, kept_items = (
+        user_ids.filter(pa.array(core.users)),
+        item_ids.filter(pa.array(core.items)),
+    )
     split: dict[str, Any] = {}
     if cuts is None:
         _check_lengths(lengths, kept_users, source)
     else:
         found, split["split"] = places(lengths, before, cuts)
         np.save(folder / "places.npy", found)
-    _write_tables(folder, kept_users.cast(pa.string()), lengths, _item_table(kept_items, source.item_table()))
+    _write_tables(
+        folder, kept_users.cast(pa.string()), lengths, _item_table(kept_items, source.item_table())
+    )
     shutil.rmtree(scratch)
     if rejects.rows:
         lines = (json.dumps(row, ensure_ascii=False) for row in rejects.rows)
@@ -130,7 +162,13 @@ def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
         "items": len(kept_items),
         "interactions": core.rows,
         "timestamps": source.timestamp_unit if source.timed else None,
-        "read": {"users": len(user_ids), "items": len(item_ids), "interactions": total, "repeats_dropped": repeats, "bad_rows": len(rejects.rows)},
+        "read": {
+            "users": len(user_ids),
+            "items": len(item_ids),
+            "interactions": total,
+            "repeats_dropped": repeats,
+            "bad_rows": len(rejects.rows),
+        },
         "k_core": {
             "min_user_interactions": config.min_user_interactions,
             "min_item_interactions": config.min_item_interactions,
@@ -145,14 +183,26 @@ def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
 def _generate(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Write the generated shop. It is not filtered: an item that nobody took stays in, for the true model knows it."""
     if config.split != "leave_one_out":
-        raise UserError(f"data.split {config.split}: the generated data have no times; leave it at leave_one_out")
+        raise UserError(
+            f"data.split {config.split}: the generated data have no times; leave it at leave_one_out"
+        )
     model = draw_model(config.synthetic)
     items, offsets = draw_histories(model, config.synthetic)
     lengths = np.diff(offsets)
     users = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    pq.write_table(pa.table({"user": users, "item": items}), folder / "interactions.parquet", compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(
+        pa.table({"user": users, "item": items}),
+        folder / "interactions.parquet",
+        compression="zstd",
+        row_group_size=ROW_GROUP,
+    )
     np.save(folder / "sequences.npy", items)
-    _write_tables(folder, pa.array([str(user) for user in range(len(lengths))]), lengths, item_table(model, config.synthetic))
+    _write_tables(
+        folder,
+        pa.array([str(user) for user in range(len(lengths))]),
+        lengths,
+        item_table(model, config.synthetic),
+    )
     model.save(folder / "true_model.npz")
     return {
         "users": len(lengths),
@@ -164,7 +214,11 @@ def _generate(config: DataConfig, folder: Path) -> dict[str, Any]:
 
 
 def _write_tables(folder: Path, user_ids: pa.Array, lengths: np.ndarray, items: pa.Table) -> None:
-    pq.write_table(pa.table({"id": user_ids, "interactions": pa.array(lengths, pa.int32())}), folder / "users.parquet", compression="zstd")
+    pq.write_table(
+        pa.table({"id": user_ids, "interactions": pa.array(lengths, pa.int32())}),
+        folder / "users.parquet",
+        compression="zstd",
+    )
     pq.write_table(items, folder / "items.parquet", compression="zstd")
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
@@ -192,7 +246,9 @@ def _cuts(config: DataConfig, rows: Spill, core: Core, source: Source) -> Cuts |
     if config.split == "leave_one_out":
         return None
     if not rows.timed:
-        raise UserError(f"{source.main_file}: data.split {config.split} needs times, and these interactions have none; use leave_one_out")
+        raise UserError(
+            f"{source.main_file}: data.split {config.split} needs times, and these interactions have none; use leave_one_out"
+        )
 
     def times() -> Iterator[np.ndarray]:
         for user, item, time in ordered_map(lambda range_: rows.read(*range_), rows.ranges()):
@@ -201,30 +257,65 @@ def _cuts(config: DataConfig, rows: Spill, core: Core, source: Source) -> Cuts |
     return find_cuts(config, times, core.rows)
 
 
-def _write_interactions(rows: Spill, core: Core, folder: Path, cuts: Cuts | None) -> tuple[np.ndarray, np.ndarray]:
+def _write_interactions(
+    rows: Spill, core: Core, folder: Path, cuts: Cuts | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Write the surviving rows under their final indices; returns every surviving user's interactions, int64 [U], and those before each cut, [2, U]."""
-    new_user, new_item = np.cumsum(core.users, dtype=np.int32) - 1, np.cumsum(core.items, dtype=np.int32) - 1
-    lengths, before = np.zeros(int(core.users.sum()), np.int64), np.zeros((2, int(core.users.sum())), np.int64)
-    schema = pa.schema([("user", pa.int32()), ("item", pa.int32()), *([("timestamp", pa.int64())] if rows.timed else [])])
-    encoding = dict.fromkeys(schema.names, "DELTA_BINARY_PACKED")  # smaller and three times as fast to write as dictionaries of sorted rows
+    new_user, new_item = (
+        np.cumsum(core.users, dtype=np.int32) - 1,
+        np.cumsum(core.items, dtype=np.int32) - 1,
+    )
+    lengths, before = (
+        np.zeros(int(core.users.sum()), np.int64),
+        np.zeros((2, int(core.users.sum())), np.int64),
+    )
+    schema = pa.schema(
+        [
+            ("user", pa.int32()),
+            ("item", pa.int32()),
+            *([("timestamp", pa.int64())] if rows.timed else []),
+        ]
+    )
+    encoding = dict.fromkeys(
+        schema.names, "DELTA_BINARY_PACKED"
+    )  # smaller and three times as fast to write as dictionaries of sorted rows
     with (
-        pq.ParquetWriter(folder / "interactions.parquet", schema, compression="zstd", use_dictionary=False, column_encoding=encoding) as writer,
+        pq.ParquetWriter(
+            folder / "interactions.parquet",
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding=encoding,
+        ) as writer,
         open(folder / "sequences.npy", "wb") as sequences,
     ):
-        np.lib.format.write_array_header_1_0(sequences, {"descr": "<i4", "fortran_order": False, "shape": (core.rows,)})
-        for columns in ordered_map(lambda range_: _surviving(rows.read(*range_), core, new_user, new_item), rows.ranges()):
+        np.lib.format.write_array_header_1_0(
+            sequences, {"descr": "<i4", "fortran_order": False, "shape": (core.rows,)}
+        )
+        for columns in ordered_map(
+            lambda range_: _surviving(rows.read(*range_), core, new_user, new_item), rows.ranges()
+        ):
             lengths += np.bincount(columns[0], minlength=len(lengths))
             for row, cut in enumerate((cuts.validation, cuts.test) if cuts else ()):
                 before[row] += np.bincount(columns[0][columns[2] < cut], minlength=len(lengths))
             sequences.write(columns[1].data)
-            writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), row_group_size=ROW_GROUP)
+            writer.write_table(
+                pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema),
+                row_group_size=ROW_GROUP,
+            )
     return lengths, before
 
 
-def _surviving(rows: Rows, core: Core, new_user: np.ndarray, new_item: np.ndarray) -> list[np.ndarray]:
+def _surviving(
+    rows: Rows, core: Core, new_user: np.ndarray, new_item: np.ndarray
+) -> list[np.ndarray]:
     user, item, time = rows
     alive = core.users[user] & core.items[item]
-    return [new_user[user[alive]], new_item[item[alive]], *([time[alive]] if time is not None else [])]
+    return [
+        new_user[user[alive]],
+        new_item[item[alive]],
+        *([time[alive]] if time is not None else []),
+    ]
 
 
 def _item_table(item_ids: pa.Array, table: pa.Table | None) -> pa.Table:
@@ -235,4 +326,9 @@ def _item_table(item_ids: pa.Array, table: pa.Table | None) -> pa.Table:
         return pa.table({"id": ids, "title": nothing, "text": nothing})
     table = table.combine_chunks()
     where = pc.index_in(ids, value_set=table.column("id").combine_chunks().cast(pa.string()))
-    return pa.table({"id": ids, **{name: table.column(name).take(where).combine_chunks() for name in ("title", "text")}})
+    return pa.table(
+        {
+            "id": ids,
+            **{name: table.column(name).take(where).combine_chunks() for name in ("title", "text")},
+        }
+    )

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ilrec_dist.config import DataConfig
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.config import DataConfig
 
 Times = Callable[[], Iterator[np.ndarray]]  # every pass gives all times again, in chunks
-SECONDS_TO = 10**11  # as seconds the year 5138, as milliseconds 1973: a file's largest time tells its unit; microseconds, nanoseconds a thousand times further
+SECONDS_TO = (
+    10**11
+)  # as seconds the year 5138, as milliseconds 1973: a file's largest time tells its unit; microseconds, nanoseconds a thousand times further
 BIN_BITS = 16
 
 
@@ -37,7 +39,12 @@ def find_cuts(config: DataConfig, times: Times, rows: int) -> Cuts:
         setting = f"data.split_dates {config.split_dates}"
     else:
         train, validation, _ = config.split_ratio
-        cuts = Cuts(*(time_at(times, min(int(share * rows + 1e-6), rows - 1), low, high) for share in (train, train + validation)))
+        cuts = Cuts(
+            *(
+                time_at(times, min(int(share * rows + 1e-6), rows - 1), low, high)
+                for share in (train, train + validation)
+            )
+        )
         setting = f"data.split_ratio {config.split_ratio}"
     if not low < cuts.validation < cuts.test <= high:
         raise UserError(
@@ -47,7 +54,9 @@ def find_cuts(config: DataConfig, times: Times, rows: int) -> Cuts:
     return cuts
 
 
-def places(lengths: np.ndarray, before: np.ndarray, cuts: Cuts) -> tuple[np.ndarray, dict[str, Any]]:
+def places(
+    lengths: np.ndarray, before: np.ndarray, cuts: Cuts
+) -> tuple[np.ndarray, dict[str, Any]]:
     """(int32 [3, U], what the manifest says): training interactions, place of the validation and of the test target in the sequence, -1 for none.
 
     lengths int64 [U]; before int64 [2, U]: interactions before each cut. A target is the user's last item between the cuts (after the second); a
@@ -56,12 +65,25 @@ def places(lengths: np.ndarray, before: np.ndarray, cuts: Cuts) -> tuple[np.ndar
     train, seen = before
     validation = np.where((seen > train) & (seen > 1), seen - 1, -1)
     test = np.where((lengths > seen) & (lengths > 1), lengths - 1, -1)
-    found = {"training users": int((train > 1).sum()), "validation users": int((validation >= 0).sum()), "test users": int((test >= 0).sum())}
+    found = {
+        "training users": int((train > 1).sum()),
+        "validation users": int((validation >= 0).sum()),
+        "test users": int((test >= 0).sum()),
+    }
     for what, users in found.items():
         if users == 0:
-            raise UserError(f"data.split chronological: cuts at times {cuts.validation} and {cuts.test} leave no {what}; choose others")
-    manifest = {"kind": "chronological", "validation_from": cuts.validation, "test_from": cuts.test, "training_interactions": int(train.sum())}
-    return np.stack([train, validation, test]).astype(np.int32), manifest | {name.replace(" ", "_"): users for name, users in found.items()}
+            raise UserError(
+                f"data.split chronological: cuts at times {cuts.validation} and {cuts.test} leave no {what}; choose others"
+            )
+    manifest = {
+        "kind": "chronological",
+        "validation_from": cuts.validation,
+        "test_from": cuts.test,
+        "training_interactions": int(train.sum()),
+    }
+    return np.stack([train, validation, test]).astype(np.int32), manifest | {
+        name.replace(" ", "_"): users for name, users in found.items()
+    }
 
 
 def time_at(times: Times, place: int, low: int, high: int) -> int:
@@ -70,7 +92,9 @@ def time_at(times: Times, place: int, low: int, high: int) -> int:
         shift = max(0, (high - low).bit_length() - BIN_BITS)
         counts = np.zeros((1 << BIN_BITS) + 1, np.int64)
         for part in times():
-            within = (part[(part >= low) & (part <= high)] - low).view(np.uint64) >> np.uint64(shift)  # unsigned: a range may be wider than 2⁶³
+            within = (part[(part >= low) & (part <= high)] - low).view(np.uint64) >> np.uint64(
+                shift
+            )  # unsigned: a range may be wider than 2⁶³
             counts += np.bincount(within.astype(np.int64), minlength=len(counts))
         below = np.cumsum(counts)
         bin_ = int(np.searchsorted(below, place, side="right"))
@@ -94,6 +118,10 @@ def _moment(text: str, latest: int) -> int:
         raise UserError(
             f"data.split_dates: {text!r} is neither an ISO 8601 date, such as 2018-10-01, nor an integer in the unit of the times that are kept"
         ) from None
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
-    a_second = next(unit for unit in (1, 10**3, 10**6, 10**9) if latest <= SECONDS_TO * unit or unit == 10**9)
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(
+        1970, 1, 1, tzinfo=UTC
+    )
+    a_second = next(
+        unit for unit in (1, 10**3, 10**6, 10**9) if latest <= SECONDS_TO * unit or unit == 10**9
+    )
     return since // timedelta(microseconds=1) * a_second // 10**6

@@ -34,7 +34,11 @@ def ranks_of_scores(scores: np.ndarray, targets: np.ndarray) -> Ranks:
     tied = equal.sum(axis=1)
     rank = first + (equal & (np.arange(scores.shape[1]) < targets[:, None])).sum(axis=1)
     missing = np.isneginf(own[:, 0])
-    return Ranks(np.where(missing, UNRANKED, rank), np.where(missing, UNRANKED, first), np.where(missing, 1, tied))
+    return Ranks(
+        np.where(missing, UNRANKED, rank),
+        np.where(missing, UNRANKED, first),
+        np.where(missing, 1, tied),
+    )
 
 
 def ranks_of_lists(items: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -47,7 +51,9 @@ def per_user(ranks: Ranks) -> dict[str, np.ndarray]:
     """float64 [n] of every metric in METRICS, and of its expectation over the order of tied items under `expected_` + metric."""
     most = max(CUTOFFS)
     discount = np.where(ranks.rank < most, 1.0 / np.log2(np.minimum(ranks.rank, most) + 2.0), 0.0)
-    gain = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))])  # of the first 0 … most places together
+    gain = np.concatenate(
+        [[0.0], np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))]
+    )  # of the first 0 … most places together
     values: dict[str, np.ndarray] = {}
     for k in CUTOFFS:
         values[f"hit@{k}"] = (ranks.rank < k).astype(np.float64)
@@ -66,11 +72,20 @@ def summarise(ranks: Ranks) -> dict[str, float]:
     for name, values in per_user(ranks).items():
         figures[name] = float(values.mean())
         if not name.startswith(EXPECTED):
-            figures[f"{name}_se"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+            figures[f"{name}_se"] = (
+                float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+            )
     return figures
 
 
-def paired_bootstrap(values: np.ndarray, versus: np.ndarray, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+def paired_bootstrap(
+    values: np.ndarray,
+    versus: np.ndarray,
+    *,
+    samples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """(mean difference, lower, upper end of its percentile interval) of values − versus, float [n] each over the same users in the same order."""
     if values.shape != versus.shape or values.ndim != 1 or len(values) == 0:
         raise ValueError(f"paired values of shapes {values.shape} and {versus.shape}")
@@ -79,6 +94,9 @@ def paired_bootstrap(values: np.ndarray, versus: np.ndarray, *, samples: int = 1
     share = counts / counts.sum()
     rng = np.random.default_rng(seed)
     rows = max(1, (1 << 24) // len(distinct))
-    means = [rng.multinomial(len(values), share, size=min(rows, samples - start)) @ distinct for start in range(0, samples, rows)]
+    means = [
+        rng.multinomial(len(values), share, size=min(rows, samples - start)) @ distinct
+        for start in range(0, samples, rows)
+    ]
     low, high = np.quantile(np.concatenate(means) / len(values), [(1 - level) / 2, (1 + level) / 2])
     return float((values - versus).mean()), float(low), float(high)

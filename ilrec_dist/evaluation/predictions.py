@@ -12,16 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, per_user, ranks_of_lists, summarise
 
 SCHEMA = pa.schema(
     [
         pa.field("user", pa.int32(), metadata={"is": "row of users.parquet"}),
         pa.field("target", pa.int32(), metadata={"is": "row of items.parquet"}),
-        pa.field("items", pa.list_(pa.int32()), metadata={"is": "rows of items.parquet, best first"}),
+        pa.field(
+            "items", pa.list_(pa.int32()), metadata={"is": "rows of items.parquet, best first"}
+        ),
         pa.field("scores", pa.list_(pa.float32()), metadata={"is": "one for each of `items`"}),
-        pa.field("tie_start", pa.int32(), metadata={"is": "first place, from 0, of those that cannot be told apart from the target; null: not listed"}),
+        pa.field(
+            "tie_start",
+            pa.int32(),
+            metadata={
+                "is": "first place, from 0, of those that cannot be told apart from the target; null: not listed"
+            },
+        ),
         pa.field("tie_size", pa.int32(), metadata={"is": "how many those are, with the target"}),
     ]
 )
@@ -54,7 +62,11 @@ class Predictions:
 
     def row(self, method: str, seed: int | None = None) -> dict[str, Any]:
         """A row of results.json."""
-        return {"method": method} | self.metrics() | {"users": len(self.users), "seed": seed, "exclude_seen": self.exclude_seen}
+        return (
+            {"method": method}
+            | self.metrics()
+            | {"users": len(self.users), "seed": seed, "exclude_seen": self.exclude_seen}
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the Parquet file whole or not at all."""
@@ -81,14 +93,21 @@ class Predictions:
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); run `ilrec evaluate` again") from None
+            raise UserError(
+                f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); run `ilrec evaluate` again"
+            ) from None
         metadata = table.schema.metadata or {}
         if not table.schema.equals(SCHEMA) or b"exclude_seen" not in metadata:
-            raise UserError(f"{path}: expected the columns {', '.join(SCHEMA.names)} of predictions; run `ilrec evaluate` again")
+            raise UserError(
+                f"{path}: expected the columns {', '.join(SCHEMA.names)} of predictions; run `ilrec evaluate` again"
+            )
         lists = table.column("items").combine_chunks()
         each = np.diff(lists.offsets.to_numpy())
         listed = np.arange(int(each.max(initial=0))) < each[:, None]
-        items, scores = np.full(listed.shape, -1, np.int32), np.full(listed.shape, -np.inf, np.float32)
+        items, scores = (
+            np.full(listed.shape, -1, np.int32),
+            np.full(listed.shape, -np.inf, np.float32),
+        )
         items[listed] = lists.flatten().to_numpy()
         scores[listed] = table.column("scores").combine_chunks().flatten().to_numpy()
         return Predictions(
@@ -115,7 +134,10 @@ def join(parts: list[Predictions]) -> Predictions:
     def joined(name: str, fill: float | None = None) -> np.ndarray:
         arrays = [getattr(part, name) for part in parts]
         if fill is not None:
-            arrays = [np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill) for array in arrays]
+            arrays = [
+                np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+                for array in arrays
+            ]
         return np.concatenate(arrays)[order]
 
     return Predictions(

@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from ilrec_dist.config import ItemsConfig
-from ilrec_dist.data.files import committed_folder, read_json_object, require_file, sha256_file, write_json
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import (
+    committed_folder,
+    read_json_object,
+    require_file,
+    sha256_file,
+    write_json,
+)
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions
-from ilrec_dist.items.embeddings import item_documents, item_vectors, text_vectors
-from ilrec_dist.items.index_file import read_index, write_index
-from ilrec_dist.items.quantise import Codebooks, centroid_codebooks, residual_codes
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.lcrec_index import read_index, write_index
+from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks, residual_codes
+from ilrec_dist.items.text_embeddings import item_documents, item_vectors, text_vectors
 from ilrec_dist.items.titles import TOKENIZER, build_titles
 from ilrec_dist.items.trie import Trie
 
@@ -32,11 +38,20 @@ def input_files(config: ItemsConfig) -> list[Path]:
     if config.text_model:
         folder = Path(config.text_model)
         inner = (path for path in folder.rglob("*") if path.is_file())
-        files += sorted(path for path in inner if not any(part.startswith(".") for part in path.relative_to(folder).parent.parts))  # not downloaders' notes
+        files += sorted(
+            path
+            for path in inner
+            if not any(part.startswith(".") for part in path.relative_to(folder).parent.parts)
+        )  # not downloaders' notes
     return files
 
 
-def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_embeddings: np.ndarray | None = None) -> dict[str, Any]:
+def build_index(
+    config: ItemsConfig,
+    dataset: InteractionDataset,
+    out: str | Path,
+    cf_embeddings: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Codes for every item → the folder `out`: the catalogue's files, index.json, report.json. Returns the report.
 
     A given `items.index` is read; otherwise codes are built (`items.embedding`; cf_embeddings float [num_items, d] by item index where that says cf).
@@ -44,34 +59,60 @@ def build_index(config: ItemsConfig, prepared: Prepared, out: str | Path, cf_emb
     Collisions follow `items.collisions`: keep; refuse (UserError naming two items); resolve (see collisions.resolve_collisions).
     """
     if config.form == "titles":
-        return _build_titles(config, prepared, out)
+        return _build_titles(config, dataset, out)
     scratch = Path(out).parent
-    codes, sizes, names, vectors, books = _codes(config, prepared, cf_embeddings, scratch)
+    codes, sizes, names, vectors, books = _codes(config, dataset, cf_embeddings, scratch)
     before = collision_report(codes)
     how, changed = "none", 0
     if config.collisions == "refuse":
-        _refuse_collision(config, prepared, codes, names)
+        _refuse_collision(config, dataset, codes, names)
     elif config.collisions == "resolve" and before["items"]:
         if vectors is None:
-            vectors, books = _cost_vectors(config, prepared, cf_embeddings, codes, sizes, scratch)
+            vectors, books = _cost_vectors(config, dataset, cf_embeddings, codes, sizes, scratch)
         resolution = resolve_collisions(codes, sizes, vectors, books)
-        codes, sizes, how, changed = resolution.codes, resolution.level_sizes, resolution.how, resolution.items_changed
-        names += next([letter] for letter in string.ascii_lowercase if letter not in names) if len(sizes) > len(names) else []
+        codes, sizes, how, changed = (
+            resolution.codes,
+            resolution.level_sizes,
+            resolution.how,
+            resolution.items_changed,
+        )
+        names += (
+            next([letter] for letter in string.ascii_lowercase if letter not in names)
+            if len(sizes) > len(names)
+            else []
+        )
     catalogue = make_catalogue(codes, sizes, names)
-    built = f"residual quantisation of {config.embedding} vectors" if config.form == "semantic" else "one token per item"
+    built = (
+        f"residual quantisation of {config.embedding} vectors"
+        if config.form == "semantic"
+        else "one token per item"
+    )
     report = {
         "source": config.index or built,
         "index_sha256": sha256_file(config.index) if config.index else None,
-        "vectors": {"kind": config.embedding, "dim": config.embedding_dim, "seed": config.seed, "text_model": config.text_model},
+        "vectors": {
+            "kind": config.embedding,
+            "dim": config.embedding_dim,
+            "seed": config.seed,
+            "text_model": config.text_model,
+        },
         **catalogue_report(catalogue),
-        "collisions": {"rule": config.collisions, "before": before, "after": collision_report(codes), "resolved_by": how, "items_changed": changed},
+        "collisions": {
+            "rule": config.collisions,
+            "before": before,
+            "after": collision_report(codes),
+            "resolved_by": how,
+            "items_changed": changed,
+        },
     }
     with committed_folder(out) as folder:
-        write_items(folder, catalogue, prepared.item_ids, report)
+        write_items(folder, catalogue, dataset.item_ids, report)
     return report
 
 
-def write_items(folder: Path, catalogue: Catalogue, item_ids: Sequence[str], report: dict[str, Any]) -> None:
+def write_items(
+    folder: Path, catalogue: Catalogue, item_ids: Sequence[str], report: dict[str, Any]
+) -> None:
     """The catalogue's files, its trie, index.json and report.json."""
     catalogue.save(folder)
     Trie(catalogue).save(folder)
@@ -79,11 +120,15 @@ def write_items(folder: Path, catalogue: Catalogue, item_ids: Sequence[str], rep
     write_json(folder / "report.json", report)
 
 
-def _build_titles(config: ItemsConfig, prepared: Prepared, out: str | Path) -> dict[str, Any]:
-    catalogue, tokenizer = build_titles(prepared, config.title_tokens, config.title_vocab_size, config.tokenizer)
+def _build_titles(
+    config: ItemsConfig, dataset: InteractionDataset, out: str | Path
+) -> dict[str, Any]:
+    catalogue, tokenizer = build_titles(
+        dataset, config.title_tokens, config.title_vocab_size, config.tokenizer
+    )
     codes = catalogue.codes()
     if config.collisions == "refuse" and (pair := first_collision(codes)) is not None:
-        one, other = (prepared.item_ids[item] for item in pair)
+        one, other = (dataset.item_ids[item] for item in pair)
         raise UserError(
             f"items.form titles: items {one!r} and {other!r} have the same title within {config.title_tokens} tokens, which items.collisions: refuse forbids; "
             "raise items.title_tokens, mend the titles, or set it to keep"
@@ -93,34 +138,62 @@ def _build_titles(config: ItemsConfig, prepared: Prepared, out: str | Path) -> d
         "source": f"titles of at most {config.title_tokens} tokens",
         "title_tokens": config.title_tokens,
         **catalogue_report(catalogue),
-        "collisions": {"rule": config.collisions, "before": found, "after": found, "resolved_by": "none", "items_changed": 0},
+        "collisions": {
+            "rule": config.collisions,
+            "before": found,
+            "after": found,
+            "resolved_by": "none",
+            "items_changed": 0,
+        },
     }
     with committed_folder(out) as folder:
-        write_items(folder, catalogue, prepared.item_ids, report)
+        write_items(folder, catalogue, dataset.item_ids, report)
         tokenizer.save(str(folder / TOKENIZER))
     return report
 
 
 def _codes(
-    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, scratch: Path
+    config: ItemsConfig,
+    dataset: InteractionDataset,
+    cf_embeddings: np.ndarray | None,
+    scratch: Path,
 ) -> tuple[np.ndarray, list[int], list[str], np.ndarray | None, Codebooks | None]:
     """(codes, level sizes, level names, and where codes were built the vectors and codebooks)."""
     if config.form == "atomic":
-        return np.arange(prepared.num_items, dtype=np.int32)[:, None], [prepared.num_items], [ATOMIC], None, None
+        return (
+            np.arange(dataset.num_items, dtype=np.int32)[:, None],
+            [dataset.num_items],
+            [ATOMIC],
+            None,
+            None,
+        )
     if config.index:
-        return *read_index(require_file(config.index, "items.index"), prepared.item_ids), None, None
-    vectors = item_vectors(config, prepared, cf_embeddings, scratch)
+        return *read_index(require_file(config.index, "items.index"), dataset.item_ids), None, None
+    vectors = item_vectors(config, dataset, cf_embeddings, scratch)
     codes, books = residual_codes(vectors, config.levels, config.codes_per_level, config.seed)
-    return codes, [config.codes_per_level] * config.levels, list(string.ascii_lowercase[: config.levels]), vectors, books
+    return (
+        codes,
+        [config.codes_per_level] * config.levels,
+        list(string.ascii_lowercase[: config.levels]),
+        vectors,
+        books,
+    )
 
 
 def _cost_vectors(
-    config: ItemsConfig, prepared: Prepared, cf_embeddings: np.ndarray | None, codes: np.ndarray, sizes: list[int], scratch: Path
+    config: ItemsConfig,
+    dataset: InteractionDataset,
+    cf_embeddings: np.ndarray | None,
+    codes: np.ndarray,
+    sizes: list[int],
+    scratch: Path,
 ) -> tuple[np.ndarray | None, Codebooks | None]:
     """For a given index: vectors by text, by CF where there is no text, else none; and each code's centroid."""
-    documents = item_documents(prepared)
+    documents = item_documents(dataset)
     if documents is not None:
-        vectors = text_vectors(documents, config.embedding_dim, config.seed, scratch, model=config.text_model)[0]
+        vectors = text_vectors(
+            documents, config.embedding_dim, config.seed, scratch, model=config.text_model
+        )[0]
     elif cf_embeddings is not None:
         vectors = np.asarray(cf_embeddings, np.float32)
     else:
@@ -128,12 +201,16 @@ def _cost_vectors(
     return vectors, centroid_codebooks(vectors, codes, sizes)
 
 
-def _refuse_collision(config: ItemsConfig, prepared: Prepared, codes: np.ndarray, names: list[str]) -> None:
+def _refuse_collision(
+    config: ItemsConfig, dataset: InteractionDataset, codes: np.ndarray, names: list[str]
+) -> None:
     pair = first_collision(codes)
     if pair is not None:
-        code = "".join(f"<{name}_{number}>" for name, number in zip(names, codes[pair[0]], strict=True))
+        code = "".join(
+            f"<{name}_{number}>" for name, number in zip(names, codes[pair[0]], strict=True)
+        )
         raise UserError(
-            f"{config.index or 'the built index'}: items {prepared.item_ids[pair[0]]!r} and {prepared.item_ids[pair[1]]!r} share the code {code}, "
+            f"{config.index or 'the built index'}: items {dataset.item_ids[pair[0]]!r} and {dataset.item_ids[pair[1]]!r} share the code {code}, "
             "which items.collisions: refuse forbids; mend the file, or set it to keep or resolve"
         )
 
@@ -142,11 +219,17 @@ def read_report(folder: str | Path, *keys: str) -> dict[str, Any]:
     """The report.json that `ilrec index` wrote into `folder`. Raises UserError where it lacks what all such reports hold, or one of `keys`."""
     path = Path(folder) / "report.json"
     report = read_json_object(path)
-    lacking = [key for key in ("source", "items", "vocab_size", "levels", "collisions", *keys) if key not in report]
+    lacking = [
+        key
+        for key in ("source", "items", "vocab_size", "levels", "collisions", *keys)
+        if key not in report
+    ]
     if not lacking and not isinstance(report["collisions"], dict):
         lacking = ["collisions"]
     if lacking:
-        raise UserError(f"{path}: damaged: no usable {lacking[0]!r} in it; remove {folder} and run `ilrec index` again")
+        raise UserError(
+            f"{path}: damaged: no usable {lacking[0]!r} in it; remove {folder} and run `ilrec index` again"
+        )
     return report
 
 

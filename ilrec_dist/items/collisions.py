@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ilrec_dist.items.quantise import AT_ONCE, Codebooks
+from ilrec_dist.items.residual_quantizer import AT_ONCE, Codebooks
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Resolution:
     codes: np.ndarray  # int32 [n, C or C + 1]
     level_sizes: list[int]
     how: str
-    items_changed: int  # items whose code tuple is another one (last level only; an extra level lengthens all)
+    items_changed: (
+        int  # items whose code tuple is another one (last level only; an extra level lengthens all)
+    )
 
 
 def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +29,9 @@ def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort(codes.T[::-1])
     first = np.zeros(len(codes), bool)
     first[:1] = True
-    for level in codes.T:  # not all at once: a large catalogue's codes would be in memory three times
+    for (
+        level
+    ) in codes.T:  # not all at once: a large catalogue's codes would be in memory three times
         sorted_codes = level[order]
         first[1:] |= sorted_codes[1:] != sorted_codes[:-1]
     group = np.empty(len(codes), np.int32)
@@ -59,7 +63,9 @@ def first_collision(codes: np.ndarray) -> tuple[int, int] | None:
     return one, int(np.flatnonzero(group == group[one])[1])
 
 
-def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.ndarray | None, books: Codebooks | None) -> Resolution:
+def resolve_collisions(
+    codes: np.ndarray, level_sizes: list[int], vectors: np.ndarray | None, books: Codebooks | None
+) -> Resolution:
     """Give every item a tuple of its own.
 
     Where no prefix of all but the last level holds more items than the last level has codes: within each prefix that has collisions, the items that
@@ -77,7 +83,12 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
         order = np.argsort(group, kind="stable")
         rank = np.empty(len(codes), np.int32)
         rank[order] = np.arange(len(codes)) - (np.cumsum(sizes) - sizes)[group[order]]
-        return Resolution(np.column_stack([codes, rank]).astype(np.int32), [*level_sizes, int(sizes.max())], "extra level", 0)
+        return Resolution(
+            np.column_stack([codes, rank]).astype(np.int32),
+            [*level_sizes, int(sizes.max())],
+            "extra level",
+            0,
+        )
     result = codes.copy()
     collides = sizes[group] > 1
     del group
@@ -98,7 +109,12 @@ def resolve_collisions(codes: np.ndarray, level_sizes: list[int], vectors: np.nd
         free = np.setdiff1d(np.arange(level_sizes[last]), codes[members[~collides[members]], last])
         cost = np.ones((len(moving), len(free)))
         if rest is not None and books is not None:
-            cost = _cost(rest[np.searchsorted(colliding, moving)], books.levels[last], codes[moving, last], free)
+            cost = _cost(
+                rest[np.searchsorted(colliding, moving)],
+                books.levels[last],
+                codes[moving, last],
+                free,
+            )
         cost[free[None, :] == codes[moving, last][:, None]] = 0.0
         rows, columns = linear_sum_assignment(cost)
         result[moving[rows], last] = free[columns]

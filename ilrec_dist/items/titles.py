@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ilrec_dist.data.files import require_file
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import require_file
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import END, PAD, Catalogue, make_title_catalogue
 
 TOKENIZER = "tokenizer.json"  # beside the catalogue's files
@@ -24,7 +24,12 @@ def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(titles, trainers.BpeTrainer(vocab_size=vocab_size - FIRST, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        titles,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - FIRST, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return tokenizer
 
 
@@ -34,7 +39,9 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer.json ({what}): {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path}: not a tokenizer.json ({what}): {str(error).splitlines()[0]}"
+        ) from None
     tokenizer.no_padding()  # models' files may ask for both: padding would be spelt as part of a title
     tokenizer.no_truncation()
     return tokenizer
@@ -42,7 +49,10 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
 
 def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.ndarray:
     """int32 [n, C] of n titles: at most `title_tokens` tokens of each, END, and PAD up to C, which the longest needs."""
-    ids = [encoding.ids[:title_tokens] for encoding in tokenizer.encode_batch(list(map(plain, titles)), add_special_tokens=False)]
+    ids = [
+        encoding.ids[:title_tokens]
+        for encoding in tokenizer.encode_batch(list(map(plain, titles)), add_special_tokens=False)
+    ]
     tokens = np.full((len(ids), 1 + max(map(len, ids), default=0)), PAD, np.int32)
     for row, title in enumerate(ids):
         tokens[row, : len(title)], tokens[row, len(title)] = title, END
@@ -50,21 +60,31 @@ def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.
     return tokens
 
 
-def build_titles(prepared: Prepared, title_tokens: int, vocab_size: int, given: str | None) -> tuple[Catalogue, Tokenizer]:
+def build_titles(
+    dataset: InteractionDataset, title_tokens: int, vocab_size: int, given: str | None
+) -> tuple[Catalogue, Tokenizer]:
     """The catalogue of a data set's titles and the tokenizer: that of the file `given`, or one learned from them.
 
     Raises UserError when there are no titles, or not one for every item.
     """
-    if prepared.titles is None:
-        raise UserError("items.form titles: the data set has no titles; give an item table (data.items_path), or another items.form")
-    titles = list(map(plain, prepared.titles))
+    if dataset.titles is None:
+        raise UserError(
+            "items.form titles: the data set has no titles; give an item table (data.items_path), or another items.form"
+        )
+    titles = list(map(plain, dataset.titles))
     bare = next((item for item, title in enumerate(titles) if not title), None)
     if bare is not None:
-        raise UserError(f"items.form titles: item {prepared.item_ids[bare]!r} has no title; give it one, or choose another items.form")
-    tokenizer = load_tokenizer(given, "items.tokenizer") if given else train_tokenizer(titles, vocab_size)
+        raise UserError(
+            f"items.form titles: item {dataset.item_ids[bare]!r} has no title; give it one, or choose another items.form"
+        )
+    tokenizer = (
+        load_tokenizer(given, "items.tokenizer") if given else train_tokenizer(titles, vocab_size)
+    )
     names = {number + FIRST: piece for piece, number in tokenizer.get_vocab().items()}
     pieces = [names.get(token, f"<{token}>") for token in range(FIRST, max(names) + 1)]
-    return make_title_catalogue(spell(tokenizer, titles, title_tokens), [*NAMES, *pieces]), tokenizer
+    return make_title_catalogue(
+        spell(tokenizer, titles, title_tokens), [*NAMES, *pieces]
+    ), tokenizer
 
 
 def plain(title: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ilrec_dist.data.files import map_array, read_json_object, sha256_file, write_json
+from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
 from ilrec_dist.items.catalogue import Catalogue, check_file
 
 
@@ -29,26 +29,46 @@ class Trie:
         for level in range(depth):
             first[1:] |= tokens[1:, level] != tokens[:-1, level]
             node_start.append(np.append(np.flatnonzero(first), n).astype(np.int32))
-        child_start = [np.searchsorted(node_start[p + 1], node_start[p]).astype(np.int32) for p in range(depth)]
+        child_start = [
+            np.searchsorted(node_start[p + 1], node_start[p]).astype(np.int32) for p in range(depth)
+        ]
         # One array of all tokens, a view per depth: candidates of several depths are then one gather.
         widest = max(end - start for start, end in catalogue.level_ranges)
-        labels = np.concatenate([*(tokens[node_start[p + 1][:-1], p] for p in range(depth)), np.zeros(widest, np.int32)])  # see candidates
+        labels = np.concatenate(
+            [*(tokens[node_start[p + 1][:-1], p] for p in range(depth)), np.zeros(widest, np.int32)]
+        )  # see candidates
         self._hold(catalogue, node_start, child_start, labels)
 
-    def _hold(self, catalogue: Catalogue, node_start: list[np.ndarray], child_start: list[np.ndarray], labels: np.ndarray) -> None:
+    def _hold(
+        self,
+        catalogue: Catalogue,
+        node_start: list[np.ndarray],
+        child_start: list[np.ndarray],
+        labels: np.ndarray,
+    ) -> None:
         self.catalogue, self.depth = catalogue, catalogue.depth
         self.node_start, self.child_start, self._tokens = node_start, child_start, labels
         self._token_base = np.cumsum([0] + [len(start) - 1 for start in node_start[1:]])
-        self.node_token = [np.zeros(0, np.int32)] + [labels[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)]
+        self.node_token = [np.zeros(0, np.int32)] + [
+            labels[a:b] for a, b in zip(self._token_base[:-1], self._token_base[1:], strict=True)
+        ]
 
     def save(self, folder: str | Path) -> None:
         """Write trie.npy and trie.json (with its SHA-256) beside the catalogue's files."""
         path, arrays = Path(folder) / "trie.npy", self._arrays()
-        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(sum(map(len, arrays)),))
+        stored = np.lib.format.open_memmap(
+            path, mode="w+", dtype=np.int32, shape=(sum(map(len, arrays)),)
+        )
         for part, array in zip(_cut(stored, [len(array) for array in arrays]), arrays, strict=True):
             part[:] = array
         stored.flush()
-        write_json(path.with_suffix(".json"), {"nodes": [self.num_nodes(p) for p in range(self.depth + 1)], "sha256": sha256_file(path)})
+        write_json(
+            path.with_suffix(".json"),
+            {
+                "nodes": [self.num_nodes(p) for p in range(self.depth + 1)],
+                "sha256": sha256_file(path),
+            },
+        )
 
     @staticmethod
     def load(folder: str | Path, catalogue: Catalogue) -> Trie:
@@ -59,7 +79,9 @@ class Trie:
         meta = read_json_object(path.with_suffix(".json"))
         check_file(path, meta["sha256"], "trie.json")
         stored, starts = map_array(path), [count + 1 for count in meta["nodes"]]
-        *arrays, labels = _cut(stored, [*starts, *starts[:-1], len(stored) - sum(starts) - sum(starts[:-1])])
+        *arrays, labels = _cut(
+            stored, [*starts, *starts[:-1], len(stored) - sum(starts) - sum(starts[:-1])]
+        )
         trie = Trie.__new__(Trie)
         trie._hold(catalogue, arrays[: len(starts)], arrays[len(starts) :], labels)
         return trie
@@ -99,18 +121,28 @@ class Trie:
         np.cumsum(counts, out=indptr[1:])
         if width == 0:
             return indptr, np.zeros(0, np.int32)
-        rows = np.lib.stride_tricks.sliding_window_view(self._tokens, width)[start + self._token_base[p]]
-        return indptr, rows.reshape(-1) if len(rows) * width == indptr[-1] else rows[np.arange(width) < counts[:, None]]
+        rows = np.lib.stride_tricks.sliding_window_view(self._tokens, width)[
+            start + self._token_base[p]
+        ]
+        return indptr, rows.reshape(-1) if len(rows) * width == indptr[-1] else rows[
+            np.arange(width) < counts[:, None]
+        ]
 
     def step(self, p: int, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape); -1 where there is none, or where the node is -1."""
-        nodes, tokens = np.broadcast_arrays(np.asarray(nodes, np.int64), np.asarray(tokens, np.int64))
+        nodes, tokens = np.broadcast_arrays(
+            np.asarray(nodes, np.int64), np.asarray(tokens, np.int64)
+        )
         known = nodes >= 0
         start, labels = self.child_start[p], self.node_token[p + 1]
         low = np.where(known, start[nodes], 0).astype(np.int64)
-        stop = np.where(known, start[nodes + known], 0).astype(np.int64)  # nodes + 1 where known; any valid index elsewhere
+        stop = np.where(known, start[nodes + known], 0).astype(
+            np.int64
+        )  # nodes + 1 where known; any valid index elsewhere
         high = stop.copy()
-        while (open_ := low < high).any():  # lower bound of the token among the node's children, all rows at once
+        while (
+            open_ := low < high
+        ).any():  # lower bound of the token among the node's children, all rows at once
             middle = (low + high) // 2
             right = open_ & (labels[np.minimum(middle, len(labels) - 1)] < tokens)
             low = np.where(right, middle + 1, low)

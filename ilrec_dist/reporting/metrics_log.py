@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-RESUMED = "resumed/dropped_steps"  # written on resume: how many logged steps the checkpoint did not cover
+RESUMED = (
+    "resumed/dropped_steps"  # written on resume: how many logged steps the checkpoint did not cover
+)
 
 Nested: TypeAlias = "Mapping[str, float | Nested]"
 
@@ -31,16 +33,22 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # two seconds of import that readers of a log should not pay
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # two seconds of import that readers of a log should not pay
+        )
 
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         last_step = _mend(self.folder / METRICS_FILE, resume_step)
         self._file = open(self.folder / METRICS_FILE, "a", encoding="utf-8")
         purge = None if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
+        self._tensorboard = SummaryWriter(
+            str(self.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10
+        )
         if resume_step is not None and last_step is not None:
-            self._append({"step": resume_step, "time": _now(), RESUMED: max(0, last_step - resume_step)})
+            self._append(
+                {"step": resume_step, "time": _now(), RESUMED: max(0, last_step - resume_step)}
+            )
 
     def write(self, step: int, epoch: float, values: Nested) -> None:
         """One line: {"step", "epoch", "time" (Unix seconds), …}. Nested mappings become `outer/inner` keys; values are anything float()
@@ -96,7 +104,9 @@ def _whole_lines(text: bytes, path: Path) -> Iterator[tuple[dict[str, Any], byte
         if line is not None:
             yield line, raw
         elif number < torn:
-            raise UserError(f"{path}: line {number} is not a JSON object with a step; delete that line to go on")
+            raise UserError(
+                f"{path}: line {number} is not a JSON object with a step; delete that line to go on"
+            )
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:
@@ -114,7 +124,9 @@ def _mend(path: Path, resume_step: int | None) -> int | None:
         return None
     text = path.read_bytes()
     lines = list(_whole_lines(text, path))
-    kept = b"".join(raw + b"\n" for line, raw in lines if resume_step is None or line["step"] <= resume_step)
+    kept = b"".join(
+        raw + b"\n" for line, raw in lines if resume_step is None or line["step"] <= resume_step
+    )
     if kept != text:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(kept)

@@ -17,10 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 RESULTS_FILE = "results.json"
-METHODS = ("popularity", "transitions", "sasrec", "sft", "ilrec", "bayes")  # the order of every table
+METHODS = (
+    "popularity",
+    "transitions",
+    "sasrec",
+    "sft",
+    "ilrec",
+    "bayes",
+)  # the order of every table
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")  # in every row
 EXPECTED = "expected_"
-STANDARD_ERROR = "ndcg@10_se"  # over users  # prefix of a row's expected-rank figures, such as expected_ndcg@10
+STANDARD_ERROR = (
+    "ndcg@10_se"  # over users  # prefix of a row's expected-rank figures, such as expected_ndcg@10
+)
 
 Row = Mapping[str, Any]
 
@@ -83,7 +92,13 @@ def write_results(
     further top-level keys; intervals go under `paired_bootstrap`. Raises ValueError for a row that cannot be right.
     """
     checked = [_checked(row) for row in rows]
-    fixed = {"dataset": dataset, "split": "test", "rows": checked, "seconds": seconds, "stage_seconds": dict(stage_seconds)}
+    fixed = {
+        "dataset": dataset,
+        "split": "test",
+        "rows": checked,
+        "seconds": seconds,
+        "stage_seconds": dict(stage_seconds),
+    }
     if intervals:
         fixed["paired_bootstrap"] = [asdict(interval) for interval in intervals]
     overlap = fixed.keys() & (extras or {}).keys()
@@ -112,10 +127,18 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     return [_summary(method, excluded, groups[excluded, method]) for excluded, method in ordered]
 
 
-def shown_metrics(summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)) -> list[str]:
+def shown_metrics(
+    summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)
+) -> list[str]:
     """The table's columns: the METRICS, then the expected-rank figures of the metrics `expected` as far as there are any."""
-    given = [EXPECTED + metric for metric in expected if any(EXPECTED + metric in summary.figures for summary in summaries)]
-    errors = [STANDARD_ERROR] if any(STANDARD_ERROR in summary.figures for summary in summaries) else []
+    given = [
+        EXPECTED + metric
+        for metric in expected
+        if any(EXPECTED + metric in summary.figures for summary in summaries)
+    ]
+    errors = (
+        [STANDARD_ERROR] if any(STANDARD_ERROR in summary.figures for summary in summaries) else []
+    )
     return [*METRICS, *errors, *given]
 
 
@@ -129,14 +152,24 @@ def metric_title(metric: str) -> str:
     return {"ndcg": "NDCG", "hit": "Hit"}.get(name, name) + at + k
 
 
-def print_table(rows: Sequence[Row], intervals: Sequence[Interval] = (), title: str = "Test split, full ranking", console: Console | None = None) -> None:
+def print_table(
+    rows: Sequence[Row],
+    intervals: Sequence[Interval] = (),
+    title: str = "Test split, full ranking",
+    console: Console | None = None,
+) -> None:
     """The results in the terminal, a table per treatment of seen items: means over seeds, the sample standard deviation below them, and each
     paired interval as a sentence. Fits 80 columns."""
     console = console or Console()
     summaries = summarise(rows)
     for excluded in sorted({summary.exclude_seen for summary in summaries}, reverse=True):
         group = [summary for summary in summaries if summary.exclude_seen == excluded]
-        console.print(_table(group, f"{title}, {seen_title(excluded)}, {max(summary.users for summary in group):,} users"))
+        console.print(
+            _table(
+                group,
+                f"{title}, {seen_title(excluded)}, {max(summary.users for summary in group):,} users",
+            )
+        )
         for interval in intervals:
             if interval.exclude_seen == excluded:
                 console.print(interval.sentence(), markup=False, highlight=False, soft_wrap=True)
@@ -146,17 +179,25 @@ def best_mean(summaries: Sequence[Summary], metric: str) -> float | None:
     """The highest mean among what was learned or counted; bayes knows the truth and does not compete."""
     if metric == STANDARD_ERROR:
         return None
-    means = [summary.figures[metric].mean for summary in summaries if summary.method != "bayes" and metric in summary.figures]
+    means = [
+        summary.figures[metric].mean
+        for summary in summaries
+        if summary.method != "bayes" and metric in summary.figures
+    ]
     return max(means, default=None)
 
 
 def _table(summaries: Sequence[Summary], title: str) -> Table:
     metrics = shown_metrics(summaries)
     seeds = any(len(summary.seeds) > 1 for summary in summaries)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("method", no_wrap=True)
     for metric in metrics:
-        table.add_column(metric_title(metric).replace(" ", "\n"), justify="right", no_wrap=True, vertical="top")
+        table.add_column(
+            metric_title(metric).replace(" ", "\n"), justify="right", no_wrap=True, vertical="top"
+        )
     if seeds:
         table.add_column("seeds", justify="right")
     for summary in summaries:
@@ -182,8 +223,12 @@ def _summary(method: str, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
     for metric in (*METRICS, STANDARD_ERROR, *(EXPECTED + name for name in METRICS)):
         values = [float(row[metric]) for row in rows if row.get(metric) is not None]
         if len(values) == len(rows):
-            figures[metric] = Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-    return Summary(method, exclude_seen, tuple(row["seed"] for row in rows), int(rows[0]["users"]), figures)
+            figures[metric] = Figure(
+                statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+            )
+    return Summary(
+        method, exclude_seen, tuple(row["seed"] for row in rows), int(rows[0]["users"]), figures
+    )
 
 
 def _checked(row: Row) -> dict[str, Any]:
@@ -197,7 +242,9 @@ def _checked(row: Row) -> dict[str, Any]:
             raise ValueError(f"{row['method']}: {metric} {row[metric]} is not a fraction")
     for k in (5, 10):
         if row[f"ndcg@{k}"] > row[f"hit@{k}"] + 1e-9:
-            raise ValueError(f"{row['method']}: ndcg@{k} {row[f'ndcg@{k}']} is above hit@{k} {row[f'hit@{k}']}")
+            raise ValueError(
+                f"{row['method']}: ndcg@{k} {row[f'ndcg@{k}']} is above hit@{k} {row[f'hit@{k}']}"
+            )
     return {**{key: row[key] for key in required}, **row}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 
 MANIFEST = "manifest.json"
 
@@ -19,7 +19,9 @@ MANIFEST = "manifest.json"
 class Checkpoint:
     path: Path
     step: int
-    state: dict[str, Any]  # what the loop needs besides the engine's own files: data position, best validation so far
+    state: dict[
+        str, Any
+    ]  # what the loop needs besides the engine's own files: data position, best validation so far
 
 
 def file_sha256(path: Path) -> str:
@@ -34,9 +36,17 @@ def staging_folder(folder: Path, step: int) -> Path:
 def commit(folder: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:
     """Hash every file of the staged checkpoint, write the manifest, rename it into place, drop the oldest beyond `keep`. One process calls this."""
     staged = staging_folder(folder, step)
-    files = {str(path.relative_to(staged)): file_sha256(path) for path in sorted(staged.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(staged)): file_sha256(path)
+        for path in sorted(staged.rglob("*"))
+        if path.is_file()
+    }
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "fingerprint": fingerprint, "state": state, "sha256": files}, indent=1))
+    manifest.write_text(
+        json.dumps(
+            {"step": step, "fingerprint": fingerprint, "state": state, "sha256": files}, indent=1
+        )
+    )
     for path in [staged / name for name in files] + [manifest]:
         _sync(path)
     final = folder / f"step-{step:08d}"
@@ -58,7 +68,14 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     for path in reversed(_committed(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            problem = next((name for name, digest in manifest["sha256"].items() if not _matches(path / name, digest)), None)
+            problem = next(
+                (
+                    name
+                    for name, digest in manifest["sha256"].items()
+                    if not _matches(path / name, digest)
+                ),
+                None,
+            )
         except (OSError, ValueError, KeyError):
             damaged.append(f"{path / MANIFEST}: the manifest is missing or malformed")
             continue
@@ -66,10 +83,14 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
             damaged.append(f"{path / problem}: missing, or its SHA-256 differs from the manifest's")
             continue
         if manifest["fingerprint"] != fingerprint:
-            raise UserError(f"{path}: this checkpoint belongs to another configuration; restore that configuration, or choose another name or runs_dir")
+            raise UserError(
+                f"{path}: this checkpoint belongs to another configuration; restore that configuration, or choose another name or runs_dir"
+            )
         return Checkpoint(path, int(manifest["step"]), manifest["state"]), damaged
     if damaged:
-        raise UserError(f"{damaged[0]}; no earlier checkpoint is left to fall back on; delete {folder} to train from the start")
+        raise UserError(
+            f"{damaged[0]}; no earlier checkpoint is left to fall back on; delete {folder} to train from the start"
+        )
     return None, damaged
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ilrec_dist.backbone.mpu import DeepSpeedMPU, import_deepspeed
-from ilrec_dist.backbone.parallel import ParallelState
-from ilrec_dist.config import TrainConfig
+from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
+from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.training.config import TrainConfig
 
 
 def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
@@ -45,8 +45,13 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not."""
     matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2)
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

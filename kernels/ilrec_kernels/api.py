@@ -16,7 +16,14 @@ from ilrec_kernels.columns import Columns
 from ilrec_kernels.problem import Problem
 from ilrec_kernels.reference import gather_head, reference_rows
 from ilrec_kernels.state import Gradients
-from ilrec_kernels.types import Backend, LossOptions, LossOutput, RowStats, TokenLists, compute_dtype
+from ilrec_kernels.types import (
+    Backend,
+    LossOptions,
+    LossOutput,
+    RowStats,
+    TokenLists,
+    compute_dtype,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -59,7 +66,18 @@ def cross_layer_loss(
     Raises ValueError for shapes, dtypes and scopes that do not go together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side
     assertion, which the process does not survive.
     """
-    problem = _problem(final_hidden, layer_hidden, head_weight, targets, candidates, rewards, options, vocab, trainable_rows, tp_group)
+    problem = _problem(
+        final_hidden,
+        layer_hidden,
+        head_weight,
+        targets,
+        candidates,
+        rewards,
+        options,
+        vocab,
+        trainable_rows,
+        tp_group,
+    )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected mean, sum or none, got {reduction!r}")
     n = targets.numel()
@@ -68,7 +86,9 @@ def cross_layer_loss(
         head = gather_head(head_weight, vocab or (0, head_weight.shape[0]), options, problem.group)
         if problem.trainable is not None:
             head = _only_trainable(head, problem)
-        row_loss, rows = reference_rows([final_hidden, *layer_hidden], head, targets, candidates, rewards, options)
+        row_loss, rows = reference_rows(
+            [final_hidden, *layer_hidden], head, targets, candidates, rewards, options
+        )
         row_loss = (row_loss * scale).to(problem.dtype)
         loss = row_loss if reduction == "none" else row_loss.sum()
     else:
@@ -88,18 +108,38 @@ class _Call:
     """What the autograd node carries besides tensors that may need a gradient."""
 
     def __init__(self, problem: Problem, scale: float, per_row: bool, grad_enabled: bool) -> None:
-        self.problem, self.scale, self.per_row, self.grad_enabled = problem, scale, per_row, grad_enabled
+        self.problem, self.scale, self.per_row, self.grad_enabled = (
+            problem,
+            scale,
+            per_row,
+            grad_enabled,
+        )
 
-    def compute(self, hidden: Sequence[Tensor], head: Tensor, row_scale: Tensor, wanted: Sequence[bool]) -> tuple[RowStats, list[Tensor | None]]:
+    def compute(
+        self, hidden: Sequence[Tensor], head: Tensor, row_scale: Tensor, wanted: Sequence[bool]
+    ) -> tuple[RowStats, list[Tensor | None]]:
         """Statistics and the gradients that are wanted, hidden streams first and the head last."""
         p = self.problem
         p = Problem(
-            tuple(hidden), head, p.targets, p.candidates, p.rewards, p.options, p.start, p.stop, p.group, p.trainable
+            tuple(hidden),
+            head,
+            p.targets,
+            p.candidates,
+            p.rewards,
+            p.options,
+            p.start,
+            p.stop,
+            p.group,
+            p.trainable,
         )  # the tensors autograd hands over
-        with torch.autocast(head.device.type, enabled=False):  # every product says itself what its factors are rounded to
+        with torch.autocast(
+            head.device.type, enabled=False
+        ):  # every product says itself what its factors are rounded to
             return self._run(p, wanted, row_scale)
 
-    def _run(self, p: Problem, wanted: Sequence[bool], row_scale: Tensor) -> tuple[RowStats, list[Tensor | None]]:
+    def _run(
+        self, p: Problem, wanted: Sequence[bool], row_scale: Tensor
+    ) -> tuple[RowStats, list[Tensor | None]]:
         hidden, head = p.hidden, p.head
         if not any(wanted):
             return chunked.run(p, None), [None] * len(wanted)
@@ -163,34 +203,58 @@ def _problem(
     start, stop = vocab if vocab is not None else (0, head.shape[0])
     for i, hidden in enumerate(layer_hidden):
         if hidden.shape != final_hidden.shape:
-            raise ValueError(f"layer_hidden[{i}]: expected shape {tuple(final_hidden.shape)} as final_hidden, got {tuple(hidden.shape)}")
+            raise ValueError(
+                f"layer_hidden[{i}]: expected shape {tuple(final_hidden.shape)} as final_hidden, got {tuple(hidden.shape)}"
+            )
     if head.dim() != 2 or head.shape[1] != d or head.shape[0] < stop - start or stop < start:
-        raise ValueError(f"head_weight: expected at least {stop - start} rows of {d}, got {tuple(head.shape)}")
+        raise ValueError(
+            f"head_weight: expected at least {stop - start} rows of {d}, got {tuple(head.shape)}"
+        )
     if targets.shape != (n,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets: expected int64 [{n}], got {targets.dtype} {list(targets.shape)}")
-    if n and targets.is_cuda:  # the device tells, later: to ask it here would wait for all of the model's forward
+        raise ValueError(
+            f"targets: expected int64 [{n}], got {targets.dtype} {list(targets.shape)}"
+        )
+    if (
+        n and targets.is_cuda
+    ):  # the device tells, later: to ask it here would wait for all of the model's forward
         torch._assert_async(((targets >= 0) & (targets < options.vocab_size)).all())
     elif n and not 0 <= int(targets.min()) <= int(targets.max()) < options.vocab_size:
-        raise ValueError(f"targets: expected ids in [0, {options.vocab_size}), got {int(targets.min())} to {int(targets.max())}")
+        raise ValueError(
+            f"targets: expected ids in [0, {options.vocab_size}), got {int(targets.min())} to {int(targets.max())}"
+        )
     if options.needs_candidates and candidates is None:
         raise ValueError("candidates: needed by a valid_next scope and by crr_lambda > 0")
     if candidates is not None and candidates.indptr.shape != (n + 1,):
-        raise ValueError(f"candidates.indptr: expected [{n + 1}], got {list(candidates.indptr.shape)}")
-    if options.crr_lambda > 0 and (rewards is None or candidates is None or rewards.shape != candidates.tokens.shape):
+        raise ValueError(
+            f"candidates.indptr: expected [{n + 1}], got {list(candidates.indptr.shape)}"
+        )
+    if options.crr_lambda > 0 and (
+        rewards is None or candidates is None or rewards.shape != candidates.tokens.shape
+    ):
         raise ValueError("rewards: expected one for each of candidates.tokens, as crr_lambda > 0")
-    if not m and (options.mu > 0 or (options.needs_negatives and options.negatives_from == "intermediate")):
+    if not m and (
+        options.mu > 0 or (options.needs_negatives and options.negatives_from == "intermediate")
+    ):
         raise ValueError("layer_hidden: expected at least one intermediate layer")
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     if group is None and stop - start < options.vocab_size:
-        raise ValueError(f"vocab: expected all of the {options.vocab_size} tokens without a tp_group, got [{start}, {stop})")
+        raise ValueError(
+            f"vocab: expected all of the {options.vocab_size} tokens without a tp_group, got [{start}, {stop})"
+        )
     if options.backend is Backend.TRITON:
         if compute_dtype(final_hidden) != torch.float32:
-            raise ValueError("final_hidden: the triton backend computes in fp32, got float64; use torch or reference")
+            raise ValueError(
+                "final_hidden: the triton backend computes in fp32, got float64; use torch or reference"
+            )
         if head.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"head_weight: the triton backend takes float32 and bfloat16, got {head.dtype}; use torch")
+            raise ValueError(
+                f"head_weight: the triton backend takes float32 and bfloat16, got {head.dtype}; use torch"
+            )
         if not head.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("backend: triton needs a CUDA device (or TRITON_INTERPRET=1, to test); use torch")
+            raise ValueError(
+                "backend: triton needs a CUDA device (or TRITON_INTERPRET=1, to test); use torch"
+            )
     real = max(0, min(stop, options.vocab_size) - start)
     if isinstance(options.item_tokens, Tensor):
         options = replace(options, item_tokens=options.item_tokens.to(head.device))
@@ -202,7 +266,18 @@ def _problem(
     elif trainable_rows is not None:
         low, high = (min(max(edge - start, 0), real) for edge in trainable_rows)
         trainable = Columns(low, max(low, high))
-    return Problem((final_hidden, *layer_hidden), head, targets, candidates, rewards, options, start, start + real, group, trainable)
+    return Problem(
+        (final_hidden, *layer_hidden),
+        head,
+        targets,
+        candidates,
+        rewards,
+        options,
+        start,
+        start + real,
+        group,
+        trainable,
+    )
 
 
 def _only_trainable(head: Tensor, p: Problem) -> Tensor:

@@ -24,9 +24,17 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
     plan = make_plan(p)
     m = len(p.hidden) - 1
     out = empty_stats(p.n, m, p.dtype, p.targets.device)
-    early = target_ensemble(p, plan) if p.options.needs_negatives and (p.group is not None or (plan.sliced and plan.gated)) else None
+    early = (
+        target_ensemble(p, plan)
+        if p.options.needs_negatives and (p.group is not None or (plan.sliced and plan.gated))
+        else None
+    )
     spans = chunk_spans(p, plan)
-    complete = lists_hold_targets(p.candidates, p.targets, spans) if plan.pairs and p.candidates is not None else [True] * len(spans)
+    complete = (
+        lists_hold_targets(p.candidates, p.targets, spans)
+        if plan.pairs and p.candidates is not None
+        else [True] * len(spans)
+    )
     scratches = Scratch.make(p, plan, min(plan.under_way, len(spans)))
     waiting: deque[tuple[Chunk, Exchange]] = deque()
 
@@ -41,13 +49,17 @@ def run(p: Problem, gradients: Gradients | None) -> RowStats:
         collect_statistics(p, plan, chunk, None if early is None else early[span.begin : span.end])
         assert chunk.stats is not None
         waiting.append((chunk, Exchange(chunk.stats, chunk.sent, p)))
-        if len(waiting) == plan.under_way:  # its exchange went on while this chunk's logits were made
+        if (
+            len(waiting) == plan.under_way
+        ):  # its exchange went on while this chunk's logits were made
             finish()
     while waiting:
         finish()
     if gradients is not None and gradients.head is not None and p.trainable is not None:
         frozen = torch.ones(p.head.shape[0], dtype=torch.bool, device=p.head.device)
-        frozen[p.trainable.rows(frozen.device)] = False  # the lists' products do not look at which rows train
+        frozen[p.trainable.rows(frozen.device)] = (
+            False  # the lists' products do not look at which rows train
+        )
         gradients.head.masked_fill_(frozen[:, None], 0.0)
     return out
 

@@ -24,16 +24,27 @@ class Columns:
 
     def rows(self, device: torch.device) -> Tensor:
         """int64 [len]: these columns as a list."""
-        return torch.arange(self.start, self.stop, device=device) if self.index is None else self.index
+        return (
+            torch.arange(self.start, self.stop, device=device) if self.index is None else self.index
+        )
 
     def same(self, other: Columns | None) -> bool:
-        return other is not None and (self.start, self.stop) == (other.start, other.stop) and self.index is other.index
+        return (
+            other is not None
+            and (self.start, self.stop) == (other.start, other.stop)
+            and self.index is other.index
+        )
 
     def pieces(self, head: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
         """(range of these columns, their rows of the head), at most `step` at a time: views of the head, or gathered copies."""
         for i in range(0, len(self), step):
             j = min(i + step, len(self))
-            yield slice(i, j), head[self.start + i : self.start + j] if self.index is None else head.index_select(0, self.index[i:j])
+            yield (
+                slice(i, j),
+                head[self.start + i : self.start + j]
+                if self.index is None
+                else head.index_select(0, self.index[i:j]),
+            )
 
     def find(self, local: Tensor) -> tuple[Tensor, Tensor]:
         """(position of local column ids within these columns, whether they are there); positions of absent ones are 0."""
@@ -71,7 +82,9 @@ def dense_columns(scope: str, options: LossOptions, start: int, stop: int) -> Co
     if not isinstance(options.item_tokens, Tensor):
         low, high = (min(max(edge - start, 0), count) for edge in options.item_tokens)
         return Columns(low, max(low, high))
-    low, high = torch.searchsorted(options.item_tokens, torch.tensor([start, start + count], device=options.item_tokens.device)).tolist()
+    low, high = torch.searchsorted(
+        options.item_tokens, torch.tensor([start, start + count], device=options.item_tokens.device)
+    ).tolist()
     index = options.item_tokens[low:high] - start
     if len(index) and int(index[-1] - index[0]) == len(index) - 1:
         return Columns(int(index[0]), int(index[-1]) + 1)

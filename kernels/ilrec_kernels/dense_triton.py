@@ -18,7 +18,10 @@ PART = 256  # of which so many are looked through for candidates at a time
 ROOM = 512  # candidates that a row's list has room for: at least those wanted and a part's
 WANTED = 256  # what a power of two above any number of wanted ones is
 LAYERS = 16  # intermediate layers, at most
-LAUNCH = {"num_warps": 4, "maxnreg": 128}  # registers of a thread: so four rows at least are worked on by a multiprocessor at once
+LAUNCH = {
+    "num_warps": 4,
+    "maxnreg": 128,
+}  # registers of a thread: so four rows at least are worked on by a multiprocessor at once
 
 LEAST = tl.constexpr(-(1 << 31))
 GREATEST = tl.constexpr((1 << 31) - 1)
@@ -40,7 +43,9 @@ def add(top, rest, z):
 
 
 @triton.jit
-def keep_largest(columns, values, held, k, floor, final, top, rest, SOFTMAX: tl.constexpr, ROOM: tl.constexpr):
+def keep_largest(
+    columns, values, held, k, floor, final, top, rest, SOFTMAX: tl.constexpr, ROOM: tl.constexpr
+):
     """Of a list of `held` ≥ k candidates (ascending by column) only the k largest stay, ties to the lower column; what goes is added to the normaliser.
 
     Returns what z̄ must exceed from now on to be among them, for a candidate at a higher column, and the normaliser.
@@ -62,7 +67,9 @@ def keep_largest(columns, values, held, k, floor, final, top, rest, SOFTMAX: tl.
     tied = there & (order == low)
     kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= k - tl.sum(above.to(tl.int32), 0)))
     if SOFTMAX:
-        top, rest = add(top, rest, tl.load(final + column, mask=there & (kept == 0), other=float("-inf")))
+        top, rest = add(
+            top, rest, tl.load(final + column, mask=there & (kept == 0), other=float("-inf"))
+        )
     floor = tl.maximum(floor, tl.min(tl.where(kept, value, float("inf")), 0))
     to = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.debug_barrier()  # every thread has read the list before any overwrites it
@@ -71,7 +78,9 @@ def keep_largest(columns, values, held, k, floor, final, top, rest, SOFTMAX: tl.
     return floor, top, rest
 
 
-@triton.jit(do_not_specialize=["low", "high", "first", "last", "m", "k"])  # compared with only: a form for each of their kinds would be compiled mid-run
+@triton.jit(
+    do_not_specialize=["low", "high", "first", "last", "m", "k"]
+)  # compared with only: a form for each of their kinds would be compiled mid-run
 def statistics_kernel(
     final, layers, sent, out, bars, floors, targets, list_columns, list_values, columns_out, values_out, logits_out, found_out,
     c, low, high, first, last, shift, layer_columns, m, k, share, stride_final, stride_layer, stride_layer_row,
@@ -113,7 +122,9 @@ def statistics_kernel(
         if DISTILL or GATE == "layers":
             if GATE == "layers":
                 ensemble = tl.zeros([BLOCK], tl.float32)
-            if ((start < high) & (start + BLOCK > low)) | ((start < last) & (start + BLOCK > first)):
+            if ((start < high) & (start + BLOCK > low)) | (
+                (start < last) & (start + BLOCK > first)
+            ):
                 real = (column >= shift) & (column < shift + layer_columns)
                 at = layers
                 student = tl.load(at + (column - shift), mask=real, other=float("-inf"))
@@ -129,14 +140,22 @@ def statistics_kernel(
                     cross *= shrink
                 for layer in range(m):
                     at += stride_layer
-                    following = tl.load(at + (column - shift), mask=real & (layer + 1 < m), other=float("-inf"))  # under way while this layer is worked on
+                    following = tl.load(
+                        at + (column - shift), mask=real & (layer + 1 < m), other=float("-inf")
+                    )  # under way while this layer is worked on
                     if GATE == "layers":
                         ensemble += student
                     if DISTILL:
                         this = stream == layer
-                        cross += tl.where(this, tl.sum(tl.where(scope, weight * (z - student), 0.0), 0), 0.0)
+                        cross += tl.where(
+                            this, tl.sum(tl.where(scope, weight * (z - student), 0.0), 0), 0.0
+                        )
                         before = tl.max(tl.where(this, layer_top, float("-inf")), 0)
-                        highest, total = add(before, tl.sum(tl.where(this, layer_rest, 0.0), 0), tl.where(scope, student, float("-inf")))
+                        highest, total = add(
+                            before,
+                            tl.sum(tl.where(this, layer_rest, 0.0), 0),
+                            tl.where(scope, student, float("-inf")),
+                        )
                         layer_top = tl.where(this, highest, layer_top)
                         layer_rest = tl.where(this, total, layer_rest)
                     student = following
@@ -145,7 +164,9 @@ def statistics_kernel(
         fresh = 0
         if GATE != "":
             passed = (ensemble >= bar) & (column >= first) & (column < last) & (column != target)
-            both = tl.sum(passed.to(tl.int32) + ((passed & (ensemble > floor)).to(tl.int32) << 16), 0)  # two counts of at most BLOCK each
+            both = tl.sum(
+                passed.to(tl.int32) + ((passed & (ensemble > floor)).to(tl.int32) << 16), 0
+            )  # two counts of at most BLOCK each
             found += both & 0xFFFF
             fresh = both >> 16
             if fresh > 0:
@@ -161,9 +182,26 @@ def statistics_kernel(
                             value += tl.load(at + (some - shift), mask=real, other=float("-inf"))
                             at += stride_layer
                         value *= share
-                    new = (value >= bar) & (value > floor) & (some >= first) & (some < last) & (some != target)
+                    new = (
+                        (value >= bar)
+                        & (value > floor)
+                        & (some >= first)
+                        & (some < last)
+                        & (some != target)
+                    )
                     if held + tl.sum(new.to(tl.int32), 0) > ROOM:
-                        floor, top, rest = keep_largest(list_columns, list_values, held, k, floor, final, top, rest, SOFTMAX, ROOM)
+                        floor, top, rest = keep_largest(
+                            list_columns,
+                            list_values,
+                            held,
+                            k,
+                            floor,
+                            final,
+                            top,
+                            rest,
+                            SOFTMAX,
+                            ROOM,
+                        )
                         held = k
                         new = new & (value > floor)
                     place = held + tl.cumsum(new.to(tl.int32), 0) - 1
@@ -180,15 +218,25 @@ def statistics_kernel(
                 top, rest = add(top, rest, z)
     if GATE != "":
         if held > k:
-            floor, top, rest = keep_largest(list_columns, list_values, held, k, floor, final, top, rest, SOFTMAX, ROOM)
+            floor, top, rest = keep_largest(
+                list_columns, list_values, held, k, floor, final, top, rest, SOFTMAX, ROOM
+            )
             held = k
         tl.debug_barrier()
         place = tl.arange(0, ROOM)
         there = place < held
         column = tl.load(list_columns + place, mask=there, other=-1)
         tl.store(columns_out + row * k + place, column, mask=place < k)
-        tl.store(values_out + row * k + place, tl.load(list_values + place, mask=there, other=float("-inf")), mask=place < k)
-        tl.store(logits_out + row * k + place, tl.load(final + column, mask=there, other=float("-inf")), mask=place < k)
+        tl.store(
+            values_out + row * k + place,
+            tl.load(list_values + place, mask=there, other=float("-inf")),
+            mask=place < k,
+        )
+        tl.store(
+            logits_out + row * k + place,
+            tl.load(final + column, mask=there, other=float("-inf")),
+            mask=place < k,
+        )
         tl.store(found_out + row, found)
     out += row * (4 + 3 * m)
     tl.store(out, top)
@@ -242,7 +290,9 @@ def gradients_kernel(
                 student = tl.load(at, mask=real, other=float("-inf"))
                 for layer in range(m):
                     at += stride_layer
-                    following = tl.load(at, mask=real & (layer + 1 < m), other=float("-inf"))  # another row: nothing here overwrites it
+                    following = tl.load(
+                        at, mask=real & (layer + 1 < m), other=float("-inf")
+                    )  # another row: nothing here overwrites it
                     layer_top = tl.load(factors + 5 + layer)
                     other = tl.load(factors + 5 + m + layer)
                     g = tl.where(scope, other * tl.exp(student - layer_top) + teacher, 0.0)
@@ -260,7 +310,9 @@ def gradients_kernel(
 
 def check_layers(count: int) -> None:
     if count > LAYERS:
-        raise ValueError(f"layer_hidden: the triton backend takes at most {LAYERS} layers, got {count}")
+        raise ValueError(
+            f"layer_hidden: the triton backend takes at most {LAYERS} layers, got {count}"
+        )
 
 
 def statistics(
@@ -275,9 +327,23 @@ def statistics(
     kind, listed, lists = "", None, (final,) * 9
     if gate is not None:
         kind = "final" if gate.from_final else "layers"
-        places, values, z = final.new_empty(n, gate.k, dtype=torch.int32), final.new_empty(n, gate.k), final.new_empty(n, gate.k)
+        places, values, z = (
+            final.new_empty(n, gate.k, dtype=torch.int32),
+            final.new_empty(n, gate.k),
+            final.new_empty(n, gate.k),
+        )
         listed = Listed(places, values, z, places.new_empty(n))
-        lists = (gate.bars, gate.floors, gate.targets, places.new_empty(n, ROOM), final.new_empty(n, ROOM), places, values, z, listed.found)
+        lists = (
+            gate.bars,
+            gate.floors,
+            gate.targets,
+            places.new_empty(n, ROOM),
+            final.new_empty(n, ROOM),
+            places,
+            values,
+            z,
+            listed.found,
+        )
     if n:
         with torch.cuda.device_of(final):
             statistics_kernel[(n,)](
@@ -286,7 +352,11 @@ def statistics(
                 EXCLUDE=sent is not None, DISTILL=has_distill, GATE=kind, LAYERS=LAYERS, ROOM=ROOM, BLOCK=BLOCK, PART=PART, **LAUNCH,
             )  # fmt: skip
     head = out[:, :4].T.contiguous()
-    tail = out[:, 4:].unflatten(1, (3, m)).permute(1, 2, 0).contiguous() if m else out.new_empty(3, 0, n)
+    tail = (
+        out[:, 4:].unflatten(1, (3, m)).permute(1, 2, 0).contiguous()
+        if m
+        else out.new_empty(3, 0, n)
+    )
     return (*head.unbind(0), *tail.unbind(0)), listed
 
 

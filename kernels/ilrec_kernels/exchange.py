@@ -23,13 +23,19 @@ class Sent:
     z: Tensor  # z^L [E]
     slot: Tensor  # int64 [E]: where the final layer's logit sits on this rank; −1 outside the softmax scope
     pair: Tensor | None = None  # int64 [E]: position among this rank's pairs, where it is known
-    over: Tensor | None = None  # bool [n], where the entries are H itself already: rows that had more than k
-    member: Tensor | None = None  # bool [E], where every row has as many entries: those that are any; the others' logits are −inf
+    over: Tensor | None = (
+        None  # bool [n], where the entries are H itself already: rows that had more than k
+    )
+    member: Tensor | None = (
+        None  # bool [E], where every row has as many entries: those that are any; the others' logits are −inf
+    )
 
 
 def empty_sent(p: Problem) -> Sent:
     """None."""
-    index, value = (torch.zeros(0, dtype=dtype, device=p.head.device) for dtype in (torch.int64, p.dtype))
+    index, value = (
+        torch.zeros(0, dtype=dtype, device=p.head.device) for dtype in (torch.int64, p.dtype)
+    )
     return Sent(index, index, value, value, index)
 
 
@@ -53,7 +59,17 @@ class RankStats:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         low = -math.inf
-        return RankStats(full(0, n), full(0, n), full(low, n), full(0, n), full(low, n), full(0, n), full(low, m, n), full(0, m, n), full(0, m, n))
+        return RankStats(
+            full(0, n),
+            full(0, n),
+            full(low, n),
+            full(0, n),
+            full(low, n),
+            full(0, n),
+            full(low, m, n),
+            full(0, m, n),
+            full(0, m, n),
+        )
 
 
 @dataclass
@@ -83,29 +99,58 @@ class Exchange:
         self.integer = torch.int64 if dtype == torch.float64 else torch.int32
         self.width = p.options.max_negatives + 1 if p.options.needs_negatives else 0
         count = row_counts(sent.row, n)
-        place = torch.arange(sent.row.numel(), device=sent.row.device) - (count.cumsum(0) - count).take(sent.row)
-        parts = [v.T if v.dim() == 2 else v[:, None] for v in values] + [count.to(self.integer)[:, None].view(dtype)]
-        for entries in (sent.ensemble, sent.z, sent.token.to(self.integer).view(dtype)) if self.width else ():
+        place = torch.arange(sent.row.numel(), device=sent.row.device) - (
+            count.cumsum(0) - count
+        ).take(sent.row)
+        parts = [v.T if v.dim() == 2 else v[:, None] for v in values] + [
+            count.to(self.integer)[:, None].view(dtype)
+        ]
+        for entries in (
+            (sent.ensemble, sent.z, sent.token.to(self.integer).view(dtype)) if self.width else ()
+        ):
             padded = torch.zeros(n, self.width, dtype=dtype, device=count.device)
             padded[sent.row, place] = entries
             parts.append(padded)
         self.sizes = [part.shape[1] for part in parts]
         self.message = torch.cat(parts, 1)
         self.everything = self.message.new_empty(dist.get_world_size(p.group), *self.message.shape)
-        self.work = dist.all_gather_into_tensor(self.everything.flatten(0, 1), self.message, group=p.group, async_op=True)
+        self.work = dist.all_gather_into_tensor(
+            self.everything.flatten(0, 1), self.message, group=p.group, async_op=True
+        )
 
     def wait(self) -> Gathered:
         sent, values = self.sent, [getattr(self.stats, f.name) for f in fields(RankStats)]
         if self.group is None:
-            return Gathered(RankStats(*(v[None] for v in values)), sent.row, sent.token, sent.ensemble, sent.z, sent.pair, None, sent.over, sent.member)
+            return Gathered(
+                RankStats(*(v[None] for v in values)),
+                sent.row,
+                sent.token,
+                sent.ensemble,
+                sent.z,
+                sent.pair,
+                None,
+                sent.over,
+                sent.member,
+            )
         self.work.wait()
         pieces = self.everything.split(self.sizes, 2)
-        merged = [piece.transpose(1, 2) if v.dim() == 2 else piece[..., 0] for v, piece in zip(values, pieces, strict=False)]
+        merged = [
+            piece.transpose(1, 2) if v.dim() == 2 else piece[..., 0]
+            for v, piece in zip(values, pieces, strict=False)
+        ]
         counts = pieces[len(values)][..., 0].contiguous().view(self.integer)  # [R, n]
         if not self.width:
-            return Gathered(RankStats(*merged), sent.row, sent.token, sent.ensemble, sent.z, None, None)
-        listed = torch.arange(self.width, device=counts.device) < counts.T[:, :, None]  # [n, R, width]
+            return Gathered(
+                RankStats(*merged), sent.row, sent.token, sent.ensemble, sent.z, None, None
+            )
+        listed = (
+            torch.arange(self.width, device=counts.device) < counts.T[:, :, None]
+        )  # [n, R, width]
         row, rank, place = listed.nonzero(as_tuple=True)
         ensemble, z, token = (piece[rank, row, place] for piece in pieces[-3:])
-        mine = torch.nonzero_static(rank == dist.get_rank(self.group), size=sent.row.numel()).flatten()
-        return Gathered(RankStats(*merged), row, token.view(self.integer).long(), ensemble, z, None, mine)
+        mine = torch.nonzero_static(
+            rank == dist.get_rank(self.group), size=sent.row.numel()
+        ).flatten()
+        return Gathered(
+            RankStats(*merged), row, token.view(self.integer).long(), ensemble, z, None, mine
+        )

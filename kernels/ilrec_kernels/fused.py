@@ -20,7 +20,11 @@ def layout(plan: Plan) -> tuple[tuple[int, int], int]:
     """((first, last) distill column of the final layer's matrix, by how much the layers' columns are shifted against it)."""
     if plan.final is None or plan.layers is None:
         return (0, 0), 0
-    distill = (0, 0) if plan.distill is None else (plan.distill.start - plan.final.start, plan.distill.stop - plan.final.start)
+    distill = (
+        (0, 0)
+        if plan.distill is None
+        else (plan.distill.start - plan.final.start, plan.distill.stop - plan.final.start)
+    )
     return distill, plan.layers.start - plan.final.start
 
 
@@ -37,7 +41,9 @@ def collect(plan: Plan, chunk: Chunk) -> Listed | None:
         sent.view(-1).index_fill_(0, chunk.sent.slot, 1)
     needed = plan.distill is not None or (chunk.gate is not None and not chunk.gate.from_final)
     layers = chunk.z_layers if needed else None
-    values, listed = dense_triton.statistics(z, layers, sent, distill, shift, plan.softmax, plan.distill is not None, chunk.gate)
+    values, listed = dense_triton.statistics(
+        z, layers, sent, distill, shift, plan.softmax, plan.distill is not None, chunk.gate
+    )
     if plan.softmax:
         if z.shape[1]:
             stats.z_target = z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0)
@@ -49,7 +55,11 @@ def collect(plan: Plan, chunk: Chunk) -> Listed | None:
 
 
 def slice_statistics(
-    z: Tensor, layers: Tensor | None, sent: Tensor | None, distill: tuple[int, int], gate: Gate | None
+    z: Tensor,
+    layers: Tensor | None,
+    sent: Tensor | None,
+    distill: tuple[int, int],
+    gate: Gate | None,
 ) -> tuple[tuple[Tensor, ...], Listed | None]:
     """Of a slice's logits z [n, w] and layers [m, n, w], as dense_triton.statistics; `sent` int8 [n, w] marks what the normaliser leaves out."""
     from ilrec_kernels import dense_triton
@@ -70,7 +80,18 @@ def finish(p: Problem, plan: Plan, chunk: Chunk, factors: Factors) -> tuple[Tens
     listed = None
     if plan.softmax and chunk.listed is not None:
         listed = chunk.listed.columns, listed_gradients(chunk, factors)
-    g, g_layers = dense_triton.gradients(z, layers, table, target, distill, shift, plan.softmax, layers is not None, gradient_dtype(p), listed)
+    g, g_layers = dense_triton.gradients(
+        z,
+        layers,
+        table,
+        target,
+        distill,
+        shift,
+        plan.softmax,
+        layers is not None,
+        gradient_dtype(p),
+        listed,
+    )
     if plan.softmax and listed is None and factors.sent.numel():
         columns = z.shape[1]
         g[chunk.sent.slot // columns, chunk.sent.slot % columns] = factors.sent.to(g.dtype)
@@ -83,22 +104,35 @@ def listed_gradients(chunk: Chunk, factors: Factors) -> Tensor:
     shape = chunk.listed.columns.shape
     if chunk.place is None:
         return factors.sent.view(shape)
-    return factors.sent.new_zeros(shape.numel()).index_copy_(0, chunk.place, factors.sent).view(shape)
+    return (
+        factors.sent.new_zeros(shape.numel()).index_copy_(0, chunk.place, factors.sent).view(shape)
+    )
 
 
-def turn(p: Problem, z: Tensor, table: Tensor, target: Tensor, distill: tuple[int, int], listed: tuple[Tensor, Tensor] | None) -> Tensor:
+def turn(
+    p: Problem,
+    z: Tensor,
+    table: Tensor,
+    target: Tensor,
+    distill: tuple[int, int],
+    listed: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """As finish, for a slice's logits z [streams, n, w]; returns the final layer's gradients, the first matrix of the stack."""
     from ilrec_kernels import dense_triton
 
     layers = z[1:] if z.shape[0] > 1 else None
-    return dense_triton.gradients(z[0], layers, table, target, distill, 0, True, layers is not None, gradient_dtype(p), listed)[0]
+    return dense_triton.gradients(
+        z[0], layers, table, target, distill, 0, True, layers is not None, gradient_dtype(p), listed
+    )[0]
 
 
 def factor_table(chunk: Chunk, factors: Factors, layers: int, softmax: bool) -> Tensor:
     """The row factors as gradients_kernel reads them."""
     stats = chunk.stats
     assert stats is not None
-    table = torch.zeros(chunk.n, 5 + 2 * layers, dtype=factors.final.dtype, device=factors.final.device)
+    table = torch.zeros(
+        chunk.n, 5 + 2 * layers, dtype=factors.final.dtype, device=factors.final.device
+    )
     if softmax:
         table[:, 0], table[:, 1], table[:, 2] = finite(stats.top), factors.final, factors.target
     if layers and factors.teacher is not None and factors.layer is not None:

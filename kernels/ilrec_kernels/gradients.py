@@ -46,12 +46,18 @@ def row_factors(p: Problem, plan: Plan, chunk: Chunk, merged: Merged, scale: Ten
     assert stats is not None
     soft = o.crr_lambda * merged.some
     # cross-entropy on adjusted logits, and the soft label's share of plain p
-    final = scale * (torch.exp(stats.top - merged.adjusted) + soft * torch.exp(stats.top - merged.plain))
+    final = scale * (
+        torch.exp(stats.top - merged.adjusted) + soft * torch.exp(stats.top - merged.plain)
+    )
     teacher = layer = None
     if plan.streams > 1 and o.mu > 0:  # μ/m·(p^l − p^L)
         share = scale * (o.mu / (plan.streams - 1))
-        teacher = (-share * torch.exp(stats.teacher_top - merged.teacher)).masked_fill_(stats.teacher_top == -torch.inf, 0.0)
-        layer = (share * torch.exp(stats.layer_top - merged.layer)).masked_fill_(stats.layer_top == -torch.inf, 0.0)
+        teacher = (-share * torch.exp(stats.teacher_top - merged.teacher)).masked_fill_(
+            stats.teacher_top == -torch.inf, 0.0
+        )
+        layer = (share * torch.exp(stats.layer_top - merged.layer)).masked_fill_(
+            stats.layer_top == -torch.inf, 0.0
+        )
     return Factors(
         final=final.masked_fill_(stats.top == -torch.inf, 0.0),
         target=-scale * (1 + soft * merged.target_label),
@@ -74,9 +80,14 @@ def final_gradient(plan: Plan, chunk: Chunk, factors: Factors) -> None:
 def listed_gradient(chunk: Chunk, factors: Factors) -> None:
     """The final layer's logits at the lists (masked softmax)."""
     assert chunk.local is not None and chunk.p_final is not None
-    g, inside = chunk.p_final.mul_(factors.final.take(chunk.local.row)), (chunk.sent.slot >= 0).nonzero().flatten()
+    g, inside = (
+        chunk.p_final.mul_(factors.final.take(chunk.local.row)),
+        (chunk.sent.slot >= 0).nonzero().flatten(),
+    )
     g.index_copy_(0, chunk.sent.slot.take(inside), factors.sent.take(inside))
-    g.index_add_(0, chunk.local.target, factors.target.take(chunk.local.target_row))  # distinct pairs
+    g.index_add_(
+        0, chunk.local.target, factors.target.take(chunk.local.target_row)
+    )  # distinct pairs
 
 
 def student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:
@@ -100,8 +111,20 @@ def student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:
 
 def shared_student_gradients(plan: Plan, chunk: Chunk, factors: Factors) -> Tensor:
     """As student_gradients, [m, n, c], where the final layer's exponentials are the teacher's but for the sent entries."""
-    z, students, own, other, at_sent = chunk.z_final, chunk.z_layers, factors.teacher, factors.layer, chunk.teacher_sent
-    assert z is not None and students is not None and own is not None and other is not None and at_sent is not None
+    z, students, own, other, at_sent = (
+        chunk.z_final,
+        chunk.z_layers,
+        factors.teacher,
+        factors.layer,
+        chunk.teacher_sent,
+    )
+    assert (
+        z is not None
+        and students is not None
+        and own is not None
+        and other is not None
+        and at_sent is not None
+    )
     columns = z.shape[1]
     for rows, entries, place in chunk.sent_in(list(plan.tiles(*z.shape)), columns):
         teacher = torch.mul(z[rows], own[rows, None], out=chunk.desk(rows, columns))
@@ -133,18 +156,29 @@ def products(plan: Plan, chunk: Chunk, students: Tensor | None, grad_x: Tensor) 
         if isinstance(inside, slice) and len(plan.distill) * 8 >= len(plan.layers) * 7:
             chunk.z_layers[..., : inside.start] = 0
             chunk.z_layers[..., inside.stop :] = 0
-            both = chunk.z_final.as_strided((plan.streams * chunk.n, len(plan.layers)), chunk.z_final.stride())
+            both = chunk.z_final.as_strided(
+                (plan.streams * chunk.n, len(plan.layers)), chunk.z_final.stride()
+            )
             return [Product(both, chunk.x.flatten(0, 1), grad_x.flatten(0, 1), plan.layers)]
     if plan.softmax:
         assert chunk.z_final is not None and plan.final is not None
         out.append(Product(chunk.z_final, chunk.x[0], grad_x[0], plan.final))
     if dense:
         assert students is not None and plan.distill is not None
-        out.append(Product(students.flatten(0, 1), chunk.x[1:].flatten(0, 1), grad_x[1:].flatten(0, 1), plan.distill))
+        out.append(
+            Product(
+                students.flatten(0, 1),
+                chunk.x[1:].flatten(0, 1),
+                grad_x[1:].flatten(0, 1),
+                plan.distill,
+            )
+        )
     return out
 
 
-def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, grad_x: Tensor, out: Gradients) -> None:
+def back_project(
+    p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, grad_x: Tensor, out: Gradients
+) -> None:
     """The products of the gradients with the head, summed over ranks while those with the hidden rows run."""
     jobs = products(plan, chunk, students, grad_x)
     for job in jobs:
@@ -155,7 +189,9 @@ def back_project(p: Problem, plan: Plan, chunk: Chunk, students: Tensor | None, 
             parts = [chunk.p_final] if first == 0 and chunk.p_final is not None else []
             parts += students.unbind(0) if plan.ragged_distill and students is not None else ()
             chunk.ragged.backward(parts, chunk.x[first:last], p.head, grad_x[first:last], out.head)
-    reduction = dist.all_reduce(grad_x, group=p.group, async_op=True) if p.group is not None else None
+    reduction = (
+        dist.all_reduce(grad_x, group=p.group, async_op=True) if p.group is not None else None
+    )
     if out.head is not None:
         for job in jobs:
             add_head_gradient(p, plan, job, out.head)
@@ -170,9 +206,18 @@ def add_head_gradient(p: Problem, plan: Plan, job: Product, out: Tensor) -> None
     """out[columns] += gradᵀ · x, for the trainable rows alone where only some train."""
     low, wanted, columns = p.head.dtype, p.trainable, job.columns
     if columns.index is None and (wanted is None or wanted.index is None):
-        first, last = (columns.start, columns.stop) if wanted is None else (max(columns.start, wanted.start), min(columns.stop, wanted.stop))
+        first, last = (
+            (columns.start, columns.stop)
+            if wanted is None
+            else (max(columns.start, wanted.start), min(columns.stop, wanted.stop))
+        )
         if first < last:
-            weight_gradient(job.grad[:, first - columns.start : last - columns.start], job.x, out[first:last], low)
+            weight_gradient(
+                job.grad[:, first - columns.start : last - columns.start],
+                job.x,
+                out[first:last],
+                low,
+            )
         return
     place = None
     if wanted is None:
@@ -185,7 +230,11 @@ def add_head_gradient(p: Problem, plan: Plan, job: Product, out: Tensor) -> None
     step = max(1, plan.budget // (out.element_size() * sum(job.x.shape)))
     for i in range(0, rows.numel(), step):
         some = rows[i : i + step]
-        grad = job.grad[:, i : i + step] if place is None else job.grad.index_select(1, place[i : i + step])
+        grad = (
+            job.grad[:, i : i + step]
+            if place is None
+            else job.grad.index_select(1, place[i : i + step])
+        )
         update = out.index_select(0, some)
         weight_gradient(grad, job.x, update, low)
         out.index_copy_(0, some, update)  # distinct rows

@@ -29,7 +29,9 @@ def project(x: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int) 
             torch.mm(x, weight.to(out.dtype).T, out=out[:, part])
 
 
-def hidden_gradient(grad: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int, accumulate: bool = False) -> None:
+def hidden_gradient(
+    grad: Tensor, head: Tensor, columns: Columns, out: Tensor, block: int, accumulate: bool = False
+) -> None:
     """out [r, d] (+)= grad [r, c] · head[columns]. On a GPU with a bf16 head, grad is in its dtype or rounded to it here."""
     if not accumulate:
         out.zero_()
@@ -51,6 +53,8 @@ def hidden_gradient(grad: Tensor, head: Tensor, columns: Columns, out: Tensor, b
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor, low: torch.dtype) -> None:
     """out [c, d] (fp32 or fp64) += grad [r, c]ᵀ · x [r, d]; on a GPU with a bf16 head (`low`) the factors are in its dtype."""
     if out.is_cuda and low == torch.bfloat16:
-        torch.addmm(out, grad.to(low).T, x.to(low), out_dtype=out.dtype, out=out)  # no [c, d] besides out
+        torch.addmm(
+            out, grad.to(low).T, x.to(low), out_dtype=out.dtype, out=out
+        )  # no [c, d] besides out
     else:
         out.addmm_(grad.to(out.dtype).T, x.to(out.dtype))

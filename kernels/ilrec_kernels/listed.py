@@ -49,15 +49,23 @@ class Listed:
 
     def within(self, begin: int, end: int) -> Tensor:
         """`columns` of a slice [begin, end) by itself, −1 for those in another."""
-        return (self.columns - begin).masked_fill_((self.columns < begin) | (self.columns >= end), -1)
+        return (self.columns - begin).masked_fill_(
+            (self.columns < begin) | (self.columns >= end), -1
+        )
 
     def joined(self, other: Listed, begin: int) -> tuple[Listed, Tensor]:
         """With the candidates of a slice of higher columns, which begins at `begin`: the k largest, and the final layer's logits [n, k] of those that go."""
         k = self.columns.shape[1]
         after = (other.columns + begin).masked_fill_(other.columns < 0, -1)
         columns, z = torch.cat([self.columns, after], 1), torch.cat([self.z, other.z], 1)
-        ensemble, order = torch.cat([self.ensemble, other.ensemble], 1).sort(dim=1, descending=True, stable=True)  # ties to the lower column
+        ensemble, order = torch.cat([self.ensemble, other.ensemble], 1).sort(
+            dim=1, descending=True, stable=True
+        )  # ties to the lower column
         columns, z = columns.gather(1, order), z.gather(1, order)
-        by_column = columns[:, :k].masked_fill(columns[:, :k] < 0, torch.iinfo(torch.int32).max).argsort(1)
-        columns, ensemble, kept_z = (values[:, :k].gather(1, by_column) for values in (columns, ensemble, z))
+        by_column = (
+            columns[:, :k].masked_fill(columns[:, :k] < 0, torch.iinfo(torch.int32).max).argsort(1)
+        )
+        columns, ensemble, kept_z = (
+            values[:, :k].gather(1, by_column) for values in (columns, ensemble, z)
+        )
         return Listed(columns, ensemble, kept_z, self.found + other.found), z[:, k:]

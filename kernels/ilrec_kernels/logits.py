@@ -20,7 +20,16 @@ def start_chunk(p: Problem, plan: Plan, scratch: Scratch, span: Span, complete: 
     x = torch.stack([h[begin:end].to(p.row_dtype) for h in p.hidden[: plan.streams]])
     y = p.targets[begin:end] - p.start
     owned = (y >= 0) & (y < p.stop - p.start)
-    chunk = Chunk(begin, end, x, y.masked_fill_(~owned, 0), owned, torch.arange(end - begin, device=y.device), scratch, empty_sent(p))
+    chunk = Chunk(
+        begin,
+        end,
+        x,
+        y.masked_fill_(~owned, 0),
+        owned,
+        torch.arange(end - begin, device=y.device),
+        scratch,
+        empty_sent(p),
+    )
     if not plan.sliced:  # regime V makes logits tile by tile
         dense_logits(p, plan, chunk)
     if plan.pairs:
@@ -46,7 +55,9 @@ def dense_logits(p: Problem, plan: Plan, chunk: Chunk) -> None:
         chunk.z_final = memory[:used].view(n, len(plan.final))
         project(x[0], p.head, plan.final, chunk.z_final, plan.block)
     if plan.layers is not None:
-        chunk.z_layers = memory[used : used + (s - 1) * n * len(plan.layers)].view(s - 1, n, len(plan.layers))
+        chunk.z_layers = memory[used : used + (s - 1) * n * len(plan.layers)].view(
+            s - 1, n, len(plan.layers)
+        )
         project(x[1:].flatten(0, 1), p.head, plan.layers, chunk.z_layers.flatten(0, 1), plan.block)
 
 
@@ -56,17 +67,27 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     local, column = chunk.local, chunk.local.token - p.start
     from_final = p.options.negatives_from == "final"
     # the final logits of negatives drawn from the layers are looked up for those alone, where there is a matrix to look in
-    need_final = not plan.softmax or plan.ragged_distill or (plan.ragged_negatives and (from_final or chunk.z_final is None))
+    need_final = (
+        not plan.softmax
+        or plan.ragged_distill
+        or (plan.ragged_negatives and (from_final or chunk.z_final is None))
+    )
     need_layers = plan.ragged_distill or (plan.ragged_negatives and not from_final)
 
     def gather(z: Tensor | None, columns: Columns | None) -> Tensor | None:
         if z is None or columns is None:
             return None
         position, inside = columns.find(column)
-        if len(columns) < p.stop - p.start and not bool(inside.all()):  # asks the device only where there is a question
+        if len(columns) < p.stop - p.start and not bool(
+            inside.all()
+        ):  # asks the device only where there is a question
             return None
         flat = local.row * z.shape[-1] + position
-        return z.reshape(-1).take(flat) if z.dim() == 2 else torch.stack([layer.reshape(-1).take(flat) for layer in z])
+        return (
+            z.reshape(-1).take(flat)
+            if z.dim() == 2
+            else torch.stack([layer.reshape(-1).take(flat) for layer in z])
+        )
 
     if need_final:
         chunk.p_final = gather(chunk.z_final, plan.final)
@@ -76,7 +97,9 @@ def at_pairs(p: Problem, plan: Plan, chunk: Chunk) -> None:
     missing = (need_final and chunk.p_final is None) or (need_layers and chunk.p_layers is None)
     if not (grads_at_pairs or missing):
         return
-    chunk.ragged = RaggedHead(local.row, column, local.single, chunk.x.shape[0], chunk.x.shape[2], plan.budget)
+    chunk.ragged = RaggedHead(
+        local.row, column, local.single, chunk.x.shape[0], chunk.x.shape[2], plan.budget
+    )
     if missing:
         first = 0 if need_final and chunk.p_final is None else 1
         last = chunk.x.shape[0] if need_layers and chunk.p_layers is None else 1

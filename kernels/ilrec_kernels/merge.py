@@ -11,7 +11,14 @@ from torch import Tensor
 from ilrec_kernels.exchange import Gathered
 from ilrec_kernels.pairs import Pairs
 from ilrec_kernels.problem import Plan, Problem
-from ilrec_kernels.segments import finite, row_counts, segment_logsumexp, segment_max, segment_sum, set_key
+from ilrec_kernels.segments import (
+    finite,
+    row_counts,
+    segment_logsumexp,
+    segment_max,
+    segment_sum,
+    set_key,
+)
 from ilrec_kernels.select import keep_largest
 from ilrec_kernels.types import LossOptions, RowStats
 
@@ -36,10 +43,16 @@ class Merged:
     def sent_gradient(self, scale: Tensor, options: LossOptions) -> Tensor:
         """[E of this rank] the gradient at the final layer's logits of the entries this rank sent, in their order."""
         values = (self.row, self.z, self.z_adjusted, self.slope, self.label)
-        row, z, z_adjusted, slope, label = values if self.mine is None else (v.take(self.mine) for v in values)
+        row, z, z_adjusted, slope, label = (
+            values if self.mine is None else (v.take(self.mine) for v in values)
+        )
         grad = torch.exp(z_adjusted - self.adjusted.take(row)).mul_(slope)
         if options.crr_lambda > 0:
-            grad += options.crr_lambda * self.some.take(row) * (torch.exp(z - self.plain.take(row)) - label)
+            grad += (
+                options.crr_lambda
+                * self.some.take(row)
+                * (torch.exp(z - self.plain.take(row)) - label)
+            )
         return grad.mul_(scale.take(row))
 
 
@@ -51,7 +64,9 @@ def over_ranks(top: Tensor, rest: Tensor) -> Tensor:
     return highest + (rest * torch.exp(top - highest)).sum(0).log()
 
 
-def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, end: int, write: RowStats) -> Merged:
+def merge(
+    p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, end: int, write: RowStats
+) -> Merged:
     """Exact selection, corrected normalisers, losses; writes the rows' statistics at [begin, end)."""
     o, stats, n = p.options, g.stats, end - begin
     m = stats.layer_top.shape[1]
@@ -59,7 +74,13 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
     rest = over_ranks(stats.top, stats.rest)
     row, z = g.row, g.z
     zero = torch.zeros_like(z_target)
-    slope, label, z_adjusted, target_label, some = torch.ones_like(z), torch.zeros_like(z), z, torch.ones_like(zero), zero
+    slope, label, z_adjusted, target_label, some = (
+        torch.ones_like(z),
+        torch.zeros_like(z),
+        z,
+        torch.ones_like(zero),
+        zero,
+    )
     adjusted = plain = rest
     if not plan.softmax:  # a row without pairs has its target alone; the target is never sent
         rest = adjusted = plain = torch.where(rest == -torch.inf, z_target, rest)
@@ -72,7 +93,9 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
             found = g.pair if g.pair is not None else pairs.find(row, g.token)
         # entries from elsewhere than the lists may lie outside the masked softmax
         inside = None if plan.softmax or found is None or plan.ragged_negatives else found >= 0
-        count = (row_counts(row, n) if member is None else segment_sum(member.long(), row, n)).to(z.dtype)
+        count = (row_counts(row, n) if member is None else segment_sum(member.long(), row, n)).to(
+            z.dtype
+        )
         some = (count > 0).to(z.dtype)
         if o.penalty == "additive":
             z_adjusted = z + o.beta * weight
@@ -80,17 +103,27 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
             slope = 1 + o.beta * weight
             z_adjusted = z * slope
         plain = torch.logaddexp(rest, segment_logsumexp(only(z, inside, -torch.inf), row, n))
-        adjusted = torch.logaddexp(rest, segment_logsumexp(only(z_adjusted, inside, -torch.inf), row, n))
+        adjusted = torch.logaddexp(
+            rest, segment_logsumexp(only(z_adjusted, inside, -torch.inf), row, n)
+        )
         if o.crr_lambda > 0:
-            label, target_label, covered = soft_labels(p, pairs, row, found, both(member, inside), begin, end)
-            crr = segment_sum(only(label * (plain.take(row) - z), member, 0.0), row, n) + target_label * (plain - z_target)
+            label, target_label, covered = soft_labels(
+                p, pairs, row, found, both(member, inside), begin, end
+            )
+            crr = segment_sum(
+                only(label * (plain.take(row) - z), member, 0.0), row, n
+            ) + target_label * (plain - z_target)
             write.crr[begin:end] = crr * some
             write.covered[begin:end] = covered
         write.num_negatives[begin:end] = count
         write.negatives_key[begin:end] = set_key(g.token, row, n, member)
         write.capped[begin:end] = capped
         if found is not None:
-            real = count if plan.ragged_negatives else segment_sum(only((found >= 0).to(z.dtype), member, 0.0), row, n)
+            real = (
+                count
+                if plan.ragged_negatives
+                else segment_sum(only((found >= 0).to(z.dtype), member, 0.0), row, n)
+            )
             write.valid_next_negatives[begin:end] = real
     write.cpo[begin:end] = adjusted - z_target
     write.p_target[begin:end] = torch.exp(z_target - plain)
@@ -100,10 +133,25 @@ def merge(p: Problem, plan: Plan, pairs: Pairs | None, g: Gathered, begin: int, 
         layer = over_ranks(stats.layer_top, stats.layer_rest)
         nothing = teacher == -torch.inf  # an empty scope
         share = torch.exp(stats.teacher_top - teacher).masked_fill(nothing, 0.0).nan_to_num_()
-        kl = (share[:, None] * stats.cross).sum(0) - (teacher - layer).masked_fill(nothing, 0.0).nan_to_num_()
+        kl = (share[:, None] * stats.cross).sum(0) - (teacher - layer).masked_fill(
+            nothing, 0.0
+        ).nan_to_num_()
         write.kl[:, begin:end] = kl
         write.cpd[begin:end] = kl.mean(0)
-    return Merged(adjusted, plain, teacher, layer, some, target_label, row, z, z_adjusted, slope, label, g.mine)
+    return Merged(
+        adjusted,
+        plain,
+        teacher,
+        layer,
+        some,
+        target_label,
+        row,
+        z,
+        z_adjusted,
+        slope,
+        label,
+        g.mine,
+    )
 
 
 def only(values: Tensor, mask: Tensor | None, other: float) -> Tensor:
@@ -117,7 +165,9 @@ def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a & b
 
 
-def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
+def choose(
+    p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int
+) -> tuple[Tensor | None, Tensor]:
     """(which entries are H, bool [E] or None for all; rows that had more than k, bool [n])."""
     if g.over is not None:
         return g.member, g.over
@@ -127,7 +177,9 @@ def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int)
     if not bool(over.any()):
         return member, over
     passed = member.nonzero().flatten()
-    keep, _ = keep_largest(g.row.take(passed), g.ensemble.take(passed), n, p.options.max_negatives, plan.budget)
+    keep, _ = keep_largest(
+        g.row.take(passed), g.ensemble.take(passed), n, p.options.max_negatives, plan.budget
+    )
     if keep is not None:
         member = torch.zeros_like(member).index_fill_(0, passed.take(keep), True)
     return member, over
@@ -136,20 +188,34 @@ def choose(p: Problem, plan: Plan, g: Gathered, ensemble_target: Tensor, n: int)
 def soft_weights(row: Tensor, value: Tensor, n: int) -> Tensor:
     """w [E]: softmax of z̄ over each row's entries, −inf off H."""
     weight = torch.exp(value - finite(segment_max(value, row, n)).take(row))
-    return weight.div_(segment_sum(weight, row, n).clamp_(min=torch.finfo(weight.dtype).tiny).take(row))
+    return weight.div_(
+        segment_sum(weight, row, n).clamp_(min=torch.finfo(weight.dtype).tiny).take(row)
+    )
 
 
 def soft_labels(
-    p: Problem, pairs: Pairs | None, row: Tensor, found: Tensor | None, member: Tensor | None, begin: int, end: int
+    p: Problem,
+    pairs: Pairs | None,
+    row: Tensor,
+    found: Tensor | None,
+    member: Tensor | None,
+    begin: int,
+    end: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q at the entries [E] and at the target [n], and whether the row is covered, bool [n] (METHOD.md §5)."""
     assert pairs is not None and found is not None and p.rewards is not None
     n, dtype = end - begin, p.dtype
 
     def reward(position: Tensor) -> Tensor:
-        source = pairs.source.take(position.clamp(min=0)) if pairs.source.numel() else torch.full_like(position, -1)
+        source = (
+            pairs.source.take(position.clamp(min=0))
+            if pairs.source.numel()
+            else torch.full_like(position, -1)
+        )
         source.masked_fill_(position < 0, -1)
-        values = p.rewards.take(source.clamp(min=0)) if p.rewards.numel() else torch.zeros_like(source)  # type: ignore[union-attr]
+        values = (
+            p.rewards.take(source.clamp(min=0)) if p.rewards.numel() else torch.zeros_like(source)
+        )  # type: ignore[union-attr]
         return values.to(dtype).masked_fill_(source < 0, 0.0)
 
     at_target = torch.full((n,), -1, dtype=torch.int64, device=row.device)

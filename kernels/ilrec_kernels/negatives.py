@@ -53,10 +53,20 @@ def find_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) 
         target = (position + first).masked_fill_(~here, -1)
         # alone, the bar is exact and this is H itself; else it was loosened, and one more tells whether the row was capped
         k = p.options.max_negatives + (not alone)
-        chunk.gate = Gate(bar, torch.full_like(bar, -torch.inf), target, first, first + len(columns), k, final)
+        chunk.gate = Gate(
+            bar, torch.full_like(bar, -torch.inf), target, first, first + len(columns), k, final
+        )
         return
     assert source is not None
-    row, column, ensemble = tiled_candidates(plan, chunk, source, within, bar, position.masked_fill(~here, -1), p.options.max_negatives + 1)
+    row, column, ensemble = tiled_candidates(
+        plan,
+        chunk,
+        source,
+        within,
+        bar,
+        position.masked_fill(~here, -1),
+        p.options.max_negatives + 1,
+    )
     chunk.sent = dense_sent(p, plan, chunk, row, columns.local(column), ensemble)
 
 
@@ -65,17 +75,26 @@ def send_listed(p: Problem, plan: Plan, chunk: Chunk, listed: Listed) -> None:
     assert plan.final is not None and chunk.gate is not None
     chunk.listed = listed
     n, k = listed.columns.shape
-    row, column = chunk.row[:, None].expand(n, k).flatten(), listed.columns.flatten().long() + plan.final.start
+    row, column = (
+        chunk.row[:, None].expand(n, k).flatten(),
+        listed.columns.flatten().long() + plan.final.start,
+    )
     ensemble, taken = listed.ensemble.flatten(), listed.columns.flatten() >= 0
     exact = p.options.max_negatives == k
     over = listed.found > k if exact else None
     if p.group is None and plan.softmax:
         slot = row * len(plan.final) + column - plan.final.start
-        chunk.sent = Sent(row, column + p.start, ensemble, listed.z.flatten(), slot, over=over, member=taken)
+        chunk.sent = Sent(
+            row, column + p.start, ensemble, listed.z.flatten(), slot, over=over, member=taken
+        )
         return
     chunk.place = taken.nonzero().flatten()
-    row, column, ensemble, z = (values.take(chunk.place) for values in (row, column, ensemble, listed.z))
-    chunk.sent = Sent(row, column + p.start, ensemble, z, slot_of(p, plan, chunk, row, column), over=over)
+    row, column, ensemble, z = (
+        values.take(chunk.place) for values in (row, column, ensemble, listed.z)
+    )
+    chunk.sent = Sent(
+        row, column + p.start, ensemble, z, slot_of(p, plan, chunk, row, column), over=over
+    )
 
 
 def listed_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None) -> None:
@@ -92,7 +111,9 @@ def listed_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None
     entry = reached.nonzero().flatten()
     row, alone = local.row.take(entry), p.group is None
     # alone, this is H itself; among ranks the bar was loosened, and one more tells whether the row was capped
-    keep, over = keep_largest(row, value.take(entry), chunk.n, p.options.max_negatives + (not alone), plan.budget)
+    keep, over = keep_largest(
+        row, value.take(entry), chunk.n, p.options.max_negatives + (not alone), plan.budget
+    )
     if keep is not None:
         entry, row = entry.take(keep), row.take(keep)
     token = local.token.take(entry)
@@ -104,9 +125,20 @@ def listed_candidates(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | None
     chunk.sent = Sent(row, token, value.take(entry), z, slot, entry, over if alone else None)
 
 
-def tiled_candidates(plan: Plan, chunk: Chunk, source: Tensor, within: slice | Tensor, bar: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def tiled_candidates(
+    plan: Plan,
+    chunk: Chunk,
+    source: Tensor,
+    within: slice | Tensor,
+    bar: Tensor,
+    position: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As select.dense_candidates of z̄ [n, c] without the target's column `position` [n] (−1: not here), of which only a few tiles are there at a time."""
-    parts, columns = [(chunk.row[:0], chunk.row[:0], bar[:0])], len(plan.negatives) if plan.negatives is not None else 0
+    parts, columns = (
+        [(chunk.row[:0], chunk.row[:0], bar[:0])],
+        len(plan.negatives) if plan.negatives is not None else 0,
+    )
     for rows in plan.tiles(chunk.n, columns, TILES):
         value, y = chunk.desk(rows, columns), position[rows]
         average(source[:, rows], within, value)
@@ -130,10 +162,14 @@ def average(layers: Tensor, within: slice | Tensor, out: Tensor) -> None:
 def candidate_bar(p: Problem, chunk: Chunk, stats: RankStats, early: Tensor | None) -> Tensor:
     """[n] what z̄ must reach in the dense scope; +inf where y is no candidate."""
     bar = stats.ensemble_target if early is None else loosened(early)
-    return (bar + math.log(p.options.negative_threshold)).masked_fill(~target_is_item(p, chunk), torch.inf)
+    return (bar + math.log(p.options.negative_threshold)).masked_fill(
+        ~target_is_item(p, chunk), torch.inf
+    )
 
 
-def dense_sent(p: Problem, plan: Plan, chunk: Chunk, row: Tensor, column: Tensor, ensemble: Tensor) -> Sent:
+def dense_sent(
+    p: Problem, plan: Plan, chunk: Chunk, row: Tensor, column: Tensor, ensemble: Tensor
+) -> Sent:
     """The entries at local columns, with their final logits and where those sit."""
     assert plan.final is not None and chunk.z_final is not None
     z = chunk.z_final.view(-1).take(row * len(plan.final) + plan.final.find(column)[0])
@@ -155,7 +191,9 @@ def mean(layers: Tensor | None) -> Tensor:
     out = layers[0].clone()
     for layer in layers[1:]:
         out += layer
-    return out.mul_(1 / layers.shape[0])  # as the kernel does: a division would differ in the last bit, and with it ties
+    return out.mul_(
+        1 / layers.shape[0]
+    )  # as the kernel does: a division would differ in the last bit, and with it ties
 
 
 def loosened(early: Tensor) -> Tensor:

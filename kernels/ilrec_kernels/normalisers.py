@@ -20,7 +20,13 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
     chunk.stats = stats
     if p.options.needs_negatives:
         find_candidates(p, plan, chunk, early)
-    listed = sliced.collect(p, plan, chunk) if plan.sliced else fused.collect(plan, chunk) if plan.fused else None
+    listed = (
+        sliced.collect(p, plan, chunk)
+        if plan.sliced
+        else fused.collect(plan, chunk)
+        if plan.fused
+        else None
+    )
     if listed is not None:
         send_listed(p, plan, chunk, listed)
     if plan.shared:
@@ -48,7 +54,11 @@ def collect_statistics(p: Problem, plan: Plan, chunk: Chunk, early: Tensor | Non
 
 def target_logits(chunk: Chunk, z: Tensor) -> Tensor:
     """[n] z(y) of the final layer's logits on its owner, else 0."""
-    return z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0) if z.shape[1] else z.new_zeros(chunk.n)
+    return (
+        z[chunk.row, chunk.y].masked_fill_(~chunk.owned, 0.0)
+        if z.shape[1]
+        else z.new_zeros(chunk.n)
+    )
 
 
 def shared_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
@@ -65,7 +75,9 @@ def shared_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
         stats.top[rows] = stats.teacher_top[rows] = top
         stats.teacher_rest[rows] = exp_below(part, top, out=teacher).sum(1)
         for i, student in enumerate(students[:, rows].unbind(0)):
-            stats.cross[i, rows] = torch.sub(part, student).mul_(teacher).sum(1)  # not the difference of two large sums
+            stats.cross[i, rows] = (
+                torch.sub(part, student).mul_(teacher).sum(1)
+            )  # not the difference of two large sums
             stats.layer_top[i, rows], stats.layer_rest[i, rows] = exponentiate(student)
         flat = teacher.view(-1)
         chunk.teacher_sent[entries] = flat.take(place)
@@ -87,7 +99,12 @@ def row_max(z: Tensor) -> Tensor:
 def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
     """Per layer the maximum, the sum of exponentials and Σ e^(z^L − max)·(z^L − z^l) over the distill scope."""
     if plan.distill is not None:
-        assert chunk.z_final is not None and chunk.z_layers is not None and plan.final is not None and plan.layers is not None
+        assert (
+            chunk.z_final is not None
+            and chunk.z_layers is not None
+            and plan.final is not None
+            and plan.layers is not None
+        )
         students, within = distill_students(plan, chunk), plan.distill.within(plan.final)
         chunk.teacher = chunk.scratch.teacher[: chunk.n * len(plan.distill)].view(chunk.n, -1)
         for rows in plan.tiles(*chunk.teacher.shape):
@@ -95,7 +112,9 @@ def distill_statistics(plan: Plan, chunk: Chunk, stats: RankStats) -> None:
             stats.teacher_top[rows] = top = row_max(z)
             stats.teacher_rest[rows] = exp_below(z, top, out=teacher).sum(1)
             for i, student in enumerate(students[:, rows].unbind(0)):
-                stats.cross[i, rows] = torch.sub(z, student).mul_(teacher).sum(1)  # not the difference of two large sums
+                stats.cross[i, rows] = (
+                    torch.sub(z, student).mul_(teacher).sum(1)
+                )  # not the difference of two large sums
                 stats.layer_top[i, rows], stats.layer_rest[i, rows] = exponentiate(student)
     elif plan.ragged_distill:
         assert chunk.local is not None and chunk.p_final is not None and chunk.p_layers is not None

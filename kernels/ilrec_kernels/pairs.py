@@ -19,7 +19,9 @@ class Pairs:
     n: int
     row: Tensor  # int64 [P], 0 … n−1
     token: Tensor  # int64 [P], global
-    source: Tensor  # int64 [P], position in the lists' tokens; −1 for a target that its own list lacks
+    source: (
+        Tensor  # int64 [P], position in the lists' tokens; −1 for a target that its own list lacks
+    )
     target: Tensor  # int64 [T], ascending: the pairs that are their row's target
     has_target: Tensor  # bool [n]: the target is among the row's candidates
     single: Tensor  # bool [n]: it is the only one, so that nothing is to be computed
@@ -32,7 +34,15 @@ class Pairs:
         is_target = torch.zeros_like(self.row, dtype=torch.bool)
         is_target[self.target] = True
         target = is_target.take(index).nonzero().flatten()
-        return Pairs(self.n, self.row.take(index), self.token.take(index), self.source.take(index), target, self.has_target, self.single)
+        return Pairs(
+            self.n,
+            self.row.take(index),
+            self.token.take(index),
+            self.source.take(index),
+            target,
+            self.has_target,
+            self.single,
+        )
 
     @property
     def target_row(self) -> Tensor:
@@ -55,9 +65,15 @@ def find_pairs(rows: Tensor, tokens: Tensor, row: Tensor, token: Tensor) -> Tens
 
 def listed(lists: TokenLists, targets: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
     """(row and token of each entry of the span's lists, where each row's target is among them, or −1)."""
-    low, high, everyone = span.low, span.high, torch.arange(span.end - span.begin, device=targets.device)
+    low, high, everyone = (
+        span.low,
+        span.high,
+        torch.arange(span.end - span.begin, device=targets.device),
+    )
     token = lists.tokens[low:high]
-    row = torch.repeat_interleave(everyone, lists.indptr[span.begin : span.end + 1].diff(), output_size=high - low)
+    row = torch.repeat_interleave(
+        everyone, lists.indptr[span.begin : span.end + 1].diff(), output_size=high - low
+    )
     return row, token, find_pairs(row, token, everyone, targets[span.begin : span.end])
 
 
@@ -81,6 +97,14 @@ def chunk_pairs(lists: TokenLists, targets: Tensor, span: Span, complete: bool) 
     # the masked softmax competes for the target as well
     row, token = torch.cat([row, missing]), torch.cat([token, targets[missing]])
     target = torch.cat([target, torch.arange(len(pairs.row), len(row), device=row.device)])
-    pairs = Pairs(n, row, token, torch.cat([pairs.source, torch.full_like(missing, -1)]), target, has_target, pairs.single)
+    pairs = Pairs(
+        n,
+        row,
+        token,
+        torch.cat([pairs.source, torch.full_like(missing, -1)]),
+        target,
+        has_target,
+        pairs.single,
+    )
     order = torch.argsort(token, stable=True)
     return pairs.take(order[torch.argsort(row[order], stable=True)])

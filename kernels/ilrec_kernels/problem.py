@@ -46,7 +46,11 @@ class Problem:
     @property
     def row_dtype(self) -> torch.dtype:
         """Of the hidden rows that the products take: on a GPU their own, where it is the head's."""
-        return self.head.dtype if self.head.is_cuda and all(h.dtype == self.head.dtype for h in self.hidden) else self.dtype
+        return (
+            self.head.dtype
+            if self.head.is_cuda and all(h.dtype == self.head.dtype for h in self.hidden)
+            else self.dtype
+        )
 
 
 class Span(NamedTuple):
@@ -95,7 +99,9 @@ class Plan:
     @property
     def desk(self) -> int:
         """Values of the memory that a few tiles are worked on in: z̄ while candidates are looked for, then the teacher."""
-        wide = max(0 if self.gated else _len(self.negatives), _len(self.distill) if self.shared else 0)
+        wide = max(
+            0 if self.gated else _len(self.negatives), _len(self.distill) if self.shared else 0
+        )
         return max(wide, TILES * self.tile) if wide else 0
 
     @property
@@ -127,7 +133,9 @@ def widest(scopes: list[Columns | None], everything: Columns) -> Columns | None:
 
 def make_plan(p: Problem) -> Plan:
     o = p.options
-    everything, items = (dense_columns(scope, o, p.start, p.stop) for scope in ("all", "item_tokens"))
+    everything, items = (
+        dense_columns(scope, o, p.start, p.stop) for scope in ("all", "item_tokens")
+    )
     dense = {"all": everything, "item_tokens": items}
     cpd = o.mu > 0
     from_layers = o.needs_negatives and o.negatives_from == "intermediate"
@@ -137,7 +145,12 @@ def make_plan(p: Problem) -> Plan:
     softmax = o.softmax_scope == "all"
     layers = widest([distill, negatives if from_layers else None], everything)
     final = everything if softmax else widest([distill, negatives], everything)
-    if softmax and layers is not None and layers.index is None and len(layers) * 8 >= len(everything) * 7:
+    if (
+        softmax
+        and layers is not None
+        and layers.index is None
+        and len(layers) * 8 >= len(everything) * 7
+    ):
         layers = everything  # one product for all streams is cheaper than leaving a few columns out
     # the lists are also consulted for statistics when negatives are drawn from elsewhere
     pairs = p.candidates is not None and (o.needs_candidates or o.needs_negatives)
@@ -149,26 +162,40 @@ def make_plan(p: Problem) -> Plan:
     budget = total // (4 if final is None and layers is None else 12)
     d, size, gpu = p.hidden[0].shape[1], torch.finfo(p.dtype).bits // 8, p.head.is_cuda
     block = max(1, p.head.shape[0])
-    if any(c is not None and c.index is not None for c in (final, layers, distill)) or (p.head.dtype != p.dtype and not gpu):
+    if any(c is not None and c.index is not None for c in (final, layers, distill)) or (
+        p.head.dtype != p.dtype and not gpu
+    ):
         block = max(1, min(block, budget // (d * (size + p.head.element_size()))))
     plan = Plan(
         streams, final, layers, softmax, distill, negatives, cpd and distill is None, o.needs_negatives and negatives is None, pairs,
         rows=max(1, p.n), under_way=1, pair_budget=0, block=block, tile=budget // (2 * size) if gpu else min(1 << 18, budget // (2 * size)),
         budget=budget, fused=fused, shared=not fused and softmax and distill is not None and distill.same(final), sliced=False, slice_columns=0,
     )  # fmt: skip
-    listed = p.candidates.tokens.numel() / max(1, p.n) if pairs and p.candidates is not None else 0.0  # entries of a row, in the mean
+    listed = (
+        p.candidates.tokens.numel() / max(1, p.n) if pairs and p.candidates is not None else 0.0
+    )  # entries of a row, in the mean
     lists = listed * pair_bytes(plan, size)
-    room = min(total - budget, total * 7 // 8 if gpu else total * 5 // 6)  # the rest is for what allocators and BLAS take; more of it on a CPU
+    room = min(
+        total - budget, total * 7 // 8 if gpu else total * 5 // 6
+    )  # the rest is for what allocators and BLAS take; more of it on a CPU
     room -= plan.desk * size
     rows = max(1, int(room // (row_bytes(p, plan, size) + lists)))
     # regime V where a chunk would be small although there are many rows; it knows dense distillation
-    supported = fused and softmax and (negatives is None or plan.gated) and not (cpd and distill is None)
+    supported = (
+        fused and softmax and (negatives is None or plan.gated) and not (cpd and distill is None)
+    )
     supported = supported and p.trainable is None and p.head.requires_grad
-    supported = supported and not isinstance(o.item_tokens, Tensor)  # ranks must choose alike, and a list may be a slice on some of them
+    supported = supported and not isinstance(
+        o.item_tokens, Tensor
+    )  # ranks must choose alike, and a list may be a slice on some of them
     supported = supported and all(h.dtype == p.head.dtype for h in p.hidden)
-    whole = hidden_bytes(p, plan, size) + 64 * size + lists + (list_bytes(p, size) if plan.gated else 0)  # bytes of a row
+    whole = (
+        hidden_bytes(p, plan, size) + 64 * size + lists + (list_bytes(p, size) if plan.gated else 0)
+    )  # bytes of a row
     slice_row = streams * size + 1  # and of it for each column of a slice
-    sliced_rows = max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
+    sliced_rows = (
+        max(1, int(room // (whole + slice_row * min(SLICE, _len(final))))) if supported else 1
+    )
     if p.group is not None:  # shards may differ in size; every rank must cut the rows alike
         agreed = torch.tensor([rows, sliced_rows], device=p.head.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=p.group)
@@ -177,15 +204,28 @@ def make_plan(p: Problem) -> Plan:
     under_way = 2 if p.group is not None and 1 < rows < p.n and not sliced else 1
     rows = min(max(1, p.n), sliced_rows if sliced else max(1, rows // under_way))
     rows = -(-p.n // -(-p.n // rows)) if p.n else 1  # chunks of equal size
-    slice_columns = max(SLICE_STEP, int((room / rows - whole) // slice_row) // SLICE_STEP * SLICE_STEP) if sliced else 0
-    return replace(plan, rows=rows, under_way=under_way, pair_budget=int(rows * listed * 9 / 8) + 1, sliced=sliced, slice_columns=slice_columns)
+    slice_columns = (
+        max(SLICE_STEP, int((room / rows - whole) // slice_row) // SLICE_STEP * SLICE_STEP)
+        if sliced
+        else 0
+    )
+    return replace(
+        plan,
+        rows=rows,
+        under_way=under_way,
+        pair_budget=int(rows * listed * 9 / 8) + 1,
+        sliced=sliced,
+        slice_columns=slice_columns,
+    )
 
 
 def row_bytes(p: Problem, plan: Plan, size: int) -> int:
     """What a row of a chunk takes in regime T, besides its list."""
     logits = (plan.logits + plan.teacher) * size
     if plan.fused:
-        logits += list_bytes(p, size) if plan.gated else _len(plan.final)  # a byte a column marks what was sent
+        logits += (
+            list_bytes(p, size) if plan.gated else _len(plan.final)
+        )  # a byte a column marks what was sent
     elif p.head.is_cuda and p.head.dtype != p.dtype:
         logits += plan.logits * p.head.element_size()  # rounded for the products
     return logits + hidden_bytes(p, plan, size) + 64 * size
@@ -198,7 +238,11 @@ def list_bytes(p: Problem, size: int) -> int:
 
 def hidden_bytes(p: Problem, plan: Plan, size: int) -> int:
     """A row's hidden rows and their gradient; on a CPU also a block's share of that, before it is added."""
-    return plan.streams * p.hidden[0].shape[1] * (p.row_dtype.itemsize + (1 if p.head.is_cuda else 2) * size)
+    return (
+        plan.streams
+        * p.hidden[0].shape[1]
+        * (p.row_dtype.itemsize + (1 if p.head.is_cuda else 2) * size)
+    )
 
 
 def pair_bytes(plan: Plan, size: int) -> int:
@@ -216,7 +260,13 @@ def chunk_spans(p: Problem, plan: Plan) -> list[Span]:
     while begin < p.n:
         end = min(begin + plan.rows, p.n)
         if edges is not None:
-            end = min(end, max(begin + 1, int(torch.searchsorted(edges, low + plan.pair_budget, right=True)) - 1))
+            end = min(
+                end,
+                max(
+                    begin + 1,
+                    int(torch.searchsorted(edges, low + plan.pair_budget, right=True)) - 1,
+                ),
+            )
             high = int(edges[end])
         out.append(Span(begin, end, low, high))
         begin, low = end, high

@@ -37,25 +37,42 @@ class RaggedHead:
     Buckets lie one after the other in flat buffers; what goes in or out of these is looked up in one go.
     """
 
-    def __init__(self, row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int) -> None:
+    def __init__(
+        self, row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int
+    ) -> None:
         self.n, self.count = skip.numel(), row.numel()
         found = list(_buckets(row, column, skip, streams, d, budget)) if self.count else []
         self.buckets = [bucket for bucket, _ in found]
-        self.pairs = torch.cat([row.new_zeros(0), *(pairs for _, pairs in found)])  # [Q] the pair at each place of a flat buffer
+        self.pairs = torch.cat(
+            [row.new_zeros(0), *(pairs for _, pairs in found)]
+        )  # [Q] the pair at each place of a flat buffer
 
     def logits(self, hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
         """[S, P] in `dtype`, from hidden [S, n, d] and the rank's head rows."""
         s = hidden.shape[0]
-        flat = torch.zeros(s, self.pairs.numel() + 1, dtype=dtype, device=hidden.device)  # the last place is a skipped pair's
+        flat = torch.zeros(
+            s, self.pairs.numel() + 1, dtype=dtype, device=hidden.device
+        )  # the last place is a skipped pair's
         for b, places in self._places():
             x, w = self._rows(b, hidden, dtype), head[b.tokens].to(dtype)
             g, r, t = b.shape
-            flat[:, places].view(s, g, r, t).copy_(torch.bmm(x, w.transpose(1, 2)).view(g, s, r, t).transpose(0, 1))
-        place = torch.full((self.count + 1,), self.pairs.numel(), dtype=torch.int64, device=hidden.device)
+            flat[:, places].view(s, g, r, t).copy_(
+                torch.bmm(x, w.transpose(1, 2)).view(g, s, r, t).transpose(0, 1)
+            )
+        place = torch.full(
+            (self.count + 1,), self.pairs.numel(), dtype=torch.int64, device=hidden.device
+        )
         place[self.pairs] = torch.arange(self.pairs.numel(), device=hidden.device)
         return torch.stack([stream.take(place[: self.count]) for stream in flat])
 
-    def backward(self, grad: Sequence[Tensor], hidden: Tensor, head: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None) -> None:
+    def backward(
+        self,
+        grad: Sequence[Tensor],
+        hidden: Tensor,
+        head: Tensor,
+        hidden_grad: Tensor | None,
+        head_grad: Tensor | None,
+    ) -> None:
         """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad [V_local, d], given S times grad [P]."""
         s, n, d = hidden.shape
         zero = grad[0].new_zeros(1)
@@ -65,7 +82,9 @@ class RaggedHead:
             dz = flat[:, places].view(s, g, r, t).transpose(0, 1).reshape(g, s * r, t)
             if hidden_grad is not None:
                 part = torch.bmm(dz, head[b.tokens].to(dz.dtype))
-                index = self._filled(b)[:, None] + n * torch.arange(s, device=b.rows.device)[:, None]  # padding adds zeros
+                index = (
+                    self._filled(b)[:, None] + n * torch.arange(s, device=b.rows.device)[:, None]
+                )  # padding adds zeros
                 add_rows(hidden_grad.view(s * n, d), index.flatten(), part.view(-1, d))
             if head_grad is not None:
                 dw = torch.bmm(dz.transpose(1, 2), self._rows(b, hidden, dz.dtype))
@@ -82,14 +101,26 @@ class RaggedHead:
     def _rows(self, b: Bucket, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """[G, S·R, d] of hidden [S, n, d]."""
         (s, _, d), (g, r, _) = hidden.shape, b.shape
-        return hidden.index_select(1, self._filled(b).flatten()).view(s, g, r, d).transpose(0, 1).to(dtype).reshape(g, s * r, d)
+        return (
+            hidden.index_select(1, self._filled(b).flatten())
+            .view(s, g, r, d)
+            .transpose(0, 1)
+            .to(dtype)
+            .reshape(g, s * r, d)
+        )
 
     def _filled(self, b: Bucket) -> Tensor:
         """[G, R] rows, with any in place of those that are not there."""
-        return torch.where(b.rows < self.n, b.rows, torch.arange(b.rows.numel(), device=b.rows.device).view_as(b.rows) % self.n)
+        return torch.where(
+            b.rows < self.n,
+            b.rows,
+            torch.arange(b.rows.numel(), device=b.rows.device).view_as(b.rows) % self.n,
+        )
 
 
-def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int) -> Iterator[tuple[Bucket, Tensor]]:
+def _buckets(
+    row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int
+) -> Iterator[tuple[Bucket, Tensor]]:
     """Group rows by identical list, bucket groups by shape, and cut what exceeds the budget; with each bucket its pairs, flat over [G, R, L]: P where
     there is none."""
     device, n = row.device, skip.numel()
@@ -103,24 +134,36 @@ def _buckets(row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, bu
     begin, members = begin[members > 0], members[members > 0]
     tokens = length[order[begin]]
     shape = _log2(members) * 64 + _log2(tokens)
-    per_row, per_token, per_pair = 8 * streams * d, 12 * d, 8 * streams + 24  # bytes: two copies of the hidden rows, of the head's, of the logits
+    per_row, per_token, per_pair = (
+        8 * streams * d,
+        12 * d,
+        8 * streams + 24,
+    )  # bytes: two copies of the hidden rows, of the head's, of the logits
     for key in torch.unique(shape).tolist():
         chosen = (shape == key).nonzero().flatten()
         most, longest = int(members[chosen].max()), int(tokens[chosen].max())
         wide = max(1, min(longest, budget // 3 // per_token))
         high = max(1, min(most, (budget - wide * per_token) // (per_row + wide * per_pair)))
-        step = max(1, budget // (most * per_row + longest * per_token + most * longest * per_pair)) if (wide, high) == (longest, most) else 1
+        step = (
+            max(1, budget // (most * per_row + longest * per_token + most * longest * per_pair))
+            if (wide, high) == (longest, most)
+            else 1
+        )
         for part in chosen.split(step):
             leader = order[begin[part]]
             for i, j in itertools.product(range(0, most, high), range(0, longest, wide)):
                 offsets = torch.arange(i, min(i + high, most), device=device)
                 present = offsets < members[part, None]
-                rows = order[(begin[part, None] + offsets).clamp(max=order.numel() - 1)].masked_fill(~present, n)
+                rows = order[
+                    (begin[part, None] + offsets).clamp(max=order.numel() - 1)
+                ].masked_fill(~present, n)
                 offsets = torch.arange(j, min(j + wide, longest), device=device)
                 listed = offsets < tokens[part, None]
                 listed_tokens = column[(first[leader, None] + offsets) % column.numel()]
                 base = first[rows.clamp(max=n - 1)]
-                pairs = (base[:, :, None] + offsets).masked_fill_(~(present[:, :, None] & listed[:, None, :]), row.numel())
+                pairs = (base[:, :, None] + offsets).masked_fill_(
+                    ~(present[:, :, None] & listed[:, None, :]), row.numel()
+                )
                 yield Bucket(rows, listed_tokens), pairs.flatten()
 
 
@@ -128,14 +171,20 @@ def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Te
     """[n] ids, equal only for rows whose lists are equal: a 62-bit hash finds them, a comparison with the group's first row confirms."""
     n = length.numel()
     distinct = int(column.max()) + 1
-    mixed = _mix(column) if distinct > column.numel() else _mix(torch.arange(distinct, device=column.device)).take(column)
+    mixed = (
+        _mix(column)
+        if distinct > column.numel()
+        else _mix(torch.arange(distinct, device=column.device)).take(column)
+    )
     key = segment_sum(mixed, row, n) * 1024 + length
     _, group = torch.unique(key, return_inverse=True)
     leader = torch.full((int(group.max()) + 1,), n, dtype=torch.int64, device=row.device)
     leader.scatter_reduce_(0, group, torch.arange(n, device=row.device), "amin")
     lead = leader.take(group)
     if bool((length.take(lead) == length).all()):
-        place = (first.take(lead) - first).take(row).add_(torch.arange(row.numel(), device=row.device))
+        place = (
+            (first.take(lead) - first).take(row).add_(torch.arange(row.numel(), device=row.device))
+        )
         if torch.equal(column.take(place), column):
             return group
     return torch.arange(n, device=row.device)  # a collision: no sharing, still right

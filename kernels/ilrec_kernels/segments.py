@@ -8,13 +8,19 @@ from torch import Tensor
 
 def segment_sum(values: Tensor, row: Tensor, n: int) -> Tensor:
     """[n] sums of values [P] by row [P], ascending."""
-    return sum_between_edges(values, row, n) if values.is_cuda else values.new_zeros(n).index_add_(0, row, values)
+    return (
+        sum_between_edges(values, row, n)
+        if values.is_cuda
+        else values.new_zeros(n).index_add_(0, row, values)
+    )
 
 
 def sum_between_edges(values: Tensor, row: Tensor, n: int) -> Tensor:
     """segment_sum as on a GPU, where index_add_ would use atomics: each row's values are added by themselves, and no sort or host is asked."""
     edges = row_edges(row, n)
-    if not values.is_floating_point():  # whole numbers wrap around: a difference of running sums is exact
+    if (
+        not values.is_floating_point()
+    ):  # whole numbers wrap around: a difference of running sums is exact
         return torch.cat([values.new_zeros(1), values.cumsum(0)]).take(edges).diff()
     if not values.numel():
         return values.new_zeros(n)
@@ -46,7 +52,9 @@ def set_key(token: Tensor, row: Tensor, n: int, member: Tensor | None = None) ->
     """int64 [n]: a fingerprint of each row's set of distinct tokens (int64 [P]), whatever their order: the wrapping sum of a 64-bit mix of each.
 
     Only entries of `member` (bool [P]) count; None: all."""
-    mixed = (token + 1) * -7046029254386353131  # splitmix64's increment and multipliers, as signed numbers
+    mixed = (
+        token + 1
+    ) * -7046029254386353131  # splitmix64's increment and multipliers, as signed numbers
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
     mixed = mixed ^ (mixed >> 31)

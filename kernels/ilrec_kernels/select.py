@@ -10,7 +10,9 @@ from torch import Tensor
 from ilrec_kernels.segments import row_counts
 
 
-def keep_largest(row: Tensor, value: Tensor, n: int, k: int, budget: int) -> tuple[Tensor | None, Tensor]:
+def keep_largest(
+    row: Tensor, value: Tensor, n: int, k: int, budget: int
+) -> tuple[Tensor | None, Tensor]:
     """Of entries (row [E] ascending, value [E]; tokens ascending within a row) the k largest of every row.
 
     Returns (int64 [≤ E], the kept entries, ascending, or None for all of them; bool [n]: rows that had more than k). `budget` bytes bound the temporaries.
@@ -40,7 +42,9 @@ def largest(values: Tensor, k: int) -> Tensor:
 def largest_and_bound(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The same with the k-th largest value [n]; −inf where there are no more than k."""
     if values.shape[1] <= k:
-        return torch.ones_like(values, dtype=torch.bool), values.new_full((values.shape[0],), -torch.inf)
+        return torch.ones_like(values, dtype=torch.bool), values.new_full(
+            (values.shape[0],), -torch.inf
+        )
     bound = values.topk(k, sorted=False).values.amin(1, keepdim=True)
     keep = values > bound
     room = k - keep.sum(1, keepdim=True)
@@ -53,7 +57,9 @@ def largest_and_bound(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 BLOCK = 32
 
 
-def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+def dense_candidates(
+    values: Tensor, threshold: Tensor, k: int, budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The up to k largest values [n, c] that reach threshold [n], as (row [E], column [E], value [E]), ascending by (row, column).
 
     Blocks of columns whose maximum does not reach the threshold are never looked into again. Of rows with many that do, the k blocks with the
@@ -62,7 +68,11 @@ def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> 
     n, c = values.shape
     whole = c // BLOCK * BLOCK
     if -(-c // BLOCK) <= 2 * k:
-        return _in_parts(torch.arange(n, device=values.device), budget // (24 * (c + 1)), lambda some: _exact(values, threshold, k, some))
+        return _in_parts(
+            torch.arange(n, device=values.device),
+            budget // (24 * (c + 1)),
+            lambda some: _exact(values, threshold, k, some),
+        )
     maxima = values[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
     if whole < c:
         maxima = torch.cat([maxima, values[:, whole:].amax(1, keepdim=True)], 1)
@@ -71,10 +81,18 @@ def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> 
     crowded = count > 2 * k
     few = ((count > 0) & ~crowded).nonzero().flatten()
     many = crowded.nonzero().flatten()
-    row, column, value = _in_parts(few, budget // (48 * BLOCK * k), lambda some: _few_blocks(values, reached, threshold, k, some, budget))
+    row, column, value = _in_parts(
+        few,
+        budget // (48 * BLOCK * k),
+        lambda some: _few_blocks(values, reached, threshold, k, some, budget),
+    )
     if not many.numel():
         return row, column, value
-    r, cc, v = _in_parts(many, budget // (24 * (k + 1) * BLOCK), lambda some: _by_blocks(values, maxima, threshold, k, some))
+    r, cc, v = _in_parts(
+        many,
+        budget // (24 * (k + 1) * BLOCK),
+        lambda some: _by_blocks(values, maxima, threshold, k, some),
+    )
     if not few.numel():
         return r, cc, v
     row, column, value = torch.cat([row, r]), torch.cat([column, cc]), torch.cat([value, v])
@@ -97,7 +115,9 @@ def _in_parts(rows: Tensor, step: int, find: Callable[[Tensor], Entries]) -> Ent
     return row, column, value
 
 
-def _few_blocks(values: Tensor, reached: Tensor, threshold: Tensor, k: int, some: Tensor, budget: int) -> Entries:
+def _few_blocks(
+    values: Tensor, reached: Tensor, threshold: Tensor, k: int, some: Tensor, budget: int
+) -> Entries:
     """Of the rows `some`, each with up to 2k blocks that reach the threshold: only those blocks are gathered."""
     c = values.shape[1]
     row, block = reached[some].nonzero(as_tuple=True)
@@ -134,6 +154,10 @@ def _by_blocks(values: Tensor, maxima: Tensor, threshold: Tensor, k: int, some: 
     again = doubtful.nonzero().flatten()
     r, cc, v = _exact(values, threshold, k, some[again])
     sure = ~doubtful[row]
-    row, column, value = torch.cat([row[sure], again[r]]), torch.cat([column[sure], cc]), torch.cat([value[sure], v])
+    row, column, value = (
+        torch.cat([row[sure], again[r]]),
+        torch.cat([column[sure], cc]),
+        torch.cat([value[sure], v]),
+    )
     order = torch.argsort(row, stable=True)
     return row[order], column[order], value[order]

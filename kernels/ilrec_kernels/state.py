@@ -41,7 +41,10 @@ class Scratch:
             return torch.empty(size, dtype=p.dtype, device=p.head.device)
 
         desk = memory(plan.desk)
-        return [Scratch(memory(rows * plan.logits), memory(rows * plan.teacher), desk) for _ in range(count)]
+        return [
+            Scratch(memory(rows * plan.logits), memory(rows * plan.teacher), desk)
+            for _ in range(count)
+        ]
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,26 @@ class Chunk:
     pairs: Pairs | None = None  # of the whole vocabulary
     local: Pairs | None = None  # of this rank's shard
     ragged: RaggedHead | None = None
-    z_final: Tensor | None = None  # [n, c]: logits, then e^(z − max) without the sent candidates, then gradients
-    z_layers: Tensor | None = None  # [m, n, c]: logits, then e^(z − max) over the distill columns, then gradients
+    z_final: Tensor | None = (
+        None  # [n, c]: logits, then e^(z − max) without the sent candidates, then gradients
+    )
+    z_layers: Tensor | None = (
+        None  # [m, n, c]: logits, then e^(z − max) over the distill columns, then gradients
+    )
     p_final: Tensor | None = None  # [P]: the same at the pairs
     p_layers: Tensor | None = None  # [m, P]
-    teacher: Tensor | None = None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]; None where z_final is that
+    teacher: Tensor | None = (
+        None  # e^(z − max) of the final layer over the distill scope: [n, c], or [P]; None where z_final is that
+    )
     teacher_sent: Tensor | None = None  # [E] the same at the sent entries, where z_final has 0
     stats: RankStats | None = None
-    gate: Gate | None = None  # what the row kernels are to list as candidates, in columns of the final layer's logits
+    gate: Gate | None = (
+        None  # what the row kernels are to list as candidates, in columns of the final layer's logits
+    )
     listed: Listed | None = None  # what they listed
-    place: Tensor | None = None  # int64 [E]: where on those lists the sent entries are; None: all places were sent
+    place: Tensor | None = (
+        None  # int64 [E]: where on those lists the sent entries are; None: all places were sent
+    )
 
     def desk(self, rows: slice, columns: int) -> Tensor:
         """[rows, columns] of the scratch memory: room for a few tiles."""

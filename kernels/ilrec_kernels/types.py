@@ -64,7 +64,9 @@ class LossOptions:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}"
+                )
         object.__setattr__(self, "backend", Backend(self.backend))
         if not 1 <= self.max_negatives <= 128:
             raise ValueError(f"max_negatives: expected 1 to 128, got {self.max_negatives}")
@@ -75,7 +77,9 @@ class LossOptions:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta", "mu", "crr_lambda"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number that is not negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected a number that is not negative, got {getattr(self, name)}"
+                )
 
     @property
     def needs_negatives(self) -> bool:
@@ -84,8 +88,14 @@ class LossOptions:
     @property
     def needs_candidates(self) -> bool:
         """Whether the call needs the valid_next lists."""
-        by_scope = self.softmax_scope == "valid_next" or (self.mu > 0 and self.distill_scope == "valid_next")
-        return by_scope or self.crr_lambda > 0 or (self.needs_negatives and self.negative_scope == "valid_next")
+        by_scope = self.softmax_scope == "valid_next" or (
+            self.mu > 0 and self.distill_scope == "valid_next"
+        )
+        return (
+            by_scope
+            or self.crr_lambda > 0
+            or (self.needs_negatives and self.negative_scope == "valid_next")
+        )
 
     def with_backend(self, backend: Backend | str) -> LossOptions:
         return replace(self, backend=backend)

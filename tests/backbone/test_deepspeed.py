@@ -7,14 +7,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.backbone.mpu import DeepSpeedMPU, import_deepspeed
-from ilrec_dist.backbone.parallel import ParallelState, destroy_parallel, initialize_parallel
-from ilrec_dist.config import BackboneConfig
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
+from ilrec_dist.distributed.process_groups import (
+    ParallelState,
+    destroy_parallel,
+    initialize_parallel,
+)
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 
-CONFIG = BackboneConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, dropout=0.0, init_std=0.1)
-VOCAB, SHARDS, STEPS = 40, 2, 4  # the batch is cut into SHARDS pieces, over ranks or accumulation steps
+CONFIG = BackboneConfig(
+    num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, dropout=0.0, init_std=0.1
+)
+VOCAB, SHARDS, STEPS = (
+    40,
+    2,
+    4,
+)  # the batch is cut into SHARDS pieces, over ranks or accumulation steps
 
 
 def full_logits(hidden: torch.Tensor, model: Backbone, state: ParallelState) -> torch.Tensor:
@@ -49,7 +59,11 @@ def train(mesh: Mesh, precision: str) -> dict:
         decay = [p for p in model.parameters() if p.dim() > 1]
         plain = [p for p in model.parameters() if p.dim() == 1]
         # a large eps: the key biases have no true gradient, and Adam would blow the rounding up
-        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-3)
+        optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            lr=1e-2,
+            eps=1e-3,
+        )
         engine, *_ = import_deepspeed().initialize(
             model=model,
             optimizer=optimizer,
@@ -98,7 +112,9 @@ def alone() -> dict[str, dict]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_tp_dp_and_accumulation_change_nothing(alone: dict[str, dict], tp: int, precision: str) -> None:
+def test_tp_dp_and_accumulation_change_nothing(
+    alone: dict[str, dict], tp: int, precision: str
+) -> None:
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     one = alone[precision]
     assert one["losses"][-1] < one["losses"][0]
@@ -106,4 +122,6 @@ def test_tp_dp_and_accumulation_change_nothing(alone: dict[str, dict], tp: int, 
         assert rank["losses"] == pytest.approx(one["losses"], rel=tolerance)
         assert rank["norms"] == pytest.approx(one["norms"], rel=tolerance * 5)
         for name, weight in one["weights"].items():
-            assert (rank["weights"][name] - weight).norm() <= tolerance * 100 * weight.norm().clamp(min=1), name
+            assert (rank["weights"][name] - weight).norm() <= tolerance * 100 * weight.norm().clamp(
+                min=1
+            ), name

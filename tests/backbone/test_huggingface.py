@@ -8,25 +8,43 @@ from pathlib import Path
 import pytest
 import torch
 
-from ilrec_dist.backbone.huggingface import load_weights, read_config, save_weights
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-from ilrec_dist.errors import UserError
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import load_weights, read_config, save_weights
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 
-SIZES = dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZES = dict(
+    vocab_size=53,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 MODELS = {
     "llama": dict(rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
-    "qwen2": dict(rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-    "qwen3": dict(rms_norm_eps=1e-6, tie_word_embeddings=True, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2": dict(
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "qwen3": dict(
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
 }
 
 
 def make_tokens() -> torch.Tensor:
-    return torch.randint(0, SIZES["vocab_size"], (3, 11), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, SIZES["vocab_size"], (3, 11), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def make_pretrained(family: str, folder: Path) -> torch.Tensor:
@@ -34,10 +52,14 @@ def make_pretrained(family: str, folder: Path) -> torch.Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **MODELS[family], max_position_embeddings=64, initializer_range=0.2)
+    config = AutoConfig.for_model(
+        family, **SIZES, **MODELS[family], max_position_embeddings=64, initializer_range=0.2
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms are made 0 and 1, which would hide a mix-up
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms are made 0 and 1, which would hide a mix-up
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         logits = model(make_tokens()).logits
@@ -49,7 +71,11 @@ def logits_of(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(make_tokens()).logits
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(make_tokens())
+            .logits
+        )
 
 
 def round_trip(mesh: Mesh, folder: str, out: str) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -97,7 +123,12 @@ def test_new_tokens_keep_their_initialisation(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     make_pretrained("qwen2", tmp_path / "in")
-    table = next(t for path in (tmp_path / "in").glob("*.safetensors") for name, t in load_file(path).items() if "embed_tokens" in name)
+    table = next(
+        t
+        for path in (tmp_path / "in").glob("*.safetensors")
+        for name, t in load_file(path).items()
+        if "embed_tokens" in name
+    )
     for rank in run_distributed(more_vocabulary, 2, 2, str(tmp_path / "in")):
         assert torch.equal(rank["loaded"][:53], table)
         assert torch.equal(rank["loaded"][53:], rank["fresh"][53:])
@@ -112,9 +143,19 @@ def test_new_tokens_keep_their_initialisation(tmp_path: Path) -> None:
         ({"hidden_size": None}, ["hidden_size", "missing"]),
     ],
 )
-def test_a_config_that_cannot_be_built_is_named(change: dict, words: list[str], tmp_path: Path) -> None:
-    given = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 8, **SIZES, **change}
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
+def test_a_config_that_cannot_be_built_is_named(
+    change: dict, words: list[str], tmp_path: Path
+) -> None:
+    given = {
+        "model_type": "qwen2",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 8,
+        **SIZES,
+        **change,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in given.items() if value is not None})
+    )
     with pytest.raises(UserError) as caught:
         read_config(tmp_path)
     assert all(word in str(caught.value) for word in [*words, "config.json"])

@@ -7,15 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-from ilrec_dist.config import BackboneConfig
-from ilrec_dist.errors import UserError
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 SMALL = dict(num_layers=3, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.2)
 GPT2 = BackboneConfig(**SMALL)
-LLAMA = BackboneConfig(**SMALL, num_kv_heads=2, normalization="RMSNorm", activation="swiglu", position_embedding="rope", bias=False, tie_embeddings=False)
+LLAMA = BackboneConfig(
+    **SMALL,
+    num_kv_heads=2,
+    normalization="RMSNorm",
+    activation="swiglu",
+    position_embedding="rope",
+    bias=False,
+    tie_embeddings=False,
+)
 GPT2_GQA = BackboneConfig(**SMALL, num_kv_heads=2)
 LLAMA_MHA = BackboneConfig(**SMALL, position_embedding="rope", activation="swiglu")
 QWEN3 = replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=16)
@@ -37,13 +45,23 @@ def step(mesh: Mesh, config: BackboneConfig) -> dict:
         tokens, rows = make_batch()
         out = model(tokens, rows, 2)
         weight = torch.linspace(-1, 1, config.hidden_size)
-        loss = (out.final * weight).square().sum() + sum(layer.mul(weight).sum() for layer in out.layers)
+        loss = (out.final * weight).square().sum() + sum(
+            layer.mul(weight).sum() for layer in out.layers
+        )
         loss.backward()
         weights = model.full_state_dict()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        return {"loss": float(loss), "weights": weights, "gradients": model.full_state_dict(), "range": model.vocab_range, "hidden": out.final.detach()}
+                parameter.copy_(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
+        return {
+            "loss": float(loss),
+            "weights": weights,
+            "gradients": model.full_state_dict(),
+            "range": model.vocab_range,
+            "hidden": out.final.detach(),
+        }
     finally:
         destroy_parallel()
 
@@ -59,7 +77,9 @@ def test_tp_agrees_with_one_process(config: BackboneConfig) -> None:
         for name, weight in one["weights"].items():
             assert torch.equal(rank["weights"][name], weight), name
             expected = one["gradients"][name]
-            assert (rank["gradients"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+            assert (rank["gradients"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, (
+                name
+            )
 
 
 def state_after(mesh: Mesh, config: BackboneConfig, state: dict | None, precision: str) -> dict:
@@ -77,13 +97,22 @@ def state_after(mesh: Mesh, config: BackboneConfig, state: dict | None, precisio
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: str) -> None:
     (start,) = run_distributed(state_after, 1, 1, config, None, precision)
-    noise = {name: tensor + torch.randn_like(tensor).bfloat16().float() for name, tensor in start.items()}
-    noise = {name: tensor.bfloat16().float() if precision == "bf16" else tensor for name, tensor in noise.items()}
+    noise = {
+        name: tensor + torch.randn_like(tensor).bfloat16().float() for name, tensor in start.items()
+    }
+    noise = {
+        name: tensor.bfloat16().float() if precision == "bf16" else tensor
+        for name, tensor in noise.items()
+    }
     two = run_distributed(state_after, 2, 2, config, noise, precision)
     (back,) = run_distributed(state_after, 1, 1, config, two[1], precision)
     assert start.keys() == noise.keys() == two[0].keys() == back.keys()
     for name in noise:
-        assert torch.equal(two[0][name], noise[name]) and torch.equal(two[1][name], noise[name]) and torch.equal(back[name], noise[name]), name
+        assert (
+            torch.equal(two[0][name], noise[name])
+            and torch.equal(two[1][name], noise[name])
+            and torch.equal(back[name], noise[name])
+        ), name
 
 
 def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
@@ -103,7 +132,13 @@ def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
             new = torch.randint(0, VOCAB, (users, width), generator=generator)
             hidden = model.decode(cache, new, None if t == 0 else parents)
             assert not hidden.requires_grad
-            beams = torch.cat((beams.gather(1, parents[:, :, None].expand(-1, -1, beams.shape[2])), new[:, :, None]), dim=2)
+            beams = torch.cat(
+                (
+                    beams.gather(1, parents[:, :, None].expand(-1, -1, beams.shape[2])),
+                    new[:, :, None],
+                ),
+                dim=2,
+            )
             flat = beams.flatten(0, 1)
             rows = torch.arange(len(flat)) * flat.shape[1] + flat.shape[1] - 1
             worst = max(worst, float((hidden.flatten(0, 1) - model(flat, rows).final).abs().max()))
@@ -113,13 +148,19 @@ def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("config", [GPT2, GPT2_GQA, LLAMA, LLAMA_MHA], ids=["learned-mha", "learned-gqa", "rope-gqa", "rope-mha"])
+@pytest.mark.parametrize(
+    "config",
+    [GPT2, GPT2_GQA, LLAMA, LLAMA_MHA],
+    ids=["learned-mha", "learned-gqa", "rope-gqa", "rope-mha"],
+)
 def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> None:
     assert max(run_distributed(decode_error, tp, tp, config, "fp32")) < 1e-5
 
 
 def test_decoding_in_bf16() -> None:
-    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1  # hidden states of size 1, 8 bits
+    assert (
+        max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
+    )  # hidden states of size 1, 8 bits
 
 
 def taps_and_padding(mesh: Mesh) -> None:
@@ -134,7 +175,9 @@ def taps_and_padding(mesh: Mesh) -> None:
         norm = model.gpt.decoder.final_layernorm
         for mine, hooked in zip((out.final, *out.layers), reversed(seen), strict=True):
             assert torch.equal(mine, norm(hooked).flatten(0, 1)[rows])
-        longer = torch.cat((tokens, torch.zeros(5, 3, dtype=torch.long)), dim=1)  # padded on the right
+        longer = torch.cat(
+            (tokens, torch.zeros(5, 3, dtype=torch.long)), dim=1
+        )  # padded on the right
         again = model(longer, rows // 12 * 15 + rows % 12, 2)
         torch.testing.assert_close(again.final, out.final)
         assert model(tokens, rows[:0], 1).layers[0].shape == (0, 32)
@@ -161,8 +204,14 @@ def refusals(mesh: Mesh) -> list[str]:
         model = Backbone(GPT2, VOCAB, POSITIONS)
         refused(lambda: model(torch.zeros(1, POSITIONS + 1, dtype=torch.long), torch.tensor([0])))
         state = model.full_state_dict()
-        refused(lambda: model.load_full_state_dict({name: tensor for name, tensor in state.items() if "final" not in name}))
-        refused(lambda: model.load_full_state_dict({name: tensor[:1] for name, tensor in state.items()}))
+        refused(
+            lambda: model.load_full_state_dict(
+                {name: tensor for name, tensor in state.items() if "final" not in name}
+            )
+        )
+        refused(
+            lambda: model.load_full_state_dict({name: tensor[:1] for name, tensor in state.items()})
+        )
     finally:
         destroy_parallel()
     return said
@@ -172,7 +221,13 @@ def test_bad_input_is_named() -> None:
     said = run_distributed(refusals, 2, 2)[0]
     for message, words in zip(
         said,
-        (["tp 3", "world size 2"], ["tp 2", "heads 1"], ["17 tokens", "16 learned positions"], ["final_layernorm", "missing"], ["expected [48, 32]"]),
+        (
+            ["tp 3", "world size 2"],
+            ["tp 2", "heads 1"],
+            ["17 tokens", "16 learned positions"],
+            ["final_layernorm", "missing"],
+            ["expected [48, 32]"],
+        ),
         strict=True,
     ):
         assert all(word in message for word in words) and "\n" not in message, message

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.cf.rewards import TokenRewards
-from ilrec_dist.cf.train import train_cf
-from ilrec_dist.config import CFConfig, DataConfig, SyntheticConfig
+from ilrec_dist.cf.config import CFConfig
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.data.config import DataConfig, SyntheticConfig
+from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
-from ilrec_dist.data.prepared import Prepared, load_prepared
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 
-CONFIG = CFConfig(hidden_size=16, num_layers=1, num_heads=2, max_history=6, epochs=2, patience=2, batch_size=32)
+CONFIG = CFConfig(
+    hidden_size=16, num_layers=1, num_heads=2, max_history=6, epochs=2, patience=2, batch_size=32
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,44 +36,64 @@ class World:
     data: Path
     items: Path
     cf: Path
-    prepared: Prepared
+    dataset: InteractionDataset
     catalogue: Catalogue
     trie: Trie
     report: dict
 
-    def rewards(self, prepared: Prepared | None = None, cf: Path | None = None) -> TokenRewards:
-        return TokenRewards.open(cf or self.cf, prepared or self.prepared, self.catalogue, self.trie)
+    def rewards(
+        self, dataset: InteractionDataset | None = None, cf: Path | None = None
+    ) -> TokenRewards:
+        return TokenRewards.open(cf or self.cf, dataset or self.dataset, self.catalogue, self.trie)
 
-    def rewards_of_others(self, prepared: Prepared) -> TokenRewards:
+    def rewards_of_others(self, dataset: InteractionDataset) -> TokenRewards:
         """By the models of this data for histories that they were not trained on, which `open` refuses."""
         own = self.rewards()
-        return TokenRewards(own.models, own.folds, prepared, self.catalogue, self.trie, own.scorers)
+        return TokenRewards(own.models, own.folds, dataset, self.catalogue, self.trie, own.scorers)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("cf")
-    prepare(DataConfig(format="synthetic", synthetic=SyntheticConfig(users=120, items=60, categories=4, mean_length=9.0)), root / "data")
-    prepared = load_prepared(root / "data")
+    prepare(
+        DataConfig(
+            format="synthetic",
+            synthetic=SyntheticConfig(users=120, items=60, categories=4, mean_length=9.0),
+        ),
+        root / "data",
+    )
+    dataset = load_dataset(root / "data")
     rng = np.random.default_rng(0)
-    catalogue = make_catalogue(rng.integers(0, 4, (prepared.num_items, 3)), [4, 4, 4])  # 64 tuples: some items share one
+    catalogue = make_catalogue(
+        rng.integers(0, 4, (dataset.num_items, 3)), [4, 4, 4]
+    )  # 64 tuples: some items share one
     (root / "items").mkdir()
     catalogue.save(root / "items")
-    report = train_cf(CONFIG, prepared, catalogue, root / "cf")
-    return World(root / "data", root / "items", root / "cf", prepared, catalogue, Trie(catalogue), report)
+    report = train_cf(CONFIG, dataset, catalogue, root / "cf")
+    return World(
+        root / "data", root / "items", root / "cf", dataset, catalogue, Trie(catalogue), report
+    )
 
 
-def training_targets(prepared: Prepared, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def training_targets(
+    dataset: InteractionDataset, users: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(users, positions) of all training items but each user's first."""
-    pairs = [(user, position) for user in (range(prepared.num_users) if users is None else users) for position in range(1, len(prepared.sequence(user)) - 2)]
+    pairs = [
+        (user, position)
+        for user in (range(dataset.num_users) if users is None else users)
+        for position in range(1, len(dataset.sequence(user)) - 2)
+    ]
     return np.array([user for user, _ in pairs]), np.array([position for _, position in pairs])
 
 
-def with_sequence(prepared: Prepared, user: int, sequence: np.ndarray) -> Prepared:
+def with_sequence(
+    dataset: InteractionDataset, user: int, sequence: np.ndarray
+) -> InteractionDataset:
     """The same data with another sequence of the same length for one user."""
-    items = prepared.items.copy()
-    items[prepared.offsets[user] : prepared.offsets[user + 1]] = sequence
-    return replace(prepared, items=items)
+    items = dataset.items.copy()
+    items[dataset.offsets[user] : dataset.offsets[user + 1]] = sequence
+    return replace(dataset, items=items)
 
 
 def documented_metrics() -> set[str]:

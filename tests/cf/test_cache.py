@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilrec_dist.cf.cache import RECORD, CachedRewards, cache_folder
-from ilrec_dist.cf.client import Meter
-from ilrec_dist.cf.code_order import write_code_order
-from ilrec_dist.cf.rewards import TokenRewards
-from ilrec_dist.cf.train import train_cf
+from ilrec_dist.cf.rewards.disk_cache import RECORD, CachedRewards, cache_folder
+from ilrec_dist.cf.rewards.futures import Meter
+from ilrec_dist.cf.rewards.index import write_code_order
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
@@ -30,19 +30,30 @@ class Nobody:
 
 
 def batches(world: World, size: int = 40) -> list[tuple[np.ndarray, np.ndarray]]:
-    users, positions = training_targets(world.prepared)
+    users, positions = training_targets(world.dataset)
     order = np.random.default_rng(size).permutation(len(users))
     return [(users[part], positions[part]) for part in np.array_split(order, len(order) // size)]
 
 
-def by_target(world: World, users: np.ndarray, positions: np.ndarray, rewards: np.ndarray) -> dict[tuple[int, int], bytes]:
-    indptr, _ = world.trie.target_candidates(world.prepared.items[world.prepared.offsets[users] + positions])
+def by_target(
+    world: World, users: np.ndarray, positions: np.ndarray, rewards: np.ndarray
+) -> dict[tuple[int, int], bytes]:
+    indptr, _ = world.trie.target_candidates(
+        world.dataset.items[world.dataset.offsets[users] + positions]
+    )
     cuts = indptr[:: world.trie.depth]
-    return {(int(u), int(p)): rewards[a:b].tobytes() for u, p, a, b in zip(users, positions, cuts[:-1], cuts[1:], strict=True)}
+    return {
+        (int(u), int(p)): rewards[a:b].tobytes()
+        for u, p, a, b in zip(users, positions, cuts[:-1], cuts[1:], strict=True)
+    }
 
 
 def filled(world: World, folder: Path) -> dict[tuple[int, int], bytes]:
-    cached, plain, stored = CachedRewards(world.rewards(), folder, world.prepared, world.trie), world.rewards(), {}
+    cached, plain, stored = (
+        CachedRewards(world.rewards(), folder, world.dataset, world.trie),
+        world.rewards(),
+        {},
+    )
     for batch in batches(world):
         rewards = cached.fetch_async(*batch).result()
         assert np.array_equal(rewards, plain.fetch(*batch))
@@ -53,18 +64,33 @@ def filled(world: World, folder: Path) -> dict[tuple[int, int], bytes]:
 
 def test_a_second_epoch_and_a_second_run_read_the_same_bits(world: World, tmp_path: Path) -> None:
     stored = filled(world, tmp_path)
-    later = CachedRewards(Nobody(), tmp_path, world.prepared, world.trie)  # type: ignore[arg-type]
-    for batch in batches(world, 25) + batches(world):  # another epoch's batches, and the first one's
-        assert all(stored[target] == found for target, found in by_target(world, *batch, later.fetch_async(*batch).result()).items())
-    assert later.meter.summary()["cached"] == later.meter.answers == len(batches(world, 25)) + len(batches(world))
+    later = CachedRewards(Nobody(), tmp_path, world.dataset, world.trie)  # type: ignore[arg-type]
+    for batch in batches(world, 25) + batches(
+        world
+    ):  # another epoch's batches, and the first one's
+        assert all(
+            stored[target] == found
+            for target, found in by_target(
+                world, *batch, later.fetch_async(*batch).result()
+            ).items()
+        )
+    assert (
+        later.meter.summary()["cached"]
+        == later.meter.answers
+        == len(batches(world, 25)) + len(batches(world))
+    )
     asked = later.fetch_async(*batches(world)[0])
-    assert later.meter.cached == later.meter.answers, "answers are counted when they are taken, from disk or not"
+    assert later.meter.cached == later.meter.answers, (
+        "answers are counted when they are taken, from disk or not"
+    )
     asked.result()
     assert later.meter.cached == later.meter.answers
 
 
 def test_writers_read_each_other(world: World, tmp_path: Path) -> None:
-    one, two = (CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie) for _ in range(2))
+    one, two = (
+        CachedRewards(world.rewards(), tmp_path, world.dataset, world.trie) for _ in range(2)
+    )
     first, second = batches(world)[:2]
     one.fetch_async(*first).result()
     two.fetch_async(*second).result()
@@ -80,26 +106,42 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
     data[5] ^= 1  # the first batch's first target
     values.write_bytes(data)
     records.write_bytes(records.read_bytes() + b"\0" * (RECORD.itemsize // 2))
-    again = CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie)
-    assert np.array_equal(again.fetch_async(*batch).result(), world.rewards().fetch(*batch)) and again.meter.cached == 0
-    assert by_target(world, *batch, again.fetch_async(*batch).result()).items() <= stored.items() and again.meter.cached == 1
+    again = CachedRewards(world.rewards(), tmp_path, world.dataset, world.trie)
+    assert (
+        np.array_equal(again.fetch_async(*batch).result(), world.rewards().fetch(*batch))
+        and again.meter.cached == 0
+    )
+    assert (
+        by_target(world, *batch, again.fetch_async(*batch).result()).items() <= stored.items()
+        and again.meter.cached == 1
+    )
     values.write_bytes(values.read_bytes()[:-4])  # as if a crash had lost the last write
     last = batches(world)[-1]
-    assert np.array_equal(again.fetch_async(*last).result(), world.rewards().fetch(*last)) and again.meter.cached == 1
+    assert (
+        np.array_equal(again.fetch_async(*last).result(), world.rewards().fetch(*last))
+        and again.meter.cached == 1
+    )
 
 
 def test_other_contents_have_another_place(world: World, tmp_path: Path) -> None:
-    here = cache_folder(world.cf, world.prepared)
-    assert here == cache_folder(world.cf, replace(world.prepared)) and here.parent == world.cf / "code-order" / "reward-cache"
-    sequence = world.prepared.sequence(0)[::-1]
-    assert cache_folder(world.cf, with_sequence(world.prepared, 0, sequence)) != here
+    here = cache_folder(world.cf, world.dataset)
+    assert (
+        here == cache_folder(world.cf, replace(world.dataset))
+        and here.parent == world.cf / "code-order" / "reward-cache"
+    )
+    sequence = world.dataset.sequence(0)[::-1]
+    assert cache_folder(world.cf, with_sequence(world.dataset, 0, sequence)) != here
     shutil.copytree(world.cf, tmp_path / "cf", ignore=shutil.ignore_patterns("reward-cache"))
-    assert cache_folder(tmp_path / "cf", world.prepared).name == here.name
+    assert cache_folder(tmp_path / "cf", world.dataset).name == here.name
     codes = world.catalogue.codes()
-    write_code_order(CONFIG, tmp_path / "cf", make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2]))
-    assert cache_folder(tmp_path / "cf", world.prepared).name != here.name
-    train_cf(replace(CONFIG, seed=1, epochs=1), world.prepared, world.catalogue, tmp_path / "cf")
-    assert cache_folder(tmp_path / "cf", world.prepared).name != here.name
+    write_code_order(
+        CONFIG,
+        tmp_path / "cf",
+        make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2]),
+    )
+    assert cache_folder(tmp_path / "cf", world.dataset).name != here.name
+    train_cf(replace(CONFIG, seed=1, epochs=1), world.dataset, world.catalogue, tmp_path / "cf")
+    assert cache_folder(tmp_path / "cf", world.dataset).name != here.name
 
 
 def test_rewards_of_other_codes_are_not_taken(world: World, tmp_path: Path) -> None:
@@ -107,13 +149,25 @@ def test_rewards_of_other_codes_are_not_taken(world: World, tmp_path: Path) -> N
     filled(world, tmp_path)
     codes = world.catalogue.codes()
     catalogue = make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2])
-    source, batch = TokenRewards(world.rewards().models, world.rewards().folds, world.prepared, catalogue, Trie(catalogue)), batches(world)[0]
-    cached = CachedRewards(source, tmp_path, world.prepared, source.trie)
-    assert np.array_equal(cached.fetch_async(*batch).result(), source.fetch(*batch)) and cached.meter.cached == 0
+    source, batch = (
+        TokenRewards(
+            world.rewards().models,
+            world.rewards().folds,
+            world.dataset,
+            catalogue,
+            Trie(catalogue),
+        ),
+        batches(world)[0],
+    )
+    cached = CachedRewards(source, tmp_path, world.dataset, source.trie)
+    assert (
+        np.array_equal(cached.fetch_async(*batch).result(), source.fetch(*batch))
+        and cached.meter.cached == 0
+    )
 
 
 def test_the_source_s_errors_store_nothing(world: World, tmp_path: Path) -> None:
-    cached = CachedRewards(world.rewards(), tmp_path, world.prepared, world.trie)
+    cached = CachedRewards(world.rewards(), tmp_path, world.dataset, world.trie)
     with pytest.raises(ValueError, match="position"):
         cached.fetch_async(np.array([0]), np.array([0])).result()
     assert list(tmp_path.iterdir()) == []

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.cf.ann import build_index, load_index, save_index, search
-from ilrec_dist.cf.code_order import index_kind
-from ilrec_dist.cf.model import SASRec
-from ilrec_dist.cf.moments import cell_moments, log_masses
-from ilrec_dist.cf.rewards import RewardOptions, TokenRewards, merge
-from ilrec_dist.cf.store import open_store, shard_nodes, write_store
-from ilrec_dist.cf.table import Split
-from ilrec_dist.cf.train import train_cf
-from ilrec_dist.config import CFConfig
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.cf.config import CFConfig
+from ilrec_dist.cf.rewards.ann import build_index, load_index, save_index, search
+from ilrec_dist.cf.rewards.cell_moments import cell_moments, log_masses
+from ilrec_dist.cf.rewards.index import index_kind
+from ilrec_dist.cf.rewards.item_scorer import open_store, shard_nodes, write_store
+from ilrec_dist.cf.rewards.token_rewards import RewardOptions, TokenRewards, merge
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.sasrec.model import SASRec
+from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 from tests.cf.conftest import CONFIG, World, training_targets
@@ -30,45 +30,81 @@ ITEMS, WIDTH, LIMIT = 6000, 16, 200
 
 @dataclass(frozen=True)
 class Large:
-    prepared: Prepared
+    dataset: InteractionDataset
     catalogue: Catalogue
     trie: Trie
     models: list[SASRec]
     exact: TokenRewards
     targets: tuple[np.ndarray, np.ndarray]
 
-    def rewards(self, folder: Path, options: RewardOptions, shard: int | None = None) -> TokenRewards:
+    def rewards(
+        self, folder: Path, options: RewardOptions, shard: int | None = None
+    ) -> TokenRewards:
         scorers = [open_store(folder / f"fold{k}", self.trie, shard) for k in range(2)]
-        return TokenRewards(self.models, self.exact.folds, self.prepared, self.catalogue, self.trie, scorers, options)
+        return TokenRewards(
+            self.models,
+            self.exact.folds,
+            self.dataset,
+            self.catalogue,
+            self.trie,
+            scorers,
+            options,
+        )
 
 
 @pytest.fixture(scope="module")
 def large() -> Large:
     """Item vectors that cluster by code, two models that do not know some items, targets with histories of their own."""
     rng = np.random.default_rng(0)
-    codes = np.stack([rng.choice(8, ITEMS, p=np.r_[0.4, [0.6 / 7] * 7]), rng.integers(0, 8, ITEMS), rng.integers(0, 256, ITEMS)], axis=1)
+    codes = np.stack(
+        [
+            rng.choice(8, ITEMS, p=np.r_[0.4, [0.6 / 7] * 7]),
+            rng.integers(0, 8, ITEMS),
+            rng.integers(0, 256, ITEMS),
+        ],
+        axis=1,
+    )
     catalogue = make_catalogue(codes, [8, 8, 256])
     centres, middles = rng.normal(size=(8, WIDTH)), rng.normal(size=(8, 8, WIDTH))
-    table = 0.25 * centres[codes[:, 0]] + 0.25 * middles[codes[:, 0], codes[:, 1]] + 0.25 * rng.normal(size=(ITEMS, WIDTH))
+    table = (
+        0.25 * centres[codes[:, 0]]
+        + 0.25 * middles[codes[:, 0], codes[:, 1]]
+        + 0.25 * rng.normal(size=(ITEMS, WIDTH))
+    )
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
         model = SASRec(Split(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
-        model.items.weight.data = torch.from_numpy(table + 0.02 * rng.normal(size=table.shape)).float()
+        model.items.weight.data = torch.from_numpy(
+            table + 0.02 * rng.normal(size=table.shape)
+        ).float()
         model.known.copy_(torch.from_numpy(rng.random(ITEMS) < 0.9))
         models.append(model)
     lengths = np.full(60, 6)
-    prepared = Prepared(
-        rng.integers(0, ITEMS, lengths.sum()).astype(np.int32), np.arange(0, 361, 6), [str(u) for u in range(60)], [str(i) for i in range(ITEMS)]
+    dataset = InteractionDataset(
+        rng.integers(0, ITEMS, lengths.sum()).astype(np.int32),
+        np.arange(0, 361, 6),
+        [str(u) for u in range(60)],
+        [str(i) for i in range(ITEMS)],
     )
     trie = Trie(catalogue)
-    exact = TokenRewards(models, rng.integers(0, 2, 60), prepared, catalogue, trie)
-    return Large(prepared, catalogue, trie, models, exact, (np.arange(60), np.full(60, 4)))
+    exact = TokenRewards(models, rng.integers(0, 2, 60), dataset, catalogue, trie)
+    return Large(dataset, catalogue, trie, models, exact, (np.arange(60), np.full(60, 4)))
 
 
-def store(large: Large, folder: Path, kind: str, shards: int = 1, prefix_items: int = LIMIT) -> Path:
+def store(
+    large: Large, folder: Path, kind: str, shards: int = 1, prefix_items: int = LIMIT
+) -> Path:
     for k, model in enumerate(large.models):
-        write_store(folder / f"fold{k}", model.items.weight, model.known, large.trie, kind, shards, prefix_items)
+        write_store(
+            folder / f"fold{k}",
+            model.items.weight,
+            model.known,
+            large.trie,
+            kind,
+            shards,
+            prefix_items,
+        )
     return folder
 
 
@@ -76,10 +112,13 @@ def brute_force(large: Large) -> np.ndarray:
     """§5 word by word, in fp64."""
     codes, out = large.catalogue.codes(), []
     for user, position in zip(*large.targets, strict=True):
-        model, sequence = large.models[large.exact.folds[user]], large.prepared.sequence(user)
+        model, sequence = large.models[large.exact.folds[user]], large.dataset.sequence(user)
         wide = copy.deepcopy(model).double()
         with torch.no_grad():
-            logits = wide(torch.from_numpy(sequence[:position].astype(np.int64))[None])[0, -1] @ wide.items.weight.t()
+            logits = (
+                wide(torch.from_numpy(sequence[:position].astype(np.int64))[None])[0, -1]
+                @ wide.items.weight.t()
+            )
         p = torch.softmax(logits.masked_fill(~model.known, -torch.inf), 0).numpy()
         target = codes[sequence[position]]
         for depth in range(codes.shape[1]):
@@ -93,7 +132,9 @@ def variation(large: Large, found: np.ndarray) -> np.ndarray:
     """Total variation of each row from the full scan: [T, C]."""
     users, positions = large.targets
     expected = large.exact.fetch(users, positions)
-    indptr, _ = large.trie.target_candidates(large.prepared.items[large.prepared.offsets[users] + positions])
+    indptr, _ = large.trie.target_candidates(
+        large.dataset.items[large.dataset.offsets[users] + positions]
+    )
     return np.add.reduceat(np.abs(found - expected), indptr[:-1]).reshape(len(users), -1) / 2
 
 
@@ -105,22 +146,41 @@ def test_all_items_exact_equals_the_scan(large: Large, tmp_path: Path, kind: str
     options = RewardOptions(top_k=ITEMS, width=100, prefix_items=ITEMS)
     expected, tolerance = brute_force(large), 1e-6 if kind == "flat" else 2e-3
     np.testing.assert_allclose(large.exact.fetch(*large.targets), expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(large.rewards(folder, options).fetch(*large.targets), expected, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(
+        large.rewards(folder, options).fetch(*large.targets), expected, atol=tolerance, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
-def test_the_tail_makes_up_for_what_the_top_items_miss(large: Large, tmp_path: Path, kind: str) -> None:
-    rewards = large.rewards(store(large, tmp_path, kind), RewardOptions(top_k=100, prefix_items=LIMIT))
+def test_the_tail_makes_up_for_what_the_top_items_miss(
+    large: Large, tmp_path: Path, kind: str
+) -> None:
+    rewards = large.rewards(
+        store(large, tmp_path, kind), RewardOptions(top_k=100, prefix_items=LIMIT)
+    )
     found = variation(large, rewards.fetch(*large.targets))
     assert found[:, 0].mean() < 0.03 and found[:, 0].max() < 0.1
-    long = np.diff(large.trie.node_start[1])[large.trie.item_node(1, large.prepared.items[large.prepared.offsets[large.targets[0]] + 4])] > LIMIT
+    long = (
+        np.diff(large.trie.node_start[1])[
+            large.trie.item_node(
+                1, large.dataset.items[large.dataset.offsets[large.targets[0]] + 4]
+            )
+        ]
+        > LIMIT
+    )
     assert 0 < found[long, 1].mean() < 0.05
-    assert long.any() and (~long).sum() >= 0 and found[~long, 1:].max(initial=0) < (1e-5 if kind == "flat" else 1e-3)  # fp16
+    assert (
+        long.any()
+        and (~long).sum() >= 0
+        and found[~long, 1:].max(initial=0) < (1e-5 if kind == "flat" else 1e-3)
+    )  # fp16
 
 
 def test_long_prefixes_at_the_last_depth(large: Large, tmp_path: Path) -> None:
     """Every prefix counts as long, so all depths are estimated; at the last one a cell is a tuple of an item or three."""
-    rewards = large.rewards(store(large, tmp_path, "flat", prefix_items=1), RewardOptions(top_k=100, prefix_items=1))
+    rewards = large.rewards(
+        store(large, tmp_path, "flat", prefix_items=1), RewardOptions(top_k=100, prefix_items=1)
+    )
     found = variation(large, rewards.fetch(*large.targets))
     assert found[:, 2].mean() < 0.05 and found[:, 1].mean() < 0.05
 
@@ -131,13 +191,18 @@ def test_shards_together_equal_one(large: Large, tmp_path: Path) -> None:
     parts = [large.rewards(folder, options, shard).part(*large.targets) for shard in range(3)]
     assert sum(len(part.own) for part in parts) == len(large.targets[0])
     together = merge(parts)
-    np.testing.assert_allclose(together, large.rewards(folder, options).fetch(*large.targets), atol=1e-6)
+    np.testing.assert_allclose(
+        together, large.rewards(folder, options).fetch(*large.targets), atol=1e-6
+    )
     assert variation(large, together)[:, 0].mean() < 0.03
 
 
 def test_moments_describe_scores_exactly() -> None:
     rng = np.random.default_rng(1)
-    vectors, queries = torch.from_numpy(rng.normal(size=(50, 6)).astype(np.float32)), torch.from_numpy(rng.normal(size=(4, 6)).astype(np.float32))
+    vectors, queries = (
+        torch.from_numpy(rng.normal(size=(50, 6)).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(4, 6)).astype(np.float32)),
+    )
     known = torch.ones(50, dtype=torch.bool)
     known[3] = False
     moments = cell_moments(vectors, known, np.array([0, 10, 10, 50]), np.array([0, 1, 2]))
@@ -145,11 +210,22 @@ def test_moments_describe_scores_exactly() -> None:
     scores = (queries @ vectors.t()).numpy()
     first, last = np.delete(scores[:, :10], 3, axis=1), scores[:, 10:]
     assert count.tolist() == [9, 0, 40]
-    np.testing.assert_allclose(mean[:, [0, 2]], np.stack([first.mean(1), last.mean(1)], 1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(variance[:, [0, 2]], np.stack([first.var(1), last.var(1)], 1), rtol=1e-4, atol=1e-5)
-    cell = np.tile(np.r_[[0] * 3, -1, [0] * 6, [2] * 40], (4, 1))  # all are scored exactly: nothing is left to estimate
+    np.testing.assert_allclose(
+        mean[:, [0, 2]], np.stack([first.mean(1), last.mean(1)], 1), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        variance[:, [0, 2]], np.stack([first.var(1), last.var(1)], 1), rtol=1e-4, atol=1e-5
+    )
+    cell = np.tile(
+        np.r_[[0] * 3, -1, [0] * 6, [2] * 40], (4, 1)
+    )  # all are scored exactly: nothing is left to estimate
     logs = log_masses(count, mean, variance, cell, scores, np.full(4, 9, np.float32))
-    np.testing.assert_allclose(logs[:, [0, 2]], np.log(np.stack([np.exp(first).sum(1), np.exp(last).sum(1)], 1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logs[:, [0, 2]],
+        np.log(np.stack([np.exp(first).sum(1), np.exp(last).sum(1)], 1)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert np.isneginf(logs[:, 1]).all()
 
 
@@ -160,18 +236,27 @@ def test_the_index_finds_the_nearest() -> None:
     expected = np.argsort(-(queries @ vectors.astype(np.float32).T), axis=1)[:, :10]
     for kind, recall in (("flat", 1.0), ("hnsw", 0.9), ("ivf_pq", 0.6)):
         found = search(build_index(kind, vectors), queries, 50, width=30)
-        assert np.mean([np.isin(want, have).mean() for want, have in zip(expected, found, strict=True)]) >= recall
+        assert (
+            np.mean(
+                [np.isin(want, have).mean() for want, have in zip(expected, found, strict=True)]
+            )
+            >= recall
+        )
     with pytest.raises(ValueError, match="expected flat"):
         build_index("lsh", vectors)
 
 
-def test_a_gpu_takes_the_flat_index_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_the_flat_index_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vectors = np.random.default_rng(3).normal(size=(500, 16)).astype(np.float32)
     moved = []
     monkeypatch.setattr("faiss.get_num_gpus", lambda: 8, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
-    monkeypatch.setattr("faiss.index_cpu_to_gpus_list", lambda index, gpus: moved.append(gpus) or index)
+    monkeypatch.setattr(
+        "faiss.index_cpu_to_gpus_list", lambda index, gpus: moved.append(gpus) or index
+    )
     for kind, count in (("flat", 1), ("hnsw", 1), ("ivf_pq", 1)):
         save_index(build_index(kind, vectors), tmp_path / kind)
         found = search(load_index(tmp_path / kind), vectors[:3], 5, width=30)
@@ -181,11 +266,19 @@ def test_a_gpu_takes_the_flat_index_and_no_other(tmp_path: Path, monkeypatch: py
 
 def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: Path) -> None:
     config = replace(CONFIG, reward_index="flat", epochs=1)
-    train_cf(config, world.prepared, world.catalogue, tmp_path / "cf")
-    users, positions = training_targets(world.prepared, np.arange(20))
+    train_cf(config, world.dataset, world.catalogue, tmp_path / "cf")
+    users, positions = training_targets(world.dataset, np.arange(20))
     large = world.rewards(cf=tmp_path / "cf")
-    scan = TokenRewards.open(tmp_path / "cf", world.prepared, world.catalogue, world.trie, options=RewardOptions(top_k=10))
-    train_cf(replace(config, reward_index="scan"), world.prepared, world.catalogue, tmp_path / "scan")
+    scan = TokenRewards.open(
+        tmp_path / "cf",
+        world.dataset,
+        world.catalogue,
+        world.trie,
+        options=RewardOptions(top_k=10),
+    )
+    train_cf(
+        replace(config, reward_index="scan"), world.dataset, world.catalogue, tmp_path / "scan"
+    )
     exact = world.rewards(cf=tmp_path / "scan").fetch(users, positions)
     np.testing.assert_allclose(large.fetch(users, positions), exact, atol=1e-6)
     np.testing.assert_allclose(scan.fetch(users, positions), exact, atol=0.05)
@@ -199,7 +292,9 @@ def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: P
 
 
 def test_more_shards_than_there_is_to_share_are_refused(large: Large) -> None:
-    with pytest.raises(UserError, match="reward_shards 2: a catalogue of 100 items is scanned whole"):
+    with pytest.raises(
+        UserError, match="reward_shards 2: a catalogue of 100 items is scanned whole"
+    ):
         index_kind(CFConfig(reward_shards=2), 100)
     assert len(shard_nodes(large.trie, 4)) == 4
     with pytest.raises(UserError, match="reward_shards 9: the 8 first codes"):
@@ -207,4 +302,8 @@ def test_more_shards_than_there_is_to_share_are_refused(large: Large) -> None:
 
 
 def test_auto_scans_small_catalogues() -> None:
-    assert index_kind(CFConfig(), 65_536) == "scan" and index_kind(CFConfig(), 65_537) == "ivf_pq" and index_kind(CFConfig(reward_index="hnsw"), 10) == "hnsw"
+    assert (
+        index_kind(CFConfig(), 65_536) == "scan"
+        and index_kind(CFConfig(), 65_537) == "ivf_pq"
+        and index_kind(CFConfig(reward_index="hnsw"), 10) == "hnsw"
+    )

@@ -7,17 +7,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ilrec_dist.cf import table
-from ilrec_dist.cf.fit import Histories, batches_by_length, training_windows
-from ilrec_dist.cf.model import SASRec, encode, window_starts
-from ilrec_dist.cf.table import Split, full_softmax_loss
+from ilrec_dist.cf.sasrec import sharded_table as table
+from ilrec_dist.cf.sasrec.fit import Histories, batches_by_length, training_windows
+from ilrec_dist.cf.sasrec.model import SASRec, encode, window_starts
+from ilrec_dist.cf.sasrec.sharded_table import Split, full_softmax_loss
 
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})  # several chunks, the last one short
+    monkeypatch.setattr(
+        table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11}
+    )  # several chunks, the last one short
     monkeypatch.setattr(table, "ROWS_PER_CHUNK", 1)
     torch.manual_seed(0)
-    hidden, weight = (torch.randn(17, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True))
+    hidden, weight = (
+        torch.randn(17, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(11, 5, dtype=torch.float64, requires_grad=True),
+    )
     targets = torch.randint(0, 11, (17,))
     (2 * full_softmax_loss(hidden, weight, targets)).backward()
     ours = (hidden.grad.clone(), weight.grad.clone())
@@ -28,7 +33,9 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
     loss = full_softmax_loss(hidden, weight, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # a second time is refused: the gradients are used up
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation"
+    ):  # a second time is refused: the gradients are used up
         loss.backward()
 
 
@@ -53,17 +60,34 @@ def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:
 
 def test_every_training_target_once_with_the_history_scoring_uses() -> None:
     lengths = np.array([3, 4, 2, 9, 17, 30])  # the last two of each are not training
-    histories = Histories(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths) - lengths, np.maximum(lengths - 2, 0), lengths - 2)
+    histories = Histories(
+        np.arange(lengths.sum(), dtype=np.int32),
+        np.cumsum(lengths) - lengths,
+        np.maximum(lengths - 2, 0),
+        lengths - 2,
+    )
     begin, count, fresh = training_windows(histories, 4)
     assert count.max() <= 4
-    found = [(int(b + i + 1), int(b)) for b, c, f in zip(begin, count, fresh, strict=True) for i in range(f, c)]
+    found = [
+        (int(b + i + 1), int(b))
+        for b, c, f in zip(begin, count, fresh, strict=True)
+        for i in range(f, c)
+    ]
     rows, positions = histories.training_targets(10**6)
     expected = histories.starts[rows] + positions
     assert sorted(target for target, _ in found) == sorted(expected.tolist())
-    windows = dict(zip(expected.tolist(), (histories.starts[rows] + window_starts(positions, 4)).tolist(), strict=True))
+    windows = dict(
+        zip(
+            expected.tolist(),
+            (histories.starts[rows] + window_starts(positions, 4)).tolist(),
+            strict=True,
+        )
+    )
     assert all(windows[target] == window for target, window in found)
     some = np.linspace(0, len(rows) - 1, 7).astype(int)
-    for found_part, part in zip(histories.training_targets(7), (rows[some], positions[some]), strict=True):
+    for found_part, part in zip(
+        histories.training_targets(7), (rows[some], positions[some]), strict=True
+    ):
         assert np.array_equal(found_part, part)
 
 

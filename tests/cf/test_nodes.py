@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ilrec_dist.cf.service import RewardClient
+from ilrec_dist.cf.rewards.service import RewardClient
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -21,8 +21,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def nodes() -> Iterator[Cluster]:
     """Two nodes on this machine; the test may end the second."""
     size = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 5}  # a dead node is found out in a second
-    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False, "_system_config": soon})
+    soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 200,
+        "health_check_failure_threshold": 5,
+    }  # a dead node is found out in a second
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**size, "include_dashboard": False, "_system_config": soon},
+    )
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.add_node(**size)
@@ -38,24 +45,39 @@ def stand_in(name: str, node: str) -> Any:
 
     class Actor:
         def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-            return np.repeat(users + positions, 1000).astype(np.float32)  # over 100 kB: what is smaller travels with the reply
+            return np.repeat(users + positions, 1000).astype(
+                np.float32
+            )  # over 100 kB: what is smaller travels with the reply
 
         def counters(self) -> dict[str, float]:
             return {}
 
     kind: Any = ray.remote(Actor)
-    return kind.options(name=name, num_cpus=0, max_restarts=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+    return kind.options(
+        name=name,
+        num_cpus=0,
+        max_restarts=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    ).remote()
 
 
 def test_answers_that_went_with_their_node_are_asked_for_again(nodes: Cluster) -> None:
     (other,) = nodes.worker_nodes
-    actors = [stand_in(f"far-{replica}-0", node.node_id) for replica, node in enumerate((nodes.head_node, other))]
+    actors = [
+        stand_in(f"far-{replica}-0", node.node_id)
+        for replica, node in enumerate((nodes.head_node, other))
+    ]
     client, release = RewardClient("far", replicas=2), threading.Event()
     client._thread.submit(release.wait)  # busy with an earlier answer
     users, positions = np.arange(100), np.ones(100, np.int64)
     under_way = [client.fetch_async(users, positions) for _ in range(4)]
-    ray.get([actor.counters.remote() for actor in actors])  # all are computed, and lie on their nodes
+    ray.get(
+        [actor.counters.remote() for actor in actors]
+    )  # all are computed, and lie on their nodes
     nodes.remove_node(other, allow_graceful=False)
     release.set()
     expected = np.repeat(users + positions, 1000).astype(np.float32)
-    assert all(np.array_equal(answer.result(), expected) for answer in under_way) and client.meter.retries >= 2
+    assert (
+        all(np.array_equal(answer.result(), expected) for answer in under_way)
+        and client.meter.retries >= 2
+    )

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ilrec_dist.cf.fit import _agree
-from ilrec_dist.cf.folder import load_cf, read_model, save_model
-from ilrec_dist.cf.model import SASRec
-from ilrec_dist.cf.table import ItemTable, Split, full_softmax_loss
-from ilrec_dist.cf.train import train_cf
-from ilrec_dist.data.prepared import load_prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.cf.sasrec.checkpoint import load_cf, read_model, save_model
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.sasrec.fit import _agree
+from ilrec_dist.cf.sasrec.model import SASRec
+from ilrec_dist.cf.sasrec.sharded_table import ItemTable, Split, full_softmax_loss
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.dataset import load_dataset
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.cf.conftest import CONFIG, World
-from tests.helpers import Mesh, run_distributed
 
 ITEMS, WIDTH, ROWS = 23, 6, 40  # parts of 7 and 8 items
 
@@ -39,9 +39,17 @@ def by_table(split: Split) -> dict[str, torch.Tensor]:
     table.weight.data = weight[split.start : split.stop].clone()
     hidden.requires_grad_()
     looked_up = table(targets)
-    (full_softmax_loss(hidden, table.weight, targets, split) + (looked_up * hidden.detach()).sum()).backward()
+    (
+        full_softmax_loss(hidden, table.weight, targets, split)
+        + (looked_up * hidden.detach()).sum()
+    ).backward()
     rank = table.rank(targets, table.logits(hidden.detach()))
-    return {"vectors": looked_up.detach(), "hidden": hidden.grad, "weight": table.weight.grad, "rank": rank}
+    return {
+        "vectors": looked_up.detach(),
+        "hidden": hidden.grad,
+        "weight": table.weight.grad,
+        "rank": rank,
+    }
 
 
 def by_a_part(mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -52,7 +60,9 @@ def test_lookup_loss_ranks_and_gradients() -> None:
     whole, parts = by_table(Split(ITEMS)), run_distributed(by_a_part, 3, 1)
     weight, hidden, targets = whole_and_rows()
     for part in parts:
-        assert torch.equal(part["vectors"], whole["vectors"]) and torch.equal(part["rank"], whole["rank"])
+        assert torch.equal(part["vectors"], whole["vectors"]) and torch.equal(
+            part["rank"], whole["rank"]
+        )
         torch.testing.assert_close(part["hidden"], whole["hidden"])
     assert [len(part["weight"]) for part in parts] == [7, 8, 8]
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"])
@@ -60,12 +70,14 @@ def test_lookup_loss_ranks_and_gradients() -> None:
 
 
 @pytest.mark.parametrize(("items", "width"), [(1000, 64), (37, 3), (5, 2)])
-def test_the_first_values_do_not_depend_on_the_parts(items: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_values_do_not_depend_on_the_parts(
+    items: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def drawn(split: Split) -> SASRec:
         torch.manual_seed(4)
         return SASRec(split, width, 1, 1, 0.0, 8)
 
-    monkeypatch.setattr("ilrec_dist.cf.table.DRAWN_AT_ONCE", 160)
+    monkeypatch.setattr("ilrec_dist.cf.sasrec.sharded_table.DRAWN_AT_ONCE", 160)
     whole, parts = drawn(Split(items)), [drawn(Split(items, part, 4)) for part in range(4)]
     assert torch.equal(torch.cat([part.items.weight for part in parts]), whole.items.weight)
     assert all(torch.equal(part.positions.weight, whole.positions.weight) for part in parts)
@@ -75,14 +87,25 @@ def test_the_first_values_do_not_depend_on_the_parts(items: int, width: int, mon
 @pytest.mark.parametrize("items", [37, 64])
 def test_tensors_of_a_model_file_are_aligned_and_mapped(items: int, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    model = SASRec(Split(items), CONFIG.hidden_size, CONFIG.num_layers, CONFIG.num_heads, 0.0, CONFIG.max_history)
+    model = SASRec(
+        Split(items),
+        CONFIG.hidden_size,
+        CONFIG.num_layers,
+        CONFIG.num_heads,
+        0.0,
+        CONFIG.max_history,
+    )
     model.known[::3] = True
     save_model(tmp_path / "m.safetensors", model)
     read = read_model(tmp_path / "m.safetensors", CONFIG, Split(items))
     assert all(value.data_ptr() % 4 == 0 for value in read.parameters())
-    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     library = load_file(tmp_path / "m.safetensors")
-    assert library.keys() == model.state_dict().keys() and all(torch.equal(library[name], value) for name, value in model.state_dict().items())
+    assert library.keys() == model.state_dict().keys() and all(
+        torch.equal(library[name], value) for name, value in model.state_dict().items()
+    )
 
 
 class Killed(BaseException):
@@ -96,35 +119,62 @@ def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
         if event["model"] == "fold0":
             raise Killed
 
-    prepared = load_prepared(data)
-    arguments = (replace(CONFIG, dropout=0.1), prepared, None, out, kill)
+    dataset = load_dataset(data)
+    arguments = (replace(CONFIG, dropout=0.1), dataset, None, out, kill)
     with pytest.raises(Killed):
-        train_cf(*arguments, split=Split.over_workers(prepared.num_items))
-    return train_cf(replace(CONFIG, dropout=0.1), prepared, None, out, split=Split.over_workers(prepared.num_items))
+        train_cf(*arguments, split=Split.over_workers(dataset.num_items))
+    return train_cf(
+        replace(CONFIG, dropout=0.1),
+        dataset,
+        None,
+        out,
+        split=Split.over_workers(dataset.num_items),
+    )
 
 
 def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path: Path) -> None:
-    whole = train_cf(replace(CONFIG, dropout=0.1), world.prepared, None, tmp_path / "whole")
+    whole = train_cf(replace(CONFIG, dropout=0.1), world.dataset, None, tmp_path / "whole")
     reports = run_distributed(train_a_part, 3, 1, str(world.data), str(tmp_path / "parts"))
-    assert json.loads((tmp_path / "parts" / "report.json").read_text())["models"].keys() == {"full", "fold0", "fold1"}
+    assert json.loads((tmp_path / "parts" / "report.json").read_text())["models"].keys() == {
+        "full",
+        "fold0",
+        "fold1",
+    }
     for name, report in whole["models"].items():
         for part in reports:
             for line, other in zip(report["curve"], part["models"][name]["curve"], strict=True):
-                assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other["ndcg@10"] == pytest.approx(line["ndcg@10"], abs=0.01)
+                assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other[
+                    "ndcg@10"
+                ] == pytest.approx(line["ndcg@10"], abs=0.01)
         one, other = load_cf(tmp_path / "whole", name), load_cf(tmp_path / "parts", name)
         assert torch.equal(one.known, other.known)
-        moved = (one.items.weight - SASRec.from_config(CONFIG, Split(one.num_items)).items.weight).detach().abs().mean()
-        for (key, value), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        moved = (
+            (one.items.weight - SASRec.from_config(CONFIG, Split(one.num_items)).items.weight)
+            .detach()
+            .abs()
+            .mean()
+        )
+        for (key, value), (_, theirs) in zip(
+            one.named_parameters(), other.named_parameters(), strict=True
+        ):
             assert (value - theirs).detach().abs().mean() < 0.02 * moved, key
     for kind in ("in_fold", "cross_fitted", "validation"):
         for part in reports:
-            assert part["log_p"][kind]["mean_log_p"] == pytest.approx(whole["log_p"][kind]["mean_log_p"], abs=1e-3)
-    assert np.array_equal(np.load(tmp_path / "parts" / "folds.npy"), np.load(tmp_path / "whole" / "folds.npy"))
+            assert part["log_p"][kind]["mean_log_p"] == pytest.approx(
+                whole["log_p"][kind]["mean_log_p"], abs=1e-3
+            )
+    assert np.array_equal(
+        np.load(tmp_path / "parts" / "folds.npy"), np.load(tmp_path / "whole" / "folds.npy")
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
 def gradients_of_each(mesh: Mesh) -> list[list[float]]:
-    parameters = [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(1))]
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2, 2)),
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
     for number, parameter in enumerate(parameters[:2]):
         parameter.grad = torch.full_like(parameter, 10.0 * number + mesh.rank)
     _agree(parameters, Split.over_workers(ITEMS))

@@ -10,18 +10,22 @@ import faiss
 import numpy as np
 import pytest
 
-from ilrec_dist.cf import train
-from ilrec_dist.cf.folder import item_vectors, load_cf, load_folds
-from ilrec_dist.cf.scoring import sasrec_scores
-from ilrec_dist.cf.train import train_cf, user_folds
-from ilrec_dist.data.files import sha256_file
-from ilrec_dist.errors import UserError
+from ilrec_dist.cf.sasrec import cross_fit as train
+from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf, load_folds
+from ilrec_dist.cf.sasrec.cross_fit import train_cf, user_folds
+from ilrec_dist.cf.sasrec.scoring import sasrec_scores
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import sha256_file
 from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
 
 
 def changed(world: World, user: int) -> np.ndarray:
     """Another sequence of the same length for the user, of items that are as good as new to the data."""
-    return np.random.default_rng(5).permutation(world.prepared.num_items)[: len(world.prepared.sequence(user))].astype(np.int32)
+    return (
+        np.random.default_rng(5)
+        .permutation(world.dataset.num_items)[: len(world.dataset.sequence(user))]
+        .astype(np.int32)
+    )
 
 
 def test_folds_depend_on_the_id_alone() -> None:
@@ -32,28 +36,43 @@ def test_folds_depend_on_the_id_alone() -> None:
     assert user_folds(["A2IBPI20UZIR0U"], 2).tolist() == user_folds(["A2IBPI20UZIR0U"], 2).tolist()
 
 
-def test_one_user_leaves_no_trace_in_the_model_that_scores_them(world: World, tmp_path: Path) -> None:
+def test_one_user_leaves_no_trace_in_the_model_that_scores_them(
+    world: World, tmp_path: Path
+) -> None:
     user = 3
-    altered = with_sequence(world.prepared, user, changed(world, user))
+    altered = with_sequence(world.dataset, user, changed(world, user))
     train_cf(CONFIG, altered, world.catalogue, tmp_path / "cf")
     fold = load_folds(world.cf)[user]
-    same = [sha256_file(world.cf / f"fold{k}.safetensors") == sha256_file(tmp_path / "cf" / f"fold{k}.safetensors") for k in range(2)]
+    same = [
+        sha256_file(world.cf / f"fold{k}.safetensors")
+        == sha256_file(tmp_path / "cf" / f"fold{k}.safetensors")
+        for k in range(2)
+    ]
     assert same[fold] and not same[1 - fold]
 
 
 def test_without_cross_fitting_the_user_does_leave_a_trace(world: World, tmp_path: Path) -> None:
     """The check above is not empty: with cf_folds = 1 it fails."""
     user = 3
-    for name, prepared in (("before", world.prepared), ("after", with_sequence(world.prepared, user, changed(world, user)))):
-        train_cf(replace(CONFIG, cf_folds=1), prepared, None, tmp_path / name)
-    assert sha256_file(tmp_path / "before" / "fold0.safetensors") != sha256_file(tmp_path / "after" / "fold0.safetensors")
+    for name, dataset in (
+        ("before", world.dataset),
+        ("after", with_sequence(world.dataset, user, changed(world, user))),
+    ):
+        train_cf(replace(CONFIG, cf_folds=1), dataset, None, tmp_path / name)
+    assert sha256_file(tmp_path / "before" / "fold0.safetensors") != sha256_file(
+        tmp_path / "after" / "fold0.safetensors"
+    )
 
 
-def test_training_again_gives_the_same_bytes_and_calls_progress(world: World, tmp_path: Path) -> None:
+def test_training_again_gives_the_same_bytes_and_calls_progress(
+    world: World, tmp_path: Path
+) -> None:
     events: list[dict] = []
-    train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
     for name in ("full", "fold0", "fold1"):
-        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(tmp_path / "cf" / f"{name}.safetensors")
+        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(
+            tmp_path / "cf" / f"{name}.safetensors"
+        )
     assert [event["model"] for event in events] == ["full"] * 2 + ["fold0"] * 2 + ["fold1"] * 2
     assert set(events[0]) == {"model", "epoch", "epochs", "loss", "ndcg@10", "seconds"}
     assert events[1]["loss"] < events[0]["loss"]
@@ -63,52 +82,84 @@ class Killed(BaseException):
     """As a signal would, in the middle."""
 
 
-def test_a_killed_stage_goes_on_with_the_models_it_had_finished(world: World, tmp_path: Path) -> None:
+def test_a_killed_stage_goes_on_with_the_models_it_had_finished(
+    world: World, tmp_path: Path
+) -> None:
     def kill(event: dict) -> None:
         if (event["model"], event["epoch"]) == ("fold0", 1):
             raise Killed
 
-    for config in (replace(CONFIG, seed=1), CONFIG):  # what was left of other settings is not gone on with
+    for config in (
+        replace(CONFIG, seed=1),
+        CONFIG,
+    ):  # what was left of other settings is not gone on with
         with pytest.raises(Killed):
-            train_cf(config, world.prepared, None, tmp_path / "cf", progress=kill)
+            train_cf(config, world.dataset, None, tmp_path / "cf", progress=kill)
     events: list[dict] = []
-    report = train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
-    assert [(event["model"], event["epoch"]) for event in events] == [("full", 2), ("fold0", 1), ("fold0", 2), ("fold1", 1), ("fold1", 2)]
-    assert report["models"]["full"]["curve"] == world.report["models"]["full"]["curve"] and report["log_p"] == world.report["log_p"]
+    report = train_cf(
+        CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append
+    )
+    assert [(event["model"], event["epoch"]) for event in events] == [
+        ("full", 2),
+        ("fold0", 1),
+        ("fold0", 2),
+        ("fold1", 1),
+        ("fold1", 2),
+    ]
+    assert (
+        report["models"]["full"]["curve"] == world.report["models"]["full"]["curve"]
+        and report["log_p"] == world.report["log_p"]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["cf"]
     files = {path.relative_to(world.cf) for path in world.cf.rglob("*") if path.is_file()}
-    assert files == {path.relative_to(tmp_path / "cf") for path in (tmp_path / "cf").rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(tmp_path / "cf") for path in (tmp_path / "cf").rglob("*") if path.is_file()
+    }
     for name in ("full", "fold0", "fold1"):
-        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(tmp_path / "cf" / f"{name}.safetensors")
+        assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(
+            tmp_path / "cf" / f"{name}.safetensors"
+        )
 
 
-def test_a_stage_killed_at_its_very_end_trains_nothing_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_killed_at_its_very_end_trains_nothing_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kill(*_: object) -> None:
         raise Killed
 
     for what in ("put_in_place", "write_code_order", "write_manifest"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train, what, kill)
-            train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf")
+            train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf")
     events: list[dict] = []
-    train_cf(CONFIG, world.prepared, world.catalogue, tmp_path / "cf", progress=events.append)
-    assert [(event["model"], event["epoch"]) for event in events] == [("full", 2), ("fold0", 2), ("fold1", 2)]
-    assert json.loads((tmp_path / "cf/manifest.json").read_text())["sha256"] == json.loads((world.cf / "manifest.json").read_text())["sha256"] | {
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
+    assert [(event["model"], event["epoch"]) for event in events] == [
+        ("full", 2),
+        ("fold0", 2),
+        ("fold1", 2),
+    ]
+    assert json.loads((tmp_path / "cf/manifest.json").read_text())["sha256"] == json.loads(
+        (world.cf / "manifest.json").read_text()
+    )["sha256"] | {
         "report.json": sha256_file(tmp_path / "cf/report.json")  # it holds seconds
     }
 
 
 @pytest.mark.parametrize("change", ["users", "settings", "format", "half a note"])
-def test_unfinished_work_of_another_task_is_not_gone_on_with(world: World, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_work_of_another_task_is_not_gone_on_with(
+    world: World, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kill(event: dict) -> None:
         if event["model"] == "fold1":
             raise Killed
 
     with pytest.raises(Killed):
-        train_cf(CONFIG, world.prepared, None, tmp_path / "cf", progress=kill)
-    config, prepared = replace(CONFIG, reward_retries=1), world.prepared  # which changes no model
-    if change == "users":  # other folds: a model of before has seen users that it would have to score
-        prepared = replace(prepared, user_ids=[f"{user}x" for user in prepared.user_ids])
+        train_cf(CONFIG, world.dataset, None, tmp_path / "cf", progress=kill)
+    config, dataset = replace(CONFIG, reward_retries=1), world.dataset  # which changes no model
+    if (
+        change == "users"
+    ):  # other folds: a model of before has seen users that it would have to score
+        dataset = replace(dataset, user_ids=[f"{user}x" for user in dataset.user_ids])
     elif change == "settings":
         config = replace(config, learning_rate=2e-3)
     elif change == "format":
@@ -116,16 +167,18 @@ def test_unfinished_work_of_another_task_is_not_gone_on_with(world: World, tmp_p
     else:
         (tmp_path / ".cf.unfinished/task.json").write_text("{")
     events: list[dict] = []
-    train_cf(config, prepared, None, tmp_path / "cf", progress=events.append)
+    train_cf(config, dataset, None, tmp_path / "cf", progress=events.append)
     assert len(events) == 6 and [path.name for path in tmp_path.iterdir()] == ["cf"]
 
 
 def test_report_gives_the_three_log_probabilities(world: World) -> None:
     log_p = world.report["log_p"]
     assert set(log_p) == {"in_fold", "cross_fitted", "validation"}
-    users, _ = training_targets(world.prepared)
+    users, _ = training_targets(world.dataset)
     assert log_p["cross_fitted"]["targets"] == len(users)
-    assert all(-np.log(world.prepared.num_items) - 1 < part["mean_log_p"] < 0 for part in log_p.values())
+    assert all(
+        -np.log(world.dataset.num_items) - 1 < part["mean_log_p"] < 0 for part in log_p.values()
+    )
 
 
 def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
@@ -133,26 +186,28 @@ def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
     assert np.array_equal(vectors, item_vectors(world.cf)[world.catalogue.items])
     index = faiss.read_index(str(world.cf / "code-order" / "items.faiss"))
     scores, found = index.search(vectors[:5], 3)
-    np.testing.assert_allclose(scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5)
-    assert found.max() < world.prepared.num_items
+    np.testing.assert_allclose(
+        scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5
+    )
+    assert found.max() < world.dataset.num_items
 
 
 def test_sasrec_scores_read_what_stands_before_the_target(world: World) -> None:
     users = np.array([4, 0, 7])
     model = load_cf(world.cf)
-    scores = sasrec_scores(model, world.prepared, users, "test")
-    assert scores.shape == (3, world.prepared.num_items) and scores.dtype == np.float32
-    sequence = world.prepared.sequence(0).copy()
-    sequence[-1] = (sequence[-1] + 1) % world.prepared.num_items
-    altered = with_sequence(world.prepared, 0, sequence)
+    scores = sasrec_scores(model, world.dataset, users, "test")
+    assert scores.shape == (3, world.dataset.num_items) and scores.dtype == np.float32
+    sequence = world.dataset.sequence(0).copy()
+    sequence[-1] = (sequence[-1] + 1) % world.dataset.num_items
+    altered = with_sequence(world.dataset, 0, sequence)
     assert np.array_equal(sasrec_scores(model, altered, users, "test"), scores)
-    assert not np.array_equal(sasrec_scores(model, world.prepared, users, "validation"), scores)
+    assert not np.array_equal(sasrec_scores(model, world.dataset, users, "validation"), scores)
 
 
 def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a CF folder"):
         load_cf(tmp_path)
-    train_cf(replace(CONFIG, epochs=1), world.prepared, None, tmp_path / "cf")
+    train_cf(replace(CONFIG, epochs=1), world.dataset, None, tmp_path / "cf")
     path = tmp_path / "cf" / "fold1.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -163,7 +218,11 @@ def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) 
 
 
 def test_too_many_folds_for_the_users_is_one_clear_error(world: World, tmp_path: Path) -> None:
-    one = replace(world.prepared, offsets=world.prepared.offsets[:2], user_ids=list(world.prepared.user_ids)[:1])
+    one = replace(
+        world.dataset,
+        offsets=world.dataset.offsets[:2],
+        user_ids=list(world.dataset.user_ids)[:1],
+    )
     with pytest.raises(UserError, match="cf_folds"):
         train_cf(CONFIG, one, None, tmp_path / "cf")
     assert not list(tmp_path.iterdir())

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilrec_dist.cli import main
-from ilrec_dist.config import load_config
-from ilrec_dist.pipeline import Run
+from ilrec_dist.cli.main import main
+from ilrec_dist.config.load import load_config
+from ilrec_dist.pipeline.run import Run
 
 RNG = np.random.default_rng(1)
 SEQUENCES = {f"u{u}": [f"i{i}" for i in RNG.choice(12, 8, replace=False)] for u in range(30)}
@@ -45,7 +45,11 @@ def refused(capsys, *argv) -> str:
 
 def files(place: Path) -> dict[str, bytes]:
     """Every file of the run's folder with its content."""
-    return {str(path.relative_to(place / "runs/t")): path.read_bytes() for path in (place / "runs/t").rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(place / "runs/t")): path.read_bytes()
+        for path in (place / "runs/t").rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_missing_file(place, capsys):
@@ -82,7 +86,13 @@ def test_a_duplicate_code_where_the_rule_forbids_it(place, capsys):
 
 def test_users_too_short_to_split(place, capsys):
     path = write(place, "inter", SEQUENCES | {"short": ["i1", "i2"]})
-    message = refused(capsys, "prepare", place / "c.yaml", "data.min_user_interactions=1", "data.min_item_interactions=1")
+    message = refused(
+        capsys,
+        "prepare",
+        place / "c.yaml",
+        "data.min_user_interactions=1",
+        "data.min_item_interactions=1",
+    )
     assert str(path) in message and "'short'" in message and "2" in message
     assert not (place / "runs/t").exists()
 
@@ -93,19 +103,33 @@ def test_a_finished_stage_survives_input_that_is_refused(place, capsys):
     for kind, value in (("inter", '{"u0": ["i1",'), ("index", INDEX | {"i5": INDEX["i4"]})):
         good = (place / "toys" / f"toys.{kind}.json").read_text()
         write(place, kind, value)
-        refused(capsys, "prepare" if kind == "inter" else "index", place / "c.yaml", "items.collisions=refuse")
+        refused(
+            capsys,
+            "prepare" if kind == "inter" else "index",
+            place / "c.yaml",
+            "items.collisions=refuse",
+        )
         assert files(place) == before
         write(place, kind, good)
-    assert main(["run", str(place / "c.yaml"), "--resume", "train.epochs=0"]) == 2  # refused for its value; the folder is still resumable
+    assert (
+        main(["run", str(place / "c.yaml"), "--resume", "train.epochs=0"]) == 2
+    )  # refused for its value; the folder is still resumable
     capsys.readouterr()
-    assert main(["index", str(place / "c.yaml")]) == 0 and "unchanged, not run again" in capsys.readouterr().out
+    assert (
+        main(["index", str(place / "c.yaml")]) == 0
+        and "unchanged, not run again" in capsys.readouterr().out
+    )
 
 
 def test_a_killed_attempt_leaves_a_stage_that_runs_again(place, capsys):
     assert main(["prepare", str(place / "c.yaml")]) == 0
-    (place / "runs/t/.stages/prepare.begun.json").write_text(json.dumps({"fingerprint": "of other settings"}))
+    (place / "runs/t/.stages/prepare.begun.json").write_text(
+        json.dumps({"fingerprint": "of other settings"})
+    )
     assert "stage prepare has not been made" in refused(capsys, "index", place / "c.yaml")
-    assert main(["prepare", str(place / "c.yaml")]) == 0 and "unchanged" not in capsys.readouterr().out
+    assert (
+        main(["prepare", str(place / "c.yaml")]) == 0 and "unchanged" not in capsys.readouterr().out
+    )
 
 
 def test_one_command_at_a_time_works_in_a_folder(place, capsys):
@@ -139,7 +163,10 @@ def test_a_mistyped_command_is_one_line(argv, capsys):
     [
         (["launch.workers=3", "launch.tp=2"], ["launch.workers", "3", "tp 2"]),
         (["launch.workers=2", "launch.tp=2", "backbone.num_heads=1"], ["launch.tp", "heads"]),
-        (["launch.workers=2", "launch.tp=2", "backbone.vocab_multiple=5"], ["launch.tp", "vocabulary"]),
+        (
+            ["launch.workers=2", "launch.tp=2", "backbone.vocab_multiple=5"],
+            ["launch.tp", "vocabulary"],
+        ),
         (["train.epoch=1"], ["train.epoch", "train.epochs"]),
     ],
 )
@@ -151,8 +178,12 @@ def test_impossible_settings(place, capsys, overrides, parts):
 
 def test_a_run_folder_of_another_configuration(place, capsys):
     assert main(["prepare", str(place / "c.yaml")]) == 0
-    assert "another configuration" in refused(capsys, "run", place / "c.yaml", "--resume", "data.min_user_interactions=6")
-    assert "stage prepare was made by another configuration" in refused(capsys, "index", place / "c.yaml", "data.min_user_interactions=6")
+    assert "another configuration" in refused(
+        capsys, "run", place / "c.yaml", "--resume", "data.min_user_interactions=6"
+    )
+    assert "stage prepare was made by another configuration" in refused(
+        capsys, "index", place / "c.yaml", "data.min_user_interactions=6"
+    )
 
 
 def test_a_damaged_checkpoint_with_no_earlier_one(place, capsys):
@@ -162,21 +193,36 @@ def test_a_damaged_checkpoint_with_no_earlier_one(place, capsys):
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(b"not what was written")
     fingerprint = Run(config).fingerprint("train sft seed 0")
-    (folder / "manifest.json").write_text(json.dumps({"step": 3, "fingerprint": fingerprint, "state": {}, "sha256": {"state.pt": "0" * 64}}))
-    (place / "runs/t/.stages/train sft seed 0.begun.json").write_text(json.dumps({"fingerprint": fingerprint}))
-    message = refused(capsys, "train", place / "c.yaml", "train.methods=[sft]", "launch.engine=torchrun")
+    (folder / "manifest.json").write_text(
+        json.dumps(
+            {"step": 3, "fingerprint": fingerprint, "state": {}, "sha256": {"state.pt": "0" * 64}}
+        )
+    )
+    (place / "runs/t/.stages/train sft seed 0.begun.json").write_text(
+        json.dumps({"fingerprint": fingerprint})
+    )
+    message = refused(
+        capsys, "train", place / "c.yaml", "train.methods=[sft]", "launch.engine=torchrun"
+    )
     assert str(folder / "state.pt") in message and "no earlier checkpoint" in message
     assert folder.exists()
 
 
 def test_recommend_refuses_a_folder_without_a_trained_model(place, capsys):
-    message = refused(capsys, "recommend", place / "runs/t", "--histories", place / "histories.parquet")
+    message = refused(
+        capsys, "recommend", place / "runs/t", "--histories", place / "histories.parquet"
+    )
     assert "not a run folder" in message
     assert main(["prepare", str(place / "c.yaml")]) == 0
-    assert "no such weights" in refused(capsys, "recommend", place / "runs/t", "--histories", place / "histories.parquet")
+    assert "no such weights" in refused(
+        capsys, "recommend", place / "runs/t", "--histories", place / "histories.parquet"
+    )
 
 
-@pytest.mark.parametrize("command", ["prepare", "index", "cf", "train", "evaluate", "recommend", "run", "export-data", "config"])
+@pytest.mark.parametrize(
+    "command",
+    ["prepare", "index", "cf", "train", "evaluate", "recommend", "run", "export-data", "config"],
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.data.dataset import InteractionDataset
 
 
-def train_mask(prepared: Prepared) -> np.ndarray:
+def train_mask(dataset: InteractionDataset) -> np.ndarray:
     """bool [T] interactions of the training split."""
-    return np.concatenate([np.arange(length) < train for length, train in zip(prepared.lengths(), prepared.train_lengths(), strict=True)])
+    return np.concatenate(
+        [
+            np.arange(length) < train
+            for length, train in zip(dataset.lengths(), dataset.train_lengths(), strict=True)
+        ]
+    )
 
 
-def user_of_interaction(prepared: Prepared) -> np.ndarray:
+def user_of_interaction(dataset: InteractionDataset) -> np.ndarray:
     """int64 [T] the user of every interaction."""
-    return np.repeat(np.arange(prepared.num_users), prepared.lengths())
+    return np.repeat(np.arange(dataset.num_users), dataset.lengths())

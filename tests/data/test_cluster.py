@@ -16,13 +16,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ilrec_dist.config import Config, DataConfig, LaunchConfig
-from ilrec_dist.data.cluster import spread_batches
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.tree import Config
+from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.formats.source import Rejects
+from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.prepare import prepare
-from ilrec_dist.data.readers.source import Rejects
-from ilrec_dist.errors import UserError
-from ilrec_dist.stage_runs import prepare as prepare_stage
-from ilrec_dist.training.launch import cluster as ray_session
+from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.launch.workers import cluster as ray_session
+from ilrec_dist.pipeline.stage_runs import prepare as prepare_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=environment)
     yield cluster
@@ -43,7 +47,11 @@ def write_parts(folder: Path, form: str, bad: bool = False) -> DataConfig:
     folder.mkdir()
     rng = np.random.default_rng(5)
     for part in range(6):
-        rows = {"user": rng.integers(0, 80, 900), "item": rng.integers(0, 40, 900), "timestamp": 1_400_000_000 + rng.integers(0, 300, 900)}
+        rows = {
+            "user": rng.integers(0, 80, 900),
+            "item": rng.integers(0, 40, 900),
+            "timestamp": 1_400_000_000 + rng.integers(0, 300, 900),
+        }
         table = pa.table(rows)
         if form == "parquet":
             pq.write_table(table, folder / f"part-{part}.parquet")
@@ -53,29 +61,45 @@ def write_parts(folder: Path, form: str, bad: bool = False) -> DataConfig:
             with open(folder / f"part-{part}.csv", "a") as file:
                 file.write("7,3,yesterday\n")
         if part == 3:
-            (folder / "part-3.csv.gz").write_bytes(gzip.compress((folder / "part-3.csv").read_bytes()))
+            (folder / "part-3.csv.gz").write_bytes(
+                gzip.compress((folder / "part-3.csv").read_bytes())
+            )
             (folder / "part-3.csv").unlink()
     (folder / "_SUCCESS").touch()  # what other systems leave beside their parts
     return DataConfig(format=form, path=str(folder), max_bad_rows=2 if bad else 0)
 
 
 @pytest.mark.parametrize(("form", "bad"), [("csv", False), ("csv", True), ("parquet", False)])
-def test_the_cluster_gives_the_same_bytes(cluster: Cluster, tmp_path: Path, form: str, bad: bool) -> None:
+def test_the_cluster_gives_the_same_bytes(
+    cluster: Cluster, tmp_path: Path, form: str, bad: bool
+) -> None:
     config = write_parts(tmp_path / "parts", form, bad)
-    alone, together = prepare(config, tmp_path / "alone"), prepare(config, tmp_path / "together", spread=True)
+    alone, together = (
+        prepare(config, tmp_path / "alone"),
+        prepare(config, tmp_path / "together", spread=True),
+    )
     assert alone == together  # the hash of every file written is in it
     assert alone["read"]["interactions"] == 5400 and len(alone["inputs"]) == 6
     assert alone["read"]["bad_rows"] == (2 if bad else 0)
 
 
-def test_both_nodes_parse_and_the_order_is_that_of_the_files(cluster: Cluster, tmp_path: Path) -> None:
+def test_both_nodes_parse_and_the_order_is_that_of_the_files(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     def read_file(path: Path, _: Rejects) -> Iterator[pa.RecordBatch]:
         time.sleep(1.5 if path.name == "0" else 0.5)  # the first file is ready last
         for batch in range(2):
-            yield pa.record_batch({"user": [f"{path.name}-{batch}"], "item": [ray.get_runtime_context().get_node_id()]})
+            yield pa.record_batch(
+                {
+                    "user": [f"{path.name}-{batch}"],
+                    "item": [ray.get_runtime_context().get_node_id()],
+                }
+            )
 
     found = list(spread_batches([Path(str(part)) for part in range(8)], read_file, Rejects()))
-    assert [batch.column("user")[0].as_py() for batch in found] == [f"{part}-{batch}" for part in range(8) for batch in range(2)]
+    assert [batch.column("user")[0].as_py() for batch in found] == [
+        f"{part}-{batch}" for part in range(8) for batch in range(2)
+    ]
     assert len({batch.column("item")[0].as_py() for batch in found}) == 2
 
 
@@ -85,48 +109,85 @@ def test_errors_of_a_file_are_those_of_one_machine(cluster: Cluster, tmp_path: P
         file.write("1,2,1400000000\n7,3,yesterday\n")
     messages = []
     for spread in (False, True):
-        with pytest.raises(UserError, match=r"part-4.csv: line 903: time 'yesterday' is not an integer") as error:
+        with pytest.raises(
+            UserError, match=r"part-4.csv: line 903: time 'yesterday' is not an integer"
+        ) as error:
             prepare(config, tmp_path / "out", spread)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
 
 
-def test_an_address_where_no_head_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_no_head_answers_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with socket.socket() as taken:  # bound, and listening to nobody
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         began = time.monotonic()
         with (
-            pytest.raises(UserError, match=f"launch.ray_address {address}: no Ray head answers there"),
+            pytest.raises(
+                UserError, match=f"launch.ray_address {address}: no Ray head answers there"
+            ),
             ray_session(Config(launch=LaunchConfig(ray_address=address))),
         ):
             pass
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`"), ray_session(Config()):
+        with (
+            pytest.raises(
+                UserError,
+                match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`",
+            ),
+            ray_session(Config()),
+        ):
             pass
         monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-        with pytest.raises(UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"), ray_session(Config()):
+        with (
+            pytest.raises(
+                UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"
+            ),
+            ray_session(Config()),
+        ):
             pass
         assert time.monotonic() - began < 25
 
 
-def test_the_stage_uses_the_cluster_it_is_given(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_uses_the_cluster_it_is_given(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = []
-    monkeypatch.setattr("ilrec_dist.data.prepare.spread_batches", lambda *given: used.append(1) or spread_batches(*given))
+    monkeypatch.setattr(
+        "ilrec_dist.data.prepare.spread_batches",
+        lambda *given: used.append(1) or spread_batches(*given),
+    )
     data = write_parts(tmp_path / "parts", "csv")
-    prepare_stage(Config(runs_dir=str(tmp_path / "a"), data=data, launch=LaunchConfig(ray_address=cluster.address)))
+    prepare_stage(
+        Config(
+            runs_dir=str(tmp_path / "a"),
+            data=data,
+            launch=LaunchConfig(ray_address=cluster.address),
+        )
+    )
     assert used
     prepare_stage(Config(runs_dir=str(tmp_path / "b"), data=data))
     assert len(used) == 1
     names = ("interactions.parquet", "users.parquet", "items.parquet", "manifest.json")
-    assert all((tmp_path / "a" / "run" / "data" / name).read_bytes() == (tmp_path / "b" / "run" / "data" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "a" / "run" / "data" / name).read_bytes()
+        == (tmp_path / "b" / "run" / "data" / name).read_bytes()
+        for name in names
+    )
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     config = write_parts(tmp_path / "parts", "parquet")
     table = pq.read_table(tmp_path / "parts" / "part-1.parquet")
-    pq.write_table(table.set_column(0, "user", table.column("user").cast(pa.string())), tmp_path / "parts" / "part-1.parquet")
-    with pytest.raises(UserError, match=r"part-1.parquet: column 'user' is string, but int64 in part-0.parquet"):
+    pq.write_table(
+        table.set_column(0, "user", table.column("user").cast(pa.string())),
+        tmp_path / "parts" / "part-1.parquet",
+    )
+    with pytest.raises(
+        UserError, match=r"part-1.parquet: column 'user' is string, but int64 in part-0.parquet"
+    ):
         prepare(config, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no file named \*.csv"):

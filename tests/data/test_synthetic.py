@@ -7,13 +7,23 @@ import time
 import numpy as np
 import pytest
 
-from ilrec_dist.config import DataConfig, ItemsConfig, SyntheticConfig
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.config import DataConfig, SyntheticConfig
+from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
-from ilrec_dist.data.prepared import Prepared, load_prepared
-from ilrec_dist.data.synthetic import ANYTHING, COMPANION, HABIT, RETURN, bayes_scores, draw_histories, draw_model, item_table
-from ilrec_dist.errors import UserError
+from ilrec_dist.data.synthetic.generate import (
+    ANYTHING,
+    COMPANION,
+    HABIT,
+    RETURN,
+    bayes_scores,
+    draw_histories,
+    draw_model,
+    item_table,
+)
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.config import ItemsConfig
 from tests.data.masks import train_mask, user_of_interaction
 
 SMALL = SyntheticConfig(users=300, items=120, categories=6)
@@ -23,10 +33,18 @@ def test_the_same_seed_gives_the_same_folder_and_another_seed_another(tmp_path):
     config = DataConfig(synthetic=SMALL)
     first, again = prepare(config, tmp_path / "a"), prepare(config, tmp_path / "b")
     assert first == again
-    other = prepare(DataConfig(synthetic=SyntheticConfig(users=300, items=120, categories=6, seed=1)), tmp_path / "c")
-    assert other["files"]["interactions.parquet"]["sha256"] != first["files"]["interactions.parquet"]["sha256"]
-    prepared = load_prepared(tmp_path / "a")
-    assert (prepared.num_users, prepared.num_items) == (300, 120) and len(prepared.titles) == len(prepared.texts) == 120
+    other = prepare(
+        DataConfig(synthetic=SyntheticConfig(users=300, items=120, categories=6, seed=1)),
+        tmp_path / "c",
+    )
+    assert (
+        other["files"]["interactions.parquet"]["sha256"]
+        != first["files"]["interactions.parquet"]["sha256"]
+    )
+    dataset = load_dataset(tmp_path / "a")
+    assert (dataset.num_users, dataset.num_items) == (300, 120) and len(dataset.titles) == len(
+        dataset.texts
+    ) == 120
     assert "true_model.npz" in first["files"]
 
 
@@ -43,7 +61,9 @@ def test_shares_sum_to_one_and_probabilities_too():
     assert COMPANION + RETURN + HABIT + ANYTHING == pytest.approx(1)
     model = draw_model(SMALL)
     items, offsets = draw_histories(model, SMALL)
-    histories = [items[start : stop - 1] for start, stop in zip(offsets[:20], offsets[1:21], strict=True)]
+    histories = [
+        items[start : stop - 1] for start, stop in zip(offsets[:20], offsets[1:21], strict=True)
+    ]
     probabilities = model.next_probabilities(histories)
     assert probabilities.sum(axis=1) == pytest.approx(1)
     for row, history in zip(probabilities, histories, strict=True):
@@ -74,28 +94,33 @@ def test_a_kind_with_nothing_left_gives_way_to_anything():
     assert probabilities.sum() == pytest.approx(1) and (probabilities[history] == 0).all()
 
 
-def _ndcg(prepared, scores):
+def _ndcg(dataset, scores):
     """NDCG@10 per user on the test targets, history excluded, ties in item order (METHOD.md §9)."""
-    stops, targets = prepared.history_stop("test"), prepared.targets("test")
-    for user in range(prepared.num_users):
-        scores[user, prepared.items[prepared.offsets[user] : stops[user]]] = -np.inf
+    stops, targets = dataset.history_stop("test"), dataset.targets("test")
+    for user in range(dataset.num_users):
+        scores[user, dataset.items[dataset.offsets[user] : stops[user]]] = -np.inf
     own = scores[np.arange(len(scores)), targets][:, None]
-    rank = (scores > own).sum(1) + ((scores == own) & (np.arange(scores.shape[1]) < targets[:, None])).sum(1)
+    rank = (scores > own).sum(1) + (
+        (scores == own) & (np.arange(scores.shape[1]) < targets[:, None])
+    ).sum(1)
     return np.where(rank < 10, 1 / np.log2(rank + 2), 0.0)
 
 
-def _transitions(prepared):
+def _transitions(dataset):
     """METHOD.md §9: score(v) = Σ over the last 6 history items i of T[i, v] / (rank_i · √pop_i)."""
-    mask, users = train_mask(prepared), user_of_interaction(prepared)
+    mask, users = train_mask(dataset), user_of_interaction(dataset)
     follows = mask[1:] & mask[:-1] & (users[1:] == users[:-1])
-    counts = np.zeros((prepared.num_items, prepared.num_items))
-    np.add.at(counts, (prepared.items[:-1][follows], prepared.items[1:][follows]), 1)
-    popularity = np.bincount(prepared.items[mask], minlength=prepared.num_items)
+    counts = np.zeros((dataset.num_items, dataset.num_items))
+    np.add.at(counts, (dataset.items[:-1][follows], dataset.items[1:][follows]), 1)
+    popularity = np.bincount(dataset.items[mask], minlength=dataset.num_items)
     counts /= np.sqrt(np.maximum(popularity, 1))[:, None]
-    stops, scores = prepared.history_stop("test"), np.zeros((prepared.num_users, prepared.num_items))
+    stops, scores = (
+        dataset.history_stop("test"),
+        np.zeros((dataset.num_users, dataset.num_items)),
+    )
     for rank in range(1, 7):
-        has = np.flatnonzero(prepared.lengths() - 1 >= rank)
-        scores[has] += counts[prepared.items[stops[has] - rank]] / rank
+        has = np.flatnonzero(dataset.lengths() - 1 >= rank)
+        scores[has] += counts[dataset.items[stops[has] - rank]] / rank
     return scores, popularity
 
 
@@ -103,26 +128,45 @@ def test_popularity_then_transitions_then_the_true_model_each_two_standard_error
     start = time.process_time()
     prepare(DataConfig(), tmp_path / "data")
     assert time.process_time() - start < 10, "generation is to take seconds"
-    prepared = load_prepared(tmp_path / "data")
-    transitions, popularity = _transitions(prepared)
+    dataset = load_dataset(tmp_path / "data")
+    transitions, popularity = _transitions(dataset)
     rows = [
-        _ndcg(prepared, np.tile(popularity.astype(float), (prepared.num_users, 1))),
-        _ndcg(prepared, transitions),
-        _ndcg(prepared, bayes_scores(tmp_path / "data", prepared, np.arange(prepared.num_users)).astype(float)),
+        _ndcg(dataset, np.tile(popularity.astype(float), (dataset.num_users, 1))),
+        _ndcg(dataset, transitions),
+        _ndcg(
+            dataset,
+            bayes_scores(tmp_path / "data", dataset, np.arange(dataset.num_users)).astype(float),
+        ),
     ]
     for worse, better in zip(rows, rows[1:], strict=False):
-        gap, error = better.mean() - worse.mean(), np.hypot(better.std(), worse.std()) / np.sqrt(prepared.num_users)
-        assert gap > 4 * error, [row.mean() for row in rows]  # room on both sides for a trained model
+        gap, error = (
+            better.mean() - worse.mean(),
+            np.hypot(better.std(), worse.std()) / np.sqrt(dataset.num_users),
+        )
+        assert gap > 4 * error, [
+            row.mean() for row in rows
+        ]  # room on both sides for a trained model
     assert 0.15 < rows[2].mean() < 0.30
-    assert np.bincount(prepared.items, minlength=prepared.num_items).min() >= 5
+    assert np.bincount(dataset.items, minlength=dataset.num_items).min() >= 5
 
 
 def test_texts_put_kinds_into_the_first_code(tmp_path):
     config = SyntheticConfig()
     model = draw_model(config)
     table = item_table(model, config)
-    prepared = Prepared(np.zeros(1, np.int32), np.array([0, 1]), ["0"], table["id"].to_pylist(), table["title"].to_pylist(), table["text"].to_pylist())
-    build_index(ItemsConfig(levels=2, codes_per_level=128, collisions="resolve"), prepared, tmp_path / "items")
+    dataset = InteractionDataset(
+        np.zeros(1, np.int32),
+        np.array([0, 1]),
+        ["0"],
+        table["id"].to_pylist(),
+        table["title"].to_pylist(),
+        table["text"].to_pylist(),
+    )
+    build_index(
+        ItemsConfig(levels=2, codes_per_level=128, collisions="resolve"),
+        dataset,
+        tmp_path / "items",
+    )
     first = Catalogue.load(tmp_path / "items").codes()[:, 0]
     table_of = np.zeros((128, len(model.mood)))
     np.add.at(table_of, (first, model.kind), 1)

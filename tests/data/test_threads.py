@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ilrec_dist.data.threads import ahead, ordered_map
+from ilrec_dist.data.ingest.threads import ahead, ordered_map
 
 
 def test_results_come_in_order_with_few_in_flight():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 
 def ranks_and_sums(mesh: Mesh, value: torch.Tensor) -> tuple[int, int, int, float, float, int]:
@@ -26,7 +26,12 @@ def fail_on_one(mesh: Mesh) -> None:
 
 def test_groups_and_reuse():
     first = run_distributed(ranks_and_sums, 4, 2, torch.tensor(0.0))
-    assert [r[:5] for r in first] == [(0, 0, 0, 1.0, 2.0), (1, 1, 0, 1.0, 4.0), (2, 0, 1, 5.0, 2.0), (3, 1, 1, 5.0, 4.0)]
+    assert [r[:5] for r in first] == [
+        (0, 0, 0, 1.0, 2.0),
+        (1, 1, 0, 1.0, 4.0),
+        (2, 0, 1, 5.0, 2.0),
+        (3, 1, 1, 5.0, 4.0),
+    ]
     again = run_distributed(ranks_and_sums, 4, 4, torch.tensor(1.0))
     assert [r[5] for r in again] == [r[5] for r in first]
     assert {r[3] for r in again} == {10.0}

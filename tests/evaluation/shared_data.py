@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from ilrec_dist.data.files import read_json_object
-from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.data.dataset import InteractionDataset
 from tests.data.shared_data import shared_data
 
 
-def real_data(name: str) -> Prepared:
+def real_data(name: str) -> InteractionDataset:
     """The LC-Rec triple's histories as they stand in the file; skips the test where the folder is absent."""
     (file,) = shared_data(name).glob("*.inter.json")
     sequences = list(read_json_object(file).values())
     offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
     items = np.concatenate(sequences).astype(np.int32)
-    return Prepared(items, offsets, [str(user) for user in range(len(sequences))], [str(item) for item in range(items.max() + 1)])
+    return InteractionDataset(
+        items,
+        offsets,
+        [str(user) for user in range(len(sequences))],
+        [str(item) for item in range(items.max() + 1)],
+    )

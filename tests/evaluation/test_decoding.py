@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-from ilrec_dist.errors import UserError
-from ilrec_dist.evaluation import decoding
-from ilrec_dist.evaluation.decoding import ItemSets, SearchSpace, beam_search, expand
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.inference import beam_search as decoding
+from ilrec_dist.inference.beam_search import ItemSets, TrieConstraint, beam_search, expand
 from ilrec_dist.items.trie import Trie
-from tests.evaluation.toy import NUM_ITEMS, TIED, UNTIED, exhaustive_scores, toy_backbone, toy_catalogue
+from ilrec_dist.model.gpt import Backbone
+from tests.evaluation.toy import (
+    NUM_ITEMS,
+    TIED,
+    UNTIED,
+    exhaustive_scores,
+    toy_backbone,
+    toy_catalogue,
+)
 
 CATALOGUE = toy_catalogue()
 TRIE = Trie(CATALOGUE)
@@ -29,24 +36,51 @@ def _layout() -> Iterator[None]:
     destroy_parallel(process_group=True)
 
 
-def search(backbone: Backbone, space: SearchSpace, scope: str, beam: int, excluded: ItemSets | None = None) -> decoding.RankedItems:
-    tokens = torch.from_numpy(CATALOGUE.item_tokens(HISTORIES).reshape(len(HISTORIES), -1).astype(np.int64))
-    beams = beam_search(backbone, space, tokens, vocab_size=CATALOGUE.vocab_size, beam=beam, softmax_scope=scope, excluded=excluded)
+def search(
+    backbone: Backbone,
+    space: TrieConstraint,
+    scope: str,
+    beam: int,
+    excluded: ItemSets | None = None,
+) -> decoding.RankedItems:
+    tokens = torch.from_numpy(
+        CATALOGUE.item_tokens(HISTORIES).reshape(len(HISTORIES), -1).astype(np.int64)
+    )
+    beams = beam_search(
+        backbone,
+        space,
+        tokens,
+        vocab_size=CATALOGUE.vocab_size,
+        beam=beam,
+        softmax_scope=scope,
+        excluded=excluded,
+    )
     return expand(space, beams, excluded)
 
 
-def looped_beam_search(backbone: Backbone, scope: str, history: np.ndarray, beam: int, wanted: set[int]) -> list[tuple[tuple[int, ...], float]]:
+def looped_beam_search(
+    backbone: Backbone, scope: str, history: np.ndarray, beam: int, wanted: set[int]
+) -> list[tuple[tuple[int, ...], float]]:
     """(code tuple, Σ log p), best first: `beam` prefixes kept at each depth among those that lead to a wanted item."""
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    tuples = {item: tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) for item in range(NUM_ITEMS)}
+    tuples = {
+        item: tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) for item in range(NUM_ITEMS)
+    }
     for depth in range(CATALOGUE.depth):
         grown = []
         for prefix, score in prefixes:
             tokens = torch.tensor([[*CATALOGUE.item_tokens(history).ravel().tolist(), *prefix]])
             with torch.no_grad():
-                logits = (backbone(tokens, torch.tensor([tokens.shape[1] - 1])).final @ backbone.head_weight.T)[0].double()
+                logits = (
+                    backbone(tokens, torch.tensor([tokens.shape[1] - 1])).final
+                    @ backbone.head_weight.T
+                )[0].double()
             children = sorted({code[depth] for code in tuples.values() if code[:depth] == prefix})
-            scope_tokens = torch.tensor(children) if scope == "valid_next" else torch.arange(CATALOGUE.vocab_size)
+            scope_tokens = (
+                torch.tensor(children)
+                if scope == "valid_next"
+                else torch.arange(CATALOGUE.vocab_size)
+            )
             log_p = logits - logits[scope_tokens].logsumexp(0)
             for token in children:
                 if any(tuples[item][: depth + 1] == (*prefix, token) for item in wanted):
@@ -59,10 +93,14 @@ def looped_beam_search(backbone: Backbone, scope: str, history: np.ndarray, beam
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied-rope"])
 def test_beam_of_the_whole_catalogue_is_exhaustive(config, scope: str) -> None:
     backbone = toy_backbone(CATALOGUE, config)
-    ranked = search(backbone, SearchSpace(TRIE), scope, NUM_ITEMS)
-    _, first, same = np.unique(CATALOGUE.item_tokens(np.arange(NUM_ITEMS)), axis=0, return_index=True, return_inverse=True)
+    ranked = search(backbone, TrieConstraint(TRIE), scope, NUM_ITEMS)
+    _, first, same = np.unique(
+        CATALOGUE.item_tokens(np.arange(NUM_ITEMS)), axis=0, return_index=True, return_inverse=True
+    )
     for row, history in enumerate(HISTORIES):
-        scores = exhaustive_scores(backbone, CATALOGUE, TRIE, history, scope)[first[same.ravel()]]  # items that share a tuple score alike to the last bit
+        scores = exhaustive_scores(backbone, CATALOGUE, TRIE, history, scope)[
+            first[same.ravel()]
+        ]  # items that share a tuple score alike to the last bit
         order = np.lexsort((np.arange(NUM_ITEMS), -scores))  # and come in item-id order
         assert ranked.items[row].tolist() == order.tolist()
         np.testing.assert_allclose(ranked.scores[row], scores[order], atol=1e-4)
@@ -78,24 +116,43 @@ def test_a_small_beam_without_seen_and_not_allowed_items(scope: str, beam: int) 
     allowed = rng.random(NUM_ITEMS) < 0.5
     # Among what is seen: a whole first-level subtree, and all but one of the items that share a tuple.
     subtree = np.flatnonzero(CATALOGUE.item_tokens(np.arange(NUM_ITEMS))[:, 0] == 2)
-    histories = [np.array([], np.int64), subtree, np.array([3, 7, 33, 3]), rng.permutation(NUM_ITEMS)[:50]]
+    histories = [
+        np.array([], np.int64),
+        subtree,
+        np.array([3, 7, 33, 3]),
+        rng.permutation(NUM_ITEMS)[:50],
+    ]
     for mask in (None, allowed):
-        space = SearchSpace(TRIE, allowed=mask)
+        space = TrieConstraint(TRIE, allowed=mask)
         ranked = search(backbone, space, scope, beam, ItemSets.of(histories))
         for row, seen in enumerate(histories):
-            wanted = {item for item in range(NUM_ITEMS) if (mask is None or mask[item]) and item not in seen}
+            wanted = {
+                item
+                for item in range(NUM_ITEMS)
+                if (mask is None or mask[item]) and item not in seen
+            }
             expected = looped_beam_search(backbone, scope, HISTORIES[row], beam, wanted)
             items = ranked.items[row][ranked.items[row] >= 0]
             codes = [tuple(CATALOGUE.item_tokens(item).tolist()) for item in items]
             assert list(dict.fromkeys(codes)) == [code for code, _ in expected]
-            assert set(items.tolist()) == {item for item in wanted if tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) in dict(expected)}
-            np.testing.assert_allclose([ranked.scores[row][codes.index(code)] for code, _ in expected], [score for _, score in expected], atol=1e-4)
-            assert (np.diff(items)[[a == b for a, b in zip(codes[1:], codes[:-1], strict=True)]] > 0).all()
+            assert set(items.tolist()) == {
+                item
+                for item in wanted
+                if tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) in dict(expected)
+            }
+            np.testing.assert_allclose(
+                [ranked.scores[row][codes.index(code)] for code, _ in expected],
+                [score for _, score in expected],
+                atol=1e-4,
+            )
+            assert (
+                np.diff(items)[[a == b for a, b in zip(codes[1:], codes[:-1], strict=True)]] > 0
+            ).all()
 
 
 def test_nothing_left_gives_no_beams() -> None:
     everything = ItemSets.of([np.arange(NUM_ITEMS)] * 3 + [np.arange(NUM_ITEMS - 1)])
-    ranked = search(toy_backbone(CATALOGUE), SearchSpace(TRIE), "all", 5, everything)
+    ranked = search(toy_backbone(CATALOGUE), TrieConstraint(TRIE), "all", 5, everything)
     assert ranked.items.tolist() == [[-1]] * 3 + [[NUM_ITEMS - 1]]
 
 
@@ -104,12 +161,12 @@ def test_a_diverged_model_is_an_error() -> None:
     with torch.no_grad():
         backbone.head_weight.fill_(torch.nan)
     with pytest.raises(UserError, match="diverged"):
-        search(backbone, SearchSpace(TRIE), "all", 5)
+        search(backbone, TrieConstraint(TRIE), "all", 5)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_slices_and_batches_change_nothing(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone, space = toy_backbone(CATALOGUE), SearchSpace(TRIE)
+    backbone, space = toy_backbone(CATALOGUE), TrieConstraint(TRIE)
     seen = ItemSets.of(list(HISTORIES))
     whole = search(backbone, space, scope, 7, seen)
     monkeypatch.setattr(decoding, "ELEMENTS_AT_ONCE", {"cpu": 1})  # one user at a time

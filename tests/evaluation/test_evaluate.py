@@ -10,29 +10,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-from ilrec_dist.config import EvaluationConfig
-from ilrec_dist.errors import UserError
-from ilrec_dist.evaluation.evaluate import baseline_predictions, evaluate_model, rank_all, top_items
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
+from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model, rank_all, top_items
 from ilrec_dist.items.trie import Trie
-from tests.evaluation.toy import MAX_HISTORY, NUM_ITEMS, TIED, UNTIED, exhaustive_scores, toy_backbone, toy_catalogue, toy_data
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.evaluation.toy import (
+    MAX_HISTORY,
+    NUM_ITEMS,
+    TIED,
+    UNTIED,
+    exhaustive_scores,
+    toy_backbone,
+    toy_catalogue,
+    toy_data,
+)
 
 
-def evaluate(mesh: Mesh, config: EvaluationConfig, scope: str, tied: bool, split: str = "test") -> Predictions:
+def evaluate(
+    mesh: Mesh, config: EvaluationConfig, scope: str, tied: bool, split: str = "test"
+) -> Predictions:
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        catalogue, prepared = toy_catalogue(), toy_data()
+        catalogue, dataset = toy_catalogue(), toy_data()
         backbone = toy_backbone(catalogue, TIED if tied else UNTIED).train()
         told: list[tuple[int, int]] = []
         predictions = evaluate_model(
             backbone,
-            prepared,
+            dataset,
             catalogue,
             Trie(catalogue),
-            users=np.arange(prepared.num_users)[::-1],
+            users=np.arange(dataset.num_users)[::-1],
             split=split,
             config=config,
             softmax_scope=scope,
@@ -49,11 +60,15 @@ def evaluate(mesh: Mesh, config: EvaluationConfig, scope: str, tied: bool, split
 def exhaustive(mesh: Mesh, scope: str, split: str) -> np.ndarray:
     initialize_parallel(mesh.tp, "cpu")
     try:
-        catalogue, prepared = toy_catalogue(), toy_data()
+        catalogue, dataset = toy_catalogue(), toy_data()
         backbone, trie = toy_backbone(catalogue), Trie(catalogue)
         last = 1 if split == "test" else 2
-        histories = [prepared.sequence(user)[:-last][-MAX_HISTORY:] for user in range(prepared.num_users)]
-        return np.stack([exhaustive_scores(backbone, catalogue, trie, history, scope) for history in histories])
+        histories = [
+            dataset.sequence(user)[:-last][-MAX_HISTORY:] for user in range(dataset.num_users)
+        ]
+        return np.stack(
+            [exhaustive_scores(backbone, catalogue, trie, history, scope) for history in histories]
+        )
     finally:
         destroy_parallel()
 
@@ -70,9 +85,15 @@ def test_equals_full_ranking_by_exhaustive_scores(split: str, exclude_seen: bool
     config = EvaluationConfig(beam=NUM_ITEMS, exclude_seen=exclude_seen, batch_size=4)
     (found,) = run_distributed(evaluate, 1, 1, config, "all", True, split)
     (scores,) = run_distributed(exhaustive, 1, 1, "all", split)
-    prepared = toy_data()
+    dataset = toy_data()
     # Scores of items that share a tuple differ in the last bits of the exhaustive pass: rounding makes them the ties that they are.
-    expected = rank_all(lambda users: np.round(scores[users], 6), prepared, users=np.arange(prepared.num_users), split=split, exclude_seen=exclude_seen)
+    expected = rank_all(
+        lambda users: np.round(scores[users], 6),
+        dataset,
+        users=np.arange(dataset.num_users),
+        split=split,
+        exclude_seen=exclude_seen,
+    )
     assert found.metrics() == pytest.approx(expected.metrics())
     np.testing.assert_array_equal(found.items[:, :20], expected.items)
     assert found.metrics()["hit@10"] > 0
@@ -83,7 +104,9 @@ def test_process_layouts_and_batches_agree(scope: str, tied: bool) -> None:
     config = EvaluationConfig(beam=8, batch_size=3)
     (one,) = run_distributed(evaluate, 1, 1, config, scope, tied)
     assert one.users.tolist() == list(range(len(one.users)))
-    (alone,) = run_distributed(evaluate, 1, 1, dataclasses.replace(config, batch_size=1), scope, tied)
+    (alone,) = run_distributed(
+        evaluate, 1, 1, dataclasses.replace(config, batch_size=1), scope, tied
+    )
     tensor_parallel = run_distributed(evaluate, 2, 2, config, scope, tied)
     data_parallel = run_distributed(evaluate, 2, 1, config, scope, tied)
     for other in (alone, *tensor_parallel, *data_parallel):
@@ -99,12 +122,26 @@ def test_predictions_as_a_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.parquet"]
     assert recompute(path) == predictions.metrics()
     table = pq.read_table(path).to_pydict()
-    ranks = [row.index(target) if target in row else None for row, target in zip(table["items"], table["target"], strict=True)]
-    assert np.mean([rank is not None and rank < 10 for rank in ranks]) == predictions.metrics()["hit@10"]
-    assert {len(scores) - len(items) for scores, items in zip(table["scores"], table["items"], strict=True)} == {0}
+    ranks = [
+        row.index(target) if target in row else None
+        for row, target in zip(table["items"], table["target"], strict=True)
+    ]
+    assert (
+        np.mean([rank is not None and rank < 10 for rank in ranks])
+        == predictions.metrics()["hit@10"]
+    )
+    assert {
+        len(scores) - len(items)
+        for scores, items in zip(table["scores"], table["items"], strict=True)
+    } == {0}
     assert_same(Predictions.load(path), predictions)
     row = predictions.row("sft", 3)
-    assert row["method"] == "sft" and row["seed"] == 3 and row["users"] == 23 and row["exclude_seen"] is True
+    assert (
+        row["method"] == "sft"
+        and row["seed"] == 3
+        and row["users"] == 23
+        and row["exclude_seen"] is True
+    )
     assert {*METRICS, "ndcg@10_se", "expected_ndcg@10"} <= row.keys()
 
     pq.write_table(pa.table({"user": [1]}), path)
@@ -122,10 +159,19 @@ def test_top_items_keep_item_order_among_equals() -> None:
     for k in (1, 7, 30, 99):
         items, top = top_items(scores, k)
         for row, found, values in zip(scores, items, top, strict=True):
-            order = [item for item in sorted(range(30), key=lambda item: (-row[item], item)) if row[item] > -np.inf][:k]
-            assert found[found >= 0].tolist() == order and values[found >= 0].tolist() == row[order].tolist()
+            order = [
+                item
+                for item in sorted(range(30), key=lambda item: (-row[item], item))
+                if row[item] > -np.inf
+            ][:k]
+            assert (
+                found[found >= 0].tolist() == order
+                and values[found >= 0].tolist() == row[order].tolist()
+            )
 
 
 def test_a_baseline_without_what_it_needs() -> None:
     with pytest.raises(ValueError, match="sasrec with cf_folder"):
-        baseline_predictions("sasrec", toy_data(), users=np.arange(3), split="test", exclude_seen=True)
+        baseline_predictions(
+            "sasrec", toy_data(), users=np.arange(3), split="test", exclude_seen=True
+        )

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.evaluation.metrics import METRICS, UNRANKED, Ranks, paired_bootstrap, per_user, ranks_of_lists, ranks_of_scores, summarise
+from ilrec_dist.evaluation.metrics import (
+    METRICS,
+    UNRANKED,
+    Ranks,
+    paired_bootstrap,
+    per_user,
+    ranks_of_lists,
+    ranks_of_scores,
+    summarise,
+)
 
 
 def hit(rank: int, k: int) -> float:
@@ -36,25 +45,40 @@ def test_ranks_and_expectations(levels: list[int], data: st.DataObject) -> None:
     for k in (1, 5, 10):
         assert figures[f"hit@{k}"][0] == hit(order.index(target), k)
         assert figures[f"ndcg@{k}"][0] == pytest.approx(ndcg(order.index(target), k))
-        assert figures[f"expected_hit@{k}"][0] == pytest.approx(np.mean([hit(place, k) for place in places]))
-        assert figures[f"expected_ndcg@{k}"][0] == pytest.approx(np.mean([ndcg(place, k) for place in places]))
+        assert figures[f"expected_hit@{k}"][0] == pytest.approx(
+            np.mean([hit(place, k) for place in places])
+        )
+        assert figures[f"expected_ndcg@{k}"][0] == pytest.approx(
+            np.mean([ndcg(place, k) for place in places])
+        )
         assert figures[f"ndcg@{k}"][0] <= figures[f"hit@{k}"][0]
 
 
 def test_a_target_outside_the_ranking_counts_nothing() -> None:
     ranks = ranks_of_scores(np.array([[1.0, -np.inf, 0.0], [0.0, 2.0, 1.0]]), np.array([1, 1]))
     assert ranks.rank.tolist() == [UNRANKED, 0]
-    assert {name: values.tolist() for name, values in per_user(ranks).items() if values[0] or values[1] != 1} == {}
-    assert ranks_of_lists(np.array([[4, 2, -1], [7, 8, 9]]), np.array([2, 1])).tolist() == [1, UNRANKED]
+    assert {
+        name: values.tolist()
+        for name, values in per_user(ranks).items()
+        if values[0] or values[1] != 1
+    } == {}
+    assert ranks_of_lists(np.array([[4, 2, -1], [7, 8, 9]]), np.array([2, 1])).tolist() == [
+        1,
+        UNRANKED,
+    ]
 
 
 def test_summary() -> None:
-    ranks = Ranks(np.array([0, 3, UNRANKED, 7]), np.array([0, 3, UNRANKED, 6]), np.array([1, 1, 1, 2]))
+    ranks = Ranks(
+        np.array([0, 3, UNRANKED, 7]), np.array([0, 3, UNRANKED, 6]), np.array([1, 1, 1, 2])
+    )
     figures = summarise(ranks)
     assert figures["hit@5"] == 0.5 and figures["hit@10"] == 0.75
     assert figures["ndcg@10"] == pytest.approx((1 + 1 / math.log2(5) + 1 / math.log2(9)) / 4)
     assert figures["hit@5_se"] == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
-    assert figures["expected_ndcg@10"] == pytest.approx((1 + 1 / math.log2(5) + (1 / math.log2(8) + 1 / math.log2(9)) / 2) / 4)
+    assert figures["expected_ndcg@10"] == pytest.approx(
+        (1 + 1 / math.log2(5) + (1 / math.log2(8) + 1 / math.log2(9)) / 2) / 4
+    )
     assert set(METRICS) <= figures.keys()
     with pytest.raises(ValueError, match="no users"):
         summarise(Ranks(*(np.zeros(0, np.int64),) * 3))

@@ -10,16 +10,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ilrec_dist.backbone.parallel import ParallelState, destroy_parallel, initialize_parallel
-from ilrec_dist.config import EvaluationConfig
-from ilrec_dist.errors import UserError
-from ilrec_dist.evaluation.recommend import recommend
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import (
+    ParallelState,
+    destroy_parallel,
+    initialize_parallel,
+)
+from ilrec_dist.evaluation.config import EvaluationConfig
+from ilrec_dist.inference.recommend import recommend
 from ilrec_dist.items.trie import Trie
-from tests.evaluation.toy import MAX_HISTORY, NUM_ITEMS, exhaustive_scores, toy_backbone, toy_catalogue, toy_data
+from tests.evaluation.toy import (
+    MAX_HISTORY,
+    NUM_ITEMS,
+    exhaustive_scores,
+    toy_backbone,
+    toy_catalogue,
+    toy_data,
+)
 
 CATALOGUE, DATA = toy_catalogue(), toy_data()
 TRIE = Trie(CATALOGUE)
-ROWS = {"user": ["b", "a", "c"], "items": [["i4", "i9"], ["i1", "i2", "i3", "i4", "i5", "i6", "i7", "i8"], ["i9", "i4"]]}
+ROWS = {
+    "user": ["b", "a", "c"],
+    "items": [["i4", "i9"], ["i1", "i2", "i3", "i4", "i5", "i6", "i7", "i8"], ["i9", "i4"]],
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +45,42 @@ def layout() -> Iterator[ParallelState]:
 def run(parallel: ParallelState, path: Path, rows: dict | pa.Table, **options) -> pa.Table:
     table = rows if isinstance(rows, pa.Table) else pa.table(rows)
     pq.write_table(table, path / "histories.parquet")
-    settings = {"top": 5, "config": EvaluationConfig(), "softmax_scope": "all", "max_history": MAX_HISTORY, "parallel": parallel} | options
-    return recommend(toy_backbone(CATALOGUE), DATA, TRIE, histories=path / "histories.parquet", **settings)
+    settings = {
+        "top": 5,
+        "config": EvaluationConfig(),
+        "softmax_scope": "all",
+        "max_history": MAX_HISTORY,
+        "parallel": parallel,
+    } | options
+    return recommend(
+        toy_backbone(CATALOGUE), DATA, TRIE, histories=path / "histories.parquet", **settings
+    )
 
 
 def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Path) -> None:
-    (tmp_path / "allowed.txt").write_text("\n".join(f"i{item}" for item in range(0, NUM_ITEMS, 2)) + "\n\n")
+    (tmp_path / "allowed.txt").write_text(
+        "\n".join(f"i{item}" for item in range(0, NUM_ITEMS, 2)) + "\n\n"
+    )
     for exclude_seen, allowed in ((False, None), (True, None), (True, tmp_path / "allowed.txt")):
-        table = run(layout, tmp_path, ROWS, top=30, config=EvaluationConfig(beam=2), exclude_seen=exclude_seen, allowed=allowed).to_pylist()
+        table = run(
+            layout,
+            tmp_path,
+            ROWS,
+            top=30,
+            config=EvaluationConfig(beam=2),
+            exclude_seen=exclude_seen,
+            allowed=allowed,
+        ).to_pylist()
         for user, history in zip(ROWS["user"], ROWS["items"], strict=True):
             numbers = np.array([int(item[1:]) for item in history])
-            scores = exhaustive_scores(toy_backbone(CATALOGUE), CATALOGUE, TRIE, numbers[-MAX_HISTORY:], "all")
-            wanted = [i for i in range(NUM_ITEMS) if not (exclude_seen and i in numbers) and not (allowed and i % 2)]
+            scores = exhaustive_scores(
+                toy_backbone(CATALOGUE), CATALOGUE, TRIE, numbers[-MAX_HISTORY:], "all"
+            )
+            wanted = [
+                i
+                for i in range(NUM_ITEMS)
+                if not (exclude_seen and i in numbers) and not (allowed and i % 2)
+            ]
             best = sorted(wanted, key=lambda item: (-round(scores[item], 6), item))[:30]
             mine = [row for row in table if row["user"] == user]
             assert [row["rank"] for row in mine] == list(range(1, len(best) + 1))
@@ -63,11 +101,20 @@ def test_numbers_as_ids_are_read_as_strings(layout: ParallelState, tmp_path: Pat
     ("rows", "message"),
     [
         ({"user": ["a"], "item": [["i1"]]}, r"no column 'items' .* nearest column is 'item'"),
-        ({"user": ["a", "b"], "items": [["i1"], ["i2", "nope"]]}, r"row 2 \(user 'b'\) has the item 'nope', which is not among the 60 items"),
+        (
+            {"user": ["a", "b"], "items": [["i1"], ["i2", "nope"]]},
+            r"row 2 \(user 'b'\) has the item 'nope', which is not among the 60 items",
+        ),
         ({"user": ["a", "b"], "items": [["i1"], []]}, r"row 2 \(user 'b'\) has an empty history"),
-        ({"user": ["a", "b"], "items": pa.array([None, ["i1"]], pa.list_(pa.string()))}, r"row 1 \(user 'a'\) has an empty history"),
+        (
+            {"user": ["a", "b"], "items": pa.array([None, ["i1"]], pa.list_(pa.string()))},
+            r"row 1 \(user 'a'\) has an empty history",
+        ),
         ({"user": ["a"], "items": ["i1"]}, "column 'items' is string, expected a list of item ids"),
-        ({"user": pa.array([], pa.string()), "items": pa.array([], pa.list_(pa.string()))}, "no rows"),
+        (
+            {"user": pa.array([], pa.string()), "items": pa.array([], pa.list_(pa.string()))},
+            "no rows",
+        ),
     ],
 )
 def test_bad_histories(layout: ParallelState, tmp_path: Path, rows: dict, message: str) -> None:
@@ -87,6 +134,18 @@ def test_bad_files_and_flags(layout: ParallelState, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names no item"):
         run(layout, tmp_path, ROWS, allowed=tmp_path / "allowed.txt")
     (tmp_path / "histories.parquet").write_text("user,items\n")
-    settings = {"top": 5, "config": EvaluationConfig(), "softmax_scope": "all", "max_history": MAX_HISTORY, "parallel": layout}
+    settings = {
+        "top": 5,
+        "config": EvaluationConfig(),
+        "softmax_scope": "all",
+        "max_history": MAX_HISTORY,
+        "parallel": layout,
+    }
     with pytest.raises(UserError, match="cannot be read as Parquet"):
-        recommend(toy_backbone(CATALOGUE), DATA, TRIE, histories=tmp_path / "histories.parquet", **settings)
+        recommend(
+            toy_backbone(CATALOGUE),
+            DATA,
+            TRIE,
+            histories=tmp_path / "histories.parquet",
+            **settings,
+        )

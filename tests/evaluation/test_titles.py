@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-from ilrec_dist.evaluation.decoding import ItemSets, RankedItems, SearchSpace, beam_search, expand
-from ilrec_dist.evaluation.histories import Histories
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.inference.beam_search import (
+    ItemSets,
+    RankedItems,
+    TrieConstraint,
+    beam_search,
+    expand,
+)
+from ilrec_dist.inference.ranker import Histories
 from ilrec_dist.items.catalogue import END, PAD, Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.model.gpt import Backbone
 from tests.evaluation.toy import TIED, UNTIED
 
 COUNT, PIECES, DEPTH = 40, 7, 6
@@ -33,7 +39,10 @@ def toy_titles() -> Catalogue:
 
 CATALOGUE = toy_titles()
 TRIE = Trie(CATALOGUE)
-OWN = [tuple(int(token) for token in tokens if token != PAD) for tokens in CATALOGUE.item_tokens(np.arange(COUNT))]
+OWN = [
+    tuple(int(token) for token in tokens if token != PAD)
+    for tokens in CATALOGUE.item_tokens(np.arange(COUNT))
+]
 HISTORIES = Histories(np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15]))
 SCOPES = ["all", "valid_next"]
 
@@ -51,11 +60,18 @@ def backbone(config=TIED) -> Backbone:
 
 def log_p(model: Backbone, tokens: list[int], scope: str, children: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        logits = (model(torch.tensor([tokens]), torch.tensor([len(tokens) - 1])).final @ model.head_weight.T)[0].double()
-    return logits - logits[children if scope == "valid_next" else list(range(CATALOGUE.vocab_size))].logsumexp(0)
+        logits = (
+            model(torch.tensor([tokens]), torch.tensor([len(tokens) - 1])).final
+            @ model.head_weight.T
+        )[0].double()
+    return logits - logits[
+        children if scope == "valid_next" else list(range(CATALOGUE.vocab_size))
+    ].logsumexp(0)
 
 
-def looped(model: Backbone, scope: str, history: list[int], beam: int, wanted: set[int]) -> list[tuple[tuple[int, ...], float]]:
+def looped(
+    model: Backbone, scope: str, history: list[int], beam: int, wanted: set[int]
+) -> list[tuple[tuple[int, ...], float]]:
     """(tokens, Σ log p), best first; a title that has ended keeps its place and its score."""
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     while any(prefix[-1:] != (END,) for prefix, _ in prefixes):
@@ -73,12 +89,22 @@ def looped(model: Backbone, scope: str, history: list[int], beam: int, wanted: s
     return prefixes
 
 
-def search(model: Backbone, space: SearchSpace, scope: str, beam: int, excluded: list[np.ndarray]) -> tuple[list[list[int]], list[RankedItems]]:
+def search(
+    model: Backbone, space: TrieConstraint, scope: str, beam: int, excluded: list[np.ndarray]
+) -> tuple[list[list[int]], list[RankedItems]]:
     histories, found = [], []
     for row in range(len(HISTORIES.start)):
         tokens = HISTORIES.inputs(np.array([row]), 4, CATALOGUE)
         taken = ItemSets.of([excluded[row]])
-        beams = beam_search(model, space, torch.from_numpy(tokens), vocab_size=CATALOGUE.vocab_size, beam=beam, softmax_scope=scope, excluded=taken)  # type: ignore[arg-type]
+        beams = beam_search(
+            model,
+            space,
+            torch.from_numpy(tokens),
+            vocab_size=CATALOGUE.vocab_size,
+            beam=beam,
+            softmax_scope=scope,
+            excluded=taken,
+        )  # type: ignore[arg-type]
         histories.append(tokens[0].tolist())
         found.append(expand(space, beams, taken))
     return histories, found
@@ -90,22 +116,45 @@ def test_inputs_are_the_titles_without_padding_and_batches_have_one_length() -> 
     for rows in batches:
         tokens = HISTORIES.inputs(rows, 4, CATALOGUE)
         for row, found in zip(rows, tokens.tolist(), strict=True):
-            assert found == [token for item in range(HISTORIES.stop[row])[-4:] if item >= HISTORIES.start[row] for token in OWN[item]]
+            assert found == [
+                token
+                for item in range(HISTORIES.stop[row])[-4:]
+                if item >= HISTORIES.start[row]
+                for token in OWN[item]
+            ]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("beam", "config"), [(1, TIED), (4, UNTIED), (COUNT, TIED)], ids=["1", "4-untied-rope", "all"])
+@pytest.mark.parametrize(
+    ("beam", "config"), [(1, TIED), (4, UNTIED), (COUNT, TIED)], ids=["1", "4-untied-rope", "all"]
+)
 def test_beams_are_those_of_the_definition(beam: int, scope: str, config) -> None:
     model, rng = backbone(config), np.random.default_rng(beam)
     for allowed in (None, rng.random(COUNT) < 0.5):
-        excluded = [np.array([], np.int64), np.array([5]), np.array([5, 17, 22]), rng.permutation(COUNT)[:30], np.arange(COUNT)]
-        histories, found = search(model, SearchSpace(TRIE, allowed=allowed), scope, beam, excluded)
+        excluded = [
+            np.array([], np.int64),
+            np.array([5]),
+            np.array([5, 17, 22]),
+            rng.permutation(COUNT)[:30],
+            np.arange(COUNT),
+        ]
+        histories, found = search(
+            model, TrieConstraint(TRIE, allowed=allowed), scope, beam, excluded
+        )
         for history, ranked, seen in zip(histories, found, excluded, strict=True):
-            wanted = {item for item in range(COUNT) if (allowed is None or allowed[item]) and item not in seen}
+            wanted = {
+                item
+                for item in range(COUNT)
+                if (allowed is None or allowed[item]) and item not in seen
+            }
             expected = looped(model, scope, history, beam, wanted) if wanted else []
             items = ranked.items[0][ranked.items[0] >= 0].tolist()
             assert list(dict.fromkeys(OWN[item] for item in items)) == [own for own, _ in expected]
             assert set(items) == {item for item in wanted if OWN[item] in dict(expected)}
-            np.testing.assert_allclose([dict(expected)[OWN[item]] for item in items], ranked.scores[0][: len(items)], atol=1e-4)
+            np.testing.assert_allclose(
+                [dict(expected)[OWN[item]] for item in items],
+                ranked.scores[0][: len(items)],
+                atol=1e-4,
+            )
             if beam == COUNT and scope == "valid_next" and len(wanted) == COUNT:
                 assert sum(np.exp(score) for _, score in expected) == pytest.approx(1.0)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ilrec_dist.backbone.model import Backbone
-from ilrec_dist.config import BackboneConfig
-from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.gpt import Backbone
 
 NUM_ITEMS, MAX_HISTORY = 60, 6
-SIZES = dict(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.3, dropout=0.5)  # dropout: evaluation must switch it off
+SIZES = dict(
+    num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.3, dropout=0.5
+)  # dropout: evaluation must switch it off
 TIED = BackboneConfig(**SIZES)
 UNTIED = BackboneConfig(**SIZES, tie_embeddings=False, position_embedding="rope")
 
@@ -26,22 +28,30 @@ def toy_catalogue() -> Catalogue:
     return make_catalogue(codes, (5, 6, 7))
 
 
-def toy_data(num_users: int = 23) -> Prepared:
+def toy_data(num_users: int = 23) -> InteractionDataset:
     rng = np.random.default_rng(6)
     sequences = [rng.permutation(NUM_ITEMS)[: rng.integers(3, 12)] for _ in range(num_users)]
     offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
     titles = [f"Item number {item}" for item in range(NUM_ITEMS)]
-    return Prepared(
-        np.concatenate(sequences).astype(np.int32), offsets, [f"u{user}" for user in range(num_users)], [f"i{item}" for item in range(NUM_ITEMS)], titles
+    return InteractionDataset(
+        np.concatenate(sequences).astype(np.int32),
+        offsets,
+        [f"u{user}" for user in range(num_users)],
+        [f"i{item}" for item in range(NUM_ITEMS)],
+        titles,
     )
 
 
 def toy_backbone(catalogue: Catalogue, config: BackboneConfig = TIED) -> Backbone:
-    return Backbone(config, catalogue.vocab_size, (MAX_HISTORY + 1) * catalogue.depth - 1, seed=4).eval()
+    return Backbone(
+        config, catalogue.vocab_size, (MAX_HISTORY + 1) * catalogue.depth - 1, seed=4
+    ).eval()
 
 
 @torch.no_grad()
-def exhaustive_scores(backbone: Backbone, catalogue: Catalogue, trie: Trie, history: np.ndarray, scope: str) -> np.ndarray:
+def exhaustive_scores(
+    backbone: Backbone, catalogue: Catalogue, trie: Trie, history: np.ndarray, scope: str
+) -> np.ndarray:
     """float64 [num_items] Σ log p of every item after one history (item indices), each by a full forward pass, straight from the definition."""
     depth, count = catalogue.depth, catalogue.num_items
     prefix = np.broadcast_to(catalogue.item_tokens(history).ravel(), (count, len(history) * depth))
@@ -49,11 +59,19 @@ def exhaustive_scores(backbone: Backbone, catalogue: Catalogue, trie: Trie, hist
     tokens = torch.from_numpy(np.concatenate([prefix, own[:, :-1]], axis=1).astype(np.int64))
     width = tokens.shape[1]
     rows = (torch.arange(count)[:, None] * width + torch.arange(width - depth, width)).flatten()
-    logits = (backbone(tokens, rows).final.double() @ backbone.head_weight.double().T).view(count, depth, -1)
+    logits = (backbone(tokens, rows).final.double() @ backbone.head_weight.double().T).view(
+        count, depth, -1
+    )
     total = np.zeros(count)
     for item in range(count):
         for p in range(depth):
             indptr, children, _ = trie.children(p, trie.item_node(p, np.array([item])))
-            candidates = torch.from_numpy(children) if scope == "valid_next" else torch.arange(catalogue.vocab_size)
-            total[item] += float(logits[item, p, own[item, p]] - logits[item, p, candidates].logsumexp(0))
+            candidates = (
+                torch.from_numpy(children)
+                if scope == "valid_next"
+                else torch.arange(catalogue.vocab_size)
+            )
+            total[item] += float(
+                logits[item, p, own[item, p]] - logits[item, p, candidates].logsumexp(0)
+            )
     return total

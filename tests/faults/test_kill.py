@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ilrec_dist.config import config_to_dict
-from ilrec_dist.pipeline import execute
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.pipeline.run import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 
@@ -32,15 +32,28 @@ def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     config = tiny_config(
         root / "runs",
-        train={"epochs": EPOCHS, "checkpoint_steps": CHECKPOINT_STEPS, "methods": ["ilrec"], "validate_epochs": EPOCHS},
+        train={
+            "epochs": EPOCHS,
+            "checkpoint_steps": CHECKPOINT_STEPS,
+            "methods": ["ilrec"],
+            "validate_epochs": EPOCHS,
+        },
         launch={"engine": "ray", "workers": 1, "tp": 1, "threads": 1, "device": "cpu"},
         cf={"rewards": "actor"},
     )
     for stage in ("prepare", "index", "cf"):
         execute(dataclasses.replace(config, name="whole"), stage)
     tree = config_to_dict(config)
-    torchrun = {"launch": tree["launch"] | {"engine": "torchrun"}, "cf": tree["cf"] | {"rewards": "in_process"}}
-    for name, changes in (("whole", {}), ("worker-and-actor", {}), ("driver", {}), ("torchrun", torchrun)):
+    torchrun = {
+        "launch": tree["launch"] | {"engine": "torchrun"},
+        "cf": tree["cf"] | {"rewards": "in_process"},
+    }
+    for name, changes in (
+        ("whole", {}),
+        ("worker-and-actor", {}),
+        ("driver", {}),
+        ("torchrun", torchrun),
+    ):
         (root / f"{name}.yaml").write_text(yaml.safe_dump(tree | changes | {"name": name}))
         if name != "whole":
             shutil.copytree(root / "runs" / "whole", root / "runs" / name)
@@ -50,7 +63,12 @@ def place(tmp_path_factory) -> Path:
 
 def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
     log = open(root / f"{name}.log", "a")
-    return subprocess.Popen([sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags], stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ilrec_dist.cli.main", "train", root / f"{name}.yaml", *flags],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
 
 
 def training(root: Path, name: str) -> Path:
@@ -71,12 +89,20 @@ def steps_logged(folder: Path) -> int:
 
 def resumptions(folder: Path) -> list[tuple[int, int]]:
     """(step gone on from, logged steps dropped) of every resumption."""
-    return [(line["step"], int(line["resumed/dropped_steps"])) for line in read_metrics(folder) if "resumed/dropped_steps" in line and line["step"] > 0]
+    return [
+        (line["step"], int(line["resumed/dropped_steps"]))
+        for line in read_metrics(folder)
+        if "resumed/dropped_steps" in line and line["step"] > 0
+    ]
 
 
 def assert_same_as_whole(root: Path, name: str) -> None:
-    expected, found = (load_file(training(root, which) / "final.safetensors") for which in ("whole", name))
-    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    expected, found = (
+        load_file(training(root, which) / "final.safetensors") for which in ("whole", name)
+    )
+    assert expected.keys() == found.keys() and all(
+        torch.equal(expected[key], found[key]) for key in expected
+    )
     total = steps_logged(training(root, "whole"))
     lines = [line["step"] for line in read_metrics(training(root, name)) if "loss/total" in line]
     assert lines[-1] == total and lines == sorted(set(lines))
@@ -87,14 +113,20 @@ def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
     process = run(place, name)
     folder = training(place, name)
     wait_for("step 30", lambda: steps_logged(folder) >= 30, process)
-    (actor,) = [child for child in psutil.Process(process.pid).children(recursive=True) if "RewardActor" in " ".join(child.cmdline())]
+    (actor,) = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RewardActor" in " ".join(child.cmdline())
+    ]
     actor.kill()
     wait_for("step 80 after the actor's death", lambda: steps_logged(folder) >= 80, process)
     victim = int((folder / ".lock").read_text())
     os.kill(victim, signal.SIGKILL)
     assert process.wait(PATIENCE_SECONDS) == 0, (place / f"{name}.log").read_text()[-2000:]
     assert int((folder / ".lock").read_text()) != victim
-    ((step, dropped),) = resumptions(folder)  # by itself, once: the actor's death did not stop the training
+    ((step, dropped),) = resumptions(
+        folder
+    )  # by itself, once: the actor's death did not stop the training
     assert step >= 70 and dropped <= CHECKPOINT_STEPS
     assert_same_as_whole(place, name)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from ilrec_dist.config import config_to_dict
-from ilrec_dist.data.files import sha256_file
-from ilrec_dist.pipeline import execute
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.files import sha256_file
+from ilrec_dist.pipeline.run import execute
 from tests.training.conftest import tiny_config
 
 PATIENCE_SECONDS = 120
@@ -19,7 +19,10 @@ PATIENCE_SECONDS = 120
 
 def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Path) -> None:
     # as many epochs as the workers of a killed driver cannot get through before they end
-    settings = {"cf": {"epochs": 30, "patience": 30, "split_table": True}, "launch": {"workers": 2, "tp": 1}}
+    settings = {
+        "cf": {"epochs": 30, "patience": 30, "split_table": True},
+        "launch": {"workers": 2, "tp": 1},
+    }
     whole = tiny_config(tmp_path / "runs", **settings)
     killed = dataclasses.replace(whole, name="killed")
     for config in (whole, killed):
@@ -27,7 +30,10 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
         execute(config, "index")
     execute(whole, "cf")
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_to_dict(killed)))
-    process = subprocess.Popen([sys.executable, "-m", "ilrec_dist.cli", "cf", tmp_path / "killed.yaml"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ilrec_dist.cli.main", "cf", tmp_path / "killed.yaml"],
+        stdout=subprocess.DEVNULL,
+    )
     until = time.monotonic() + PATIENCE_SECONDS
     while not (killed.run_dir / ".cf.unfinished/full.json").exists():
         assert process.poll() is None and time.monotonic() < until
@@ -39,5 +45,7 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
     execute(killed, "cf")
     assert (killed.run_dir / "cf/full.safetensors").stat().st_mtime_ns == finished
     for name in ("full", "fold0", "fold1"):
-        assert sha256_file(killed.run_dir / f"cf/{name}.safetensors") == sha256_file(whole.run_dir / f"cf/{name}.safetensors")
+        assert sha256_file(killed.run_dir / f"cf/{name}.safetensors") == sha256_file(
+            whole.run_dir / f"cf/{name}.safetensors"
+        )
     assert not [path.name for path in killed.run_dir.iterdir() if path.name.startswith(".cf")]

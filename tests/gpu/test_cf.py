@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.cf.fit import Histories, train_model
-from ilrec_dist.cf.folder import read_model
-from ilrec_dist.cf.table import Split
-from ilrec_dist.config import CFConfig
+from ilrec_dist.cf.config import CFConfig
+from ilrec_dist.cf.sasrec.checkpoint import read_model
+from ilrec_dist.cf.sasrec.fit import Histories, train_model
+from ilrec_dist.cf.sasrec.sharded_table import Split
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def test_a_model_trained_on_the_device_is_about_the_one_trained_on_the_cpu(tmp_path: Path) -> None:
@@ -19,8 +22,16 @@ def test_a_model_trained_on_the_device_is_about_the_one_trained_on_the_cpu(tmp_p
     starts, lengths = np.arange(0, 4000, 10), np.full(400, 8)
     histories = Histories(items, starts, lengths, np.full(400, 8))
     config = CFConfig(epochs=3, dropout=0.0)
-    reports = [train_model(config, Split(50), histories, tmp_path / f"{device}.safetensors", 0, device=device) for device in ("cpu", "cuda")]
+    reports = [
+        train_model(
+            config, Split(50), histories, tmp_path / f"{device}.safetensors", 0, device=device
+        )
+        for device in ("cpu", "cuda")
+    ]
     losses = [[line["loss"] for line in report["curve"]] for report in reports]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    here, there = (read_model(tmp_path / f"{device}.safetensors", config, Split(50)) for device in ("cpu", "cuda"))
+    here, there = (
+        read_model(tmp_path / f"{device}.safetensors", config, Split(50))
+        for device in ("cpu", "cuda")
+    )
     assert torch.allclose(here.items.weight, there.items.weight, atol=1e-2)

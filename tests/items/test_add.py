@@ -9,56 +9,101 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ilrec_dist.cf.folder import catalogue_hash
-from ilrec_dist.config import ItemsConfig
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.collisions import collision_report
-from ilrec_dist.items.report import open_index, report_plot, report_table
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.index_report import open_index, report_plot, report_table
 from tests.items.test_build import words
 
 
 def built(tmp_path, n=96, **settings):
-    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [f"i{item}" for item in range(n)], words(n))
-    build_index(ItemsConfig(**{"levels": 2, "codes_per_level": 16, "collisions": "resolve", "embedding_dim": 16, **settings}), prepared, tmp_path / "old")
-    return prepared
+    dataset = InteractionDataset(
+        np.arange(3, dtype=np.int32),
+        np.array([0, 3]),
+        ["u"],
+        [f"i{item}" for item in range(n)],
+        words(n),
+    )
+    build_index(
+        ItemsConfig(
+            **{
+                "levels": 2,
+                "codes_per_level": 16,
+                "collisions": "resolve",
+                "embedding_dim": 16,
+                **settings,
+            }
+        ),
+        dataset,
+        tmp_path / "old",
+    )
+    return dataset
 
 
 def test_old_codes_stay_and_new_ones_are_distinct_and_fitting(tmp_path):
-    prepared = built(tmp_path)
+    dataset = built(tmp_path)
     old = Catalogue.load(tmp_path / "old")
-    texts = words(104, seed=0)[96:]  # words(104) begins with words(96)' groups: item i belongs to group i % 8
-    report = add_items(tmp_path / "old", prepared, [f"n{item}" for item in range(8)], tmp_path / "new", texts)
+    texts = words(104, seed=0)[
+        96:
+    ]  # words(104) begins with words(96)' groups: item i belongs to group i % 8
+    report = add_items(
+        tmp_path / "old", dataset, [f"n{item}" for item in range(8)], tmp_path / "new", texts
+    )
     new = Catalogue.load(tmp_path / "new")
     assert report["added"] == 8 and new.num_items == 104 and new.level_ranges == old.level_ranges
-    assert (new.codes()[:96] == old.codes()).all() and collision_report(new.codes())["items"] == 0 == report["collisions"]["after"]["items"]
+    assert (new.codes()[:96] == old.codes()).all() and collision_report(new.codes())[
+        "items"
+    ] == 0 == report["collisions"]["after"]["items"]
     index = json.loads((tmp_path / "new" / "index.json").read_text())
-    assert list(index)[-8:] == [f"n{item}" for item in range(8)] and list(index)[:96] == list(prepared.item_ids)
+    assert list(index)[-8:] == [f"n{item}" for item in range(8)] and list(index)[:96] == list(
+        dataset.item_ids
+    )
     fitting = [(new.codes()[96 + item, 0] == new.codes()[item:96:8, 0]).any() for item in range(8)]
     assert np.mean(fitting) > 0.8, "a new item shares its first code with old items of its group"
 
 
 def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
-    prepared = built(tmp_path, levels=1, codes_per_level=16, n=16)
-    with pytest.raises(UserError, match=r"index add: item 'new': the prefix the whole catalogue has no code left at its last level \(16 codes, 1 new"):
-        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new", ["group1 shared1"])
+    dataset = built(tmp_path, levels=1, codes_per_level=16, n=16)
+    with pytest.raises(
+        UserError,
+        match=r"index add: item 'new': the prefix the whole catalogue has no code left at its last level \(16 codes, 1 new",
+    ):
+        add_items(tmp_path / "old", dataset, ["new"], tmp_path / "new", ["group1 shared1"])
     with pytest.raises(UserError, match="item 'i3' is in .*index.json already"):
-        add_items(tmp_path / "old", prepared, ["i3"], tmp_path / "new", ["x"])
+        add_items(tmp_path / "old", dataset, ["i3"], tmp_path / "new", ["x"])
     with pytest.raises(UserError, match="needs titles or texts of the old and the new items"):
-        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new")
+        add_items(tmp_path / "old", dataset, ["new"], tmp_path / "new")
     with pytest.raises(UserError, match="1 and 2 vectors for 16 old and 1 new items"):
-        add_items(tmp_path / "old", prepared, ["new"], tmp_path / "new", vectors=(np.zeros((1, 2)), np.zeros((2, 2))))
+        add_items(
+            tmp_path / "old",
+            dataset,
+            ["new"],
+            tmp_path / "new",
+            vectors=(np.zeros((1, 2)), np.zeros((2, 2))),
+        )
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("ids", [[f"j{item}" for item in range(12)], [f"i{item}" for item in range(11)], [f"i{item}" for item in range(13)]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [f"j{item}" for item in range(12)],
+        [f"i{item}" for item in range(11)],
+        [f"i{item}" for item in range(13)],
+    ],
+)
 def test_an_index_of_other_items_is_refused(tmp_path, ids):
-    prepared = built(tmp_path, n=12, form="atomic")
-    with pytest.raises(UserError, match=r"old: the index was made for other items than the run's prepared data holds; run `ilrec index` again"):
-        add_items(tmp_path / "old", replace(prepared, item_ids=ids), ["x"], tmp_path / "new")
+    dataset = built(tmp_path, n=12, form="atomic")
+    with pytest.raises(
+        UserError,
+        match=r"old: the index was made for other items than the run's prepared data holds; run `ilrec index` again",
+    ):
+        add_items(tmp_path / "old", replace(dataset, item_ids=ids), ["x"], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -72,48 +117,79 @@ def test_an_index_of_other_items_is_refused(tmp_path, ids):
     ],
 )
 def test_an_index_file_that_is_not_the_catalogues_is_refused(tmp_path, change, item):
-    prepared, file = built(tmp_path, n=16), tmp_path / "old/index.json"
+    dataset, file = built(tmp_path, n=16), tmp_path / "old/index.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
-    with pytest.raises(UserError, match=f"index.json: damaged or changed: item {item} does not have the catalogue's codes; remove .*old and run"):
-        add_items(tmp_path / "old", prepared, ["x"], tmp_path / "new", ["group1"])
-    file.write_text(json.dumps({f"i{number}": code for number, code in enumerate(stored_codes(tmp_path / "old") + [["<a_0>", "<b_0>"]])}))
-    with pytest.raises(UserError, match="index.json: damaged or changed: more items than the catalogue's 16"):
-        add_items(tmp_path / "old", prepared, ["x"], tmp_path / "new", ["group1"])
+    with pytest.raises(
+        UserError,
+        match=f"index.json: damaged or changed: item {item} does not have the catalogue's codes; remove .*old and run",
+    ):
+        add_items(tmp_path / "old", dataset, ["x"], tmp_path / "new", ["group1"])
+    file.write_text(
+        json.dumps(
+            {
+                f"i{number}": code
+                for number, code in enumerate(stored_codes(tmp_path / "old") + [["<a_0>", "<b_0>"]])
+            }
+        )
+    )
+    with pytest.raises(
+        UserError, match="index.json: damaged or changed: more items than the catalogue's 16"
+    ):
+        add_items(tmp_path / "old", dataset, ["x"], tmp_path / "new", ["group1"])
 
 
 def stored_codes(folder) -> list[list[str]]:
     catalogue = Catalogue.load(folder)
     names = catalogue.token_names()
-    return [[names[token] for token in row] for row in catalogue.item_tokens(np.arange(catalogue.num_items)).tolist()]
+    return [
+        [names[token] for token in row]
+        for row in catalogue.item_tokens(np.arange(catalogue.num_items)).tolist()
+    ]
 
 
 def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
-    prepared = built(tmp_path, n=12, form="atomic")
-    add_items(tmp_path / "old", prepared, ["x", "y"], tmp_path / "new")
+    dataset = built(tmp_path, n=12, form="atomic")
+    add_items(tmp_path / "old", dataset, ["x", "y"], tmp_path / "new")
     old, new = Catalogue.load(tmp_path / "old"), Catalogue.load(tmp_path / "new")
-    assert new.level_ranges == ((1, 15),) and new.item_tokens(np.arange(14)).ravel().tolist() == list(range(1, 15))
+    assert new.level_ranges == ((1, 15),) and new.item_tokens(
+        np.arange(14)
+    ).ravel().tolist() == list(range(1, 15))
     assert (new.item_tokens(np.arange(12)) == old.item_tokens(np.arange(12))).all()
     index = json.loads((tmp_path / "new" / "index.json").read_text())
     assert list(index.items())[-2:] == [("x", ["<item_12>"]), ("y", ["<item_13>"])]
-    assert catalogue_hash(new) != catalogue_hash(old)  # by which a model is refused codes that it was not trained with
-    more = Prepared(prepared.items, prepared.offsets, ["u"], [*prepared.item_ids, "x", "y"])
+    assert catalogue_hash(new) != catalogue_hash(
+        old
+    )  # by which a model is refused codes that it was not trained with
+    more = InteractionDataset(dataset.items, dataset.offsets, ["u"], [*dataset.item_ids, "x", "y"])
     build_index(ItemsConfig(index=str(tmp_path / "new" / "index.json")), more, tmp_path / "given")
     add_items(tmp_path / "given", more, ["z"], tmp_path / "newer")
     assert Catalogue.load(tmp_path / "newer").codes().ravel().tolist() == list(range(15))
 
 
 def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
-    vectors = np.repeat(np.eye(4, dtype=np.float32), 2, axis=0) + np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * 0.01
-    prepared = Prepared(np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(8)])
-    build_index(ItemsConfig(levels=2, codes_per_level=4, collisions="resolve", embedding="cf"), prepared, tmp_path / "old", vectors)
+    vectors = (
+        np.repeat(np.eye(4, dtype=np.float32), 2, axis=0)
+        + np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * 0.01
+    )
+    dataset = InteractionDataset(
+        np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(8)]
+    )
+    build_index(
+        ItemsConfig(levels=2, codes_per_level=4, collisions="resolve", embedding="cf"),
+        dataset,
+        tmp_path / "old",
+        vectors,
+    )
     new = np.tile(vectors[:1], (2, 1))
-    add_items(tmp_path / "old", prepared, ["a", "b"], tmp_path / "new", vectors=(vectors, new))
+    add_items(tmp_path / "old", dataset, ["a", "b"], tmp_path / "new", vectors=(vectors, new))
     codes = Catalogue.load(tmp_path / "new").codes()
     assert codes[8, 0] == codes[9, 0] == codes[0, 0] and collision_report(codes)["items"] == 0
     with pytest.raises(UserError, match="no code left"):
         add_items(
             tmp_path / "new",
-            Prepared(np.zeros(1, np.int32), np.array([0, 1]), ["u"], [*prepared.item_ids, "a", "b"]),
+            InteractionDataset(
+                np.zeros(1, np.int32), np.array([0, 1]), ["u"], [*dataset.item_ids, "a", "b"]
+            ),
             ["c"],
             tmp_path / "more",
             vectors=(np.vstack([vectors, new]), new[:1]),
@@ -124,7 +200,9 @@ def test_report_as_table_and_picture(tmp_path):
     built(tmp_path)
     report, catalogue = open_index(tmp_path / "old")
     table = report_table(report)
-    assert "96 items, 33 tokens" in table and "collisions after" in table and "rule resolve" in table
+    assert (
+        "96 items, 33 tokens" in table and "collisions after" in table and "rule resolve" in table
+    )
     report_plot(catalogue, tmp_path / "use.svg")
     picture = ElementTree.parse(tmp_path / "use.svg").getroot()
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from ilrec_dist.config import config_to_dict
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.pipeline import execute
+from ilrec_dist.pipeline.run import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.testing.distributed import run_distributed
 from tests.cf.conftest import documented_metrics
-from tests.helpers import run_distributed
 from tests.training.conftest import tiny_config
 from tests.training.test_training import train_here
 
@@ -24,11 +24,15 @@ def test_atomic_ids_train_and_decode_and_stored_rewards_have_the_same_bits(tmp_p
     for name in ("first", "again"):
         run_distributed(train_here, 1, 1, config_to_dict(config), "ilrec", str(tmp_path / name))
         logs.append(read_metrics(tmp_path / name))
-    assert max(line.get("validation/ndcg@10", 0.0) for line in logs[0]) > 0.02, "decoding finds targets: 60 items, and 10 of them are looked at"
+    assert max(line.get("validation/ndcg@10", 0.0) for line in logs[0]) > 0.02, (
+        "decoding finds targets: 60 items, and 10 of them are looked at"
+    )
     last, last_again = ([line for line in log if "rewards/answers" in line][-1] for log in logs)
     assert documented_metrics() <= last.keys()
     assert last["loss/crr"] > 0 and last["rewards/coverage"] > 0.9
-    assert last["rewards/answers"] == 14 and last["rewards/cached"] >= 2, "the second epoch reads what the first computed, but for what is asked ahead"
+    assert last["rewards/answers"] == 14 and last["rewards/cached"] >= 2, (
+        "the second epoch reads what the first computed, but for what is asked ahead"
+    )
     assert last_again["rewards/cached"] == last_again["rewards/answers"] == last["rewards/answers"]
     first, again = (load_file(tmp_path / name / "final.safetensors") for name in ("first", "again"))
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -11,26 +11,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from ilrec_dist.config import DataConfig, ItemsConfig
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
-from ilrec_dist.data.prepared import Prepared, load_prepared
-from ilrec_dist.errors import UserError
-from ilrec_dist.items import embeddings
+from ilrec_dist.items import text_embeddings as embeddings
 from ilrec_dist.items.build import build_index, input_files
 from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions, tuple_groups
-from ilrec_dist.items.embeddings import _terms, item_vectors, text_vectors
-from ilrec_dist.items.quantise import centroid_codebooks, residual_codes
+from ilrec_dist.items.collisions import (
+    collision_report,
+    first_collision,
+    resolve_collisions,
+    tuple_groups,
+)
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.residual_quantizer import centroid_codebooks, residual_codes
+from ilrec_dist.items.text_embeddings import _terms, item_vectors, text_vectors
 from tests.data.shared_data import shared_data
 
 
-def toy(num_items=4, titles=None) -> Prepared:
-    return Prepared(np.arange(num_items, dtype=np.int32), np.array([0, num_items]), ["u"], [str(10 * item) for item in range(num_items)], titles)
+def toy(num_items=4, titles=None) -> InteractionDataset:
+    return InteractionDataset(
+        np.arange(num_items, dtype=np.int32),
+        np.array([0, num_items]),
+        ["u"],
+        [str(10 * item) for item in range(num_items)],
+        titles,
+    )
 
 
 def words(num_items, seed=0):
     random = np.random.default_rng(seed)
-    return [f"group{item % 8} shared{item % 8} kind{item % 24} " + " ".join(f"w{w}" for w in random.integers(200, size=3)) for item in range(num_items)]
+    return [
+        f"group{item % 8} shared{item % 8} kind{item % 24} "
+        + " ".join(f"w{w}" for w in random.integers(200, size=3))
+        for item in range(num_items)
+    ]
 
 
 def write_index_file(path, codes):
@@ -38,18 +54,45 @@ def write_index_file(path, codes):
     return ItemsConfig(index=str(path))
 
 
-CODES = {"0": ["<a_3>", "<b_0>"], "10": ["<a_0>", "<b_2>"], "20": ["<a_0>", "<b_2>"], "30": ["<a_0>", "<b_1>"], "unused": ["<a_9>", "<b_9>"]}
+CODES = {
+    "0": ["<a_3>", "<b_0>"],
+    "10": ["<a_0>", "<b_2>"],
+    "20": ["<a_0>", "<b_2>"],
+    "30": ["<a_0>", "<b_1>"],
+    "unused": ["<a_9>", "<b_9>"],
+}
 
 
 def test_a_given_index_is_read_and_written_back(tmp_path):
     config = write_index_file(tmp_path / "Toy.index.json", CODES)
     report = build_index(config, toy(), tmp_path / "out")
     catalogue = Catalogue.load(tmp_path / "out")
-    assert catalogue.items.tolist() == [3, 1, 2, 0] and catalogue.codes().tolist() == [[3, 0], [0, 2], [0, 2], [0, 1]]
-    assert catalogue.level_ranges == ((1, 11), (11, 21)), "codes of items without interactions keep their place"
-    assert json.loads((tmp_path / "out" / "index.json").read_text()) == {item: CODES[item] for item in ("0", "10", "20", "30")}
-    assert report["collisions"]["before"] == {"items": 2, "share": 0.5, "tuples": 1, "excess_items": 1, "largest_group": 2}
-    assert report["levels"][0] == {"name": "a", "codes": 10, "used": 2, "entropy_bits": pytest.approx(0.811278), "largest": 3}
+    assert catalogue.items.tolist() == [3, 1, 2, 0] and catalogue.codes().tolist() == [
+        [3, 0],
+        [0, 2],
+        [0, 2],
+        [0, 1],
+    ]
+    assert catalogue.level_ranges == ((1, 11), (11, 21)), (
+        "codes of items without interactions keep their place"
+    )
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == {
+        item: CODES[item] for item in ("0", "10", "20", "30")
+    }
+    assert report["collisions"]["before"] == {
+        "items": 2,
+        "share": 0.5,
+        "tuples": 1,
+        "excess_items": 1,
+        "largest_group": 2,
+    }
+    assert report["levels"][0] == {
+        "name": "a",
+        "codes": 10,
+        "used": 2,
+        "entropy_bits": pytest.approx(0.811278),
+        "largest": 3,
+    }
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert input_files(config) == [tmp_path / "Toy.index.json"]
 
@@ -57,11 +100,20 @@ def test_a_given_index_is_read_and_written_back(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        ({item: CODES[item] for item in ("0", "10", "20")}, r"Toy\.index\.json: item '30' of the interactions has no code \(1 such"),
-        ('{"0": ["<a_1>"],\n "10": ["<a_1>"]', r"Toy\.index\.json: malformed JSON at line 2, column 17"),
+        (
+            {item: CODES[item] for item in ("0", "10", "20")},
+            r"Toy\.index\.json: item '30' of the interactions has no code \(1 such",
+        ),
+        (
+            '{"0": ["<a_1>"],\n "10": ["<a_1>"]',
+            r"Toy\.index\.json: malformed JSON at line 2, column 17",
+        ),
         ({**CODES, "20": ["<a_1>"]}, "item '20' has 1 codes, item '0' has 2"),
         ({**CODES, "20": ["<a_1>", "b2"]}, "item '20': code 'b2' is not of the form <a_128>"),
-        ({**CODES, "20": ["<b_1>", "<a_2>"]}, "item '20': code '<b_1>' at level 1, where item '0' has <a_"),
+        (
+            {**CODES, "20": ["<b_1>", "<a_2>"]},
+            "item '20': code '<b_1>' at level 1, where item '0' has <a_",
+        ),
         ({"0": ["<a_1>", "<a_2>"]}, "two levels share a name"),
         ({**CODES, "20": "<a_1>"}, "item '20': expected a list of code tokens"),
         ({}, "holds no items"),
@@ -80,36 +132,68 @@ def test_a_missing_index_is_named(tmp_path):
 
 def test_refuse_names_both_items_and_the_code(tmp_path):
     write_index_file(tmp_path / "Toy.index.json", CODES)
-    with pytest.raises(UserError, match=r"Toy\.index\.json: items '10' and '20' share the code <a_0><b_2>"):
-        build_index(ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"), toy(), tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"Toy\.index\.json: items '10' and '20' share the code <a_0><b_2>"
+    ):
+        build_index(
+            ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"),
+            toy(),
+            tmp_path / "out",
+        )
     distinct = {**CODES, "20": ["<a_0>", "<b_0>"]}
     write_index_file(tmp_path / "Toy.index.json", distinct)
-    assert build_index(ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"), toy(), tmp_path / "out")["collisions"]["resolved_by"] == "none"
+    assert (
+        build_index(
+            ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"),
+            toy(),
+            tmp_path / "out",
+        )["collisions"]["resolved_by"]
+        == "none"
+    )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30),
+    st.booleans(),
+)
 def test_resolved_codes_are_distinct_and_move_as_little_as_they_may(rows, with_vectors):
     codes = np.array(rows, np.int32)
-    vectors = np.random.default_rng(len(rows)).normal(size=(len(rows), 3)).astype(np.float32) if with_vectors else None
-    resolution = resolve_collisions(codes, [3, 4], vectors, centroid_codebooks(vectors, codes, [3, 4]) if with_vectors else None)
+    vectors = (
+        np.random.default_rng(len(rows)).normal(size=(len(rows), 3)).astype(np.float32)
+        if with_vectors
+        else None
+    )
+    resolution = resolve_collisions(
+        codes, [3, 4], vectors, centroid_codebooks(vectors, codes, [3, 4]) if with_vectors else None
+    )
     group, sizes = tuple_groups(codes)
     assert collision_report(resolution.codes)["items"] == 0
     if (sizes == 1).all():
         assert resolution.how == "none" and (resolution.codes == codes).all()
     elif max(np.bincount(codes[:, 0])) > 4:
-        assert resolution.how == "extra level" and resolution.level_sizes == [3, 4, int(sizes.max())]
+        assert resolution.how == "extra level" and resolution.level_sizes == [
+            3,
+            4,
+            int(sizes.max()),
+        ]
         assert (resolution.codes[:, :2] == codes).all()
         for one in range(len(sizes)):
-            assert resolution.codes[group == one, 2].tolist() == list(range(sizes[one])), "numbered in item order"
+            assert resolution.codes[group == one, 2].tolist() == list(range(sizes[one])), (
+                "numbered in item order"
+            )
     else:
         assert resolution.how == "last level" and resolution.level_sizes == [3, 4]
         assert (resolution.codes[:, 0] == codes[:, 0]).all(), "all but the last level are kept"
         alone = sizes[group] == 1
-        assert (resolution.codes[alone] == codes[alone]).all(), "items that collide with none keep their codes"
+        assert (resolution.codes[alone] == codes[alone]).all(), (
+            "items that collide with none keep their codes"
+        )
         changed = (resolution.codes != codes).any(axis=1)
         for one in np.flatnonzero(sizes > 1):
-            assert (~changed[group == one]).sum() == 1 or with_vectors, "one of each group keeps its code"
+            assert (~changed[group == one]).sum() == 1 or with_vectors, (
+                "one of each group keeps its code"
+            )
         assert changed.sum() == resolution.items_changed
 
 
@@ -132,22 +216,28 @@ def test_groups_and_first_collision():
 
 
 def test_built_codes_are_the_same_for_the_same_seed_and_follow_the_texts(tmp_path):
-    prepared = toy(240, words(240))
+    dataset = toy(240, words(240))
     config = ItemsConfig(levels=3, codes_per_level=16, collisions="resolve", embedding_dim=16)
-    report = build_index(config, prepared, tmp_path / "a")
-    build_index(config, prepared, tmp_path / "b")
-    assert (tmp_path / "a" / "index.json").read_bytes() == (tmp_path / "b" / "index.json").read_bytes()
+    report = build_index(config, dataset, tmp_path / "a")
+    build_index(config, dataset, tmp_path / "b")
+    assert (tmp_path / "a" / "index.json").read_bytes() == (
+        tmp_path / "b" / "index.json"
+    ).read_bytes()
     codes = Catalogue.load(tmp_path / "a").codes()
     assert collision_report(codes)["items"] == 0 and report["collisions"]["after"]["items"] == 0
     group = np.arange(240) % 8
     same_code = codes[:, 0][:, None] == codes[:, 0][None, :]
-    assert (group[:, None] == group[None, :])[same_code].mean() > 0.9, "items of one first code share their group's words"
+    assert (group[:, None] == group[None, :])[same_code].mean() > 0.9, (
+        "items of one first code share their group's words"
+    )
 
 
 def test_codes_approximate_their_vectors_better_level_by_level():
     vectors = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
     codes, books = residual_codes(vectors, 3, 16, seed=0)
-    errors = [float((books.residual(vectors, codes, level) ** 2).sum(1).mean()) for level in (0, 1, 2, 3)]
+    errors = [
+        float((books.residual(vectors, codes, level) ** 2).sum(1).mean()) for level in (0, 1, 2, 3)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[3] < 0.5 * errors[0]
 
 
@@ -156,9 +246,21 @@ def test_codes_approximate_their_vectors_better_level_by_level():
     [
         (ItemsConfig(codes_per_level=4), None, "neither titles nor texts"),
         (ItemsConfig(codes_per_level=4), ["", " ", "", ""], "the titles and texts are blank"),
-        (ItemsConfig(codes_per_level=4, embedding="cf"), None, "needs one CF vector for each of the 4 items"),
-        (ItemsConfig(codes_per_level=3), ["oak", "elm", "ash", "fir"], "3 is not a power of two.* try 2"),
-        (ItemsConfig(codes_per_level=8), ["oak", "elm", "ash", "fir"], "8 codes for 4 items; use at most 4"),
+        (
+            ItemsConfig(codes_per_level=4, embedding="cf"),
+            None,
+            "needs one CF vector for each of the 4 items",
+        ),
+        (
+            ItemsConfig(codes_per_level=3),
+            ["oak", "elm", "ash", "fir"],
+            "3 is not a power of two.* try 2",
+        ),
+        (
+            ItemsConfig(codes_per_level=8),
+            ["oak", "elm", "ash", "fir"],
+            "8 codes for 4 items; use at most 4",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_said(tmp_path, config, titles, message):
@@ -171,7 +273,10 @@ def one_word(item):
 
 
 def chinese(item):
-    return "".join("弦琴弓木蓝包"[(item // 6**place) % 6] for place in range(3)) + "吉他架箱"[item % 4] * 3
+    return (
+        "".join("弦琴弓木蓝包"[(item // 6**place) % 6] for place in range(3))
+        + "吉他架箱"[item % 4] * 3
+    )
 
 
 def half_chinese(item):
@@ -182,24 +287,51 @@ def part_numbers(item):
     return f"{('KAB', 'XCD', 'QEF')[item % 3]}{item * 7919 % 1000:04}"
 
 
-@pytest.mark.parametrize(("title", "kinds"), [(one_word, 1), (chinese, 4), (half_chinese, 2), (part_numbers, 3)])
+@pytest.mark.parametrize(
+    ("title", "kinds"), [(one_word, 1), (chinese, 4), (half_chinese, 2), (part_numbers, 3)]
+)
 def test_titles_whose_words_say_little(tmp_path, title, kinds):
     titles = [title(item) for item in range(60)]
     vectors, new = text_vectors(titles, 16, 0, tmp_path, titles[:5])
-    assert np.isfinite(vectors).all() and (np.linalg.norm(vectors, axis=1) > 0.99).all() and np.allclose(new, vectors[:5], atol=1e-5)
+    assert (
+        np.isfinite(vectors).all()
+        and (np.linalg.norm(vectors, axis=1) > 0.99).all()
+        and np.allclose(new, vectors[:5], atol=1e-5)
+    )
     likeness, kind = vectors @ vectors.T, np.arange(60) % kinds
     same = kind[:, None] == kind
-    assert likeness[same].mean() > 0.3 + (likeness[~same].mean() if kinds > 1 else 0.0), "items of one kind are alike"
-    report = build_index(ItemsConfig(levels=2, codes_per_level=8, collisions="resolve"), toy(60, titles), tmp_path / "out")
+    assert likeness[same].mean() > 0.3 + (likeness[~same].mean() if kinds > 1 else 0.0), (
+        "items of one kind are alike"
+    )
+    report = build_index(
+        ItemsConfig(levels=2, codes_per_level=8, collisions="resolve"),
+        toy(60, titles),
+        tmp_path / "out",
+    )
     assert report["collisions"]["after"]["items"] == 0
 
 
 def test_characters_are_taken_only_where_words_say_little():
-    for titles in (words(90), [*words(90), *map(chinese, range(20))], [*words(90), *[""] * 900], [*words(90), *map(part_numbers, range(20))]):
+    for titles in (
+        words(90),
+        [*words(90), *map(chinese, range(20))],
+        [*words(90), *[""] * 900],
+        [*words(90), *map(part_numbers, range(20))],
+    ):
         vectorizer, terms = _terms(lambda titles=titles: iter(titles), 2)
-        expected = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2, dtype=np.float32).fit_transform(titles)
-        assert vectorizer.analyzer == "word" and terms.shape == expected.shape and (terms != expected).nnz == 0
-    for titles in ([*words(60), *map(chinese, range(30))], [*words(60), *map(part_numbers, range(30))], ["the", "of", "of", "a"]):
+        expected = TfidfVectorizer(
+            sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2, dtype=np.float32
+        ).fit_transform(titles)
+        assert (
+            vectorizer.analyzer == "word"
+            and terms.shape == expected.shape
+            and (terms != expected).nnz == 0
+        )
+    for titles in (
+        [*words(60), *map(chinese, range(30))],
+        [*words(60), *map(part_numbers, range(30))],
+        ["the", "of", "of", "a"],
+    ):
         assert _terms(lambda titles=titles: iter(titles), 2)[0].analyzer == "char_wb"
 
 
@@ -208,7 +340,9 @@ def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "FIT_CHARACTERS", 25)
     titles = [chinese(item) + "尾" * 200 + str(item) for item in range(60)]
     vectorizer, terms = _terms(lambda: iter(titles), 2)
-    assert terms.shape[0] == 20 and not any("尾9" in term for term in vectorizer.get_feature_names_out())
+    assert terms.shape[0] == 20 and not any(
+        "尾9" in term for term in vectorizer.get_feature_names_out()
+    )
     vectors, new = text_vectors(titles, 16, 0, tmp_path, titles[:5])
     assert vectors.shape == (60, 16) and np.allclose(new, vectors[:5], atol=1e-5)
     likeness, kind = vectors @ vectors.T, np.arange(60) % 4
@@ -216,26 +350,37 @@ def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
 
 
 def test_cf_vectors_and_both_side_by_side(tmp_path):
-    prepared, vectors = toy(64, words(64)), np.random.default_rng(0).normal(size=(64, 8))
-    build_index(ItemsConfig(codes_per_level=8, embedding="cf"), prepared, tmp_path / "cf", vectors)
-    build_index(ItemsConfig(codes_per_level=8, embedding="text+cf", embedding_dim=8), prepared, tmp_path / "both", vectors)
-    assert (Catalogue.load(tmp_path / "cf").codes() != Catalogue.load(tmp_path / "both").codes()).any()
+    dataset, vectors = toy(64, words(64)), np.random.default_rng(0).normal(size=(64, 8))
+    build_index(ItemsConfig(codes_per_level=8, embedding="cf"), dataset, tmp_path / "cf", vectors)
+    build_index(
+        ItemsConfig(codes_per_level=8, embedding="text+cf", embedding_dim=8),
+        dataset,
+        tmp_path / "both",
+        vectors,
+    )
+    assert (
+        Catalogue.load(tmp_path / "cf").codes() != Catalogue.load(tmp_path / "both").codes()
+    ).any()
 
 
 def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatch):
-    prepared = toy(90, words(90))
+    dataset = toy(90, words(90))
     cf = np.random.default_rng(1).standard_normal((90, 6)).astype(np.float32) * 5
     config = ItemsConfig(embedding="text+cf", embedding_dim=8)
-    at_once = item_vectors(config, prepared, cf, tmp_path)
+    at_once = item_vectors(config, dataset, cf, tmp_path)
     assert at_once.shape == (90, 14) and list(tmp_path.iterdir()) == []
     text, joint_cf = at_once[:, :8], at_once[:, 8:]
     np.testing.assert_allclose(joint_cf, cf / np.sqrt((cf**2).sum(1).mean()), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
     monkeypatch.setattr(embeddings, "AT_ONCE", 16)
-    np.testing.assert_allclose(item_vectors(config, prepared, cf, tmp_path), at_once, rtol=1e-5)
-    monkeypatch.setattr(embeddings, "FIT_DOCUMENTS", 80)  # a sample: another space, in which the same items are alike
-    found = item_vectors(replace(config, embedding="text"), prepared, None, tmp_path)
-    assert np.array_equal(found, item_vectors(replace(config, embedding="text"), prepared, None, tmp_path))
+    np.testing.assert_allclose(item_vectors(config, dataset, cf, tmp_path), at_once, rtol=1e-5)
+    monkeypatch.setattr(
+        embeddings, "FIT_DOCUMENTS", 80
+    )  # a sample: another space, in which the same items are alike
+    found = item_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
+    assert np.array_equal(
+        found, item_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
+    )
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
     likeness, expected = (vectors @ vectors.T for vectors in (found, text))
     assert np.corrcoef(likeness.ravel(), expected.ravel())[0, 1] > 0.9
@@ -244,21 +389,38 @@ def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatc
 def test_atomic_ids_are_one_token_an_item(tmp_path):
     build_index(ItemsConfig(form="atomic"), toy(), tmp_path / "out")
     catalogue = Catalogue.load(tmp_path / "out")
-    assert catalogue.item_tokens(np.arange(4)).tolist() == [[1], [2], [3], [4]] and catalogue.token_names()[1] == "<item_0>"
+    assert (
+        catalogue.item_tokens(np.arange(4)).tolist() == [[1], [2], [3], [4]]
+        and catalogue.token_names()[1] == "<item_0>"
+    )
 
 
 @pytest.mark.parametrize(
     ("folder", "name", "colliding", "largest"),
-    [("instruments", "Instruments", 48, 3), ("scientific", "Scientific", 54, 2), ("scientific", "Scientific.rqvae", 887, 22)],
+    [
+        ("instruments", "Instruments", 48, 3),
+        ("scientific", "Scientific", 54, 2),
+        ("scientific", "Scientific.rqvae", 887, 22),
+    ],
 )
 def test_published_indexes_and_their_repair(tmp_path, folder, name, colliding, largest):
     data = shared_data(folder)
     prepare(DataConfig(format="lcrec", path=str(data)), tmp_path / "data")
-    prepared = load_prepared(tmp_path / "data")
+    dataset = load_dataset(tmp_path / "data")
     index = str(data / f"{name}.index.json")
-    kept = build_index(ItemsConfig(index=index), prepared, tmp_path / "kept")["collisions"]
-    assert (kept["before"]["items"], kept["before"]["largest_group"]) == (colliding, largest) and kept["after"] == kept["before"]
-    report = build_index(ItemsConfig(index=index, collisions="resolve"), prepared, tmp_path / "repaired")["collisions"]
+    kept = build_index(ItemsConfig(index=index), dataset, tmp_path / "kept")["collisions"]
+    assert (kept["before"]["items"], kept["before"]["largest_group"]) == (
+        colliding,
+        largest,
+    ) and kept["after"] == kept["before"]
+    report = build_index(
+        ItemsConfig(index=index, collisions="resolve"), dataset, tmp_path / "repaired"
+    )["collisions"]
     assert report["resolved_by"] == "last level" and report["after"]["items"] == 0
-    before, after = Catalogue.load(tmp_path / "kept").codes(), Catalogue.load(tmp_path / "repaired").codes()
-    assert (before[:, :3] == after[:, :3]).all() and report["items_changed"] == (before != after).any(axis=1).sum() < 1.02 * kept["before"]["excess_items"] + 1
+    before, after = (
+        Catalogue.load(tmp_path / "kept").codes(),
+        Catalogue.load(tmp_path / "repaired").codes(),
+    )
+    assert (before[:, :3] == after[:, :3]).all() and report["items_changed"] == (
+        before != after
+    ).any(axis=1).sum() < 1.02 * kept["before"]["excess_items"] + 1

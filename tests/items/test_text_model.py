@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, PreTrainedTokenizerFast, T5Config, T5Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
+)
 
-from ilrec_dist.config import ItemsConfig
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.build import build_index, input_files
-from ilrec_dist.items.embeddings import load_text_model
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.text_embeddings import load_text_model
 from tests.items.test_build import toy
 
 TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
@@ -24,25 +33,48 @@ TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "oak", "elm", "ash", "table", "chair", "and"])}
+    vocabulary = {
+        word: number
+        for number, word in enumerate(
+            ["[PAD]", "[UNK]", "oak", "elm", "ash", "table", "chair", "and"]
+        )
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32)
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("pooling", [None, "pooling_mode_cls_token", "pooling_mode_lasttoken", "pooling_mode_max_tokens"])
+@pytest.mark.parametrize(
+    "pooling", [None, "pooling_mode_cls_token", "pooling_mode_lasttoken", "pooling_mode_max_tokens"]
+)
 def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
     (model_folder / "1_Pooling").mkdir(exist_ok=True)
-    (model_folder / "1_Pooling" / "config.json").write_text(json.dumps({pooling: True} if pooling else {}))
-    model, ids = BertModel.from_pretrained(model_folder).eval(), {"oak": 2, "elm": 3, "ash": 4, "table": 5, "chair": 6, "and": 7}
+    (model_folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({pooling: True} if pooling else {})
+    )
+    model, ids = (
+        BertModel.from_pretrained(model_folder).eval(),
+        {"oak": 2, "elm": 3, "ash": 4, "table": 5, "chair": 6, "and": 7},
+    )
     expected = []
     for text in TEXTS:
         with torch.inference_mode():
-            hidden = model(torch.tensor([[ids[word] for word in text.split()]])).last_hidden_state[0]
+            hidden = model(torch.tensor([[ids[word] for word in text.split()]])).last_hidden_state[
+                0
+            ]
         pooled = {
             None: hidden.mean(0),
             "pooling_mode_cls_token": hidden[0],
@@ -54,10 +86,16 @@ def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
         assert np.allclose(load_text_model(model_folder, batch)(TEXTS), expected, atol=1e-5)
 
 
-def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_folder, tmp_path, monkeypatch):
+def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(
+    model_folder, tmp_path, monkeypatch
+):
     config = ItemsConfig(text_model=str(model_folder), levels=1, codes_per_level=4)
     loads, load = [], AutoModel.from_pretrained
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *given, **options: loads.append(given) or load(*given, **options))
+    monkeypatch.setattr(
+        AutoModel,
+        "from_pretrained",
+        lambda *given, **options: loads.append(given) or load(*given, **options),
+    )
     report = build_index(config, toy(titles=TEXTS), tmp_path / "out")
     assert len(loads) == 1, "not once more for the new items, of which there are none"
     assert report["collisions"]["after"]["items"] == 0
@@ -69,22 +107,35 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(model_
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], r"no tokenizer \(none of tokenizer.json, vocab.txt\)"),
+        (
+            lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+            r"no tokenizer \(none of tokenizer.json, vocab.txt\)",
+        ),
         (lambda folder: os.truncate(folder / "model.safetensors", 500), "header"),
-        (lambda folder: narrow(folder / "config.json"), r"another model than config.json: embeddings.LayerNorm.bias is \[16\], expected \[32\]"),
-        (lambda folder: deepen(folder / "config.json"), "another model than config.json: there is no encoder.layer.1.attention.output.LayerNorm.bias"),
+        (
+            lambda folder: narrow(folder / "config.json"),
+            r"another model than config.json: embeddings.LayerNorm.bias is \[16\], expected \[32\]",
+        ),
+        (
+            lambda folder: deepen(folder / "config.json"),
+            "another model than config.json: there is no encoder.layer.1.attention.output.LayerNorm.bias",
+        ),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, message):
     shutil.copytree(model_folder, tmp_path / "model")
     damage(tmp_path / "model")
-    with pytest.raises(UserError, match=f"^items.text_model: .*model does not load: .*{message}") as raised:
+    with pytest.raises(
+        UserError, match=f"^items.text_model: .*model does not load: .*{message}"
+    ) as raised:
         load_text_model(tmp_path / "model")
     assert "\n" not in str(raised.value)
 
 
 def deepen(config):
-    config.write_text(config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2')
+    )
 
 
 def narrow(config):
@@ -99,24 +150,44 @@ def test_files_of_inner_folders_count_as_inputs_too(model_folder, tmp_path):
     files = input_files(ItemsConfig(text_model=str(tmp_path / "model")))
     assert all(path.is_file() for path in files) and files == sorted(files)
     found = {str(path.relative_to(tmp_path / "model")) for path in files}
-    assert found >= {"config.json", "1_Pooling/config.json", "0_Transformer/config.json"} and ".cache/huggingface/config.json" not in found
+    assert (
+        found >= {"config.json", "1_Pooling/config.json", "0_Transformer/config.json"}
+        and ".cache/huggingface/config.json" not in found
+    )
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "older sentence-embedding folder"])
 def test_models_of_other_kinds(model_folder, tmp_path, kind):
     torch.manual_seed(1)
     if kind == "decoder":
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        GPTNeoXModel(GPTNeoXConfig(vocab_size=8, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "model")
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        GPTNeoXModel(
+            GPTNeoXConfig(vocab_size=8, max_position_embeddings=32, **sizes)
+        ).save_pretrained(tmp_path / "model")
     elif kind == "encoder-decoder":
-        T5Model(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "model")
+        T5Model(
+            T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ).save_pretrained(tmp_path / "model")
     else:
-        shutil.copytree(model_folder, tmp_path / "model" / "0_Transformer", ignore=shutil.ignore_patterns("1_Pooling"))
+        shutil.copytree(
+            model_folder,
+            tmp_path / "model" / "0_Transformer",
+            ignore=shutil.ignore_patterns("1_Pooling"),
+        )
     if kind != "older sentence-embedding folder":
         for file in model_folder.glob("tokenizer*"):
             shutil.copy(file, tmp_path / "model")
-    vectors = load_text_model(tmp_path / "model")([*TEXTS, "oak " * 300, ""])  # longer than the model takes, and nothing at all
-    assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5)
+    vectors = load_text_model(tmp_path / "model")(
+        [*TEXTS, "oak " * 300, ""]
+    )  # longer than the model takes, and nothing at all
+    assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(
+        np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5
+    )
     assert np.allclose(vectors[:1], load_text_model(tmp_path / "model")(TEXTS[:1]), atol=1e-5)
     assert len(np.unique(vectors[: len(TEXTS)].round(4), axis=0)) == len(TEXTS)
     assert not load_text_model(tmp_path / "model")(["", ""]).any()

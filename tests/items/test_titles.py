@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ilrec_dist.config import ConfigError, ItemsConfig, config_from_dict
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.config.tree import ConfigError
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import END, PAD, Catalogue
-from ilrec_dist.items.report import report_plot, report_table
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.index_report import report_plot, report_table
 from ilrec_dist.items.titles import FIRST, TOKENIZER, load_tokenizer
 from ilrec_dist.items.trie import Trie
 
@@ -30,15 +32,25 @@ TITLES = [
 CONFIG = ItemsConfig(form="titles", title_vocab_size=512)
 
 
-def data(titles: list[str] | None = TITLES) -> Prepared:
+def data(titles: list[str] | None = TITLES) -> InteractionDataset:
     count = len(TITLES)
-    return Prepared(np.arange(count, dtype=np.int32), np.array([0, count]), ["u"], [f"i{item}" for item in range(count)], titles)
+    return InteractionDataset(
+        np.arange(count, dtype=np.int32),
+        np.array([0, count]),
+        ["u"],
+        [f"i{item}" for item in range(count)],
+        titles,
+    )
 
 
 def spelt(catalogue: Catalogue, folder: Path, item: int) -> str:
     tokens = catalogue.item_tokens(np.array(item))
     assert tokens[catalogue.item_lengths(np.array(item)) - 1] == END
-    return load_tokenizer(folder / TOKENIZER, "the test").decode([token - FIRST for token in tokens.tolist() if token >= FIRST]).strip()
+    return (
+        load_tokenizer(folder / TOKENIZER, "the test")
+        .decode([token - FIRST for token in tokens.tolist() if token >= FIRST])
+        .strip()
+    )
 
 
 def test_every_title_is_spelt_and_closed(tmp_path):
@@ -46,16 +58,34 @@ def test_every_title_is_spelt_and_closed(tmp_path):
     catalogue = Catalogue.load(tmp_path / "items")
     for item, title in enumerate(TITLES):
         tokens = catalogue.item_tokens(np.array(item)).tolist()
-        assert tokens.count(END) == 1 and set(tokens[tokens.index(END) + 1 :]) <= {PAD} and PAD not in tokens[: tokens.index(END)]
+        assert (
+            tokens.count(END) == 1
+            and set(tokens[tokens.index(END) + 1 :]) <= {PAD}
+            and PAD not in tokens[: tokens.index(END)]
+        )
         assert catalogue.item_lengths(np.array([item])).tolist() == [tokens.index(END) + 1]
         assert spelt(catalogue, tmp_path / "items", item) == " ".join(title.split())
-    assert catalogue.item_lengths(np.arange(6)).max() == catalogue.depth and PAD not in catalogue.used_tokens() and END in catalogue.used_tokens()
-    assert report["collisions"]["after"] == {"items": 2, "share": 1 / 3, "tuples": 1, "excess_items": 1, "largest_group": 2}  # two spaces or one
+    assert (
+        catalogue.item_lengths(np.arange(6)).max() == catalogue.depth
+        and PAD not in catalogue.used_tokens()
+        and END in catalogue.used_tokens()
+    )
+    assert report["collisions"]["after"] == {
+        "items": 2,
+        "share": 1 / 3,
+        "tuples": 1,
+        "excess_items": 1,
+        "largest_group": 2,
+    }  # two spaces or one
     assert "2 items (33.33%) share 1 tuples" in report_table(report)
-    assert report["levels"][0]["largest"] <= 6 and report["levels"][-1]["largest"] == 1, "titles that have ended are in no level behind"
+    assert report["levels"][0]["largest"] <= 6 and report["levels"][-1]["largest"] == 1, (
+        "titles that have ended are in no level behind"
+    )
     report_plot(catalogue, tmp_path / "plot.svg")
     names = json.loads((tmp_path / "items/index.json").read_text())
-    assert [len(names[f"i{item}"]) for item in range(6)] == catalogue.item_lengths(np.arange(6)).tolist() and names["i2"] == names["i4"]
+    assert [len(names[f"i{item}"]) for item in range(6)] == catalogue.item_lengths(
+        np.arange(6)
+    ).tolist() and names["i2"] == names["i4"]
     assert names["i0"][-1] == "<end>" and catalogue.token_names()[:2] == ["<pad>", "<end>"]
 
 
@@ -67,13 +97,18 @@ def test_a_prefix_leads_to_the_titles_that_go_on_with_it(tmp_path):
     for item, tokens in enumerate(own):
         for depth in range(len(tokens)):
             _, children, _ = trie.children(depth, trie.item_node(depth, np.array([item])))
-            assert children.tolist() == sorted({other[depth] for other in own if other[:depth] == tokens[:depth]})
+            assert children.tolist() == sorted(
+                {other[depth] for other in own if other[:depth] == tokens[:depth]}
+            )
 
 
 def test_the_same_titles_give_the_same_tokens(tmp_path):
     for name in ("a", "b"):
         build_index(CONFIG, data(), tmp_path / name)
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in ("tokens.npy", "tokenizer.json", "catalogue.json"))
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in ("tokens.npy", "tokenizer.json", "catalogue.json")
+    )
 
 
 def test_long_titles_are_cut(tmp_path):
@@ -91,11 +126,17 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="items 'i2' and 'i4' have the same title within 32 tokens"):
         build_index(replace(CONFIG, collisions="refuse"), data(), tmp_path / "items")
     with pytest.raises(UserError, match=r"items\.tokenizer"):
-        build_index(replace(CONFIG, tokenizer=str(tmp_path / "none.json")), data(), tmp_path / "items")
+        build_index(
+            replace(CONFIG, tokenizer=str(tmp_path / "none.json")), data(), tmp_path / "items"
+        )
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(UserError, match=r"broken\.json: not a tokenizer\.json \(items\.tokenizer\)"):
-        build_index(replace(CONFIG, tokenizer=str(tmp_path / "broken.json")), data(), tmp_path / "items")
+    with pytest.raises(
+        UserError, match=r"broken\.json: not a tokenizer\.json \(items\.tokenizer\)"
+    ):
+        build_index(
+            replace(CONFIG, tokenizer=str(tmp_path / "broken.json")), data(), tmp_path / "items"
+        )
     for section, values, key in (
         ("items", {"collisions": "resolve"}, "items.collisions"),
         ("items", {"index": "x.index.json"}, "items.index"),
@@ -114,24 +155,50 @@ def test_a_given_tokenizer_neither_pads_nor_cuts(tmp_path):
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "given.json"))
     build_index(replace(CONFIG, tokenizer=str(tmp_path / "given.json")), data(), tmp_path / "again")
-    assert (tmp_path / "again/tokens.npy").read_bytes() == (tmp_path / "items/tokens.npy").read_bytes()
+    assert (tmp_path / "again/tokens.npy").read_bytes() == (
+        tmp_path / "items/tokens.npy"
+    ).read_bytes()
 
 
 def test_new_items_are_spelt_in_the_old_pieces(tmp_path):
     build_index(CONFIG, data(), tmp_path / "old")
-    add_items(tmp_path / "old", data(), ["n0"], tmp_path / "new", new_titles=["Dark violin strings"])
-    add_items(tmp_path / "new", replace(data(), item_ids=[*data().item_ids, "n0"]), ["n1"], tmp_path / "newer", new_titles=["Köln 東京 " + "guitar " * 99])
+    add_items(
+        tmp_path / "old", data(), ["n0"], tmp_path / "new", new_titles=["Dark violin strings"]
+    )
+    add_items(
+        tmp_path / "new",
+        replace(data(), item_ids=[*data().item_ids, "n0"]),
+        ["n1"],
+        tmp_path / "newer",
+        new_titles=["Köln 東京 " + "guitar " * 99],
+    )
     old, new = Catalogue.load(tmp_path / "old"), Catalogue.load(tmp_path / "newer")
     assert new.depth == 33 > old.depth and new.pieces == old.pieces and new.num_items == 8
-    assert all(new.item_tokens(np.array(item))[: old.depth].tolist() == old.item_tokens(np.array(item)).tolist() for item in range(6))
+    assert all(
+        new.item_tokens(np.array(item))[: old.depth].tolist()
+        == old.item_tokens(np.array(item)).tolist()
+        for item in range(6)
+    )
     assert (new.item_lengths(np.arange(6)) == old.item_lengths(np.arange(6))).all()
-    assert spelt(new, tmp_path / "newer", 6) == "Dark violin strings" and spelt(new, tmp_path / "newer", 7).startswith("Köln 東京 guitar")
+    assert spelt(new, tmp_path / "newer", 6) == "Dark violin strings" and spelt(
+        new, tmp_path / "newer", 7
+    ).startswith("Köln 東京 guitar")
     with pytest.raises(UserError, match="item 'n2' has no title"):
         add_items(tmp_path / "old", data(), ["n2"], tmp_path / "more", new_titles=[""])
     with pytest.raises(UserError, match="item 'n2' has no title"):
         add_items(tmp_path / "old", data(), ["n2"], tmp_path / "more")
     longer = data([*TITLES[:5], "Accordion"])
-    build_index(replace(CONFIG, tokenizer=str(tmp_path / "newer/tokenizer.json")), longer, tmp_path / "again")
+    build_index(
+        replace(CONFIG, tokenizer=str(tmp_path / "newer/tokenizer.json")),
+        longer,
+        tmp_path / "again",
+    )
     again = Catalogue.load(tmp_path / "again")
-    assert all((again.item_tokens(np.array(item))[:4] == old.item_tokens(np.array(item))[:4]).all() for item in range(5)) and again.pieces == old.pieces
+    assert (
+        all(
+            (again.item_tokens(np.array(item))[:4] == old.item_tokens(np.array(item))[:4]).all()
+            for item in range(5)
+        )
+        and again.pieces == old.pieces
+    )
     assert spelt(again, tmp_path / "again", 5) == "Accordion"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -19,7 +19,9 @@ from ilrec_dist.items.trie import Trie
 @st.composite
 def code_tables(draw):
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    rows = draw(st.lists(st.tuples(*(st.integers(0, size - 1) for size in sizes)), min_size=1, max_size=40))
+    rows = draw(
+        st.lists(st.tuples(*(st.integers(0, size - 1) for size in sizes)), min_size=1, max_size=40)
+    )
     return np.array(rows, np.int32), sizes
 
 
@@ -48,11 +50,18 @@ def test_catalogue_is_in_code_order_with_ties_by_item(table):
     assert catalogue.items.tolist() == expected
     assert (catalogue.items[catalogue.position] == np.arange(len(codes))).all()
     assert (catalogue.codes() == codes).all()
-    assert catalogue.level_ranges[0][0] == 1 and catalogue.vocab_size == 1 + sum(sizes) == len(catalogue.token_names())
-    assert all(one[1] == two[0] for one, two in zip(catalogue.level_ranges, catalogue.level_ranges[1:], strict=False))
+    assert catalogue.level_ranges[0][0] == 1 and catalogue.vocab_size == 1 + sum(sizes) == len(
+        catalogue.token_names()
+    )
+    assert all(
+        one[1] == two[0]
+        for one, two in zip(catalogue.level_ranges, catalogue.level_ranges[1:], strict=False)
+    )
     letters = "abcd"
     names = catalogue.token_names()
-    assert [names[token] for token in catalogue.item_tokens(0)] == [f"<{letters[level]}_{code}>" for level, code in enumerate(codes[0])]
+    assert [names[token] for token in catalogue.item_tokens(0)] == [
+        f"<{letters[level]}_{code}>" for level, code in enumerate(codes[0])
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,26 +75,50 @@ def test_trie_agrees_with_a_dictionary_of_prefixes(table, random):
         assert trie.num_nodes(depth) == len(prefixes)
         items_ptr, items = trie.range_items(depth, nodes)
         for row, node in enumerate(nodes):
-            assert sorted(items[items_ptr[row] : items_ptr[row + 1]]) == reference.items[prefixes[node]]
-        assert [prefixes[node] for node in trie.item_node(depth, np.arange(catalogue.num_items))] == [
-            tuple(catalogue.item_tokens(item)[:depth].tolist()) for item in range(catalogue.num_items)
+            assert (
+                sorted(items[items_ptr[row] : items_ptr[row + 1]])
+                == reference.items[prefixes[node]]
+            )
+        assert [
+            prefixes[node] for node in trie.item_node(depth, np.arange(catalogue.num_items))
+        ] == [
+            tuple(catalogue.item_tokens(item)[:depth].tolist())
+            for item in range(catalogue.num_items)
         ]
         if depth == catalogue.depth:
             leaf_ptr, leaves = trie.leaf_items(nodes)
             for row, node in enumerate(nodes):
-                assert leaves[leaf_ptr[row] : leaf_ptr[row + 1]].tolist() == reference.items[prefixes[node]], "tied items in item order"
+                assert (
+                    leaves[leaf_ptr[row] : leaf_ptr[row + 1]].tolist()
+                    == reference.items[prefixes[node]]
+                ), "tied items in item order"
             break
-        assert all(prefix[-1] == token for prefix, token in zip(reference.prefixes(depth + 1), trie.node_token[depth + 1], strict=True))
+        assert all(
+            prefix[-1] == token
+            for prefix, token in zip(
+                reference.prefixes(depth + 1), trie.node_token[depth + 1], strict=True
+            )
+        )
         indptr, tokens, children = trie.children(depth, nodes)
         assert indptr.dtype == tokens.dtype == children.dtype == np.int64
-        assert all((one == two).all() for one, two in zip(trie.candidates(depth, nodes), (indptr, tokens), strict=True))
+        assert all(
+            (one == two).all()
+            for one, two in zip(trie.candidates(depth, nodes), (indptr, tokens), strict=True)
+        )
         alike = np.repeat(nodes[:1], 5)
-        assert all((one == two).all() for one, two in zip(trie.candidates(depth, alike), trie.children(depth, alike)[:2], strict=True))
+        assert all(
+            (one == two).all()
+            for one, two in zip(
+                trie.candidates(depth, alike), trie.children(depth, alike)[:2], strict=True
+            )
+        )
         below = reference.prefixes(depth + 1)
         for row, node in enumerate(nodes):
             chosen = slice(indptr[row], indptr[row + 1])
             assert tokens[chosen].tolist() == sorted(reference.next[prefixes[node]])
-            assert [below[child] for child in children[chosen]] == [(*prefixes[node], token) for token in tokens[chosen].tolist()]
+            assert [below[child] for child in children[chosen]] == [
+                (*prefixes[node], token) for token in tokens[chosen].tolist()
+            ]
         trial = np.arange(catalogue.vocab_size + 1)[:, None]
         for (token,), row_nodes in zip(trial, trie.step(depth, nodes[None, :], trial), strict=True):
             for node, child in zip(nodes, row_nodes, strict=True):
@@ -100,9 +133,16 @@ def test_target_candidates_are_the_children_of_every_prefix_of_the_target(table,
     trie, reference = Trie(catalogue), PrefixReference(catalogue)
     targets = np.array(targets, np.int64) % catalogue.num_items
     indptr, tokens = trie.target_candidates(targets)
-    expected = [sorted(reference.next[tuple(catalogue.item_tokens(target)[:depth].tolist())]) for target in targets for depth in range(catalogue.depth)]
+    expected = [
+        sorted(reference.next[tuple(catalogue.item_tokens(target)[:depth].tolist())])
+        for target in targets
+        for depth in range(catalogue.depth)
+    ]
     assert [tokens[a:b].tolist() for a, b in zip(indptr[:-1], indptr[1:], strict=True)] == expected
-    assert indptr.dtype == tokens.dtype == np.int64 and len(indptr) == len(targets) * catalogue.depth + 1
+    assert (
+        indptr.dtype == tokens.dtype == np.int64
+        and len(indptr) == len(targets) * catalogue.depth + 1
+    )
 
 
 def test_step_from_no_node_is_no_node():
@@ -116,8 +156,16 @@ def test_save_and_load_round_trip_and_damage_is_named(tmp_path):
     catalogue.save(tmp_path)
     loaded = Catalogue.load(tmp_path)
     for name in ("tokens", "items", "position"):
-        assert (getattr(loaded, name) == getattr(catalogue, name)).all() and getattr(loaded, name).dtype == np.int32
-    assert loaded.level_ranges == catalogue.level_ranges and loaded.token_names() == ["<pad>", "<x_0>", "<x_1>", "<y_0>", "<y_1>"]
+        assert (getattr(loaded, name) == getattr(catalogue, name)).all() and getattr(
+            loaded, name
+        ).dtype == np.int32
+    assert loaded.level_ranges == catalogue.level_ranges and loaded.token_names() == [
+        "<pad>",
+        "<x_0>",
+        "<x_1>",
+        "<y_0>",
+        "<y_1>",
+    ]
     data = bytearray((tmp_path / "tokens.npy").read_bytes())
     data[-1] ^= 1
     (tmp_path / "tokens.npy").write_bytes(data)
@@ -143,7 +191,9 @@ def test_a_stored_trie_is_the_trie(table):
         for one, two in zip(arrays_of(built), arrays_of(stored), strict=True):
             assert one.dtype == two.dtype and one.tolist() == two.tolist()
         items = np.arange(len(table[0]))
-        for one, two in zip(built.target_candidates(items), stored.target_candidates(items), strict=True):
+        for one, two in zip(
+            built.target_candidates(items), stored.target_candidates(items), strict=True
+        ):
             assert one.tolist() == two.tolist()
         assert stored.nbytes == built.nbytes
 
@@ -153,7 +203,12 @@ def test_stored_arrays_are_mapped_and_damage_is_named(tmp_path):
     catalogue.save(tmp_path)
     Trie(catalogue).save(tmp_path)
     loaded = Catalogue.load(tmp_path)
-    for array in (loaded.tokens, loaded.items, loaded.position, *Trie.load(tmp_path, loaded).node_start):
+    for array in (
+        loaded.tokens,
+        loaded.items,
+        loaded.position,
+        *Trie.load(tmp_path, loaded).node_start,
+    ):
         while isinstance(array.base, np.ndarray):
             array = array.base
         assert isinstance(array, np.memmap)
@@ -173,7 +228,9 @@ def test_a_catalogue_of_the_first_format_still_loads(tmp_path):
     (tmp_path / "catalogue.json").write_text(json.dumps(meta | {"version": 1}))
     loaded = Catalogue.load(tmp_path)
     assert loaded.position.tolist() == catalogue.position.tolist()
-    for one, two in zip(arrays_of(Trie.load(tmp_path, loaded)), arrays_of(Trie(catalogue)), strict=True):
+    for one, two in zip(
+        arrays_of(Trie.load(tmp_path, loaded)), arrays_of(Trie(catalogue)), strict=True
+    ):
         assert one.tolist() == two.tolist()
 
 
@@ -185,6 +242,8 @@ def test_codes_outside_their_level_are_refused():
 
 def test_large_trie_stays_small():
     random = np.random.default_rng(0)
-    codes = np.column_stack([random.integers(256, size=(200_000, 2)), random.integers(16, size=(200_000, 2))])  # as dense per prefix as 10⁷ items in 4 × 256
+    codes = np.column_stack(
+        [random.integers(256, size=(200_000, 2)), random.integers(16, size=(200_000, 2))]
+    )  # as dense per prefix as 10⁷ items in 4 × 256
     trie = Trie(make_catalogue(codes, [256, 256, 16, 16]))
     assert trie.nbytes / trie.catalogue.num_items <= 24

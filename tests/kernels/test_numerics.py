@@ -15,9 +15,23 @@ from tests.kernels.cases import Case, distance, make_case, run_case
 
 def bf16_case(std: float, **options) -> Case:
     """Layers that have nearly settled, as the last ones have: the difference p^l − p^L is small against either."""
-    case = make_case(n=48, d=64, v=500, std=std, dtype=torch.bfloat16, distill_scope="all", negative_scope="all", **options)
+    case = make_case(
+        n=48,
+        d=64,
+        v=500,
+        std=std,
+        dtype=torch.bfloat16,
+        distill_scope="all",
+        negative_scope="all",
+        **options,
+    )
     g = torch.Generator().manual_seed(1)
-    near = [(case.hidden[0] + 0.1 / std**0.5 * torch.randn(case.hidden[0].shape, generator=g)).bfloat16() for _ in case.hidden[1:]]
+    near = [
+        (
+            case.hidden[0] + 0.1 / std**0.5 * torch.randn(case.hidden[0].shape, generator=g)
+        ).bfloat16()
+        for _ in case.hidden[1:]
+    ]
     return replace(case, hidden=[case.hidden[0], *near])
 
 
@@ -34,11 +48,16 @@ def test_distillation_gradient_with_bf16_inputs(std):
     ours, truth = run_case(case, "torch"), run_case(case, "reference")
     fine = replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double())
     exact = run_case(fine, "reference")
-    assert distance(ours.output.cpd, exact.output.cpd) < 1e-3  # a KL of 0.01 a row out of logits of up to 100 in fp32
+    assert (
+        distance(ours.output.cpd, exact.output.cpd) < 1e-3
+    )  # a KL of 0.01 a row out of logits of up to 100 in fp32
     for layer in range(1, len(case.hidden)):
         assert distance(ours.hidden[layer], exact.hidden[layer]) <= 5e-3
         assert distance(truth.hidden[layer], exact.hidden[layer]) <= 5e-3
-    assert min(distance(r, e) for r, e in zip(rounded_gradients(case), exact.hidden[1:], strict=True)) > 2e-2
+    assert (
+        min(distance(r, e) for r, e in zip(rounded_gradients(case), exact.hidden[1:], strict=True))
+        > 2e-2
+    )
 
 
 def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
@@ -46,7 +65,9 @@ def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
     o, leaves = case.options, [t.clone().requires_grad_() for t in (*case.hidden, case.head)]
     z = [(h @ leaves[-1].T).float() for h in leaves[:-1]]
     scope = scopes(case.targets, case.lists, o)
-    fixed = constants(z, scope, dense_rewards(len(case.targets), case.lists, case.rewards, o, torch.float32), o)
+    fixed = constants(
+        z, scope, dense_rewards(len(case.targets), case.lists, case.rewards, o, torch.float32), o
+    )
     cpo, kl, crr = row_losses(z, scope, fixed, o)
     loss = (cpo + o.crr_lambda * crr + (o.mu * kl.mean(0) if o.mu > 0 else 0.0)).sum()
     loss.backward()
@@ -54,17 +75,27 @@ def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
 
 
 @pytest.mark.parametrize(
-    "terms", [dict(beta=0.0, mu=0.0, crr_lambda=0.0), dict(mu=0.5, crr_lambda=0.3), dict(mu=0.5, crr_lambda=0.3, softmax_scope="valid_next")]
+    "terms",
+    [
+        dict(beta=0.0, mu=0.0, crr_lambda=0.0),
+        dict(mu=0.5, crr_lambda=0.3),
+        dict(mu=0.5, crr_lambda=0.3, softmax_scope="valid_next"),
+    ],
 )
 @pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
 def test_losses_and_gradients_against_torch_in_bf16(std, terms):
     """At most 3× torch's own error for the loss, 2× for gradients, both against fp64 of the same bf16 inputs."""
     case = bf16_case(std, **terms)
-    exact = run_case(replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()), "reference")
+    exact = run_case(
+        replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()),
+        "reference",
+    )
     ours, (loss, gradients) = run_case(case, "torch"), torch_in_bf16(case)
     truth = exact.output.loss.detach()
     assert distance(ours.output.loss.detach(), truth) <= 3 * distance(loss, truth) + 1e-5
-    for mine, theirs, true in zip([*ours.hidden, ours.head], gradients, [*exact.hidden, exact.head], strict=True):
+    for mine, theirs, true in zip(
+        [*ours.hidden, ours.head], gradients, [*exact.hidden, exact.head], strict=True
+    ):
         assert distance(mine, true) <= 2 * distance(theirs, true) + 1e-4
 
 
@@ -76,7 +107,9 @@ def test_the_heads_gradient_accumulates_in_fp32():
     lists = TokenLists(torch.zeros(n + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     options = LossOptions(vocab_size=64, beta=0.0, mu=0.0, crr_lambda=0.0, workspace_bytes=16_384)
     case = Case([hidden], head, torch.zeros(n, dtype=torch.int64), lists, torch.zeros(0), options)
-    expected = n * (1 / 64 - torch.nn.functional.one_hot(torch.tensor(0), 64).double())[:, None].expand(-1, d)
+    expected = n * (1 / 64 - torch.nn.functional.one_hot(torch.tensor(0), 64).double())[
+        :, None
+    ].expand(-1, d)
     assert distance(run_case(case).head, expected) < 4e-3
 
 
@@ -85,10 +118,20 @@ def test_a_wide_gradient_buffer_keeps_fp32():
     case = make_case(n=20, dtype=torch.bfloat16)
     head = case.head.clone().requires_grad_()
     head.grad_dtype = torch.float32
-    fine = run_case(replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()))
+    fine = run_case(
+        replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double())
+    )
     from ilrec_kernels import cross_layer_loss
 
     for _ in range(3):
-        cross_layer_loss(case.hidden[0], case.hidden[1:], head, case.targets, case.lists, case.rewards, case.options).loss.backward()
+        cross_layer_loss(
+            case.hidden[0],
+            case.hidden[1:],
+            head,
+            case.targets,
+            case.lists,
+            case.rewards,
+            case.options,
+        ).loss.backward()
     assert head.grad is not None and head.grad.dtype == torch.float32
     assert distance(head.grad, 3 * fine.head) < 1e-5

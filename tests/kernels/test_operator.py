@@ -21,12 +21,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.cases import Case, assert_close, distance, make_case, run_case
 
 SCATTERED = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 56])
-SCOPES = list(itertools.product(["valid_next", "item_tokens", "all"], ["all", "valid_next"], ["item_tokens", "valid_next", "all"]))
+SCOPES = list(
+    itertools.product(
+        ["valid_next", "item_tokens", "all"],
+        ["all", "valid_next"],
+        ["item_tokens", "valid_next", "all"],
+    )
+)
 
 
 @pytest.mark.parametrize("negatives,softmax,distill", SCOPES)
 def test_scopes_agree_with_the_reference(negatives, softmax, distill):
-    combinations = itertools.product(["additive", "multiplicative"], ["intermediate", "final"], [(1, 58), SCATTERED])
+    combinations = itertools.product(
+        ["additive", "multiplicative"], ["intermediate", "final"], [(1, 58), SCATTERED]
+    )
     for i, (penalty, source, items) in enumerate(combinations):
         dtype, tolerance = (torch.float32, 1e-5) if i % 3 else (torch.float64, 1e-9)
         case = make_case(
@@ -39,7 +47,9 @@ def test_scopes_agree_with_the_reference(negatives, softmax, distill):
 @pytest.mark.parametrize("softmax", ["all", "valid_next"])
 @pytest.mark.parametrize("beta,mu,lam", [(0, 0, 0), (1, 0, 0), (0, 0.1, 0), (0, 0, 0.2)])
 def test_terms_alone(softmax, beta, mu, lam):
-    case = make_case(n=50, softmax_scope=softmax, beta=beta, mu=mu, crr_lambda=lam, dtype=torch.float64)
+    case = make_case(
+        n=50, softmax_scope=softmax, beta=beta, mu=mu, crr_lambda=lam, dtype=torch.float64
+    )
     assert_close(run_case(case, "torch"), run_case(case, "reference"), 1e-9)
 
 
@@ -52,7 +62,9 @@ def test_without_terms_it_is_cross_entropy(backend, softmax):
     logits = hidden @ head.T
     if softmax == "valid_next":
         rows = torch.repeat_interleave(torch.arange(len(case.targets)), case.lists.indptr.diff())
-        mask = torch.zeros_like(logits, dtype=torch.bool).index_put_((rows, case.lists.tokens), torch.tensor(True))
+        mask = torch.zeros_like(logits, dtype=torch.bool).index_put_(
+            (rows, case.lists.tokens), torch.tensor(True)
+        )
         logits = logits.masked_fill(~mask, -torch.inf)
     loss = F.cross_entropy(logits, case.targets, reduction="sum")
     loss.backward()
@@ -73,7 +85,18 @@ def test_empty_negatives_everywhere_is_cross_entropy_plus_distillation():
 @pytest.mark.parametrize("penalty", ["additive", "multiplicative"])
 @pytest.mark.parametrize("softmax", ["all", "valid_next"])
 def test_gradcheck_with_the_stop_gradients_held_fixed(penalty, softmax):
-    case = make_case(n=5, d=4, v=11, penalty=penalty, softmax_scope=softmax, mu=0.7, crr_lambda=0.5, max_negatives=2, dtype=torch.float64, item_tokens=(1, 9))
+    case = make_case(
+        n=5,
+        d=4,
+        v=11,
+        penalty=penalty,
+        softmax_scope=softmax,
+        mu=0.7,
+        crr_lambda=0.5,
+        max_negatives=2,
+        dtype=torch.float64,
+        item_tokens=(1, 9),
+    )
     o = case.options
     scope = scopes(case.targets, case.lists, o)
     rewards = dense_rewards(5, case.lists, case.rewards, o, torch.float64)
@@ -96,9 +119,16 @@ def awkward() -> dict[str, Case]:
     base = make_case(n=24, v=90, max_negatives=4, crr_lambda=0.3)
     o, zero = base.options, torch.zeros_like(base.hidden[0])
     peaked = replace(base, head=base.head * 15)
-    negative = replace(base, hidden=[h.abs() + 0.1 for h in base.hidden], head=-base.head.abs() * 3, options=replace(o, penalty="multiplicative"))
+    negative = replace(
+        base,
+        hidden=[h.abs() + 0.1 for h in base.hidden],
+        head=-base.head.abs() * 3,
+        options=replace(o, penalty="multiplicative"),
+    )
     tied = replace(base, hidden=[zero, zero, zero])
-    twins = replace(base, head=base.head.repeat_interleave(2, 0)[:90])  # every token has an equal neighbour
+    twins = replace(
+        base, head=base.head.repeat_interleave(2, 0)[:90]
+    )  # every token has an equal neighbour
     dense = replace(o, negative_scope="item_tokens")
     few = base.lists.tokens.clone()
     outside = TokenLists(base.lists.indptr, few)  # targets that their lists lack
@@ -115,14 +145,22 @@ def awkward() -> dict[str, Case]:
         "twins dense": replace(twins, options=dense),
         "more than k": replace(base, options=replace(o, negative_threshold=1e-6, max_negatives=2)),
         "y not a candidate": replace(base, targets=targets, lists=outside),
-        "y not an item": replace(base, targets=torch.full_like(base.targets, 88), options=replace(dense, distill_scope="item_tokens")),
+        "y not an item": replace(
+            base,
+            targets=torch.full_like(base.targets, 88),
+            options=replace(dense, distill_scope="item_tokens"),
+        ),
         "no candidates": replace(base, lists=no_lists, rewards=torch.zeros(0)),
         "one row": make_case(n=1),
         "no rows": make_case(n=0),
         "one token": make_case(v=1, item_tokens=(0, 1)),
         "padded head": replace(base, head=torch.cat([base.head, torch.full((7, 16), 50.0)])),
-        "k of 128": make_case(n=9, v=700, max_negatives=128, negative_scope="all", negative_threshold=1e-4),
-        "two passes": make_case(n=9, v=3000, max_negatives=5, negative_scope="all", negative_threshold=0.5),
+        "k of 128": make_case(
+            n=9, v=700, max_negatives=128, negative_scope="all", negative_threshold=1e-4
+        ),
+        "two passes": make_case(
+            n=9, v=3000, max_negatives=5, negative_scope="all", negative_threshold=0.5
+        ),
     }
     return cases
 
@@ -133,14 +171,34 @@ def test_awkward_inputs(name, softmax):
     case = awkward()[name]
     case = replace(case, options=replace(case.options, softmax_scope=softmax))
     ours, truth = run_case(case, "torch"), run_case(case, "reference")
-    assert all(torch.isfinite(t).all() for t in (ours.output.loss, *(g for g in (ours.head, *ours.hidden) if g is not None)))
+    assert all(
+        torch.isfinite(t).all()
+        for t in (ours.output.loss, *(g for g in (ours.head, *ours.hidden) if g is not None))
+    )
     assert_close(ours, truth, 1e-5, floor=1e-2)
 
 
-@pytest.mark.parametrize("penalty,beta,offset", [("additive", 1.0, 0), ("additive", 60.0, 0), ("multiplicative", 0.1, 0), ("multiplicative", 60.0, -30.0)])
+@pytest.mark.parametrize(
+    "penalty,beta,offset",
+    [
+        ("additive", 1.0, 0),
+        ("additive", 60.0, 0),
+        ("multiplicative", 0.1, 0),
+        ("multiplicative", 60.0, -30.0),
+    ],
+)
 def test_negatives_that_hold_nearly_all_the_mass(penalty, beta, offset):
     """The last pushes H far down, so that what is left is all there is: as the difference of two sums it would be a few per cent wrong."""
-    case = make_case(n=32, v=64, std=1.0, negative_scope="all", max_negatives=8, penalty=penalty, beta=beta, crr_lambda=0.3)
+    case = make_case(
+        n=32,
+        v=64,
+        std=1.0,
+        negative_scope="all",
+        max_negatives=8,
+        penalty=penalty,
+        beta=beta,
+        crr_lambda=0.3,
+    )
     head = case.head.clone()
     for h in case.hidden:
         h[:, 0] = 1.0
@@ -170,13 +228,26 @@ def test_reductions_and_upstream_gradients():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recompute_and_no_grad_count_once(reentrant, reduction):
     case = make_case(dtype=torch.float64)
-    weight = torch.arange(1.0, 38.0, dtype=torch.float64) if reduction == "none" else torch.tensor(0.25, dtype=torch.float64)
+    weight = (
+        torch.arange(1.0, 38.0, dtype=torch.float64)
+        if reduction == "none"
+        else torch.tensor(0.25, dtype=torch.float64)
+    )
     expected = run_case(case, upstream=weight, reduction=reduction)
     hidden = [h.clone().requires_grad_() for h in case.hidden]
     head = case.head.clone().requires_grad_()
 
     def loss(*tensors):
-        return cross_layer_loss(tensors[0], tensors[1:-1], tensors[-1], case.targets, case.lists, case.rewards, case.options, reduction=reduction).loss
+        return cross_layer_loss(
+            tensors[0],
+            tensors[1:-1],
+            tensors[-1],
+            case.targets,
+            case.lists,
+            case.rewards,
+            case.options,
+            reduction=reduction,
+        ).loss
 
     with torch.no_grad():
         assert not loss(*hidden, head).requires_grad
@@ -185,14 +256,23 @@ def test_recompute_and_no_grad_count_once(reentrant, reduction):
     assert all(distance(h.grad, e) < 1e-12 for h, e in zip(hidden, expected.hidden, strict=True))
 
 
-@pytest.mark.parametrize("scopes", [{}, dict(negative_scope="all", distill_scope="all"), dict(softmax_scope="valid_next", distill_scope="valid_next")])
+@pytest.mark.parametrize(
+    "scopes",
+    [
+        {},
+        dict(negative_scope="all", distill_scope="all"),
+        dict(softmax_scope="valid_next", distill_scope="valid_next"),
+    ],
+)
 def test_autocast_changes_no_bit(scopes):
     case = make_case(crr_lambda=0.3, **scopes)
     plain = run_case(case)
     with torch.autocast("cpu", torch.bfloat16):
         assert (case.hidden[0] @ case.head.T).dtype == torch.bfloat16
         inside = run_case(case)
-    assert torch.equal(inside.output.loss, plain.output.loss) and torch.equal(inside.head, plain.head)
+    assert torch.equal(inside.output.loss, plain.output.loss) and torch.equal(
+        inside.head, plain.head
+    )
     assert all(torch.equal(a, b) for a, b in zip(inside.hidden, plain.hidden, strict=True))
 
 
@@ -202,7 +282,16 @@ def test_inside_a_compiled_function():
 
     def loss(scale, head, *hidden):
         hidden = [torch.tanh(h) * scale for h in hidden]
-        out = cross_layer_loss(hidden[0], hidden[1:], head * 2, case.targets, case.lists, case.rewards, case.options, loss_scale=1 / 37)
+        out = cross_layer_loss(
+            hidden[0],
+            hidden[1:],
+            head * 2,
+            case.targets,
+            case.lists,
+            case.rewards,
+            case.options,
+            loss_scale=1 / 37,
+        )
         return out.loss * scale.exp(), out.rows.num_negatives
 
     def gradients(fn):
@@ -213,16 +302,26 @@ def test_inside_a_compiled_function():
 
     compiled = torch.compile(loss, backend="aot_eager")
     for _ in range(2):
-        assert all(distance(a, b) < 1e-6 for a, b in zip(gradients(compiled), gradients(loss), strict=True))
+        assert all(
+            distance(a, b) < 1e-6 for a, b in zip(gradients(compiled), gradients(loss), strict=True)
+        )
 
 
 @pytest.mark.parametrize("softmax,negatives", [("all", "all"), ("valid_next", "valid_next")])
 def test_twenty_runs_are_bitwise_equal(softmax, negatives):
-    case = make_case(softmax_scope=softmax, negative_scope=negatives, crr_lambda=0.3, mu=0.5, workspace_bytes=60_000)
+    case = make_case(
+        softmax_scope=softmax,
+        negative_scope=negatives,
+        crr_lambda=0.3,
+        mu=0.5,
+        workspace_bytes=60_000,
+    )
     first = run_case(case)
     for _ in range(19):
         again = run_case(case)
-        assert torch.equal(again.output.loss, first.output.loss) and torch.equal(again.head, first.head)
+        assert torch.equal(again.output.loss, first.output.loss) and torch.equal(
+            again.head, first.head
+        )
         assert all(torch.equal(a, b) for a, b in zip(again.hidden, first.hidden, strict=True))
 
 
@@ -231,7 +330,9 @@ def test_scopes_cost_in_proportion_to_their_size():
 
     def flops(v, longest, **scopes):
         starts = torch.arange(64) * 7
-        tokens = (starts[:, None] + torch.arange(longest)).flatten()  # every row has a list of its own
+        tokens = (
+            starts[:, None] + torch.arange(longest)
+        ).flatten()  # every row has a list of its own
         lists = TokenLists(torch.arange(65) * longest, tokens)
         options = LossOptions(vocab_size=v, crr_lambda=0.3, **scopes)
         case = make_case(n=64, v=v)
@@ -241,17 +342,29 @@ def test_scopes_cost_in_proportion_to_their_size():
         return counter.get_total_flops()
 
     lists: dict[str, Any] = dict(softmax_scope="valid_next", distill_scope="valid_next")
-    assert flops(600, 4, **lists) == 3 * 3 * 2 * 16 * 64 * 4  # 3 products of 3 streams at each entry
+    assert (
+        flops(600, 4, **lists) == 3 * 3 * 2 * 16 * 64 * 4
+    )  # 3 products of 3 streams at each entry
     assert flops(600, 16, **lists) == 4 * flops(600, 4, **lists) == flops(6000, 16, **lists)
     assert flops(600, 1, **lists) == 0
-    for scope in ("valid_next", "item_tokens"):  # the final layer over the vocabulary, the layers over the items; what addmm_ does is not counted
-        assert flops(6000, 4, negative_scope=scope, item_tokens=(0, 500)) == 2 * 2 * 16 * 64 * (6000 + 2 * 500)
+    for scope in (
+        "valid_next",
+        "item_tokens",
+    ):  # the final layer over the vocabulary, the layers over the items; what addmm_ does is not counted
+        assert flops(6000, 4, negative_scope=scope, item_tokens=(0, 500)) == 2 * 2 * 16 * 64 * (
+            6000 + 2 * 500
+        )
 
 
 def test_backward_twice_accumulates():
     case = make_case(dtype=torch.float64)
-    hidden, head = [h.clone().requires_grad_() for h in case.hidden], case.head.clone().requires_grad_()
-    loss = cross_layer_loss(hidden[0], hidden[1:], head, case.targets, case.lists, case.rewards, case.options).loss
+    hidden, head = (
+        [h.clone().requires_grad_() for h in case.hidden],
+        case.head.clone().requires_grad_(),
+    )
+    loss = cross_layer_loss(
+        hidden[0], hidden[1:], head, case.targets, case.lists, case.rewards, case.options
+    ).loss
     loss.backward(retain_graph=True)
     once = head.grad.clone()
     loss.backward()
@@ -266,12 +379,16 @@ def test_tied_frozen_and_partly_trainable_heads():
         table = case.head.clone().requires_grad_()
         x = table[tokens] + case.hidden[0]
         options = replace(case.options, backend=backend)
-        cross_layer_loss(x, [x * 0.5, x * 0.8], table, case.targets, case.lists, case.rewards, options).loss.backward()
+        cross_layer_loss(
+            x, [x * 0.5, x * 0.8], table, case.targets, case.lists, case.rewards, options
+        ).loss.backward()
         grads.append(table.grad)
     assert distance(*grads) < 1e-9
 
     hidden = [h.clone().requires_grad_() for h in case.hidden]
-    cross_layer_loss(hidden[0], hidden[1:], case.head, case.targets, case.lists, case.rewards, case.options).loss.backward()
+    cross_layer_loss(
+        hidden[0], hidden[1:], case.head, case.targets, case.lists, case.rewards, case.options
+    ).loss.backward()
     whole = run_case(case)
     assert distance(hidden[0].grad, whole.hidden[0]) < 1e-12
 
@@ -283,7 +400,9 @@ def test_tied_frozen_and_partly_trainable_heads():
             index = rows if isinstance(rows, torch.Tensor) else torch.arange(*rows)
             expected[index] = full.head[index]
             assert distance(part.head, expected) < 1e-12
-            assert distance(run_case(picked, "reference", trainable_rows=rows).head, expected) < 1e-9
+            assert (
+                distance(run_case(picked, "reference", trainable_rows=rows).head, expected) < 1e-9
+            )
 
 
 def test_it_is_a_library_of_its_own():
@@ -291,7 +410,13 @@ def test_it_is_a_library_of_its_own():
     used = set()
     for file in Path(ilrec_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             used |= {name.split(".")[0] for name in names}
     assert used - set(sys.stdlib_module_names) == {"torch", "triton", "ilrec_kernels"}
 
@@ -301,7 +426,13 @@ def test_bad_calls_are_refused():
     hidden, o = case.hidden, case.options
 
     def call(**changed):
-        given = dict(final_hidden=hidden[0], layer_hidden=hidden[1:], head_weight=case.head, targets=case.targets, candidates=case.lists)
+        given = dict(
+            final_hidden=hidden[0],
+            layer_hidden=hidden[1:],
+            head_weight=case.head,
+            targets=case.targets,
+            candidates=case.lists,
+        )
         return cross_layer_loss(**{**given, "rewards": case.rewards, "options": o, **changed})
 
     with pytest.raises(ValueError, match="rewards"):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ilrec_kernels import chunked, cross_layer_loss
 
-from tests.helpers import Mesh, run_distributed
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
 
 
@@ -19,8 +19,26 @@ def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> li
     out = []
     start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
     for case in cases:
-        padded = torch.cat([case.head, torch.full((max(0, edges[-1] - len(case.head)), case.head.shape[1]), 9.0, dtype=case.head.dtype)])
-        out.append(run_case(case, backend, head=padded[start:stop], vocab=(start, stop), tp_group=mesh.tp_group, loss_scale=0.1))
+        padded = torch.cat(
+            [
+                case.head,
+                torch.full(
+                    (max(0, edges[-1] - len(case.head)), case.head.shape[1]),
+                    9.0,
+                    dtype=case.head.dtype,
+                ),
+            ]
+        )
+        out.append(
+            run_case(
+                case,
+                backend,
+                head=padded[start:stop],
+                vocab=(start, stop),
+                tp_group=mesh.tp_group,
+                loss_scale=0.1,
+            )
+        )
     return out
 
 
@@ -41,9 +59,17 @@ def parallel_cases(dtype: torch.dtype) -> list[Case]:
     return [
         make_case(**base),
         make_case(softmax_scope="valid_next", distill_scope="valid_next", **base),
-        make_case(softmax_scope="valid_next", negative_scope="item_tokens", item_tokens=scattered, penalty="multiplicative", **base),
+        make_case(
+            softmax_scope="valid_next",
+            negative_scope="item_tokens",
+            item_tokens=scattered,
+            penalty="multiplicative",
+            **base,
+        ),
         make_case(negative_scope="all", distill_scope="all", workspace_bytes=60_000, **base),
-        make_case(negative_scope="item_tokens", distill_scope="valid_next", negatives_from="final", **base),
+        make_case(
+            negative_scope="item_tokens", distill_scope="valid_next", negatives_from="final", **base
+        ),
         make_case(negative_scope="all", negative_threshold=1e-3, **base),
         make_case(beta=0.0, mu=0.0, crr_lambda=0.0, dtype=dtype),
         make_case(beta=0.0, mu=0.0, crr_lambda=0.0, softmax_scope="valid_next", dtype=dtype),
@@ -52,37 +78,70 @@ def parallel_cases(dtype: torch.dtype) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("edges", [[0, 64], [0, 32, 64], [0, 7, 61], [0, 61, 61], [0, 0, 64], [0, 16, 32, 48, 64], [0, 40, 40, 59, 72], [0, 61, 61, 64, 80]])
+@pytest.mark.parametrize(
+    "edges",
+    [
+        [0, 64],
+        [0, 32, 64],
+        [0, 7, 61],
+        [0, 61, 61],
+        [0, 0, 64],
+        [0, 16, 32, 48, 64],
+        [0, 40, 40, 59, 72],
+        [0, 61, 61, 64, 80],
+    ],
+)
 def test_shards_give_what_one_process_gives(edges):
     tp = len(edges) - 1
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         cases = parallel_cases(dtype)
         ranks = run_distributed(sharded, tp, tp, cases, edges, "torch")
         for i, case in enumerate(cases):
-            assert_close(whole([r[i] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), tolerance)
+            assert_close(
+                whole([r[i] for r in ranks], case),
+                run_case(case, "reference", loss_scale=0.1),
+                tolerance,
+            )
     ranks = run_distributed(sharded, tp, tp, cases[:1], edges, "reference")
-    assert_close(whole([r[0] for r in ranks], cases[0]), run_case(cases[0], "reference", loss_scale=0.1), 1e-5)
+    assert_close(
+        whole([r[0] for r in ranks], cases[0]),
+        run_case(cases[0], "reference", loss_scale=0.1),
+        1e-5,
+    )
 
 
 def partly_trained(mesh: Mesh, case: Case, edges: list[int], rows: Any) -> Outcome:
     start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
-    return run_case(case, head=case.head[start:stop], vocab=(start, stop), tp_group=mesh.tp_group, loss_scale=0.1, trainable_rows=rows)
+    return run_case(
+        case,
+        head=case.head[start:stop],
+        vocab=(start, stop),
+        tp_group=mesh.tp_group,
+        loss_scale=0.1,
+        trainable_rows=rows,
+    )
 
 
 @pytest.mark.parametrize("rows", [(10, 45), torch.tensor([0, 7, 8, 30, 60])])
 def test_partly_trainable_heads_in_shards(rows):
     case = make_case(dtype=torch.float64)
     ranks = run_distributed(partly_trained, 2, 2, case, [0, 20, 61], rows)
-    assert_close(whole(ranks, case), run_case(case, "reference", loss_scale=0.1, trainable_rows=rows), 1e-9)
+    assert_close(
+        whole(ranks, case), run_case(case, "reference", loss_scale=0.1, trainable_rows=rows), 1e-9
+    )
 
 
 def test_ties_across_shards_go_to_the_lower_token():
     case = make_case(n=12, v=64, negative_scope="all", max_negatives=3, dtype=torch.float64)
     # small integers: equal logits are equal to the bit whatever the order of the sums
     hidden = [(2 * h).round() for h in case.hidden]
-    case = replace(case, hidden=hidden, head=(2 * case.head[:8]).round().repeat(8, 1), targets=case.targets % 8)
+    case = replace(
+        case, hidden=hidden, head=(2 * case.head[:8]).round().repeat(8, 1), targets=case.targets % 8
+    )
     ranks = run_distributed(sharded, 4, 4, [case], [0, 16, 32, 48, 64], "torch")
-    assert_close(whole([r[0] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-9)
+    assert_close(
+        whole([r[0] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-9
+    )
 
 
 def in_turn(mesh: Mesh, case: Case, edges: list[int], ahead: bool) -> tuple[list[str], Outcome]:
@@ -102,17 +161,33 @@ def in_turn(mesh: Mesh, case: Case, edges: list[int], ahead: bool) -> tuple[list
         chunked.start_chunk, chunked.merge, chunked.make_plan = kept
 
 
-@pytest.mark.parametrize("settings", [dict(negative_scope="all", distill_scope="all"), dict(softmax_scope="valid_next", distill_scope="item_tokens")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(negative_scope="all", distill_scope="all"),
+        dict(softmax_scope="valid_next", distill_scope="item_tokens"),
+    ],
+)
 def test_exchanges_that_overlap_the_next_chunk_change_no_bit(settings):
     case = make_case(n=40, v=64, mu=0.5, crr_lambda=0.3, workspace_bytes=40_000, **settings)
-    overlapped, plain = (run_distributed(in_turn, 2, 2, case, [0, 40, 64], ahead) for ahead in (True, False))
+    overlapped, plain = (
+        run_distributed(in_turn, 2, 2, case, [0, 40, 64], ahead) for ahead in (True, False)
+    )
     for (events, ours), (in_order, theirs) in zip(overlapped, plain, strict=True):
-        assert events[:3] == ["start", "start", "merge"] and in_order[:3] == ["start", "merge", "start"]
-        assert torch.equal(ours.output.loss, theirs.output.loss) and torch.equal(ours.head, theirs.head)
+        assert events[:3] == ["start", "start", "merge"] and in_order[:3] == [
+            "start",
+            "merge",
+            "start",
+        ]
+        assert torch.equal(ours.output.loss, theirs.output.loss) and torch.equal(
+            ours.head, theirs.head
+        )
         assert all(torch.equal(a, b) for a, b in zip(ours.hidden, theirs.hidden, strict=True))
 
 
-def accumulated(mesh: Mesh, case: Case, cuts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def accumulated(
+    mesh: Mesh, case: Case, cuts: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """This data-parallel rank's micro-batches, [cut[i], cut[i+1]) each; the head's gradient is summed over ranks."""
     n, mine = len(case.targets), cuts[mesh.dp_rank]
     head = case.head.clone().requires_grad_()
@@ -120,24 +195,40 @@ def accumulated(mesh: Mesh, case: Case, cuts: list[list[int]]) -> tuple[torch.Te
     for begin, end in zip(mine, mine[1:], strict=False):
         part = split_rows(case, begin, end)
         hidden = [h.clone().requires_grad_() for h in part.hidden]
-        out = cross_layer_loss(hidden[0], hidden[1:], head, part.targets, part.lists, part.rewards, part.options, loss_scale=1 / n)
+        out = cross_layer_loss(
+            hidden[0],
+            hidden[1:],
+            head,
+            part.targets,
+            part.lists,
+            part.rewards,
+            part.options,
+            loss_scale=1 / n,
+        )
         out.loss.backward()
         total += out.loss.detach()
-        hidden_grads.append(torch.stack([h.grad if h.grad is not None else torch.zeros_like(h) for h in hidden]))
+        hidden_grads.append(
+            torch.stack([h.grad if h.grad is not None else torch.zeros_like(h) for h in hidden])
+        )
     dist.all_reduce(total)
     assert head.grad is not None
     dist.all_reduce(head.grad)
     return total, head.grad, hidden_grads
 
 
-@pytest.mark.parametrize("cuts", [[[0, 27], [27, 36]], [[0, 5, 6, 27], [27, 36]], [[0, 36], [36, 36]]])
+@pytest.mark.parametrize(
+    "cuts", [[[0, 27], [27, 36]], [[0, 5, 6, 27], [27, 36]], [[0, 36], [36, 36]]]
+)
 def test_uneven_rows_and_accumulation_equal_one_batch(cuts):
     case = make_case(n=36, mu=0.5, crr_lambda=0.3, dtype=torch.float64)
     # the second rank's rows have no negatives: the target is far above every other token in the layers
     for h in case.hidden[1:]:
         h[27:] = 40 * case.head[case.targets[27:]]
     expected = run_case(case, loss_scale=1 / 36)
-    assert not expected.output.rows.num_negatives[27:].any() and expected.output.rows.num_negatives[:27].any()
+    assert (
+        not expected.output.rows.num_negatives[27:].any()
+        and expected.output.rows.num_negatives[:27].any()
+    )
     ranks = run_distributed(accumulated, 2, 1, case, cuts)
     for total, head_grad, _ in ranks:
         torch.testing.assert_close(total, expected.output.loss.detach(), rtol=1e-12, atol=0)

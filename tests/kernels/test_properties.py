@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ilrec_kernels.select import dense_candidates
 
-from tests.helpers import run_distributed
+from ilrec_dist.testing.distributed import run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, reference_by_rows, run_case
 from tests.kernels.test_parallel import sharded, whole
 
@@ -31,7 +31,9 @@ def test_any_shape(n, v, d, m, k, seed, std, threshold, negatives, distill, soft
         softmax_scope=softmax, workspace_bytes=workspace, item_tokens=(min(1, v - 1), v), mu=0.5, crr_lambda=0.3,
     )  # fmt: skip
     ours, truth = run_case(case, "torch"), run_case(case, "reference")
-    differ = ours.output.rows.negatives_key != truth.output.rows.negatives_key  # a candidate within rounding of the threshold
+    differ = (
+        ours.output.rows.negatives_key != truth.output.rows.negatives_key
+    )  # a candidate within rounding of the threshold
     if not differ.any():
         assert_close(ours, truth, 1e-5, floor=1e-2)
     assert differ.float().mean() < 0.2 if n > 10 else True
@@ -44,9 +46,13 @@ def test_dense_candidates_are_those_of_a_stable_sort(budget):
     values, k = (3 * torch.randn(40, 1000, generator=g)).round(), 3
     threshold = torch.linspace(-2, 12, 40)[torch.randperm(40, generator=g)]
     blocks = (values.unfold(1, 32, 32).amax(2) >= threshold[:, None]).sum(1)
-    assert (blocks == 0).any() and ((blocks > 0) & (blocks <= 2 * k)).any() and (blocks > 2 * k).any()
+    assert (
+        (blocks == 0).any() and ((blocks > 0) & (blocks <= 2 * k)).any() and (blocks > 2 * k).any()
+    )
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True) & (values >= threshold[:, None])
+    expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True) & (
+        values >= threshold[:, None]
+    )
     row, column, value = dense_candidates(values, threshold, k, budget)
     assert torch.equal(torch.stack([row, column]), torch.stack(expected.nonzero(as_tuple=True)))
     assert torch.equal(value, values[row, column])
@@ -58,9 +64,20 @@ ROWS, VOCABULARIES = (0, 1, 15, 26, 128, 513), (507, 32_000, 50_264, 128_256)
 @cache
 def sized(v: int) -> tuple[list[Case], list[Outcome]]:
     """A case of each number of rows, and the truth. In sixteenths all logits are exact in fp32: no candidate is within rounding of the threshold."""
-    settings: dict[str, Any] = dict(negative_scope="all", distill_scope="item_tokens", item_tokens=(v - 300, v), crr_lambda=0.3, workspace_bytes=4 << 20)
+    settings: dict[str, Any] = dict(
+        negative_scope="all",
+        distill_scope="item_tokens",
+        item_tokens=(v - 300, v),
+        crr_lambda=0.3,
+        workspace_bytes=4 << 20,
+    )
     cases = [make_case(n=n, d=8, v=v, m=1, seed=n, **settings) for n in ROWS]
-    cases = [replace(c, hidden=[(16 * h).round() / 16 for h in c.hidden], head=(16 * c.head).round() / 16) for c in cases]
+    cases = [
+        replace(
+            c, hidden=[(16 * h).round() / 16 for h in c.hidden], head=(16 * c.head).round() / 16
+        )
+        for c in cases
+    ]
     return cases, [reference_by_rows(case, loss_scale=0.1) for case in cases]
 
 

@@ -24,4 +24,8 @@ def test_sums_between_edges_are_segment_sums(lengths, seed):
 def test_a_set_has_one_key_whatever_is_left_out():
     row, token = torch.tensor([0, 0, 0, 2]), torch.tensor([7, 9, 11, 9])
     member = torch.tensor([True, False, True, False])
-    assert set_key(token, row, 3, member).tolist() == set_key(token[member], row[member], 3).tolist() != set_key(token, row, 3).tolist()
+    assert (
+        set_key(token, row, 3, member).tolist()
+        == set_key(token[member], row[member], 3).tolist()
+        != set_key(token, row, 3).tolist()
+    )

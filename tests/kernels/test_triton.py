@@ -21,7 +21,15 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a blo
 def test_under_the_interpreter():
     """In a process of its own: Triton decides at import whether it interprets."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/kernels/interpreted.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/kernels/interpreted.py"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
@@ -41,7 +49,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
@@ -53,12 +66,22 @@ def test_every_launched_configuration_compiles_without_spills(capability):
 
     checked = 0
     for variant in variants():
-        source = ASTSource(variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=variant.attributes)
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+        source = ASTSource(
+            variant.kernel,
+            signature=variant.signature,
+            constexprs=variant.constants,
+            attrs=variant.attributes,
+        )
+        kernel = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=variant.options
+        )
         used = resources(kernel.asm["cubin"])
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (variant.name, used)
         assert used["REG"] <= 255, (variant.name, used)
-        assert kernel.metadata.shared <= SHARED_MEMORY[capability], (variant.name, kernel.metadata.shared)
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability], (
+            variant.name,
+            kernel.metadata.shared,
+        )
         checked += 1
     assert checked > 10
 
@@ -71,13 +94,25 @@ def test_compiled_forms_are_those_that_a_launch_chooses():
     for variant in variants():
         forms.setdefault(variant.kernel.__name__, []).append(bool(variant.attributes))
         if variant.attributes:
-            known = {variant.kernel.arg_names[place] for (place,) in variant.attributes} | set(variant.constants)
-            assert set(variant.kernel.arg_names) - known <= {"low", "high", "first", "last", "m", "k", "share"}, variant.name
+            known = {variant.kernel.arg_names[place] for (place,) in variant.attributes} | set(
+                variant.constants
+            )
+            assert set(variant.kernel.arg_names) - known <= {
+                "low",
+                "high",
+                "first",
+                "last",
+                "m",
+                "k",
+                "share",
+            }, variant.name
     assert all(sum(found) >= len(found) / 2 for found in forms.values()) and len(forms) == 2
 
 
 @pytest.mark.parametrize("scope", ["valid_next", "all"])
-@pytest.mark.parametrize("workspace,sliced,stacked", [(None, False, 1536), (1 << 29, False, 768), (3 << 27, True, 8192)])
+@pytest.mark.parametrize(
+    "workspace,sliced,stacked", [(None, False, 1536), (1 << 29, False, 768), (3 << 27, True, 8192)]
+)
 def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked, scope):
     """8,192 rows of 4,096 in bf16, 131,072 tokens and 3 layers: at the default 1 GiB and at half of it regime T's chunks are large enough, at 384 MiB
     regime V's are a third of all rows. Fake tensors stand for the GPU's."""
@@ -89,14 +124,39 @@ def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, sliced, stacked, sc
     with FakeTensorMode(allow_non_fake_inputs=True):
         hidden = tuple(torch.empty(n, d, dtype=torch.bfloat16, device="cuda") for _ in range(4))
         head = torch.empty(v, d, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        indptr, tokens, targets = (torch.empty(size, dtype=torch.int64, device="cuda") for size in (n + 1, 256 * n, n))
+        indptr, tokens, targets = (
+            torch.empty(size, dtype=torch.int64, device="cuda") for size in (n + 1, 256 * n, n)
+        )
         rewards = torch.empty(256 * n, device="cuda")
-        options = LossOptions(v, distill_scope="all", negative_scope=scope, backend="triton", workspace_bytes=workspace)
-        plan = make_plan(Problem(hidden, head, targets, TokenLists(indptr, tokens), rewards, options, 0, v, None, None))
+        options = LossOptions(
+            v,
+            distill_scope="all",
+            negative_scope=scope,
+            backend="triton",
+            workspace_bytes=workspace,
+        )
+        plan = make_plan(
+            Problem(
+                hidden,
+                head,
+                targets,
+                TokenLists(indptr, tokens),
+                rewards,
+                options,
+                0,
+                v,
+                None,
+                None,
+            )
+        )
     assert plan.fused and plan.sliced == sliced and plan.rows * plan.streams >= stacked
     assert plan.slice_columns >= 512 if sliced else True
 
 
 def test_no_kernel_uses_atomics():
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kernels/ilrec_kernels").glob("*.py")]
-    assert sum("@triton.jit" in source for source in sources) == 1 and not any("tl.atomic" in source for source in sources)
+    sources = [
+        path.read_text(encoding="utf-8") for path in (ROOT / "kernels/ilrec_kernels").glob("*.py")
+    ]
+    assert sum("@triton.jit" in source for source in sources) == 1 and not any(
+        "tl.atomic" in source for source in sources
+    )

@@ -47,8 +47,17 @@ class LiveBytes(TorchDispatchMode):
 def live_bytes(case: Case, backend: str = "torch", **kwargs: Any) -> LiveBytes:
     """What a call makes besides its inputs and gradients."""
     (n, d), v = case.hidden[0].shape, case.head.shape[0]
-    mode = LiveBytes([n * d * 4, n * d * 2, v * d * 4, v * d * 2])  # the hidden rows' and the head's gradients
-    for tensor in (*case.hidden, case.head, case.targets, case.lists.indptr, case.lists.tokens, case.rewards):
+    mode = LiveBytes(
+        [n * d * 4, n * d * 2, v * d * 4, v * d * 2]
+    )  # the hidden rows' and the head's gradients
+    for tensor in (
+        *case.hidden,
+        case.head,
+        case.targets,
+        case.lists.indptr,
+        case.lists.tokens,
+        case.rewards,
+    ):
         mode.seen.add(tensor.untyped_storage()._cdata)
     with mode:
         run_case(case, backend, **kwargs)
@@ -66,11 +75,15 @@ SETTINGS: list[dict[str, Any]] = [
     dict(d=256),
     dict(d=96, item_tokens=SCATTERED),
     dict(d=96, item_tokens=SCATTERED, dtype=torch.bfloat16),
-    dict(negative_scope="all", item_tokens=SCATTERED),  # distillation over some of the columns that the layers' logits are made of
+    dict(
+        negative_scope="all", item_tokens=SCATTERED
+    ),  # distillation over some of the columns that the layers' logits are made of
     dict(negative_scope="item_tokens", item_tokens=SCATTERED, softmax_scope="valid_next"),
     dict(d=96, distill_scope="all", trainable_rows=SCATTERED),
     dict(d=96, item_tokens=SCATTERED, trainable_rows=(100, 2000)),
-    dict(d=256, longest=200, softmax_scope="valid_next", distill_scope="valid_next"),  # lists wider than what a bucket may take
+    dict(
+        d=256, longest=200, softmax_scope="valid_next", distill_scope="valid_next"
+    ),  # lists wider than what a bucket may take
     dict(longest=1500),
 ]
 
@@ -80,8 +93,12 @@ def test_nothing_exceeds_the_workspace(settings):
     n, v = 256, 3000
     workspace = n * v * 4 // 5
     trainable = settings.get("trainable_rows")
-    settings = {"d": 24, "item_tokens": (0, v)} | {name: value for name, value in settings.items() if name != "trainable_rows"}
-    mode = live_bytes(make_case(n=n, v=v, workspace_bytes=workspace, **settings), trainable_rows=trainable)
+    settings = {"d": 24, "item_tokens": (0, v)} | {
+        name: value for name, value in settings.items() if name != "trainable_rows"
+    }
+    mode = live_bytes(
+        make_case(n=n, v=v, workspace_bytes=workspace, **settings), trainable_rows=trainable
+    )
     assert mode.largest <= workspace
     assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     assert mode.peak >= workspace / 20
@@ -101,5 +118,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_resident_memory():
     """Three streams' logits would be 469 MiB; the head's and the rows' gradients, and the head's copy, are about 30."""
-    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 110, done.stdout

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from ilrec_dist.reporting.report import Example
+from ilrec_dist.reporting.html.report import Example
 from ilrec_dist.reporting.results import Interval
 
 DEPTH, LAYERS, STEPS = 4, (3, 2), 1500
@@ -27,7 +27,9 @@ TITLES = [
 ]
 
 
-def metric_lines(method: str, seed: int, steps: int = STEPS, every: int = 10) -> list[dict[str, Any]]:
+def metric_lines(
+    method: str, seed: int, steps: int = STEPS, every: int = 10
+) -> list[dict[str, Any]]:
     draw = random.Random(f"{method}{seed}")
     ours = method == "ilrec"
     lines: list[dict[str, Any]] = []
@@ -42,22 +44,40 @@ def metric_lines(method: str, seed: int, steps: int = STEPS, every: int = 10) ->
             values[f"loss/cpo/pos{place}"] = loss
             values[f"p_target/pos{place}"] = min(0.99, math.exp(-loss) + draw.gauss(0, 0.004))
             if ours:
-                values[f"loss/cpd/pos{place}"] = 0.4 * size * math.exp(-2 * done) * (1 + draw.gauss(0, 0.05)) / 4
+                values[f"loss/cpd/pos{place}"] = (
+                    0.4 * size * math.exp(-2 * done) * (1 + draw.gauss(0, 0.05)) / 4
+                )
                 values[f"loss/crr/pos{place}"] = 0.8 * loss
-                values[f"negatives/mean/pos{place}"] = (48, 11, 1.2, 0.04)[place] * (0.3 + 0.7 * math.exp(-3 * done)) * (1 + draw.gauss(0, 0.03))
-                values[f"negatives/empty/pos{place}"] = min(1.0, (0.02, 0.2, 0.7, 0.97)[place] + 0.05 * done + draw.gauss(0, 0.004))
-                values[f"negatives/capped/pos{place}"] = max(0.0, (0.5, 0.04, 0, 0)[place] * math.exp(-2 * done))
+                values[f"negatives/mean/pos{place}"] = (
+                    (48, 11, 1.2, 0.04)[place]
+                    * (0.3 + 0.7 * math.exp(-3 * done))
+                    * (1 + draw.gauss(0, 0.03))
+                )
+                values[f"negatives/empty/pos{place}"] = min(
+                    1.0, (0.02, 0.2, 0.7, 0.97)[place] + 0.05 * done + draw.gauss(0, 0.004)
+                )
+                values[f"negatives/capped/pos{place}"] = max(
+                    0.0, (0.5, 0.04, 0, 0)[place] * math.exp(-2 * done)
+                )
                 values[f"negatives/valid_next/pos{place}"] = 1.0
         values["loss/cpo"] = cpo
-        values["loss/cpd"] = sum(values.get(f"loss/cpd/pos{place}", 0.0) for place in range(DEPTH)) / DEPTH
-        values["loss/crr"] = sum(values.get(f"loss/crr/pos{place}", 0.0) for place in range(DEPTH)) / DEPTH
+        values["loss/cpd"] = (
+            sum(values.get(f"loss/cpd/pos{place}", 0.0) for place in range(DEPTH)) / DEPTH
+        )
+        values["loss/crr"] = (
+            sum(values.get(f"loss/crr/pos{place}", 0.0) for place in range(DEPTH)) / DEPTH
+        )
         values["loss/total"] = cpo + 0.1 * values["loss/cpd"] + 0.02 * values["loss/crr"]
         values["p_target"] = sum(values[f"p_target/pos{place}"] for place in range(DEPTH)) / DEPTH
         if ours:
             for stem in ("mean", "empty", "capped", "valid_next"):
-                values[f"negatives/{stem}"] = sum(values[f"negatives/{stem}/pos{place}"] for place in range(DEPTH)) / DEPTH
+                values[f"negatives/{stem}"] = (
+                    sum(values[f"negatives/{stem}/pos{place}"] for place in range(DEPTH)) / DEPTH
+                )
             for place, layer in enumerate(LAYERS):
-                values[f"kl/layer{layer}"] = (0.3 + 0.4 * place) * math.exp(-1.5 * done) * (1 + draw.gauss(0, 0.04))
+                values[f"kl/layer{layer}"] = (
+                    (0.3 + 0.4 * place) * math.exp(-1.5 * done) * (1 + draw.gauss(0, 0.04))
+                )
             values["rewards/coverage"] = min(1.0, 0.91 + draw.gauss(0, 0.01))
         values["rate/tokens_per_second"] = (18400 if ours else 24100) * (1 + draw.gauss(0, 0.04))
         values["rate/rows_per_second"] = values["rate/tokens_per_second"] * 0.93
@@ -66,20 +86,55 @@ def metric_lines(method: str, seed: int, steps: int = STEPS, every: int = 10) ->
         lines.append({"step": step, "epoch": 10 * done, "time": 1.7e9 + step * 0.08, **values})
         if step % 150 == 0:
             ndcg = (0.078 + 0.004 * ours) * (1 - math.exp(-3 * done)) + draw.gauss(0, 0.0006)
-            lines.append({"step": step, "epoch": 10 * done, "time": 1.7e9 + step * 0.08, "validation/ndcg@10": ndcg, "validation/hit@10": 1.4 * ndcg})
+            lines.append(
+                {
+                    "step": step,
+                    "epoch": 10 * done,
+                    "time": 1.7e9 + step * 0.08,
+                    "validation/ndcg@10": ndcg,
+                    "validation/hit@10": 1.4 * ndcg,
+                }
+            )
     return lines
 
 
 def result_rows(seeds: list[int], users: int = 24772) -> list[dict[str, Any]]:
-    levels = {"popularity": 0.033, "transitions": 0.0844, "sasrec": 0.069, "sft": 0.0792, "ilrec": 0.0831, "bayes": 0.1192}
+    levels = {
+        "popularity": 0.033,
+        "transitions": 0.0844,
+        "sasrec": 0.069,
+        "sft": 0.0792,
+        "ilrec": 0.0831,
+        "bayes": 0.1192,
+    }
     rows = []
     for exclude_seen, factor in ((True, 1.0), (False, 0.96)):
         for method, level in levels.items():
             for seed in seeds if method in ("sft", "ilrec") else seeds[:1]:
                 ndcg = level * factor + random.Random(f"{method}{seed}").gauss(0, 0.0006)
-                figures = {"hit@1": 0.7 * ndcg, "hit@5": 1.12 * ndcg, "hit@10": 1.35 * ndcg, "ndcg@1": 0.7 * ndcg, "ndcg@5": 0.92 * ndcg, "ndcg@10": ndcg}
-                extra = {f"expected_{metric}": 0.998 * value for metric, value in figures.items()} if exclude_seen else {}
-                rows.append({"method": method, **figures, **extra, "users": users, "seed": seed, "exclude_seen": exclude_seen})
+                figures = {
+                    "hit@1": 0.7 * ndcg,
+                    "hit@5": 1.12 * ndcg,
+                    "hit@10": 1.35 * ndcg,
+                    "ndcg@1": 0.7 * ndcg,
+                    "ndcg@5": 0.92 * ndcg,
+                    "ndcg@10": ndcg,
+                }
+                extra = (
+                    {f"expected_{metric}": 0.998 * value for metric, value in figures.items()}
+                    if exclude_seen
+                    else {}
+                )
+                rows.append(
+                    {
+                        "method": method,
+                        **figures,
+                        **extra,
+                        "users": users,
+                        "seed": seed,
+                        "exclude_seen": exclude_seen,
+                    }
+                )
     return rows
 
 
@@ -98,5 +153,7 @@ def examples() -> list[Example]:
             ranked = draw.sample([target, *order[1:]], 10)
             beams[method] = [(title, -1.2 - 0.4 * place) for place, title in enumerate(ranked)]
         history = [draw.choice(TITLES) for _ in range(24 if user == 2 else 7)]
-        found.append(Example(user=f"A{user}XK<b>{user}</b>", history=history, target=target, methods=beams))
+        found.append(
+            Example(user=f"A{user}XK<b>{user}</b>", history=history, target=target, methods=beams)
+        )
     return found

@@ -9,9 +9,15 @@ import time
 import pytest
 from rich.console import Console
 
-from ilrec_dist.reporting import live
-from ilrec_dist.reporting.live import LiveProgress, LogFollower, TrainingState, clock, stage_progress
+from ilrec_dist.reporting import progress as live
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED
+from ilrec_dist.reporting.progress import (
+    LiveProgress,
+    LogFollower,
+    TrainingState,
+    clock,
+    stage_progress,
+)
 
 
 def line(step, at, **values):
@@ -61,12 +67,20 @@ def test_values_keep_their_last_number():
     state.see(line(10, 1.0, **{"loss/total": 2.5, "rate/tokens_per_second": 12345.6}))
     state.see(line(10, 1.1, **{"validation/ndcg@10": 0.0712}))
     state.see(line(20, 2.0, **{"loss/total": None}))
-    assert state.parts() == ["step 20/100", "12,346 tokens/s", "loss 2.5000", "val NDCG@10 0.0712", "0:08 left"]
+    assert state.parts() == [
+        "step 20/100",
+        "12,346 tokens/s",
+        "loss 2.5000",
+        "val NDCG@10 0.0712",
+        "0:08 left",
+    ]
 
 
 def test_live_progress_on_a_pipe_prints_lines(tmp_path):
     console = plain()
-    with LiveProgress(tmp_path / "later", 100, "ilrec [seed 0]", console=console, poll_seconds=0.01) as progress:
+    with LiveProgress(
+        tmp_path / "later", 100, "ilrec [seed 0]", console=console, poll_seconds=0.01
+    ) as progress:
         (tmp_path / "later").mkdir()
         append(tmp_path / "later", line(10, 1.0, **{"loss/total": 2.0}))
         deadline = time.monotonic() + 5

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED, MetricsLog, read_metrics
 
 
@@ -22,14 +22,20 @@ def steps(folder):
 def write(folder, numbers, resume_step=None):
     with MetricsLog(folder, resume_step=resume_step) as log:
         for step in numbers:
-            log.write(step, step / 10, {"loss": {"total": 1.0 / step}, "rate/tokens_per_second": np.float32(5)})
+            log.write(
+                step,
+                step / 10,
+                {"loss": {"total": 1.0 / step}, "rate/tokens_per_second": np.float32(5)},
+            )
 
 
 def test_lines_are_flat_and_in_order(tmp_path):
     with MetricsLog(tmp_path / "a" / "b") as log:
         log.write(3, 0.5, {"loss": {"cpo": 1.5, "cpd": {"pos0": np.float32(0.25)}}, "p_target": 1})
         lines = read_metrics(log.folder)  # flushed before the log is closed
-    assert [list(line) for line in lines] == [["step", "epoch", "time", "loss/cpo", "loss/cpd/pos0", "p_target"]]
+    assert [list(line) for line in lines] == [
+        ["step", "epoch", "time", "loss/cpo", "loss/cpd/pos0", "p_target"]
+    ]
     assert lines[0]["loss/cpd/pos0"] == 0.25 and lines[0]["step"] == 3 and lines[0]["epoch"] == 0.5
     assert lines[0]["time"] > 1.7e9
 
@@ -60,7 +66,9 @@ def test_without_resume_step_lines_are_added(tmp_path):
     assert steps(tmp_path) == [10, 20, 30]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 30, "ep', "", '{"step": 30, "epoch": 1, "time": 2}', "\x00\x00\x00\n"])
+@pytest.mark.parametrize(
+    "torn", ['{"step": 30, "ep', "", '{"step": 30, "epoch": 1, "time": 2}', "\x00\x00\x00\n"]
+)
 def test_a_torn_last_line_is_left_out_and_removed(tmp_path, torn):
     write(tmp_path, [10, 20])
     with open(tmp_path / METRICS_FILE, "a") as file:
@@ -98,7 +106,9 @@ def test_every_line_survives_sigkill(tmp_path):
         "for step in range(1, 51): log.write(step, 0.0, {'loss/total': 1.0})\n"
         "print('written', flush=True); sys.stdin.read()\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout.readline() == "written\n"
     os.kill(writer.pid, signal.SIGKILL)
     writer.communicate()

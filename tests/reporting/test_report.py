@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ilrec_dist.config import Config, dump_config
-from ilrec_dist.reporting import charts, curves
-from ilrec_dist.reporting.charts import Chart, Series, line_chart
-from ilrec_dist.reporting.curves import MethodMetrics
-from ilrec_dist.reporting.report import Example, write_report
+from ilrec_dist.config.load import dump_config
+from ilrec_dist.config.tree import Config
+from ilrec_dist.reporting.html import charts, curves
+from ilrec_dist.reporting.html.charts import Chart, Series, line_chart
+from ilrec_dist.reporting.html.curves import MethodMetrics
+from ilrec_dist.reporting.html.report import Example, write_report
 from ilrec_dist.reporting.results import write_results
 from tests.reporting.realistic import HOSTILE, examples, interval, metric_lines, result_rows
 
@@ -46,13 +47,24 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs():
-    return [MethodMetrics(method, seed, metric_lines(method, seed)) for method in ("sft", "ilrec") for seed in (0, 1)]
+    return [
+        MethodMetrics(method, seed, metric_lines(method, seed))
+        for method in ("sft", "ilrec")
+        for seed in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory, runs):
     folder = tmp_path_factory.mktemp("run")
-    results = write_results(folder / "results.json", HOSTILE, result_rows([0, 1]), 99.0, {"prepare": 1.0, HOSTILE: 70.0}, intervals=[interval()])
+    results = write_results(
+        folder / "results.json",
+        HOSTILE,
+        result_rows([0, 1]),
+        99.0,
+        {"prepare": 1.0, HOSTILE: 70.0},
+        intervals=[interval()],
+    )
     path = write_report(
         folder,
         name=HOSTILE,
@@ -60,10 +72,27 @@ def html(tmp_path_factory, runs):
         metrics=runs,
         examples=examples(),
         config_yaml=dump_config(Config(name=HOSTILE)),
-        index_report={"collisions": {"before": 12, "after": 0}, "levels": [{"codes": 256, "used": 250}], HOSTILE: HOSTILE},
-        cf_report={"folds": 2, "models": {"full": {"curve": [{"epoch": epoch, "loss": 6.0 / epoch, "ndcg@10": 0.01 * epoch} for epoch in range(1, 11)]}}},
+        index_report={
+            "collisions": {"before": 12, "after": 0},
+            "levels": [{"codes": 256, "used": 250}],
+            HOSTILE: HOSTILE,
+        },
+        cf_report={
+            "folds": 2,
+            "models": {
+                "full": {
+                    "curve": [
+                        {"epoch": epoch, "loss": 6.0 / epoch, "ndcg@10": 0.01 * epoch}
+                        for epoch in range(1, 11)
+                    ]
+                }
+            },
+        },
     )
-    assert path == folder / "report.html" and {file.name for file in folder.iterdir()} == {"report.html", "results.json"}
+    assert path == folder / "report.html" and {file.name for file in folder.iterdir()} == {
+        "report.html",
+        "results.json",
+    }
     return path.read_text(encoding="utf-8")
 
 
@@ -82,7 +111,9 @@ def test_the_page_is_well_formed_alone_and_without_scripts(html):
 
 def test_hostile_titles_are_shown_as_they_are(html):
     text = "".join(Page(html).text)
-    assert text.count(HOSTILE) >= 7  # title, heading, subtitle, stage, target, beams, report and configuration
+    assert (
+        text.count(HOSTILE) >= 7
+    )  # title, heading, subtitle, stage, target, beams, report and configuration
     assert HOSTILE not in html
 
 
@@ -103,14 +134,23 @@ def test_everything_is_on_the_page(html):
 
 def test_a_report_without_training_or_examples(tmp_path):
     results = write_results(tmp_path / "results.json", "x", result_rows([0])[:1], 1.0, {})
-    text = "".join(Page(write_report(tmp_path, name="bare", results=results, metrics=[]).read_text()).text)
-    assert "popularity" in text and "Losses" not in text and "Examples" not in text and "Configuration" not in text
+    text = "".join(
+        Page(write_report(tmp_path, name="bare", results=results, metrics=[]).read_text()).text
+    )
+    assert (
+        "popularity" in text
+        and "Losses" not in text
+        and "Examples" not in text
+        and "Configuration" not in text
+    )
 
 
 def test_a_miss_is_said(tmp_path):
     results = write_results(tmp_path / "results.json", "x", [], 1.0, {})
     example = Example("u", ["a"], "b", {"sft": [("c", -1.0), ("d", -2.5)]})
-    page = write_report(tmp_path, name="miss", results=results, metrics=[], examples=[example]).read_text()
+    page = write_report(
+        tmp_path, name="miss", results=results, metrics=[], examples=[example]
+    ).read_text()
     assert "target not among the 2 beams" in page and "✓ hit" not in page and "−2.50" in page
 
 
@@ -125,7 +165,9 @@ def test_long_curves_are_binned_into_means():
 def test_sparse_and_single_points_are_drawn():
     one = line_chart(Chart("t", [Series("a", [(5.0, 2.0)])]))
     assert one.count("<circle") == 1 and "nan" not in one
-    flat = line_chart(Chart("t", [Series("a", [(1.0, 0.0), (2.0, 0.0)]), Series("b", [(1.5, 0.0)])]))
+    flat = line_chart(
+        Chart("t", [Series("a", [(1.0, 0.0), (2.0, 0.0)]), Series("b", [(1.5, 0.0)])])
+    )
     assert "nan" not in flat and "inf" not in flat and flat.count('class="band"') == 3
     assert line_chart(Chart("t", [])) == ""
 
@@ -148,9 +190,22 @@ def test_ticks_are_round(low, high, expected):
 
 
 def test_seeds_are_averaged_where_both_logged():
-    runs = [MethodMetrics("ilrec", seed, [{"step": 10, "loss/cpo/pos0": 1.0 + seed, "loss/cpo": 2.0}, {"step": 20, "loss/cpo/pos0": None}]) for seed in (0, 1)]
+    runs = [
+        MethodMetrics(
+            "ilrec",
+            seed,
+            [
+                {"step": 10, "loss/cpo/pos0": 1.0 + seed, "loss/cpo": 2.0},
+                {"step": 20, "loss/cpo/pos0": None},
+            ],
+        )
+        for seed in (0, 1)
+    ]
     (chart,) = curves.loss_position_charts(runs)
-    assert [(series.name, series.points) for series in chart.series] == [("position 1", [(10, 1.5)]), ("all", [(10, 2.0)])]
+    assert [(series.name, series.points) for series in chart.series] == [
+        ("position 1", [(10, 1.5)]),
+        ("all", [(10, 2.0)]),
+    ]
 
 
 def test_coordinates_stay_within_the_picture(html):

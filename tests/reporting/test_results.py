@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ilrec_dist.reporting.results import Interval, intervals_of, print_table, summarise, write_results
+from ilrec_dist.reporting.results import (
+    Interval,
+    intervals_of,
+    print_table,
+    summarise,
+    write_results,
+)
 from tests.reporting.realistic import interval, result_rows
 
 
@@ -17,22 +23,68 @@ def test_results_json_has_the_documented_form(tmp_path):
     rows = result_rows([0, 1, 2])
     path = tmp_path / "results.json"
     seconds = {"prepare": 1.0, "train": np.float64(8.5)}
-    returned = write_results(path, "instruments", rows, 12.5, seconds, extras={"machine": {"cores": np.int64(2)}}, intervals=[interval()])
+    returned = write_results(
+        path,
+        "instruments",
+        rows,
+        12.5,
+        seconds,
+        extras={"machine": {"cores": np.int64(2)}},
+        intervals=[interval()],
+    )
     read = json.loads(path.read_text())
     assert read == returned
-    assert list(read) == ["dataset", "split", "rows", "seconds", "stage_seconds", "paired_bootstrap", "machine"]
-    assert read["split"] == "test" and read["seconds"] == 12.5 and read["stage_seconds"] == {"prepare": 1.0, "train": 8.5}
+    assert list(read) == [
+        "dataset",
+        "split",
+        "rows",
+        "seconds",
+        "stage_seconds",
+        "paired_bootstrap",
+        "machine",
+    ]
+    assert (
+        read["split"] == "test"
+        and read["seconds"] == 12.5
+        and read["stage_seconds"] == {"prepare": 1.0, "train": 8.5}
+    )
     for row in read["rows"]:
-        assert list(row)[:9] == ["method", "hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "users", "seed", "exclude_seen"]
-        assert isinstance(row["users"], int) and isinstance(row["seed"], int) and isinstance(row["exclude_seen"], bool)
-    assert {row["method"] for row in read["rows"]} == {"popularity", "transitions", "sasrec", "sft", "ilrec", "bayes"}
+        assert list(row)[:9] == [
+            "method",
+            "hit@1",
+            "hit@5",
+            "hit@10",
+            "ndcg@5",
+            "ndcg@10",
+            "users",
+            "seed",
+            "exclude_seen",
+        ]
+        assert (
+            isinstance(row["users"], int)
+            and isinstance(row["seed"], int)
+            and isinstance(row["exclude_seen"], bool)
+        )
+    assert {row["method"] for row in read["rows"]} == {
+        "popularity",
+        "transitions",
+        "sasrec",
+        "sft",
+        "ilrec",
+        "bayes",
+    }
     assert intervals_of(read) == [interval()]
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"ndcg@10": 0.9}, "above hit@10"), ({"hit@5": 7.1}, "not a fraction"), ({"hit@5": float("nan")}, "not a fraction"), ({"users": None}, "lacks")],
+    [
+        ({"ndcg@10": 0.9}, "above hit@10"),
+        ({"hit@5": 7.1}, "not a fraction"),
+        ({"hit@5": float("nan")}, "not a fraction"),
+        ({"users": None}, "lacks"),
+    ],
 )
 def test_a_row_that_cannot_be_right_is_refused_and_nothing_is_written(tmp_path, change, message):
     row = result_rows([0])[0] | change
@@ -51,10 +103,14 @@ def test_summaries_are_ordered_and_averaged():
     rows = [row | {"hit@10": 0.2 + 0.01 * row["seed"]} for row in result_rows([2, 0, 1])]
     summaries = summarise(reversed(rows))
     assert [(one.method, one.exclude_seen) for one in summaries] == [
-        (method, excluded) for excluded in (True, False) for method in ("popularity", "transitions", "sasrec", "sft", "ilrec", "bayes")
+        (method, excluded)
+        for excluded in (True, False)
+        for method in ("popularity", "transitions", "sasrec", "sft", "ilrec", "bayes")
     ]
     ilrec = summaries[4]
-    assert ilrec.figures["hit@10"].mean == pytest.approx(0.21) and ilrec.figures["hit@10"].std == pytest.approx(0.01)
+    assert ilrec.figures["hit@10"].mean == pytest.approx(0.21) and ilrec.figures[
+        "hit@10"
+    ].std == pytest.approx(0.01)
     assert sorted(ilrec.seeds) == [0, 1, 2] and "expected_ndcg@10" in ilrec.figures
     assert summaries[0].figures["hit@10"].std is None
 
@@ -66,9 +122,23 @@ def test_the_table_fits_eighty_columns_and_shows_all():
     text = console.file.getvalue()
     assert "…" not in text
     excluded, kept_table = text.split("items of the history kept")
-    for word in ("popularity", "transitions", "sasrec", "sft", "ilrec", "bayes", "expected", "±", "24,772 users", "seeds"):
+    for word in (
+        "popularity",
+        "transitions",
+        "sasrec",
+        "sft",
+        "ilrec",
+        "bayes",
+        "expected",
+        "±",
+        "24,772 users",
+        "seeds",
+    ):
         assert word in excluded
-    assert "paired 95% interval [+0.0021, +0.0058]" in excluded and "interval [-0.0020, +0.0005]" in kept_table
+    assert (
+        "paired 95% interval [+0.0021, +0.0058]" in excluded
+        and "interval [-0.0020, +0.0005]" in kept_table
+    )
     assert "expected" not in kept_table
 
 

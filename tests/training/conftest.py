@@ -2,8 +2,9 @@
 
 import pytest
 
-from ilrec_dist.config import Config, config_from_dict
-from ilrec_dist.pipeline import execute
+from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.config.tree import Config
+from ilrec_dist.pipeline.run import execute
 
 
 def tiny_config(runs_dir, **sections) -> Config:
@@ -13,8 +14,21 @@ def tiny_config(runs_dir, **sections) -> Config:
         "data": {"synthetic": {"users": 150, "items": 60, "categories": 5, "mean_length": 7.0}},
         "items": {"levels": 2, "codes_per_level": 8},
         "cf": {"epochs": 2, "hidden_size": 16, "num_layers": 1},
-        "backbone": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "dropout": 0.1, "init_std": 0.1},
-        "train": {"epochs": 2, "batch_size": 24, "warmup_steps": 2, "max_history": 8, "checkpoint_steps": 3, "validation_users": 40},
+        "backbone": {
+            "num_layers": 3,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "dropout": 0.1,
+            "init_std": 0.1,
+        },
+        "train": {
+            "epochs": 2,
+            "batch_size": 24,
+            "warmup_steps": 2,
+            "max_history": 8,
+            "checkpoint_steps": 3,
+            "validation_users": 40,
+        },
         "evaluation": {"beam": 10},
         "launch": {"engine": "torchrun", "threads": 1, "device": "cpu"},
     }

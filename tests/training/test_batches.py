@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ilrec_dist.data.prepared import Prepared
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import END, make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.training.batches import PAD, BatchMaker, micro_batches, prefetched
-from ilrec_dist.training.windows import training_windows
+from ilrec_dist.samples.collate import PAD, BatchMaker, micro_batches, prefetched
+from ilrec_dist.samples.windows import training_windows
 
 RNG = np.random.default_rng(3)
 
@@ -17,9 +17,11 @@ def maker() -> BatchMaker:
     lengths = RNG.integers(3, 40, 60)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     items = RNG.integers(0, 50, offsets[-1]).astype(np.int32)
-    prepared = Prepared(items, offsets, [str(u) for u in range(60)], [str(i) for i in range(50)])
+    dataset = InteractionDataset(
+        items, offsets, [str(u) for u in range(60)], [str(i) for i in range(50)]
+    )
     catalogue = make_catalogue(RNG.integers(0, 5, (50, 3)), [5, 5, 5])
-    return BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 8, "all"))
+    return BatchMaker(dataset, catalogue, Trie(catalogue), training_windows(dataset, 8, "all"))
 
 
 def test_rows_targets_and_candidates_match_the_definition(maker):
@@ -28,9 +30,14 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
     depth = maker.catalogue.depth
     expected_rows, expected_targets, width = [], [], batch.tokens.shape[1]
     part = maker.windows.take(numbers)
-    for b, (user, start, target, stop) in enumerate(zip(part.user, part.start, part.target, part.stop, strict=True)):
-        tokens = maker.catalogue.item_tokens(maker.prepared.sequence(user)[start:stop]).reshape(-1)
-        assert batch.tokens[b, : len(tokens) - 1].tolist() == tokens[:-1].tolist() or width < len(tokens) - 1
+    for b, (user, start, target, stop) in enumerate(
+        zip(part.user, part.start, part.target, part.stop, strict=True)
+    ):
+        tokens = maker.catalogue.item_tokens(maker.dataset.sequence(user)[start:stop]).reshape(-1)
+        assert (
+            batch.tokens[b, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
+            or width < len(tokens) - 1
+        )
         assert (batch.tokens[b, len(tokens) :] == PAD).all()
         for place in range(target - start, stop - start):
             for level in range(depth):
@@ -38,10 +45,15 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
                 expected_targets.append(tokens[place * depth + level])
     assert batch.rows.tolist() == expected_rows
     assert batch.targets.tolist() == expected_targets
-    items = [maker.prepared.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]
+    items = [
+        maker.dataset.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)
+    ]
     assert maker.catalogue.item_tokens(np.array(items)).reshape(-1).tolist() == expected_targets
     for row, target in enumerate(expected_targets):
-        assert target in batch.candidate_tokens[batch.candidate_indptr[row] : batch.candidate_indptr[row + 1]]
+        assert (
+            target
+            in batch.candidate_tokens[batch.candidate_indptr[row] : batch.candidate_indptr[row + 1]]
+        )
 
 
 def test_titles_are_rows_up_to_their_ends():
@@ -51,35 +63,70 @@ def test_titles_are_rows_up_to_their_ends():
         title[:length], title[length] = rng.integers(2, 9, length), END
     catalogue = make_title_catalogue(titles, ["<pad>", "<end>", *"abcdefg"])
     offsets = np.cumsum([0, *rng.integers(3, 20, 60)])
-    prepared = Prepared(rng.integers(0, 50, offsets[-1]).astype(np.int32), offsets, [str(u) for u in range(60)], [str(i) for i in range(50)])
-    maker = BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 6, "last"))
+    dataset = InteractionDataset(
+        rng.integers(0, 50, offsets[-1]).astype(np.int32),
+        offsets,
+        [str(u) for u in range(60)],
+        [str(i) for i in range(50)],
+    )
+    maker = BatchMaker(dataset, catalogue, Trie(catalogue), training_windows(dataset, 6, "last"))
     numbers = rng.permutation(len(maker.windows))[:23]
     batch, part, row = maker.make(numbers, step_rows=5), maker.windows.take(numbers), 0
-    assert maker.num_rows(numbers) == len(batch.rows) and batch.scored is not None and batch.slots is not None
-    all_indptr, all_candidates = maker.trie.target_candidates(np.array([prepared.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]))
-    assert batch.scored.sum() == len(batch.candidate_tokens) and len(batch.scored) == len(all_candidates)
+    assert (
+        maker.num_rows(numbers) == len(batch.rows)
+        and batch.scored is not None
+        and batch.slots is not None
+    )
+    all_indptr, all_candidates = maker.trie.target_candidates(
+        np.array(
+            [dataset.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]
+        )
+    )
+    assert batch.scored.sum() == len(batch.candidate_tokens) and len(batch.scored) == len(
+        all_candidates
+    )
     kept = np.flatnonzero(batch.scored)
-    tokens, own = batch.tokens.flatten().tolist(), [[token for token in title.tolist() if token != PAD] for title in titles]
-    for b, (user, start, target, stop) in enumerate(zip(part.user, part.start, part.target, part.stop, strict=True)):
-        items = prepared.sequence(user)[start:stop].tolist()
+    tokens, own = (
+        batch.tokens.flatten().tolist(),
+        [[token for token in title.tolist() if token != PAD] for title in titles],
+    )
+    for b, (user, start, target, stop) in enumerate(
+        zip(part.user, part.start, part.target, part.stop, strict=True)
+    ):
+        items = dataset.sequence(user)[start:stop].tolist()
         sequence = [token for item in items for token in own[item]]
-        assert batch.tokens[b].tolist() == (sequence + [PAD] * batch.tokens.shape[1])[: batch.tokens.shape[1]]
+        assert (
+            batch.tokens[b].tolist()
+            == (sequence + [PAD] * batch.tokens.shape[1])[: batch.tokens.shape[1]]
+        )
         title, history = own[items[target - start]], len(sequence) - len(own[items[-1]])
         assert target == stop - 1
         for place, token in enumerate(title):
-            assert batch.targets[row] == token and batch.slots[row] == b * 5 + place and batch.rows[row] == b * batch.tokens.shape[1] + history + place - 1
+            assert (
+                batch.targets[row] == token
+                and batch.slots[row] == b * 5 + place
+                and batch.rows[row] == b * batch.tokens.shape[1] + history + place - 1
+            )
             assert place == 0 or tokens[batch.rows[row]] == title[place - 1]
             low, high = batch.candidate_indptr[row : row + 2].tolist()
-            assert batch.candidate_tokens[low:high].tolist() == sorted({other[place] for other in own if other[:place] == title[:place]})
+            assert batch.candidate_tokens[low:high].tolist() == sorted(
+                {other[place] for other in own if other[:place] == title[:place]}
+            )
             reward_row = np.searchsorted(all_indptr, kept[low:high], side="right") - 1
-            assert (reward_row == b * 5 + place).all() and batch.candidate_tokens[low:high].tolist() == all_candidates[kept[low:high]].tolist()
+            assert (reward_row == b * 5 + place).all() and batch.candidate_tokens[
+                low:high
+            ].tolist() == all_candidates[kept[low:high]].tolist()
             row += 1
     assert row == len(batch.rows)
 
 
 def test_no_windows_give_one_padded_sequence_without_rows(maker):
     batch = maker.make(np.array([], dtype=np.int64), step_rows=3)
-    assert batch.tokens.shape[0] == 1 and len(batch.rows) == len(batch.targets) == 0 and batch.candidate_indptr.tolist() == [0]
+    assert (
+        batch.tokens.shape[0] == 1
+        and len(batch.rows) == len(batch.targets) == 0
+        and batch.candidate_indptr.tolist() == [0]
+    )
 
 
 @pytest.mark.parametrize(("dp", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2)])
@@ -92,7 +139,9 @@ def test_micro_batches_deal_out_every_window_once(dp, accumulation):
 
 def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
     plan = [(np.array([i]), i) for i in range(9)]
-    assert [ready.batch.step_rows for ready in prefetched(iter(plan), maker.make, None)] == list(range(9))
+    assert [ready.batch.step_rows for ready in prefetched(iter(plan), maker.make, None)] == list(
+        range(9)
+    )
 
     def broken(numbers, rows):
         raise RuntimeError("no such window")
@@ -103,7 +152,11 @@ def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
 
 def test_no_windows_of_one_token_items_give_a_column_all_the_same():
     items = RNG.integers(0, 50, 30).astype(np.int32)
-    prepared = Prepared(items, np.array([0, 12, 30], dtype=np.int64), ["a", "b"], [str(i) for i in range(50)])
+    dataset = InteractionDataset(
+        items, np.array([0, 12, 30], dtype=np.int64), ["a", "b"], [str(i) for i in range(50)]
+    )
     catalogue = make_catalogue(np.arange(50)[:, None], [50])
-    batch = BatchMaker(prepared, catalogue, Trie(catalogue), training_windows(prepared, 8, "all")).make(np.array([], dtype=np.int64), step_rows=3)
+    batch = BatchMaker(
+        dataset, catalogue, Trie(catalogue), training_windows(dataset, 8, "all")
+    ).make(np.array([], dtype=np.int64), step_rows=3)
     assert batch.tokens.shape == (1, 1) and len(batch.rows) == 0

@@ -8,20 +8,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ilrec_dist.config import config_from_dict, config_to_dict
-from ilrec_dist.errors import UserError
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
-from tests.helpers import Mesh, run_distributed
 from tests.training.conftest import tiny_config
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size, tp, accumulation
 
 
-def train_here(mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int | None = None) -> None:
-    from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
-    from ilrec_dist.training import worker
-    from ilrec_dist.training.workspace import Workspace
+def train_here(
+    mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int | None = None
+) -> None:
+    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.training import trainer as worker
 
     torch.set_num_threads(1)
     worker.LOG_STEPS = 1
@@ -36,7 +39,7 @@ def train_here(mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int
     worker._save = save_then_stop
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        worker.train(config, method, 0, Path(folder), "test", Workspace(config), parallel)
+        worker.train(config, method, 0, Path(folder), "test", RunArtifacts(config), parallel)
     except InterruptedError:
         pass
     finally:
@@ -54,7 +57,11 @@ def trained(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
     folders = {}
     for world, tp, accumulation in LAYOUTS:
-        sections = {"launch": {"workers": world, "tp": tp}, "train": {"accumulation_steps": accumulation}, "backbone": {"dropout": 0.0}}
+        sections = {
+            "launch": {"workers": world, "tp": tp},
+            "train": {"accumulation_steps": accumulation},
+            "backbone": {"dropout": 0.0},
+        }
         config = config_to_dict(tiny_config(tiny, **sections))
         folders[world, tp, accumulation] = folder = root / f"{world}-{tp}-{accumulation}"
         run_distributed(train_here, world, tp, config, "ilrec", str(folder))
@@ -69,7 +76,9 @@ def test_the_layout_of_the_step_changes_neither_losses_nor_weights(trained, layo
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     weights = load_file(other / "final.safetensors")
     for name, tensor in load_file(alone / "final.safetensors").items():
-        if not name.endswith("linear_qkv.bias"):  # key biases have no true gradient: Adam walks them by rounding alone
+        if not name.endswith(
+            "linear_qkv.bias"
+        ):  # key biases have no true gradient: Adam walks them by rounding alone
             torch.testing.assert_close(weights[name], tensor, rtol=0, atol=5e-3)
 
 
@@ -88,16 +97,26 @@ def test_training_learns_and_logs_what_the_method_names(trained):
         "rate/tokens_per_second",
     ):
         assert key in lines[0]
-    assert lines[0]["negatives/mean/pos0"] > 0 and max(line["rewards/coverage"] or 0 for line in lines) > 0.5
-    assert lines[0]["loss/total"] == pytest.approx(lines[0]["loss/cpo"] + 0.1 * lines[0]["loss/cpd"] + 0.02 * lines[0]["loss/crr"])
+    assert (
+        lines[0]["negatives/mean/pos0"] > 0
+        and max(line["rewards/coverage"] or 0 for line in lines) > 0.5
+    )
+    assert lines[0]["loss/total"] == pytest.approx(
+        lines[0]["loss/cpo"] + 0.1 * lines[0]["loss/cpd"] + 0.02 * lines[0]["loss/crr"]
+    )
     assert any("validation/ndcg@10" in line for line in read_metrics(folder))
-    assert load_file(folder / "best.safetensors").keys() == load_file(folder / "final.safetensors").keys()
+    assert (
+        load_file(folder / "best.safetensors").keys()
+        == load_file(folder / "final.safetensors").keys()
+    )
 
 
 def test_tp_ranks_draw_the_same_dropout(tiny, tmp_path):
     found = []
     for world in (1, 2):
-        config = config_to_dict(tiny_config(tiny, launch={"workers": world, "tp": world}, train={"epochs": 1}))
+        config = config_to_dict(
+            tiny_config(tiny, launch={"workers": world, "tp": world}, train={"epochs": 1})
+        )
         run_distributed(train_here, world, world, config, "sft", str(tmp_path / str(world)))
         found.append(losses_of(tmp_path / str(world)))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
@@ -108,17 +127,22 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     config = config_to_dict(tiny_config(tiny, train={"precision": precision}))
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "whole"))
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"), 6)
-    assert sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert sorted(p.name for p in (tmp_path / "cut/checkpoints").iterdir()) == [
+        "step-00000003",
+        "step-00000006",
+    ]
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"))
     whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     steps = [line["step"] for line in read_metrics(tmp_path / "cut") if "loss/total" in line]
-    assert steps == sorted(set(steps)) and steps == [line["step"] for line in read_metrics(tmp_path / "whole") if "loss/total" in line]
+    assert steps == sorted(set(steps)) and steps == [
+        line["step"] for line in read_metrics(tmp_path / "whole") if "loss/total" in line
+    ]
 
 
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
     """The norm of a gradient of three micro-batches: of the first, and twice the 512th part of it."""
-    from ilrec_dist.backbone.parallel import destroy_parallel, initialize_parallel
+    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.training.engine import build_engine
 
     config = config_from_dict(tree).train

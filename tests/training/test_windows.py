@@ -5,38 +5,57 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.data.prepared import Prepared
-from ilrec_dist.training.windows import EpochSteps, steps_per_epoch, training_windows
+from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
 
 
-def prepared_with(lengths: list[int]) -> Prepared:
+def prepared_with(lengths: list[int]) -> InteractionDataset:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     items = np.arange(offsets[-1], dtype=np.int32)
-    return Prepared(items, offsets, [str(u) for u in range(len(lengths))], [str(i) for i in range(len(items))])
+    return InteractionDataset(
+        items, offsets, [str(u) for u in range(len(lengths))], [str(i) for i in range(len(items))]
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(3, 60), min_size=1, max_size=20), st.integers(1, 25), st.sampled_from(["all", "last"]))
+@given(
+    st.lists(st.integers(3, 60), min_size=1, max_size=20),
+    st.integers(1, 25),
+    st.sampled_from(["all", "last"]),
+)
 def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history, targets):
-    prepared = prepared_with(lengths)
-    numbered = training_windows(prepared, max_history, targets)
+    dataset = prepared_with(lengths)
+    numbered = training_windows(dataset, max_history, targets)
     windows = numbered.take(np.arange(len(numbered)))
-    found = [(int(u), p) for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True) for p in range(a, b)]
+    found = [
+        (int(u), p)
+        for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True)
+        for p in range(a, b)
+    ]
     assert sorted(found) == [(u, p) for u, n in enumerate(lengths) for p in range(1, n - 2)]
     assert (windows.start < windows.target).all() and (windows.target < windows.stop).all()
     assert (windows.stop - windows.start <= max_history + 1).all()
     assert windows.num_targets == len(found)
     # the context of every target is at least min(its place, half of max_history) items
-    assert (windows.target - windows.start >= np.minimum(windows.target, max(max_history // 2, 1))).all()
+    assert (
+        windows.target - windows.start >= np.minimum(windows.target, max(max_history // 2, 1))
+    ).all()
 
 
 @given(st.integers(1, 400), st.integers(1, 64), st.integers(0, 3), st.integers(0, 3))
-def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(users, batch, seed, epoch):
-    windows = training_windows(prepared_with(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all")
+def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(
+    users, batch, seed, epoch
+):
+    windows = training_windows(
+        prepared_with(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all"
+    )
     steps = EpochSteps(windows, batch, seed, epoch)
     assert len(steps) == steps_per_epoch(windows, batch)
     assert sorted(np.concatenate(steps)) == list(range(len(windows)))
-    assert all(np.array_equal(a, b) for a, b in zip(steps, EpochSteps(windows, batch, seed, epoch), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(steps, EpochSteps(windows, batch, seed, epoch), strict=True)
+    )
     assert all(len(step) <= batch for step in steps)
 
 
@@ -54,7 +73,9 @@ def test_users_with_one_training_item_have_no_target(targets):
 
 @pytest.mark.parametrize(("users", "batch"), [(700, 8), (45, 64), (128, 1)])
 def test_steps_are_those_of_the_definition(users, batch):
-    windows = training_windows(prepared_with(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all")
+    windows = training_windows(
+        prepared_with(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all"
+    )
     whole = windows.take(np.arange(len(windows)))
     rng = np.random.default_rng([5, 2])
     order = rng.permutation(len(windows))
@@ -64,4 +85,6 @@ def test_steps_are_those_of_the_definition(users, batch):
         part = part[np.argsort((whole.stop - whole.start)[part], kind="stable")]
         steps += [part[i : i + batch] for i in range(0, len(part), batch)]
     expected = [steps[i] for i in rng.permutation(len(steps))]
-    assert [step.tolist() for step in EpochSteps(windows, batch, 5, 2)] == [step.tolist() for step in expected]
+    assert [step.tolist() for step in EpochSteps(windows, batch, 5, 2)] == [
+        step.tolist() for step in expected
+    ]

@@ -1,0 +1,1 @@
+"""Token rewards from the collaborative-filtering model."""

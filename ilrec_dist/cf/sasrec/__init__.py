@@ -1,0 +1,1 @@
+"""SASRec: the model, its training, its checkpoints."""

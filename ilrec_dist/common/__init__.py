@@ -1,0 +1,1 @@
+"""What every package may use: errors, files, console, names of a run's files."""

@@ -1,0 +1,51 @@
+"""Where each stage of a run writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# In a training's folder when it is finished.
+RESULT = "result.json"
+# How far the workers are: in the evaluation's folder, and in that of CF training.
+COUNTER = ".progress.json"
+# The weights of the best validation and those after the last step, in a training's folder.
+BEST, FINAL = "best.safetensors", "final.safetensors"
+CODE_ORDER = "code-order"  # within the CF folder: what is made of the models for one catalogue
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def items(self) -> Path:
+        return self.root / "items"
+
+    @property
+    def cf(self) -> Path:
+        return self.root / "cf"
+
+    @property
+    def cf_work(self) -> Path:
+        """Of the workers, while they train CF models together."""
+        return self.root / ".cf-work"
+
+    @property
+    def rewards(self) -> Path:
+        return self.cf / CODE_ORDER
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def trainings(self) -> Path:
+        return self.root / "train"
+
+    def training(self, method: str, seed: int) -> Path:
+        return self.trainings / f"{method}-seed{seed}"

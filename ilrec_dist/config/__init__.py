@@ -1,0 +1,1 @@
+"""The configuration tree and how it is loaded."""

@@ -1,0 +1,1 @@
+"""Reading, filtering and sorting interactions in bounded memory."""

@@ -1,0 +1,75 @@
+"""Reading spread over a Ray cluster: files are parsed where there are cores free, and their batches come back in the order of the files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.formats.source import Rejects
+
+ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
+
+
+def spread_batches(
+    files: list[Path], read_file: ReadFile, rejects: Rejects
+) -> Iterator[pa.RecordBatch]:
+    """The batches of read_file(file) of all files, parsed by Ray Data, one task a file, in the order of `files`: what reading them one by one gives.
+
+    Ray must be connected, and every node must see the files under the same paths. Raises UserError as read_file does.
+    """
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    parse = partial(_parse, read_file=read_file, allowed=rejects.allowed)
+    names = ray.data.from_items(
+        [{"file": str(path)} for path in files], override_num_blocks=len(files)
+    )
+    parsed = names.map_batches(parse, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    parsed.context.execution_options.preserve_order = True
+    parsed.context.enable_progress_bars = False
+    for table in parsed.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch, bad, error in zip(
+            *(table.column(name) for name in ("batch", "rejects", "error")), strict=True
+        ):  # type: ignore[union-attr]
+            rejects.absorb(json.loads(bad.as_py()))
+            if error.is_valid:
+                raise UserError(error.as_py())
+            if batch.is_valid:
+                yield from pa.ipc.open_stream(batch.as_buffer())
+
+
+def _parse(names: pa.Table, read_file: ReadFile, allowed: int) -> Iterator[pa.Table]:
+    """One row for each batch of a file – the batch as an Arrow stream and the bad rows met on the way – and one for what came after the last."""
+    for name in names.column("file").to_pylist():
+        rejects, told = Rejects(allowed), 0
+        error = None
+        try:
+            for batch in read_file(Path(name), rejects):
+                yield _row(batch, rejects.rows[told:], None)
+                told = len(rejects.rows)
+        except UserError as refused:
+            error = str(refused)
+        yield _row(None, rejects.rows[told:], error)
+
+
+def _row(
+    batch: pa.RecordBatch | None, bad: list[dict[str, str | int]], error: str | None
+) -> pa.Table:
+    content = None
+    if batch is not None:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        content = sink.getvalue().to_pybytes()
+    columns = [
+        pa.array([content], pa.large_binary()),
+        pa.array([json.dumps(bad)], pa.large_string()),
+        pa.array([error], pa.large_string()),
+    ]
+    return pa.table(columns, ["batch", "rejects", "error"])

@@ -1,0 +1,76 @@
+"""Work that overlaps in threads – numpy's sorts, Arrow and files release the interpreter's lock – with little in flight and results in order."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def ordered_map(
+    function: Callable[[A], B], items: Iterable[A], workers: int | None = None
+) -> Iterator[B]:
+    """function(item) of each item in order, `workers` (all cores) at a time; at most that many results wait for the consumer."""
+    workers = workers or cores()
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                if len(pending) == workers:
+                    yield pending.popleft().result()
+                pending.append(pool.submit(function, item))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
+    """The same items, made in a thread at most `count` before their use; an error there is raised here."""
+    ready: queue.Queue[tuple[A | None, BaseException | None]] = queue.Queue(count)
+    stopped = threading.Event()
+
+    def put(item: A | None, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                if stopped.is_set():
+                    return
+                put(item, None)
+            put(None, StopIteration())
+        except BaseException as error:  # handed to the consumer
+            put(None, error)
+
+    thread = threading.Thread(target=work, daemon=True, name="ahead")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+            item = None  # the next is waited for without holding this one
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,1 +1,0 @@
-"""Readers of foreign formats: each turns one format into a Source, a stream of Arrow batches and an item table."""

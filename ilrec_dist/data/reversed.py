@@ -1,0 +1,93 @@
+"""Training sequences in both directions: where the order is partly arbitrary, reading backwards too tells a model more of what goes together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from ilrec_dist.data.dataset import SPLITS, InteractionDataset, ItemArray
+
+
+def both_directions(dataset: InteractionDataset) -> InteractionDataset:
+    """The same data with as many users again: user num_users + u has the training items of user u, latest first, all of them for training.
+
+    Neither validation nor test items are read backwards, and the added users are evaluated in no split. They carry the ids of the users they repeat, so
+    that whatever is decided by id, such as the fold that a user is in (METHOD.md §5), is the same for both. Nothing as long as the interactions is made:
+    40 bytes a user, and the items are read from where they lie.
+    """
+    lengths = dataset.train_lengths()
+    offsets = np.concatenate([dataset.offsets, dataset.offsets[-1] + np.cumsum(lengths)])
+    places = np.full((1 + len(SPLITS), 2 * dataset.num_users), -1, np.int32)
+    places[0] = np.tile(lengths, 2)
+    for row, split in enumerate(SPLITS, start=1):
+        places[row, : dataset.num_users] = dataset.target_places(split)
+    return dataclasses.replace(
+        dataset,
+        items=ReversedItems(dataset.items, offsets, dataset.num_users),
+        offsets=offsets,
+        user_ids=RepeatedIds(dataset.user_ids),
+        places=places,
+    )
+
+
+class ReversedItems:
+    """The items of `both_directions`, int32 [offsets[-1]]: those of `forward`, then of each user the training part from its end; worked out when read.
+
+    offsets: int64 [2U + 1] of the doubled users; an added one's are as many as are read of the user it repeats.
+    """
+
+    def __init__(self, forward: ItemArray, offsets: np.ndarray, users: int) -> None:
+        self.forward, self.begins, self.ends = forward, offsets[:users], offsets[users + 1 :]
+        self.size = int(offsets[-1])
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """As of a NumPy array, for a slice or integers of any shape, from the end where negative; IndexError where there are none."""
+        split = len(self.forward)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.size)
+            if step == 1 and stop <= split:
+                return self.forward[start:stop]
+            index = np.arange(start, stop, step)
+        index = np.asarray(index)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise IndexError(f"items are read by slice or integers, not by {index.dtype}")
+        if index.size and (index.min() < -self.size or index.max() >= self.size):
+            raise IndexError(f"an index outside of {self.size} items")
+        index = np.where(index < 0, index + self.size, index)
+        user = np.searchsorted(
+            self.ends, index, side="right"
+        )  # 0 for what is read forwards, and not used
+        return self.forward[
+            np.where(index < split, index, self.begins[user] + self.ends[user] - 1 - index)
+        ]
+
+
+class RepeatedIds(Sequence[str]):
+    """Strings, and the same once more; none is copied."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = strings
+
+    def __len__(self) -> int:
+        return 2 * len(self.strings)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.strings[index % len(self.strings)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.strings
+        yield from self.strings

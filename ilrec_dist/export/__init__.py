@@ -1,0 +1,1 @@
+"""A run's data in the files of other systems."""

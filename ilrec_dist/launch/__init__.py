@@ -1,0 +1,1 @@
+"""Starts worker processes, by Ray Train or torchrun, and joins a Ray cluster."""

@@ -1,0 +1,94 @@
+"""The training objective of one micro-batch: the backbone's response rows through the cross-layer loss (METHOD.md §§2–6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
+from torch import nn
+
+from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.objective.config import ObjectiveConfig
+
+
+def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
+    """m: the configured number, or min(3, L // 2); 0 when nothing reads intermediate layers (plain SFT)."""
+    if config.beta == 0 and config.cpd_mu == 0 and config.crr_lambda == 0:
+        return 0
+    return config.num_intermediate_layers or min(3, num_layers // 2)
+
+
+def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarray) -> LossOptions:
+    """The operator's options; `item_tokens` are the distinct tokens of the items, ascending (METHOD.md §2). A contiguous range stays one: it costs less."""
+    first, last = int(item_tokens[0]), int(item_tokens[-1])
+    contiguous = last - first + 1 == len(item_tokens)
+    workspace = (
+        {} if config.workspace_mib is None else {"workspace_bytes": config.workspace_mib << 20}
+    )
+    return LossOptions(
+        negative_threshold=config.negative_threshold,
+        max_negatives=config.max_negatives,
+        negative_scope=config.negative_scope,
+        negatives_from=config.negatives_from,
+        penalty=config.penalty,
+        beta=config.beta,
+        softmax_scope=config.softmax_scope,
+        mu=config.cpd_mu,
+        distill_scope=config.distill_scope,
+        crr_lambda=config.crr_lambda,
+        reward_floor=config.reward_floor,
+        backend=Backend(config.backend),
+        vocab_size=vocab_size,
+        item_tokens=(first, last + 1)
+        if contiguous
+        else torch.from_numpy(item_tokens.astype(np.int64)),
+        **workspace,
+    )
+
+
+class Objective(nn.Module):
+    """Backbone and loss as one module, so that the engine wraps a single forward."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: ObjectiveConfig,
+        num_layers: int,
+        vocab_size: int,
+        item_tokens: np.ndarray,
+        parallel: ParallelState,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.num_intermediate = num_intermediate_layers(config, num_layers)
+        self.options = loss_options(config, vocab_size, item_tokens)
+        self.parallel = parallel
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        indptr: torch.Tensor,
+        candidates: torch.Tensor,
+        rewards: torch.Tensor | None,
+        loss_scale: float,
+    ) -> LossOutput:
+        """tokens int64 [B, S]; rows, targets int64 [N]; indptr int64 [N+1], candidates int64 [nnz], rewards float32 [nnz] or None.
+
+        The loss is the sum over rows times `loss_scale`.
+        """
+        hidden = self.backbone(tokens, rows, self.num_intermediate)
+        return cross_layer_loss(
+            hidden.final,
+            hidden.layers,
+            self.backbone.head_weight,
+            targets,
+            TokenLists(indptr, candidates),
+            rewards,
+            self.options,
+            vocab=self.backbone.vocab_range,
+            loss_scale=loss_scale,
+            tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
+        )

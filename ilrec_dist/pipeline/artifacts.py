@@ -1,0 +1,103 @@
+"""A run's folder and what the worker processes load from it: data, catalogue, trie, rewards, backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.config.tree import Config
+from ilrec_dist.data.dataset import InteractionDataset, load_dataset
+from ilrec_dist.data.reversed import both_directions
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.samples.collate import RewardSource
+
+VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
+
+
+@dataclass(frozen=True)
+class RunArtifacts:
+    config: Config
+
+    @cached_property
+    def folders(self) -> RunFolders:
+        return RunFolders(self.config.run_dir)
+
+    @cached_property
+    def dataset(self) -> InteractionDataset:
+        return load_dataset(self.folders.data)
+
+    @cached_property
+    def training(self) -> InteractionDataset:
+        """What the CF model and the language model are trained on."""
+        return both_directions(self.dataset) if self.config.data.both_directions else self.dataset
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.load(self.folders.items)
+
+    @cached_property
+    def trie(self) -> Trie:
+        return Trie.load(self.folders.items, self.catalogue)
+
+    def reward_source(self) -> RewardSource:
+        """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
+        source: RewardSource
+        if self.config.cf.rewards == "actor":
+            from ilrec_dist.cf.rewards.service import RewardClient
+            from ilrec_dist.launch.workers import reward_actor_name
+
+            cf = self.config.cf
+            source = RewardClient(
+                reward_actor_name(self.config),
+                cf.reward_replicas,
+                cf.reward_shards,
+                retries=cf.reward_retries,
+            )
+        else:
+            from ilrec_dist.cf.rewards.token_rewards import TokenRewards
+
+            source = TokenRewards.open(self.folders.cf, self.training, self.catalogue, self.trie)
+        if self.config.cf.reward_cache:
+            from ilrec_dist.cf.rewards.disk_cache import CachedRewards, cache_folder
+
+            source = CachedRewards(
+                source, cache_folder(self.folders.cf, self.training), self.training, self.trie
+            )
+        return source
+
+    def validation_users(self, count: int) -> np.ndarray:
+        """A fixed seeded sample of `count` users who have a validation target, all when 0 or more than there are; ascending int64."""
+        users = self.dataset.evaluated("validation")
+        if count == 0 or count >= len(users):
+            return users
+        return np.sort(
+            users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]]
+        )
+
+
+def max_positions(config: Config, depth: int) -> int:
+    """Tokens of the longest input: the context and the generated item without its last token."""
+    return (config.train.max_history + 1) * depth - 1
+
+
+def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+    catalogue = artifacts.catalogue
+    return Backbone(
+        config.backbone,
+        catalogue.vocab_size,
+        max_positions(config, catalogue.depth),
+        config.train.precision,
+        seed,
+    )
+
+
+def load_weights(backbone: Backbone, path: Path) -> Backbone:
+    backbone.load_full_state_dict(load_file(path))
+    return backbone.eval()

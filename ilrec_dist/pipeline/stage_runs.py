@@ -1,0 +1,299 @@
+"""What each stage of the pipeline does: loads what it needs from the run's folder and calls the one function that does the work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ilrec_dist.common.console import console
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.run_layout import COUNTER, RESULT, RunFolders
+from ilrec_dist.config.load import dump_config
+from ilrec_dist.config.tree import Config
+
+if TYPE_CHECKING:
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+
+
+@dataclass(frozen=True)
+class Training:
+    """One method with one seed, the folder it writes to, and the fingerprint of its configuration and inputs."""
+
+    method: str
+    seed: int
+    folder: Path
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+
+def prepare_inputs(config: Config) -> list[Path]:
+    from ilrec_dist.data.prepare import input_files
+
+    return input_files(config.data)
+
+
+def prepare(config: Config) -> None:
+    """On a given Ray cluster (`launch.ray_address`) its nodes read the files of a folder together."""
+    from ilrec_dist.data.prepare import input_files
+    from ilrec_dist.data.prepare import prepare as prepare_data
+
+    spread = (
+        config.launch.engine == "ray"
+        and bool(config.launch.ray_address or os.environ.get("RAY_ADDRESS"))
+        and len(input_files(config.data)) > 1
+    )
+    with _ray(config) if spread else nullcontext():
+        prepare_data(config.data, RunFolders(config.run_dir).data, spread)
+
+
+def _ray(config: Config) -> AbstractContextManager[None]:
+    """The cluster's connection, unless the command that runs all stages holds it already."""
+    if config.launch.engine != "ray":
+        return nullcontext()
+    import ray
+
+    from ilrec_dist.launch.workers import cluster
+
+    return nullcontext() if ray.is_initialized() else cluster(config)
+
+
+def index_inputs(config: Config) -> list[Path]:
+    from ilrec_dist.items.build import input_files
+
+    return input_files(config.items)
+
+
+def index(config: Config) -> None:
+    from ilrec_dist.items.build import build_index
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+
+    artifacts = RunArtifacts(config)
+    vectors = None
+    if config.items.from_cf:
+        from ilrec_dist.cf.sasrec.checkpoint import item_vectors
+
+        vectors = item_vectors(artifacts.folders.cf)
+    build_index(config.items, artifacts.dataset, artifacts.folders.items, vectors)
+
+
+def cf(config: Config) -> None:
+    if config.cf.split_table:
+        return _cf_by_workers(config)
+    import torch
+
+    from ilrec_dist.cf.sasrec.cross_fit import train_cf
+    from ilrec_dist.launch.job import resolve_device
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.reporting.progress import stage_progress
+
+    artifacts = RunArtifacts(config)
+    with stage_progress("cf", _cf_epochs(config), "epochs") as bar:
+        device = (
+            resolve_device(config) if torch.cuda.is_available() else "cpu"
+        )  # launch.device is the workers': this process may have no GPU
+        train_cf(
+            config.cf, artifacts.training, None, artifacts.folders.cf, _epochs_so_far(bar), device
+        )
+    torch.cuda.empty_cache()  # the workers may share the GPU
+
+
+def _cf_epochs(config: Config) -> int:
+    return (1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)) * config.cf.epochs
+
+
+def _epochs_so_far(show: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
+    """What `train_cf` calls after every epoch: shows how many there were, and the last one's figures."""
+    done: dict[str, float] = {}
+
+    def progress(event: dict[str, Any]) -> None:
+        done[event["model"]] = event["epoch"]
+        show(
+            sum(done.values()),
+            f"{event['model']} loss {event['loss']:.3f} NDCG@10 {event['ndcg@10']:.4f}",
+        )
+
+    return progress
+
+
+def _cf_by_workers(config: Config) -> None:
+    from ilrec_dist.launch.job import Job
+    from ilrec_dist.launch.workers import run_workers
+    from ilrec_dist.reporting.progress import follow_counter
+
+    folders, stop = RunFolders(config.run_dir), threading.Event()
+    shutil.rmtree(folders.cf_work, ignore_errors=True)
+    thread = threading.Thread(
+        target=follow_counter, args=(folders.cf_work / COUNTER, "cf", "epochs", stop), daemon=True
+    )
+    thread.start()
+    try:
+        with _ray(config):
+            run_workers(config, Job.of_cf(config))
+    finally:
+        stop.set()
+        thread.join()
+        shutil.rmtree(folders.cf_work, ignore_errors=True)
+
+
+def cf_part(config: Config, artifacts: RunArtifacts, device: str) -> None:
+    """The CF stage in one of the workers that split the item table."""
+    from ilrec_dist.cf.sasrec.cross_fit import train_cf
+    from ilrec_dist.cf.sasrec.sharded_table import Split
+    from ilrec_dist.reporting.progress import write_counter
+
+    split = Split.over_workers(artifacts.training.num_items)
+
+    def show(done: float, text: str) -> None:
+        if split.part == 0:
+            write_counter(artifacts.folders.cf_work / COUNTER, done, _cf_epochs(config), text)
+
+    show(0, "")
+    train_cf(
+        config.cf,
+        artifacts.training,
+        None,
+        artifacts.folders.cf,
+        _epochs_so_far(show),
+        device,
+        split,
+    )
+
+
+def rewards(config: Config) -> None:
+    """What rewards are computed from, for the codes that the index stage gave: the models know items, not codes."""
+    from ilrec_dist.cf.rewards.index import write_code_order
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+
+    artifacts = RunArtifacts(config)
+    write_code_order(config.cf, artifacts.folders.cf, artifacts.catalogue)
+
+
+def train_and_evaluate(
+    config: Config, trainings: Sequence[Training], evaluate: bool
+) -> list[float]:
+    """Train one after the other and, if asked, evaluate all that is trained, in one worker group: starting one takes a while.
+
+    Returns the seconds each training took, the group's start counted to the first, and last those of the evaluation.
+    """
+    from ilrec_dist.launch.job import Job
+    from ilrec_dist.launch.workers import reward_actor, run_workers
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
+    from ilrec_dist.training.checkpoint import latest
+
+    for training in trainings:
+        found, damaged = latest(
+            training.folder / "checkpoints", training.fingerprint
+        )  # all damaged: refused here, before any process is started
+        for line in damaged:
+            console.print(
+                f"warning: {line}; the checkpoint before it is used", highlight=False, markup=False
+            )
+        if found is not None:
+            console.print(f"{training.title}: goes on from step {found.step}", highlight=False)
+    wants_rewards = config.objective.crr_lambda > 0 and any(
+        training.method == "ilrec" for training in trainings
+    )
+    began = time.time()
+    with reward_actor(config, wants_rewards), following(config, trainings, evaluate):
+        run_workers(config, Job.of(config, trainings, evaluate))
+    seconds, at = [], began
+    for training in trainings:
+        result = training.folder / RESULT
+        end = result.stat().st_mtime
+        over_all_attempts = read_json_object(result)["seconds"]
+        seconds.append(
+            max(end - at, over_all_attempts)
+        )  # an earlier attempt may have done most of it, or all
+        at = max(at, end)
+    if evaluate:
+        evaluate_baselines(config, RunArtifacts(config))
+        seconds.append(time.time() - at)
+    return seconds
+
+
+@contextmanager
+def following(config: Config, trainings: Sequence[Training], evaluate: bool) -> Iterator[None]:
+    """Show the progress of each training in turn, and of the evaluation, while the block runs the workers."""
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.reporting.progress import LiveProgress, follow_counter
+    from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+
+    windows = training_windows(
+        RunArtifacts(config).training, config.train.max_history, config.train.targets
+    )
+    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    stop = threading.Event()
+
+    def follow() -> None:
+        for training in trainings:
+            with LiveProgress(training.folder, steps, training.title) as progress:
+                while not (training.folder / RESULT).exists():
+                    if stop.wait(0.3):
+                        progress.finished = (training.folder / RESULT).exists()
+                        break
+            if stop.is_set():
+                return
+        if evaluate:
+            follow_counter(
+                RunFolders(config.run_dir).evaluation / COUNTER, "evaluate", "rankings", stop
+            )
+
+    thread = threading.Thread(target=follow, name="following", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def report(config: Config, stage_seconds: dict[str, float]) -> None:
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
+    from ilrec_dist.reporting.html.report import MethodMetrics, write_report
+    from ilrec_dist.reporting.metrics_log import read_metrics
+    from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
+
+    artifacts = RunArtifacts(config)
+    rows, intervals = collect_rows(config), paired_intervals(config)
+    trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
+    dataset_name = Path(config.data.path).name if config.data.path else "synthetic"
+    results = write_results(
+        config.run_dir / RESULTS_FILE,
+        dataset_name,
+        rows,
+        sum(stage_seconds.values()),
+        stage_seconds,
+        intervals=intervals,
+    )
+    print_table(rows, intervals)
+    path = write_report(
+        config.run_dir,
+        name=config.name,
+        results=results,
+        metrics=[
+            MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
+            for method, seed in trained
+        ],
+        examples=collect_examples(config, artifacts),
+        config_yaml=dump_config(config),
+        index_report=read_json_object(artifacts.folders.items / "report.json"),
+        cf_report=read_json_object(artifacts.folders.cf / "report.json"),
+    )
+    shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
+    console.print(
+        f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}",
+        highlight=False,
+        markup=False,
+    )

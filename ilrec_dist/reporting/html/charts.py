@@ -1,0 +1,260 @@
+"""Line and bar charts as inline SVG: axes, ticks, a legend and titles under the pointer, without a script or a foreign file.
+
+Colours are the classes c0 … c7 and dashes the classes d0 … d3 of style.py, so one chart serves the light and the dark page.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from ilrec_dist.reporting.results import Summary, metric_title
+
+COLOURS, DASHES = 8, 4
+MAX_BINS = 90  # points a curve is drawn with; more lines of the log are averaged into them
+WIDTH, HEIGHT = 292.0, 190.0
+LEFT, RIGHT, TOP, BOTTOM = 42.0, 10.0, 8.0, 36.0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: points (x, y) in ascending x, finite."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    dash: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    series: Sequence[Series]
+    note: str = ""
+    x_label: str = "step"
+    share: bool = False  # y is a share: the axis ends at 0 and 1 at most
+    marks: bool = False  # a dot on every point
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    start: float  # pixel of low
+    stop: float  # pixel of high
+
+    def __call__(self, value: float) -> float:
+        return round(
+            self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start), 2
+        )
+
+
+def line_chart(chart: Chart) -> str:
+    """The chart as an HTML <figure>. Curves with more points than MAX_BINS are drawn as means over bins of x."""
+    columns = _columns(chart.series)
+    values = [y for _, row in columns for y in row if y is not None]
+    if not values:
+        return ""
+    x = (
+        _Scale(columns[0][0], columns[-1][0], LEFT, WIDTH - RIGHT)
+        if len(columns) > 1
+        else _Scale(columns[0][0] - 1, columns[0][0] + 1, LEFT, WIDTH - RIGHT)
+    )
+    low, high = _limits(values, chart.share)
+    y = _Scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(x, y, chart.x_label)]
+    for place, series in enumerate(chart.series):
+        points = [(x(at), y(row[place])) for at, row in columns if row[place] is not None]  # type: ignore[arg-type]
+        style = _style(series)
+        parts.append(
+            f'<polyline class="line {style}" points="{" ".join(f"{px:g},{py:g}" for px, py in points)}"/>'
+        )
+        if chart.marks or len(points) == 1:
+            parts += [
+                f'<circle class="dot {style}" cx="{px:g}" cy="{py:g}" r="2.6"/>'
+                for px, py in points
+            ]
+    parts.append(_bands(chart, columns, x))
+    svg = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(_spoken(chart), quote=True)}">{"".join(parts)}</svg>'
+    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+    return f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>{svg}{_legend(chart.series)}{note}</figure>'
+
+
+def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
+    """One horizontal bar per method with its value, and a whisker of one standard deviation where there are seeds."""
+    shown = [summary for summary in summaries if metric in summary.figures]
+    if not shown:
+        return ""
+    top = (
+        max(
+            summary.figures[metric].mean + (summary.figures[metric].std or 0.0) for summary in shown
+        )
+        or 1.0
+    )
+    row, left, width = 30.0, 92.0, 640.0
+    x = _Scale(0.0, top, left, width - 150.0)
+    parts = []
+    for place, summary in enumerate(shown):
+        figure = summary.figures[metric]
+        middle = place * row + row / 2
+        parts.append(
+            f'<text class="name" x="{left - 10:g}" y="{middle + 4:g}" text-anchor="end">{escape(summary.method)}</text>'
+        )
+        kind = {"ilrec": "bar ours", "bayes": "bar bound"}.get(summary.method, "bar")
+        parts.append(
+            f'<rect class="{kind}" x="{left:g}" y="{middle - 9:g}" width="{max(1.0, x(figure.mean) - left):g}" height="18" rx="3"/>'
+        )
+        end = figure.mean
+        if figure.std:
+            end += figure.std
+            parts.append(
+                f'<path class="whisker" d="M{x(figure.mean - figure.std):g} {middle:g}H{x(end):g}"/>'
+            )
+        parts.append(
+            f'<text class="value" x="{x(end) + 8:g}" y="{middle + 4:g}">{figure.text()}</text>'
+        )
+    spoken = f"{metric_title(metric)}: " + ", ".join(
+        f"{summary.method} {summary.figures[metric].text()}" for summary in shown
+    )
+    return f'<svg class="bars" viewBox="0 0 {width:g} {row * len(shown):g}" role="img" aria-label="{escape(spoken, quote=True)}">{"".join(parts)}</svg>'
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, thousands with separators, no exponent between 1e-4 and 1e7."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e7 or size < 1e-4:
+        return f"{value:.3g}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _columns(series: Sequence[Series]) -> list[tuple[float, list[float | None]]]:
+    """One shared grid of x for all curves: [(x, [y of each curve, or None])], at most MAX_BINS long."""
+    every = sorted({x for one in series for x, _ in one.points})
+    if not every:
+        return []
+    if len(every) <= MAX_BINS:
+        tables = [dict(one.points) for one in series]
+        return [(x, [table.get(x) for table in tables]) for x in every]
+    width = (every[-1] - every[0]) / MAX_BINS
+    edges = [every[0] + width * (bin + 1) for bin in range(MAX_BINS - 1)]
+    centres = [every[0] + width * (bin + 0.5) for bin in range(MAX_BINS)]
+    centres[0], centres[-1] = every[0], every[-1]
+    sums = [[[0.0, 0] for _ in series] for _ in centres]
+    for place, one in enumerate(series):
+        for x, y in one.points:
+            cell = sums[bisect.bisect_right(edges, x)][place]
+            cell[0] += y
+            cell[1] += 1
+    columns = [
+        (x, [total / count if count else None for total, count in row])
+        for x, row in zip(centres, sums, strict=True)
+    ]
+    return [column for column in columns if any(y is not None for y in column[1])]
+
+
+def _limits(values: Sequence[float], share: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if share or 0 <= low < 0.4 * high:
+        low = 0.0
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    if low != 0.0:
+        low -= margin
+    return low, min(1.0, high + margin) if share and high <= 1.0 else high + margin
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[float]:
+    """About `wanted` round values (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
+    first = math.ceil(low / step - 1e-9)
+    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """All ticks of an axis with one unit and one number of decimals."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    unit, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
+    if 0 < largest < 1e-2:
+        return [f"{tick:.1e}".replace("e-0", "e-") if tick else "0" for tick in ticks]
+    gap = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0) / unit
+    decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
+    return [f"{tick / unit:.{decimals}f}{suffix if tick else ''}" for tick in ticks]
+
+
+def _axes(x: _Scale, y: _Scale, x_label: str) -> str:
+    parts = []
+    ticks = _ticks(y.low, y.high, 5)
+    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
+        parts.append(f'<path class="grid" d="M{LEFT:g} {y(tick):g}H{WIDTH - RIGHT:g}"/>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 7:g}" y="{y(tick) + 3.5:g}" text-anchor="end">{text}</text>'
+        )
+    floor = HEIGHT - BOTTOM
+    parts.append(f'<path class="axis" d="M{LEFT:g} {floor:g}H{WIDTH - RIGHT:g}"/>')
+    ticks = [tick for tick in _ticks(x.low, x.high, 4) if tick == int(tick)]
+    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
+        parts.append(f'<path class="axis" d="M{x(tick):g} {floor:g}v4"/>')
+        at_edge = x(tick) > WIDTH - 18  # its text would run over the edge
+        place, anchor = (WIDTH - 1, "end") if at_edge else (x(tick), "middle")
+        parts.append(
+            f'<text class="tick" x="{place:g}" y="{floor + 16:g}" text-anchor="{anchor}">{text}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    return "".join(parts)
+
+
+def _bands(chart: Chart, columns: Sequence[tuple[float, list[float | None]]], x: _Scale) -> str:
+    """An invisible strip per point of the grid: its title is what the pointer shows, its line what it stands on."""
+    places = [x(at) for at, _ in columns]
+    borders = [
+        LEFT,
+        *((a + b) / 2 for a, b in zip(places, places[1:], strict=False)),
+        WIDTH - RIGHT,
+    ]
+    parts = []
+    for place, (at, row) in enumerate(columns):
+        lines = [f"{chart.x_label} {round(at):,}"]
+        lines += [
+            f"{series.name}: {format_number(y)}"
+            for series, y in zip(chart.series, row, strict=True)
+            if y is not None
+        ]
+        left, right = borders[place], borders[place + 1]
+        parts.append(
+            f'<g class="band"><title>{escape(chr(10).join(lines))}</title>'
+            f'<rect x="{left:.2f}" y="{TOP:g}" width="{right - left:.2f}" height="{HEIGHT - BOTTOM - TOP:g}"/>'
+            f'<path d="M{places[place]:g} {TOP:g}V{HEIGHT - BOTTOM:g}"/></g>'
+        )
+    return "".join(parts)
+
+
+def _style(series: Series) -> str:
+    return f"c{series.colour % COLOURS} d{series.dash % DASHES}"
+
+
+def _legend(series: Sequence[Series]) -> str:
+    if len(series) < 2 and not series[0].name:
+        return ""
+    swatch = '<svg viewBox="0 0 26 8" aria-hidden="true"><path class="line {}" d="M1 4H25"/></svg>'
+    entries = "".join(f"<li>{swatch.format(_style(one))}{escape(one.name)}</li>" for one in series)
+    return f'<ul class="legend">{entries}</ul>'
+
+
+def _spoken(chart: Chart) -> str:
+    """The chart in words, for those who cannot see it."""
+    ends = [
+        f"{one.name or 'value'} from {format_number(one.points[0][1])} to {format_number(one.points[-1][1])}"
+        for one in chart.series
+        if one.points
+    ]
+    return f"Line chart, {chart.title} by {chart.x_label}: " + "; ".join(ends)

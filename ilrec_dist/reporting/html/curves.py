@@ -1,0 +1,282 @@
+"""Which curves a report shows: from the metric names of the training worker (METHOD.md §6) to charts."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ilrec_dist.reporting.html.charts import Chart, Series
+from ilrec_dist.reporting.results import METHODS
+
+POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
+LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
+
+LOSS_TERMS = (
+    ("loss/total", "Total loss", "CPO + μ·CPD + λ·CRR, per row"),
+    (
+        "loss/cpo",
+        "CPO",
+        "cross-entropy with the negatives made harder; plain cross-entropy for sft",
+    ),
+    ("loss/cpd", "CPD", "KL of the intermediate layers to the final one, before μ"),
+    ("loss/crr", "CRR", "cross-entropy to the collaborative soft label, before λ"),
+)
+NEGATIVES = (
+    ("negatives/mean", "Mean |H|", "self-hard negatives per row", False),
+    (
+        "negatives/empty",
+        "Rows with empty H",
+        "share; the target already leads the ensemble, or it is the only continuation",
+        True,
+    ),
+    (
+        "negatives/capped",
+        "Rows with capped H",
+        "share; more candidates than max_negatives passed the threshold",
+        True,
+    ),
+    ("negatives/valid_next", "Valid-next share of H", "negatives that lead to a real item", True),
+)
+
+
+@dataclass(frozen=True)
+class MethodMetrics:
+    """The metrics.jsonl of one training run, as read_metrics gives it."""
+
+    method: str
+    seed: int
+    lines: Sequence[dict[str, Any]]
+
+    def points(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the key was logged with a number."""
+        return [
+            (line["step"], float(line[key]))
+            for line in self.lines
+            if isinstance(line.get(key), int | float)
+        ]
+
+    def last(self, key: str, lines: int = 20) -> float | None:
+        """The mean of the last logged values, which one batch does not sway."""
+        values = [value for _, value in self.points(key)[-lines:]]
+        return statistics.fmean(values) if values else None
+
+
+def loss_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    return _present(_per_run(runs, key, title, note) for key, title, note in LOSS_TERMS)
+
+
+def loss_position_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    return _by_method(
+        runs,
+        lambda method, of: [
+            _per_position(of, key, f"{title} by position, {method}", "")
+            for key, title, _ in LOSS_TERMS[1:]
+        ],
+    )
+
+
+def validation_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    validation = [
+        _per_run(runs, f"validation/{metric}@10", f"Validation {title}@10", "", marks=True)
+        for metric, title in (("ndcg", "NDCG"), ("hit", "Hit"))
+    ]
+    return _present(
+        [
+            *validation,
+            _per_run(
+                runs,
+                "p_target",
+                "Mean p(y) in training",
+                "probability of the target token under the final layer",
+            ),
+        ]
+    )
+
+
+def negative_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    runs = [
+        run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))
+    ]  # sft looks for none
+    return _by_method(
+        runs,
+        lambda method, of: [
+            _per_position(of, key, f"{title}, {method}", note, share)
+            for key, title, note, share in NEGATIVES
+        ],
+    )
+
+
+def signal_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    note = "share of the rows with negatives in which the collaborative model scored one of them"
+    layers = _by_method(
+        runs,
+        lambda method, of: [
+            _per_layer(of, f"KL to the final layer, {method}"),
+            *_layers_by_position(of, method),
+        ],
+    )
+    rewards = _present([_per_run(runs, "rewards/coverage", "Reward coverage", note, share=True)])
+    return (
+        layers
+        + rewards
+        + _by_method(
+            runs,
+            lambda method, of: [
+                _per_position(of, "p_target", f"Mean p(y) by position, {method}", "")
+            ],
+        )
+    )
+
+
+def speed_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    keys = (
+        ("rate/tokens_per_second", "Tokens per second"),
+        ("rate/rows_per_second", "Rows per second"),
+        ("learning_rate", "Learning rate"),
+    )
+    return _present(
+        [
+            *(_per_run(runs, key, title, "") for key, title in keys),
+            _per_run(runs, "grad_norm", "Gradient norm", "before clipping"),
+        ]
+    )
+
+
+def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Loss and validation NDCG@10 of the collaborative models by epoch, from the report of their stage."""
+    charts = []
+    for key, title in (
+        ("loss", "Collaborative models, loss"),
+        ("ndcg@10", "Collaborative models, validation NDCG@10"),
+    ):
+        series = []
+        for place, (name, report) in enumerate(models.items()):
+            points = [
+                (float(line["epoch"]), float(line[key]))
+                for line in report.get("curve", ())
+                if isinstance(line.get(key), int | float)
+            ]
+            series.append(Series(name, points, place))
+        charts.append(Chart(title, series, x_label="epoch", marks=True))
+    return _present(charts)
+
+
+def _per_run(
+    runs: Sequence[MethodMetrics],
+    key: str,
+    title: str,
+    note: str,
+    share: bool = False,
+    marks: bool = False,
+) -> Chart:
+    """A curve per method and seed: colour by method, dash by seed. A run in which the figure is 0 throughout has nothing to show."""
+    methods, seeds = _methods(runs), sorted({run.seed for run in runs})
+    series = []
+    for run in runs:
+        points = run.points(key)
+        if any(value != 0 for _, value in points):
+            name = run.method if len(seeds) == 1 else f"{run.method}, seed {run.seed}"
+            series.append(Series(name, points, methods.index(run.method), seeds.index(run.seed)))
+    return Chart(title, series, note, share=share, marks=marks)
+
+
+def _per_position(
+    runs: Sequence[MethodMetrics], stem: str, title: str, note: str, share: bool = False
+) -> Chart:
+    """A curve per position in the item, counted from 1 as people do, and one for all rows together; mean over seeds."""
+    numbers = sorted(
+        {
+            int(found["number"])
+            for run in runs
+            for key in _keys(run)
+            if (found := POSITION.match(key)) and found["stem"] == stem
+        }
+    )
+    series = [
+        Series(f"position {number + 1}", _mean(runs, f"{stem}/pos{number}"), number)
+        for number in numbers
+    ]
+    total = _mean(runs, stem)
+    if total and numbers:
+        series.append(Series("all", total, 7, 1))
+    return Chart(
+        title,
+        series if any(y != 0 for one in series for _, y in one.points) else [],
+        note,
+        share=share,
+    )
+
+
+def _per_layer(runs: Sequence[MethodMetrics], title: str) -> Chart:
+    numbers = sorted(
+        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        reverse=True,
+    )
+    series = [
+        Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), place)
+        for place, number in enumerate(numbers)
+    ]
+    return Chart(title, series, "KL(final ‖ layer), mean over rows")
+
+
+def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:
+    numbers = sorted(
+        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        reverse=True,
+    )
+    return [
+        _per_position(
+            runs,
+            f"kl/layer{number}",
+            f"KL to the final layer by position, layer {number}, {method}",
+            "",
+        )
+        for number in numbers
+    ]
+
+
+def _by_method(
+    runs: Sequence[MethodMetrics], make: Callable[[str, Sequence[MethodMetrics]], list[Chart]]
+) -> list[Chart]:
+    charts: list[Chart] = []
+    for method in _methods(runs):
+        charts += _present(make(method, [run for run in runs if run.method == method]))
+    return charts
+
+
+def _mean(runs: Sequence[MethodMetrics], key: str) -> list[tuple[float, float]]:
+    """Mean over the runs that logged the key at a step."""
+    values: dict[float, list[float]] = {}
+    for run in runs:
+        for step, value in run.points(key):
+            values.setdefault(step, []).append(value)
+    return [(step, statistics.fmean(values[step])) for step in sorted(values)]
+
+
+def _present(charts: Iterable[Chart]) -> list[Chart]:
+    shown = (
+        Chart(
+            chart.title,
+            [one for one in chart.series if one.points],
+            chart.note,
+            chart.x_label,
+            chart.share,
+            chart.marks,
+        )
+        for chart in charts
+    )
+    return [chart for chart in shown if chart.series]
+
+
+def _methods(runs: Sequence[MethodMetrics]) -> list[str]:
+    names = {run.method for run in runs}
+    return sorted(
+        names, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name)
+    )
+
+
+def _keys(run: MethodMetrics) -> set[str]:
+    return {key for line in run.lines for key in line}
