@@ -179,7 +179,9 @@ def _example(artifacts: RunArtifacts, user: int, found: dict[str, Predictions]) 
         name = dataset.titles[item] if dataset.titles else ""
         return f"{name} [{dataset.item_ids[item]}]" if name else dataset.item_ids[item]
 
-    sequence = dataset.sequence(user)[: int(dataset.target_places("test", np.array([user]))[0]) + 1]
+    sequence = dataset.sequence(user)[
+        : int(dataset.target_positions("test", np.array([user]))[0]) + 1
+    ]
     methods = {}
     for method, predictions in found.items():
         place = int(np.searchsorted(predictions.users, user))
