@@ -97,19 +97,12 @@ def _run(job: Job) -> None:
         if job.cf:
             cf_part(config, artifacts, device)
         for plain in job.trainings:
-            from ilrec_dist.training.trainer import train
+            from ilrec_dist.pipeline.train_one import train_one
 
             folder = Path(plain["folder"])
             if not (folder / RESULT).exists():  # a restarted group passes over what is done
-                train(
-                    config,
-                    plain["method"],
-                    plain["seed"],
-                    folder,
-                    plain["fingerprint"],
-                    artifacts,
-                    parallel,
-                )
+                spec = TrainingSpec(plain["method"], plain["seed"], folder, plain["fingerprint"])
+                train_one(config, spec, artifacts, parallel)
         if job.evaluate:
             from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
 
