@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +155,13 @@ def check_file(path: Path, expected: str, manifest: str) -> None:
             f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); "
             "run `ilrec index` again"
         )
+
+
+def catalogue_hash(catalogue: Catalogue) -> str:
+    """SHA-256 of the catalogue's tokens and item order."""
+    digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
+    return digest.hexdigest()
 
 
 def make_catalogue(

@@ -9,12 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_report import open_index, report_plot, report_table
