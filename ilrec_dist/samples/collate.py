@@ -9,7 +9,7 @@ import torch
 
 from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import PAD, Catalogue
+from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.samples.windows import Windows
 
@@ -83,7 +83,8 @@ class BatchMaker:
         sequence_lengths = ends[:, -1]
         longest = int(sequence_lengths.max()) if len(slices) else depth
         width = max(longest - 1, 1)
-        tokens = np.full((max(len(slices), 1), max(longest, 2)), PAD, np.int64)
+        padding = self.catalogue.vocabulary.padding
+        tokens = np.full((max(len(slices), 1), max(longest, 2)), padding, np.int64)
         if len(slices):
             in_sequence = np.arange(tokens.shape[1]) < sequence_lengths[:, None]
             in_item = np.arange(depth) < item_lengths[:, :, None]

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import WEIGHTS_SHA256, save_weights
