@@ -72,7 +72,7 @@ def catalogue_table(dataset: InteractionDataset, catalogue: Catalogue) -> pa.Tab
     )
 
 
-def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, Any]:
     """The trie as one CSR graph, as `constrained_decoding.ItemTrie` reads it.
 
     Nodes are numbered depth by depth. What stands behind the end of a title is no edge.
