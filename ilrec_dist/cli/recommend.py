@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import atomic_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.config import BackboneConfig
@@ -120,14 +121,11 @@ def recommend(
         return
     import pyarrow.parquet as pq
 
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        pq.write_table(table, staged)
-        os.replace(staged, out)
+        with atomic_file(out) as staged:
+            pq.write_table(table, staged)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        staged.unlink(missing_ok=True)
     console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False, markup=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import atomic_file
 from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, mean_metrics, per_user, ranks_of_lists
 
 SCHEMA = pa.schema(
@@ -99,10 +99,8 @@ class Predictions:
             pa.array(self.tie_size, pa.int32()),
         ]
         schema = SCHEMA.with_metadata({"exclude_seen": str(self.exclude_seen).lower()})
-        path = Path(path)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
-        os.replace(staged, path)
+        with atomic_file(path) as staged:
+            pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
 
     @staticmethod
     def load(path: str | Path) -> Predictions:

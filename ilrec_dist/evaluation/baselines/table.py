@@ -66,16 +66,14 @@ class Baseline:
     is_bound: bool = False
     # Is trained by the CF stage, with its seed.
     is_cf: bool = False
-    # Trained methods get a paired interval against it.
-    is_reference: bool = False
 
 
 BASELINES = {
     baseline.name: baseline
     for baseline in (
         Baseline("popularity", _popularity),
-        Baseline("transitions", _transitions, is_reference=True),
-        Baseline("sasrec", _sasrec, is_cf=True, is_reference=True),
+        Baseline("transitions", _transitions),
+        Baseline("sasrec", _sasrec, is_cf=True),
         Baseline("bayes", _bayes, is_bound=True),
     )
 }
