@@ -223,8 +223,8 @@ def test_users_with_nothing_left_count_as_misses_for_every_method(
         assert figures["hit@10"] == figures["expected_ndcg@10"] == hits / len(sequences)
         assert predictions.row("m")["users_without_items"] == without_items
         predictions.save(tmp_path / "p.parquet")
-        assert_same(Predictions.load(tmp_path / "p.parquet"), predictions)
         assert recompute(tmp_path / "p.parquet") == figures
+        assert Predictions.load(tmp_path / "p.parquet").num_users_without_items == without_items
     (kept,) = run_distributed(evaluate_two_items, 1, 1, sequences, False)
     assert kept.metrics()["hit@10"] == 1 and kept.num_users_without_items == 0
 
