@@ -57,11 +57,11 @@ def recommend(
     quiet()
     import torch
 
-    from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
     from ilrec_dist.common.files import read_json_object
     from ilrec_dist.common.run_layout import BEST, RESULT
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend_items
+    from ilrec_dist.items.catalogue import catalogue_hash
     from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
     from ilrec_dist.reporting.progress import stage_progress
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.inference.parallel_head import ParallelHead, SoftmaxScope
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
-from ilrec_dist.items.catalogue import END, PAD
 
 # Logits and candidates in memory at once, by device type: users are taken in slices below it.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -111,8 +110,7 @@ def beam_search(
             parts.append(extended)
             finite &= part_finite
         nodes, scores, chosen, parents = (torch.cat(column) for column in zip(*parts, strict=True))
-        if constraint.titles and bool(((chosen <= END) | (nodes < 0)).all()):
-            # Every title has ended.
+        if constraint.titles and bool((constraint.has_ended(p + 1, nodes) | (nodes < 0)).all()):
             nodes = constraint.leaves(p + 1, nodes)
             break
         if p + 2 < constraint.depth or (p + 2 == constraint.depth and softmax_scope == "all"):
@@ -167,8 +165,8 @@ def _extend(
         constraint.token_range[p],
     ).view_as(token)
     if constraint.titles:
-        # A title that has ended has no choice.
-        log_p = log_p.masked_fill(token == PAD, 0.0)
+        # There is no choice behind the end of a title.
+        log_p = log_p.masked_fill(constraint.has_ended(p, nodes)[..., None], 0.0)
     finite = (log_p.isfinite() | ~exists).all()
     usable = constraint.has_item_left(p, child, exists, first_row, exhausted)
     total = (scores[..., None] + log_p).masked_fill(~usable, -torch.inf).flatten(1)

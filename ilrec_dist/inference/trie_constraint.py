@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,19 @@ class TrieConstraint:
         )
         # On a CPU these int32 arrays share the trie's own memory.
         self._child_start = [torch.from_numpy(start).to(device) for start in trie.child_start]
-        self._token = [torch.from_numpy(token).to(device) for token in trie.node_token]
+        tokens = trie.node_token
+        if self.titles:
+            vocabulary = trie.catalogue.vocabulary
+            # Nodes at and behind a title's end. What stands behind it is fed to the model as
+            # padding, so that every token here is an id that the model has.
+            ended = [(token == vocabulary.end) | (token == NO_TOKEN) for token in tokens[1:]]
+            self._ended = [
+                torch.from_numpy(flags).to(device) for flags in [np.zeros(1, bool), *ended]
+            ]
+            tokens = [np.where(token == NO_TOKEN, vocabulary.padding, token) for token in tokens]
+        self._token = [torch.from_numpy(token).to(device) for token in tokens]
         # [start, stop) of the tokens that follow a prefix of depth p.
-        self.token_range = [
-            (int(token.min()), int(token.max()) + 1) for token in trie.node_token[1:]
-        ]
+        self.token_range = [(int(token.min()), int(token.max()) + 1) for token in tokens[1:]]
 
     def children(self, p: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The children of nodes int64 [B, K] at depth p, padded to the widest node.
@@ -81,6 +90,10 @@ class TrieConstraint:
         """int64 [B, K]: the number of continuations of nodes at depth p; 0 for -1."""
         alive = nodes.clamp(min=0)
         return (self._child_start[p][alive + 1] - self._child_start[p][alive]).long() * (nodes >= 0)
+
+    def has_ended(self, p: int, nodes: Tensor) -> Tensor:
+        """bool [B, K]: whether the titles of nodes int64 [B, K] at depth p have ended."""
+        return self._ended[p][nodes.clamp(min=0)]
 
     def leaves(self, p: int, nodes: Tensor) -> Tensor:
         """int64 [B, K]: nodes at depth C below nodes at depth p that do not branch; -1 for -1."""
