@@ -121,7 +121,7 @@ def beam_search(
     if not finite:
         raise UserError(
             f"{model_name}: its scores are not finite (NaN or infinite), so its training has "
-            "diverged; lower train.learning_rate or lengthen the warm-up, and train again"
+            "diverged; lower train.learning_rate or lengthen train.warmup, and train again"
         )
     return Beams(nodes, scores)
 
