@@ -226,8 +226,14 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
-    from ilrec_dist.reporting.html.report import MethodMetrics, write_report
+    from ilrec_dist.pipeline.stages.evaluate import (
+        collect_examples,
+        collect_rows,
+        method_labels,
+        paired_intervals,
+    )
+    from ilrec_dist.reporting.html.curves import MethodMetrics
+    from ilrec_dist.reporting.html.report import write_report
     from ilrec_dist.reporting.metrics_log import read_metrics
     from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
 
@@ -243,7 +249,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         stage_seconds,
         intervals=intervals,
     )
-    print_table(rows, intervals)
+    print_table(rows, intervals, method_labels())
     path = write_report(
         config.run_dir,
         name=config.name,
@@ -252,6 +258,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
             MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
             for method, seed in trained
         ],
+        labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
         index_report=read_json_object(artifacts.folders.items / "report.json"),

@@ -103,7 +103,8 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
         parts.append(
             f'<text class="name" x="{left - 10:g}" y="{middle + 4:g}" text-anchor="end">{escape(summary.method)}</text>'
         )
-        kind = {"ilrec": "bar ours", "bayes": "bar bound"}.get(summary.method, "bar")
+        label = summary.label
+        kind = "bar highlighted" if label.highlighted else "bar bound" if label.is_bound else "bar"
         parts.append(
             f'<rect class="{kind}" x="{left:g}" y="{middle - 9:g}" width="{max(1.0, x(figure.mean) - left):g}" height="18" rx="3"/>'
         )

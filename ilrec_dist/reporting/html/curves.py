@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ilrec_dist.reporting.html.charts import Chart, Series
-from ilrec_dist.reporting.results import METHODS
 
 POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
@@ -19,7 +18,7 @@ LOSS_TERMS = (
     (
         "loss/cpo",
         "CPO",
-        "cross-entropy with the negatives made harder; plain cross-entropy for sft",
+        "cross-entropy with the negatives made harder; plain cross-entropy where β is 0",
     ),
     ("loss/cpd", "CPD", "KL of the intermediate layers to the final one, before μ"),
     ("loss/crr", "CRR", "cross-entropy to the collaborative soft label, before λ"),
@@ -97,9 +96,8 @@ def validation_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def negative_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
-    runs = [
-        run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))
-    ]  # sft looks for none
+    # Methods that look for no negatives log 0.
+    runs = [run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))]
     return _by_method(
         runs,
         lambda method, of: [
@@ -272,10 +270,8 @@ def _present(charts: Iterable[Chart]) -> list[Chart]:
 
 
 def _methods(runs: Sequence[MethodMetrics]) -> list[str]:
-    names = {run.method for run in runs}
-    return sorted(
-        names, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name)
-    )
+    """The runs' methods in the order of the runs."""
+    return list(dict.fromkeys(run.method for run in runs))
 
 
 def _keys(run: MethodMetrics) -> set[str]:
