@@ -129,11 +129,14 @@ def test_hostile_titles_are_shown_as_they_are(html):
 def test_everything_is_on_the_page(html):
     text = " ".join(Page(html).text)
     for title in (
-        "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec", "Validation NDCG@10", "Mean |H|, ilrec",
-        "Rows with empty H, ilrec", "Rows with capped H, ilrec", "Valid-next share of H, ilrec", "KL to the final layer, ilrec",
-        "Mean p(y) by position, ilrec", "Reward coverage", "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
+        "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec",
+        "Validation NDCG@10", "Mean |H|, ilrec", "Rows with empty H, ilrec",
+        "Rows with capped H, ilrec", "Valid-next share of H, ilrec",
+        "KL to the final layer, ilrec", "Mean p(y) by position, ilrec", "Reward coverage",
+        "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
         "items of the history kept", "expected NDCG@10", "levels 1", "codes 256, used 250",
-        "Collaborative models, loss", "10 entries", "Resolved configuration", "max_negatives: 64", "collisions · before",
+        "Collaborative models, loss", "10 entries", "Resolved configuration",
+        "max_negatives: 64", "collisions · before",
     ):  # fmt: skip
         assert title in text, title
     assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text  # nothing to show

@@ -1,4 +1,4 @@
-"""Which curves a report shows: from the metric names of the training worker (METHOD.md §6) to charts."""
+"""The curves of a report: from the metric names of a training (METHOD.md §6) to charts."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def speed_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Loss and validation NDCG@10 of the collaborative models by epoch, from the report of their stage."""
+    """Loss and validation NDCG@10 of the collaborative models by epoch."""
     charts = []
     for key, title in (
         ("loss", "Collaborative models, loss"),
@@ -170,7 +170,10 @@ def _per_run(
     share: bool = False,
     marks: bool = False,
 ) -> Chart:
-    """A curve per method and seed: colour by method, dash by seed. A run in which the figure is 0 throughout has nothing to show."""
+    """A curve per method and seed: colour by method, dash by seed.
+
+    A run in which the figure is 0 throughout has nothing to show.
+    """
     methods, seeds = _methods(runs), sorted({run.seed for run in runs})
     series = []
     for run in runs:
@@ -184,7 +187,7 @@ def _per_run(
 def _per_position(
     runs: Sequence[MethodMetrics], stem: str, title: str, note: str, share: bool = False
 ) -> Chart:
-    """A curve per position in the item, counted from 1 as people do, and one for all rows together; mean over seeds."""
+    """A curve per position in the item, counted from 1, and one for all rows; mean over seeds."""
     numbers = sorted(
         {
             int(found["number"])

@@ -118,7 +118,8 @@ def _stages(stage_seconds: Mapping[str, float], seconds: float) -> str:
     longest = max(stage_seconds.values(), default=0.0) or 1.0
     rows = "".join(
         f'<tr><th scope="row">{escape(stage)}</th><td class="meter">'
-        f'<span style="width:{100 * value / longest:.1f}%"></span></td><td>{_seconds(value)}</td></tr>'
+        f'<span style="width:{100 * value / longest:.1f}%"></span></td>'
+        f"<td>{_seconds(value)}</td></tr>"
         for stage, value in stage_seconds.items()
     )
     total = (
@@ -158,7 +159,8 @@ def _reports(
 
 def _configuration(config_yaml: str) -> str:
     return (
-        f'<details class="card"><summary>Resolved configuration</summary><pre>{escape(config_yaml)}</pre></details>'
+        '<details class="card"><summary>Resolved configuration</summary>'
+        f"<pre>{escape(config_yaml)}</pre></details>"
         if config_yaml
         else ""
     )
