@@ -27,12 +27,18 @@ class MethodFigures:
     per_user: dict[str, np.ndarray]
 
     @staticmethod
-    def of(predictions: Predictions, method: str, seed: int) -> MethodFigures:
+    def of(
+        predictions: Predictions,
+        method: str,
+        seed: int,
+        more: Mapping[str, float] | None = None,
+    ) -> MethodFigures:
+        """The figures of one predictions file; `more` are further keys of its row."""
         values = predictions.per_user()
         return MethodFigures(
             method,
             predictions.exclude_seen,
-            predictions.row(method, seed),
+            predictions.row(method, seed) | dict(more or {}),
             {metric: values[metric] for metric in COMPARED_METRICS},
         )
 

@@ -231,7 +231,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.pipeline.stages.evaluate import (
         collect_examples,
-        collect_rows,
+        collect_figures,
         method_labels,
         paired_intervals,
     )
@@ -241,7 +241,8 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
 
     artifacts = RunArtifacts(config)
-    rows, intervals = collect_rows(config), paired_intervals(config)
+    figures = collect_figures(config, artifacts)
+    rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     dataset_name = Path(config.data.path).name if config.data.path else "synthetic"
     results = write_results(

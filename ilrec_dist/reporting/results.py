@@ -20,6 +20,14 @@ from ilrec_dist.common.files import write_json
 RESULTS_FILE = "results.json"
 # The metrics that every row has.
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
+# Measures beside accuracy that a row may have, with their titles and what they mean.
+BEYOND_ACCURACY = {
+    "coverage@10": ("Coverage@10", "share of the catalogue in some list"),
+    "gini@10": ("Gini@10", "0: all items listed equally often; 1: one item takes all places"),
+    "novelty@10": ("Novelty@10", "mean self-information of listed items, bits"),
+    "diversity@10": ("Diversity@10", "1 − shared code prefix of two items of a list"),
+    "calibration_error": ("Calibration error", "of exp(score) as the probability of a hit"),
+}
 # Prefix of a row's expected-rank figures, such as expected_ndcg@10.
 EXPECTED = "expected_"
 # The standard error over users.
@@ -259,7 +267,8 @@ def seen_title(exclude_seen: bool) -> str:
 
 def _summary(label: MethodLabel, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
     figures: dict[str, Figure] = {}
-    for metric in (*METRICS, STANDARD_ERROR, *(EXPECTED + name for name in METRICS)):
+    expected = (EXPECTED + name for name in METRICS)
+    for metric in (*METRICS, STANDARD_ERROR, *expected, *BEYOND_ACCURACY):
         values = [float(row[metric]) for row in rows if row.get(metric) is not None]
         if len(values) == len(rows):
             figures[metric] = Figure(

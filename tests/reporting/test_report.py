@@ -178,7 +178,16 @@ def test_both_treatments_warnings_and_what_prepare_did_are_on_the_page(tmp_path)
     assert "excluded: 3 of 24,772 users have nothing left" in text and "kept: 3 of" not in text
     assert "Warning: 30 % of the items share a code <b>" in text
     assert "9 users read, 4 dropped" in text
-    assert "ILRec against sft" in text
+    assert "ILRec against sft" in text and "Beyond accuracy" not in text
+
+
+def test_measures_beside_accuracy_have_a_table(tmp_path):
+    rows = [row | {"coverage@10": 0.25} for row in result_rows([0])]
+    rows[4] |= {"calibration_error": 0.0125}
+    results = write_results(tmp_path / "results.json", "x", rows, 1.0, {})
+    path = write_report(tmp_path, name="more", results=results, metrics=[], labels=LABELS)
+    text = "|".join(Page(path.read_text()).text)
+    assert "|ilrec|0.2500|0.0125|" in text and "|sft|0.2500|–|" in text and "Gini" not in text
 
 
 def test_a_miss_is_said(tmp_path):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -13,7 +12,9 @@ from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation import comparison, examples
+from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.baselines.table import BASELINES, baselines_of
+from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
@@ -127,28 +128,26 @@ def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> Ranki
     return progress
 
 
-def collect_figures(config: Config) -> list[MethodFigures]:
+def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigures]:
     """The figures of every method, seed and treatment, from the saved predictions."""
-    return [
-        MethodFigures.of(
-            Predictions.load(predictions_file(config, method, seed, exclude)),
-            method,
-            config.cf.seed if method in BASELINES and BASELINES[method].is_cf else seed or 0,
-        )
-        for exclude in treatments(config)
-        for method, seed in evaluated(config)
-    ]
+    popularity = count_training(artifacts.dataset).popularity
+    facts = ItemFacts.of(popularity, artifacts.catalogue)
+    collected = []
+    for exclude in treatments(config):
+        for method, seed in evaluated(config):
+            predictions = Predictions.load(predictions_file(config, method, seed, exclude))
+            is_cf = method in BASELINES and BASELINES[method].is_cf
+            more = beyond_accuracy(predictions, facts, scores_are_log_p=method in METHODS)
+            collected.append(
+                MethodFigures.of(predictions, method, config.cf.seed if is_cf else seed or 0, more)
+            )
+    return collected
 
 
-def collect_rows(config: Config) -> list[dict[str, Any]]:
-    """The rows of results.json, recomputed from the saved predictions."""
-    return [figures.row for figures in collect_figures(config)]
-
-
-def paired_intervals(config: Config) -> list[Interval]:
+def paired_intervals(config: Config, figures: Sequence[MethodFigures]) -> list[Interval]:
     """Paired intervals of each trained method, under both treatments of seen items."""
     return comparison.paired_intervals(
-        collect_figures(config),
+        figures,
         {method: get_method(method).compared_with for method in config.train.methods},
     )
 

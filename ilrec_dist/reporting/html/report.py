@@ -18,7 +18,11 @@ from ilrec_dist.reporting.html.charts import Chart, line_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.reporting.html.facts import facts_table
-from ilrec_dist.reporting.html.results_table import header_tiles, results_section
+from ilrec_dist.reporting.html.results_table import (
+    beyond_accuracy_section,
+    header_tiles,
+    results_section,
+)
 from ilrec_dist.reporting.html.style import CSS
 from ilrec_dist.reporting.progress import clock
 from ilrec_dist.reporting.results import MethodLabel, Summary, intervals_of, summarise_rows
@@ -53,6 +57,7 @@ def write_report(
     runs = sorted(metrics, key=lambda run: order.get(run.method, len(order)))
     sections = [
         ("results", "Results", results_section(summaries, intervals)),
+        ("beyond-accuracy", "Beyond accuracy", beyond_accuracy_section(summaries)),
         *((slug, title, _charts(make(runs))) for slug, title, make in _CURVES),
         ("examples", "Examples", examples_section(examples)),
         ("times", "Time by stage", _stages(results["stage_seconds"], results["seconds"])),

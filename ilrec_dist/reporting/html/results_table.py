@@ -8,6 +8,8 @@ from html import escape
 from ilrec_dist.reporting.html.charts import bar_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.results import (
+    BEYOND_ACCURACY,
+    Figure,
     Interval,
     Summary,
     best_mean,
@@ -104,6 +106,37 @@ def results_section(summaries: Sequence[Summary], intervals: Sequence[Interval])
         f'<div class="scroll">{bar_chart(first, "ndcg@10")}</div>'
     )
     return f'<div class="card">{table}{"".join(notes)}{bars}</div>'
+
+
+def beyond_accuracy_section(summaries: Sequence[Summary]) -> str:
+    """The table of measures beside accuracy, of the first treatment of seen items."""
+    first = [summary for summary in summaries if summary.exclude_seen == summaries[0].exclude_seen]
+    columns = [
+        metric for metric in BEYOND_ACCURACY if any(metric in summary.figures for summary in first)
+    ]
+    if not columns:
+        return ""
+    head = "".join(f'<th scope="col">{BEYOND_ACCURACY[metric][0]}</th>' for metric in columns)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(summary.method)}</th>'
+        + "".join(f"<td>{_figure(summary.figures.get(metric))}</td>" for metric in columns)
+        + "</tr>"
+        for summary in first
+    )
+    notes = "".join(
+        f"<li>{BEYOND_ACCURACY[metric][0]}: {escape(BEYOND_ACCURACY[metric][1])}</li>"
+        for metric in columns
+    )
+    return (
+        f'<div class="card"><div class="scroll"><table><caption>Lists of ten, '
+        f"{seen_title(first[0].exclude_seen)}; mean over seeds.</caption><thead><tr>"
+        f'<th scope="col">method</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<ul class="note">{notes}</ul></div>'
+    )
+
+
+def _figure(figure: Figure | None) -> str:
+    return "–" if figure is None else f"{figure.mean:.4f}"
 
 
 def _result_row(summary: Summary, columns: Sequence[str], group: Sequence[Summary]) -> str:
