@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ilrec_kernels.segments import set_key
-from ilrec_kernels.types import LossOptions, RowStats, TokenLists, compute_dtype
+from ilrec_kernels.layout.segments import set_key
+from ilrec_kernels.options import LossOptions, RowStats, TokenLists, compute_dtype
 
 
 @dataclass(frozen=True)
