@@ -7,6 +7,7 @@ import pytest
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import config_from_dict, dump_config, load_config
 from ilrec_dist.config.tree import Config, ConfigError
+from ilrec_dist.objective.registry import get_method
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -27,11 +28,8 @@ def test_defaults_are_the_methods():
         0.02,
     )
     assert config_from_dict({"objective": {"penalty": "multiplicative"}}).objective.beta == 0.1
-    assert (
-        config.objective.as_sft().beta,
-        config.objective.as_sft().cpd_mu,
-        config.objective.as_sft().crr_lambda,
-    ) == (0, 0, 0)
+    sft = get_method("sft").objective(config.objective)
+    assert (sft.beta, sft.cpd_mu, sft.crr_lambda) == (0, 0, 0)
 
 
 def test_overrides_replace_values(tmp_path):
@@ -76,7 +74,7 @@ def test_overrides_replace_values(tmp_path):
         ("train.learning_rate=fast", ["train.learning_rate", "number", "fast"]),
         ("train.epochs=true", ["train.epochs", "integer", "True"]),
         ("train.clip_norm=true", ["train.clip_norm", "number", "True"]),
-        ("train.warmup_steps=10.0", ["train.warmup_steps", "integer", "10.0"]),
+        ("train.warmup=10.0", ["train.warmup", "integer", "share", "10.0"]),
         ("launch.tp='2'", ["launch.tp", "integer", "'2'"]),
         ("evaluation.exclude_seen=1", ["evaluation.exclude_seen", "boolean", "1"]),
         (".epochs=1", [".epochs", "key.sub=value"]),

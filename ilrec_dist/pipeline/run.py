@@ -25,8 +25,9 @@ from ilrec_dist.common.files import sha256_file
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.pipeline import stage_runs
-from ilrec_dist.pipeline.stage_runs import Training
+from ilrec_dist.training.spec import TrainingSpec
 
 FORMAT = 3  # raise when a stage's output changes for the same settings
 
@@ -42,7 +43,7 @@ class Stage:
     inputs: Callable[[Config], list[Path]]
     output: Callable[[Config], Path]
     run: Callable[[Config], None] | None = None  # None: a stage of the workers, which run together
-    training: Training | None = None  # what a training stage trains
+    training: TrainingSpec | None = None  # what a training stage trains
 
 
 class Run:
@@ -312,7 +313,7 @@ def _training_stage(
         settings,
         _none,
         lambda _: folder,
-        training=Training(method, seed, folder, ""),
+        training=TrainingSpec(method, seed, folder, ""),
     )
 
 
@@ -329,9 +330,7 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
         run.check_before(name, wanted)
     with run.alone():
         if any(run.stages[name].run is None and not run.is_current(name) for name in wanted):
-            from ilrec_dist.launch.workers import cluster
-
-            with cluster(config):
+            with ray_session(config.launch):
                 _execute_all(run, wanted)
         else:
             _execute_all(run, wanted)

@@ -20,6 +20,7 @@ from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import Vocabulary
 from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
 
 
@@ -152,6 +153,25 @@ def test_one_level_and_a_thread(world: World) -> None:
     assert rewards.meter.summary()["answers"] == 1
 
 
+def test_rewards_do_not_depend_on_where_the_item_tokens_lie(world: World) -> None:
+    """In a vocabulary whose ids are in another order the same tokens of a target get the same rewards."""
+    ids = np.random.default_rng(4).permutation(40)[:12].astype(np.int32)
+    catalogue = world.catalogue.in_vocabulary(Vocabulary(ids, 40, padding=int(ids[2])))
+    trie, own = Trie(catalogue), world.rewards()
+    other = TokenRewards(own.models, own.folds, world.dataset, catalogue, trie)
+    users, positions = training_targets(world.dataset, np.arange(7))
+    items = world.dataset.items[world.dataset.offsets[users] + positions]
+    rewards_of = []
+    for rewards in (own, other):
+        indptr, tokens = rewards.trie.target_candidates(items)
+        rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        numbers = rewards.catalogue.vocabulary.numbers(tokens)
+        order = np.lexsort((numbers, rows))
+        rewards_of.append((numbers[order], rewards.fetch(users, positions)[order]))
+    assert (rewards_of[0][0] == rewards_of[1][0]).all()
+    np.testing.assert_allclose(rewards_of[1][1], rewards_of[0][1], rtol=1e-4, atol=1e-6)
+
+
 def chronological(dataset: InteractionDataset) -> np.ndarray:
     """The places of a split that trains on all but the last three of each user: the same interactions, another training part."""
     lengths = dataset.lengths().astype(np.int32)
@@ -168,7 +188,7 @@ def test_refusals(world: World) -> None:
         world.rewards(fewer)
     for others in (
         with_sequence(world.dataset, 3, world.dataset.sequence(3)[::-1]),
-        replace(world.dataset, places=chronological(world.dataset)),
+        replace(world.dataset, split_positions=chronological(world.dataset)),
     ):
         known, given = data_hash(world.dataset)[:16], data_hash(others)[:16]
         with pytest.raises(
