@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from ilrec_kernels import Backend, LossOptions, cross_layer_loss
-from ilrec_kernels.problem import Plan, Problem, make_plan
+from ilrec_kernels.plan import Plan, make_plan
+from ilrec_kernels.problem import DenseSource, Problem
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -196,16 +197,16 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
 
 def plan_of(x: loss.Inputs, o: LossOptions) -> Plan:
     hidden = tuple(h.detach() for h in x.hidden)
-    return make_plan(
-        Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0], None, None)
-    )
+    return make_plan(Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0]))
 
 
 def check_sliced(x: loss.Inputs, o: LossOptions) -> None:
     """That the figure of regime V is of regime V, as it runs where the workspace suits it; other backends have none."""
     plan = plan_of(x, o)
     if o.backend is Backend.TRITON and not (
-        plan.sliced and plan.rows * 4 >= len(x.targets) and plan.slice_columns >= 512
+        plan.source is DenseSource.SLICES
+        and plan.chunk_rows * 4 >= len(x.targets)
+        and plan.slice_columns >= 512
     ):
         raise RuntimeError(
             f"regime V: expected at most 4 chunks with slices of 512 columns or more, got {plan}"

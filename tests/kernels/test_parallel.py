@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ilrec_kernels import chunked, cross_layer_loss
+from ilrec_kernels import cross_layer_loss, loop
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
@@ -151,14 +151,14 @@ def in_turn(mesh: Mesh, case: Case, edges: list[int], ahead: bool) -> tuple[list
     def noted(name: str, call: Any) -> Any:
         return lambda *args, **kwargs: (events.append(name), call(*args, **kwargs))[1]
 
-    kept = chunked.start_chunk, chunked.merge, chunked.make_plan
+    kept = loop.start_chunk, loop.merge, loop.make_plan
     try:
-        chunked.start_chunk, chunked.merge = noted("start", kept[0]), noted("merge", kept[1])
+        loop.start_chunk, loop.merge = noted("start", kept[0]), noted("merge", kept[1])
         if not ahead:
-            chunked.make_plan = lambda p: replace(kept[2](p), under_way=1)
+            loop.make_plan = lambda p: replace(kept[2](p), chunks_in_flight=1)
         return events, sharded(mesh, [case], edges, "torch")[0]
     finally:
-        chunked.start_chunk, chunked.merge, chunked.make_plan = kept
+        loop.start_chunk, loop.merge, loop.make_plan = kept
 
 
 @pytest.mark.parametrize(

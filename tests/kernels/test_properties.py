@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ilrec_kernels.select import dense_candidates
+from ilrec_kernels.steps.topk import dense_candidates
 
 from ilrec_dist.testing.distributed import run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, reference_by_rows, run_case

@@ -172,7 +172,7 @@ def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Te
     else:
         mixed = _mix(torch.arange(distinct, device=device)).take(column)
     key = segment_sum(mixed, row, n) * 1024 + length
-    _, group = torch.unique(key, return_inverse=True)
+    group: Tensor = torch.unique(key, return_inverse=True)[1]
     first_rows = torch.full((int(group.max()) + 1,), n, dtype=torch.int64, device=device)
     first_rows.scatter_reduce_(0, group, torch.arange(n, device=device), "amin")
     first_row = first_rows.take(group)
