@@ -104,7 +104,7 @@ def test_agrees_with_the_reference(settings):
 
 
 def whole_numbers(case: Case) -> Case:
-    """With logits that are small whole numbers: most values of a row are tied, exactly and on every backend."""
+    """Make logits that are small whole numbers: most of a row are tied on every backend."""
     return replace(
         case,
         hidden=[h.round().clamp(-1, 1) for h in case.hidden],
@@ -112,7 +112,7 @@ def whole_numbers(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("workspace", [None, 130_000])
+@pytest.mark.parametrize("workspace", [None, 110_000])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,8 +125,8 @@ def test_ties_go_to_the_lower_token(settings, workspace, plans, monkeypatch):
     """In regime T and across slices in regime V; more are tied than a buffer holds."""
     monkeypatch.setattr(plan, "SMALL_CHUNK", 12 if workspace else 0)
     common: dict[str, Any] = dict(
-        n=9,
-        v=2300,
+        n=6,
+        v=1700,
         longest=20,
         negative_scope="all",
         negative_threshold=0.1,
@@ -279,18 +279,18 @@ SLICED: list[dict[str, Any]] = [
     dict(),
     dict(distill_scope="all"),
     dict(distill_scope="all", dtype=torch.bfloat16),
-    dict(item_tokens=(700, 2300), m=3, penalty="multiplicative", beta=0.1),
+    dict(item_tokens=(350, 1150), m=3, penalty="multiplicative", beta=0.1),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(negatives_from="final", mu=0.0),
     dict(negative_scope="all"),
     dict(negative_scope="all", distill_scope="all", max_negatives=128, negative_threshold=1e-3),
     dict(
         negative_scope="item_tokens",
-        item_tokens=(700, 1500),
+        item_tokens=(350, 750),
         distill_scope="all",
         dtype=torch.bfloat16,
     ),
-    dict(negative_scope="item_tokens", item_tokens=(700, 2300), mu=0.0, negative_threshold=1e-3),
+    dict(negative_scope="item_tokens", item_tokens=(350, 1150), mu=0.0, negative_threshold=1e-3),
     dict(negative_scope="all", negatives_from="final", mu=0.0, penalty="multiplicative", beta=0.1),
 ]
 
@@ -298,17 +298,17 @@ SLICED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SLICED)
 def test_sliced_regime_agrees_with_the_reference(settings, plans, monkeypatch):
     """Regime V: a workspace that holds a few rows' logits at a time."""
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 14)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
     case = make_case(
         **{
             "n": 15,
             "d": 16,
-            "v": 2500,
+            "v": 1500,
             "longest": 40,
             "crr_lambda": 0.3,
             "mu": 0.5,
             "max_negatives": 5,
-            "workspace_bytes": 130_000,
+            "workspace_bytes": 90_000,
             **settings,
         }
     )
@@ -326,7 +326,7 @@ def test_a_rounded_threshold_loses_no_negative(monkeypatch):
 
     On a GPU its factors may have been rounded otherwise than the candidates'.
     """
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 14)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
     monkeypatch.setattr(
         loop,
         "target_ensemble",
@@ -335,13 +335,13 @@ def test_a_rounded_threshold_loses_no_negative(monkeypatch):
     case = make_case(
         n=15,
         d=16,
-        v=2500,
+        v=1500,
         longest=40,
         mu=0.0,
         negative_scope="all",
         max_negatives=128,
         negative_threshold=20.0,
-        workspace_bytes=130_000,
+        workspace_bytes=90_000,
     )
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
     assert not truth.output.rows.capped.all()
@@ -352,7 +352,7 @@ def sharded_and_sliced(mesh: Mesh, case: Case, edges: list[int]) -> tuple[Outcom
     """A shard's outcome and whether regime V made it."""
     made: list[Plan] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SMALL_CHUNK", 40)
+        patch.setattr(plan, "SMALL_CHUNK", 24)
         patch.setattr(plan, "MIN_SLICE_COLUMNS", 128)
         patch.setattr(loop, "make_plan", lambda p: made.append(make_plan(p)) or made[-1])
         return sharded(mesh, [case], edges, "triton")[0], sliced(made)
@@ -368,9 +368,9 @@ def test_the_sliced_regime_in_shards(edges, scope):
         crr_lambda=0.3,
         mu=0.5,
         max_negatives=5,
-        workspace_bytes=90_000,
+        workspace_bytes=55_000,
     )
-    case = make_case(n=14, v=560, longest=30, **options)
+    case = make_case(n=8, v=560, longest=30, **options)
     ranks = run_distributed(sharded_and_sliced, 2, 2, case, edges)
     assert all(used for _, used in ranks)
     assert_close(
@@ -381,11 +381,11 @@ def test_the_sliced_regime_in_shards(edges, scope):
 
 
 @pytest.mark.parametrize(
-    "d,longest,scope", [(96, 20, "valid_next"), (16, 200, "valid_next"), (16, 20, "all")]
+    "d,longest,scope", [(96, 20, "valid_next"), (16, 100, "valid_next"), (16, 20, "all")]
 )
 def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch):
     """Wide rows, long lists, many candidates: few chunks, and slices as wide as is left."""
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 120)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 48)
     calls: list[tuple[Problem, Plan]] = []
     monkeypatch.setattr(
         loop, "make_plan", lambda p: calls.append((p, make_plan(p))) or calls[-1][1]
@@ -397,7 +397,7 @@ def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch
         "logits_to_gradients",
         lambda rows, *rest: widths.append(rows.final.shape[1]) or turn(rows, *rest),
     )
-    n, v, workspace = 60, 1100, 240_000
+    n, v, workspace = 24, 700, 150_000
     options = dict(
         workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, max_negatives=5
     )

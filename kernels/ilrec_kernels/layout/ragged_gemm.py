@@ -112,8 +112,8 @@ class RaggedGemm:
 
     def _existing_rows(self, bucket: Bucket) -> Tensor:
         """Return the rows [G, R] with some existing row in place of the padding."""
-        some_row = torch.arange(bucket.rows.numel(), device=bucket.rows.device) % self.n
-        return torch.where(bucket.rows < self.n, bucket.rows, some_row.view_as(bucket.rows))
+        padding_row = torch.arange(bucket.rows.numel(), device=bucket.rows.device) % self.n
+        return torch.where(bucket.rows < self.n, bucket.rows, padding_row.view_as(bucket.rows))
 
 
 def _buckets(
@@ -138,21 +138,28 @@ def _buckets(
     per_row, per_token, per_entry = 8 * streams * d, 12 * d, 8 * streams + 24
     for key in torch.unique(shape).tolist():
         same_shape = (shape == key).nonzero().flatten()
-        most, longest = int(members[same_shape].max()), int(tokens[same_shape].max())
-        wide = max(1, min(longest, budget // 3 // per_token))
-        high = max(1, min(most, (budget - wide * per_token) // (per_row + wide * per_entry)))
+        max_rows, max_tokens = int(members[same_shape].max()), int(tokens[same_shape].max())
+        cut_tokens = max(1, min(max_tokens, budget // 3 // per_token))
+        cut_rows = max(
+            1,
+            min(max_rows, (budget - cut_tokens * per_token) // (per_row + cut_tokens * per_entry)),
+        )
         groups = 1
-        if (wide, high) == (longest, most):
-            group_bytes = most * per_row + longest * per_token + most * longest * per_entry
+        if (cut_tokens, cut_rows) == (max_tokens, max_rows):
+            group_bytes = (
+                max_rows * per_row + max_tokens * per_token + max_rows * max_tokens * per_entry
+            )
             groups = max(1, budget // group_bytes)
         for part in torch.split(same_shape, groups):
             first_row = rows_by_group[begin[part]]
-            for i, j in itertools.product(range(0, most, high), range(0, longest, wide)):
-                offsets = torch.arange(i, min(i + high, most), device=device)
+            for i, j in itertools.product(
+                range(0, max_rows, cut_rows), range(0, max_tokens, cut_tokens)
+            ):
+                offsets = torch.arange(i, min(i + cut_rows, max_rows), device=device)
                 is_row = offsets < members[part, None]
                 index = (begin[part, None] + offsets).clamp(max=rows_by_group.numel() - 1)
                 rows = rows_by_group[index].masked_fill(~is_row, n)
-                offsets = torch.arange(j, min(j + wide, longest), device=device)
+                offsets = torch.arange(j, min(j + cut_tokens, max_tokens), device=device)
                 is_token = offsets < tokens[part, None]
                 columns = column[(first[first_row, None] + offsets) % column.numel()]
                 entries = first[rows.clamp(max=n - 1)][:, :, None] + offsets

@@ -177,12 +177,12 @@ class VocabSlices:
             index = accept_here.targets.clamp(min=0)
             at_target = ensemble_mean(streams[:, chunk.row, index])
             stats.ensemble_target += at_target.masked_fill_(accept_here.targets < 0, 0.0)
-        parts, found = row_statistics(s.rows, excluded, accept_here)
+        parts, collected = row_statistics(s.rows, excluded, accept_here)
         at_target = z[chunk.row, s.target.clamp(min=0)]
         stats.z_target += at_target.masked_fill_(s.target < 0, 0.0)
         _combine_softmax(stats, parts.row_max, parts.sum_exp)
-        if found is not None and self.buffer is not None:
-            self.buffer, evicted = self.buffer.merged(found, s.begin)
+        if collected is not None and self.buffer is not None:
+            self.buffer, evicted = self.buffer.merged(collected, s.begin)
             # The normaliser left the evicted candidates out.
             row_max = evicted.amax(1)
             _combine_softmax(stats, row_max, torch.exp(evicted - finite(row_max)[:, None]).sum(1))

@@ -142,7 +142,7 @@ def merge_candidates(
     log_adjusted = torch.logaddexp(rest, segment_logsumexp(softmax_z, row, n))
     label, target_label = torch.zeros_like(z), torch.ones_like(rest)
     if p.options.crr_lambda > 0 and entry is not None:
-        labelled = both(member, in_softmax)
+        labelled = intersection(member, in_softmax)
         label, target_label, covered = soft_labels(p, chunk, row, entry, labelled)
         at_candidates = masked(label * (log_plain.take(row) - z), member, 0.0)
         crr = segment_sum(at_candidates, row, n) + target_label * (log_plain - z_target)
@@ -168,7 +168,7 @@ def masked(values: Tensor, mask: Tensor | None, other: float) -> Tensor:
     return values if mask is None else values.masked_fill(~mask, other)
 
 
-def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def intersection(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Return where both masks hold; None holds everywhere."""
     if a is None or b is None:
         return b if a is None else a

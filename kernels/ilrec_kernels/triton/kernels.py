@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton's language has no types that mypy could check.
-"""Triton kernels of both regimes: one makes a row's statistics, one its gradients.
+"""Triton kernels of counts regimes: one makes a row's statistics, one its gradients.
 
 `statistics_kernel` passes once over a row's logits for every statistic and the candidates
 for H; `gradients_kernel` turns the logits into gradients. A program owns a row and walks
@@ -293,9 +293,9 @@ def statistics_kernel(
             passed &= column != target
             new = passed & (ensemble > kth_value)
             # Two counts of at most BLOCK each are summed as one number.
-            both = tl.sum(passed.to(tl.int32) + (new.to(tl.int32) << 16), 0)
-            passed_count += both & 0xFFFF
-            new_count = both >> 16
+            counts = tl.sum(passed.to(tl.int32) + (new.to(tl.int32) << 16), 0)
+            passed_count += counts & 0xFFFF
+            new_count = counts >> 16
             if new_count > 0:
                 held, kth_value, row_max, sum_exp = collect_candidates(
                     start,
