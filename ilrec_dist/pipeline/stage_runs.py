@@ -194,11 +194,14 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import LiveProgress, follow_counter
     from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+    from ilrec_dist.training.schedule import warmup_warning
 
     windows = training_windows(
         RunArtifacts(config).training, config.train.max_history, config.train.targets
     )
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    if trainings and (warning := warmup_warning(config.train, steps)) is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     stop = threading.Event()
 
     def follow() -> None:
@@ -226,13 +229,20 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
-    from ilrec_dist.reporting.html.report import MethodMetrics, write_report
+    from ilrec_dist.pipeline.stages.evaluate import (
+        collect_examples,
+        collect_figures,
+        method_labels,
+        paired_intervals,
+    )
+    from ilrec_dist.reporting.html.curves import MethodMetrics
+    from ilrec_dist.reporting.html.report import write_report
     from ilrec_dist.reporting.metrics_log import read_metrics
     from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
 
     artifacts = RunArtifacts(config)
-    rows, intervals = collect_rows(config), paired_intervals(config)
+    figures = collect_figures(config, artifacts)
+    rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     dataset_name = Path(config.data.path).name if config.data.path else "synthetic"
     results = write_results(
@@ -243,7 +253,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         stage_seconds,
         intervals=intervals,
     )
-    print_table(rows, intervals)
+    print_table(rows, intervals, method_labels())
     path = write_report(
         config.run_dir,
         name=config.name,
@@ -252,6 +262,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
             MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
             for method, seed in trained
         ],
+        labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
         index_report=read_json_object(artifacts.folders.items / "report.json"),

@@ -48,7 +48,7 @@ def test_counts_are_of_the_training_split_alone() -> None:
 def test_counts_do_not_depend_on_how_many_are_read_at_once(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("ilrec_dist.evaluation.baselines.counting.AT_ONCE", at_once)
+    monkeypatch.setattr("ilrec_dist.evaluation.baselines.counting.CHUNK_INTERACTIONS", at_once)
     test_counts_are_of_the_training_split_alone()
     rng = np.random.default_rng(at_once)
     lengths = rng.integers(0, 9, 60)
@@ -98,8 +98,11 @@ def test_transition_scores_follow_the_formula() -> None:
 
 @pytest.mark.parametrize(("dataset", "method"), PUBLISHED)
 def test_published_rows(dataset: str, method: str) -> None:
-    """Popularity to the last digit. Transitions leaves many items with equal scores, whose order the published row does not tell: the
-    expected-rank figures must meet it, and the item-id order of the rule `split` moves them by what ties can move them."""
+    """Popularity meets the published row to the last digit.
+
+    Transitions leaves many items with equal scores, whose order the published row does not tell:
+    the expected-rank figures must meet it, and the rule `split` moves them by what ties can.
+    """
     data = real_data(dataset)
     figures = baseline_predictions(
         method, data, users=np.arange(data.num_users), split="test", exclude_seen=True
