@@ -15,8 +15,9 @@ def sasrec_scores(
 ) -> np.ndarray:
     """Logits of every item as the target of `split` ("validation" or "test"): float32 [len(users), num_items], by item index.
 
-    The history is all that stands before the target. Seen items are not excluded: that is the ranking's business. Users are scored all at once;
-    hand over batches of them. `model` is that of all training users, as `load_cf` gives it.
+    The history is all that stands before the target. Seen items are not excluded: that
+    is the ranking's business. Users are scored all at once; hand over batches of them.
+    `model` is that of all training users, as `load_cf` gives it.
     """
     users = np.asarray(users, np.int64)
     starts = dataset.offsets[users]
