@@ -282,8 +282,8 @@ def data_hash(dataset: InteractionDataset) -> str:
     """
     digest = hashlib.sha256()
     arrays = [(dataset.items, "<i4"), (dataset.offsets, "<i8")]
-    if dataset.places is not None:
-        arrays.append((dataset.places.ravel(), "<i4"))
+    if dataset.split_positions is not None:
+        arrays.append((dataset.split_positions.ravel(), "<i4"))
     for array, dtype in arrays:
         digest.update(f"{len(array)} ".encode())
         # In chunks, so that the files stay mapped.
