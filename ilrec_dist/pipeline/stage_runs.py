@@ -134,13 +134,13 @@ def _cf_by_workers(config: Config) -> None:
 def cf_part(config: Config, artifacts: RunArtifacts, device: str) -> None:
     """The CF stage in one of the workers that split the item table."""
     from ilrec_dist.cf.sasrec.cross_fit import train_cf
-    from ilrec_dist.cf.sasrec.sharded_table import Split
+    from ilrec_dist.cf.sasrec.sharded_table import ItemShard
     from ilrec_dist.reporting.progress import write_counter
 
-    split = Split.over_workers(artifacts.training.num_items)
+    shard = ItemShard.of_process_group(artifacts.training.num_items)
 
     def show(done: float, text: str) -> None:
-        if split.part == 0:
+        if shard.is_rank0:
             write_counter(artifacts.folders.cf_work / COUNTER, done, _cf_epochs(config), text)
 
     show(0, "")
@@ -151,7 +151,7 @@ def cf_part(config: Config, artifacts: RunArtifacts, device: str) -> None:
         artifacts.folders.cf,
         _epochs_so_far(show),
         device,
-        split,
+        shard,
     )
 
 

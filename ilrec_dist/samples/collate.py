@@ -7,12 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
+from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import PAD, Catalogue
@@ -41,14 +40,6 @@ class Batch:
         int  # N of the whole optimizer step, over ranks and accumulation steps (METHOD.md §6)
     )
     real_tokens: int  # tokens that are not padding
-
-
-class RewardSource(Protocol):
-    """Token rewards in-process or from the Ray actor: one interface (METHOD.md §5)."""
-
-    meter: Meter
-
-    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture: ...
 
 
 class BatchMaker:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ilrec_dist.cf.rewards.disk_cache import RECORD, CachedRewards, cache_folder
-from ilrec_dist.cf.rewards.futures import Meter
+from ilrec_dist.cf.rewards.futures import LatencyMeter
 from ilrec_dist.cf.rewards.index import write_code_order
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
@@ -23,7 +23,7 @@ class Nobody:
     """A source that must not be asked."""
 
     def __init__(self) -> None:
-        self.meter = Meter()
+        self.meter = LatencyMeter()
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> None:
         raise AssertionError(f"{len(users)} targets were not on disk")

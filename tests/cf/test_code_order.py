@@ -11,7 +11,7 @@ import pytest
 from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.disk_cache import CachedRewards, cache_folder
 from ilrec_dist.cf.rewards.index import write_code_order
-from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.errors import UserError
@@ -52,14 +52,14 @@ def test_each_shard_answers_for_its_own_codes(world: World, tmp_path: Path) -> N
         world.rewards(cf=cf)
     catalogue, trie = from_own_vectors(world, cf, 2)
     parts = [
-        TokenRewards.open(cf, world.dataset, catalogue, trie, shard).part(*targets)
+        TokenRewards.open(cf, world.dataset, catalogue, trie, shard).shard_rewards(*targets)
         for shard in range(2)
     ]
-    assert sum(len(part.own) for part in parts) == len(targets[0]) and sum(
-        part.first.shape[1] for part in parts
+    assert sum(len(part.targets) for part in parts) == len(targets[0]) and sum(
+        part.first_log_mass.shape[1] for part in parts
     ) == trie.num_nodes(1)
     np.testing.assert_allclose(
-        merge(parts),
+        merge_shards(parts),
         TokenRewards.open(cf, world.dataset, catalogue, trie).fetch(*targets),
         atol=1e-6,
     )

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.cf.rewards.ann import build_index, load_index, save_index, search
+from ilrec_dist.cf.rewards.ann import (
+    build_ann_index,
+    load_ann_index,
+    save_ann_index,
+    search_ann_index,
+)
 from ilrec_dist.cf.rewards.cell_moments import cell_moments, log_masses
 from ilrec_dist.cf.rewards.index import index_kind
-from ilrec_dist.cf.rewards.item_scorer import open_store, shard_nodes, write_store
-from ilrec_dist.cf.rewards.token_rewards import RewardOptions, TokenRewards, merge
+from ilrec_dist.cf.rewards.item_scorer import read_scorer, shard_nodes, write_scorer
+from ilrec_dist.cf.rewards.prefix_mass import RewardOptions
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.model import SASRec
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
@@ -40,7 +46,7 @@ class Large:
     def rewards(
         self, folder: Path, options: RewardOptions, shard: int | None = None
     ) -> TokenRewards:
-        scorers = [open_store(folder / f"fold{k}", self.trie, shard) for k in range(2)]
+        scorers = [read_scorer(folder / f"fold{k}", self.trie, shard) for k in range(2)]
         return TokenRewards(
             self.models,
             self.exact.folds,
@@ -74,7 +80,7 @@ def large() -> Large:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        model = SASRec(Split(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
+        model = SASRec(ItemShard(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
         model.items.weight.data = torch.from_numpy(
             table + 0.02 * rng.normal(size=table.shape)
         ).float()
@@ -96,7 +102,7 @@ def store(
     large: Large, folder: Path, kind: str, shards: int = 1, prefix_items: int = LIMIT
 ) -> Path:
     for k, model in enumerate(large.models):
-        write_store(
+        write_scorer(
             folder / f"fold{k}",
             model.items.weight,
             model.known,
@@ -188,9 +194,11 @@ def test_long_prefixes_at_the_last_depth(large: Large, tmp_path: Path) -> None:
 def test_shards_together_equal_one(large: Large, tmp_path: Path) -> None:
     folder = store(large, tmp_path, "flat", shards=3)
     options = RewardOptions(top_k=50, prefix_items=LIMIT)
-    parts = [large.rewards(folder, options, shard).part(*large.targets) for shard in range(3)]
-    assert sum(len(part.own) for part in parts) == len(large.targets[0])
-    together = merge(parts)
+    parts = [
+        large.rewards(folder, options, shard).shard_rewards(*large.targets) for shard in range(3)
+    ]
+    assert sum(len(part.targets) for part in parts) == len(large.targets[0])
+    together = merge_shards(parts)
     np.testing.assert_allclose(
         together, large.rewards(folder, options).fetch(*large.targets), atol=1e-6
     )
@@ -235,7 +243,7 @@ def test_the_index_finds_the_nearest() -> None:
     queries = vectors[:20].astype(np.float32) * 3
     expected = np.argsort(-(queries @ vectors.astype(np.float32).T), axis=1)[:, :10]
     for kind, recall in (("flat", 1.0), ("hnsw", 0.9), ("ivf_pq", 0.6)):
-        found = search(build_index(kind, vectors), queries, 50, width=30)
+        found = search_ann_index(build_ann_index(kind, vectors), queries, 50, width=30)
         assert (
             np.mean(
                 [np.isin(want, have).mean() for want, have in zip(expected, found, strict=True)]
@@ -243,7 +251,7 @@ def test_the_index_finds_the_nearest() -> None:
             >= recall
         )
     with pytest.raises(ValueError, match="expected flat"):
-        build_index("lsh", vectors)
+        build_ann_index("lsh", vectors)
 
 
 def test_a_gpu_takes_the_flat_index_and_no_other(
@@ -258,8 +266,8 @@ def test_a_gpu_takes_the_flat_index_and_no_other(
         "faiss.index_cpu_to_gpus_list", lambda index, gpus: moved.append(gpus) or index
     )
     for kind, count in (("flat", 1), ("hnsw", 1), ("ivf_pq", 1)):
-        save_index(build_index(kind, vectors), tmp_path / kind)
-        found = search(load_index(tmp_path / kind), vectors[:3], 5, width=30)
+        save_ann_index(build_ann_index(kind, vectors), tmp_path / kind)
+        found = search_ann_index(load_ann_index(tmp_path / kind), vectors[:3], 5, width=30)
         assert len(moved) == count and found.shape == (3, 5)
     assert moved == [[3]]
 
@@ -287,7 +295,7 @@ def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: P
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="vectors.npy: missing or damaged"):
+    with pytest.raises(UserError, match="vectors.npy: damaged"):
         world.rewards(cf=tmp_path / "cf")
 
 

@@ -57,7 +57,7 @@ def test_equals_brute_force(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     found = rewards.fetch(users, positions)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
-    monkeypatch.setattr(scan_module, "SCORES_AT_ONCE", 100)  # many small pieces
+    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", 100)  # many small pieces
     np.testing.assert_allclose(rewards.fetch(users, positions), expected, atol=1e-6, rtol=0)
 
 
@@ -205,10 +205,11 @@ def test_a_training_target_has_the_same_bits_in_any_company(
     monkeypatch.setattr("ilrec_dist.cf.rewards.precomputed.LIMIT_BYTES", 0)
     np.testing.assert_allclose(direct.fetch(users, positions), expected, atol=1e-6)
     assert (
-        direct._memory is None and direct.counters["covered_rows"] == one.counters["covered_rows"]
+        direct._precomputed is None
+        and direct.counters["covered_rows"] == one.counters["covered_rows"]
     )
     last = world.dataset.lengths() - 1  # the test targets are computed when asked for
-    assert not one._memory.holds(np.arange(len(last)), last)
+    assert not one._precomputed.holds(np.arange(len(last)), last)
     monkeypatch.undo()
     np.testing.assert_allclose(
         one.fetch(np.arange(5), last[:5]), direct.fetch(np.arange(5), last[:5]), atol=1e-6
@@ -221,14 +222,14 @@ def test_what_is_learnt_ahead_has_the_bits_of_what_is_asked_for(
     monkeypatch.setattr("ilrec_dist.cf.rewards.precomputed.BLOCK_USERS", 16)
     users, positions = training_targets(world.dataset)
     ahead, asked = world.rewards(), world.rewards()
-    ahead.learn_ahead(1)
+    ahead.precompute_in_background(1)
     found = ahead.fetch(users, positions)  # beside the thread
     assert np.array_equal(found, asked.fetch(users, positions))
     alone = world.rewards()
-    alone.learn_ahead(1)
+    alone.precompute_in_background(1)
     for thread in threading.enumerate():
-        if thread.name == "reward-memory":
+        if thread.name == "precompute-rewards":
             thread.join(60)
-    assert alone._memory.known.all()
-    monkeypatch.setattr(alone._memory, "_learn", None)  # nothing is left to compute
+    assert alone._precomputed.computed.all()
+    monkeypatch.setattr(alone._precomputed, "_compute_block", None)  # nothing is left to compute
     assert np.array_equal(alone.fetch(users, positions), found) and alone.counters["calls"] == 1

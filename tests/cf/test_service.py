@@ -157,7 +157,7 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         with (
-            pytest.raises(UserError, match=f"{name}: missing or damaged"),
+            pytest.raises(UserError, match=f"{name}: damaged"),
             reward_actors(tmp_path / "cf", world.data, world.items, name="damaged"),
         ):
             pass

@@ -1,4 +1,4 @@
-"""The item table split over processes: the same losses, ranks and models as of one process that holds it whole."""
+"""The item table shard over processes: the same losses, ranks and models as of one process that holds it whole."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from ilrec_dist.cf.sasrec.checkpoint import load_cf, read_model, save_model
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
-from ilrec_dist.cf.sasrec.fit import _agree
+from ilrec_dist.cf.sasrec.fit import broadcast_gradients
 from ilrec_dist.cf.sasrec.model import SASRec
-from ilrec_dist.cf.sasrec.sharded_table import ItemTable, Split, full_softmax_loss
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard, ItemTable, full_softmax_loss
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -30,17 +30,17 @@ def whole_and_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(ITEMS, WIDTH), torch.randn(ROWS, WIDTH), torch.randint(0, ITEMS, (ROWS,))
 
 
-def by_table(split: Split) -> dict[str, torch.Tensor]:
+def by_table(shard: ItemShard) -> dict[str, torch.Tensor]:
     """Lookup, loss, ranks and gradients, of a table whose equal rows make ties."""
     weight, hidden, targets = whole_and_rows()
     weight[9], weight[20] = weight[2], weight[2]
     targets[:3] = torch.tensor([2, 9, 20])
-    table = ItemTable(split, WIDTH, 1.0)
-    table.weight.data = weight[split.start : split.stop].clone()
+    table = ItemTable(shard, WIDTH, 1.0)
+    table.weight.data = weight[shard.start : shard.stop].clone()
     hidden.requires_grad_()
     looked_up = table(targets)
     (
-        full_softmax_loss(hidden, table.weight, targets, split)
+        full_softmax_loss(hidden, table.weight, targets, shard)
         + (looked_up * hidden.detach()).sum()
     ).backward()
     rank = table.rank(targets, table.logits(hidden.detach()))
@@ -53,11 +53,11 @@ def by_table(split: Split) -> dict[str, torch.Tensor]:
 
 
 def by_a_part(mesh: Mesh) -> dict[str, torch.Tensor]:
-    return by_table(Split.over_workers(ITEMS))
+    return by_table(ItemShard.of_process_group(ITEMS))
 
 
 def test_lookup_loss_ranks_and_gradients() -> None:
-    whole, parts = by_table(Split(ITEMS)), run_distributed(by_a_part, 3, 1)
+    whole, parts = by_table(ItemShard(ITEMS)), run_distributed(by_a_part, 3, 1)
     weight, hidden, targets = whole_and_rows()
     for part in parts:
         assert torch.equal(part["vectors"], whole["vectors"]) and torch.equal(
@@ -73,12 +73,12 @@ def test_lookup_loss_ranks_and_gradients() -> None:
 def test_the_first_values_do_not_depend_on_the_parts(
     items: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drawn(split: Split) -> SASRec:
+    def drawn(shard: ItemShard) -> SASRec:
         torch.manual_seed(4)
-        return SASRec(split, width, 1, 1, 0.0, 8)
+        return SASRec(shard, width, 1, 1, 0.0, 8)
 
-    monkeypatch.setattr("ilrec_dist.cf.sasrec.sharded_table.DRAWN_AT_ONCE", 160)
-    whole, parts = drawn(Split(items)), [drawn(Split(items, part, 4)) for part in range(4)]
+    monkeypatch.setattr("ilrec_dist.cf.sasrec.sharded_table.DRAW_ELEMENTS", 160)
+    whole, parts = drawn(ItemShard(items)), [drawn(ItemShard(items, part, 4)) for part in range(4)]
     assert torch.equal(torch.cat([part.items.weight for part in parts]), whole.items.weight)
     assert all(torch.equal(part.positions.weight, whole.positions.weight) for part in parts)
     assert 0.01 < float(whole.items.weight.detach().std()) < 0.04
@@ -88,7 +88,7 @@ def test_the_first_values_do_not_depend_on_the_parts(
 def test_tensors_of_a_model_file_are_aligned_and_mapped(items: int, tmp_path: Path) -> None:
     torch.manual_seed(5)
     model = SASRec(
-        Split(items),
+        ItemShard(items),
         CONFIG.hidden_size,
         CONFIG.num_layers,
         CONFIG.num_heads,
@@ -97,7 +97,7 @@ def test_tensors_of_a_model_file_are_aligned_and_mapped(items: int, tmp_path: Pa
     )
     model.known[::3] = True
     save_model(tmp_path / "m.safetensors", model)
-    read = read_model(tmp_path / "m.safetensors", CONFIG, Split(items))
+    read = read_model(tmp_path / "m.safetensors", CONFIG, ItemShard(items))
     assert all(value.data_ptr() % 4 == 0 for value in read.parameters())
     assert all(
         torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items()
@@ -122,13 +122,13 @@ def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
     dataset = load_dataset(data)
     arguments = (replace(CONFIG, dropout=0.1), dataset, None, out, kill)
     with pytest.raises(Killed):
-        train_cf(*arguments, split=Split.over_workers(dataset.num_items))
+        train_cf(*arguments, shard=ItemShard.of_process_group(dataset.num_items))
     return train_cf(
         replace(CONFIG, dropout=0.1),
         dataset,
         None,
         out,
-        split=Split.over_workers(dataset.num_items),
+        shard=ItemShard.of_process_group(dataset.num_items),
     )
 
 
@@ -149,7 +149,7 @@ def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path
         one, other = load_cf(tmp_path / "whole", name), load_cf(tmp_path / "parts", name)
         assert torch.equal(one.known, other.known)
         moved = (
-            (one.items.weight - SASRec.from_config(CONFIG, Split(one.num_items)).items.weight)
+            (one.items.weight - SASRec.from_config(CONFIG, ItemShard(one.num_items)).items.weight)
             .detach()
             .abs()
             .mean()
@@ -177,7 +177,7 @@ def gradients_of_each(mesh: Mesh) -> list[list[float]]:
     ]
     for number, parameter in enumerate(parameters[:2]):
         parameter.grad = torch.full_like(parameter, 10.0 * number + mesh.rank)
-    _agree(parameters, Split.over_workers(ITEMS))
+    broadcast_gradients(parameters, ItemShard.of_process_group(ITEMS))
     return [parameter.grad.flatten().tolist() for parameter in parameters[:2]]
 
 
@@ -187,7 +187,7 @@ def test_what_the_parts_share_gets_the_gradients_of_the_first() -> None:
 
 def too_many(mesh: Mesh) -> str:
     with pytest.raises(UserError) as error:
-        Split.over_workers(1)
+        ItemShard.of_process_group(1)
     return str(error.value)
 
 

@@ -68,7 +68,7 @@ def test_training_again_gives_the_same_bytes_and_calls_progress(
     world: World, tmp_path: Path
 ) -> None:
     events: list[dict] = []
-    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append)
     for name in ("full", "fold0", "fold1"):
         assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(
             tmp_path / "cf" / f"{name}.safetensors"
@@ -94,10 +94,10 @@ def test_a_killed_stage_goes_on_with_the_models_it_had_finished(
         CONFIG,
     ):  # what was left of other settings is not gone on with
         with pytest.raises(Killed):
-            train_cf(config, world.dataset, None, tmp_path / "cf", progress=kill)
+            train_cf(config, world.dataset, None, tmp_path / "cf", on_epoch=kill)
     events: list[dict] = []
     report = train_cf(
-        CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append
+        CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append
     )
     assert [(event["model"], event["epoch"]) for event in events] == [
         ("full", 2),
@@ -132,7 +132,7 @@ def test_a_stage_killed_at_its_very_end_trains_nothing_again(
             patch.setattr(train, what, kill)
             train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf")
     events: list[dict] = []
-    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append)
     assert [(event["model"], event["epoch"]) for event in events] == [
         ("full", 2),
         ("fold0", 2),
@@ -154,7 +154,7 @@ def test_unfinished_work_of_another_task_is_not_gone_on_with(
             raise Killed
 
     with pytest.raises(Killed):
-        train_cf(CONFIG, world.dataset, None, tmp_path / "cf", progress=kill)
+        train_cf(CONFIG, world.dataset, None, tmp_path / "cf", on_epoch=kill)
     config, dataset = replace(CONFIG, reward_retries=1), world.dataset  # which changes no model
     if (
         change == "users"
@@ -167,7 +167,7 @@ def test_unfinished_work_of_another_task_is_not_gone_on_with(
     else:
         (tmp_path / ".cf.unfinished/task.json").write_text("{")
     events: list[dict] = []
-    train_cf(config, dataset, None, tmp_path / "cf", progress=events.append)
+    train_cf(config, dataset, None, tmp_path / "cf", on_epoch=events.append)
     assert len(events) == 6 and [path.name for path in tmp_path.iterdir()] == ["cf"]
 
 
@@ -182,9 +182,9 @@ def test_report_gives_the_three_log_probabilities(world: World) -> None:
 
 
 def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
-    vectors = np.load(world.cf / "code-order" / "item_embeddings.npy")
+    vectors = np.load(world.cf / "code-order" / "item_embeddings.code-order.npy")
     assert np.array_equal(vectors, item_vectors(world.cf)[world.catalogue.items])
-    index = faiss.read_index(str(world.cf / "code-order" / "items.faiss"))
+    index = faiss.read_index(str(world.cf / "code-order" / "item_embeddings.code-order.faiss"))
     scores, found = index.search(vectors[:5], 3)
     np.testing.assert_allclose(
         scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5
@@ -212,7 +212,7 @@ def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="fold1.safetensors: missing or damaged"):
+    with pytest.raises(UserError, match="fold1.safetensors: damaged"):
         load_cf(tmp_path / "cf", "fold1")
     load_cf(tmp_path / "cf", "fold0")
 
