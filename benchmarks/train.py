@@ -281,7 +281,7 @@ def _worker(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from ilrec_dist.launch.job import quiet
+    from ilrec_dist.launch.device import quiet
 
     quiet()
     from ilrec_dist.distributed.process_groups import initialize_parallel

@@ -47,16 +47,16 @@ def recommend(
             f"--out {out}: this is a folder; expected the name of a Parquet file, such as {out / 'recommendations.parquet'}"
         )
 
-    from ilrec_dist.launch.job import quiet, resolve_device
+    from ilrec_dist.launch.device import quiet, resolve_device
 
     quiet()
     import torch
 
-    from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
     from ilrec_dist.common.files import read_json_object
     from ilrec_dist.common.run_layout import BEST, RESULT
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend as recommend_histories
+    from ilrec_dist.items.catalogue import catalogue_hash
     from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
     from ilrec_dist.reporting.progress import stage_progress
 
@@ -81,7 +81,7 @@ def recommend(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
     )
-    device = resolve_device(config)
+    device = resolve_device(config.launch)
     if device == "cpu":
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
     parallel = initialize_parallel(1, device)

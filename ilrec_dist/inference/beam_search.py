@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.items.catalogue import END, PAD
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import NO_TOKEN
 
 SoftmaxScope = Literal["all", "valid_next"]
 ELEMENTS_AT_ONCE = {
@@ -89,9 +89,18 @@ class TrieConstraint:
         self._child_start = [
             torch.from_numpy(start).to(device) for start in trie.child_start
         ]  # int32: on a CPU the trie's own memory
-        self._token = [torch.from_numpy(token).to(device) for token in trie.node_token]
+        vocabulary, tokens = trie.catalogue.vocabulary, trie.node_token
+        if self.titles:
+            # Nodes at and behind a title's end. What stands behind it is fed to the model as
+            # padding, so that every token here is an id that the model has.
+            ended = [(token == vocabulary.end) | (token == NO_TOKEN) for token in tokens[1:]]
+            self._ended = [
+                torch.from_numpy(flags).to(device) for flags in [np.zeros(1, bool), *ended]
+            ]
+            tokens = [np.where(token == NO_TOKEN, vocabulary.padding, token) for token in tokens]
+        self._token = [torch.from_numpy(token).to(device) for token in tokens]
         self.token_range = [
-            (int(token.min()), int(token.max()) + 1) for token in trie.node_token[1:]
+            (int(token.min()), int(token.max()) + 1) for token in tokens[1:]
         ]  # of the tokens that follow depth p
 
     def children(self, p: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +110,10 @@ class TrieConstraint:
         exists = offset < count[..., None]
         child = torch.where(exists, start[..., None] + offset, 0)
         return child, self._token[p + 1][child].long(), exists
+
+    def ended(self, p: int, nodes: Tensor) -> Tensor:
+        """bool [B, K]: whether the titles of nodes int64 [B, K] at depth p have ended."""
+        return self._ended[p][nodes.clamp(min=0)]
 
     def leaves(self, p: int, nodes: Tensor) -> Tensor:
         """int64 [B, K]: the nodes at depth C of nodes at depth p behind which nothing branches; -1 for -1."""
@@ -191,7 +204,7 @@ def beam_search(
             for at in range(0, len(tokens), users)
         ]
         nodes, scores, chosen, parents = (torch.cat(column) for column in zip(*parts, strict=True))
-        if space.titles and bool(((chosen <= END) | (nodes < 0)).all()):  # all have ended
+        if space.titles and bool((space.ended(p + 1, nodes) | (nodes < 0)).all()):
             nodes = space.leaves(p + 1, nodes)
             break
         if p + 2 < space.depth or (p + 2 == space.depth and softmax_scope == "all"):
@@ -238,7 +251,8 @@ def _extend(
         hidden.flatten(0, 1), token.flatten(0, 1), exists.flatten(0, 1), space.token_range[p]
     ).view_as(token)
     if space.titles:
-        log_p = log_p.masked_fill(token == PAD, 0.0)  # no choice: the title has ended
+        # There is no choice behind the end of a title.
+        log_p = log_p.masked_fill(space.ended(p, nodes)[..., None], 0.0)
     total = (
         (scores[..., None] + log_p)
         .masked_fill(~space.open(p, child, exists, first_row, closed), -torch.inf)

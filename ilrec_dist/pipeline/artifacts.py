@@ -50,16 +50,9 @@ class RunArtifacts:
         """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
         source: RewardSource
         if self.config.cf.rewards == "actor":
-            from ilrec_dist.cf.rewards.service import RewardClient
-            from ilrec_dist.launch.workers import reward_actor_name
+            from ilrec_dist.cf.rewards.service import reward_client
 
-            cf = self.config.cf
-            source = RewardClient(
-                reward_actor_name(self.config),
-                cf.reward_replicas,
-                cf.reward_shards,
-                retries=cf.reward_retries,
-            )
+            source = reward_client(self.config.cf, self.folders)
         else:
             from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 

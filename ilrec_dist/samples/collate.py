@@ -14,7 +14,7 @@ import torch
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import PAD, Catalogue
+from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.samples.windows import Windows
 
@@ -25,7 +25,7 @@ SWITCH_SECONDS = 2e-4  # how long the thread that makes batches may keep the int
 class Batch:
     """One micro-batch. Rows are target-major, then by position in the item: (t0, p0), (t0, p1), …, up to the item's last token."""
 
-    tokens: torch.Tensor  # int64 [B, S], right-padded with PAD
+    tokens: torch.Tensor  # int64 [B, S], right-padded with the vocabulary's padding
     rows: torch.Tensor  # int64 [N] flat positions in B·S whose next token belongs to a target item
     targets: torch.Tensor  # int64 [N]
     candidate_indptr: torch.Tensor  # int64 [N + 1]
@@ -52,7 +52,7 @@ class BatchMaker:
 
     def make(self, numbers: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of the given window numbers. An empty selection gives one padded sequence without rows."""
-        depth = self.catalogue.depth
+        depth, padding = self.catalogue.depth, self.catalogue.vocabulary.padding
         part = self.windows.take(numbers)
         lengths = part.stop - part.start
         size = int(lengths.max()) if len(part) else 1
@@ -64,7 +64,7 @@ class BatchMaker:
         ends = np.cumsum(sizes, axis=1)  # in its sequence
         length = ends[:, -1]
         longest = int(length.max()) if len(part) else depth
-        grid = np.full((len(part), longest), PAD, np.int64)
+        grid = np.full((len(part), longest), padding, np.int64)
         grid[np.arange(longest) < length[:, None]] = self.catalogue.item_tokens(items)[
             np.arange(depth) < sizes[:, :, None]
         ]
@@ -82,7 +82,7 @@ class BatchMaker:
             counts = np.diff(indptr)
             scored, slots = np.repeat(real.ravel(), counts), torch.from_numpy(np.flatnonzero(real))
             indptr, candidates = np.append(0, np.cumsum(counts[real.ravel()])), candidates[scored]
-        tokens = grid[:, :-1] if len(part) else np.full((1, width), PAD, dtype=np.int64)
+        tokens = grid[:, :-1] if len(part) else np.full((1, width), padding, dtype=np.int64)
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens)),
             rows=torch.from_numpy(

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
+from ilrec_dist.items.catalogue import catalogue_hash
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective

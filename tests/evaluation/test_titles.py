@@ -17,30 +17,32 @@ from ilrec_dist.inference.beam_search import (
     expand,
 )
 from ilrec_dist.inference.ranker import Histories
-from ilrec_dist.items.catalogue import END, PAD, Catalogue, make_title_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
 from tests.evaluation.toy import TIED, UNTIED
 
 COUNT, PIECES, DEPTH = 40, 7, 6
+END = 1  # token id of the end
 
 
 def toy_titles() -> Catalogue:
     """40 titles of 1 to 5 pieces and the end; some begin with all of another one, two are the same."""
     rng = np.random.default_rng(8)
-    tokens = np.full((COUNT, DEPTH), PAD, np.int32)
+    numbers = np.full((COUNT, DEPTH), -1, np.int32)
     for row, length in enumerate(rng.integers(1, DEPTH, COUNT)):
-        tokens[row, :length], tokens[row, length] = rng.integers(2, 2 + PIECES, length), END
-    tokens[17] = tokens[5]
-    tokens[21, : DEPTH - 1], tokens[21, DEPTH - 1] = 3, END
-    tokens[22] = [3, 3, END, PAD, PAD, PAD]
-    return make_title_catalogue(tokens, ["<pad>", "<end>", *"abcdefg"])
+        numbers[row, :length], numbers[row, length] = rng.integers(1, 1 + PIECES, length), 0
+    numbers[17] = numbers[5]
+    numbers[21, : DEPTH - 1], numbers[21, DEPTH - 1] = 2, 0
+    numbers[22] = [2, 2, 0, -1, -1, -1]
+    return make_title_catalogue(numbers, ["<end>", *"abcdefg"])
 
 
 CATALOGUE = toy_titles()
 TRIE = Trie(CATALOGUE)
 OWN = [
-    tuple(int(token) for token in tokens if token != PAD)
+    tuple(int(token) for token in tokens if token != NO_TOKEN)
     for tokens in CATALOGUE.item_tokens(np.arange(COUNT))
 ]
 HISTORIES = Histories(np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15]))

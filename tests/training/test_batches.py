@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import END, make_catalogue, make_title_catalogue
+from ilrec_dist.items.catalogue import make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.samples.collate import PAD, BatchMaker, micro_batches, prefetched
+from ilrec_dist.samples.collate import BatchMaker, micro_batches, prefetched
 from ilrec_dist.samples.windows import training_windows
 
 RNG = np.random.default_rng(3)
+PADDING = 0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
             batch.tokens[b, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
             or width < len(tokens) - 1
         )
-        assert (batch.tokens[b, len(tokens) :] == PAD).all()
+        assert (batch.tokens[b, len(tokens) :] == PADDING).all()
         for place in range(target - start, stop - start):
             for level in range(depth):
                 expected_rows.append(b * width + place * depth + level - 1)
@@ -58,10 +59,10 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
 
 def test_titles_are_rows_up_to_their_ends():
     rng = np.random.default_rng(5)
-    titles = np.full((50, 5), PAD, np.int32)
+    titles = np.full((50, 5), -1, np.int32)
     for title, length in zip(titles, rng.integers(1, 5, 50), strict=True):
-        title[:length], title[length] = rng.integers(2, 9, length), END
-    catalogue = make_title_catalogue(titles, ["<pad>", "<end>", *"abcdefg"])
+        title[:length], title[length] = rng.integers(1, 8, length), 0
+    catalogue = make_title_catalogue(titles, ["<end>", *"abcdefg"])
     offsets = np.cumsum([0, *rng.integers(3, 20, 60)])
     dataset = InteractionDataset(
         rng.integers(0, 50, offsets[-1]).astype(np.int32),
@@ -88,7 +89,7 @@ def test_titles_are_rows_up_to_their_ends():
     kept = np.flatnonzero(batch.scored)
     tokens, own = (
         batch.tokens.flatten().tolist(),
-        [[token for token in title.tolist() if token != PAD] for title in titles],
+        [[number + 1 for number in title.tolist() if number >= 0] for title in titles],
     )
     for b, (user, start, target, stop) in enumerate(
         zip(part.user, part.start, part.target, part.stop, strict=True)
@@ -97,7 +98,7 @@ def test_titles_are_rows_up_to_their_ends():
         sequence = [token for item in items for token in own[item]]
         assert (
             batch.tokens[b].tolist()
-            == (sequence + [PAD] * batch.tokens.shape[1])[: batch.tokens.shape[1]]
+            == (sequence + [PADDING] * batch.tokens.shape[1])[: batch.tokens.shape[1]]
         )
         title, history = own[items[target - start]], len(sequence) - len(own[items[-1]])
         assert target == stop - 1

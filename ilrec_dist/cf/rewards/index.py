@@ -14,7 +14,6 @@ from ilrec_dist.cf.rewards.ann import build_ann_index, save_ann_index
 from ilrec_dist.cf.rewards.item_scorer import write_scorer
 from ilrec_dist.cf.sasrec.checkpoint import (
     MANIFEST,
-    catalogue_hash,
     item_vectors,
     load_cf,
     read_manifest,
@@ -23,7 +22,7 @@ from ilrec_dist.cf.sasrec.checkpoint import (
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, sha256_file
 from ilrec_dist.common.run_layout import CODE_ORDER
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 
 # Up to so many items the rewards scan the whole catalogue for every target.

@@ -26,7 +26,6 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, sha256_file, write_json
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import Catalogue
 
 # Raise it when files or training change: an interrupted stage goes on with models of the same
 # version only.
@@ -290,11 +289,4 @@ def data_hash(dataset: InteractionDataset) -> str:
         for start in range(0, len(array), CHUNK_ELEMENTS):
             chunk = array[start : start + CHUNK_ELEMENTS]
             digest.update(np.ascontiguousarray(chunk, dtype=dtype).data)
-    return digest.hexdigest()
-
-
-def catalogue_hash(catalogue: Catalogue) -> str:
-    """SHA-256 of the catalogue's tokens and item order."""
-    digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
     return digest.hexdigest()
