@@ -14,9 +14,8 @@ from ilrec_dist.cf.sasrec.sharded_table import ItemShard, full_softmax_loss
 
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11}
-    )  # several chunks, the last one short
+    # Several chunks, the last one short.
+    monkeypatch.setattr(table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})
     monkeypatch.setattr(table, "MIN_ROWS_PER_CHUNK", 1)
     torch.manual_seed(0)
     hidden, weight = (
@@ -33,9 +32,8 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
     loss = full_softmax_loss(hidden, weight, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(
-        RuntimeError, match="modified by an inplace operation"
-    ):  # a second time is refused: the gradients are used up
+    # A second time is refused: the gradients are used up.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
@@ -61,7 +59,8 @@ def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:
 
 
 def test_every_training_target_once_with_the_history_scoring_uses() -> None:
-    lengths = np.array([3, 4, 2, 9, 17, 30])  # the last two of each are not training
+    # The last two of each are not training.
+    lengths = np.array([3, 4, 2, 9, 17, 30])
     histories = TrainingSequences(
         np.arange(lengths.sum(), dtype=np.int32),
         np.cumsum(lengths) - lengths,

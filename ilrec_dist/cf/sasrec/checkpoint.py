@@ -258,6 +258,11 @@ def load_folds(folder: str | Path) -> np.ndarray:
     return folds
 
 
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report that `train_cf` returned."""
+    return read_json_object(checked_file(folder, "report.json"))
+
+
 def item_vectors(cf_folder: str | Path) -> np.ndarray:
     """The full model's item table, fp32 [num_items, d], in the order of item indices.
 

@@ -1,4 +1,8 @@
-"""The item table shard over processes: the same losses, ranks and models as of one process that holds it whole."""
+"""The item table sharded over processes: the losses, ranks and models of one process.
+
+All tests share the processes of one world size, which other tests of the suite start
+too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,9 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.cf.conftest import CONFIG, World
 
-ITEMS, WIDTH, ROWS = 23, 6, 40  # parts of 7 and 8 items
+# Shards of 5 and 6 items.
+ITEMS, WIDTH, ROWS = 23, 6, 40
+WORLD_SIZE = 4
 
 
 def whole_and_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,7 +49,7 @@ def by_table(shard: ItemShard) -> dict[str, torch.Tensor]:
         full_softmax_loss(hidden, table.weight, targets, shard)
         + (looked_up * hidden.detach()).sum()
     ).backward()
-    rank = table.rank(targets, table.logits(hidden.detach()))
+    rank = table.ranks(targets, table.logits(hidden.detach()))
     return {
         "vectors": looked_up.detach(),
         "hidden": hidden.grad,
@@ -52,21 +58,22 @@ def by_table(shard: ItemShard) -> dict[str, torch.Tensor]:
     }
 
 
-def by_a_part(mesh: Mesh) -> dict[str, torch.Tensor]:
+def by_shard(mesh: Mesh) -> dict[str, torch.Tensor]:
     return by_table(ItemShard.of_process_group(ITEMS))
 
 
 def test_lookup_loss_ranks_and_gradients() -> None:
-    whole, parts = by_table(ItemShard(ITEMS)), run_distributed(by_a_part, 3, 1)
+    whole, parts = by_table(ItemShard(ITEMS)), run_distributed(by_shard, WORLD_SIZE, 1)
     weight, hidden, targets = whole_and_rows()
     for part in parts:
         assert torch.equal(part["vectors"], whole["vectors"]) and torch.equal(
             part["rank"], whole["rank"]
         )
         torch.testing.assert_close(part["hidden"], whole["hidden"])
-    assert [len(part["weight"]) for part in parts] == [7, 8, 8]
+    assert [len(part["weight"]) for part in parts] == [5, 6, 6, 6]
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"])
-    assert whole["rank"][:3].diff().tolist() != [0, 0]  # the ties are told apart by item order
+    # Ties stand in item order.
+    assert whole["rank"][:3].diff().tolist() != [0, 0]
 
 
 @pytest.mark.parametrize(("items", "width"), [(1000, 64), (37, 3), (5, 2)])
@@ -112,7 +119,7 @@ class Killed(BaseException):
     """As a signal would, in the middle."""
 
 
-def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
+def train_a_shard(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
     """Interrupted once, after the first model, of which nothing is trained again."""
 
     def kill(event: dict) -> None:
@@ -120,22 +127,18 @@ def train_a_part(mesh: Mesh, data: str, out: str) -> dict[str, Any]:
             raise Killed
 
     dataset = load_dataset(data)
-    arguments = (replace(CONFIG, dropout=0.1), dataset, None, out, kill)
+    config, shard = replace(CONFIG, dropout=0.1), ItemShard.of_process_group(dataset.num_items)
     with pytest.raises(Killed):
-        train_cf(*arguments, shard=ItemShard.of_process_group(dataset.num_items))
-    return train_cf(
-        replace(CONFIG, dropout=0.1),
-        dataset,
-        None,
-        out,
-        shard=ItemShard.of_process_group(dataset.num_items),
-    )
+        train_cf(config, dataset, None, out, kill, shard=shard)
+    return train_cf(config, dataset, None, out, shard=shard)
 
 
-def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path: Path) -> None:
+def test_models_trained_in_shards_are_those_of_one_process(world: World, tmp_path: Path) -> None:
     whole = train_cf(replace(CONFIG, dropout=0.1), world.dataset, None, tmp_path / "whole")
-    reports = run_distributed(train_a_part, 3, 1, str(world.data), str(tmp_path / "parts"))
-    assert json.loads((tmp_path / "parts" / "report.json").read_text())["models"].keys() == {
+    reports = run_distributed(
+        train_a_shard, WORLD_SIZE, 1, str(world.data), str(tmp_path / "shards")
+    )
+    assert json.loads((tmp_path / "shards" / "report.json").read_text())["models"].keys() == {
         "full",
         "fold0",
         "fold1",
@@ -146,7 +149,7 @@ def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path
                 assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other[
                     "ndcg@10"
                 ] == pytest.approx(line["ndcg@10"], abs=0.01)
-        one, other = load_cf(tmp_path / "whole", name), load_cf(tmp_path / "parts", name)
+        one, other = load_cf(tmp_path / "whole", name), load_cf(tmp_path / "shards", name)
         assert torch.equal(one.known, other.known)
         moved = (
             (one.items.weight - SASRec.from_config(CONFIG, ItemShard(one.num_items)).items.weight)
@@ -164,9 +167,9 @@ def test_models_trained_in_parts_are_those_of_one_process(world: World, tmp_path
                 whole["log_p"][kind]["mean_log_p"], abs=1e-3
             )
     assert np.array_equal(
-        np.load(tmp_path / "parts" / "folds.npy"), np.load(tmp_path / "whole" / "folds.npy")
+        np.load(tmp_path / "shards" / "folds.npy"), np.load(tmp_path / "whole" / "folds.npy")
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "whole"]
 
 
 def gradients_of_each(mesh: Mesh) -> list[list[float]]:
@@ -181,15 +184,30 @@ def gradients_of_each(mesh: Mesh) -> list[list[float]]:
     return [parameter.grad.flatten().tolist() for parameter in parameters[:2]]
 
 
-def test_what_the_parts_share_gets_the_gradients_of_the_first() -> None:
-    assert run_distributed(gradients_of_each, 2, 1) == [[[0.0] * 4, [10.0] * 3]] * 2
+def test_replicated_parameters_get_the_gradients_of_rank_0() -> None:
+    ranks = run_distributed(gradients_of_each, WORLD_SIZE, 1)
+    assert ranks == [[[0.0] * 4, [10.0] * 3]] * WORLD_SIZE
 
 
-def too_many(mesh: Mesh) -> str:
-    with pytest.raises(UserError) as error:
+def refusals(mesh: Mesh, data: str, out: str) -> list[str]:
+    with pytest.raises(UserError) as too_many:
         ItemShard.of_process_group(1)
-    return str(error.value)
+    dataset = load_dataset(data)
+    shard = ItemShard.of_process_group(dataset.num_items)
+    with pytest.raises(UserError) as diverged:
+        train_cf(replace(CONFIG, learning_rate=1e30), dataset, None, out, shard=shard)
+    table = ItemTable(ItemShard.of_process_group(ITEMS), WIDTH, 1.0)
+    logits = torch.zeros(3, len(table.weight))
+    if mesh.rank == 1:
+        logits[2, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        table.ranks(torch.tensor([0, 1, 2]), logits)
+    return [str(too_many.value), str(diverged.value)]
 
 
-def test_more_workers_than_items_are_refused() -> None:
-    assert all("cf.split_table" in message for message in run_distributed(too_many, 2, 1))
+def test_refusals_come_out_of_every_process(world: World, tmp_path: Path) -> None:
+    """More workers than items, a model that diverges, a score that is not finite."""
+    ranks = run_distributed(refusals, WORLD_SIZE, 1, str(world.data), str(tmp_path / "cf"))
+    assert all("cf.split_table: 4 workers for 1 items" in too_many for too_many, _ in ranks)
+    assert all(diverged.startswith("CF model 'full' diverged in epoch 1") for _, diverged in ranks)
+    assert not list(tmp_path.iterdir())
