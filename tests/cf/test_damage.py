@@ -22,18 +22,19 @@ from ilrec_dist.cf.sasrec.checkpoint import (
     load_folds,
     read_report,
     save_model,
-    write_manifest,
+    write_cf_manifest,
 )
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard, ItemTable
+from ilrec_dist.common import manifest
 from ilrec_dist.common.errors import UserError
 from tests.cf.conftest import CONFIG, World, copy_models, flip_last_byte, training_targets
 
 
 def files_that_are_read(cf: Path) -> list[str]:
     """All files of a CF folder's manifests but the vectors that no command reads."""
-    names = list(json.loads((cf / "manifest.json").read_text())["sha256"])
-    code_order = json.loads((cf / "code-order" / "manifest.json").read_text())["sha256"]
+    names = list(json.loads((cf / "manifest.json").read_text())["files"])
+    code_order = json.loads((cf / "code-order" / "manifest.json").read_text())["files"]
     names += [f"code-order/{name}" for name in code_order]
     return [name for name in names if "item_embeddings" not in name]
 
@@ -76,13 +77,13 @@ def test_files_are_hashed_once_a_process(
     world: World, flat_cf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cf, hashed = Path(shutil.copytree(flat_cf, tmp_path / "cf")), []
-    sha256_file = checkpoint.sha256_file
+    sha256_file = manifest.sha256_file
     monkeypatch.setattr(
-        checkpoint, "sha256_file", lambda path: hashed.append(path) or sha256_file(path)
+        manifest, "sha256_file", lambda path: hashed.append(path) or sha256_file(path)
     )
     read_everything(world, cf)
     read_everything(world, cf)
-    counts = {path: hashed.count(path) for path in hashed if path.name != "manifest.json"}
+    counts = {path: hashed.count(path) for path in hashed}
     assert set(counts.values()) == {1} and len(counts) == len(files_that_are_read(cf))
 
 
@@ -141,14 +142,14 @@ def test_weights_that_are_not_finite_are_refused_at_load(
     world: World, tmp_path: Path, name: str
 ) -> None:
     cf = copy_models(world.cf, tmp_path / "cf")
-    manifest = json.loads((cf / "manifest.json").read_text())
+    entries = json.loads((cf / "manifest.json").read_text())
     # A copy in memory: the model that was loaded is mapped from the file that is overwritten.
     model = copy.deepcopy(load_cf(cf))
     dict(model.named_parameters())[name].data.view(-1)[1] = math.nan
     for file in ("full", "fold0"):
         save_model(cf / f"{file}.safetensors", model)
     (cf / "manifest.json").unlink()
-    write_manifest(cf, {key: manifest[key] for key in ("config", "items", "data")})
+    write_cf_manifest(cf, {key: entries[key] for key in ("config", "items", "data")})
     for file in ("full", "fold0"):
         with pytest.raises(UserError, match=f"{file}.safetensors: holds numbers .* not finite"):
             load_cf(cf, file)

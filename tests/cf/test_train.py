@@ -127,7 +127,7 @@ def test_a_stage_killed_at_its_very_end_trains_nothing_again(
     def kill(*_: object) -> None:
         raise Killed
 
-    for what in ("put_in_place", "write_code_order", "write_manifest"):
+    for what in ("put_in_place", "write_code_order", "write_cf_manifest"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train, what, kill)
             train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf")
@@ -202,7 +202,7 @@ def test_strangers_and_damaged_manifests_are_refused(world: World, tmp_path: Pat
     for damage, message in (
         ({"config": {"epochs": "many"}}, "manifest.json: damaged .no usable 'config'"),
         ({"config": manifest["config"] | {"width": 3}}, "manifest.json: damaged"),
-        ({"sha256": None}, "manifest.json: damaged .no usable 'sha256'"),
+        ({"files": None}, "manifest.json: damaged .no usable 'files'"),
         ({"version": 2}, "manifest.json: version 2, expected 1"),
     ):
         (cf / "manifest.json").write_text(json.dumps(manifest | damage))

@@ -13,14 +13,14 @@ from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.ann import build_ann_index, save_ann_index
 from ilrec_dist.cf.rewards.item_scorer import write_scorer
 from ilrec_dist.cf.sasrec.checkpoint import (
-    MANIFEST,
     item_vectors,
     load_cf,
     read_manifest,
-    write_manifest,
+    write_cf_manifest,
 )
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, sha256_file
+from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
@@ -87,4 +87,4 @@ def write_code_order(config: CFConfig, cf_folder: str | Path, catalogue: Catalog
             "index": kind,
             "shards": config.reward_shards,
         }
-        write_manifest(work, entries)
+        write_cf_manifest(work, entries)

@@ -207,7 +207,7 @@ def load_fold(
     `code_order` is the manifest of the folder of that name. Every file that is read is
     compared with its SHA-256. Raises UserError where one is missing or damaged.
     """
-    written = [file for file in code_order["sha256"] if file.startswith(f"{name}/")]
+    written = [file for file in code_order["files"] if file.startswith(f"{name}/")]
     if not written:
         model = load_cf(cf_folder, name)
         return model, in_memory_scorer(model.items.weight, model.known, trie.catalogue)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,18 @@ from ilrec_dist.cf.sasrec.model import SASRec
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import read_json_object, sha256_file, write_json
+from ilrec_dist.common.files import read_json_object, sha256_file
+from ilrec_dist.common.manifest import MANIFEST, check_hashes, write_manifest
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
 
 # Raise it when files or training change: an interrupted stage goes on with models of the same
 # version only.
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 # Elements of an array that are hashed, or looked through, in one step.
 CHUNK_ELEMENTS = 1 << 22
 # Two names of a model's state.
 TABLE, KNOWN = "items.weight", "known"
-
-# The SHA-256 of the files that this process has read, by path, size and time of change.
-_hashes: dict[tuple[str, int, int], str] = {}
 
 
 def save_model(path: Path, model: SASRec) -> None:
@@ -88,11 +84,12 @@ def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, end
 
 
-def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """Write `entries` and the SHA-256 of every file of the folder; to be called last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-    write_json(folder / MANIFEST, {"version": FORMAT_VERSION, **entries, "sha256": hashes})
+def write_cf_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """Write `entries` and the SHA-256 of every file of the folder; to be called last.
+
+    What lies in the folder `code-order` has a manifest of its own.
+    """
+    write_manifest(folder, {"version": FORMAT_VERSION, **entries})
 
 
 def models_manifest(config: CFConfig, dataset: InteractionDataset) -> dict[str, Any]:
@@ -144,7 +141,7 @@ def _read_manifest(path: Path, entries: dict[str, type]) -> dict[str, Any]:
             f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; "
             "run `ilrec cf` again"
         )
-    for key, kind in (entries | {"sha256": dict}).items():
+    for key, kind in (entries | {"files": dict}).items():
         if not isinstance(manifest.get(key), kind):
             raise UserError(
                 f"{path}: damaged (no usable {key!r} in it); delete {path.parent} and run "
@@ -153,43 +150,21 @@ def _read_manifest(path: Path, entries: dict[str, type]) -> dict[str, Any]:
     return manifest
 
 
-def checked_files(
-    folder: str | Path, names: Iterable[str], manifest: dict[str, Any] | None = None
-) -> list[Path]:
-    """The paths of files of the folder, each compared with its SHA-256 in the manifest.
+def checked_files(folder: str | Path, names: Iterable[str], manifest: dict[str, Any]) -> None:
+    """Compare files of the folder with their SHA-256 in its manifest.
 
-    The files are hashed in parallel, and once a process as long as they do not change.
-    Raises UserError naming the first one that is missing or differs.
+    In parallel, and once a process as long as they do not change. Raises UserError naming the
+    first one that is missing or differs.
     """
-    expected = (manifest or read_manifest(folder))["sha256"]
-    paths = {name: Path(folder) / name for name in names}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(_sha256, paths.values()))
-    for (name, path), found in zip(paths.items(), hashes, strict=True):
-        if found is None or found != expected.get(name):
-            what = "missing" if found is None else "damaged"
-            raise UserError(
-                f"{path}: {what} (its SHA-256 is not the one in {MANIFEST}); "
-                f"delete {folder} and run `ilrec cf` again"
-            )
-    return list(paths.values())
+    expected = {name: manifest["files"].get(name, {}).get("sha256") for name in names}
+    repair = f"delete {folder} and run `ilrec cf` again"
+    check_hashes(folder, expected, MANIFEST, repair)
 
 
-def checked_file(folder: str | Path, name: str, manifest: dict[str, Any] | None = None) -> Path:
-    """`checked_files` for one file."""
-    return checked_files(folder, [name], manifest)[0]
-
-
-def _sha256(path: Path) -> str | None:
-    """The file's SHA-256, None without a file."""
-    try:
-        status = path.stat()
-        key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-        if key not in _hashes:
-            _hashes[key] = sha256_file(path)
-        return _hashes[key]
-    except OSError:
-        return None
+def checked_file(folder: str | Path, name: str) -> Path:
+    """The path of one file of a CF folder, after `checked_files`."""
+    checked_files(folder, [name], read_manifest(folder))
+    return Path(folder) / name
 
 
 def load_cf(folder: str | Path, name: str = "full", table: bool = True) -> SASRec:
@@ -200,7 +175,8 @@ def load_cf(folder: str | Path, name: str = "full", table: bool = True) -> SASRe
     model is missing or damaged, or holds numbers that are not finite.
     """
     manifest = read_manifest(folder)
-    path = checked_file(folder, f"{name}.safetensors", manifest)
+    path = Path(folder) / f"{name}.safetensors"
+    checked_files(folder, [path.name], manifest)
     try:
         config = CFConfig(**manifest["config"])
     except (TypeError, ValueError):

@@ -21,11 +21,10 @@ from ilrec_dist.cf.config import CF_SERVING, CFConfig
 from ilrec_dist.cf.rewards.index import index_kind, write_code_order
 from ilrec_dist.cf.sasrec.checkpoint import (
     FORMAT_VERSION,
-    MANIFEST,
     data_hash,
     models_manifest,
     read_model,
-    write_manifest,
+    write_cf_manifest,
 )
 from ilrec_dist.cf.sasrec.fit import (
     OnEpoch,
@@ -44,6 +43,7 @@ from ilrec_dist.common.files import (
     read_json_object,
     write_json,
 )
+from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue
@@ -181,7 +181,7 @@ def _commit(
     (work / MANIFEST).unlink(missing_ok=True)
     np.save(work / "folds.npy", folds.astype(np.int32))
     write_json(work / "report.json", report)
-    write_manifest(work, models_manifest(config, dataset))
+    write_cf_manifest(work, models_manifest(config, dataset))
     if catalogue is not None:
         write_code_order(config, work, catalogue)
     put_in_place(work, out)
