@@ -87,7 +87,7 @@ def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
 def write_cf_manifest(folder: Path, entries: dict[str, Any]) -> None:
     """Write `entries` and the SHA-256 of every file of the folder; to be called last.
 
-    What lies in the folder `code-order` has a manifest of its own.
+    In the CF folder before `write_code_order`, whose files have a manifest of their own.
     """
     write_manifest(folder, {"version": FORMAT_VERSION, **entries})
 
