@@ -89,10 +89,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     catalogue = make_catalogue(rng.integers(0, 4, (dataset.num_items, 3)), [4, 4, 4])
     (root / "items").mkdir()
     catalogue.save(root / "items")
+    trie = Trie(catalogue)
+    trie.save(root / "items")
     report = train_cf(CONFIG, dataset, catalogue, root / "cf")
-    return World(
-        root / "data", root / "items", root / "cf", dataset, catalogue, Trie(catalogue), report
-    )
+    return World(root / "data", root / "items", root / "cf", dataset, catalogue, trie, report)
 
 
 def training_targets(

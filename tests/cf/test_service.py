@@ -24,6 +24,7 @@ from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.trie import Trie
 from tests.cf.conftest import (
     CONFIG,
     World,
@@ -176,6 +177,7 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(
     other = make_catalogue(world.catalogue.codes()[::-1], world.catalogue.level_sizes)
     (tmp_path / "other").mkdir()
     other.save(tmp_path / "other")
+    Trie(other).save(tmp_path / "other")
     with pytest.raises(UserError, match="made for another catalogue"):
         load_rewards(world.cf, world.data, tmp_path / "other", None, False)
 
