@@ -49,11 +49,14 @@ def by_table(shard: ItemShard) -> dict[str, torch.Tensor]:
         full_softmax_loss(hidden, table.weight, targets, shard)
         + (looked_up * hidden.detach()).sum()
     ).backward()
-    rank = table.ranks(targets, table.logits(hidden.detach()))
+    gradient = table.weight.grad.clone()
+    # Products of small integers are exact in any order, so that equal rows are ties in every shard.
+    table.weight.data.mul_(2).round_()
+    rank = table.ranks(targets, table.logits((2 * hidden.detach()).round()))
     return {
         "vectors": looked_up.detach(),
         "hidden": hidden.grad,
-        "weight": table.weight.grad,
+        "weight": gradient,
         "rank": rank,
     }
 

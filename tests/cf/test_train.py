@@ -12,9 +12,9 @@ import pytest
 from ilrec_dist.cf.sasrec import cross_fit as train
 from ilrec_dist.cf.sasrec.checkpoint import load_cf, load_folds
 from ilrec_dist.cf.sasrec.cross_fit import train_cf, user_folds
-from ilrec_dist.cf.sasrec.scoring import sasrec_scores
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import sha256_file
+from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
 from tests.cf.conftest import CONFIG, World, copy_models, training_targets, with_sequence
 
 
@@ -200,7 +200,7 @@ def test_strangers_and_damaged_manifests_are_refused(world: World, tmp_path: Pat
     cf = copy_models(world.cf, tmp_path / "cf")
     manifest = json.loads((cf / "manifest.json").read_text())
     for damage, message in (
-        ({"config": {"epochs": "many"}}, "manifest.json: damaged .no usable 'config'"),
+        ({"config": []}, "manifest.json: damaged .no usable 'config'"),
         ({"config": manifest["config"] | {"width": 3}}, "manifest.json: damaged"),
         ({"files": None}, "manifest.json: damaged .no usable 'files'"),
         ({"version": 2}, "manifest.json: version 2, expected 1"),
