@@ -54,10 +54,13 @@ def find_cuts(config: DataConfig, times: Times, rows: int) -> Cuts:
     return cuts
 
 
-def places(
+def split_positions(
     lengths: np.ndarray, before: np.ndarray, cuts: Cuts
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """(int32 [3, U], what the manifest says): training interactions, place of the validation and of the test target in the sequence, -1 for none.
+    """(int32 [3, U], what the manifest says).
+
+    Rows: the number of training interactions, the positions of the validation and of the test
+    target in the sequence, -1 for none.
 
     lengths int64 [U]; before int64 [2, U]: interactions before each cut. A target is the user's last item between the cuts (after the second); a
     user without one there, or with nothing before it, is not evaluated. Raises UserError when no user is left to train on or to evaluate.

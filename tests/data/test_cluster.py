@@ -19,9 +19,9 @@ from ray.cluster_utils import Cluster
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.formats.source import Rejects
 from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.workers import cluster as ray_session
 from ilrec_dist.pipeline.stage_runs import prepare as prepare_stage

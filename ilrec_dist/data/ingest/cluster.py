@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.data.formats.source import Rejects
+from ilrec_dist.data.reading.source import Rejects
 
 ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
 
