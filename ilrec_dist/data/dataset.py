@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import map_array, read_json_object, sha256_files
+from ilrec_dist.common.files import map_array, read_json_object
+from ilrec_dist.common.manifest import MANIFEST, verify
 
 FORMAT_VERSION = 3
 SPLITS = ("validation", "test")
@@ -41,7 +42,8 @@ class Strings(Sequence[str]):
     def __init__(self, path: Path, name: str, verify: Callable[[Path], None]) -> None:
         """verify: called with the path before the file is read; raises where it is damaged."""
         self.path, self.name, self.verify = path, name, verify
-        self.rows: int = pq.read_metadata(path).num_rows
+        with _refused_when_damaged(path):
+            self.rows: int = pq.read_metadata(path).num_rows
 
     @cached_property
     def column(self) -> pa.ChunkedArray:
@@ -162,10 +164,10 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
     folder is missing, incomplete, of another version, or damaged.
     """
     folder = Path(folder)
-    manifest_file = folder / "manifest.json"
+    manifest_file = folder / MANIFEST
     if not manifest_file.exists():
         raise UserError(
-            f"{folder}: not a prepared data folder (no manifest.json); run `ilrec prepare` first"
+            f"{folder}: not a prepared data folder (no {MANIFEST}); run `ilrec prepare` first"
         )
     manifest = read_json_object(manifest_file)
     if manifest.get("version") != FORMAT_VERSION:
@@ -180,10 +182,10 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
                 f"{path}: missing or not of the {entry['bytes']} bytes that the manifest names; "
                 f"run `ilrec prepare` again"
             )
-    verify_files(folder, [name for name in manifest["files"] if name.endswith(".npy")])
+    verify(folder, [name for name in manifest["files"] if name.endswith(".npy")], REPAIR)
 
     def column(path: Path, name: str) -> Strings:
-        return Strings(path, name, lambda path: verify_files(path.parent, [path.name]))
+        return Strings(path, name, lambda path: verify(path.parent, [path.name], REPAIR))
 
     users, items = folder / "users.parquet", folder / "items.parquet"
     positions = folder / "split_positions.npy"
@@ -196,32 +198,6 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
         texts=column(items, "text") if _has_values(items, "text") else None,
         split_positions=map_array(positions) if positions.name in manifest["files"] else None,
     )
-
-
-# (path, bytes, modification time) of the files that this process has found whole.
-_verified: set[tuple[str, int, int]] = set()
-
-
-def verify_files(folder: Path, names: list[str]) -> None:
-    """Compare files of a prepared folder with the SHA-256 in its manifest, once a process.
-
-    Raises UserError naming a damaged file.
-    """
-    stats = {name: (folder / name).stat() for name in names}
-    keys = {
-        name: (str((folder / name).absolute()), stat.st_size, stat.st_mtime_ns)
-        for name, stat in stats.items()
-    }
-    names = [name for name in names if keys[name] not in _verified]
-    if not names:
-        return
-    files = read_json_object(folder / "manifest.json")["files"]
-    for name, digest in sha256_files(folder, names).items():
-        if digest != files[name]["sha256"]:
-            raise UserError(
-                f"{folder / name}: damaged: its SHA-256 is not that of the manifest; {REPAIR}"
-            )
-        _verified.add(keys[name])
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import committed_folder, sha256_file, sha256_files, write_json
+from ilrec_dist.common.files import committed_folder, sha256_file
+from ilrec_dist.common.manifest import write_manifest
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import FORMAT_VERSION
 from ilrec_dist.data.dataset_writer import write_interactions, write_tables
@@ -63,7 +64,6 @@ def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[s
         else:
             assert format_.read is not None
             counts = _ingest(format_.read(config), config, folder, spread)
-        names = sorted(path.name for path in folder.iterdir())
         manifest = {
             "version": FORMAT_VERSION,
             "format": config.format,
@@ -73,13 +73,8 @@ def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[s
                 name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
                 for name, path in _input_names(files).items()
             },
-            "files": {
-                name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-                for name, digest in sha256_files(folder, names).items()
-            },
         }
-        manifest["summary"] = summary_line(manifest)
-        write_json(folder / "manifest.json", manifest)
+        manifest = write_manifest(folder, manifest | {"summary": summary_line(manifest)})
     console.print(manifest["summary"], highlight=False, markup=False, soft_wrap=True)
     return manifest
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
@@ -16,7 +15,8 @@ from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.samples.collate import RewardSource
+from ilrec_dist.model.weights import read_weights
+from ilrec_dist.samples.prefetch import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
@@ -50,16 +50,9 @@ class RunArtifacts:
         """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
         source: RewardSource
         if self.config.cf.rewards == "actor":
-            from ilrec_dist.cf.rewards.service import RewardClient
-            from ilrec_dist.launch.workers import reward_actor_name
+            from ilrec_dist.cf.rewards.service import reward_client
 
-            cf = self.config.cf
-            source = RewardClient(
-                reward_actor_name(self.config),
-                cf.reward_replicas,
-                cf.reward_shards,
-                retries=cf.reward_retries,
-            )
+            source = reward_client(self.config.cf, self.folders)
         else:
             from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 
@@ -99,5 +92,5 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
 
 
 def load_weights(backbone: Backbone, path: Path) -> Backbone:
-    backbone.load_full_state_dict(load_file(path))
+    backbone.load_full_state_dict(read_weights(path))
     return backbone.eval()

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file, single_file
+from ilrec_dist.common.manifest import verified
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.data.reading.delimited import Dialect, header_names, read_columns, read_delimited
@@ -233,7 +234,7 @@ def _items(path: Path) -> pa.Table:
 def _write_interactions(
     prepared: Path, dataset: InteractionDataset, path: Path, users: pa.Array, items: pa.Array
 ) -> None:
-    stream = pq.ParquetFile(prepared / "interactions.parquet", pre_buffer=False)
+    stream = pq.ParquetFile(verified(prepared, "interactions.parquet"), pre_buffer=False)
     timed = "timestamp" in stream.schema_arrow.names
     done = 0
     with open(path, "wb") as file:

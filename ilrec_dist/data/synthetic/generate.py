@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.manifest import verified
 from ilrec_dist.data.config import SyntheticConfig
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.data.synthetic.words import item_words
@@ -200,7 +201,7 @@ def bayes_scores(
         raise UserError(
             f"{path}: no such file; only data.format synthetic has a known true distribution"
         )
-    model = TrueModel.load(path)
+    model = TrueModel.load(verified(folder, path.name))
     stops = dataset.history_stop(split, users)
     scores = np.empty((len(users), dataset.num_items), np.float32)
     for start in range(0, len(users), SCORE_ROWS):
