@@ -225,7 +225,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
     )
     for targets in ("all", "last"):
         windows = training_windows(other, 5, targets)
-        part = windows.take(np.arange(len(windows)))
+        part = windows.slices(np.arange(len(windows)))
         for user, start, stop in zip(part.user, part.start, part.stop, strict=True):
             assert (
                 other.sequence(user)[start:stop].tolist()

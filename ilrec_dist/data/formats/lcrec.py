@@ -1,4 +1,4 @@
-"""The LC-Rec triple: NAME.inter.json (user → chronological items), NAME.item.json (item → texts).
+"""The LC-Rec triple: NAME.inter.json (user → ordered items), NAME.item.json (item → texts).
 
 The third file, NAME.index.json, is `items.index`.
 """

@@ -13,8 +13,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.data.reading.times import EXPECTED, TYPES, Times, failing_rows
 
-# Bytes with which blanks begin or end in UTF-8, and others: those of ASCII that are no
-# characters, and all bytes beyond it.
+# Bytes with which a blank may begin or end in UTF-8: those of ASCII that are no characters, and
+# all beyond it.
 MAY_BE_BLANK = np.array([byte <= 32 or byte >= 127 for byte in range(256)])
 TOO_LARGE_OR_NULL = "one: null, or too large (integers below 2⁶³, other numbers below 9·10¹⁵)"
 
