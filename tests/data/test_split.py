@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.cf.sasrec.fit import Histories
+from ilrec_dist.cf.sasrec.fit import TrainingSequences
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.config import DataConfig
@@ -239,7 +239,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
         ours.transitions != theirs.transitions
     ).nnz == 0
     histories = [
-        Histories(
+        TrainingSequences(
             data.items, data.offsets[:-1], data.train_lengths(), data.target_positions("validation")
         )
         for data in (dataset, other)
