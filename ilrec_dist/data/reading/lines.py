@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.data.reading.streams import UNPACK_ERRORS, open_bytes
 
 BLOCK_BYTES = 16 << 20
 UNBROKEN = bytes.maketrans(b"\r\n", b"  ")
@@ -18,11 +19,15 @@ BLANK = np.isin(np.arange(256), list(b" \t\r\n"))
 
 
 def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, int]]:
-    """(whole lines as bytes, number of the first one), a block at a time; unpacked by the file's ending; without a byte order mark."""
+    """Yield (whole lines as bytes, number of the first one), a block at a time.
+
+    The file is unpacked as its ending says; a byte order mark is left out. Raises
+    UserError naming the file and the line where it cannot be read on.
+    """
     line = 1
     rest = b""
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        with closing(open_bytes(path)) as stream:
             rest = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
             while chunk := stream.read(size):
                 cut = chunk.rfind(b"\n") + 1
@@ -32,7 +37,7 @@ def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, in
                 block, rest = rest + chunk[:cut], chunk[cut:]
                 yield block, line
                 line += block.count(b"\n")
-    except OSError as error:
+    except (OSError, *UNPACK_ERRORS) as error:
         raise UserError(f"{path}: cannot be read near line {line}: {error}") from None
     if rest.strip():
         yield rest, line
@@ -49,26 +54,28 @@ def filled_lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RecordLines:
-    """The lines on which a delimited file's records begin, found in one pass over it, however many are asked for.
+    """The lines on which a delimited file's records begin, found in one pass over the file.
 
-    A record ends at a line break outside quotes; a quote opens only at the beginning of a field; empty lines are no records. So pyarrow counts.
+    A record ends at a line break outside quotes; a quote opens only at the beginning of
+    a field; empty lines are no records. So pyarrow counts.
     """
 
     def __init__(self, path: Path, delimiter: str, quoted: bool, header: int) -> None:
         """header: lines of the file that come before the first record."""
         self.blocks = line_blocks(path)
-        field = rb'(?:\A|(?<=[%b\r\n]))"[^"]*+(?:""[^"]*+)*+(?:"|\Z)' % re.escape(
-            delimiter.encode()
-        )
-        self.quoted = re.compile(field) if quoted else None
+        quoted_field = rb'(?:\A|(?<=[%b\r\n]))"[^"]*+(?:""[^"]*+)*+(?:"|\Z)'
+        self.quoted = re.compile(quoted_field % re.escape(delimiter.encode())) if quoted else None
         self.header = header
-        self.open = False  # the next block begins within quotes
-        self.floor = 1
-        self.first, self.lines = 1, np.zeros(0, np.int64)  # of records first, first + 1, …
+        # Whether the next block begins within quotes.
+        self.open = False
+        # Records before this one are not asked for again.
+        self.oldest = 1
+        # The lines of records first, first + 1, …
+        self.first, self.lines = 1, np.zeros(0, np.int64)
 
     def forget(self, before: int) -> None:
-        """No record before that one will be asked for again."""
-        self.floor = before
+        """Say that no record before that one will be asked for again."""
+        self.oldest = before
 
     def of(self, records: np.ndarray) -> list[int]:
         """Line numbers of records, both from 1."""
@@ -76,11 +83,13 @@ class RecordLines:
             block := next(self.blocks, None)
         ):
             self.lines = np.concatenate([self.lines, self._begin(*block)])
-            passed = min(max(self.floor - self.first, 0), len(self.lines))
+            passed = min(max(self.oldest - self.first, 0), len(self.lines))
             self.first, self.lines = self.first + passed, self.lines[passed:]
-        return self.lines[records - self.first].tolist()
+        numbers: list[int] = self.lines[records - self.first].tolist()
+        return numbers
 
     def _begin(self, block: bytes, first_line: int) -> np.ndarray:
+        """The lines on which the records of a block begin."""
         within = self.open
         content = np.frombuffer(self._unbroken(block), np.uint8)
         ends = (content == ord("\n")) | (content == ord("\r"))
@@ -89,7 +98,7 @@ class RecordLines:
         begins[0] &= not within
         breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
         lines = first_line + np.searchsorted(breaks, np.flatnonzero(begins))
-        return lines[lines > self.header]
+        return np.asarray(lines[lines > self.header])
 
     def _unbroken(self, block: bytes) -> bytes:
         """The block with spaces for the line breaks within quotes."""
@@ -99,9 +108,8 @@ class RecordLines:
         self.open = False
 
         def unbreak(match: re.Match[bytes]) -> bytes:
-            self.open = match.end() == len(
-                match.string
-            )  # a block ends with a line break, so this field does not end there
+            # A block ends with a line break, so a field that reaches its end goes on.
+            self.open = match.end() == len(match.string)
             return match[0].translate(UNBROKEN)
 
         return self.quoted.sub(unbreak, opened + block)[len(opened) :]
