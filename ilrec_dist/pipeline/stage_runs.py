@@ -200,11 +200,14 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import LiveProgress, follow_counter
     from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+    from ilrec_dist.training.schedule import warmup_warning
 
     windows = training_windows(
         RunArtifacts(config).training, config.train.max_history, config.train.targets
     )
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    if trainings and (warning := warmup_warning(config.train, steps)) is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     stop = threading.Event()
 
     def follow() -> None:
