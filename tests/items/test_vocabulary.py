@@ -24,7 +24,7 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
-from tests.evaluation.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
+from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
 
 MAX_POSITIONS, PIECES = 60, 9
 # With `softmax_scope: all` other tokens compete, so the losses are the same only where there are none.
