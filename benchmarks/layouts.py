@@ -92,8 +92,9 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
 
     quiet()
     from ilrec_dist.distributed.process_groups import initialize_parallel
+    from ilrec_dist.model.build import build_backbone, max_positions
     from ilrec_dist.objective.ilrec import Objective
-    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.samples.collate import BatchMaker, Ready
     from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
     from ilrec_dist.training.engine import build_engine, learning_rate
@@ -103,7 +104,14 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     torch.set_num_threads(config.launch.threads or 1)
     parallel = initialize_parallel(tp, "cpu")
     artifacts = RunArtifacts(config)
-    catalogue, backbone = artifacts.catalogue, build_backbone(config, artifacts, seed=0)
+    catalogue = artifacts.catalogue
+    backbone = build_backbone(
+        config.backbone,
+        catalogue.vocab_size,
+        max_positions(config.train.max_history, catalogue.depth),
+        config.train.precision,
+        seed=0,
+    )
     module = Objective(
         backbone,
         config.objective,

@@ -57,7 +57,8 @@ def recommend(
     from ilrec_dist.common.run_layout import BEST, RESULT
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend as recommend_histories
-    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+    from ilrec_dist.model.build import build_backbone, load_trained_weights, max_positions
+    from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)
@@ -86,9 +87,14 @@ def recommend(
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
     parallel = initialize_parallel(1, device)
     try:
-        backbone = load_weights(build_backbone(config, artifacts, seed), weights).to(
-            parallel.device
+        backbone = build_backbone(
+            config.backbone,
+            artifacts.catalogue.vocab_size,
+            max_positions(config.train.max_history, artifacts.catalogue.depth),
+            config.train.precision,
+            seed,
         )
+        backbone = load_trained_weights(backbone, weights).to(parallel.device)
         with stage_progress("recommend", None, "users") as bar:
             table = recommend_histories(
                 backbone,

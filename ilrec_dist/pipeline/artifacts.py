@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
@@ -15,7 +13,6 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.samples.collate import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
@@ -80,24 +77,3 @@ class RunArtifacts:
         return np.sort(
             users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]]
         )
-
-
-def max_positions(config: Config, depth: int) -> int:
-    """Tokens of the longest input: the context and the generated item without its last token."""
-    return (config.train.max_history + 1) * depth - 1
-
-
-def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    catalogue = artifacts.catalogue
-    return Backbone(
-        config.backbone,
-        catalogue.vocab_size,
-        max_positions(config, catalogue.depth),
-        config.train.precision,
-        seed,
-    )
-
-
-def load_weights(backbone: Backbone, path: Path) -> Backbone:
-    backbone.load_full_state_dict(load_file(path))
-    return backbone.eval()

@@ -23,11 +23,12 @@ from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
+from ilrec_dist.model.build import build_backbone, max_positions
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.objective.metrics import StatisticsSum
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.samples.collate import Batch, BatchMaker, Ready, micro_batches, prefetched
 from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
@@ -76,7 +77,13 @@ def train(
         return
     objective = objective_of(config, method)
     catalogue = artifacts.catalogue
-    backbone = build_backbone(config, artifacts, seed)
+    backbone = build_backbone(
+        config.backbone,
+        catalogue.vocab_size,
+        max_positions(config.train.max_history, catalogue.depth),
+        config.train.precision,
+        seed,
+    )
     module = Objective(
         backbone,
         objective,

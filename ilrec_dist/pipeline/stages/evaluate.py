@@ -16,7 +16,8 @@ from ilrec_dist.evaluation.metrics import paired_bootstrap
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import Progress
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+from ilrec_dist.model.build import build_backbone, load_trained_weights, max_positions
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.reporting.html.report import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval
@@ -89,9 +90,15 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         path = predictions_file(config, method, seed, exclude)
         if path.exists():  # no rank gets here before all are done with the one before
             continue
-        backbone = load_weights(
-            build_backbone(config, artifacts, seed), artifacts.folders.training(method, seed) / BEST
-        ).to(parallel.device)
+        backbone = build_backbone(
+            config.backbone,
+            artifacts.catalogue.vocab_size,
+            max_positions(config.train.max_history, artifacts.catalogue.depth),
+            config.train.precision,
+            seed,
+        )
+        weights = artifacts.folders.training(method, seed) / BEST
+        backbone = load_trained_weights(backbone, weights).to(parallel.device)
         found = evaluate_model(
             backbone,
             artifacts.dataset,
