@@ -6,10 +6,13 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-fast lint format clean
 help:
 	@echo "make quickstart  train SFT and ILRec on a generated catalogue under Ray with tp=2, and show the results"
 	@echo "make test        lint, types and all tests"
+	@echo "make test-fast   lint and the quick tests, under 90 seconds: before each commit"
+	@echo "make lint        ruff, the import contract, mypy"
+	@echo "make format      let ruff rewrite the code"
 	@echo "make install     only set up $(VENV)"
 
 install: $(STAMP)
@@ -28,10 +31,17 @@ quickstart: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
+test-fast: $(STAMP) lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

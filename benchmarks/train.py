@@ -175,16 +175,16 @@ class Trainer:
         from ilrec_dist.model.gpt import Backbone
         from ilrec_dist.objective.ilrec import Objective
         from ilrec_dist.objective.metrics import StatisticsSum
+        from ilrec_dist.objective.registry import get_method
         from ilrec_dist.samples.collate import BatchMaker
         from ilrec_dist.samples.windows import training_windows
         from ilrec_dist.training.engine import build_engine
-        from ilrec_dist.training.trainer import objective_of
 
         self.config, self.parallel, self.clock, self.objective = (
             config,
             parallel,
             clock,
-            objective_of(config, method),
+            get_method(method).objective(config.objective),
         )
         dataset, catalogue, trie, rewards = drawn
         vocab = max(vocab, catalogue.vocab_size)

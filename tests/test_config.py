@@ -7,6 +7,7 @@ import pytest
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import config_from_dict, dump_config, load_config
 from ilrec_dist.config.tree import Config, ConfigError
+from ilrec_dist.objective.registry import get_method
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -27,11 +28,8 @@ def test_defaults_are_the_methods():
         0.02,
     )
     assert config_from_dict({"objective": {"penalty": "multiplicative"}}).objective.beta == 0.1
-    assert (
-        config.objective.as_sft().beta,
-        config.objective.as_sft().cpd_mu,
-        config.objective.as_sft().crr_lambda,
-    ) == (0, 0, 0)
+    sft = get_method("sft").objective(config.objective)
+    assert (sft.beta, sft.cpd_mu, sft.crr_lambda) == (0, 0, 0)
 
 
 def test_overrides_replace_values(tmp_path):

@@ -1,13 +1,21 @@
-"""Reading inputs with errors that name the place, and committing an output folder all at once or not at all."""
+"""Files: reading inputs with errors that name the place, atomic writes, locks, SHA-256.
+
+What a process writes appears whole or not at all: `atomic_file` for one file, `write_text` and
+`write_json` for short ones, `committed_folder` for a folder. `file_lock` and `acquire_lock` are
+the only locks, `sha256_file` and `sha256_files` the only hashes of files.
+"""
 
 from __future__ import annotations
 
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +24,22 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 
+# Threads that hash files at once: enough to keep a disk busy.
+HASH_THREADS = 8
+# Characters of a file's column names that an error shows.
+SHOWN_COLUMNS = 500
+
 
 def map_array(path: Path) -> np.ndarray:
-    """An .npy file as an array that takes memory only where it is read, and gives it back when others need it; not to be written to."""
-    return np.asarray(
-        np.load(path, mmap_mode="c")
-    )  # torch wants memory that could be written: the file would not change
+    """Map an .npy file into memory: pages are read when used and shared between processes.
+
+    The array is not to be written to. (The mode is copy-on-write because torch refuses
+    read-only memory; the file would not change.)
+    """
+    return np.asarray(np.load(path, mmap_mode="c"))
+
+
+# Hashes
 
 
 def sha256_file(path: str | Path) -> str:
@@ -30,42 +48,86 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_files(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """Name → hex SHA-256 of files in `folder`, hashed in parallel."""
+    names = list(names)
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="sha256") as pool:
+        return dict(
+            zip(names, pool.map(lambda name: sha256_file(Path(folder) / name), names), strict=True)
+        )
+
+
+# Atomic writes
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it replaces `path` when the block ends well.
+
+    If the block raises, the staged file vanishes and what was at `path` stays; a process that
+    is killed leaves it as `.NAME.writing-PID`.
+    """
+    path = Path(path)
+    staged = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        yield staged
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 @contextmanager
 def committed_folder(out: str | Path) -> Iterator[Path]:
-    """A sibling folder to write into; it takes `out`'s place when the block ends well and vanishes when it does not.
+    """Yield a sibling folder to write into; it takes the place of `out` when the block ends well.
 
-    A reader of `out` sees the old folder, for an instant none, then the new one; never half of either.
+    If the block raises, the sibling vanishes. A reader of `out` sees the old folder, for an
+    instant none, then the new one; never half of either.
     """
     out = Path(out)
-    work = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    staged = out.with_name(f".{out.name}.writing-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out)
-    work.mkdir()
+    staged.mkdir()
     try:
-        yield work
-        put_in_place(work, out)
+        yield staged
+        put_in_place(staged, out)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def clear_leftovers(out: Path) -> None:
     """Remove what processes that were killed while they wrote `out` left beside it."""
-    for leftover in out.parent.glob(f".{out.name}.*-*"):
-        if leftover.name.startswith(
-            (f".{out.name}.writing-", f".{out.name}.previous-")
-        ) and not _running(leftover.name.rpartition("-")[2]):
+    for leftover in out.parent.glob(f".{_escaped(out.name)}.*-*"):
+        kind, _, pid = leftover.name.removeprefix(f".{out.name}.").partition("-")
+        if kind in ("writing", "previous") and not _running(pid):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def put_in_place(work: Path, out: Path) -> None:
-    """The folder `work`, of the same file system, becomes `out`; what was there vanishes."""
+def put_in_place(staged: Path, out: Path) -> None:
+    """Rename the folder `staged` to `out`, on the same file system; the old folder vanishes."""
     previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
     try:
         if out.exists():
             os.replace(out, previous)
-        os.replace(work, out)
+        os.replace(staged, out)
     finally:
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    """The name as a pattern that matches only itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _running(pid: str) -> bool:
@@ -81,17 +143,44 @@ def _running(pid: str) -> bool:
     return True
 
 
-def write_json(path: Path, value: Any) -> None:
-    """All of it, or, when the process is killed, what was there before."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+# Locks
+
+
+def acquire_lock(path: str | Path, wait: bool = True) -> int:
+    """Lock a file, which is created where missing, or a folder, which must exist.
+
+    Returns a file descriptor; closing it, or the end of the process, releases the lock.
+    Raises BlockingIOError if another process holds the lock and `wait` is false.
+    """
+    path = Path(path)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    handle = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextmanager
+def file_lock(path: str | Path, wait: bool = True) -> Iterator[int]:
+    """Hold `acquire_lock(path, wait)` for a block; yields the file descriptor."""
+    handle = acquire_lock(path, wait)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+# Reading inputs
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose top is an object; a repeated key is an error, for one of the two values would be lost in silence.
+    """Read a JSON file that holds one object.
 
-    Raises UserError naming the file and, for malformed JSON, line and column.
+    A repeated key is an error, because one of its two values would be lost in silence. Raises
+    UserError naming the file and, for malformed JSON, line and column.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,8 +194,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            seen: set[str] = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise UserError(
                 f"{path}: the key {repeated!r} occurs twice in one object; keep one of them"
             )
@@ -118,6 +206,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: malformed JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object at the top, found {type(value).__name__}")
     return value
@@ -133,16 +223,20 @@ def require_file(path: str | Path, what: str) -> Path:
     return path
 
 
-def require_columns(path: Path, wanted: dict[str, str], present: Sequence[str]) -> None:
-    """Each wanted column (name → the config key that chose it) must be present, once; the error names the nearest one that is."""
+def require_columns(path: Path, wanted: Mapping[str, str], present: Sequence[str]) -> None:
+    """Check that each wanted column is present exactly once.
+
+    wanted: column name → the configuration key that chose it. Raises UserError naming the
+    nearest column that is present.
+    """
     for name, key in wanted.items():
         if name not in present:
             nearest = difflib.get_close_matches(name, present, n=1, cutoff=0.0)
             hint = f"; the nearest column is {nearest[0]!r}" if nearest else ""
-            listed = ", ".join(map(str, present))
-            raise UserError(
-                f"{path}: no column {name!r} ({key}){hint}; the file has: {listed if len(listed) <= 500 else listed[:500] + ' …'}"
-            )
+            shown = ", ".join(map(str, present))
+            if len(shown) > SHOWN_COLUMNS:
+                shown = shown[:SHOWN_COLUMNS] + " …"
+            raise UserError(f"{path}: no column {name!r} ({key}){hint}; the file has: {shown}")
         if list(present).count(name) > 1:
             raise UserError(
                 f"{path}: the column {name!r} ({key}) occurs twice; rename or drop one of them"
@@ -150,14 +244,18 @@ def require_columns(path: Path, wanted: dict[str, str], present: Sequence[str]) 
 
 
 def single_file(folder: Path, suffixes: Iterable[str], what: str) -> Path:
-    """The one file in `folder` whose name ends in one of `suffixes`; none or several are errors that list what was found."""
+    """The one file in `folder` whose name ends in one of `suffixes`.
+
+    Raises UserError that lists the candidates when there is none or more than one.
+    """
     suffixes = tuple(suffixes)
     if not folder.exists():
         raise UserError(f"{folder}: no such folder ({what})")
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found[:5]) or "none"
+    candidates = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes))
+    if len(candidates) != 1:
+        names = ", ".join(path.name for path in candidates[:5]) or "none"
         raise UserError(
-            f"{folder}: expected one file named *{' or *'.join(suffixes)} ({what}), found {names}; name the file itself in data.path"
+            f"{folder}: expected one file named *{' or *'.join(suffixes)} ({what}), "
+            f"found {names}; name the file itself in data.path"
         )
-    return found[0]
+    return candidates[0]

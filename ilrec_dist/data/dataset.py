@@ -95,7 +95,7 @@ class InteractionDataset:
     item_ids: Sequence[str]
     titles: Sequence[str] | None = None
     texts: Sequence[str] | None = None
-    places: np.ndarray | None = None  # int32 [3, U]
+    split_positions: np.ndarray | None = None  # int32 [3, U]
 
     @property
     def num_users(self) -> int:
@@ -121,22 +121,22 @@ class InteractionDataset:
         """int64 training interactions of each user: a beginning of their sequence; for leave-one-out all but the last two."""
         return (
             np.maximum(self.lengths(users) - 2, 0)
-            if self.places is None
-            else self.places[0][users].astype(np.int64)
+            if self.split_positions is None
+            else self.split_positions[0][users].astype(np.int64)
         )
 
-    def target_places(self, split: str, users: Users = ALL) -> np.ndarray:
+    def target_positions(self, split: str, users: Users = ALL) -> np.ndarray:
         """int64 place in each user's sequence of the target of split "validation" or "test"; below 1 for a user who is not evaluated."""
         row = SPLITS.index(split)
         return (
             self.lengths(users) - len(SPLITS) + row
-            if self.places is None
-            else self.places[1 + row][users].astype(np.int64)
+            if self.split_positions is None
+            else self.split_positions[1 + row][users].astype(np.int64)
         )
 
     def evaluated(self, split: str) -> np.ndarray:
         """int64, ascending: the users who have a target in the split and something before it."""
-        return np.flatnonzero(self.target_places(split) >= 1)
+        return np.flatnonzero(self.target_positions(split) >= 1)
 
     def targets(self, split: str, users: Users = ALL) -> np.ndarray:
         """int32 the targets of users who are evaluated."""
@@ -144,7 +144,7 @@ class InteractionDataset:
 
     def history_stop(self, split: str, users: Users = ALL) -> np.ndarray:
         """int64 end (exclusive, into `items`) of the history that split may see, of users who are evaluated; at test time it holds the validation item."""
-        return self.offsets[:-1][users] + self.target_places(split, users)
+        return self.offsets[:-1][users] + self.target_positions(split, users)
 
 
 def load_dataset(folder: str | Path) -> InteractionDataset:
@@ -180,7 +180,9 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
         item_ids=Strings(folder / "items.parquet", "id"),
         titles=_texts(folder / "items.parquet", "title"),
         texts=_texts(folder / "items.parquet", "text"),
-        places=map_array(folder / "places.npy") if "places.npy" in manifest["files"] else None,
+        split_positions=map_array(folder / "split_positions.npy")
+        if "split_positions.npy" in manifest["files"]
+        else None,
     )
 
 

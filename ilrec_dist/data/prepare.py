@@ -149,7 +149,7 @@ def _ingest(config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
         _check_lengths(lengths, kept_users, source)
     else:
         found, split["split"] = places(lengths, before, cuts)
-        np.save(folder / "places.npy", found)
+        np.save(folder / "split_positions.npy", found)
     _write_tables(
         folder, kept_users.cast(pa.string()), lengths, _item_table(kept_items, source.item_table())
     )

@@ -20,16 +20,16 @@ def both_directions(dataset: InteractionDataset) -> InteractionDataset:
     """
     lengths = dataset.train_lengths()
     offsets = np.concatenate([dataset.offsets, dataset.offsets[-1] + np.cumsum(lengths)])
-    places = np.full((1 + len(SPLITS), 2 * dataset.num_users), -1, np.int32)
-    places[0] = np.tile(lengths, 2)
+    positions = np.full((1 + len(SPLITS), 2 * dataset.num_users), -1, np.int32)
+    positions[0] = np.tile(lengths, 2)
     for row, split in enumerate(SPLITS, start=1):
-        places[row, : dataset.num_users] = dataset.target_places(split)
+        positions[row, : dataset.num_users] = dataset.target_positions(split)
     return dataclasses.replace(
         dataset,
         items=ReversedItems(dataset.items, offsets, dataset.num_users),
         offsets=offsets,
         user_ids=RepeatedIds(dataset.user_ids),
-        places=places,
+        split_positions=positions,
     )
 
 

@@ -60,7 +60,7 @@ def export_data(
     if form not in FORMATS:
         raise UserError(f"export format {form!r}: expected one of {', '.join(FORMATS)}")
     dataset = load_dataset(folder)
-    if dataset.places is not None and form == "lcrec":
+    if dataset.split_positions is not None and form == "lcrec":
         raise UserError(
             f"{folder}: split chronologically, but files of lcrec are split by leave-one-out; prepare with data.split=leave_one_out to export"
         )
@@ -108,9 +108,9 @@ def _lcrec(dataset: InteractionDataset, work: Path, name: str, index: str | Path
 def _recbole(folder: Path, dataset: InteractionDataset, work: Path, name: str) -> None:
     users, items = (
         _ids(dataset.user_ids, "user"),
-        _ids(dataset.item_ids, "item", within_lists=dataset.places is not None),
+        _ids(dataset.item_ids, "item", within_lists=dataset.split_positions is not None),
     )
-    if dataset.places is None:
+    if dataset.split_positions is None:
         _inter(folder, dataset, work / f"{name}.inter", users, items)
     else:
         everyone = np.arange(dataset.num_users)
@@ -131,7 +131,7 @@ def _recbole(folder: Path, dataset: InteractionDataset, work: Path, name: str) -
                 users,
                 items,
                 everyone,
-                dataset.target_places(split),
+                dataset.target_positions(split),
             )
     blank = [""] * dataset.num_items
     with open(work / f"{name}.item", "wb") as file:

@@ -19,7 +19,8 @@ from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import RESULT, RunFolders
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.pipeline.stage_runs import Training, cf_part
+from ilrec_dist.pipeline.stage_runs import cf_part
+from ilrec_dist.training.spec import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Job:
     cf: bool = False  # only the CF models, with a table split over the workers
 
     @classmethod
-    def of(cls, config: Config, trainings: Sequence[Training], evaluate: bool) -> Job:
+    def of(cls, config: Config, trainings: Sequence[TrainingSpec], evaluate: bool) -> Job:
         plain = [
             dataclasses.asdict(training) | {"folder": str(training.folder.resolve())}
             for training in trainings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Literal, Optional
 
 from annotated_types import Interval
@@ -35,6 +34,7 @@ class ObjectiveConfig:
             return self.cpo_beta
         return 1.0 if self.penalty == "additive" else 0.1
 
-    def as_sft(self) -> ObjectiveConfig:
-        """The same cross-entropy with β = μ = λ = 0 (METHOD.md §6)."""
-        return dataclasses.replace(self, cpo_beta=0.0, cpd_mu=0.0, crr_lambda=0.0)
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether β = μ = λ = 0, so that only the cross-entropy remains (METHOD.md §6)."""
+        return self.beta == 0 and self.cpd_mu == 0 and self.crr_lambda == 0

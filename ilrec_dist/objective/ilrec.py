@@ -14,7 +14,7 @@ from ilrec_dist.objective.config import ObjectiveConfig
 
 def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
     """m: the configured number, or min(3, L // 2); 0 when nothing reads intermediate layers (plain SFT)."""
-    if config.beta == 0 and config.cpd_mu == 0 and config.crr_lambda == 0:
+    if config.is_cross_entropy:
         return 0
     return config.num_intermediate_layers or min(3, num_layers // 2)
 

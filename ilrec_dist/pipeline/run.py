@@ -26,7 +26,7 @@ from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline import stage_runs
-from ilrec_dist.pipeline.stage_runs import Training
+from ilrec_dist.training.spec import TrainingSpec
 
 FORMAT = 3  # raise when a stage's output changes for the same settings
 
@@ -42,7 +42,7 @@ class Stage:
     inputs: Callable[[Config], list[Path]]
     output: Callable[[Config], Path]
     run: Callable[[Config], None] | None = None  # None: a stage of the workers, which run together
-    training: Training | None = None  # what a training stage trains
+    training: TrainingSpec | None = None  # what a training stage trains
 
 
 class Run:
@@ -312,7 +312,7 @@ def _training_stage(
         settings,
         _none,
         lambda _: folder,
-        training=Training(method, seed, folder, ""),
+        training=TrainingSpec(method, seed, folder, ""),
     )
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +16,10 @@ from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import COUNTER, RESULT, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
+from ilrec_dist.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-
-
-@dataclass(frozen=True)
-class Training:
-    """One method with one seed, the folder it writes to, and the fingerprint of its configuration and inputs."""
-
-    method: str
-    seed: int
-    folder: Path
-    fingerprint: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.method}, seed {self.seed}"
 
 
 def prepare_inputs(config: Config) -> list[Path]:
@@ -179,7 +165,7 @@ def rewards(config: Config) -> None:
 
 
 def train_and_evaluate(
-    config: Config, trainings: Sequence[Training], evaluate: bool
+    config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
 ) -> list[float]:
     """Train one after the other and, if asked, evaluate all that is trained, in one worker group: starting one takes a while.
 
@@ -223,7 +209,7 @@ def train_and_evaluate(
 
 
 @contextmanager
-def following(config: Config, trainings: Sequence[Training], evaluate: bool) -> Iterator[None]:
+def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool) -> Iterator[None]:
     """Show the progress of each training in turn, and of the evaluation, while the block runs the workers."""
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import LiveProgress, follow_counter

@@ -6,6 +6,8 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval, MinLen
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from ilrec_dist.common.config_fields import (
     Float,
@@ -16,12 +18,22 @@ from ilrec_dist.common.config_fields import (
     PositiveFloat,
     section,
 )
+from ilrec_dist.objective.registry import DEFAULT_METHODS, METHODS, known_names
+
+
+def _registered(name: str) -> str:
+    if name not in METHODS:
+        raise PydanticCustomError("unknown_method", f"input should be {known_names()}")
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_registered)]
 
 
 @section
 class TrainConfig:
-    methods: Annotated[list[Literal["sft", "ilrec"]], MinLen(1)] = field(
-        default_factory=lambda: ["sft", "ilrec"]
+    methods: Annotated[list[MethodName], MinLen(1)] = field(
+        default_factory=lambda: list(DEFAULT_METHODS)
     )
     seeds: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0])
     targets: Literal["all", "last"] = "all"

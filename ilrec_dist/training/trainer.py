@@ -28,6 +28,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.objective.metrics import StatisticsSum
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.samples.collate import Batch, BatchMaker, Ready, micro_batches, prefetched
@@ -47,10 +48,6 @@ class Progress:
     best_ndcg: float = -1.0
     validations_without_gain: int = 0
     seconds: float = 0.0  # spent in training, over all attempts
-
-
-def objective_of(config: Config, method: str) -> ObjectiveConfig:
-    return config.objective.as_sft() if method == "sft" else config.objective
 
 
 def total_steps(config: Config, artifacts: RunArtifacts) -> int:
@@ -75,7 +72,7 @@ def train(
     )  # held to the end; waits for a killed run's last processes, which may finish the training
     if _from_lead((folder / RESULT).exists()):
         return
-    objective = objective_of(config, method)
+    objective = get_method(method).objective(config.objective)
     catalogue = artifacts.catalogue
     backbone = build_backbone(
         config.backbone,

@@ -168,7 +168,7 @@ def test_refusals(world: World) -> None:
         world.rewards(fewer)
     for others in (
         with_sequence(world.dataset, 3, world.dataset.sequence(3)[::-1]),
-        replace(world.dataset, places=chronological(world.dataset)),
+        replace(world.dataset, split_positions=chronological(world.dataset)),
     ):
         known, given = data_hash(world.dataset)[:16], data_hash(others)[:16]
         with pytest.raises(

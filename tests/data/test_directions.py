@@ -40,9 +40,9 @@ def test_the_added_users_have_the_training_items_latest_first_and_nothing_else(
     if chronological:
         dataset = replace(
             dataset,
-            places=np.stack([dataset.lengths() - 1, np.full(8, -1), dataset.lengths() - 1]).astype(
-                np.int32
-            ),
+            split_positions=np.stack(
+                [dataset.lengths() - 1, np.full(8, -1), dataset.lengths() - 1]
+            ).astype(np.int32),
         )
     both, users = both_directions(dataset), dataset.num_users
     assert both.num_users == 2 * users

@@ -76,7 +76,7 @@ def found(dataset: InteractionDataset):
     result = {}
     for user in range(dataset.num_users):
         items = [int(dataset.item_ids[item]) for item in dataset.sequence(user)]
-        at = {split: int(dataset.target_places(split)[user]) for split in ("validation", "test")}
+        at = {split: int(dataset.target_positions(split)[user]) for split in ("validation", "test")}
         targets = [(items[place], items[:place]) if place >= 1 else None for place in at.values()]
         result[dataset.user_ids[user]] = (items[: int(dataset.train_lengths()[user])], *targets)
     return result
@@ -214,7 +214,11 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
         items[later] + 1 + RNG.integers(0, dataset.num_items - 1, later.sum())
     ) % dataset.num_items
     other = InteractionDataset(
-        items, dataset.offsets, dataset.user_ids, dataset.item_ids, places=dataset.places
+        items,
+        dataset.offsets,
+        dataset.user_ids,
+        dataset.item_ids,
+        split_positions=dataset.split_positions,
     )
     for targets in ("all", "last"):
         windows = training_windows(other, 5, targets)
@@ -233,7 +237,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
     ).nnz == 0
     histories = [
         Histories(
-            data.items, data.offsets[:-1], data.train_lengths(), data.target_places("validation")
+            data.items, data.offsets[:-1], data.train_lengths(), data.target_positions("validation")
         )
         for data in (dataset, other)
     ]

@@ -62,7 +62,7 @@ def test_counts_do_not_depend_on_how_many_are_read_at_once(
         offsets,
         [""] * 60,
         [""] * 12,
-        places=np.stack([train, train, train]).astype(np.int32),
+        split_positions=np.stack([train, train, train]).astype(np.int32),
     )
     popularity, pairs = np.zeros(12), np.zeros((12, 12))
     for user, count in enumerate(train):

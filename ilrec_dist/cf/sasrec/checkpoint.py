@@ -179,7 +179,7 @@ def data_hash(dataset: InteractionDataset) -> str:
     """SHA-256 of all interactions and of what is training among them: of what was trained on, which `both_directions` makes of the data's own files."""
     digest = hashlib.sha256()
     arrays = [(dataset.items, "<i4"), (dataset.offsets, "<i8")] + (
-        [] if dataset.places is None else [(dataset.places.ravel(), "<i4")]
+        [] if dataset.split_positions is None else [(dataset.split_positions.ravel(), "<i4")]
     )
     for array, kind in arrays:
         digest.update(f"{len(array)} ".encode())

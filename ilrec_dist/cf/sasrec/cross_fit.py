@@ -87,7 +87,7 @@ def train_cf(
         dataset.items,
         dataset.offsets[:-1],
         dataset.train_lengths(),
-        dataset.target_places("validation"),
+        dataset.target_positions("validation"),
     )
     folds = user_folds(dataset.user_ids, config.cf_folds)
     with _unfinished(out, config, dataset, folds, split) as unfinished:

@@ -17,11 +17,11 @@ from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import Progress
 from ilrec_dist.model.build import build_backbone, load_trained_weights, max_positions
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.reporting.html.report import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval
-from ilrec_dist.training.trainer import objective_of
 
 EXAMPLE_SEED = 5
 
@@ -107,7 +107,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             users=users,
             split="test",
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
-            softmax_scope=objective_of(config, method).softmax_scope,
+            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             max_history=config.train.max_history,
             parallel=parallel,
             progress=_counter(artifacts, parallel.dp, number * len(users), len(work) * len(users))
@@ -186,7 +186,9 @@ def _example(artifacts: RunArtifacts, user: int, found: dict[str, Predictions]) 
         name = dataset.titles[item] if dataset.titles else ""
         return f"{name} [{dataset.item_ids[item]}]" if name else dataset.item_ids[item]
 
-    sequence = dataset.sequence(user)[: int(dataset.target_places("test", np.array([user]))[0]) + 1]
+    sequence = dataset.sequence(user)[
+        : int(dataset.target_positions("test", np.array([user]))[0]) + 1
+    ]
     methods = {}
     for method, predictions in found.items():
         place = int(np.searchsorted(predictions.users, user))

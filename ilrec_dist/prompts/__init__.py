@@ -1,0 +1,1 @@
+"""Prompts: templates as data, rendered to tokens with the response marked."""
