@@ -53,7 +53,7 @@ class KVCache:
 
 
 def _select_beams(suffix: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    return suffix.flatten(0, 1).index_select(0, index).unflatten(0, shape)
+    return suffix.flatten(0, 1).index_select(0, index).view(*shape, *suffix.shape[2:])
 
 
 class PackedSequences:
@@ -86,8 +86,9 @@ class PackedSequences:
         # The place of each token in the concatenated batches, [T].
         self.place_of_token = torch.empty(self.num_tokens, dtype=torch.int64)
         offset = 0
-        octaves = torch.tensor([length.bit_length() for length in sizes.tolist()])
-        for octave in octaves.unique().tolist():
+        bits = [length.bit_length() for length in sizes.tolist()]
+        octaves = torch.tensor(bits)
+        for octave in sorted(set(bits)):
             members = (octaves == octave).nonzero().flatten()
             longest = int(sizes[members].max())
             place = torch.arange(longest)
@@ -147,7 +148,7 @@ class CoreAttention(torch.nn.Module):
         for tokens in packed.batches:
             index = tokens.flatten()
             parts = (
-                part[0].index_select(0, index).unflatten(0, tokens.shape).transpose(1, 2)
+                part[0].index_select(0, index).view(*tokens.shape, *part.shape[2:]).transpose(1, 2)
                 for part in (query, key, value)
             )
             outputs.append(self._causal(*parts).transpose(1, 2).flatten(2).flatten(0, 1))
@@ -173,17 +174,18 @@ class CoreAttention(torch.nn.Module):
         # All beams of a user share one matrix product per group with the prefix.
         by_group = query.permute(0, 2, 1, 3, 4).flatten(2, 3)  # b g kr d
         prefix_scores = by_group @ layer.prefix_key.transpose(2, 3)
-        prefix_scores = prefix_scores.unflatten(2, (beams, -1))  # b g k r s
+        prefix_scores = prefix_scores.view(batch, groups, beams, heads // groups, -1)  # b g k r s
         # Suffixes are a few tokens long and differ by beam, so elementwise products beat
         # thousands of tiny matrix products.
         suffix_scores = (query.float().unsqueeze(2) * layer.suffix_key.unsqueeze(4)).sum(-1)
         suffix_scores = suffix_scores.permute(0, 3, 1, 4, 2)  # b g k r t
         weights = torch.cat((prefix_scores.float(), suffix_scores), dim=-1).softmax(dim=-1)
-        prefix_weights, suffix_weights = weights.split(
-            (prefix_scores.shape[-1], suffix_scores.shape[-1]), dim=-1
-        )
+        prefix_length = prefix_scores.shape[-1]
+        prefix_weights, suffix_weights = weights[..., :prefix_length], weights[..., prefix_length:]
         prefix_out = prefix_weights.flatten(2, 3).to(value.dtype) @ layer.prefix_value
-        prefix_out = prefix_out.unflatten(2, (beams, -1)).permute(0, 2, 1, 3, 4)  # b k g r d
+        prefix_out = prefix_out.view(batch, groups, beams, heads // groups, width)
+        prefix_out = prefix_out.permute(0, 2, 1, 3, 4)  # b k g r d
         suffix_weights = suffix_weights.permute(0, 2, 4, 1, 3).unsqueeze(-1)  # b k t g r 1
         suffix_out = (suffix_weights * layer.suffix_value.unsqueeze(4)).sum(2)  # b k g r d
-        return (prefix_out + suffix_out).to(value.dtype).flatten(2)
+        output: Tensor = (prefix_out + suffix_out).to(value.dtype).flatten(2)
+        return output

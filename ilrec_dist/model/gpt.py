@@ -49,6 +49,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.max_positions = config, vocab_size, max_positions
         self.seed = seed
+        # Parameter → the dtype in which a checkpoint's weights were read (hf.checkpoint).
+        self.checkpoint_dtypes: dict[str, torch.dtype] = {}
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         tp = self.tp_group.size()
         self.padded_vocab_size = padded_vocab_size(config, vocab_size)
@@ -56,12 +58,12 @@ class Backbone(nn.Module):
         learned = config.position_embedding == "learned"
         self.gpt = GPTModel(
             config=transformer_config(config, precision, tp),
-            transformer_layer_spec=layer_spec(config),  # type: ignore[arg-type]
+            transformer_layer_spec=layer_spec(config),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=max_positions,
             position_embedding_type="learned_absolute" if learned else "rope",
             share_embeddings_and_output_weights=config.tie_embeddings,
-            rotary_base=config.rope_theta,  # type: ignore[arg-type]
+            rotary_base=config.rope_theta,
             rope_scaling=config.rope_scaling_factor is not None,
             rope_scaling_factor=config.rope_scaling_factor or 1.0,
         )

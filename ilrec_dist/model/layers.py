@@ -52,10 +52,10 @@ class _GatherFeatures(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
 
 
-class DecoderAttention(SelfAttention):
+class DecoderAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self-attention with a forward that hands an attention context on."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
@@ -79,8 +79,10 @@ class DecoderAttention(SelfAttention):
         (Megatron's own form of this gathers on CUDA devices only.)
         """
         tp, rank, groups = self.tp_group.size(), self.tp_group.rank(), self.config.num_query_groups
-        joint = _GatherFeatures.apply(self.linear_qkv(hidden)[0], self.tp_group)
-        joint = joint.unflatten(-1, (groups, -1, self.hidden_size_per_attention_head))
+        joint: Tensor = _GatherFeatures.apply(  # type: ignore[no-untyped-call]
+            self.linear_qkv(hidden)[0], self.tp_group
+        )
+        joint = joint.view(*joint.shape[:-1], groups, -1, self.hidden_size_per_attention_head)
         sharing = tp // groups
         group = joint[..., rank // sharing, :, :]  # [B, S, queries of the group + 2, head_dim]
         query = group[..., :-2, :].chunk(sharing, dim=-2)[rank % sharing]
@@ -90,15 +92,13 @@ class DecoderAttention(SelfAttention):
         return query, key, value
 
 
-class DecoderLayer(TransformerLayer):
+class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """Megatron's layer, run as a pre-norm decoder layer.
 
     The parent's forward turns gradients on even under no_grad, so this one replaces it.
     """
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
         """hidden [B, S, d] → [B, S, d]; rotary angles [1, S, 1, head_dim] or None."""
         hidden = self._add(
             self.self_attention(self.input_layernorm(hidden), context, rotary), hidden
@@ -175,7 +175,7 @@ def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,  # type: ignore[arg-type]
+        linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )

@@ -184,7 +184,8 @@ def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
             model.zero_grad()
             hidden = torch.cat([torch.cat((out.final, *out.layers), 1) for out in calls])
             (hidden * weight.repeat(3)).square().sum().backward()
-            return hidden.detach(), {n: p.grad for n, p in model.named_parameters()}
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            return hidden.detach(), gradients
 
         one_by_one = [model(s[None], torch.arange(len(s)), 2) for s in samples]
         expected, expected_gradients = run(one_by_one)
