@@ -74,6 +74,8 @@ class Backbone(nn.Module):
             sharding.mark_parallel(parameter, sharding.shard_spec(name, config))
         if initialize:
             self._initialize()
+        # Adapters that model/lora.py attaches; their parameters are not part of `gpt`.
+        self.lora: nn.Module | None = None
         self._angles: Tensor | None = None
 
     @torch.no_grad()

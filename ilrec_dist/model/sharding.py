@@ -87,12 +87,16 @@ def init_tensor(name: str, shape: list[int], config: BackboneConfig, seed: int) 
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     std = config.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.num_layers)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(name, seed))
+
+
+def seeded_generator(name: str, seed: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def gather(shard: Tensor, spec: ShardSpec | None, group: dist.ProcessGroup) -> Tensor:

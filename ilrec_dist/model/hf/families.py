@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model.config import BackboneConfig
 
@@ -133,17 +135,17 @@ def backbone_config(tree: Mapping[str, Any], path: Path) -> BackboneConfig:
             values[name] = family.defaults[key]
         else:
             raise UserError(f"{path}: the key {key!r} is missing")
+    values |= DECODER | dict(family.features)
+    values |= {"rope_theta": theta, "rope_scaling_factor": scaling}
     try:
-        return BackboneConfig(
-            **DECODER, **values, **family.features, rope_theta=theta, rope_scaling_factor=scaling
-        )
-    except ValueError as error:
+        return TypeAdapter(BackboneConfig).validate_python(values)
+    except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error, family)}") from None
 
 
-def _first_problem(error: ValueError, family: Family) -> str:
+def _first_problem(error: ValidationError, family: Family) -> str:
     """A pydantic error as one line that names the key of config.json."""
-    problem = error.errors()[0]  # type: ignore[attr-defined]
+    problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
     return f"{family.config_keys.get(name, name)} {problem['input']!r}: {problem['msg']}"
 
