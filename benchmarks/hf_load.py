@@ -1,9 +1,10 @@
-"""Peak memory of a rank that loads and saves a Hugging Face checkpoint: `python -m benchmarks.hf_load`.
+"""Peak memory of a rank that loads and saves a Hugging Face checkpoint.
 
-Writes a random checkpoint of the Llama family (default: 1 billion parameters in bf16, untied),
-loads it in fp32 with --tp processes, saves it again, and compares every rank's peak with its shard.
-A process's peak is the kernel's VmHWM, which counts mapped pages of the files too; libraries are
-what a rank has before it builds the backbone. Prints a table and writes --out as JSON.
+`python -m benchmarks.hf_load [--quick]` writes a random checkpoint of the Llama family
+(1 billion parameters in bf16, untied), loads it in fp32 with --tp processes, saves it
+again, and compares every rank's peak with its shard. A process's peak is the kernel's
+VmHWM, which counts mapped pages of the files too; libraries are what a rank has before
+it builds the backbone. Prints a table and writes --out as JSON.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def main() -> None:
         )
     finally:
         shutil.rmtree(folder)
-    print(f"{parameters / 1e9:.2f} billion parameters, tp {arguments.tp}, {platform.processor()}")
+    print(f"{parameters / 1e9:.2f} billion parameters, tp {arguments.tp}, {platform.machine()}")
     print("rank  libraries     shard  peak of load  above shard  peak of save  load s  save s")
     for rank, row in enumerate(ranks):
         print(
             f"{rank:4d}  {row['libraries'] / GIB:6.2f} GiB {row['shard'] / GIB:5.2f} GiB"
-            f"  {row['load_peak'] / GIB:8.2f} GiB {(row['load_peak'] - row['shard']) / GIB:8.2f} GiB"
+            f"  {row['load_peak'] / GIB:8.2f} GiB"
+            f" {(row['load_peak'] - row['shard']) / GIB:8.2f} GiB"
             f"  {row['save_peak'] / GIB:8.2f} GiB  {row['load_s']:6.1f}  {row['save_s']:6.1f}"
         )
     if arguments.out:

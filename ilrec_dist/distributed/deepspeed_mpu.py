@@ -1,4 +1,7 @@
-"""DeepSpeed over Megatron's groups: `import_deepspeed().initialize(mpu=DeepSpeedMPU(), dist_init_required=False, …)`."""
+"""DeepSpeed over Megatron's groups.
+
+`import_deepspeed().initialize(mpu=DeepSpeedMPU(), dist_init_required=False, …)`
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ class DeepSpeedMPU:
 def import_deepspeed() -> ModuleType:
     """Import DeepSpeed and keep it from compiling its shared-memory collectives.
 
-    They would take a minute of C++ at the first start, and training does not use them. Call
-    `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU that it finds.
+    They would take a minute of C++ at the first start, and training does not use them.
+    Call `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU
+    that it finds.
     """
     # Inside the function because importing DeepSpeed takes seconds and chooses the accelerator.
     import deepspeed

@@ -1,4 +1,4 @@
-"""The process layout: torch.distributed and Megatron's tensor- and data-parallel groups.
+"""The process layout: tensor- and data-parallel groups.
 
 CPU runs use gloo, CUDA runs NCCL, and nothing else differs.
 """
@@ -22,9 +22,9 @@ from ilrec_dist.common.errors import UserError
 class ParallelState:
     """Where this process stands in the layout.
 
-    Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank. All ranks of one
-    tensor-parallel group must be fed the same rows: shard data by `dp_rank` of `dp`, never by
-    world rank.
+    Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank. All ranks of
+    one tensor-parallel group must be fed the same rows: shard data by `dp_rank` of
+    `dp`, never by world rank.
     """
 
     tp: int
@@ -39,12 +39,13 @@ class ParallelState:
 def initialize_parallel(
     tp: int, device: Literal["cpu", "cuda"] = "cpu", seed: int = 0
 ) -> ParallelState:
-    """Set up torch.distributed (unless the launcher has), Megatron's groups and the generators.
+    """Set up torch.distributed (unless it is), Megatron's groups and the generators.
 
-    torch.distributed is read from env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without RANK
-    it is a world of one process. The global generators are seeded by data-parallel rank, so that
-    the ranks of a tensor-parallel group draw the same dropout on activations that they all hold.
-    Raises UserError when tp does not divide the world size or there is no CUDA device.
+    torch.distributed is read from env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
+    without RANK it is a world of one process. The global generators are seeded by
+    data-parallel rank, so that the ranks of a tensor-parallel group draw the same
+    dropout on activations that they all hold. Raises UserError when tp does not divide
+    the world size or there is no CUDA device.
     """
     if device == "cpu":
         # Without this DeepSpeed takes a GPU that it finds.
@@ -71,12 +72,14 @@ def initialize_parallel(
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(
-            f"launch.tp {tp} does not divide the world size {world_size}; start a multiple of {tp} workers or choose a tp that divides it"
+            f"launch.tp {tp} does not divide the world size {world_size}; start a multiple of "
+            f"{tp} workers or choose a tp that divides it"
         )
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() != tp:
             raise UserError(
-                f"this process is already laid out with tp={parallel_state.get_tensor_model_parallel_world_size()}, not tp={tp}"
+                "this process is already laid out with "
+                f"tp={parallel_state.get_tensor_model_parallel_world_size()}, not tp={tp}"
             )
     else:
         parallel_state.initialize_model_parallel(
@@ -101,7 +104,7 @@ def initialize_parallel(
 
 
 def destroy_parallel(process_group: bool = False) -> None:
-    """Drop Megatron's groups and, when `process_group` is set, torch.distributed itself.
+    """Drop Megatron's groups and, with `process_group`, torch.distributed itself.
 
     A launcher that set up torch.distributed ends it itself.
     """
@@ -111,7 +114,7 @@ def destroy_parallel(process_group: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse the large blocks of each step rather than return them to the kernel.
+    """Have glibc keep the large blocks of each step rather than return them.
 
     A CPU step is 15 % faster without the page faults.
     """

@@ -1,4 +1,4 @@
-"""The core attention of every layer, and the contexts that say which tokens see which."""
+"""The core attention of every layer, and the contexts that it takes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass
 class LayerKVCache:
-    """One layer's keys and values: the user's prefix, stored once per user, and each beam's suffix.
+    """One layer's keys and values: a prefix per user and a suffix per beam.
 
-    prefix_key and prefix_value are [B, heads_kv, S, head_dim]; suffix_key and suffix_value are
-    [B, K, T, heads_kv, head_dim], T the number of tokens decoded so far, and None before the
-    first one.
+    prefix_key and prefix_value are [B, heads_kv, S, head_dim]; suffix_key and
+    suffix_value are [B, K, T, heads_kv, head_dim], T the number of tokens decoded so
+    far, and None before the first one.
     """
 
     prefix_key: Tensor
@@ -39,7 +39,7 @@ class KVCache:
     layers: list[LayerKVCache] = field(default_factory=list)
 
     def reorder(self, parents: Tensor) -> None:
-        """Let beam k of user b continue beam parents[b, k] (int64 [B, K']) of the step before.
+        """Let beam k of user b continue beam parents[b, k], int64 [B, K'].
 
         The prefix is shared by a user's beams and stays as it is.
         """
@@ -59,11 +59,12 @@ def _select_beams(suffix: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
 class PackedSequences:
     """The boundaries of the samples that are concatenated in one row of tokens [1, T].
 
-    Attention stays within a sample and positions restart at 0 (METHOD.md §10, packing), so a
-    packed batch gives what its samples give one by one. Linear layers see no padding at all.
-    Attention runs on padded batches of samples of similar length: within a batch the longest
-    sample is less than twice as long as the shortest. The batches are planned here, from lengths
-    on the host, so that no layer waits for the device.
+    Attention stays within a sample and positions restart at 0 (METHOD.md §10, packing),
+    so a packed batch gives what its samples give one by one. Linear layers see no
+    padding at all. Attention runs on padded batches of samples of similar length:
+    within a batch the longest sample is less than twice as long as the shortest. The
+    batches are planned here, from lengths on the host, so that no layer waits for the
+    device.
 
     lengths: tokens of each sample, all positive; T is their sum.
     """
@@ -108,8 +109,9 @@ AttentionContext = KVCache | PackedSequences | None
 class CoreAttention(torch.nn.Module):
     """Causal attention without dropout on [B, S, heads, head_dim].
 
-    The batch comes first, whereas Megatron's own layout has the sequence first. Only this module
-    and the rotary table see the difference, and the residual stream needs no transpose.
+    The batch comes first, whereas Megatron's own layout has the sequence first. Only
+    this module and the rotary table see the difference, and the residual stream needs
+    no transpose.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
@@ -120,10 +122,11 @@ class CoreAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
     ) -> Tensor:
-        """query [B, S, heads, head_dim], key and value [B, S, heads_kv, head_dim] → [B, S, heads · head_dim].
+        """Attend: query [B, S, heads, head_dim] → [B, S, heads · head_dim].
 
-        With an empty cache (prefill) the keys and values are stored in it. With a filled one
-        (decoding) the S queries are the beams of a user, one new token each.
+        key and value are [B, S, heads_kv, head_dim]. An empty cache (prefill) stores
+        them. With a filled one (decoding) the S queries are the beams of a user, one
+        new token each.
         """
         if isinstance(context, PackedSequences):
             return self._packed(query, key, value, context)
@@ -143,7 +146,7 @@ class CoreAttention(torch.nn.Module):
         )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """Causal attention within each sample of one packed row, [1, T, heads, head_dim]."""
+        """Causal attention within each sample of a row, [1, T, heads, head_dim]."""
         outputs = []
         for tokens in packed.batches:
             index = tokens.flatten()
@@ -155,9 +158,9 @@ class CoreAttention(torch.nn.Module):
         return torch.cat(outputs).index_select(0, packed.place_of_token)[None]
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerKVCache) -> Tensor:
-        """One new token per beam, [B, K, heads, head_dim], attends to the prefix and its beam's suffix.
+        """Attend from one new token per beam, [B, K, heads, head_dim].
 
-        The token itself is the suffix's last.
+        It sees the user's prefix and its beam's suffix, whose last token it is.
         """
         if layer.suffix_key is None or layer.suffix_value is None:
             layer.suffix_key, layer.suffix_value = key.unsqueeze(2), value.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""From configuration and files to a backbone: built from scratch, or with the weights of a training."""
+"""From configuration and files to a backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ilrec_dist.model.layers import Precision
 
 
 def max_positions(max_history: int, depth: int) -> int:
-    """Tokens of the longest input: max_history items of `depth` tokens and the generated item.
+    """Tokens of the longest input: max_history items and the generated item.
 
     The generated item's last token is never an input.
     """
@@ -22,7 +22,7 @@ def max_positions(max_history: int, depth: int) -> int:
 def build_backbone(
     config: BackboneConfig, vocab_size: int, positions: int, precision: Precision, seed: int
 ) -> Backbone:
-    """A freshly initialised backbone on the CPU, cut over the current tensor-parallel group.
+    """A freshly initialised backbone, cut over the current tensor-parallel group.
 
     vocab_size is the unpadded size; positions the length of the learned position table.
     """
@@ -30,7 +30,7 @@ def build_backbone(
 
 
 def load_trained_weights(backbone: Backbone, path: Path) -> Backbone:
-    """Load the weights that a training wrote (best.safetensors) under any tp, and return the backbone in eval mode.
+    """Load what a training wrote under any tp; returns the backbone in eval mode.
 
     UserError names a tensor that is missing, left over or of the wrong shape.
     """

@@ -1,4 +1,4 @@
-"""The decoder: a Megatron-core GPT whose intermediate layers can be read, and which decodes beams."""
+"""The decoder: a Megatron-core GPT whose intermediate layers can be read."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequence
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
 
-# Rotary angles are tabulated for at least this many positions, or max_positions where that is less.
+# Positions of the first table of rotary angles, or max_positions where that is less.
 ROTARY_TABLE_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """n^L and n^l of the rows (METHOD.md §1), through the one final norm; equal on every tp rank."""
+    """n^L and n^l of the rows (METHOD.md §1), equal on every tensor-parallel rank."""
 
     final: Tensor  # [N, d]
     layers: list[Tensor]  # m × [N, d], ordered L-1 … L-m
 
 
 class Backbone(nn.Module):
-    """A decoder of the configured sizes, cut over the tensor-parallel group of this process.
+    """A decoder of the configured sizes, cut over this process's tp group.
 
-    `initialize_parallel` comes first. vocab_size is the true one, unpadded; max_positions is the
-    length of the learned position table, unused with rope. The weights depend on (config,
-    vocab_size, seed) alone, not on tp, the device or the process's random numbers; with
-    initialize=False they are undefined until weights are loaded. The model is built on the CPU:
-    move it with `.to(device)`. UserError when tp does not divide a size.
+    `initialize_parallel` comes first. vocab_size is the true one, unpadded;
+    max_positions is the length of the learned position table, unused with rope. The
+    weights depend on (config, vocab_size, seed) alone, not on tp, the device or the
+    process's random numbers; with initialize=False they are undefined until weights are
+    loaded. The model is built on the CPU: move it with `.to(device)`. UserError when tp
+    does not divide a size.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.max_positions = config, vocab_size, max_positions
         self.seed = seed
-        # Parameter → the dtype in which a checkpoint's weights were read (hf.checkpoint).
+        # What hf.checkpoint read the weights from: the model type, and each parameter's dtype.
+        self.checkpoint_family: str | None = None
         self.checkpoint_dtypes: dict[str, torch.dtype] = {}
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         tp = self.tp_group.size()
@@ -95,7 +97,7 @@ class Backbone(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """The output head's shard [V_local, d]: the embedding's own weight when tied."""
+        """The output head's shard [V_local, d]; the embedding's weight when tied."""
         weight: nn.Parameter = (
             self.gpt.embedding.word_embeddings.weight
             if self.config.tie_embeddings
@@ -110,20 +112,23 @@ class Backbone(nn.Module):
         num_intermediate: int = 0,
         packed: PackedSequences | None = None,
     ) -> HiddenRows:
-        """Hidden states of the rows, final and of num_intermediate layers under the last (METHOD.md §1).
+        """Hidden states of the rows: final, and of num_intermediate layers under it.
 
-        tokens int64 [B, S], the same on every tensor-parallel rank, padded on the right (attention
-        is causal, so padding is never seen); with `packed`, [1, T], samples back to back. rows
-        int64 [N], flat indices into B · S. Only the rows are gathered and normed. UserError when a
-        sequence exceeds the learned positions.
+        METHOD.md §1. tokens is int64 [B, S], the same on every tensor-parallel rank,
+        padded on the right (attention is causal, so padding is never seen); with
+        `packed` [1, T], samples back to back. rows is int64 [N], flat indices into B ·
+        S. Only the rows are gathered and normed. UserError when a sequence exceeds the
+        learned positions.
         """
         if num_intermediate >= self.config.num_layers:
             raise ValueError(
-                f"num_intermediate {num_intermediate} must be below the {self.config.num_layers} layers"
+                f"num_intermediate {num_intermediate} must be below the {self.config.num_layers} "
+                "layers"
             )
         if packed is not None and tokens.shape != (1, packed.num_tokens):
             raise ValueError(
-                f"packed samples of {packed.num_tokens} tokens need tokens [1, {packed.num_tokens}], not {list(tokens.shape)}"
+                f"packed samples of {packed.num_tokens} tokens need tokens [1, "
+                f"{packed.num_tokens}], not {list(tokens.shape)}"
             )
         if packed is None:
             hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
@@ -152,10 +157,10 @@ class Backbone(nn.Module):
     def decode(self, cache: KVCache, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """Run one more token of each of K beams per user, int64 [B, K] → n^L [B, K, d].
 
-        parents int64 [B, K]: the beam of the step before that each beam continues. None keeps the
-        order, and is right at the first step, where all continue the prefix. K may change between
-        steps when parents is given. Changes the cache; a user's beams share the prefix's keys and
-        values.
+        parents int64 [B, K]: the beam of the step before that each beam continues. None
+        keeps the order, and is right at the first step, where all continue the prefix.
+        K may change between steps when parents is given. Changes the cache; a user's
+        beams share the prefix's keys and values.
         """
         if parents is not None:
             cache.reorder(parents)
@@ -193,7 +198,8 @@ class Backbone(nn.Module):
             shape = sharding.full_shape(parameter.shape, spec, tp)
             if list(state[name].shape) != shape:
                 raise UserError(
-                    f"weights: tensor {name!r} has shape {list(state[name].shape)}, expected {shape}; is it of another configuration?"
+                    f"weights: tensor {name!r} has shape {list(state[name].shape)}, expected "
+                    f"{shape}; is it of another configuration?"
                 )
             parameter.copy_(state[name] if spec is None else spec.slice(state[name], rank, tp))
 
@@ -210,10 +216,10 @@ class Backbone(nn.Module):
     def _embed(
         self, tokens: Tensor, start: int, stop: int, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed tokens [B, S] at positions start … stop-1, or one position for all of them.
+        """Embed tokens [B, S] at positions start … stop-1, or at one position.
 
-        positions [S], below stop, replaces the range. Returns the start of the residual stream
-        [B, S, d] and, with rope, the rotary angles [1, S or 1, 1, head_dim].
+        positions [S], below stop, replaces the range. Returns the start of the residual
+        stream [B, S, d] and, with rope, the rotary angles [1, S or 1, 1, head_dim].
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
@@ -223,7 +229,8 @@ class Backbone(nn.Module):
             return embedding.embedding_dropout(hidden), angles[None, :, None]
         if stop > self.max_positions:
             raise UserError(
-                f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} learned positions; shorten train.max_history"
+                f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "
+                "learned positions; shorten train.max_history"
             )
         hidden = hidden + embedding.position_embeddings.weight[index]
         return embedding.embedding_dropout(hidden), None
@@ -244,7 +251,8 @@ def _check_divisible(config: BackboneConfig, vocab: int, tp: int) -> None:
     heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
     if heads % groups:
         raise UserError(
-            f"backbone.num_kv_heads {groups} does not divide num_heads {heads}; choose one that does"
+            f"backbone.num_kv_heads {groups} does not divide num_heads {heads}; choose one "
+            "that does"
         )
     sizes = {
         "attention heads": heads,
@@ -261,9 +269,11 @@ def _check_divisible(config: BackboneConfig, vocab: int, tp: int) -> None:
     for what, size in sizes.items():
         if size % tp:
             raise UserError(
-                f"launch.tp {tp} does not divide the backbone's {what} {size}; choose a tp that does"
+                f"launch.tp {tp} does not divide the backbone's {what} {size}; choose a tp "
+                "that does"
             )
     if groups < tp and tp % groups:
         raise UserError(
-            f"launch.tp {tp} is not a multiple of the backbone's key/value heads {groups}; choose a tp that is, or one that divides them"
+            f"launch.tp {tp} is not a multiple of the backbone's key/value heads {groups}; "
+            "choose a tp that is, or one that divides them"
         )

@@ -1,4 +1,4 @@
-"""From BackboneConfig to Megatron-core: the transformer configuration and the layer specification.
+"""From BackboneConfig to Megatron-core: its configuration and layer specification.
 
 No module here needs a CUDA extension, so that one model serves CPU and CUDA.
 """
@@ -34,8 +34,8 @@ Precision = Literal["fp32", "bf16"]
 class _GatherFeatures(torch.autograd.Function):
     """Concatenate the last dimension over the tensor-parallel group.
 
-    The ranks use different parts of the result, so backward sums its gradients over the group and
-    takes this rank's part.
+    The ranks use different parts of the result, so backward sums its gradients over the
+    group and takes this rank's part.
     """
 
     @staticmethod
@@ -72,11 +72,11 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         return output
 
     def _shared_key_value_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, S, heads / tp, head_dim], key and value [B, S, 1, head_dim] of this rank.
+        """Query [B, S, heads / tp, head_dim], key and value [B, S, 1, head_dim].
 
-        There are fewer key/value heads than ranks. The rows of the joint projection are cut
-        evenly, its output is gathered, and tp / heads_kv ranks use the same key/value head.
-        (Megatron's own form of this gathers on CUDA devices only.)
+        There are fewer key/value heads than ranks. The rows of the joint projection are
+        cut evenly, its output is gathered, and tp / heads_kv ranks use the same
+        key/value head. (Megatron's own form of this gathers on CUDA devices only.)
         """
         tp, rank, groups = self.tp_group.size(), self.tp_group.rank(), self.config.num_query_groups
         joint: Tensor = _GatherFeatures.apply(  # type: ignore[no-untyped-call]
@@ -115,7 +115,8 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
 class HeadNorm(torch.nn.Module):
     """RMS norm of each query or key head.
 
-    One weight serves the heads of all ranks, so its gradient is summed over the tp group.
+    One weight serves the heads of all ranks, so its gradient is summed over the tp
+    group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -136,7 +137,7 @@ def padded_vocab_size(config: BackboneConfig, vocab_size: int) -> int:
 
 
 def transformer_config(config: BackboneConfig, precision: Precision, tp: int) -> TransformerConfig:
-    """Megatron's configuration, with everything off that it fuses by CUDA extensions."""
+    """Megatron's configuration, without what it fuses by CUDA extensions."""
     gated = config.activation == "swiglu"
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -170,7 +171,7 @@ def transformer_config(config: BackboneConfig, precision: Precision, tp: int) ->
 
 
 def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
-    """The layer specification with our attention, and the one final norm (METHOD.md §1)."""
+    """The layer specification with our attention, and the one final norm."""
     head_norm: Any = HeadNorm if config.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,

@@ -1,4 +1,4 @@
-"""Weights that do not depend on tp: how each tensor is cut, initialised, gathered and scattered."""
+"""Weights that do not depend on tp: how they are cut, initialised and gathered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ilrec_dist.model.config import BackboneConfig
 class ShardSpec:
     """How a tensor is cut over the tensor-parallel ranks.
 
-    Each of `parts` equal parts along `dim` is cut by itself: rank r holds [part1_r; part2_r].
+    Each of `parts` equal parts along `dim` is cut by itself: rank r holds [part1_r;
+    part2_r].
     """
 
     dim: int
@@ -32,7 +33,7 @@ class ShardSpec:
         )
 
     def join(self, shards: list[Tensor]) -> Tensor:
-        """The full tensor from all ranks' shards in rank order; the inverse of `slice`."""
+        """The full tensor from the shards in rank order; the inverse of `slice`."""
         if len(shards) == 1:
             return shards[0]
         parts = zip(*(shard.chunk(self.parts, self.dim) for shard in shards), strict=True)
@@ -40,15 +41,16 @@ class ShardSpec:
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a parameter's rows are the tokens of the vocabulary (embedding and head)."""
+    """Whether a parameter's rows are tokens (embedding and head)."""
     return name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
 def shard_spec(name: str, config: BackboneConfig) -> ShardSpec | None:
-    """The cut of a parameter of the GPT model, by its name; None where every rank holds it whole.
+    """The cut of a parameter, by its name; None where every rank holds it whole.
 
-    linear_qkv is laid out by key/value head (its query heads, its key, its value), so that
-    contiguous cuts keep heads together. A gated linear_fc1 is [gate; up], each cut by itself.
+    linear_qkv is laid out by key/value head (its query heads, its key, its value), so
+    that contiguous cuts keep heads together. A gated linear_fc1 is [gate; up], each cut
+    by itself.
     """
     if is_vocabulary(name) or "linear_qkv." in name:
         return ShardSpec(0)
@@ -62,7 +64,8 @@ def shard_spec(name: str, config: BackboneConfig) -> ShardSpec | None:
 def mark_parallel(parameter: torch.nn.Parameter, spec: ShardSpec | None) -> None:
     """Set the attributes by which Megatron and DeepSpeed tell a shard from a copy.
 
-    The norm of the gradient, above all, counts shards of every rank and copies of one rank.
+    The norm of the gradient, above all, counts shards of every rank and copies of one
+    rank.
     """
     parameter.tensor_model_parallel = spec is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if spec is None else spec.dim  # type: ignore[attr-defined]
@@ -80,8 +83,8 @@ def full_shape(shape: torch.Size, spec: ShardSpec | None, tp: int) -> list[int]:
 def init_tensor(name: str, shape: list[int], config: BackboneConfig, seed: int) -> Tensor:
     """The initial full tensor, fp32 on the CPU, from (seed, name) alone.
 
-    Norms are 1, biases 0, weights normal with config.init_std. The two projections that write to
-    the residual stream are smaller by sqrt(2 · layers).
+    Norms are 1, biases 0, weights normal with config.init_std. The two projections that
+    write to the residual stream are smaller by sqrt(2 · layers).
     """
     if "norm" in name:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -100,7 +103,7 @@ def seeded_generator(name: str, seed: int) -> torch.Generator:
 
 
 def gather(shard: Tensor, spec: ShardSpec | None, group: dist.ProcessGroup) -> Tensor:
-    """The full tensor in fp32 on the CPU, on every rank; a collective where the tensor is cut."""
+    """The full tensor, fp32 on the CPU, on every rank; a collective if it is cut."""
     shard = shard.detach().float()
     tp = group.size()
     if spec is None or tp == 1:

@@ -1,4 +1,7 @@
-"""Run a plain function in several gloo processes and collect what each returns: `run_distributed(fn, world_size, tp, *args)`."""
+"""Run a plain function in several gloo processes and collect what each returns.
+
+`run_distributed(fn, world_size, tp, *args)`
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ import torch.multiprocessing as mp
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where a process stands: tensor-parallel ranks are neighbours (rank = dp_rank · tp + tp_rank), as in Megatron."""
+    """Where a process stands.
+
+    Tensor-parallel ranks are neighbours, as in Megatron: rank = dp_rank · tp + tp_rank.
+    """
 
     rank: int
     world_size: int
@@ -47,7 +53,7 @@ class Mesh:
 
 
 class _Pool:
-    """`world_size` processes joined by one gloo group, which run one function after the other."""
+    """`world_size` processes joined over gloo, which run one function after another."""
 
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("spawn")
@@ -114,13 +120,14 @@ _pools: dict[int, _Pool] = {}
 def run_distributed(
     fn: Callable[..., Any], world_size: int, tp: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
-    """Call `fn(mesh, *args)` in `world_size` processes joined over gloo; returns the results by rank.
+    """Call `fn(mesh, *args)` in `world_size` processes; returns the results by rank.
 
-    `fn` is a top-level function of an importable module; arguments and results are pickled.
-    torch.distributed is initialised and each process has one thread. The processes are started at
-    the first call for a world size and stay for the session; the groups are ended after every
-    call. A failure on any rank raises RuntimeError with that rank's traceback, and fresh processes
-    are started at the next call; `timeout` is in seconds.
+    `fn` is a top-level function of an importable module; arguments and results are
+    pickled. torch.distributed is initialised and each process has one thread. The
+    processes are started at the first call for a world size and stay for the session;
+    the groups are ended after every call. A failure on any rank raises RuntimeError
+    with that rank's traceback, and fresh processes are started at the next call;
+    `timeout` is in seconds.
     """
     if world_size % tp:
         raise ValueError(f"tp={tp} does not divide world_size={world_size}")
@@ -143,7 +150,7 @@ atexit.register(close_pools)
 
 
 def _serve(connection: Connection, rank: int, world_size: int, folder: str, port: int) -> None:
-    """A pool's process: join the group, then answer calls until the parent closes the pipe."""
+    """A pool's process: answer calls until the parent closes the pipe."""
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

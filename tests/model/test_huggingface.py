@@ -1,9 +1,10 @@
-"""Hugging Face checkpoints: logits as `transformers` computes them, in and out, under tp, and the refusals."""
+"""Hugging Face checkpoints, in and out under tp: logits as `transformers` gives, and refusals."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_p
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import load_weights, read_config, save_weights
-from ilrec_dist.model.hf.families import backbone_config, config_json
+from ilrec_dist.model.hf.families import (
+    FAMILIES,
+    TENSORS,
+    backbone_config,
+    config_json,
+    family_of_config,
+)
 from ilrec_dist.model.hf.gguf import dequantised_folder
 from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
 from ilrec_dist.model.sharding import shard_spec
@@ -31,8 +38,13 @@ SIZES = dict(
     max_position_embeddings=64,
 )
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 MODELS = {
     "llama": dict(rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
@@ -214,7 +226,49 @@ def test_the_slices_of_all_ranks_are_the_cut_of_the_joined_tensor(tp: int, group
 def test_a_configuration_survives_config_json(family: str) -> None:
     given = {"model_type": family, **SIZES, **MODELS[family]}
     config = backbone_config(given, Path("config.json"))
-    assert backbone_config(config_json(config, 53, 64), Path("config.json")) == config
+    tree = config_json(config, family_of_config(config), 53, 64)
+    assert tree["model_type"] == family
+    assert backbone_config(tree, Path("config.json")) == config
+
+
+def round_trip_of_a_new_family(mesh: Mesh, folder: str, out: str) -> None:
+    """A family that is one entry: llama with another type and other names of tensors."""
+    tensors = {
+        "mlp.linear_fc2": ("mlp.c_proj",),
+        "self_attention.linear_qkv": ("attn.query", "attn.key", "attn.value"),
+    }
+    FAMILIES["newcomer"] = replace(
+        FAMILIES["llama"],
+        model_type="newcomer",
+        architecture="NewcomerForCausalLM",
+        tensors=TENSORS | tensors,
+    )
+    try:
+        round_trip(mesh, folder, out, make_tokens())
+    finally:
+        del FAMILIES["newcomer"]
+
+
+def test_a_family_is_one_entry_of_the_table(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    make_pretrained("llama", source, shard="1GB")
+    path = source / "model.safetensors"
+    names = {"mlp.down_proj": "mlp.c_proj"} | {
+        f"self_attn.{short}_proj": f"attn.{long}"
+        for short, long in (("q", "query"), ("k", "key"), ("v", "value"))
+    }
+
+    def renamed(name: str) -> str:
+        for old, new in names.items():
+            name = name.replace(old, new)
+        return name
+
+    save_file({renamed(name): tensor for name, tensor in load_file(path).items()}, path)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "newcomer"}
+    (source / "config.json").write_text(json.dumps(config))
+    run_distributed(round_trip_of_a_new_family, 2, 2, str(source), str(out))
+    assert tensor_bytes(source) == tensor_bytes(out)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "newcomer"
 
 
 @pytest.mark.parametrize(

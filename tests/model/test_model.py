@@ -1,4 +1,7 @@
-"""The backbone against itself: taps, tensor parallelism, weights that do not depend on tp, and decoding against the full forward."""
+"""The backbone against itself: taps, tensor parallelism, packing, and decoding.
+
+Decoding is compared with the full forward, and weights do not depend on tp.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,10 @@ def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: s
 
 
 def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
-    """Beams with crossing parents, decoded with the cache and by a full forward of each beam's own tokens: the largest difference."""
+    """The largest difference of beams decoded with the cache from a full forward of their tokens.
+
+    The beams' parents cross.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = Backbone(config, VOCAB, POSITIONS, precision=precision, seed=3).eval()
@@ -171,7 +177,7 @@ def test_decoding_in_bf16() -> None:
 
 
 def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
-    """Samples of unequal lengths in one packed row and one by one: errors of hidden states and gradients."""
+    """Errors of a packed row against its samples one by one: hidden states and gradients."""
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = Backbone(replace(config, dropout=0.0), VOCAB, POSITIONS, seed=3)

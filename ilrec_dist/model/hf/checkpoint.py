@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, under any tp: no rank ever holds the whole model."""
+"""Hugging Face checkpoints in and out under any tp; no rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ilrec_dist.model.hf.families import (
     checkpoint_names,
     config_json,
     family_of_config,
+    family_of_json,
 )
 from ilrec_dist.model.hf.slices import Slice, shard_slices, tensor_shapes
 from ilrec_dist.model.hf.tensor_files import TensorReader, TensorWriter
@@ -48,7 +49,8 @@ class Pretrained:
 def read_config(folder: str | Path) -> Pretrained:
     """The backbone of a Hugging Face folder.
 
-    UserError names the key of config.json that is missing or that it cannot be built for.
+    UserError names the key of config.json that is missing or that it cannot be built
+    for.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -70,11 +72,13 @@ def read_config(folder: str | Path) -> Pretrained:
 def load_weights(backbone: Backbone, folder: str | Path) -> None:
     """Fill the backbone from a folder whose `read_config` gave its configuration.
 
-    Every rank reads its own slices only. Rows of the vocabulary beyond the checkpoint's (new item
-    tokens, padding) are drawn anew from the backbone's seed, equally for every tp. UserError names
-    the file and the tensor that is missing, damaged or of another shape; every rank raises the
-    same one, before it has read any weights.
+    Every rank reads its own slices only. Rows of the vocabulary beyond the checkpoint's
+    (new item tokens, padding) are drawn anew from the backbone's seed, equally for
+    every tp. UserError names the file and the tensor that is missing, damaged or of
+    another shape; every rank raises the same one, before it has read any weights.
     """
+    path = Path(folder) / "config.json"
+    backbone.checkpoint_family = family_of_json(read_json_object(path), path).model_type
     reader = TensorReader(Path(folder))
     tp, rank = backbone.tp_group.size(), backbone.tp_group.rank()
     plans = {
@@ -102,17 +106,19 @@ def save_weights(
     token_ids: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `transformers` loads, with the vocabulary unpadded; a collective.
+    """Write a folder that `transformers` loads, vocabulary unpadded; a collective.
 
-    dtype: None writes each tensor in the dtype in which `load_weights` read it, so that an
-    untouched weight comes out byte for byte, and in the parameter's own dtype where none was read.
-    token_ids: the special tokens' ids of `Pretrained`. Tensors go to rank 0 one by one, and it
-    writes them in files of about shard_bytes. `folder` must not exist, and appears whole or not at
-    all. generation_config.json asks for greedy decoding and nothing else. UserError, on every
-    rank, when no family has this architecture or the folder cannot be written.
+    dtype: None writes each tensor in the dtype in which `load_weights` read it, so that
+    an untouched weight comes out byte for byte, and in the parameter's own dtype where
+    none was read. token_ids: the special tokens' ids of `Pretrained`. Tensors go to
+    rank 0 one by one, and it writes them in files of about shard_bytes. `folder` must
+    not exist, and appears whole or not at all. generation_config.json asks for greedy
+    decoding and nothing else. UserError, on every rank, when no family has this
+    architecture or the folder cannot be written.
     """
     folder, is_rank0 = Path(folder), dist.get_rank() == 0
-    tree = config_json(backbone.config, backbone.vocab_size, backbone.max_positions)
+    family = family_of_config(backbone.config, backbone.checkpoint_family)
+    tree = config_json(backbone.config, family, backbone.vocab_size, backbone.max_positions)
     problem = None
     with ExitStack() as stack:
         if is_rank0:
@@ -122,7 +128,7 @@ def save_weights(
                 staged = stack.enter_context(committed_folder(folder))
             except OSError as error:
                 problem = str(error)
-        _raise_everywhere(folder, problem)
+        raise_everywhere(folder, problem)
         writer = TensorWriter(staged, shard_bytes) if is_rank0 else None
         if parallel_state.get_data_parallel_rank() == 0:
             for name, parameter in backbone.gpt.named_parameters():
@@ -137,14 +143,14 @@ def save_weights(
             except (OSError, SafetensorError) as error:
                 problem = f"cannot be written ({error})"
                 stack.pop_all().__exit__(type(error), error, error.__traceback__)
-    _raise_everywhere(folder, problem)
+    raise_everywhere(folder, problem)
 
 
 def _plan(
     backbone: Backbone, name: str, parameter: Tensor, reader: TensorReader
 ) -> tuple[list[str], list[int]]:
-    """The checkpoint's tensors of a parameter and its full shape, once the shapes are checked."""
-    keys = checkpoint_names(name, family_of_config(backbone.config))
+    """The checkpoint's tensors of a parameter, checked, and its full shape."""
+    keys = checkpoint_names(name, family_of_config(backbone.config, backbone.checkpoint_family))
     spec = sharding.shard_spec(name, backbone.config)
     full = sharding.full_shape(parameter.shape, spec, backbone.tp_group.size())
     for key, shape in zip(keys, tensor_shapes(name, full, backbone.config), strict=True):
@@ -159,7 +165,8 @@ def _plan(
             expected = f"at most [{backbone.vocab_size}, {shape[1]}]"
         if not fits:
             raise UserError(
-                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {expected}; is it the folder of this configuration?"
+                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {expected}; is "
+                "it the folder of this configuration?"
             )
     return keys, full
 
@@ -172,7 +179,7 @@ def _load_vocabulary(
     key: str,
     full: list[int],
 ) -> None:
-    """Read this rank's rows of the vocabulary and draw those that the checkpoint has not."""
+    """Read this rank's rows of the vocabulary, and draw those that are new."""
     start, stop = backbone.vocab_range
     rows = reader.entry(key).shape[0]
     present = max(0, min(stop, rows) - start)
@@ -187,11 +194,11 @@ def _load_vocabulary(
 def _checkpoint_tensors(
     backbone: Backbone, name: str, parameter: Tensor, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors of one parameter on rank 0, nothing on the others; a collective."""
+    """The checkpoint's tensors of one parameter, on rank 0 only; a collective."""
     config, tp = backbone.config, backbone.tp_group.size()
     shard = parameter.detach().to(_tensor_dtype(backbone, name, parameter, dtype)).contiguous()
     spec = sharding.shard_spec(name, config)
-    shards = [shard] if spec is None else _gather_to_first(shard, backbone.tp_group)
+    shards = [shard] if spec is None else gather_to_first(shard, backbone.tp_group)
     if not shards or backbone.tp_group.rank() != 0:
         return {}
     full = sharding.full_shape(parameter.shape, spec, tp)
@@ -200,7 +207,8 @@ def _checkpoint_tensors(
         _scatter(part, shard_slices(name, full, config, rank, tp), tensors)
     if sharding.is_vocabulary(name):
         tensors = [tensors[0][: backbone.vocab_size]]
-    return dict(zip(checkpoint_names(name, family_of_config(config)), tensors, strict=True))
+    family = family_of_config(config, backbone.checkpoint_family)
+    return dict(zip(checkpoint_names(name, family), tensors, strict=True))
 
 
 def _scatter(shard: Tensor, slices: list[Slice], tensors: list[Tensor]) -> None:
@@ -213,8 +221,8 @@ def _scatter(shard: Tensor, slices: list[Slice], tensors: list[Tensor]) -> None:
         offset += size
 
 
-def _gather_to_first(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """All shards, in rank order, on the group's first rank; an empty list on the others."""
+def gather_to_first(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """All shards in rank order on the group's first rank, none on the others."""
     if group.size() == 1:
         return [shard]
     # Bytes, because gloo does not know every dtype.
@@ -244,7 +252,7 @@ def _write_json_files(
     write_json(folder / "generation_config.json", {"do_sample": False, "num_beams": 1, **token_ids})
 
 
-def _raise_everywhere(folder: Path, problem: str | None) -> None:
+def raise_everywhere(folder: Path, problem: str | None) -> None:
     """Raise rank 0's problem on every rank; a collective over all ranks."""
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)

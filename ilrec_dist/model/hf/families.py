@@ -1,7 +1,7 @@
 """The Hugging Face families that the decoder can be: one entry of FAMILIES each.
 
-An entry maps config.json to BackboneConfig and the decoder's tensors to the checkpoint's, so that
-a family of the same architecture is one entry and no other code.
+An entry maps config.json to BackboneConfig and the decoder's tensors to the
+checkpoint's, so that a family of the same architecture is one entry and no other code.
 """
 
 from __future__ import annotations
@@ -103,14 +103,15 @@ FAMILIES = {
 
 
 def family_of_json(tree: Mapping[str, Any], path: Path) -> Family:
-    """The family of a config.json. UserError when there is none or a key asks for more than it."""
+    """The family of a config.json; UserError names the key that is not supported."""
     model_type = tree.get("model_type")
     if model_type is None:
         raise UserError(f"{path}: no model_type; expected the config.json of a Hugging Face model")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UserError(
-            f"{path}: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {model_type!r} is not supported; expected one of "
+            f"{', '.join(FAMILIES)}"
         )
     for key, value in family.required.items():
         if tree.get(key, value) != value:
@@ -118,13 +119,14 @@ def family_of_json(tree: Mapping[str, Any], path: Path) -> Family:
     kinds = set(tree.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise UserError(
-            f"{path}: layer_types {sorted(map(str, kinds))} are not supported; expected full_attention in every layer"
+            f"{path}: layer_types {sorted(map(str, kinds))} are not supported; expected "
+            "full_attention in every layer"
         )
     return family
 
 
 def backbone_config(tree: Mapping[str, Any], path: Path) -> BackboneConfig:
-    """The decoder of a config.json. UserError names the key that it cannot be built for."""
+    """The decoder of a config.json; UserError names the key that does not fit."""
     family = family_of_json(tree, path)
     theta, scaling = _rope(tree, path)
     values: dict[str, Any] = {}
@@ -150,8 +152,13 @@ def _first_problem(error: ValidationError, family: Family) -> str:
     return f"{family.config_keys.get(name, name)} {problem['input']!r}: {problem['msg']}"
 
 
-def family_of_config(config: BackboneConfig) -> Family:
-    """The family of a decoder; UserError when it has no Hugging Face form."""
+def family_of_config(config: BackboneConfig, model_type: str | None = None) -> Family:
+    """The family of a decoder; UserError when it has no Hugging Face form.
+
+    model_type: the family of the checkpoint that the decoder was read from, if any.
+    """
+    if model_type is not None:
+        return FAMILIES[model_type]
     features = {name for family in FAMILIES.values() for name in family.features}
     for family in FAMILIES.values():
         wanted = DECODER | dict.fromkeys(features, False) | dict(family.features)
@@ -160,13 +167,15 @@ def family_of_config(config: BackboneConfig) -> Family:
             return family
     shared = ", ".join(f"{key}={value}" for key, value in DECODER.items() if key != "dropout")
     raise UserError(
-        f"this backbone has no Hugging Face form ({', '.join(FAMILIES)}), which needs {shared} and at most one of {', '.join(sorted(features))}"
+        f"this backbone has no Hugging Face form ({', '.join(FAMILIES)}), which needs {shared} "
+        f"and at most one of {', '.join(sorted(features))}"
     )
 
 
-def config_json(config: BackboneConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
-    """The config.json of a decoder, without dtype and token ids; read by transformers 4 and 5."""
-    family = family_of_config(config)
+def config_json(
+    config: BackboneConfig, family: Family, vocab_size: int, max_positions: int
+) -> dict[str, Any]:
+    """The config.json of a decoder, for transformers 4 and 5; no dtype, no token ids."""
     resolved = {item.name: getattr(config, item.name) for item in fields(config)}
     resolved["num_kv_heads"] = config.num_kv_heads or config.num_heads
     resolved["ffn_hidden_size"] = config.ffn_hidden_size or 4 * config.hidden_size
@@ -191,7 +200,7 @@ def config_json(config: BackboneConfig, vocab_size: int, max_positions: int) -> 
 
 
 def checkpoint_names(name: str, family: Family) -> list[str]:
-    """The checkpoint's tensors that make up a parameter of the decoder, in their order."""
+    """The checkpoint's tensors that make up a parameter, in their order."""
     module, kind = name.rsplit(".", 1)
     prefix = ""
     if module.startswith("decoder.layers."):
@@ -201,7 +210,7 @@ def checkpoint_names(name: str, family: Family) -> list[str]:
 
 
 def _rope(tree: Mapping[str, Any], path: Path) -> tuple[float, float | None]:
-    """(theta, factor of Llama 3's scaling or None), from either place where they are kept."""
+    """(theta, factor of Llama 3's scaling or None), from either place for them."""
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     expected = "expected rope_type default, or llama3 with " + ", ".join(

@@ -1,4 +1,4 @@
-"""GGUF files of the supported families: dequantised once into a Hugging Face folder, which is kept."""
+"""GGUF files of the supported families, dequantised once into a folder that is kept."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ilrec_dist.model.hf.families import FAMILIES
 
 
 def dequantised_folder(file: str | Path, cache: str | Path) -> Path:
-    """The folder under `cache` with a GGUF file's model, as fp32 safetensors and a tokenizer.
+    """The folder under `cache` with a GGUF file's model and tokenizer, in fp32.
 
-    Its name is the file's name and the beginning of its SHA-256, so that it is made once for each
-    content, whoever asks first; others wait. Call it in one process, before the workers start: it
-    holds the whole model. No remote code is run and nothing is downloaded. UserError when the
-    `gguf` package is missing, the family is not supported or the file is damaged.
+    Its name is the file's name and the beginning of its SHA-256, so that it is made
+    once for each content, whoever asks first; others wait. Call it in one process,
+    before the workers start: it holds the whole model. No remote code is run and
+    nothing is downloaded. UserError when the `gguf` package is missing, the family is
+    not supported or the file is damaged.
     """
     file, cache = Path(file), Path(cache)
     if not file.is_file():
@@ -38,7 +39,8 @@ def _check_architecture(file: Path) -> None:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(
-            f"{file}: reading GGUF needs the package gguf; install it with pip install 'ilrec-dist[gguf]'"
+            f"{file}: reading GGUF needs the package gguf; install it with pip install "
+            "'ilrec-dist[gguf]'"
         ) from None
     try:
         metadata = GGUFReader(file).fields["general.architecture"]
@@ -49,7 +51,8 @@ def _check_architecture(file: Path) -> None:
         ) from None
     if architecture not in FAMILIES:
         raise UserError(
-            f"{file}: architecture {architecture!r} is not supported; expected one of {', '.join(FAMILIES)}"
+            f"{file}: architecture {architecture!r} is not supported; expected one of "
+            f"{', '.join(FAMILIES)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which rows or columns of a checkpoint's tensors make up a rank's shard of a parameter."""
+"""Which rows or columns of a checkpoint's tensors are a rank's shard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Slice:
 
 
 def tensor_shapes(name: str, full: list[int], config: BackboneConfig) -> list[list[int]]:
-    """The shapes of the checkpoint tensors that make up a parameter of full shape `full`."""
+    """The shapes of the checkpoint's tensors of a parameter of full shape `full`."""
     rows, rest = full[0], full[1:]
     if "linear_qkv." in name:
         heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
@@ -34,9 +34,10 @@ def tensor_shapes(name: str, full: list[int], config: BackboneConfig) -> list[li
 def shard_slices(
     name: str, full: list[int], config: BackboneConfig, rank: int, tp: int
 ) -> list[Slice]:
-    """The slices that, concatenated along their `dim`, are a rank's shard of a parameter.
+    """The slices that, concatenated along `dim`, are a rank's shard of a parameter.
 
-    full: the parameter's shape over all ranks. Rows of the vocabulary may exceed the checkpoint's.
+    full: the parameter's shape over all ranks. Rows of the vocabulary may exceed the
+    checkpoint's.
     """
     spec = shard_spec(name, config)
     if spec is None:
@@ -53,7 +54,7 @@ def _even_slices(spec: ShardSpec, full: list[int], rank: int, tp: int) -> list[S
 
 
 def _joint_rows(rows: int, config: BackboneConfig, start: int, stop: int) -> Iterator[Slice]:
-    """Rows [start, stop) of the joint projection: a group's query heads, its key, its value."""
+    """Rows [start, stop) of the joint projection: per group queries, key, value."""
     heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
     head_dim = rows // (heads + 2 * groups)
     position = 0

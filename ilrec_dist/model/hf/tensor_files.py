@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: read by slices, written one shard after the other."""
+"""The safetensors files of a model folder: read by slices, written file by file."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class TensorEntry:
 
 
 class TensorReader:
-    """Reads slices of the tensors of a folder, which has one safetensors file or several and an index.
+    """Reads slices of a folder's tensors, from one file or several and an index.
 
-    Only headers are read at first. UserError names a file that is missing, truncated or malformed,
-    and a tensor that the index promises and its file lacks.
+    Only headers are read at first. UserError names a file that is missing, truncated or
+    malformed, and a tensor that the index promises and its file lacks.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
+        self.folder, self.single_file = folder, single_file
         self.entries: dict[str, TensorEntry] = {}
         weight_map = self._weight_map()
-        for name in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
+        for name in sorted(set(weight_map.values())) if weight_map is not None else [single_file]:
             self._read_header(folder / name)
         for key, name in (weight_map or {}).items():
             if key not in self.entries or self.entries[key].path.name != name:
@@ -48,17 +48,17 @@ class TensorReader:
                 )
 
     def entry(self, key: str) -> TensorEntry:
-        """The tensor's description; UserError names the folder's file where it is missing."""
+        """The tensor's description; UserError where it is missing."""
         if key not in self.entries:
-            name = INDEX_FILE if (self.folder / INDEX_FILE).exists() else SINGLE_FILE
+            name = INDEX_FILE if self.has_index else self.single_file
             raise UserError(f"{self.folder / name}: tensor {key!r} is missing")
         return self.entries[key]
 
     def read(self, key: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of a tensor along `dim`, 0 or 1, in the file's dtype.
 
-        The file is mapped for this call only, so that pages already read do not count as memory
-        of this process for longer.
+        The file is mapped for this call only, so that pages already read do not count
+        as memory of this process for longer.
         """
         path = self.entry(key).path
         try:
@@ -72,7 +72,8 @@ class TensorReader:
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor → file name by the index; None without an index."""
         index = self.folder / INDEX_FILE
-        if not index.exists():
+        self.has_index = self.single_file == SINGLE_FILE and index.exists()
+        if not self.has_index:
             return None
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -102,9 +103,9 @@ class TensorReader:
 class TensorWriter:
     """Writes tensors to safetensors files of about max_bytes each, and their index.
 
-    Holds the tensors of one file at a time. After a failure `add` drops what it is given and
-    `close` raises the failure (OSError or SafetensorError), so that the ranks that send the
-    tensors can go on.
+    Holds the tensors of one file at a time. After a failure `add` drops what it is
+    given and `close` raises the failure (OSError or SafetensorError), so that the ranks
+    that send the tensors can go on.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -116,7 +117,7 @@ class TensorWriter:
         self.failure: Exception | None = None
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take contiguous CPU tensors; writes a file first where they would exceed its size."""
+        """Take contiguous CPU tensors; write a file before they exceed its size."""
         for key, tensor in tensors.items():
             if self.failure is not None:
                 return
@@ -126,7 +127,7 @@ class TensorWriter:
             self.pending_bytes += tensor.nbytes
 
     def close(self) -> None:
-        """Write what is left and the index; one file gets the plain name and no index."""
+        """Write what is left and the index; a single file gets no index."""
         if self.failure is None:
             self._flush()
         if self.failure is not None:
