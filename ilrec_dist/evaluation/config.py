@@ -11,7 +11,11 @@ from ilrec_dist.common.config_fields import Bool, Int, NonNegative, Positive, se
 
 @section
 class EvaluationConfig:
-    beam: Annotated[Int, Ge(10)] = 20  # Hit@10 needs ten
+    # Beams kept at every step; Hit@10 needs ten.
+    beam: Annotated[Int, Ge(10)] = 20
+    # Whether items of the history are taken out of every method's list.
     exclude_seen: Bool = True
-    batch_size: Positive = 64  # users
-    examples: NonNegative = 5  # users shown in the report
+    # Users whose beams are searched together.
+    batch_size: Positive = 64
+    # Users whose lists the report shows.
+    examples: NonNegative = 5

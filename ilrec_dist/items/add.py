@@ -14,7 +14,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.build import ATOMIC, catalogue_report, read_report, write_items
-from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue, make_title_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
 from ilrec_dist.items.lcrec_index import stored_ids
 from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks
@@ -89,18 +89,19 @@ def _with_titles(
             f"index add: item {bare!r} has no title; where items are titles (items.form) each needs one"
         )
     both = [
-        old.tokens[old.position],
+        old.codes(),
         spell(load_tokenizer(Path(folder) / TOKENIZER, "index add"), titles, title_tokens),
     ]
-    depth = max(tokens.shape[1] for tokens in both)
+    depth = max(numbers.shape[1] for numbers in both)
     return make_title_catalogue(
         np.vstack(
             [
-                np.pad(tokens, ((0, 0), (0, depth - tokens.shape[1])), constant_values=PAD)
-                for tokens in both
+                np.pad(numbers, ((0, 0), (0, depth - numbers.shape[1])), constant_values=-1)
+                for numbers in both
             ]
         ),
         old.pieces,
+        old.vocabulary,
     )
 
 
@@ -113,10 +114,11 @@ def _with_codes(
     vectors: tuple[np.ndarray, np.ndarray] | None,
     scratch: Path,
 ) -> Catalogue:
-    codes, sizes = old.codes(), [stop - start for start, stop in old.level_ranges]
+    codes, sizes, vocabulary = old.codes(), list(old.level_sizes), old.vocabulary
     if old.level_names == (ATOMIC,):
         added = np.arange(sizes[0], sizes[0] + len(new_ids), dtype=np.int32)[:, None]
         sizes = [sizes[0] + len(new_ids)]
+        vocabulary = vocabulary.extended(len(new_ids))
     else:
         old_vectors, new_vectors = (
             vectors
@@ -129,7 +131,7 @@ def _with_codes(
             )
         books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
         added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
-    return make_catalogue(np.vstack([codes, added]), sizes, old.level_names)
+    return make_catalogue(np.vstack([codes, added]), sizes, old.level_names, vocabulary)
 
 
 def _text_vectors(

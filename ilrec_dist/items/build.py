@@ -18,7 +18,7 @@ from ilrec_dist.common.files import (
     write_json,
 )
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import PAD, Catalogue, make_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.collisions import collision_report, first_collision, resolve_collisions
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.lcrec_index import read_index, write_index
@@ -235,21 +235,21 @@ def read_report(folder: str | Path, *keys: str) -> dict[str, Any]:
 
 def code_use(catalogue: Catalogue, level: int) -> np.ndarray:
     """int64 [codes of the level]: items that have each code there; titles that have ended before are none of them."""
-    start, stop = catalogue.level_ranges[level]
-    tokens = catalogue.tokens[:, level]
-    return np.bincount(tokens[tokens != PAD] - start, minlength=stop - start)
+    numbers = catalogue.vocabulary.numbers(catalogue.tokens[:, level])
+    codes = numbers[numbers >= 0] - catalogue.level_starts()[level]
+    return np.bincount(codes, minlength=catalogue.level_sizes[level])
 
 
 def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
     """Sizes, and per level: its codes, how many occur, the entropy of their use in bits (at most log2 of the codes), and the items of the busiest one."""
     levels = []
-    for level, (start, stop) in enumerate(catalogue.level_ranges):
+    for level, size in enumerate(catalogue.level_sizes):
         use = code_use(catalogue, level)
         share = use[use > 0] / use.sum()
         levels.append(
             {
                 "name": catalogue.level_names[level],
-                "codes": stop - start,
+                "codes": size,
                 "used": int((use > 0).sum()),
                 "entropy_bits": float(-(share * np.log2(share)).sum()) + 0.0,
                 "largest": int(use.max()),

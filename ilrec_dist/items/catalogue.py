@@ -1,7 +1,8 @@
-"""The catalogue: every item's token sequence, stored in code order so that each prefix is one contiguous range of items."""
+"""Every item's token sequence, in code order: the items below any prefix are one range."""
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,30 +12,28 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
+from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 
-FORMAT_VERSION = 2  # 1 had no position.npy
-FILES = ("tokens.npy", "items.npy", "position.npy")
-PAD = 0
-END = 1  # closes every title where items are titles
+FORMAT_VERSION = 3
+FILES = ("tokens.npy", "items.npy", "position.npy", "item_tokens.npy")
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in code order: sorted by code tuple, items that share one by item index. Token 0 is padding; level 0 starts at token 1.
+    """Items in code order: sorted by their token ids, items that share a sequence by item index.
 
-    Where items are titles (`pieces`), all levels share the tokens [1, vocab_size), a title ends with END, and PAD stands behind that up to C.
+    Where items are titles (`pieces`), all levels share the item tokens, a title ends with the
+    vocabulary's end token, and NO_TOKEN stands behind that up to C.
     """
 
-    tokens: np.ndarray  # int32 [n, C] global token ids of each item's code tuple, in code order
+    tokens: np.ndarray  # int32 [n, C] token ids of each item's sequence, in code order
     items: np.ndarray  # int32 [n] item index at each code-order position
     position: np.ndarray  # int32 [n] item index -> code-order position
-    level_ranges: tuple[
-        tuple[int, int], ...
-    ]  # per level: [start, stop) of its token ids; contiguous
-    level_names: tuple[str, ...]  # the letter in a token's name, such as a in <a_12>
-    pieces: tuple[str, ...] | None = (
-        None  # where items are titles: the text of each token, that of PAD and END among them
-    )
+    level_sizes: tuple[int, ...]  # [C] codes of each level
+    level_names: tuple[str, ...]  # [C] the letter in a token's name, such as a in <a_12>
+    vocabulary: Vocabulary
+    # The text of each item token, that of the end among them; None unless items are titles.
+    pieces: tuple[str, ...] | None = None
 
     @property
     def num_items(self) -> int:
@@ -43,54 +42,75 @@ class Catalogue:
     @property
     def depth(self) -> int:
         """C, tokens per item."""
-        return self.tokens.shape[1]
+        return int(self.tokens.shape[1])
 
     @property
     def vocab_size(self) -> int:
-        """Unpadded; the tokens of items lie in [1, vocab_size)."""
-        return self.level_ranges[-1][1]
+        """V, the size of the language model's vocabulary without rows that pad it for tp."""
+        return self.vocabulary.size
+
+    def level_starts(self) -> np.ndarray:
+        """int32 [C]: the number of each level's first item token."""
+        if self.pieces is not None:
+            return np.zeros(self.depth, np.int32)
+        return (np.cumsum(self.level_sizes) - self.level_sizes).astype(np.int32)
 
     def used_tokens(self) -> np.ndarray:
-        """int32: the distinct tokens that occur in some item, ascending; codes that no item has are not among them, nor is PAD."""
-        return np.setdiff1d(self.tokens, [PAD])
+        """int32: the distinct token ids that occur in some item, ascending."""
+        return np.setdiff1d(self.tokens, [NO_TOKEN])
 
     def item_tokens(self, items: np.ndarray) -> np.ndarray:
-        """int32 [..., C] tokens of item indices [...]; PAD behind the end of a title."""
-        return self.tokens[self.position[items]]
+        """int32 [..., C] token ids of item indices [...]; NO_TOKEN behind the end of a title."""
+        tokens: np.ndarray = self.tokens[self.position[items]]
+        return tokens
 
     def item_lengths(self, items: np.ndarray) -> np.ndarray:
-        """int64 [...]: how many tokens each of the item indices [...] has; C unless items are titles."""
+        """int64 [...]: tokens of each of the item indices [...]; C unless items are titles."""
         if self.pieces is None:
             return np.full(np.shape(items), self.depth, np.int64)
-        return np.count_nonzero(self.item_tokens(items), axis=-1)
+        return np.asarray(np.count_nonzero(self.item_tokens(items) != NO_TOKEN, axis=-1))
 
     def codes(self) -> np.ndarray:
-        """int32 [n, C] codes by item index: tokens less their level's start; -1 behind the end of a title."""
-        return self.tokens[self.position] - np.array(
-            [start for start, _ in self.level_ranges], np.int32
-        )
+        """int32 [n, C] codes by item index; -1 behind the end of a title."""
+        codes = self.vocabulary.numbers(self.tokens[self.position])
+        codes -= self.level_starts()
+        return codes
 
-    def token_names(self) -> list[str]:
-        """The vocabulary as text: "<pad>", "<a_0>", "<a_1>", …, or the pieces of titles."""
+    def token_names(self) -> dict[int, str]:
+        """The text of each item token by its id: <a_0>, <a_1>, …, or the pieces of titles."""
+        names = self.pieces or [
+            f"<{name}_{code}>"
+            for name, size in zip(self.level_names, self.level_sizes, strict=True)
+            for code in range(size)
+        ]
+        # Backwards, so that the end of a title keeps its name where the tokenizer has it as well.
+        return dict(zip(self.vocabulary.item_tokens.tolist()[::-1], names[::-1], strict=True))
+
+    def in_vocabulary(self, vocabulary: Vocabulary) -> Catalogue:
+        """The same items with the token ids of another vocabulary, in the order of these ids."""
         if self.pieces is not None:
-            return list(self.pieces)
-        names = ["<pad>"]
-        for name, (start, stop) in zip(self.level_names, self.level_ranges, strict=True):
-            names += [f"<{name}_{code}>" for code in range(stop - start)]
-        return names
+            return make_title_catalogue(self.codes(), self.pieces, vocabulary)
+        return make_catalogue(self.codes(), self.level_sizes, self.level_names, vocabulary)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokens.npy, items.npy, position.npy and catalogue.json (with their SHA-256) into an existing folder."""
+        """Write FILES and catalogue.json (with their SHA-256) into an existing folder."""
         folder = Path(folder)
-        for name, array in zip(FILES, (self.tokens, self.items, self.position), strict=True):
+        arrays = (self.tokens, self.items, self.position, self.vocabulary.item_tokens)
+        for name, array in zip(FILES, arrays, strict=True):
             np.save(folder / name, array)
         write_json(
             folder / "catalogue.json",
             {
                 "version": FORMAT_VERSION,
                 "items": self.num_items,
-                "level_ranges": [list(bounds) for bounds in self.level_ranges],
+                "level_sizes": list(self.level_sizes),
                 "level_names": list(self.level_names),
+                "vocabulary": {
+                    "size": self.vocabulary.size,
+                    "base_size": self.vocabulary.base_size,
+                    "padding": self.vocabulary.padding,
+                    "end": self.vocabulary.end,
+                },
                 **({} if self.pieces is None else {"pieces": list(self.pieces)}),
                 "sha256": {name: sha256_file(folder / name) for name in FILES},
             },
@@ -98,51 +118,62 @@ class Catalogue:
 
     @staticmethod
     def load(folder: str | Path) -> Catalogue:
-        """Map what `save` wrote: processes of one machine share its memory. Raises UserError when a file is missing or damaged."""
+        """Map what `save` wrote: processes of one machine share its memory.
+
+        Raises UserError when a file is missing, damaged or of another format.
+        """
         folder = Path(folder)
-        if not (folder / "catalogue.json").exists():
+        path = folder / "catalogue.json"
+        if not path.exists():
             raise UserError(
                 f"{folder}: not a catalogue folder (no catalogue.json); run `ilrec index` first"
             )
-        meta = read_json_object(folder / "catalogue.json")
-        if meta.get("version") not in (1, FORMAT_VERSION):
+        meta = read_json_object(path)
+        if meta.get("version") != FORMAT_VERSION:
             raise UserError(
-                f"{folder / 'catalogue.json'}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec index` again"
+                f"{path}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; "
+                f"remove {folder} and run `ilrec index` again"
             )
-        for name, expected in meta["sha256"].items():
-            check_file(folder / name, expected, "catalogue.json")
-        tokens, items = map_array(folder / "tokens.npy"), map_array(folder / "items.npy")
-        position = (
-            map_array(folder / "position.npy")
-            if "position.npy" in meta["sha256"]
-            else _inverse(items)
-        )
-        ranges, pieces = (
-            tuple((int(a), int(b)) for a, b in meta["level_ranges"]),
-            meta.get("pieces"),
-        )
+        for name in FILES:
+            check_file(folder / name, meta["sha256"][name], "catalogue.json")
+        tokens, items, position, item_tokens = (map_array(folder / name) for name in FILES)
         return Catalogue(
             tokens,
             items,
             position,
-            ranges,
+            tuple(meta["level_sizes"]),
             tuple(meta["level_names"]),
-            None if pieces is None else tuple(pieces),
+            Vocabulary(item_tokens, **meta["vocabulary"]),
+            tuple(meta["pieces"]) if "pieces" in meta else None,
         )
 
 
 def check_file(path: Path, expected: str, manifest: str) -> None:
-    """Raises UserError when a file of a catalogue's folder is missing or its SHA-256 is not `expected`, which `manifest` holds."""
+    """Raise UserError unless the file is there and has the SHA-256 that `manifest` says."""
     if not path.exists() or sha256_file(path) != expected:
         raise UserError(
-            f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); run `ilrec index` again"
+            f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); "
+            "run `ilrec index` again"
         )
 
 
+def catalogue_hash(catalogue: Catalogue) -> str:
+    """SHA-256 of the catalogue's tokens and item order."""
+    digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
 def make_catalogue(
-    codes: np.ndarray, level_sizes: Sequence[int], level_names: Sequence[str] | None = None
+    codes: np.ndarray,
+    level_sizes: Sequence[int],
+    level_names: Sequence[str] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Catalogue:
-    """Catalogue of int codes [num_items, C], code l of an item in [0, level_sizes[l]). Names default to a, b, c, …"""
+    """Catalogue of int codes [num_items, C], code l of an item in [0, level_sizes[l]).
+
+    Names default to a, b, c, …; the vocabulary to the one of a model trained from scratch.
+    """
     codes = np.asarray(codes)
     if (
         codes.ndim != 2
@@ -153,41 +184,47 @@ def make_catalogue(
         raise ValueError(
             f"codes of shape {codes.shape} do not fit levels of {list(level_sizes)} codes"
         )
-    stops = 1 + np.cumsum(level_sizes)
-    starts = stops - np.asarray(level_sizes)
-    order = np.lexsort(codes.T[::-1]).astype(
-        np.int32
-    )  # stable, so items that share a tuple stay in index order
-    tokens = (codes[order] + starts).astype(np.int32)
-    names = (
-        tuple(level_names)
-        if level_names is not None
-        else tuple(string.ascii_lowercase[: len(level_sizes)])
-    )
-    return Catalogue(
-        tokens,
-        order,
-        _inverse(order),
-        tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)),
-        names,
-    )
+    num_item_tokens = int(np.sum(level_sizes))
+    vocabulary = vocabulary or Vocabulary.own(num_item_tokens)
+    if len(vocabulary.item_tokens) != num_item_tokens:
+        raise ValueError(
+            f"a vocabulary of {len(vocabulary.item_tokens)} item tokens for {num_item_tokens} codes"
+        )
+    names = tuple(level_names or string.ascii_lowercase[: len(level_sizes)])
+    tokens = np.empty(codes.shape, np.int32)
+    start = 0
+    for level, size in enumerate(level_sizes):
+        tokens[:, level] = vocabulary.item_tokens[start : start + size][codes[:, level]]
+        start += size
+    return _in_code_order(tokens, tuple(map(int, level_sizes)), names, vocabulary, None)
 
 
-def make_title_catalogue(tokens: np.ndarray, pieces: Sequence[str]) -> Catalogue:
-    """Catalogue of titles: tokens int32 [num_items, C] by item index, in each row tokens of [2, len(pieces)), END, and PAD to the end."""
+def make_title_catalogue(
+    codes: np.ndarray, pieces: Sequence[str], vocabulary: Vocabulary | None = None
+) -> Catalogue:
+    """Catalogue of titles: item token numbers int [num_items, C], 0 at the end and -1 behind it.
+
+    pieces: the text of each item token. The vocabulary defaults to that of a model trained from
+    scratch. Raises ValueError when it is none for titles of that many pieces.
+    """
+    vocabulary = vocabulary or Vocabulary.own(len(pieces), titles=True)
+    if vocabulary.end is None or len(vocabulary.item_tokens) != len(pieces):
+        raise ValueError(f"the vocabulary is not one of titles of {len(pieces)} pieces")
+    tokens = np.append(vocabulary.item_tokens, np.int32(NO_TOKEN))[codes]
+    depth = tokens.shape[1]
+    names = tuple(map(str, range(1, depth + 1)))
+    return _in_code_order(tokens, (len(pieces),) * depth, names, vocabulary, tuple(pieces))
+
+
+def _in_code_order(
+    tokens: np.ndarray,
+    level_sizes: tuple[int, ...],
+    level_names: tuple[str, ...],
+    vocabulary: Vocabulary,
+    pieces: tuple[str, ...] | None,
+) -> Catalogue:
+    # The sort is stable: items that share their tokens stay in index order.
     order = np.lexsort(tokens.T[::-1]).astype(np.int32)
-    levels = range(1, tokens.shape[1] + 1)
-    return Catalogue(
-        tokens[order],
-        order,
-        _inverse(order),
-        ((1, len(pieces)),) * len(levels),
-        tuple(map(str, levels)),
-        tuple(pieces),
-    )
-
-
-def _inverse(order: np.ndarray) -> np.ndarray:
     position = np.empty(len(order), np.int32)
     position[order] = np.arange(len(order), dtype=np.int32)
-    return position
+    return Catalogue(tokens[order], order, position, level_sizes, level_names, vocabulary, pieces)

@@ -13,7 +13,8 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.json_stream import stream_json_object
-from ilrec_dist.items.catalogue import PAD, Catalogue
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.vocabulary import NO_TOKEN
 
 TOKEN = re.compile(r"<([A-Za-z]+)_([0-9]{1,7})>")
 
@@ -85,7 +86,7 @@ def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]
             codes = [
                 names[token]
                 for token in catalogue.tokens[catalogue.position[number]].tolist()
-                if token != PAD
+                if token != NO_TOKEN
             ]
             if entry is None or entry[1] != codes:
                 raise UserError(
@@ -104,15 +105,15 @@ def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]
 
 def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str]) -> None:
     """The catalogue as an index.json, items in index order; an item at a time, as a large catalogue's objects would fill the memory."""
-    names = [json.dumps(name) for name in catalogue.token_names()]
+    names = {token: json.dumps(name) for token, name in catalogue.token_names().items()}
     with open(path, "w", encoding="utf-8") as file:
         file.write("{")
         for number, item in enumerate(item_ids):
             code = ", ".join(
                 [
                     names[token]
-                    for token in catalogue.tokens[catalogue.position[number]]
-                    if token != PAD
+                    for token in catalogue.tokens[catalogue.position[number]].tolist()
+                    if token != NO_TOKEN
                 ]
             )
             file.write(f"{', ' if number else ''}{json.dumps(item, ensure_ascii=False)}: [{code}]")

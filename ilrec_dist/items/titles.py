@@ -11,11 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import END, PAD, Catalogue, make_title_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 
 TOKENIZER = "tokenizer.json"  # beside the catalogue's files
-FIRST = 2  # token of the tokenizer's id 0: PAD and END come before its own
-NAMES = ("<pad>", "<end>")
+# The item token numbers of titles (see Vocabulary): the end, and the tokenizer's token 0.
+END_NUMBER, FIRST_NUMBER = 0, 1
+END_NAME = "<end>"
+# Tokens that a vocabulary learned from the titles has besides the tokenizer's: padding and the end.
+RESERVED = 2
 
 
 def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -27,7 +30,7 @@ def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(
         titles,
         trainers.BpeTrainer(
-            vocab_size=vocab_size - FIRST, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size - RESERVED, initial_alphabet=alphabet, show_progress=False
         ),
     )
     return tokenizer
@@ -48,16 +51,20 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
 
 
 def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.ndarray:
-    """int32 [n, C] of n titles: at most `title_tokens` tokens of each, END, and PAD up to C, which the longest needs."""
+    """Item token numbers int32 [n, C] of n titles: at most `title_tokens` of each and the end.
+
+    Behind the end stands -1 up to C, which the longest title needs.
+    """
     ids = [
         encoding.ids[:title_tokens]
         for encoding in tokenizer.encode_batch(list(map(plain, titles)), add_special_tokens=False)
     ]
-    tokens = np.full((len(ids), 1 + max(map(len, ids), default=0)), PAD, np.int32)
+    numbers = np.full((len(ids), 1 + max(map(len, ids), default=0)), -1, np.int32)
     for row, title in enumerate(ids):
-        tokens[row, : len(title)], tokens[row, len(title)] = title, END
-        tokens[row, : len(title)] += FIRST
-    return tokens
+        numbers[row, : len(title)] = title
+        numbers[row, : len(title)] += FIRST_NUMBER
+        numbers[row, len(title)] = END_NUMBER
+    return numbers
 
 
 def build_titles(
@@ -80,10 +87,12 @@ def build_titles(
     tokenizer = (
         load_tokenizer(given, "items.tokenizer") if given else train_tokenizer(titles, vocab_size)
     )
-    names = {number + FIRST: piece for piece, number in tokenizer.get_vocab().items()}
-    pieces = [names.get(token, f"<{token}>") for token in range(FIRST, max(names) + 1)]
+    names = {number: piece for piece, number in tokenizer.get_vocab().items()}
+    pieces = [
+        names.get(token, f"<{token + RESERVED}>") for token in range(max(names, default=-1) + 1)
+    ]
     return make_title_catalogue(
-        spell(tokenizer, titles, title_tokens), [*NAMES, *pieces]
+        spell(tokenizer, titles, title_tokens), [END_NAME, *pieces]
     ), tokenizer
 
 

@@ -33,7 +33,7 @@ class Trie:
             np.searchsorted(node_start[p + 1], node_start[p]).astype(np.int32) for p in range(depth)
         ]
         # One array of all tokens, a view per depth: candidates of several depths are then one gather.
-        widest = max(end - start for start, end in catalogue.level_ranges)
+        widest = max(catalogue.level_sizes)
         labels = np.concatenate(
             [*(tokens[node_start[p + 1][:-1], p] for p in range(depth)), np.zeros(widest, np.int32)]
         )  # see candidates
@@ -72,10 +72,8 @@ class Trie:
 
     @staticmethod
     def load(folder: str | Path, catalogue: Catalogue) -> Trie:
-        """Map what `save` wrote beside this catalogue; made anew where an earlier version wrote none. Raises UserError when it is damaged."""
+        """Map what `save` wrote beside this catalogue. Raises UserError when it is damaged."""
         path = Path(folder) / "trie.npy"
-        if not path.with_suffix(".json").exists():
-            return Trie(catalogue)
         meta = read_json_object(path.with_suffix(".json"))
         check_file(path, meta["sha256"], "trie.json")
         stored, starts = map_array(path), [count + 1 for count in meta["nodes"]]

@@ -1,10 +1,6 @@
-"""From configuration and files to a backbone."""
+"""From the configuration to a backbone."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-from safetensors.torch import load_file
 
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
@@ -27,12 +23,3 @@ def build_backbone(
     vocab_size is the unpadded size; positions the length of the learned position table.
     """
     return Backbone(config, vocab_size, positions, precision, seed)
-
-
-def load_trained_weights(backbone: Backbone, path: Path) -> Backbone:
-    """Load what a training wrote under any tp; returns the backbone in eval mode.
-
-    UserError names a tensor that is missing, left over or of the wrong shape.
-    """
-    backbone.load_full_state_dict(load_file(path))
-    return backbone.eval()

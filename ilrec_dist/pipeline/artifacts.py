@@ -13,7 +13,9 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.samples.collate import RewardSource
+from ilrec_dist.model import build
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.samples.prefetch import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
@@ -47,16 +49,9 @@ class RunArtifacts:
         """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
         source: RewardSource
         if self.config.cf.rewards == "actor":
-            from ilrec_dist.cf.rewards.service import RewardClient
-            from ilrec_dist.launch.workers import reward_actor_name
+            from ilrec_dist.cf.rewards.service import reward_client
 
-            cf = self.config.cf
-            source = RewardClient(
-                reward_actor_name(self.config),
-                cf.reward_replicas,
-                cf.reward_shards,
-                retries=cf.reward_retries,
-            )
+            source = reward_client(self.config.cf, self.folders)
         else:
             from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 
@@ -77,3 +72,15 @@ class RunArtifacts:
         return np.sort(
             users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]]
         )
+
+
+def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+    """The run's backbone, freshly initialised."""
+    catalogue = artifacts.catalogue
+    return build.build_backbone(
+        config.backbone,
+        catalogue.vocab_size,
+        build.max_positions(config.train.max_history, catalogue.depth),
+        config.train.precision,
+        seed,
+    )

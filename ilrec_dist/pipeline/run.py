@@ -25,6 +25,7 @@ from ilrec_dist.common.files import sha256_file
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.pipeline import stage_runs
 from ilrec_dist.training.spec import TrainingSpec
 
@@ -329,9 +330,7 @@ def execute(config: Config, command: str, resume: bool = False) -> None:
         run.check_before(name, wanted)
     with run.alone():
         if any(run.stages[name].run is None and not run.is_current(name) for name in wanted):
-            from ilrec_dist.launch.workers import cluster
-
-            with cluster(config):
+            with ray_session(config.launch):
                 _execute_all(run, wanted)
         else:
             _execute_all(run, wanted)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.console import console
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import COUNTER, RESULT, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.cluster import cluster_address, ray_session
+from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.training.spec import TrainingSpec
 
-if TYPE_CHECKING:
-    from ilrec_dist.pipeline.artifacts import RunArtifacts
+
+def _for_workers(config: Config) -> dict[str, Any]:
+    """The configuration as the workers read it, who have another working directory."""
+    return config_to_dict(
+        dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).resolve()))
+    )
 
 
 def prepare_inputs(config: Config) -> list[Path]:
@@ -35,22 +42,11 @@ def prepare(config: Config) -> None:
 
     spread = (
         config.launch.engine == "ray"
-        and bool(config.launch.ray_address or os.environ.get("RAY_ADDRESS"))
+        and cluster_address(config.launch) is not None
         and len(input_files(config.data)) > 1
     )
-    with _ray(config) if spread else nullcontext():
+    with ray_session(config.launch) if spread else nullcontext():
         prepare_data(config.data, RunFolders(config.run_dir).data, spread)
-
-
-def _ray(config: Config) -> AbstractContextManager[None]:
-    """The cluster's connection, unless the command that runs all stages holds it already."""
-    if config.launch.engine != "ray":
-        return nullcontext()
-    import ray
-
-    from ilrec_dist.launch.workers import cluster
-
-    return nullcontext() if ray.is_initialized() else cluster(config)
 
 
 def index_inputs(config: Config) -> list[Path]:
@@ -78,37 +74,19 @@ def cf(config: Config) -> None:
     import torch
 
     from ilrec_dist.cf.sasrec.cross_fit import train_cf
-    from ilrec_dist.launch.job import resolve_device
+    from ilrec_dist.launch.device import resolve_device
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)
-    with stage_progress("cf", _cf_epochs(config), "epochs") as bar:
+    with stage_progress("cf", cf_epochs(config.cf), "epochs") as bar:
         device = (
-            resolve_device(config) if torch.cuda.is_available() else "cpu"
+            resolve_device(config.launch) if torch.cuda.is_available() else "cpu"
         )  # launch.device is the workers': this process may have no GPU
         train_cf(
-            config.cf, artifacts.training, None, artifacts.folders.cf, _epochs_so_far(bar), device
+            config.cf, artifacts.training, None, artifacts.folders.cf, epochs_so_far(bar), device
         )
     torch.cuda.empty_cache()  # the workers may share the GPU
-
-
-def _cf_epochs(config: Config) -> int:
-    return (1 + (config.cf.cf_folds if config.cf.cf_folds > 1 else 0)) * config.cf.epochs
-
-
-def _epochs_so_far(show: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
-    """What `train_cf` calls after every epoch: shows how many there were, and the last one's figures."""
-    done: dict[str, float] = {}
-
-    def progress(event: dict[str, Any]) -> None:
-        done[event["model"]] = event["epoch"]
-        show(
-            sum(done.values()),
-            f"{event['model']} loss {event['loss']:.3f} NDCG@10 {event['ndcg@10']:.4f}",
-        )
-
-    return progress
 
 
 def _cf_by_workers(config: Config) -> None:
@@ -123,36 +101,19 @@ def _cf_by_workers(config: Config) -> None:
     )
     thread.start()
     try:
-        with _ray(config):
-            run_workers(config, Job.of_cf(config))
+        with ray_session(config.launch):
+            run_workers(
+                config.launch,
+                Job(
+                    "ilrec_dist.pipeline.worker_tasks:train_cf_part",
+                    {"config": _for_workers(config)},
+                    str(folders.cf_work.resolve()),
+                ),
+            )
     finally:
         stop.set()
         thread.join()
         shutil.rmtree(folders.cf_work, ignore_errors=True)
-
-
-def cf_part(config: Config, artifacts: RunArtifacts, device: str) -> None:
-    """The CF stage in one of the workers that split the item table."""
-    from ilrec_dist.cf.sasrec.cross_fit import train_cf
-    from ilrec_dist.cf.sasrec.sharded_table import Split
-    from ilrec_dist.reporting.progress import write_counter
-
-    split = Split.over_workers(artifacts.training.num_items)
-
-    def show(done: float, text: str) -> None:
-        if split.part == 0:
-            write_counter(artifacts.folders.cf_work / COUNTER, done, _cf_epochs(config), text)
-
-    show(0, "")
-    train_cf(
-        config.cf,
-        artifacts.training,
-        None,
-        artifacts.folders.cf,
-        _epochs_so_far(show),
-        device,
-        split,
-    )
 
 
 def rewards(config: Config) -> None:
@@ -171,8 +132,9 @@ def train_and_evaluate(
 
     Returns the seconds each training took, the group's start counted to the first, and last those of the evaluation.
     """
+    from ilrec_dist.cf.rewards.service import reward_actor
     from ilrec_dist.launch.job import Job
-    from ilrec_dist.launch.workers import reward_actor, run_workers
+    from ilrec_dist.launch.workers import run_workers
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
     from ilrec_dist.training.checkpoint import latest
@@ -191,8 +153,26 @@ def train_and_evaluate(
         training.method == "ilrec" for training in trainings
     )
     began = time.time()
-    with reward_actor(config, wants_rewards), following(config, trainings, evaluate):
-        run_workers(config, Job.of(config, trainings, evaluate))
+    folders = RunFolders(config.run_dir)
+    actor = (
+        reward_actor(config.cf, folders, config.data.both_directions)
+        if wants_rewards and config.cf.rewards == "actor"
+        else nullcontext()
+    )
+    job = Job(
+        "ilrec_dist.pipeline.worker_tasks:train_and_evaluate",
+        {
+            "config": _for_workers(config),
+            "trainings": [
+                dataclasses.asdict(training) | {"folder": str(training.folder.resolve())}
+                for training in trainings
+            ],
+            "evaluate": evaluate,
+        },
+        str(folders.trainings.resolve()),
+    )
+    with actor, following(config, trainings, evaluate):
+        run_workers(config.launch, job)
     seconds, at = [], began
     for training in trainings:
         result = training.folder / RESULT
@@ -214,11 +194,14 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.reporting.progress import LiveProgress, follow_counter
     from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+    from ilrec_dist.training.schedule import warmup_warning
 
     windows = training_windows(
         RunArtifacts(config).training, config.train.max_history, config.train.targets
     )
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    if trainings and (warning := warmup_warning(config.train, steps)) is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     stop = threading.Event()
 
     def follow() -> None:

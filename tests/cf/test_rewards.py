@@ -20,6 +20,7 @@ from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import Vocabulary
 from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
 
 
@@ -150,6 +151,25 @@ def test_one_level_and_a_thread(world: World) -> None:
     pending = rewards.fetch_async(users, positions)
     assert np.array_equal(pending.result(), found)
     assert rewards.meter.summary()["answers"] == 1
+
+
+def test_rewards_do_not_depend_on_where_the_item_tokens_lie(world: World) -> None:
+    """In a vocabulary whose ids are in another order the same tokens of a target get the same rewards."""
+    ids = np.random.default_rng(4).permutation(40)[:12].astype(np.int32)
+    catalogue = world.catalogue.in_vocabulary(Vocabulary(ids, 40, padding=int(ids[2])))
+    trie, own = Trie(catalogue), world.rewards()
+    other = TokenRewards(own.models, own.folds, world.dataset, catalogue, trie)
+    users, positions = training_targets(world.dataset, np.arange(7))
+    items = world.dataset.items[world.dataset.offsets[users] + positions]
+    rewards_of = []
+    for rewards in (own, other):
+        indptr, tokens = rewards.trie.target_candidates(items)
+        rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        numbers = rewards.catalogue.vocabulary.numbers(tokens)
+        order = np.lexsort((numbers, rows))
+        rewards_of.append((numbers[order], rewards.fetch(users, positions)[order]))
+    assert (rewards_of[0][0] == rewards_of[1][0]).all()
+    np.testing.assert_allclose(rewards_of[1][1], rewards_of[0][1], rtol=1e-4, atol=1e-6)
 
 
 def chronological(dataset: InteractionDataset) -> np.ndarray:

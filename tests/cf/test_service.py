@@ -134,7 +134,7 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(
         pass
     other = make_catalogue(
         world.catalogue.codes()[::-1],
-        [stop - start for start, stop in world.catalogue.level_ranges],
+        world.catalogue.level_sizes,
     )
     (tmp_path / "other").mkdir()
     other.save(tmp_path / "other")

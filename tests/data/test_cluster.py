@@ -22,8 +22,8 @@ from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.formats.source import Rejects
 from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.prepare import prepare
+from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.workers import cluster as ray_session
 from ilrec_dist.pipeline.stage_runs import prepare as prepare_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -128,7 +128,7 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
             pytest.raises(
                 UserError, match=f"launch.ray_address {address}: no Ray head answers there"
             ),
-            ray_session(Config(launch=LaunchConfig(ray_address=address))),
+            ray_session(LaunchConfig(ray_address=address)),
         ):
             pass
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -137,7 +137,7 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
                 UserError,
                 match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`",
             ),
-            ray_session(Config()),
+            ray_session(LaunchConfig()),
         ):
             pass
         monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
@@ -145,7 +145,7 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
             pytest.raises(
                 UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"
             ),
-            ray_session(Config()),
+            ray_session(LaunchConfig()),
         ):
             pass
         assert time.monotonic() - began < 25

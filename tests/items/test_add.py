@@ -9,12 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ilrec_dist.cf.sasrec.checkpoint import catalogue_hash
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_report import open_index, report_plot, report_table
@@ -55,7 +54,7 @@ def test_old_codes_stay_and_new_ones_are_distinct_and_fitting(tmp_path):
         tmp_path / "old", dataset, [f"n{item}" for item in range(8)], tmp_path / "new", texts
     )
     new = Catalogue.load(tmp_path / "new")
-    assert report["added"] == 8 and new.num_items == 104 and new.level_ranges == old.level_ranges
+    assert report["added"] == 8 and new.num_items == 104 and new.level_sizes == old.level_sizes
     assert (new.codes()[:96] == old.codes()).all() and collision_report(new.codes())[
         "items"
     ] == 0 == report["collisions"]["after"]["items"]
@@ -151,9 +150,9 @@ def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
     dataset = built(tmp_path, n=12, form="atomic")
     add_items(tmp_path / "old", dataset, ["x", "y"], tmp_path / "new")
     old, new = Catalogue.load(tmp_path / "old"), Catalogue.load(tmp_path / "new")
-    assert new.level_ranges == ((1, 15),) and new.item_tokens(
-        np.arange(14)
-    ).ravel().tolist() == list(range(1, 15))
+    assert new.level_sizes == (14,) and new.item_tokens(np.arange(14)).ravel().tolist() == list(
+        range(1, 15)
+    )
     assert (new.item_tokens(np.arange(12)) == old.item_tokens(np.arange(12))).all()
     index = json.loads((tmp_path / "new" / "index.json").read_text())
     assert list(index.items())[-2:] == [("x", ["<item_12>"]), ("y", ["<item_13>"])]

@@ -15,11 +15,12 @@ from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.build import build_index
-from ilrec_dist.items.catalogue import END, PAD, Catalogue
+from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_report import report_plot, report_table
-from ilrec_dist.items.titles import FIRST, TOKENIZER, load_tokenizer
+from ilrec_dist.items.titles import TOKENIZER, load_tokenizer
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import NO_TOKEN
 
 TITLES = [
     "Steel guitar strings",
@@ -30,6 +31,8 @@ TITLES = [
     "Violin rosin, dark, for the winter months and cold halls",
 ]
 CONFIG = ItemsConfig(form="titles", title_vocab_size=512)
+# Token ids of a vocabulary of its own: padding 0, the end, and the tokenizer's token 0.
+PADDING, END, FIRST = 0, 1, 2
 
 
 def data(titles: list[str] | None = TITLES) -> InteractionDataset:
@@ -60,14 +63,14 @@ def test_every_title_is_spelt_and_closed(tmp_path):
         tokens = catalogue.item_tokens(np.array(item)).tolist()
         assert (
             tokens.count(END) == 1
-            and set(tokens[tokens.index(END) + 1 :]) <= {PAD}
-            and PAD not in tokens[: tokens.index(END)]
+            and set(tokens[tokens.index(END) + 1 :]) <= {NO_TOKEN}
+            and min(tokens[: tokens.index(END)]) >= FIRST
         )
         assert catalogue.item_lengths(np.array([item])).tolist() == [tokens.index(END) + 1]
         assert spelt(catalogue, tmp_path / "items", item) == " ".join(title.split())
     assert (
         catalogue.item_lengths(np.arange(6)).max() == catalogue.depth
-        and PAD not in catalogue.used_tokens()
+        and catalogue.used_tokens().min() > PADDING
         and END in catalogue.used_tokens()
     )
     assert report["collisions"]["after"] == {
@@ -86,14 +89,14 @@ def test_every_title_is_spelt_and_closed(tmp_path):
     assert [len(names[f"i{item}"]) for item in range(6)] == catalogue.item_lengths(
         np.arange(6)
     ).tolist() and names["i2"] == names["i4"]
-    assert names["i0"][-1] == "<end>" and catalogue.token_names()[:2] == ["<pad>", "<end>"]
+    assert names["i0"][-1] == "<end>" and catalogue.token_names()[END] == "<end>"
 
 
 def test_a_prefix_leads_to_the_titles_that_go_on_with_it(tmp_path):
     build_index(CONFIG, data(), tmp_path / "items")
     catalogue = Catalogue.load(tmp_path / "items")
     trie = Trie.load(tmp_path / "items", catalogue)
-    own = [tuple(tokens[tokens != PAD]) for tokens in catalogue.item_tokens(np.arange(6))]
+    own = [tuple(tokens[tokens != NO_TOKEN]) for tokens in catalogue.item_tokens(np.arange(6))]
     for item, tokens in enumerate(own):
         for depth in range(len(tokens)):
             _, children, _ = trie.children(depth, trie.item_node(depth, np.array([item])))

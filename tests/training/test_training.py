@@ -1,5 +1,8 @@
 """The training loop: the same losses and weights however the step is cut over tp, dp and accumulation, and after an interruption (METHOD.md §8.3, §8.6)."""
 
+import hashlib
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +14,11 @@ from safetensors.torch import load_file
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.model.weights import read_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
+from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size, tp, accumulation
@@ -22,29 +27,34 @@ LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size,
 def train_here(
     mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int | None = None
 ) -> None:
+    """Train in this process, with a line of metrics every step; end early after a checkpoint."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.training import trainer as worker
+    from ilrec_dist.pipeline.train_one import train_one
 
-    torch.set_num_threads(1)
-    worker.LOG_STEPS = 1
-    config = config_from_dict(tree)
-    save = worker._save
-
-    def save_then_stop(engine, path, progress, *rest):
-        save(engine, path, progress, *rest)
-        if stop_after is not None and progress.step >= stop_after:
+    def stop(step: int) -> None:
+        if stop_after is not None and step >= stop_after:
             raise InterruptedError
 
-    worker._save = save_then_stop
+    torch.set_num_threads(1)
+    config = config_from_dict(tree)
+    spec = TrainingSpec(method, 0, Path(folder), "test")
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        worker.train(config, method, 0, Path(folder), "test", RunArtifacts(config), parallel)
+        train_one(config, spec, RunArtifacts(config), parallel, log_steps=1, on_checkpoint=stop)
     except InterruptedError:
         pass
     finally:
-        worker._save = save
         destroy_parallel()
+
+
+def refusal_here(mesh: Mesh, tree: dict, folder: str) -> str:
+    """The line that refuses the training on this rank."""
+    try:
+        train_here(mesh, tree, "ilrec", folder)
+    except UserError as error:
+        return str(error)
+    return "not refused"
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -189,3 +199,38 @@ def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2)])
+def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, world, tp):
+    train = {"learning_rate": 1e30, "checkpoint_steps": 1}
+    tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": world, "tp": tp}))
+    lines = run_distributed(refusal_here, world, tp, tree, str(tmp_path))
+    assert len(set(lines)) == 1
+    for part in ("ilrec, seed 0", "step 2", "loss term cpo is nan", "1e+30", "learning_rate"):
+        assert part in lines[0]
+    # Neither a best epoch nor a result came of it.
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+
+
+def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[LAYOUTS[0]], folder)
+    hashes = json.loads((folder / "result.json").read_text())["weights_sha256"]
+    assert hashes == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("best.safetensors", "final.safetensors")
+    }
+    best = folder / "best.safetensors"
+    whole = read_weights(best)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(best).items())
+    _flip(best)
+    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: .*damaged.*SHA-256"):
+        read_weights(best)
+    final = folder / "final.safetensors"
+    final.write_bytes(final.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"^{re.escape(str(final))}: .*damaged.*SHA-256"):
+        read_weights(final)
+    best.unlink()
+    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
+        read_weights(best)

@@ -10,7 +10,6 @@ from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.ann import build_index, save_index
 from ilrec_dist.cf.rewards.item_scorer import write_store
 from ilrec_dist.cf.sasrec.checkpoint import (
-    catalogue_hash,
     item_vectors,
     load_cf,
     read_manifest,
@@ -19,7 +18,7 @@ from ilrec_dist.cf.sasrec.checkpoint import (
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, sha256_file
 from ilrec_dist.common.run_layout import CODE_ORDER
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 
 SCAN_ITEMS = 65_536  # up to so many items rewards scan the whole catalogue for every target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
+from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
 from ilrec_dist.cf.rewards.token_rewards import Part, TokenRewards, merge
 from ilrec_dist.cf.sasrec.checkpoint import read_code_order
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import write_json
+from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
@@ -236,3 +240,43 @@ class RewardClient:
 
 def _ask(actor: Any) -> list[Any]:
     return [actor.counters.remote()]
+
+
+@contextmanager
+def reward_actor(cf: CFConfig, folders: RunFolders, both_directions: bool) -> Iterator[None]:
+    """The run's reward actors for the length of the block.
+
+    Their counters are left in the run's CF folder when it ends. `both_directions` is that of the
+    configuration's `data` section.
+    """
+    with reward_actors(
+        folders.cf,
+        folders.data,
+        folders.items,
+        name=reward_actor_name(folders),
+        replicas=cf.reward_replicas,
+        shards=cf.reward_shards,
+        max_restarts=-1,
+        backwards=both_directions,
+    ):
+        yield
+        counters = RewardClient(
+            reward_actor_name(folders), cf.reward_replicas, cf.reward_shards
+        ).counters()
+        write_json(folders.cf / "actor-counters.json", counters)
+
+
+def reward_client(cf: CFConfig, folders: RunFolders) -> RewardClient:
+    """A client of the run's reward actors, for a worker."""
+    return RewardClient(
+        reward_actor_name(folders),
+        cf.reward_replicas,
+        cf.reward_shards,
+        retries=cf.reward_retries,
+    )
+
+
+def reward_actor_name(folders: RunFolders) -> str:
+    """One name per run folder, so that runs may share a cluster."""
+    root = folders.root.resolve()
+    return f"rewards-{root.name}-{zlib.crc32(str(root).encode()):08x}"

@@ -26,7 +26,6 @@ from ilrec_dist.cf.rewards.prefix_mass import (
 )
 from ilrec_dist.cf.rewards.segment_softmax import softmax_rows
 from ilrec_dist.cf.sasrec.checkpoint import (
-    catalogue_hash,
     data_hash,
     load_folds,
     read_code_order,
@@ -37,7 +36,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 
 

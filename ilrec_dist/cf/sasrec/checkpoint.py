@@ -21,7 +21,6 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, sha256_file, write_json
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import Catalogue
 
 FORMAT_VERSION = 2  # raise when files or training change: models of an interrupted stage are gone on with by the same version only
 HASHED_AT_ONCE = 1 << 22
@@ -187,11 +186,4 @@ def data_hash(dataset: InteractionDataset) -> str:
             digest.update(
                 np.ascontiguousarray(array[start : start + HASHED_AT_ONCE], dtype=kind).data
             )
-    return digest.hexdigest()
-
-
-def catalogue_hash(catalogue: Catalogue) -> str:
-    """SHA-256 of the catalogue's tokens and item order."""
-    digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
     return digest.hexdigest()

@@ -15,10 +15,10 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.metrics import paired_bootstrap
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
-from ilrec_dist.inference.ranker import Progress
-from ilrec_dist.model.build import build_backbone, load_trained_weights, max_positions
+from ilrec_dist.inference.ranker import RankingProgress
+from ilrec_dist.model.weights import load_weights
 from ilrec_dist.objective.registry import get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 from ilrec_dist.reporting.html.report import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval
@@ -90,15 +90,9 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         path = predictions_file(config, method, seed, exclude)
         if path.exists():  # no rank gets here before all are done with the one before
             continue
-        backbone = build_backbone(
-            config.backbone,
-            artifacts.catalogue.vocab_size,
-            max_positions(config.train.max_history, artifacts.catalogue.depth),
-            config.train.precision,
-            seed,
-        )
-        weights = artifacts.folders.training(method, seed) / BEST
-        backbone = load_trained_weights(backbone, weights).to(parallel.device)
+        backbone = load_weights(
+            build_backbone(config, artifacts, seed), artifacts.folders.training(method, seed) / BEST
+        ).to(parallel.device)
         found = evaluate_model(
             backbone,
             artifacts.dataset,
@@ -110,6 +104,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             max_history=config.train.max_history,
             parallel=parallel,
+            model_name=str(artifacts.folders.training(method, seed) / BEST),
             progress=_counter(artifacts, parallel.dp, number * len(users), len(work) * len(users))
             if lead
             else None,
@@ -121,7 +116,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
-def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> Progress:
+def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
     """Leaves the rankings done so far where the driver looks for them; other data-parallel ranks are taken to be as far."""
 
     def progress(done: int, mine: int) -> None:

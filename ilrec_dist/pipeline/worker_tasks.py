@@ -1,0 +1,83 @@
+"""What the worker processes of a run do: train the CF models together, train, evaluate.
+
+Each function takes plain JSON values, as `launch.job.Job` hands them over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.common.run_layout import COUNTER
+from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.config.tree import Config
+from ilrec_dist.distributed.process_groups import (
+    ParallelState,
+    destroy_parallel,
+    initialize_parallel,
+)
+from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
+from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
+from ilrec_dist.pipeline.train_one import train_one
+from ilrec_dist.reporting.progress import write_counter
+from ilrec_dist.training.spec import TrainingSpec
+
+
+def train_and_evaluate(
+    config: dict[str, Any], trainings: list[dict[str, Any]], evaluate: bool
+) -> None:
+    """Train one (method, seed) after the other; then, if asked, evaluate all that is trained."""
+    tree = config_from_dict(config)
+    with worker_session(tree) as parallel:
+        artifacts = RunArtifacts(tree)
+        for training in trainings:
+            spec = TrainingSpec(**(training | {"folder": Path(training["folder"])}))
+            train_one(tree, spec, artifacts, parallel)
+        if evaluate:
+            evaluate_trained(tree, artifacts, parallel)
+
+
+def train_cf_part(config: dict[str, Any]) -> None:
+    """Train the CF models with the item table split over the workers."""
+    tree = config_from_dict(config)
+    with worker_session(tree) as parallel:
+        artifacts = RunArtifacts(tree)
+        split = Split.over_workers(artifacts.training.num_items)
+
+        def show(done: float, text: str) -> None:
+            if split.part == 0:
+                write_counter(artifacts.folders.cf_work / COUNTER, done, cf_epochs(tree.cf), text)
+
+        show(0, "")
+        train_cf(
+            tree.cf,
+            artifacts.training,
+            None,
+            artifacts.folders.cf,
+            epochs_so_far(show),
+            parallel.device.type,
+            split,
+        )
+
+
+@contextmanager
+def worker_session(config: Config) -> Iterator[ParallelState]:
+    """This process's device, threads and process groups, for the length of the block."""
+    quiet()
+    device = resolve_device(config.launch)
+    if device == "cpu":
+        set_cpu_threads(
+            config.launch, int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
+        )
+    parallel = initialize_parallel(config.launch.tp, device)
+    try:
+        yield parallel
+    finally:
+        destroy_parallel()
