@@ -90,17 +90,20 @@ class LoraLinear(nn.Module):
 
     def parameter_a(self, module: str) -> nn.Parameter:
         """This rank's A of a module, by the module's name in the checkpoint."""
-        return self.a[_key(module)]
+        parameter: nn.Parameter = self.a[_key(module)]
+        return parameter
 
     def parameter_b(self, module: str) -> nn.Parameter:
         """This rank's B of a module."""
-        return self.b[_key(module)]
+        parameter: nn.Parameter = self.b[_key(module)]
+        return parameter
 
     def local_a(self, full: Tensor) -> Tensor:
         """This rank's A, from the full one [r, in]."""
         if not self.is_row_parallel:
             return full
-        return full.chunk(self.group.size(), dim=1)[self.rank_index]
+        shard: Tensor = full.chunk(self.group.size(), dim=1)[self.rank_index]
+        return shard
 
     def local_b(self, part: int, full: Tensor) -> Tensor:
         """This rank's B of a part, from the full one [out, r]."""
