@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
@@ -15,7 +16,6 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model import build
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.samples.prefetch import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
