@@ -224,7 +224,7 @@ def test_the_slices_of_all_ranks_are_the_cut_of_the_joined_tensor(tp: int, group
 
 @pytest.mark.parametrize("family", MODELS)
 def test_a_configuration_survives_config_json(family: str) -> None:
-    given = {"model_type": family, **SIZES, **MODELS[family]}
+    given = {"model_type": family, "head_dim": 8, **SIZES, **MODELS[family]}
     config = backbone_config(given, Path("config.json"))
     tree = config_json(config, family_of_config(config), 53, 64)
     assert tree["model_type"] == family
