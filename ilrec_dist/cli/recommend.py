@@ -53,7 +53,7 @@ def recommend(
             f"--out {out}: this is a folder; expected the name of a Parquet file, such as {out / 'recommendations.parquet'}"
         )
 
-    from ilrec_dist.launch.job import quiet, resolve_device
+    from ilrec_dist.launch.device import quiet, resolve_device
 
     quiet()
     import torch
@@ -87,7 +87,7 @@ def recommend(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
     )
-    device = resolve_device(config)
+    device = resolve_device(config.launch)
     if device == "cpu":
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
     parallel = initialize_parallel(1, device)
@@ -116,7 +116,9 @@ def recommend(
         destroy_parallel()
     table = recommendations.table
     if recommendations.num_users_without_items:
-        console.print(_without_items(recommendations), highlight=False, markup=False)
+        console.print(
+            _without_items(recommendations), highlight=False, markup=False, soft_wrap=True
+        )
     if out is None:
         print_recommendations(table)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeAlias
 
 from annotated_types import Ge, Len
 
@@ -16,54 +16,52 @@ from ilrec_dist.common.config_fields import (
     Text,
     section,
 )
+from ilrec_dist.data.formats import NAMES
+
+if TYPE_CHECKING:
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[NAMES]
 
 
 @section
 class SyntheticConfig:
-    """The generated catalogue of `data.format: synthetic` (docs/data-formats.md says how it is drawn)."""
+    """The generated catalogue of `data.format: synthetic` (docs/data-formats.md)."""
 
     users: Positive = 6000
     items: Positive = 1000
     categories: Positive = 20
-    mean_length: Annotated[Float, Ge(3)] = 10.0  # items per user, at least 5
+    # Items per user, at least 5 where this is 5 or more.
+    mean_length: Annotated[Float, Ge(3)] = 10.0
     seed: NonNegative = 0
 
 
 @section
 class DataConfig:
-    format: Literal[
-        "synthetic",
-        "lcrec",
-        "csv",
-        "parquet",
-        "recbole",
-        "amazon",
-        "movielens",
-        "sequences",
-        "minionerec",
-    ] = "synthetic"
-    path: Optional[str] = (
-        None  # the interactions: a file, or the folder that holds them (docs/data-formats.md)
-    )
-    items_path: Optional[str] = (
-        None  # csv, parquet, sequences: a table with the columns item, title and, if wanted, text; amazon: the metadata
-    )
+    """Which data set is read, and how it is filtered and split (docs/data-formats.md)."""
+
+    format: FormatName = "synthetic"
+    # The interactions: a file, or the folder that holds them.
+    path: Optional[str] = None
+    # For csv, parquet and sequences a table with the columns item, title and, if wanted, text;
+    # for amazon the metadata.
+    items_path: Optional[str] = None
+    # The columns of csv and parquet. Without a time column rows are in chronological order.
     user_column: str = "user"
     item_column: str = "item"
-    time_column: Optional[str] = (
-        "timestamp"  # csv, parquet; null: the rows are in chronological order
-    )
-    min_user_interactions: Positive = (
-        5  # k-core: to the fixed point (generated data are not filtered)
-    )
+    time_column: Optional[str] = "timestamp"
+    # The k-core, taken to its fixed point. Generated data are not filtered.
+    min_user_interactions: Positive = 5
     min_item_interactions: Positive = 5
     split: Literal["leave_one_out", "chronological"] = "leave_one_out"
+    # For a chronological split the shares of interactions in training, validation and test.
     split_ratio: Annotated[list[PositiveFloat], Len(3, 3)] = field(
         default_factory=lambda: [0.8, 0.1, 0.1]
-    )  # chronological: shares of interactions
-    split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = (
-        None  # chronological: where validation and test begin, instead of split_ratio
     )
-    max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
-    both_directions: Bool = False  # training reads every user's training items backwards too
+    # For a chronological split where validation and test begin, instead of split_ratio.
+    split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = None
+    # Malformed rows that are tolerated; they are listed in rejects.jsonl.
+    max_bad_rows: NonNegative = 0
+    # Training reads every user's training items backwards too.
+    both_directions: Bool = False
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
@@ -16,7 +17,6 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import read_weights
-from ilrec_dist.samples.prefetch import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 

@@ -229,13 +229,21 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
-    from ilrec_dist.reporting.html.report import MethodMetrics, write_report
+    from ilrec_dist.pipeline.report_material import report_material
+    from ilrec_dist.pipeline.stages.evaluate import (
+        collect_examples,
+        collect_figures,
+        method_labels,
+        paired_intervals,
+    )
+    from ilrec_dist.reporting.html.curves import MethodMetrics
+    from ilrec_dist.reporting.html.report import write_report
     from ilrec_dist.reporting.metrics_log import read_metrics
     from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
 
     artifacts = RunArtifacts(config)
-    rows, intervals = collect_rows(config), paired_intervals(config)
+    figures = collect_figures(config, artifacts)
+    rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     dataset_name = Path(config.data.path).name if config.data.path else "synthetic"
     results = write_results(
@@ -246,7 +254,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         stage_seconds,
         intervals=intervals,
     )
-    print_table(rows, intervals)
+    print_table(rows, intervals, method_labels())
     path = write_report(
         config.run_dir,
         name=config.name,
@@ -255,10 +263,10 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
             MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
             for method, seed in trained
         ],
+        labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
-        index_report=read_json_object(artifacts.folders.items / "report.json"),
-        cf_report=read_json_object(artifacts.folders.cf / "report.json"),
+        **report_material(config, artifacts),
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
     console.print(
