@@ -56,7 +56,7 @@ def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
     results = json.loads((run / "results.json").read_text())
     rows = [row for row in results["rows"] if row["method"] == "made-up"]
     assert len(rows) == 2 and all(0 < row["hit@10"] <= 1 for row in rows)
-    versus = {(interval["method"], interval["versus"]) for interval in results["intervals"]}
+    versus = {(interval["method"], interval["versus"]) for interval in results["paired_bootstrap"]}
     assert versus == {("made-up", "transitions")}
     assert "made-up" in (run / "report.html").read_text()
     result = json.loads((run / "train/made-up-seed0/result.json").read_text())
