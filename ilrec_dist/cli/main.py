@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--method",
-        choices=("sft", "ilrec"),
-        help="whose weights (default: ilrec where it was trained)",
+        metavar="NAME",
+        help="whose weights, as in train.methods (default: the project's own where it was trained)",
     )
     command.add_argument(
         "--seed",
