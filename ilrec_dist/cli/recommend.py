@@ -18,6 +18,7 @@ from ilrec_dist.common.files import atomic_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.objective.registry import default_method, get_method
 
 if TYPE_CHECKING:
     from ilrec_dist.inference.recommend import Recommendations
@@ -41,7 +42,7 @@ def recommend(
     Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
     """
     config = _config_of(run)
-    method = method or ("ilrec" if "ilrec" in config.train.methods else config.train.methods[0])
+    method = get_method(method or default_method(config.train.methods)).name
     seed = config.train.seeds[0] if seed is None else seed
     if out is not None and not out.parent.is_dir():
         raise UserError(
@@ -116,7 +117,9 @@ def recommend(
         destroy_parallel()
     table = recommendations.table
     if recommendations.num_users_without_items:
-        console.print(_without_items(recommendations), highlight=False, markup=False)
+        console.print(
+            _without_items(recommendations), highlight=False, markup=False, soft_wrap=True
+        )
     if out is None:
         print_recommendations(table)
         return
