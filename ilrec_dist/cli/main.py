@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         "--histories",
         required=True,
         metavar="X.parquet",
-        help="columns: user (string) and items (list of item ids, oldest first)",
+        help="columns: user (a string, on one row only and never null) and items (list of item "
+        "ids, oldest first)",
     )
     command.add_argument(
         "--top", type=int, default=10, metavar="K", help="items per user (default 10)"
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--method",
-        choices=("sft", "ilrec"),
-        help="whose weights (default: ilrec where it was trained)",
+        metavar="NAME",
+        help="whose weights, as in train.methods (default: the project's own where it was trained)",
     )
     command.add_argument(
         "--seed",

@@ -235,6 +235,7 @@ def following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool)
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     from ilrec_dist.pipeline.artifacts import RunArtifacts
+    from ilrec_dist.pipeline.report_material import report_material
     from ilrec_dist.pipeline.stages.evaluate import (
         collect_examples,
         collect_figures,
@@ -271,8 +272,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
-        index_report=read_json_object(artifacts.folders.items / "report.json"),
-        cf_report=read_json_object(artifacts.folders.cf / "report.json"),
+        **report_material(config, artifacts),
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
     console.print(
