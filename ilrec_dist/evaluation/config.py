@@ -17,5 +17,9 @@ class EvaluationConfig:
     exclude_seen: Bool = True
     # Users whose beams are searched together.
     batch_size: Positive = 64
+    # Whether mixtures of each trained model with the CF model and transitions are evaluated too.
+    fusion: Bool = False
+    # Items of each source that are candidates of a fusion.
+    fusion_candidates: Positive = 100
     # Users whose lists the report shows.
     examples: NonNegative = 5
