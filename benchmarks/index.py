@@ -1,9 +1,13 @@
-"""How long does an index take, and how small and fast is its trie?  python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
+"""How long does an index take, and how small and fast is its trie?
 
-Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped from a file as those of the CF model are) → 4 × 256 codes by residual
-quantisation, collisions repaired, catalogue, report and index.json written: all that `ilrec index build` does with CF vectors. Trie: random tuples of 4 × 256
-codes; bytes of the trie's own arrays, and the next-token candidates (CSR) of 20,000 random prefixes at each depth, the median of 9 calls. Each part runs in a
-process of its own, for its peak memory (without mapped files).
+    python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
+
+Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped from a file as those
+of the CF model are) become 4 × 256 codes by residual quantisation, collisions are repaired, and
+catalogue, report and index.json are written: all that `ilrec index build` does with CF vectors.
+Trie: random tuples of 4 × 256 codes; bytes of the trie's own arrays, and the next-token candidates
+(CSR) of 20,000 random prefixes at each depth, the median of 9 calls. Each part runs in a process of
+its own, for its peak of memory (without mapped files).
 """
 
 from __future__ import annotations
@@ -11,11 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from harness import (
+    PeakMemory,
+    command_line,
+    describe_machine,
+    in_own_process,
+    machine_line,
+    write_figures,
+)
 
 from ilrec_dist.common.files import map_array
 from ilrec_dist.data.dataset import InteractionDataset
@@ -34,26 +42,9 @@ from ilrec_dist.items.trie import Trie
 WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
 
 
-class Peak(threading.Thread):
-    """The most memory of its own that the process had since `start`, looked at every 5 ms."""
-
-    mib = 0.0
-
-    def run(self) -> None:
-        while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.mib = max(
-                self.mib,
-                next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")),
-            )
-            time.sleep(0.005)
-
-
-PEAK = Peak(daemon=True)
-
-
 def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
-    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first unevenly filled, and noise."""
+    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first unevenly
+    filled, and noise."""
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((items, WIDTH), dtype=np.float32)
     vectors *= 0.3
@@ -72,14 +63,15 @@ def measure_build(items: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         np.save(Path(temporary) / "vectors.npy", draw_vectors(items))
         vectors = map_array(Path(temporary) / "vectors.npy")
-        PEAK.start()
         started = time.perf_counter()
-        report = build_index(config, dataset, Path(temporary) / "items", vectors)
+        with PeakMemory() as peak:
+            report = build_index(config, dataset, Path(temporary) / "items", vectors)
         seconds = time.perf_counter() - started
     collisions = report["collisions"]
     return {
         "items": items,
         "seconds": seconds,
+        "peak_mib": peak.mib,
         "colliding_before": collisions["before"]["share"],
         "colliding_after": collisions["after"]["items"],
         "resolved_by": collisions["resolved_by"],
@@ -89,92 +81,71 @@ def measure_build(items: int) -> dict[str, Any]:
 
 def measure_trie(items: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    PEAK.start()
-    catalogue = make_catalogue(
-        rng.integers(0, CODES, (items, LEVELS), dtype=np.int32), [CODES] * LEVELS
-    )
-    started = time.perf_counter()
-    trie = Trie(catalogue)
-    result: dict[str, Any] = {
+    with PeakMemory() as peak:
+        codes = rng.integers(0, CODES, (items, LEVELS), dtype=np.int32)
+        catalogue = make_catalogue(codes, [CODES] * LEVELS)
+        started = time.perf_counter()
+        trie = Trie(catalogue)
+        seconds = time.perf_counter() - started
+        milliseconds = [candidates_ms(trie, depth, rng) for depth in range(LEVELS)]
+    return {
         "items": items,
-        "trie_seconds": time.perf_counter() - started,
+        "trie_seconds": seconds,
         "bytes_per_item": trie.nbytes / items,
+        "candidates_ms": milliseconds,
+        "peak_mib": peak.mib,
     }
-    result["candidates_ms"] = []
-    for depth in range(LEVELS):
-        nodes = rng.integers(0, trie.num_nodes(depth), PREFIXES)
-        seconds = []
-        for _ in range(CALLS):
-            started = time.perf_counter()
-            trie.candidates(depth, nodes)
-            seconds.append(time.perf_counter() - started)
-        result["candidates_ms"].append(1000 * float(np.median(seconds)))
-    return result
 
 
-def in_its_own_process(what: str, items: int, threads: int) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", what, str(items), "--threads", str(threads)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def candidates_ms(trie: Trie, depth: int, rng: np.random.Generator) -> float:
+    """Median milliseconds for the candidates of PREFIXES random prefixes of a depth."""
+    nodes = rng.integers(0, trie.num_nodes(depth), PREFIXES)
+    seconds = []
+    for _ in range(CALLS):
+        started = time.perf_counter()
+        trie.candidates(depth, nodes)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds))
 
 
-def one(what: str, items: int, threads: int) -> None:
+def measure_here(part: str, items: int, threads: int) -> None:
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    result = measure_build(items) if what == "build" else measure_trie(items)
-    print(json.dumps(result | {"peak_mib": PEAK.mib}))
+    print(json.dumps(measure_build(items) if part == "build" else measure_trie(items)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="10⁵ and 10⁶ items, under 50 seconds on two free cores"
-    )
+    parser = command_line(__doc__, "10⁵ and 10⁶ items, under 50 seconds on two free cores")
     parser.add_argument("--items", type=int, help="items of the build (default 10⁶)")
     parser.add_argument("--trie", type=int, help="items of the trie (default 10⁷)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        one(arguments.one[0], int(arguments.one[1]), arguments.threads)
+        measure_here(arguments.one[0], int(arguments.one[1]), arguments.threads)
         return
-    machine = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": arguments.threads,
-        "faiss": faiss.__version__,
-        "numpy": np.__version__,
-    }
-    print(machine, flush=True)
-    build = in_its_own_process(
-        "build", arguments.items or (100_000 if arguments.quick else 1_000_000), arguments.threads
-    )
+    machine = describe_machine(threads=arguments.threads)
+    print(machine_line(machine), flush=True)
+
+    def measure(part: str, items: int) -> dict[str, Any]:
+        words = ("--one", part, str(items), "--threads", str(arguments.threads))
+        return in_own_process(__file__, *words, threads=arguments.threads)
+
+    build = measure("build", arguments.items or (100_000 if arguments.quick else 1_000_000))
     print(
-        f"build: {build['items']:,} items in {build['seconds']:.1f} s, peak {build['peak_mib']:,.0f} MiB; colliding {build['colliding_before']:.2%} before, "
+        f"build: {build['items']:,} items in {build['seconds']:.1f} s, peak "
+        f"{build['peak_mib']:,.0f} MiB; colliding {build['colliding_before']:.2%} before, "
         f"{build['colliding_after']} items after, resolved by {build['resolved_by']}",
         flush=True,
     )
-    trie = in_its_own_process(
-        "trie", arguments.trie or (1_000_000 if arguments.quick else 10_000_000), arguments.threads
-    )
+    trie = measure("trie", arguments.trie or (1_000_000 if arguments.quick else 10_000_000))
     milliseconds = ", ".join(f"{value:.1f}" for value in trie["candidates_ms"])
     print(
-        f"trie: {trie['items']:,} items, {trie['bytes_per_item']:.1f} bytes an item, built in {trie['trie_seconds']:.1f} s, peak {trie['peak_mib']:,.0f} MiB; "
-        f"candidates of {PREFIXES:,} prefixes at depth 0 … {LEVELS - 1}: {milliseconds} ms"
+        f"trie: {trie['items']:,} items, {trie['bytes_per_item']:.1f} bytes an item, built in "
+        f"{trie['trie_seconds']:.1f} s, peak {trie['peak_mib']:,.0f} MiB; candidates of "
+        f"{PREFIXES:,} prefixes at depth 0 … {LEVELS - 1}: {milliseconds} ms"
     )
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": machine, "build": build, "trie": trie}, indent=2) + "\n"
-        )
+    write_figures(arguments.json, {"machine": machine, "build": build, "trie": trie})
 
 
 if __name__ == "__main__":

@@ -94,10 +94,11 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     from ilrec_dist.distributed.process_groups import initialize_parallel
     from ilrec_dist.objective.ilrec import Objective
     from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
-    from ilrec_dist.samples.collate import BatchMaker, Ready
+    from ilrec_dist.samples.collate import BatchMaker
+    from ilrec_dist.samples.prefetch import PrefetchedBatch
     from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
-    from ilrec_dist.training.engine import build_engine, learning_rate
-    from ilrec_dist.training.trainer import _tensors, shared_rewards
+    from ilrec_dist.training.engine import build_engine
+    from ilrec_dist.training.schedule import learning_rate
 
     config = config_from_dict(tree)
     torch.set_num_threads(config.launch.threads or 1)
@@ -122,8 +123,8 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
     for step in range(steps):
         epoch, place = divmod(step, length)
         numbers = EpochSteps(windows, config.train.batch_size, 0, epoch)[place]
-        batch = maker.make(numbers, windows.take(numbers).num_targets * artifacts.catalogue.depth)
-        ready = Ready(
+        batch = maker.make(numbers, windows.slices(numbers).num_targets * artifacts.catalogue.depth)
+        ready = PrefetchedBatch(
             batch,
             rewards.fetch_async(batch.users, batch.positions) if rewards is not None else None,
         )
@@ -131,8 +132,8 @@ def _worker(rank: int, tree: dict, tp: int, steps: int, port: int, queue: mp.Sim
             group["lr"] = learning_rate(config.train, step, length * config.train.epochs)
         torch.manual_seed(step)
         output = engine(
-            *_tensors(batch, parallel.device),
-            shared_rewards(ready, True, parallel),
+            *batch.model_inputs(parallel.device),
+            ready.reward_tensor(parallel),
             1 / batch.step_rows,
         )
         engine.backward(output.loss)

@@ -1,9 +1,13 @@
-"""How fast does `prepare` take in interactions, and in how much memory?  python benchmarks/prepare.py [--quick] [--rows N] [--format parquet] [--json FILE]
+"""How fast does `prepare` take in interactions, and in how much memory?
 
-Rows are drawn (10 a user, 100 an item, items by popularity, times in no order) and written as Parquet, CSV, or Parquet whose ids are text; then `prepare`
-runs on the file in a process of its own: read, k-core (5, 5), sort, split, write. Rate: rows of the file per second of that run, hashing of the
-files included. The last two rows hold users and items fixed (one hundredth and one thousandth of --rows) while the interactions grow tenfold.
-The temporary folder (--folder; about 10 GB for 10⁸ rows) is deleted at the end.
+    python benchmarks/prepare.py [--quick] [--rows N] [--format parquet] [--json FILE]
+
+Rows are drawn (10 a user, 100 an item, items by popularity, times in no order) and written as
+Parquet, CSV, or Parquet whose ids are text; then `prepare` runs on the file in a process of its
+own: read, k-core (5, 5), sort, split, write. Rate: rows of the file per second of that run, hashing
+of the files included. The last two rows hold users and items fixed (one hundredth and one
+thousandth of --rows) while the interactions grow tenfold. The temporary folder (--folder; about
+10 GB for 10⁸ rows) is deleted at the end.
 """
 
 from __future__ import annotations
@@ -11,12 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from harness import (
+    command_line,
+    describe_machine,
+    in_own_process,
+    machine_line,
+    peak_mib,
+    write_figures,
+)
 
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.ingest.threads import ahead
@@ -39,7 +46,8 @@ CHUNK = 2_000_000
 
 
 def draw(rows: int, users: int, items: int, text: bool) -> Iterator[pa.Table]:
-    """The interactions, a chunk at a time: user, item (int64, or text such as U00000017) and timestamp (seconds over three years)."""
+    """The interactions, a chunk at a time: user, item (int64, or text such as U00000017) and
+    timestamp (seconds over three years)."""
     rng = np.random.default_rng(0)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)
@@ -74,7 +82,10 @@ def write(path: Path, rows: int, users: int, items: int, form: str) -> None:
 
 
 def measure(folder: Path, form: str, rows: int, users: int, items: int) -> dict[str, Any]:
-    """Write the file, prepare it in another process, delete both; peak_gib is that process's, disk_gib the most that lay in `folder` at once."""
+    """Write the file, prepare it in another process, delete both.
+
+    peak_gib is that process's; disk_gib the most that lay in `folder` at once.
+    """
     path = folder / f"interactions.{'csv' if form == 'csv' else 'parquet'}"
     started = time.perf_counter()
     write(path, rows, users, items, form)
@@ -83,28 +94,20 @@ def measure(folder: Path, form: str, rows: int, users: int, items: int) -> dict[
 
     def watch() -> None:
         while not done.wait(0.5):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # prepare deletes what it is done with while this looks
-                most[0] = max(
-                    most[0],
-                    sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-                )
+            # `prepare` deletes what it is done with while this looks.
+            with contextlib.suppress(FileNotFoundError):
+                files = (file for file in folder.rglob("*") if file.is_file())
+                most[0] = max(most[0], sum(file.stat().st_size for file in files))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        run = subprocess.run(
-            [sys.executable, __file__, "--prepare", str(path), str(folder / "out")],
-            stdout=subprocess.PIPE,
-            check=True,
-        )
+        figures = in_own_process(__file__, "--prepare", str(path), str(folder / "out"))
     finally:
         done.set()
         watcher.join()
         path.unlink()
         shutil.rmtree(folder / "out", ignore_errors=True)
-    found = json.loads(run.stdout.splitlines()[-1])
     return {
         "format": form,
         "rows": rows,
@@ -112,7 +115,8 @@ def measure(folder: Path, form: str, rows: int, users: int, items: int) -> dict[
         "items": items,
         "drawn_seconds": drawn,
         "disk_gib": most[0] / 2**30,
-    } | found
+        **figures,
+    }
 
 
 def prepare_one(path: Path, out: Path) -> None:
@@ -122,14 +126,13 @@ def prepare_one(path: Path, out: Path) -> None:
         DataConfig(format="csv" if path.suffix == ".csv" else "parquet", path=str(path)), out
     )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rate = manifest["read"]["interactions"] / seconds
     print(
         json.dumps(
             {
                 "seconds": seconds,
                 "rows_per_second": rate,
-                "peak_gib": peak,
+                "peak_gib": peak_mib() / 1024,
                 "kept": manifest["interactions"],
                 "k_core": manifest["k_core"],
             }
@@ -138,12 +141,7 @@ def prepare_one(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="4 million rows, under 50 seconds on two free cores"
-    )
+    parser = command_line(__doc__, "4 million rows, under 50 seconds on two free cores")
     parser.add_argument("--rows", type=int, help="interactions (default 10⁸)")
     parser.add_argument(
         "--format", nargs="+", choices=FORMATS, default=FORMATS, help="which files (default: all)"
@@ -154,7 +152,6 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the temporary folder is made (default: the system's)"
     )
-    parser.add_argument("--json", type=Path, help="write the table's rows here")
     parser.add_argument("--prepare", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.prepare:
@@ -164,14 +161,11 @@ def main() -> None:
     wanted = [(form, rows, rows // 10, rows // 100) for form in arguments.format]
     if not arguments.no_growth:
         wanted += [("parquet", size, rows // 100, rows // 1000) for size in (rows // 10, rows)]
-    machine = {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "pyarrow": pa.__version__,
-    }
+    machine = describe_machine()
+    print(machine_line(machine))
     print(
-        f"{machine}\n{'file':>8} {'rows':>12} {'users':>11} {'items':>10} {'rows/s':>10} {'seconds':>8} {'peak GiB':>9} {'disk GiB':>9}",
+        f"{'file':>8} {'rows':>12} {'users':>11} {'items':>10} {'rows/s':>10} {'seconds':>8} "
+        f"{'peak GiB':>9} {'disk GiB':>9}",
         flush=True,
     )
     found = []
@@ -179,18 +173,19 @@ def main() -> None:
         for case in wanted:
             found.append(row := measure(Path(folder), *case))
             print(
-                f"{row['format']:>8} {row['rows']:>12,} {row['users']:>11,} {row['items']:>10,} {row['rows_per_second']:>10,.0f} {row['seconds']:>8.1f} "
-                f"{row['peak_gib']:>9.2f} {row['disk_gib']:>9.2f}",
+                f"{row['format']:>8} {row['rows']:>12,} {row['users']:>11,} {row['items']:>10,} "
+                f"{row['rows_per_second']:>10,.0f} {row['seconds']:>8.1f} {row['peak_gib']:>9.2f} "
+                f"{row['disk_gib']:>9.2f}",
                 flush=True,
             )
     result: dict[str, Any] = {"machine": machine, "rows": found}
     if not arguments.no_growth:
         result["peak_growth"] = found[-1]["peak_gib"] / found[-2]["peak_gib"]
         print(
-            f"peak memory grows {result['peak_growth']:.2f} × from {found[-2]['rows']:,} to {found[-1]['rows']:,} rows of the same users and items"
+            f"peak memory grows {result['peak_growth']:.2f} × from {found[-2]['rows']:,} to "
+            f"{found[-1]['rows']:,} rows of the same users and items"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_figures(arguments.json, result)
 
 
 if __name__ == "__main__":

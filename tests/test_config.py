@@ -74,7 +74,7 @@ def test_overrides_replace_values(tmp_path):
         ("train.learning_rate=fast", ["train.learning_rate", "number", "fast"]),
         ("train.epochs=true", ["train.epochs", "integer", "True"]),
         ("train.clip_norm=true", ["train.clip_norm", "number", "True"]),
-        ("train.warmup_steps=10.0", ["train.warmup_steps", "integer", "10.0"]),
+        ("train.warmup=10.0", ["train.warmup", "integer", "share", "10.0"]),
         ("launch.tp='2'", ["launch.tp", "integer", "'2'"]),
         ("evaluation.exclude_seen=1", ["evaluation.exclude_seen", "boolean", "1"]),
         (".epochs=1", [".epochs", "key.sub=value"]),

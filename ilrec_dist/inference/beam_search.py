@@ -215,7 +215,7 @@ def beam_search(
             )
     if scores.isnan().any():
         raise UserError(
-            "beam search: the model's scores are NaN: its training has diverged; lower train.learning_rate or lengthen train.warmup_steps"
+            "beam search: the model's scores are NaN: its training has diverged; lower train.learning_rate or lengthen train.warmup"
         )
     return Beams(nodes, scores)
 

@@ -11,28 +11,41 @@ from ilrec_dist.common.config_fields import Int, NonNegativeFloat, Positive, Pos
 
 @section
 class ObjectiveConfig:
-    """METHOD.md §§2–6. `cpo_beta: null` takes the penalty's default (additive 1, multiplicative 0.1)."""
+    """METHOD.md §§2-6."""
 
-    num_intermediate_layers: Optional[Positive] = None  # m; None: min(3, L // 2)
+    # m, the intermediate layers that are read; None: min(3, L // 2).
+    num_intermediate_layers: Optional[Positive] = None
     negatives_from: Literal["intermediate", "final"] = "intermediate"
-    negative_threshold: PositiveFloat = 1.0  # φ
-    max_negatives: Annotated[Int, Interval(ge=1, le=128)] = 64  # k
+    # φ of the threshold on p̄(v) relative to p̄(y).
+    negative_threshold: PositiveFloat = 1.0
+    # k, the largest number of negatives of a row.
+    max_negatives: Annotated[Int, Interval(ge=1, le=128)] = 64
     negative_scope: Literal["valid_next", "item_tokens", "all"] = "valid_next"
     penalty: Literal["additive", "multiplicative"] = "additive"
-    cpo_beta: Optional[NonNegativeFloat] = None  # β
+    # β; None: 1 with the additive penalty, 0.1 with the multiplicative one.
+    cpo_beta: Optional[NonNegativeFloat] = None
     softmax_scope: Literal["all", "valid_next"] = "all"
-    cpd_mu: NonNegativeFloat = 0.1  # μ
+    # μ, the weight of CPD.
+    cpd_mu: NonNegativeFloat = 0.1
     distill_scope: Literal["item_tokens", "valid_next", "all"] = "item_tokens"
-    crr_lambda: NonNegativeFloat = 0.02  # λ
-    reward_floor: PositiveFloat = 1e-4  # ε
+    # λ, the weight of CRR.
+    crr_lambda: NonNegativeFloat = 0.02
+    # ε of the soft label.
+    reward_floor: PositiveFloat = 1e-4
     backend: Literal["torch", "reference", "triton"] = "torch"
-    workspace_mib: Optional[Positive] = None  # None: 64 on CPU, 1024 on GPU
+    # Memory for the loss besides its inputs and gradients; None: 64 on CPU, 1024 on GPU.
+    workspace_mib: Optional[Positive] = None
 
     @property
     def beta(self) -> float:
         if self.cpo_beta is not None:
             return self.cpo_beta
         return 1.0 if self.penalty == "additive" else 0.1
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each loss term in the total (METHOD.md §6)."""
+        return {"cpo": 1.0, "cpd": self.cpd_mu, "crr": self.crr_lambda}
 
     @property
     def is_cross_entropy(self) -> bool:

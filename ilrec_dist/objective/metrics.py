@@ -1,110 +1,119 @@
-"""Sums the loss operator's per-row statistics by position in the item, and turns them into the logged means (METHOD.md §6)."""
+"""Sums the loss operator's statistics of rows and turns them into the logged means.
+
+METHOD.md §6 lists what is logged: each loss term, the negatives, p(y), the KL divergence of
+each layer and the coverage of the rewards; in total and by position in the item.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from ilrec_kernels import RowStats
 
-NAMES = (
-    "rows",
-    "loss/cpo",
-    "loss/cpd",
-    "loss/crr",
-    "p_target",
-    "negatives",
-    "empty",
-    "capped",
-    "valid_next",
-    "covered",
-)
 
+class LossStatistics:
+    """fp64 sums over rows since the last report, by position in the item.
 
-class StatisticsSum:
-    """fp64 sums [C, names + m] over rows since the last read-out, by position in the item."""
+    `layers` are the numbers of the intermediate layers in the order L−1 … L−m, `weights` the
+    weight of each loss term in the total.
+    """
 
-    def __init__(self, depth: int, num_intermediate: int, layers: list[int], device: torch.device):
-        self.depth, self.layers = depth, layers
-        self.sums = torch.zeros(
-            depth, len(NAMES) + num_intermediate, dtype=torch.float64, device=device
+    def __init__(
+        self,
+        depth: int,
+        layers: Sequence[int],
+        weights: Mapping[str, float],
+        device: torch.device,
+    ) -> None:
+        self.depth, self.weights = depth, dict(weights)
+        # Logged as their mean over all rows, under these names.
+        self._means = (
+            *(f"loss/{term}" for term in weights),
+            "p_target",
+            "negatives/mean",
+            "negatives/empty",
+            "negatives/capped",
+            *(f"kl/layer{layer}" for layer in layers),
         )
-        self.tokens = 0
+        self._columns = ("rows", *self._means, "valid_next", "covered")
+        self._sums = torch.zeros(depth, len(self._columns), dtype=torch.float64, device=device)
+        self._tokens = 0
 
-    def add(self, rows: RowStats, tokens: int, slots: torch.Tensor | None = None) -> None:
-        """Rows of whole items, one after another; with slots int64 [N], ascending, row n is at position slots[n] % C."""
-        self.tokens += tokens
+    def add(self, rows: RowStats, num_tokens: int, grid_index: torch.Tensor | None = None) -> None:
+        """Add a micro-batch of whole items, one after another.
+
+        With grid_index int64 [N], ascending, row n is at position grid_index[n] % C of its
+        item; without it all items have C tokens.
+        """
+        self._tokens += num_tokens
         if rows.cpo.numel() == 0:
             return
         negatives = rows.num_negatives.to(torch.float32)
         columns = [
             torch.ones_like(negatives),
-            rows.cpo,
-            rows.cpd,
-            rows.crr,
+            *(getattr(rows, term) for term in self.weights),
             rows.p_target,
             negatives,
-            (negatives == 0).float(),
-            rows.capped.float(),
-            rows.valid_next_negatives.float(),
-            rows.covered.float(),
-            *rows.kl[: len(self.layers)],
+            negatives == 0,
+            rows.capped,
+            *rows.kl,
+            rows.valid_next_negatives,
+            rows.covered,
         ]
         table = torch.stack([column.to(torch.float32) for column in columns], dim=1)
-        if slots is not None:  # titles are of many lengths: zeros behind their ends
-            ragged, table = (
-                table,
-                table.new_zeros((int(slots[-1]) // self.depth + 1) * self.depth, table.shape[1]),
-            )
-            table[slots.to(table.device)] = ragged
-        self.sums += table.view(-1, self.depth, table.shape[1]).sum(0, dtype=torch.float64)
+        if grid_index is not None:
+            # Items of several lengths: zeros stand behind the end of the shorter ones.
+            targets = int(grid_index[-1]) // self.depth + 1
+            grid = table.new_zeros(targets * self.depth, table.shape[1])
+            grid[grid_index.to(table.device)] = table
+            table = grid
+        self._sums += table.view(-1, self.depth, table.shape[1]).sum(0, dtype=torch.float64)
 
-    def read(
-        self, group: dist.ProcessGroup | None, mu: float, crr_lambda: float
-    ) -> dict[str, float]:
-        """The means over all data-parallel ranks since the last call, then start anew. Every rank of the group must call."""
-        packed = torch.cat(
-            [
-                self.sums.flatten(),
-                torch.tensor([float(self.tokens)], dtype=torch.float64, device=self.sums.device),
-            ]
-        )
+    def is_finite(self, group: dist.ProcessGroup | None) -> bool:
+        """Whether no sum is NaN or infinite on any rank; collective over the group."""
+        finite = torch.isfinite(self._sums).all().to(torch.int32)
+        if group is not None and dist.get_world_size(group) > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
+        return bool(finite)
+
+    def report(self, group: dist.ProcessGroup | None) -> dict[str, float]:
+        """The means over all data-parallel ranks since the last report; starts anew.
+
+        Keys are those of METHOD.md §6, with /pos0, /pos1, … for each position in the item,
+        and `tokens`, `rows` and `loss/total`. Collective over the group.
+        """
+        tokens = torch.tensor([float(self._tokens)], dtype=torch.float64, device=self._sums.device)
+        packed = torch.cat([self._sums.flatten(), tokens])
         if group is not None and dist.get_world_size(group) > 1:
             dist.all_reduce(packed, group=group)
-        sums = packed[:-1].view_as(self.sums).cpu()
-        tokens = float(packed[-1])
-        self.sums.zero_()
-        self.tokens = 0
-        values = {"tokens": tokens, "rows": float(sums[:, 0].sum())}
+        sums = packed[:-1].view_as(self._sums).cpu()
+        self._sums.zero_()
+        self._tokens = 0
+        report = {"tokens": float(packed[-1]), "rows": float(sums[:, 0].sum())}
         for position in range(self.depth):
-            values |= self._means(sums[position], f"/pos{position}")
-        values |= self._means(sums.sum(0), "")
-        values["loss/total"] = (
-            values["loss/cpo"] + mu * values["loss/cpd"] + crr_lambda * values["loss/crr"]
+            report |= self._report_of(sums[position], f"/pos{position}")
+        report |= self._report_of(sums.sum(0), "")
+        report["loss/total"] = sum(
+            weight * report[f"loss/{term}"] for term, weight in self.weights.items()
         )
-        return values
+        return report
 
-    def _means(self, sums: torch.Tensor, suffix: str) -> dict[str, float]:
-        by_name = dict(zip(NAMES, sums.tolist(), strict=False))
-        rows, with_negatives = max(by_name["rows"], 1.0), by_name["rows"] - by_name["empty"]
-        means = {
-            name + suffix: by_name[name] / rows
-            for name in ("loss/cpo", "loss/cpd", "loss/crr", "p_target")
-        }
-        means |= {
-            f"negatives/mean{suffix}": by_name["negatives"] / rows,
-            f"negatives/empty{suffix}": by_name["empty"] / rows,
-            f"negatives/capped{suffix}": by_name["capped"] / rows,
-            f"negatives/valid_next{suffix}": _share(by_name["valid_next"], by_name["negatives"]),
-            f"rewards/coverage{suffix}": _share(by_name["covered"], with_negatives),
-        }
-        return means | {
-            f"kl/layer{layer}{suffix}": float(value) / rows
-            for layer, value in zip(self.layers, sums[len(NAMES) :], strict=True)
-        }
+    def _report_of(self, sums: torch.Tensor, suffix: str) -> dict[str, float]:
+        by_name = dict(zip(self._columns, sums.tolist(), strict=True))
+        rows = max(by_name["rows"], 1.0)
+        report = {name + suffix: by_name[name] / rows for name in self._means}
+        report[f"negatives/valid_next{suffix}"] = _ratio(
+            by_name["valid_next"], by_name["negatives/mean"]
+        )
+        report[f"rewards/coverage{suffix}"] = _ratio(
+            by_name["covered"], by_name["rows"] - by_name["negatives/empty"]
+        )
+        return report
 
 
-def _share(part: float, whole: float) -> float:
-    """NaN of nothing: the log writes null, and a curve skips the point."""
+def _ratio(part: float, whole: float) -> float:
+    """NaN where the whole is nothing: the log writes null, and a curve skips the point."""
     return part / whole if whole else math.nan

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
@@ -16,7 +15,8 @@ from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.samples.collate import RewardSource
+from ilrec_dist.model.weights import read_weights
+from ilrec_dist.samples.prefetch import RewardSource
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
@@ -92,5 +92,5 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
 
 
 def load_weights(backbone: Backbone, path: Path) -> Backbone:
-    backbone.load_full_state_dict(load_file(path))
+    backbone.load_full_state_dict(read_weights(path))
     return backbone.eval()

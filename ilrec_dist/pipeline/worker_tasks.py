@@ -13,7 +13,7 @@ from typing import Any
 
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.sharded_table import Split
-from ilrec_dist.common.run_layout import COUNTER, RESULT
+from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import (
@@ -25,8 +25,9 @@ from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
+from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.reporting.progress import write_counter
-from ilrec_dist.training.trainer import train
+from ilrec_dist.training.spec import TrainingSpec
 
 
 def train_and_evaluate(
@@ -37,18 +38,8 @@ def train_and_evaluate(
     with worker_session(tree) as parallel:
         artifacts = RunArtifacts(tree)
         for training in trainings:
-            folder = Path(training["folder"])
-            # A restarted group passes over what is done.
-            if not (folder / RESULT).exists():
-                train(
-                    tree,
-                    training["method"],
-                    training["seed"],
-                    folder,
-                    training["fingerprint"],
-                    artifacts,
-                    parallel,
-                )
+            spec = TrainingSpec(**(training | {"folder": Path(training["folder"])}))
+            train_one(tree, spec, artifacts, parallel)
         if evaluate:
             evaluate_trained(tree, artifacts, parallel)
 

@@ -1,28 +1,36 @@
-"""Cuts the users' training histories into windows and orders them into optimizer steps, the same on every rank and on every resume.
+"""Cuts users' training histories into windows and orders them into optimizer steps.
 
-Nothing here is as long as the interactions: a process holds 8 bytes a user (which window is whose first) and, during an epoch, 4 bytes a window (their
-order); the items of a step's windows are read from the mapped sequences when the step is made. 10⁹ interactions of 10⁸ users: 0.8 and, with
-`targets: all` and histories that fit the window, 0.4 GB; a 4 GB file of items that all processes of a machine share.
+The order is the same on every rank and on every resume. Nothing here is as long as the
+interactions: a process holds 8 bytes a user (the number of each user's first window) and,
+during an epoch, 4 bytes a window (their order). The items of a step's windows are read from
+the memory-mapped sequences when the step is made. 10⁹ interactions of 10⁸ users take 0.8 GB
+and, with `targets: all` and histories that fit the window, 0.4 GB; the 4 GB file of items is
+shared by all processes of a machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
 from ilrec_dist.data.dataset import InteractionDataset
 
-BUCKET_STEPS = 16  # windows are sorted by length within this many steps' worth, so that a batch holds similar lengths
+# Windows are sorted by length within this many steps' worth, so that a step holds windows of
+# similar lengths.
+BUCKET_STEPS = 16
+
+Targets = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Slices of users' histories (METHOD.md §1): items [start, stop) of the user's sequence; those from `target` on are targets.
+class WindowSlices:
+    """Slices of users' histories (METHOD.md §1), one per window.
 
-    user, start, target, stop: int64 [n]; start < target < stop.
+    A window is items [start, stop) of the user's sequence, those from `target` on are targets.
+    All are int64 [n]; start < target < stop.
     """
 
     user: np.ndarray
@@ -34,51 +42,68 @@ class Slices:
         return len(self.user)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n] items of each window."""
+        return self.stop - self.start
+
+    @property
     def num_targets(self) -> int:
         return int((self.stop - self.target).sum())
 
 
 @dataclass(frozen=True)
 class Windows:
-    """All training windows, numbered by user and place; made into slices only when taken."""
+    """All training windows, numbered by user, then by position in the user's sequence.
+
+    A window is its number until `slices` reads where it lies.
+    """
 
     dataset: InteractionDataset
     max_history: int
-    targets: str
-    first: np.ndarray  # int64 [U + 1]: user u has the windows first[u] … first[u + 1] - 1
+    targets: Targets
+    # int64 [U + 1]: user u has the windows first[u] … first[u + 1] - 1.
+    first: np.ndarray
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def take(self, numbers: np.ndarray) -> Slices:
-        """The slices of the windows with these numbers."""
-        user = np.searchsorted(self.first, numbers, side="right") - 1
-        place = numbers - self.first[user]
+    def slices(self, window_ids: np.ndarray) -> WindowSlices:
+        """Where the windows with these numbers (int [n]) lie."""
+        user = np.searchsorted(self.first, window_ids, side="right") - 1
+        ordinal = window_ids - self.first[user]
         if self.targets == "last":
-            target = place + 1
-            return Slices(user, np.maximum(target - self.max_history, 0), target, target + 1)
-        size, overlap = self.max_history + 1, max(self.max_history // 2, 1)
-        start = place * (size - overlap)
+            target = ordinal + 1
+            start = np.maximum(target - self.max_history, 0)
+            return WindowSlices(user, start, target, target + 1)
+        size, overlap = _window_size(self.max_history)
+        start = ordinal * (size - overlap)
         stop = np.minimum(start + size, self.dataset.train_lengths(user))
-        return Slices(user, start, np.where(start == 0, 1, start + overlap), stop)
+        return WindowSlices(user, start, np.where(start == 0, 1, start + overlap), stop)
 
 
-def training_windows(dataset: InteractionDataset, max_history: int, targets: str) -> Windows:
-    """The windows in which every training item of a user except the first is a target exactly once.
+def training_windows(dataset: InteractionDataset, max_history: int, targets: Targets) -> Windows:
+    """Windows in which every training item of a user except the first is a target exactly once.
 
-    `targets: all`: windows of at most max_history + 1 items. A longer history is cut into windows that overlap by half of max_history;
-    the overlap is context, its items are not targets again. `targets: last`: one window per target, with up to max_history items before it.
+    `targets: all` gives windows of at most max_history + 1 items. A longer history is cut into
+    windows that overlap by half of max_history; the overlap is context, its items are not
+    targets again. `targets: last` gives one window per target, with up to max_history items
+    before it.
     """
     lengths = dataset.train_lengths()
     if targets == "last":
         counts = np.maximum(lengths - 1, 0)
     else:
-        size = max_history + 1
-        fresh = size - max(max_history // 2, 1)  # targets that each further window adds
-        counts = np.where(lengths < 2, 0, 1 + np.maximum(0, -((size - lengths) // fresh)))
-    return Windows(
-        dataset, max_history, targets, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    )
+        size, overlap = _window_size(max_history)
+        # Every further window adds size - overlap targets; the quotient is rounded up.
+        further = -((size - lengths) // (size - overlap))
+        counts = np.where(lengths < 2, 0, 1 + np.maximum(0, further))
+    first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return Windows(dataset, max_history, targets, first)
+
+
+def _window_size(max_history: int) -> tuple[int, int]:
+    """Items of a full window, and how many of them it shares with the window before."""
+    return max_history + 1, max(max_history // 2, 1)
 
 
 def steps_per_epoch(windows: Windows, batch_size: int) -> int:
@@ -86,10 +111,11 @@ def steps_per_epoch(windows: Windows, batch_size: int) -> int:
 
 
 class EpochSteps(Sequence[np.ndarray]):
-    """The window numbers (int64) of each optimizer step of an epoch: a function of (seed, epoch) alone.
+    """The window numbers (int64) of each optimizer step of an epoch.
 
-    Windows are permuted, sorted by length within buckets of BUCKET_STEPS steps, cut into steps, and the steps permuted. A step is worked out when
-    it is asked for, from its bucket.
+    They are a function of (seed, epoch) alone: windows are permuted, sorted by length within
+    buckets of BUCKET_STEPS steps, cut into steps, and the steps permuted. A step is worked out
+    from its bucket when it is asked for.
     """
 
     def __init__(self, windows: Windows, batch_size: int, seed: int, epoch: int) -> None:
@@ -103,15 +129,34 @@ class EpochSteps(Sequence[np.ndarray]):
         return len(self.steps)
 
     @overload
-    def __getitem__(self, place: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[np.ndarray]: ...
-    def __getitem__(self, place: int | slice) -> np.ndarray | Sequence[np.ndarray]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        bucket, step = divmod(int(self.steps[place]), BUCKET_STEPS)
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        bucket, step = divmod(int(self.steps[index]), BUCKET_STEPS)
         low = bucket * BUCKET_STEPS * self.batch_size
-        part = self.order[low : low + BUCKET_STEPS * self.batch_size].astype(np.int64)
-        slices = self.windows.take(part)
-        part = part[np.argsort(slices.stop - slices.start, kind="stable")]
-        return part[step * self.batch_size : (step + 1) * self.batch_size]
+        window_ids = self.order[low : low + BUCKET_STEPS * self.batch_size].astype(np.int64)
+        lengths = self.windows.slices(window_ids).lengths
+        window_ids = window_ids[np.argsort(lengths, kind="stable")]
+        return window_ids[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+class StepOrder:
+    """The window numbers of every optimizer step of a training, epoch after epoch."""
+
+    def __init__(self, windows: Windows, batch_size: int, epochs: int, seed: int) -> None:
+        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(windows, batch_size)
+        self.total_steps = self.steps_per_epoch * epochs
+        self._epoch = -1
+        self._epoch_steps: Sequence[np.ndarray] = ()
+
+    def window_ids(self, step: int) -> np.ndarray:
+        """int64 [≤ batch_size]; steps count from 0. The order of one epoch is kept."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch_steps = EpochSteps(self.windows, self.batch_size, self.seed, epoch)
+            self._epoch = epoch
+        return self._epoch_steps[index]

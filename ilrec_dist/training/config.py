@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval, MinLen
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from ilrec_dist.common.config_fields import (
@@ -27,7 +27,26 @@ def _registered(name: str) -> str:
     return name
 
 
+def _steps_or_share(value: Any) -> int | float:
+    if isinstance(value, str):
+        # YAML reads 3e-2, without a point, as text.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise PydanticCustomError(
+        "steps_or_share",
+        "input should be a number of steps (an integer from 0 on) or a share of the steps "
+        "(a number between 0 and 1)",
+    )
+
+
 MethodName = Annotated[str, AfterValidator(_registered)]
+StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 
 
 @section
@@ -37,23 +56,28 @@ class TrainConfig:
     )
     seeds: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0])
     targets: Literal["all", "last"] = "all"
-    max_history: Positive = 20  # items of context
+    # Items of context.
+    max_history: Positive = 20
     epochs: Positive = 10
-    batch_size: Positive = (
-        256  # sequences per optimizer step, over all ranks and accumulation steps
-    )
+    # Sequences per optimizer step, over all ranks and accumulation steps.
+    batch_size: Positive = 256
     accumulation_steps: Positive = 1
     learning_rate: PositiveFloat = 2e-3
-    min_learning_rate_ratio: Annotated[Float, Interval(ge=0, le=1)] = 0.0  # where the cosine ends
-    warmup_steps: NonNegative = 300
+    # Where the cosine ends, relative to learning_rate.
+    min_learning_rate_ratio: Annotated[Float, Interval(ge=0, le=1)] = 0.0
+    # The linear warm-up: a number of steps (an integer), or a share of all steps (below 1).
+    warmup: StepsOrShare = 0.03
     weight_decay: NonNegativeFloat = 0.05
     adam_beta2: Annotated[Float, Interval(gt=0, lt=1)] = 0.98
-    clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
+    # The largest norm of the gradient; 0: no clipping.
+    clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_steps: Positive = 200  # steps between checkpoints
+    # Steps between checkpoints.
+    checkpoint_steps: Positive = 200
     keep_checkpoints: Annotated[Int, Ge(2)] = 2
-    validate_epochs: Positive = 1  # epochs between validations
-    validation_users: NonNegative = 2000  # a fixed seeded sample; 0: all users
-    patience: NonNegative = (
-        0  # validations without a better NDCG@10 before stopping; 0: never stop early
-    )
+    # Epochs between validations.
+    validate_epochs: Positive = 1
+    # A fixed seeded sample; 0: all users.
+    validation_users: NonNegative = 2000
+    # Validations without a better NDCG@10 before stopping; 0: never stop early.
+    patience: NonNegative = 0

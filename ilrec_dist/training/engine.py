@@ -1,8 +1,7 @@
-"""DeepSpeed ZeRO-1 and AdamW under the Megatron groups; the learning-rate schedule."""
+"""DeepSpeed ZeRO-1 and AdamW under the Megatron groups."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ilrec_dist.training.config import TrainConfig
 
 
 def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for `dp` data-parallel ranks."""
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (dp * config.accumulation_steps),
@@ -30,7 +30,11 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
 
 
 def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> Any:
-    """Wrap `module`. The engine averages the loss over ranks and micro-batches, so losses come scaled by dp × accumulation_steps / N."""
+    """Wrap the module for training.
+
+    The engine averages gradients over data-parallel ranks and micro-batches, so a loss that is
+    a sum over rows must come scaled by dp × accumulation_steps / N (METHOD.md §6).
+    """
     engine, *_ = import_deepspeed().initialize(
         model=module,
         optimizer=adamw(module, config),
@@ -42,7 +46,7 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    """AdamW whose weight decay applies to matrices, not to vectors (norms, biases)."""
     matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
     groups = [
@@ -52,13 +56,3 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2)
     )
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Of optimizer step `step` (from 0): linear warm-up, then a cosine to min_learning_rate_ratio of the peak."""
-    warmup = min(config.warmup_steps, total_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(total_steps - warmup, 1)
-    floor = config.min_learning_rate_ratio
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

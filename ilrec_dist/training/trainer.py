@@ -1,376 +1,377 @@
-"""The training loop that every worker process runs, whether Ray Train or torchrun started it (METHOD.md §6)."""
+"""The training loop that every worker process runs (METHOD.md §6)."""
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from ilrec_dist.common.files import write_json
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import file_lock, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
-from ilrec_dist.config.tree import Config
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.evaluation.ranking import evaluate_model
-from ilrec_dist.items.catalogue import catalogue_hash
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
+from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.weights import WEIGHTS_SHA256, save_weights
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
-from ilrec_dist.objective.metrics import StatisticsSum
-from ilrec_dist.objective.registry import get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.objective.metrics import LossStatistics
 from ilrec_dist.reporting.metrics_log import MetricsLog
-from ilrec_dist.samples.collate import Batch, BatchMaker, Ready, micro_batches, prefetched
-from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
+from ilrec_dist.samples.collate import BatchMaker
+from ilrec_dist.samples.prefetch import (
+    PrefetchedBatch,
+    RewardSource,
+    micro_batch_plan,
+    prefetch,
+)
+from ilrec_dist.samples.windows import StepOrder, training_windows
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.engine import build_engine, learning_rate
+from ilrec_dist.training.config import TrainConfig
+from ilrec_dist.training.engine import build_engine
+from ilrec_dist.training.schedule import learning_rate
+from ilrec_dist.training.spec import TrainingSpec
+from ilrec_dist.training.timer import StepTimer
 
+# Optimizer steps between two lines of metrics.jsonl.
 LOG_STEPS = 10
+# The validation metric that chooses the best weights.
+SELECTION_METRIC = "ndcg@10"
+DIVERGED = "the training has diverged; lower train.learning_rate or lengthen train.warmup"
 
 
 @dataclass
-class Progress:
-    """What a checkpoint carries besides weights and optimizer: the data position and the best validation so far."""
+class TrainingProgress:
+    """What a checkpoint carries besides weights and optimizer."""
 
-    step: int = 0  # optimizer steps done; the data order is a function of the seed and this
+    # Optimizer steps done. The data order is a function of the seed and this.
+    step: int = 0
     best_step: int = -1
     best_ndcg: float = -1.0
+    # SHA-256 of the best weights' file, known to rank 0.
+    best_sha256: str = ""
     validations_without_gain: int = 0
-    seconds: float = 0.0  # spent in training, over all attempts
+    # Time spent in training, over all attempts.
+    seconds: float = 0.0
 
 
-def total_steps(config: Config, artifacts: RunArtifacts) -> int:
-    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
-    return steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+class Trainer:
+    """Trains one method with one seed; every rank has one, and all call `train`.
 
+    `config` is the section `train`, `objective` the method's own, and `dataset` holds the
+    training sequences. `validate` returns the validation metrics of the backbone, the same on
+    every rank, SELECTION_METRIC among them. `rewards` is read on the first rank of each
+    tensor-parallel group and may be None elsewhere, or where the objective needs none.
+    `on_checkpoint` is called with the step after each checkpoint.
+    """
 
-def train(
-    config: Config,
-    method: str,
-    seed: int,
-    folder: Path,
-    fingerprint: str,
-    artifacts: RunArtifacts,
-    parallel: ParallelState,
-) -> None:
-    """Train one method with one seed into `folder`; goes on from its newest checkpoint, if there is one. Nothing when it is finished."""
-    lead = dist.get_rank() == 0
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (
-        _only_writer(folder) if lead else None
-    )  # held to the end; waits for a killed run's last processes, which may finish the training
-    if _from_lead((folder / RESULT).exists()):
-        return
-    objective = get_method(method).objective(config.objective)
-    catalogue = artifacts.catalogue
-    backbone = build_backbone(config, artifacts, seed)
-    module = Objective(
-        backbone,
-        objective,
-        config.backbone.num_layers,
-        catalogue.vocab_size,
-        catalogue.used_tokens(),
-        parallel,
-    ).to(parallel.device)
-    engine = build_engine(module, config.train, parallel)
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        config: TrainConfig,
+        objective: ObjectiveConfig,
+        backbone: Backbone,
+        dataset: InteractionDataset,
+        catalogue: Catalogue,
+        trie: Trie,
+        parallel: ParallelState,
+        validate: Callable[[], Mapping[str, float]],
+        rewards: RewardSource | None = None,
+        *,
+        log_steps: int = LOG_STEPS,
+        on_checkpoint: Callable[[int], None] | None = None,
+    ) -> None:
+        self.spec, self.config, self.objective = spec, config, objective
+        self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
+        self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
+        self.backbone = backbone
+        self.module = Objective(
+            backbone,
+            objective,
+            backbone.config.num_layers,
+            catalogue.vocab_size,
+            catalogue.used_tokens(),
+            parallel,
+        ).to(parallel.device)
+        self.engine = build_engine(self.module, config, parallel)
+        windows = training_windows(dataset, config.max_history, config.targets)
+        self.order = StepOrder(windows, config.batch_size, config.epochs, spec.seed)
+        self.total_steps = self.order.total_steps
+        self.batch_maker = BatchMaker(dataset, catalogue, trie, windows)
+        last_layer = backbone.config.num_layers - 1
+        layers = [last_layer - i for i in range(self.module.num_intermediate)]
+        self.statistics = LossStatistics(
+            catalogue.depth, layers, objective.term_weights, parallel.device
+        )
+        self.progress = TrainingProgress()
+        self.log: MetricsLog | None = None
+        self.timer = StepTimer()
+        self.rate = 0.0
 
-    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
-    epoch_length = steps_per_epoch(windows, config.train.batch_size)
-    steps = epoch_length * config.train.epochs
-    progress = _resume(engine, folder / "checkpoints", fingerprint, parallel)
-    log = MetricsLog(folder, resume_step=progress.step) if lead else None
-    if 0 < config.train.patience <= progress.validations_without_gain:
-        steps = progress.step  # killed between its early stop and its end
-
-    order = lru_cache(1)(
-        partial(EpochSteps, windows, config.train.batch_size, seed)
-    )  # of the epoch at hand
-
-    maker = BatchMaker(artifacts.training, catalogue, artifacts.trie, windows)
-
-    def plan() -> Iterator[tuple[np.ndarray, int]]:
-        for step in range(progress.step, steps):
-            epoch, place = divmod(step, epoch_length)
-            numbers = order(epoch)[place]
-            rows = maker.num_rows(numbers)
-            for part in micro_batches(
-                numbers, parallel.dp_rank, parallel.dp, config.train.accumulation_steps
-            ):
-                yield part, rows
-
-    rewards = (
-        artifacts.reward_source() if objective.crr_lambda > 0 and parallel.tp_rank == 0 else None
-    )
-    layers = [config.backbone.num_layers - 1 - i for i in range(module.num_intermediate)]
-    statistics = StatisticsSum(catalogue.depth, len(layers), layers, parallel.device)
-    began, timer = time.monotonic(), StepTimer()
-    batches = prefetched(plan(), maker.make, rewards)
-    module.train()
-    for step in range(progress.step, steps):
-        rate = learning_rate(config.train, step, steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        for micro in range(config.train.accumulation_steps):
-            with timer.part("data"):
-                ready = next(batches)
-                given = shared_rewards(ready, objective.crr_lambda > 0, parallel)
-            batch = ready.batch
-            # Dropout is a function of (seed, step, micro-batch, dp rank): equal over tp ranks, and a resumed run draws what the first would have
-            torch.manual_seed(
-                int(
-                    np.random.SeedSequence([seed, step, micro, parallel.dp_rank]).generate_state(
-                        1, np.uint64
-                    )[0]
-                    >> 1
-                )
+    def train(self) -> None:
+        """Go on from the newest checkpoint to the last step, or until patience runs out."""
+        if self.total_steps == 0:
+            raise UserError(
+                f"{self.spec.title}: no user has two training items, so there is nothing to "
+                "train on; lower data.min_user_interactions or bring more data"
             )
-            with timer.part("forward"):
-                output = engine(
-                    *_tensors(batch, parallel.device),
-                    given,
-                    parallel.dp * config.train.accumulation_steps / batch.step_rows,
+        self._resume()
+        batches = self._batches()
+        self.module.train()
+        self._since = time.monotonic()
+        while not self._is_done():
+            self.train_step(batches)
+            end_of_epoch = self.progress.step % self.order.steps_per_epoch == 0
+            if self.progress.step % self.log_steps == 0 or end_of_epoch:
+                self._log_step()
+            if self._validation_is_due():
+                with self.timer.pause():
+                    self._validate()
+            at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
+            if at_checkpoint or end_of_epoch:
+                with self.timer.pause():
+                    self._save_checkpoint()
+        batches.close()
+        self._finish()
+
+    def train_step(self, batches: Iterator[PrefetchedBatch]) -> None:
+        """One optimizer step on the next micro-batches: L = L_CPO + μ·L_CPD + λ·L_CRR.
+
+        Each term is a sum over the rows of the step divided by their number N, over all ranks
+        and micro-batches. The engine averages over both, hence the scale.
+        """
+        step, micro_batches = self.progress.step, self.config.accumulation_steps
+        self._set_learning_rate(learning_rate(self.config, step, self.total_steps))
+        for micro in range(micro_batches):
+            with self.timer.part("data"):
+                prefetched = next(batches)
+                batch, rewards = prefetched.batch, self._rewards_of(prefetched)
+            self._seed_dropout(micro)
+            with self.timer.part("forward"):
+                output = self.engine(
+                    *batch.model_inputs(self.parallel.device),
+                    rewards,
+                    self.parallel.dp * micro_batches / batch.step_rows,
                 )
-            with timer.part("backward"):
-                engine.backward(output.loss)
-            statistics.add(output.rows, batch.real_tokens, batch.slots)
-            with timer.part("step"):
-                engine.step()
-        progress.step = step + 1
-        end_of_epoch = progress.step % epoch_length == 0
-        epoch = progress.step / epoch_length
-        if progress.step % LOG_STEPS == 0 or end_of_epoch:
-            values = statistics.read(parallel.dp_group, objective.cpd_mu, objective.crr_lambda)
-            if rewards is not None:
-                values |= {
-                    f"rewards/{name}": value for name, value in rewards.meter.summary().items()
-                }
-            values |= {
-                "learning_rate": rate,
-                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            } | timer.rates(values)
-            if log is not None:
-                log.write(progress.step, epoch, values)
-        stop = False
-        if end_of_epoch and (
-            round(epoch) % config.train.validate_epochs == 0 or progress.step == steps
-        ):
-            with timer.paused():
-                stop = _validate(
-                    config, objective, backbone, artifacts, parallel, progress, folder, log, epoch
-                )
-        if progress.step % config.train.checkpoint_steps == 0 or end_of_epoch or stop:
-            with timer.paused():
-                progress.seconds += time.monotonic() - began
-                began = time.monotonic()
-                _save(
-                    engine,
-                    folder / "checkpoints",
-                    progress,
-                    fingerprint,
-                    config.train.keep_checkpoints,
-                )
-        if stop:
-            break
-    batches.close()
-    model = {
-        "backbone": asdict(config.backbone),
-        "softmax_scope": objective.softmax_scope,
-        "max_history": config.train.max_history,
-    }
-    result = {
-        "method": method,
-        "seed": seed,
-        "catalogue": catalogue_hash(catalogue),
-        "model": model | {"precision": config.train.precision},
-    }
-    _finish(backbone, folder, result | asdict(progress), log)
-    engine.destroy()  # its hooks and groups outlive it otherwise
-    del lock
+            with self.timer.part("backward"):
+                self.engine.backward(output.loss)
+            self.statistics.add(output.rows, batch.num_tokens, batch.grid_index)
+            with self.timer.part("step"):
+                self.engine.step()
+        self.progress.step = step + 1
 
-
-def shared_rewards(ready: Ready, wanted: bool, parallel: ParallelState) -> torch.Tensor | None:
-    """The batch's rewards on every rank of the tp group: its first rank fetched them, the others receive them."""
-    if not wanted:
-        return None
-    size = ready.batch.candidate_tokens.numel()
-    values = torch.empty(size)
-    if ready.rewards is not None:
-        found = np.asarray(ready.rewards.result(), dtype=np.float32)
-        values = torch.from_numpy(
-            found if ready.batch.scored is None else found[ready.batch.scored]
+    def _batches(self) -> Any:
+        """A generator of this rank's micro-batches from the current step on."""
+        plan = micro_batch_plan(
+            self.order,
+            self.batch_maker,
+            self.progress.step,
+            self.total_steps,
+            self.config.accumulation_steps,
+            self.parallel,
         )
-    values = values.to(parallel.device)
-    if parallel.tp > 1:
-        dist.broadcast(values, group=parallel.tp_group, group_src=0)
-    return values
+        return prefetch(plan, self.batch_maker.make, self.rewards)
+
+    def _rewards_of(self, prefetched: PrefetchedBatch) -> torch.Tensor | None:
+        if self.objective.crr_lambda == 0:
+            return None
+        return prefetched.reward_tensor(self.parallel)
+
+    def _set_learning_rate(self, rate: float) -> None:
+        self.rate = rate
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _seed_dropout(self, micro: int) -> None:
+        """Make dropout a function of (seed, step, micro-batch, data-parallel rank).
+
+        It is then equal over the ranks of a tensor-parallel group, and a resumed training
+        draws what an uninterrupted one would have.
+        """
+        entropy = [self.spec.seed, self.progress.step, micro, self.parallel.dp_rank]
+        (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+        torch.manual_seed(int(state >> 1))
+
+    def _is_done(self) -> bool:
+        out_of_patience = 0 < self.config.patience <= self.progress.validations_without_gain
+        return self.progress.step >= self.total_steps or out_of_patience
+
+    @property
+    def _epoch(self) -> float:
+        """Epochs done, as the log gives them."""
+        return self.progress.step / self.order.steps_per_epoch
+
+    # Logging and validation
+
+    def _log_step(self) -> None:
+        """Log the means since the last line. Raises UserError where a loss is not finite."""
+        values = self.statistics.report(self.parallel.dp_group)
+        if self.rewards is not None:
+            summary = self.rewards.meter.summary()
+            values |= {f"rewards/{name}": value for name, value in summary.items()}
+        values["learning_rate"] = self.rate
+        values["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
+        values |= self.timer.report(values["tokens"], values["rows"])
+        if self.log is not None:
+            self.log.write(self.progress.step, self._epoch, values)
+        for term in (*self.objective.term_weights, "total"):
+            self._require_finite(f"the loss term {term}", values[f"loss/{term}"])
+
+    def _validation_is_due(self) -> bool:
+        epoch, within = divmod(self.progress.step, self.order.steps_per_epoch)
+        due = epoch % self.config.validate_epochs == 0 or self.progress.step == self.total_steps
+        return within == 0 and due
+
+    def _validate(self) -> None:
+        """Keep the weights where they are the best so far; count the validations without gain."""
+        self._require_finite_weights()
+        self.backbone.eval()
+        try:
+            metrics = self.validate()
+        except UserError as error:
+            raise UserError(f"{self._where()}: {error}") from None
+        self.backbone.train()
+        for name, value in metrics.items():
+            self._require_finite(f"validation {name}", value)
+        progress = self.progress
+        if metrics[SELECTION_METRIC] > progress.best_ndcg:
+            progress.best_ndcg = metrics[SELECTION_METRIC]
+            progress.best_step = progress.step
+            progress.validations_without_gain = 0
+            progress.best_sha256 = save_weights(self.backbone, self.spec.folder / BEST)
+        else:
+            progress.validations_without_gain += 1
+        if self.log is not None:
+            values = {f"validation/{name}": value for name, value in metrics.items()}
+            self.log.write(progress.step, self._epoch, values)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        """UserError unless the value, the same on every rank, is finite."""
+        if not math.isfinite(value):
+            raise UserError(f"{self._where()}: {what} is {value}: {DIVERGED}")
+
+    def _require_finite_weights(self) -> None:
+        """UserError, on every rank, where a weight of any rank is not finite."""
+        flags = [torch.isfinite(weight).all() for weight in self.backbone.parameters()]
+        finite = torch.stack(flags).all().to(torch.int32)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            raise UserError(f"{self._where()}: a weight is not finite: {DIVERGED}")
+
+    def _where(self) -> str:
+        return f"{self.spec.title}: step {self.progress.step} (learning rate {self.rate:g})"
+
+    # Checkpoints and results
+
+    def _resume(self) -> None:
+        """Load the newest undamaged checkpoint, if there is one; the same on every rank."""
+        newest = None
+        if is_rank0():
+            newest, damaged = checkpoint.latest(self._checkpoints, self.spec.fingerprint)
+            for line in damaged:
+                print(f"warning: {line}; the checkpoint before it is used", flush=True)
+        newest = from_rank0(newest)
+        if newest is not None:
+            self.engine.load_checkpoint(str(newest.path), tag="state")
+            self.progress = TrainingProgress(**newest.state)
+        if is_rank0():
+            self.log = MetricsLog(self.spec.folder, resume_step=self.progress.step)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.spec.folder / "checkpoints"
+
+    def _save_checkpoint(self) -> None:
+        """Commit a checkpoint of this step. Raises UserError where the loss is not finite."""
+        if not self.statistics.is_finite(self.parallel.dp_group):
+            self._log_step()
+        now = time.monotonic()
+        self.progress.seconds += now - self._since
+        self._since = now
+        staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
+        if is_rank0():
+            checkpoint.make_staging_folder(staged)
+        dist.barrier()
+        self.engine.save_checkpoint(str(staged), tag="state", save_latest=False)
+        dist.barrier()
+        if is_rank0():
+            checkpoint.commit(
+                self._checkpoints,
+                self.progress.step,
+                asdict(self.progress),
+                self.spec.fingerprint,
+                self.config.keep_checkpoints,
+            )
+        dist.barrier()
+        if self.on_checkpoint is not None:
+            self.on_checkpoint(self.progress.step)
+
+    def _finish(self) -> None:
+        """Write the final weights and result.json, which marks the training as finished."""
+        self._require_finite_weights()
+        final_sha256 = save_weights(self.backbone, self.spec.folder / FINAL)
+        if self.log is not None:
+            self.log.close()
+            write_json(self.spec.folder / RESULT, self._result(final_sha256))
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        dist.barrier()
+        # The engine's hooks and process groups would outlive it otherwise.
+        self.engine.destroy()
+
+    def _result(self, final_sha256: str) -> dict[str, Any]:
+        progress = asdict(self.progress)
+        best_sha256 = progress.pop("best_sha256")
+        return {
+            "method": self.spec.method,
+            "seed": self.spec.seed,
+            "catalogue": catalogue_hash(self.catalogue),
+            "model": {
+                "backbone": config_to_dict(self.backbone.config),
+                "softmax_scope": self.objective.softmax_scope,
+                "max_history": self.config.max_history,
+                "precision": self.config.precision,
+            },
+            WEIGHTS_SHA256: {BEST: best_sha256, FINAL: final_sha256},
+            **progress,
+        }
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
-    parts = (
-        batch.tokens,
-        batch.rows,
-        batch.targets,
-        batch.candidate_indptr,
-        batch.candidate_tokens,
-    )
-    return tuple(part.to(device, non_blocking=True) for part in parts)
+def is_rank0() -> bool:
+    return dist.get_rank() == 0
 
 
-def _validate(
-    config: Config,
-    objective: ObjectiveConfig,
-    backbone: Backbone,
-    artifacts: RunArtifacts,
-    parallel: ParallelState,
-    progress: Progress,
-    folder: Path,
-    log: MetricsLog | None,
-    epoch: float,
-) -> bool:
-    """Validation NDCG@10 on the fixed sample; keeps the best weights; says whether patience has run out."""
-    backbone.eval()
-    found = evaluate_model(
-        backbone,
-        artifacts.dataset,
-        artifacts.catalogue,
-        artifacts.trie,
-        users=artifacts.validation_users(config.train.validation_users),
-        split="validation",
-        config=config.evaluation,
-        softmax_scope=objective.softmax_scope,
-        max_history=config.train.max_history,
-        parallel=parallel,
-    ).metrics()
-    backbone.train()
-    better = found["ndcg@10"] > progress.best_ndcg
-    if better:
-        progress.best_ndcg, progress.best_step, progress.validations_without_gain = (
-            found["ndcg@10"],
-            progress.step,
-            0,
-        )
-        _save_weights(backbone, folder / BEST)
-    else:
-        progress.validations_without_gain += 1
-    if log is not None:
-        log.write(
-            progress.step,
-            epoch,
-            {"validation/ndcg@10": found["ndcg@10"], "validation/hit@10": found["hit@10"]},
-        )
-    return 0 < config.train.patience <= progress.validations_without_gain
-
-
-def _save_weights(backbone: Backbone, path: Path) -> None:
-    state = backbone.full_state_dict()
-    if dist.get_rank() == 0:
-        staged = path.with_name(f".{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, staged)
-        staged.replace(path)
-    dist.barrier()
-
-
-def _save(engine: Any, folder: Path, progress: Progress, fingerprint: str, keep: int) -> None:
-    staged = checkpoint.staging_folder(folder, progress.step)
-    if dist.get_rank() == 0:
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        staged.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(staged), tag="state", save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        checkpoint.commit(folder, progress.step, asdict(progress), fingerprint, keep)
-    dist.barrier()
-
-
-def _from_lead(value: Any) -> Any:
+def from_rank0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _resume(engine: Any, folder: Path, fingerprint: str, parallel: ParallelState) -> Progress:
-    """Rank 0 chooses the checkpoint and tells the others, so that all load the same."""
-    found = None
-    if dist.get_rank() == 0:
-        found, damaged = checkpoint.latest(folder, fingerprint)
-        for line in damaged:
-            print(f"warning: {line}; the checkpoint before it is used", flush=True)
-    found = _from_lead(found)
-    if found is None:
-        return Progress()
-    engine.load_checkpoint(str(found.path), tag="state")
-    return Progress(**found.state)
+@contextmanager
+def exclusive_folder(folder: Path) -> Iterator[bool]:
+    """Hold the training's folder, and say whether its training is finished already.
 
-
-def _finish(
-    backbone: Backbone, folder: Path, result: dict[str, Any], log: MetricsLog | None
-) -> None:
-    _save_weights(backbone, folder / FINAL)
-    if log is not None:
-        log.close()
-        write_json(folder / RESULT, result)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    dist.barrier()
-
-
-def _only_writer(folder: Path) -> Any:
-    """Hold the folder's lock, which names its holder's process id."""
-    handle = open(folder / ".lock", "a+")
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-
-
-class StepTimer:
-    """Wall time of the parts of a step since the last read-out, without validations and checkpoints."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self.start = time.monotonic()
-
-    def part(self, name: str) -> _Span:
-        return _Span(self, name)
-
-    def paused(self) -> _Span:
-        return _Span(self, "paused")
-
-    def rates(self, values: dict[str, float]) -> dict[str, float]:
-        """tokens/s, rows/s and the seconds of each part; starts anew."""
-        elapsed = time.monotonic() - self.start - self.parts.pop("paused", 0.0)
-        rates = {
-            "rate/tokens_per_second": values["tokens"] / elapsed,
-            "rate/rows_per_second": values["rows"] / elapsed,
-            "time/all": elapsed,
-        }
-        rates |= {f"time/{name}": seconds for name, seconds in self.parts.items()}
-        self.parts.clear()
-        self.start = time.monotonic()
-        return rates
-
-
-class _Span:
-    def __init__(self, timer: StepTimer, name: str):
-        self.timer, self.name = timer, name
-
-    def __enter__(self) -> None:
-        self.began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.timer.parts[self.name] = (
-            self.timer.parts.get(self.name, 0.0) + time.monotonic() - self.began
-        )
+    Rank 0 waits for the lock, which a killed run's last processes may still hold: they may
+    finish the training. The lock's file names its holder's process id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if is_rank0():
+            handle = stack.enter_context(file_lock(folder / ".lock"))
+            os.truncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            for leftover in folder.glob(".*.writing-*"):
+                leftover.unlink()
+        yield from_rank0((folder / RESULT).exists())

@@ -24,7 +24,7 @@ def tiny_config(runs_dir, **sections) -> Config:
         "train": {
             "epochs": 2,
             "batch_size": 24,
-            "warmup_steps": 2,
+            "warmup": 2,
             "max_history": 8,
             "checkpoint_steps": 3,
             "validation_users": 40,

@@ -6,7 +6,8 @@ import pytest
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.samples.collate import BatchMaker, micro_batches, prefetched
+from ilrec_dist.samples.collate import BatchMaker, micro_batches
+from ilrec_dist.samples.prefetch import prefetch
 from ilrec_dist.samples.windows import training_windows
 
 RNG = np.random.default_rng(3)
@@ -30,7 +31,7 @@ def test_rows_targets_and_candidates_match_the_definition(maker):
     batch = maker.make(numbers, step_rows=5)
     depth = maker.catalogue.depth
     expected_rows, expected_targets, width = [], [], batch.tokens.shape[1]
-    part = maker.windows.take(numbers)
+    part = maker.windows.slices(numbers)
     for b, (user, start, target, stop) in enumerate(
         zip(part.user, part.start, part.target, part.stop, strict=True)
     ):
@@ -72,21 +73,21 @@ def test_titles_are_rows_up_to_their_ends():
     )
     maker = BatchMaker(dataset, catalogue, Trie(catalogue), training_windows(dataset, 6, "last"))
     numbers = rng.permutation(len(maker.windows))[:23]
-    batch, part, row = maker.make(numbers, step_rows=5), maker.windows.take(numbers), 0
+    batch, part, row = maker.make(numbers, step_rows=5), maker.windows.slices(numbers), 0
     assert (
         maker.num_rows(numbers) == len(batch.rows)
-        and batch.scored is not None
-        and batch.slots is not None
+        and batch.reward_mask is not None
+        and batch.grid_index is not None
     )
     all_indptr, all_candidates = maker.trie.target_candidates(
         np.array(
             [dataset.sequence(u)[p] for u, p in zip(batch.users, batch.positions, strict=True)]
         )
     )
-    assert batch.scored.sum() == len(batch.candidate_tokens) and len(batch.scored) == len(
+    assert batch.reward_mask.sum() == len(batch.candidate_tokens) and len(batch.reward_mask) == len(
         all_candidates
     )
-    kept = np.flatnonzero(batch.scored)
+    kept = np.flatnonzero(batch.reward_mask)
     tokens, own = (
         batch.tokens.flatten().tolist(),
         [[number + 1 for number in title.tolist() if number >= 0] for title in titles],
@@ -105,7 +106,7 @@ def test_titles_are_rows_up_to_their_ends():
         for place, token in enumerate(title):
             assert (
                 batch.targets[row] == token
-                and batch.slots[row] == b * 5 + place
+                and batch.grid_index[row] == b * 5 + place
                 and batch.rows[row] == b * batch.tokens.shape[1] + history + place - 1
             )
             assert place == 0 or tokens[batch.rows[row]] == title[place - 1]
@@ -140,7 +141,7 @@ def test_micro_batches_deal_out_every_window_once(dp, accumulation):
 
 def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
     plan = [(np.array([i]), i) for i in range(9)]
-    assert [ready.batch.step_rows for ready in prefetched(iter(plan), maker.make, None)] == list(
+    assert [ready.batch.step_rows for ready in prefetch(iter(plan), maker.make, None)] == list(
         range(9)
     )
 
@@ -148,7 +149,7 @@ def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
         raise RuntimeError("no such window")
 
     with pytest.raises(RuntimeError, match="no such window"):
-        next(prefetched(iter(plan), broken, None))
+        next(prefetch(iter(plan), broken, None))
 
 
 def test_no_windows_of_one_token_items_give_a_column_all_the_same():

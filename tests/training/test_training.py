@@ -14,6 +14,7 @@ from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
+from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size, tp, accumulation
@@ -22,28 +23,24 @@ LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size,
 def train_here(
     mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int | None = None
 ) -> None:
+    """Train in this process, with a line of metrics every step; end early after a checkpoint."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.training import trainer as worker
+    from ilrec_dist.pipeline.train_one import train_one
 
-    torch.set_num_threads(1)
-    worker.LOG_STEPS = 1
-    config = config_from_dict(tree)
-    save = worker._save
-
-    def save_then_stop(engine, path, progress, *rest):
-        save(engine, path, progress, *rest)
-        if stop_after is not None and progress.step >= stop_after:
+    def stop(step: int) -> None:
+        if stop_after is not None and step >= stop_after:
             raise InterruptedError
 
-    worker._save = save_then_stop
+    torch.set_num_threads(1)
+    config = config_from_dict(tree)
+    spec = TrainingSpec(method, 0, Path(folder), "test")
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        worker.train(config, method, 0, Path(folder), "test", RunArtifacts(config), parallel)
+        train_one(config, spec, RunArtifacts(config), parallel, log_steps=1, on_checkpoint=stop)
     except InterruptedError:
         pass
     finally:
-        worker._save = save
         destroy_parallel()
 
 

@@ -26,7 +26,7 @@ def prepared_with(lengths: list[int]) -> InteractionDataset:
 def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history, targets):
     dataset = prepared_with(lengths)
     numbered = training_windows(dataset, max_history, targets)
-    windows = numbered.take(np.arange(len(numbered)))
+    windows = numbered.slices(np.arange(len(numbered)))
     found = [
         (int(u), p)
         for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True)
@@ -76,7 +76,7 @@ def test_steps_are_those_of_the_definition(users, batch):
     windows = training_windows(
         prepared_with(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all"
     )
-    whole = windows.take(np.arange(len(windows)))
+    whole = windows.slices(np.arange(len(windows)))
     rng = np.random.default_rng([5, 2])
     order = rng.permutation(len(windows))
     steps = []

@@ -1,0 +1,54 @@
+"""The weights files of a training: written with their SHA-256, checked against it when read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import atomic_file, read_json_object, sha256_file
+from ilrec_dist.common.run_layout import RESULT
+from ilrec_dist.model.gpt import Backbone
+
+# The key of a training's result.json that maps the names of weights files to their SHA-256.
+WEIGHTS_SHA256 = "weights_sha256"
+
+
+def save_weights(backbone: Backbone, path: Path) -> str:
+    """Write all weights, unsharded, as one safetensors file; collective over all ranks.
+
+    Returns the file's SHA-256 on rank 0, where it is written, and "" elsewhere. The file
+    appears whole or not at all.
+    """
+    state = backbone.full_state_dict()
+    sha256 = ""
+    if dist.get_rank() == 0:
+        with atomic_file(path) as staged:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, staged)
+            sha256 = sha256_file(staged)
+    dist.barrier()
+    return sha256
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a finished training's weights file, on the CPU.
+
+    Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
+    in the result.json beside it.
+    """
+    result = read_json_object(path.with_name(RESULT))
+    expected = result.get(WEIGHTS_SHA256, {}).get(path.name)
+    damaged = UserError(
+        f"{path}: missing or damaged (its SHA-256 is not the one in {RESULT}); restore it, or "
+        f"delete {path.parent} and run `ilrec run` again"
+    )
+    if not path.is_file() or sha256_file(path) != expected:
+        raise damaged
+    try:
+        return load_file(path)
+    except SafetensorError:
+        raise damaged from None

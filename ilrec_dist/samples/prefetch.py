@@ -1,0 +1,127 @@
+"""Makes batches in a thread and asks for their rewards, ahead of the steps that use them."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
+from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.samples.collate import Batch, BatchMaker, micro_batches
+from ilrec_dist.samples.windows import StepOrder
+
+# How long the thread that makes batches may keep the interpreter from the training thread, in
+# seconds. Python's default of 5 ms delays the training.
+SWITCH_SECONDS = 2e-4
+# How long the thread waits for room in the queue before it looks whether it is to stop.
+PUT_SECONDS = 0.2
+JOIN_SECONDS = 10
+
+
+class RewardSource(Protocol):
+    """Token rewards, computed in this process or by the Ray actors (METHOD.md §5)."""
+
+    meter: Meter
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
+        """Ask for the rewards of targets: int64 [T] users and positions in their sequences."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrefetchedBatch:
+    """A batch, and the rewards that were asked for when it was made."""
+
+    batch: Batch
+    rewards: RewardFuture | None
+
+    def reward_tensor(self, parallel: ParallelState) -> torch.Tensor:
+        """The rewards of the batch's candidates, float32 [nnz], on every rank of the tp group.
+
+        The group's first rank waits for them and broadcasts them to the others.
+        """
+        if self.rewards is None:
+            values = torch.empty(self.batch.candidate_tokens.numel())
+        else:
+            answer = np.asarray(self.rewards.result(), dtype=np.float32)
+            mask = self.batch.reward_mask
+            values = torch.from_numpy(answer if mask is None else answer[mask])
+        values = values.to(parallel.device)
+        if parallel.tp > 1:
+            dist.broadcast(values, group=parallel.tp_group, group_src=0)
+        return values
+
+
+def micro_batch_plan(
+    order: StepOrder,
+    maker: BatchMaker,
+    first_step: int,
+    last_step: int,
+    accumulation: int,
+    parallel: ParallelState,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(windows, N of the whole step) of this rank's micro-batches of steps [first, last)."""
+    for step in range(first_step, last_step):
+        window_ids = order.window_ids(step)
+        step_rows = maker.num_rows(window_ids)
+        for part in micro_batches(window_ids, parallel.dp_rank, parallel.dp, accumulation):
+            yield part, step_rows
+
+
+def prefetch(
+    plan: Iterator[tuple[np.ndarray, int]],
+    make: Callable[[np.ndarray, int], Batch],
+    rewards: RewardSource | None,
+    ahead: int = 4,
+) -> Generator[PrefetchedBatch, None, None]:
+    """Make the planned micro-batches in a thread, at most `ahead` before their use.
+
+    Their rewards are asked for as soon as a batch is made; with no `rewards` they are not. An
+    error in the thread is raised here. Close the generator to end the thread early.
+    """
+    results: queue.Queue[PrefetchedBatch | BaseException | None] = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(result: PrefetchedBatch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return results.put(result, timeout=PUT_SECONDS)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for window_ids, step_rows in plan:
+                if stop.is_set():
+                    return
+                batch = make(window_ids, step_rows)
+                future = None
+                if rewards is not None:
+                    future = rewards.fetch_async(batch.users, batch.positions)
+                put(PrefetchedBatch(batch, future))
+            put(None)
+        except BaseException as error:
+            # The training thread raises it.
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    thread.start()
+    try:
+        while (result := results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        stop.set()
+        thread.join(timeout=JOIN_SECONDS)
+        sys.setswitchinterval(interval)
