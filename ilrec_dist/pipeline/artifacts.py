@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
@@ -73,6 +76,12 @@ class RunArtifacts:
         return np.sort(
             users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]]
         )
+
+
+def config_for_workers(config: Config) -> dict[str, Any]:
+    """The configuration as the workers read it, who have another working directory."""
+    runs_dir = str(Path(config.runs_dir).resolve())
+    return config_to_dict(dataclasses.replace(config, runs_dir=runs_dir))
 
 
 def max_positions(config: Config, depth: int) -> int:

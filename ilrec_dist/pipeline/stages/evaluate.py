@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
+from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
@@ -18,11 +19,22 @@ from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import Progress
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.reporting.html.report import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval
 
 EXAMPLE_SEED = 5
+
+
+def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
+    return Stage(
+        "evaluate",
+        "evaluate",
+        after=("prepare", "cf", *trainings),
+        settings=stage_settings(config, "evaluate"),
+        output=RunFolders(config.run_dir).evaluation,
+    )
 
 
 def baselines(config: Config) -> list[str]:
