@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from ilrec_dist.common.config_fields import (
+    Affects,
     Bool,
     Fraction,
     Int,
     NonNegative,
     NonNegativeFloat,
+    OnlyIf,
     Positive,
     PositiveFloat,
     section,
 )
 
 
-@section
+def _by_actors(config: Any) -> bool:
+    return config.cf.rewards == "actor"
+
+
+@section(affects="cf")
 class CFConfig:
     """SASRec with full-softmax cross-entropy (METHOD.md §5)."""
 
@@ -26,32 +32,31 @@ class CFConfig:
     num_layers: Positive = 2
     num_heads: Positive = 2
     dropout: Fraction = 0.2
-    max_history: Positive = 50  # items
+    # Items that the model reads at most.
+    max_history: Positive = 50
     epochs: Positive = 30
-    patience: Positive = 3  # epochs without a better validation NDCG@10
-    batch_size: Positive = 128  # users
+    # Epochs without a better validation NDCG@10 before the training stops.
+    patience: Positive = 3
+    # Windows in a batch: most users have one.
+    batch_size: Positive = 128
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
-    cf_folds: Annotated[Int, Ge(1)] = (
-        2  # 1 = no cross-fitting: rewards leak the target; for the leakage test only
-    )
-    split_table: Bool = False  # the item table and its optimizer are split over the launch.workers
-    rewards: Literal["in_process", "actor"] = "in_process"
-    reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = (
-        "auto"  # scan: the whole catalogue, exact; auto: scan up to 65,536 items, else ivf_pq
-    )
-    reward_shards: Positive = 1  # ranges of the catalogue that separate reward actors may hold
-    reward_replicas: Positive = 1  # reward actors (of each shard) that share the requests
-    reward_retries: NonNegative = 16  # of a request, after an actor's death or silence
-    reward_cache: Bool = False  # keep rewards on disk per (user, position)
+    # Models for cross-fitting. With 1 the rewards leak the target: for the leakage test only.
+    cf_folds: Annotated[Int, Ge(1)] = 2
+    # Shard the item table and its optimizer state over the launch.workers.
+    split_table: Bool = False
+    rewards: Annotated[Literal["in_process", "actor"], Affects()] = "in_process"
+    # `scan` reads the whole catalogue and is exact; `auto` scans up to 65,536 items and takes
+    # `ivf_pq` above.
+    reward_index: Annotated[
+        Literal["auto", "scan", "flat", "ivf_pq", "hnsw"], Affects("rewards")
+    ] = "auto"
+    # Ranges of the catalogue that separate reward actors may hold.
+    reward_shards: Annotated[Positive, Affects("rewards")] = 1
+    # Reward actors (of each shard) that share the requests.
+    reward_replicas: Annotated[Positive, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 1
+    # Times that a request is sent again after an actor's death or silence.
+    reward_retries: Annotated[NonNegative, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 16
+    # Keep rewards on disk per (user, position).
+    reward_cache: Annotated[Bool, Affects()] = False
     seed: NonNegative = 0
-
-
-CF_SERVING = (
-    "rewards",
-    "reward_index",
-    "reward_shards",
-    "reward_replicas",
-    "reward_retries",
-    "reward_cache",
-)  # of CFConfig: change no model

@@ -230,7 +230,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _stage(arguments: argparse.Namespace) -> None:
     from ilrec_dist.config.load import load_config
-    from ilrec_dist.pipeline.run import execute
+    from ilrec_dist.pipeline.execute import execute
 
     flags = (
         [] if arguments.max_bad_rows is None else [f"data.max_bad_rows={arguments.max_bad_rows}"]
@@ -245,7 +245,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 def _index_build(arguments: argparse.Namespace) -> None:
     from ilrec_dist.cli.index_commands import report_index
     from ilrec_dist.config.load import load_config
-    from ilrec_dist.pipeline.run import execute
+    from ilrec_dist.pipeline.execute import execute
 
     config = load_config(arguments.config, arguments.overrides)
     execute(config, "index")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar
@@ -29,9 +29,9 @@ NonNegative = Annotated[Int, Ge(0)]
 PositiveFloat = Annotated[Float, Gt(0)]
 NonNegativeFloat = Annotated[Float, Ge(0)]
 Fraction = Annotated[Float, Interval(ge=0, lt=1)]
-Text = Annotated[str, BeforeValidator(str)]  # YAML makes dates of 2018-10-01
+# YAML makes dates of 2018-10-01.
+Text = Annotated[str, BeforeValidator(str)]
 T = TypeVar("T")
-
 
 
 class Affects:
@@ -57,16 +57,17 @@ class OnlyIf:
 
 
 @typing.dataclass_transform(frozen_default=True)
-def section(affects: str) -> Callable[[type[T]], type[T]]:
+def section(affects: str | None = None) -> Callable[[type[T]], type[T]]:
     """Make a frozen dataclass of the tree that refuses unknown keys.
 
-    `affects` is the stage whose outcome depends on those fields that say nothing themselves.
+    `affects` is the stage whose outcome depends on those fields that say nothing themselves;
+    without it every field says which stages it affects.
     """
 
     def decorate(cls: type[T]) -> type[T]:
         cls = dataclass(frozen=True)(cls)
         cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
-        cls.__affects__ = () if affects is None else (affects,)  # type: ignore[attr-defined]
+        cls.__affects__ = None if affects is None else (affects,)  # type: ignore[attr-defined]
         return cls
 
     return decorate
@@ -75,13 +76,14 @@ def section(affects: str) -> Callable[[type[T]], type[T]]:
 def stage_settings(config: Any, stage: str) -> dict[str, Any]:
     """The values of all fields, below a tree or one of its sections, that affect `stage`."""
     settings: dict[str, Any] = {}
+    cls: Any = type(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             inner = stage_settings(value, stage)
             if inner:
                 settings[field.name] = inner
-        elif stage in _affected_stages(type(config))[field.name]:
+        elif stage in _affected_stages(cls)[field.name]:
             settings[field.name] = value
     return settings
 
@@ -95,9 +97,10 @@ def fields_without_effect(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _without_effect(config: Any, tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    cls: Any = type(tree)
     for field in dataclasses.fields(tree):
         value = getattr(tree, field.name)
-        failing = [mark for mark in _conditions(type(tree))[field.name] if not mark.holds(config)]
+        failing = [mark for mark in _conditions(cls)[field.name] if not mark.holds(config)]
         if failing and value != _default(field):
             yield prefix + field.name, failing[0].condition
         elif dataclasses.is_dataclass(value):
@@ -111,27 +114,30 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 @cache
-def _affected_stages(cls: type) -> dict[str, tuple[str, ...]]:
-    default: tuple[str, ...] = getattr(cls, "__affects__", ())
-    return {
-        name: next((mark.stages for mark in marks if isinstance(mark, Affects)), default)
-        for name, marks in _metadata(cls).items()
-    }
+def _affected_stages(cls: Hashable) -> dict[str, tuple[str, ...]]:
+    default: tuple[str, ...] | None = getattr(cls, "__affects__", None)
+    affected = {}
+    for name, marks in _metadata(cls).items():
+        stages = next((mark.stages for mark in marks if isinstance(mark, Affects)), default)
+        if stages is None:
+            raise TypeError(f"{cls}: {name} does not say which stages it affects")
+        affected[name] = stages
+    return affected
 
 
 @cache
-def _conditions(cls: type) -> dict[str, list[OnlyIf]]:
+def _conditions(cls: Hashable) -> dict[str, list[OnlyIf]]:
     return {
         name: [mark for mark in marks if isinstance(mark, OnlyIf)]
         for name, marks in _metadata(cls).items()
     }
 
 
-def _metadata(cls: type) -> dict[str, tuple[Any, ...]]:
+def _metadata(cls: Any) -> dict[str, tuple[Any, ...]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field.name: getattr(hints[field.name], "__metadata__", ())
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        for field in dataclasses.fields(cls)
     }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from annotated_types import Ge, Len
 
 from ilrec_dist.common.config_fields import (
+    Affects,
     Bool,
     Float,
     NonNegative,
+    OnlyIf,
     Positive,
     PositiveFloat,
     Text,
@@ -18,19 +20,46 @@ from ilrec_dist.common.config_fields import (
 )
 
 
-@section
+@section(affects="prepare")
 class SyntheticConfig:
-    """The generated catalogue of `data.format: synthetic` (docs/data-formats.md says how it is drawn)."""
+    """The generated catalogue of `data.format: synthetic` (docs/data-formats.md)."""
 
     users: Positive = 6000
     items: Positive = 1000
     categories: Positive = 20
-    mean_length: Annotated[Float, Ge(3)] = 10.0  # items per user, at least 5
+    # Items per user, at least 5 where this is 5 or more.
+    mean_length: Annotated[Float, Ge(3)] = 10.0
     seed: NonNegative = 0
 
 
-@section
+def _is_table(config: Any) -> bool:
+    return config.data.format in ("csv", "parquet")
+
+
+def _is_foreign(config: Any) -> bool:
+    return config.data.format != "synthetic"
+
+
+def _is_synthetic(config: Any) -> bool:
+    return config.data.format == "synthetic"
+
+
+def _takes_item_table(config: Any) -> bool:
+    return config.data.format in ("csv", "parquet", "sequences", "amazon")
+
+
+def _is_chronological(config: Any) -> bool:
+    return config.data.split == "chronological"
+
+
+def _splits_by_share(config: Any) -> bool:
+    return config.data.split == "chronological" and config.data.split_dates is None
+
+
+@section(affects="prepare")
 class DataConfig:
+    """Which data set is read, and how it is filtered and split (docs/data-formats.md)."""
+
     format: Literal[
         "synthetic",
         "lcrec",
@@ -42,28 +71,47 @@ class DataConfig:
         "sequences",
         "minionerec",
     ] = "synthetic"
-    path: Optional[str] = (
-        None  # the interactions: a file, or the folder that holds them (docs/data-formats.md)
+    # The interactions: a file, or the folder that holds them.
+    path: Annotated[
+        Optional[str], Affects(), OnlyIf("a data.format other than synthetic", _is_foreign)
+    ] = None
+    # For csv, parquet and sequences a table with the columns item, title and, if wanted, text;
+    # for amazon the metadata.
+    items_path: Annotated[
+        Optional[str],
+        Affects(),
+        OnlyIf("data.format csv, parquet, sequences or amazon", _takes_item_table),
+    ] = None
+    # The columns of csv and parquet. Without a time column rows are in chronological order.
+    user_column: Annotated[str, OnlyIf("data.format csv or parquet", _is_table)] = "user"
+    item_column: Annotated[str, OnlyIf("data.format csv or parquet", _is_table)] = "item"
+    time_column: Annotated[Optional[str], OnlyIf("data.format csv or parquet", _is_table)] = (
+        "timestamp"
     )
-    items_path: Optional[str] = (
-        None  # csv, parquet, sequences: a table with the columns item, title and, if wanted, text; amazon: the metadata
-    )
-    user_column: str = "user"
-    item_column: str = "item"
-    time_column: Optional[str] = (
-        "timestamp"  # csv, parquet; null: the rows are in chronological order
-    )
-    min_user_interactions: Positive = (
-        5  # k-core: to the fixed point (generated data are not filtered)
-    )
-    min_item_interactions: Positive = 5
+    # The k-core, taken to its fixed point. Generated data are not filtered.
+    min_user_interactions: Annotated[
+        Positive, OnlyIf("a data.format other than synthetic", _is_foreign)
+    ] = 5
+    min_item_interactions: Annotated[
+        Positive, OnlyIf("a data.format other than synthetic", _is_foreign)
+    ] = 5
     split: Literal["leave_one_out", "chronological"] = "leave_one_out"
-    split_ratio: Annotated[list[PositiveFloat], Len(3, 3)] = field(
-        default_factory=lambda: [0.8, 0.1, 0.1]
-    )  # chronological: shares of interactions
-    split_dates: Optional[Annotated[list[Text], Len(2, 2)]] = (
-        None  # chronological: where validation and test begin, instead of split_ratio
+    # For a chronological split the shares of interactions in training, validation and test.
+    split_ratio: Annotated[
+        Annotated[list[PositiveFloat], Len(3, 3)],
+        OnlyIf("data.split chronological without data.split_dates", _splits_by_share),
+    ] = field(default_factory=lambda: [0.8, 0.1, 0.1])
+    # For a chronological split where validation and test begin, instead of split_ratio.
+    split_dates: Annotated[
+        Optional[Annotated[list[Text], Len(2, 2)]],
+        OnlyIf("data.split chronological", _is_chronological),
+    ] = None
+    # Malformed rows that are tolerated; they are listed in rejects.jsonl.
+    max_bad_rows: Annotated[
+        NonNegative, OnlyIf("a data.format other than synthetic", _is_foreign)
+    ] = 0
+    # Training reads every user's training items backwards too.
+    both_directions: Annotated[Bool, Affects("cf", "train")] = False
+    synthetic: Annotated[SyntheticConfig, OnlyIf("data.format synthetic", _is_synthetic)] = field(
+        default_factory=SyntheticConfig
     )
-    max_bad_rows: NonNegative = 0  # malformed rows tolerated; they are listed in rejects.jsonl
-    both_directions: Bool = False  # training reads every user's training items backwards too
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -6,12 +6,16 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ilrec_dist.common.config_fields import Bool, Int, NonNegative, Positive, section
+from ilrec_dist.common.config_fields import Affects, Bool, Int, NonNegative, Positive, section
 
 
-@section
+@section(affects="evaluate")
 class EvaluationConfig:
-    beam: Annotated[Int, Ge(10)] = 20  # Hit@10 needs ten
-    exclude_seen: Bool = True
-    batch_size: Positive = 64  # users
-    examples: NonNegative = 5  # users shown in the report
+    # Beams kept at every step; Hit@10 needs ten.
+    beam: Annotated[Annotated[Int, Ge(10)], Affects("train", "evaluate")] = 20
+    # Whether items of the history are taken out of every method's list.
+    exclude_seen: Annotated[Bool, Affects("train", "evaluate")] = True
+    # Users whose beams are searched together.
+    batch_size: Annotated[Positive, Affects()] = 64
+    # Users whose lists the report shows.
+    examples: Annotated[NonNegative, Affects()] = 5

@@ -75,7 +75,8 @@ def _on_gpus(launch: LaunchConfig) -> bool:
     # As in `_run_ray`.
     import ray
 
-    return bool(ray.cluster_resources().get("GPU", 0) >= launch.workers)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0) >= launch.workers
 
 
 def _run_torchrun(launch: LaunchConfig, job: Job) -> None:

@@ -10,7 +10,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
@@ -87,7 +87,7 @@ class Executor:
         # One Ray session for all stages, where one is needed at all.
         needs_workers = any(not self.run.is_current(name) for name in of_workers)
         launch = self.config.launch
-        with ray_session(launch) if needs_workers else suppress():
+        with ray_session(launch) if needs_workers else nullcontext():
             for is_workers, group in itertools.groupby(names, key=lambda name: name in of_workers):
                 if is_workers:
                     self._execute_by_workers(list(group))

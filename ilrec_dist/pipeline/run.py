@@ -116,7 +116,7 @@ class Run:
                 )
 
     def changed_settings(self, name: str) -> str:
-        """" (key: old → new, ...)" where the stage's last attempt had other settings, else ""."""
+        """ " (key: old → new, ...)" where the stage's last attempt had other settings, else ""."""
         latest = self.begun(name)
         if latest is None or "settings" not in latest:
             return ""
@@ -156,9 +156,7 @@ class Run:
 
     def stage_seconds(self) -> dict[str, float]:
         records = {name: self.record(name) for name in self.stages}
-        return {
-            name: record["seconds"] for name, record in records.items() if record is not None
-        }
+        return {name: record["seconds"] for name, record in records.items() if record is not None}
 
     # Where it is written
 
@@ -233,8 +231,9 @@ def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) 
     Size and time are compared, and the hash where only the time differs, as after a copy. With
     `verify` all hashes are compared, in parallel.
     """
-    doubtful = {}
-    for name, expected in record["files"].items():
+    doubtful: dict[str, str] = {}
+    files: dict[str, dict[str, Any]] = record["files"]
+    for name, expected in files.items():
         try:
             status = (output / name).stat()
         except OSError:

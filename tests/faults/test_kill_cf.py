@@ -11,7 +11,7 @@ import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import sha256_file
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from tests.training.conftest import tiny_config
 
 PATIENCE_SECONDS = 120

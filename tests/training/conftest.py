@@ -4,7 +4,7 @@ import pytest
 
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 
 
 def tiny_config(runs_dir, **sections) -> Config:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ilrec_dist.cf.config import CF_SERVING, CFConfig
+from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.index import index_kind, write_code_order
 from ilrec_dist.cf.sasrec.checkpoint import (
     FORMAT_VERSION,
@@ -32,7 +32,7 @@ from ilrec_dist.cf.sasrec.fit import (
     train_model,
 )
 from ilrec_dist.cf.sasrec.sharded_table import Split
-from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import clear_leftovers, put_in_place, read_json_object, write_json
 from ilrec_dist.common.run_layout import CODE_ORDER
@@ -149,9 +149,7 @@ def _unfinished(
     if split.part == 0:
         lock = _only_writer(unfinished)
         clear_leftovers(out)
-        settings = {
-            key: value for key, value in config_to_dict(config).items() if key not in CF_SERVING
-        }
+        settings = stage_settings(config, "cf")
         task = {
             "version": FORMAT_VERSION,
             "settings": settings,

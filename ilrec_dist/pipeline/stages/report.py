@@ -10,7 +10,8 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
-from ilrec_dist.reporting.html.report import MethodMetrics, write_report
+from ilrec_dist.reporting.html.curves import MethodMetrics
+from ilrec_dist.reporting.html.report import write_report
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
 
