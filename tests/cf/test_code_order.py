@@ -20,7 +20,7 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.pipeline.execute import execute, open_run
 from tests.cf.conftest import CONFIG, World, training_targets
 from tests.training.conftest import tiny_config
 
