@@ -38,6 +38,7 @@ SMALL_RUN = {
     "backbone.dropout": "0.1",
     "train.epochs": "2",
     "train.batch_size": "32",
+    "train.warmup": "50",
     "train.max_history": "8",
     "train.validation_users": "50",
     "train.validate_epochs": "1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +14,13 @@ from rich.text import Text
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import atomic_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.config import BackboneConfig
+
+if TYPE_CHECKING:
+    from ilrec_dist.inference.recommend import Recommendations
 
 PRINTED_USERS = 20
 
@@ -55,7 +60,7 @@ def recommend(
     from ilrec_dist.common.files import read_json_object
     from ilrec_dist.common.run_layout import BEST, RESULT
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-    from ilrec_dist.inference.recommend import recommend as recommend_histories
+    from ilrec_dist.inference.recommend import recommend_items
     from ilrec_dist.items.catalogue import catalogue_hash
     from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
     from ilrec_dist.reporting.progress import stage_progress
@@ -90,35 +95,37 @@ def recommend(
             parallel.device
         )
         with stage_progress("recommend", None, "users") as bar:
-            table = recommend_histories(
+            recommendations = recommend_items(
                 backbone,
                 artifacts.dataset,
                 artifacts.trie,
                 histories=histories,
                 top=top,
-                config=config.evaluation,
+                beam=config.evaluation.beam,
+                batch_size=config.evaluation.batch_size,
                 softmax_scope=model["softmax_scope"],
                 max_history=config.train.max_history,
                 parallel=parallel,
                 exclude_seen=exclude_seen,
                 allowed=allowed,
                 progress=lambda done, _total: bar(done),
+                model_name=str(weights),
             )
     finally:
         destroy_parallel()
+    table = recommendations.table
+    if recommendations.num_users_without_items:
+        console.print(_without_items(recommendations), highlight=False, markup=False)
     if out is None:
         print_recommendations(table)
         return
     import pyarrow.parquet as pq
 
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        pq.write_table(table, staged)
-        os.replace(staged, out)
+        with atomic_file(out) as staged:
+            pq.write_table(table, staged)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        staged.unlink(missing_ok=True)
     console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False, markup=False)
 
 
@@ -131,6 +138,14 @@ def _config_of(run: Path) -> Config:
     folder = run.resolve()
     return dataclasses.replace(
         load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name
+    )
+
+
+def _without_items(recommendations: Recommendations) -> str:
+    """The sentence on users who got an empty list."""
+    return (
+        f"{recommendations.num_users_without_items:,} of {recommendations.num_users:,} users get "
+        "no item: every item that may be recommended stands in their history"
     )
 
 

@@ -1,4 +1,4 @@
-"""Metrics of one relevant item per user: ranks under the rule `split`, Hit@k and NDCG@k with their expected-rank figures, bootstrap (METHOD.md §9)."""
+"""Metrics of one relevant item per user: ranks, Hit@k, NDCG@k, paired bootstrap (METHOD.md §9)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import numpy as np
 
 CUTOFFS = (1, 5, 10)
 METRICS = tuple(f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS)
-EXPECTED = "expected_"  # prefix of the expected-rank figures
-UNRANKED = np.iinfo(np.int64).max // 2  # the rank of a target that is not in the list
+# Prefix of the expected-rank figures.
+EXPECTED = "expected_"
+# The rank of a target that is not in the list.
+UNRANKED = np.iinfo(np.int64).max // 2
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where each user's target stands, best 0. It shares the places [first, first + tied) with the items it cannot be told apart from;
-    under the rule `split` these fill consecutive places in integer item-id order and the target's is `rank`."""
+    """The rank of each user's target, best 0.
+
+    The target shares the ranks [first, first + tied) with the items it cannot be told apart from.
+    Under the rule `split` these fill consecutive ranks in integer item-id order, and the target's
+    is `rank`.
+    """
 
     rank: np.ndarray  # int64 [n]; UNRANKED where the target is not in the list
     first: np.ndarray  # int64 [n]; UNRANKED likewise
@@ -23,17 +29,17 @@ class Ranks:
 
 
 def ranks_of_scores(scores: np.ndarray, targets: np.ndarray) -> Ranks:
-    """Ranks in a full ranking: scores float [n, num_items], -inf for items that are not in it; targets int [n].
+    """Ranks of targets int [n] in a full ranking by scores float [n, num_items].
 
-    Items of equal score are tied. A target that scores -inf is not in the ranking.
+    Items of equal score are tied. Score -inf takes an item out of the ranking, a target too.
     """
     targets = np.asarray(targets, np.int64)
-    own = np.take_along_axis(scores, targets[:, None], axis=1)
-    first = (scores > own).sum(axis=1)
-    equal = scores == own
+    target_score = np.take_along_axis(scores, targets[:, None], axis=1)
+    first = (scores > target_score).sum(axis=1)
+    equal = scores == target_score
     tied = equal.sum(axis=1)
     rank = first + (equal & (np.arange(scores.shape[1]) < targets[:, None])).sum(axis=1)
-    missing = np.isneginf(own[:, 0])
+    missing = np.isneginf(target_score[:, 0])
     return Ranks(
         np.where(missing, UNRANKED, rank),
         np.where(missing, UNRANKED, first),
@@ -42,18 +48,29 @@ def ranks_of_scores(scores: np.ndarray, targets: np.ndarray) -> Ranks:
 
 
 def ranks_of_lists(items: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """int64 [n] ranks of targets int [n] in lists of distinct items, best first, int [n, W] padded with -1; UNRANKED where it is not in."""
-    hit = items == np.asarray(targets)[:, None]
-    return np.where(hit.any(axis=1), hit.argmax(axis=1), UNRANKED)
+    """int64 [n] ranks of targets int [n] in lists of distinct items, best first.
+
+    items int [n, W] is padded with -1. A target that is not in its list is UNRANKED.
+    """
+    return first_column(items == np.asarray(targets)[:, None])
+
+
+def first_column(mask: np.ndarray) -> np.ndarray:
+    """int64 [n]: the first column of mask bool [n, W] that is True, UNRANKED where none is."""
+    if mask.shape[1] == 0:
+        return np.full(len(mask), UNRANKED)
+    return np.where(mask.any(axis=1), mask.argmax(axis=1), UNRANKED)
 
 
 def per_user(ranks: Ranks) -> dict[str, np.ndarray]:
-    """float64 [n] of every metric in METRICS, and of its expectation over the order of tied items under `expected_` + metric."""
+    """float64 [n] of every metric in METRICS.
+
+    `expected_` + metric is its expectation over the orders of tied items.
+    """
     most = max(CUTOFFS)
     discount = np.where(ranks.rank < most, 1.0 / np.log2(np.minimum(ranks.rank, most) + 2.0), 0.0)
-    gain = np.concatenate(
-        [[0.0], np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))]
-    )  # of the first 0 … most places together
+    # The sum of the first 0 … most discounts.
+    gain = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(most) + 2.0))])
     values: dict[str, np.ndarray] = {}
     for k in CUTOFFS:
         values[f"hit@{k}"] = (ranks.rank < k).astype(np.float64)
@@ -64,8 +81,12 @@ def per_user(ranks: Ranks) -> dict[str, np.ndarray]:
     return {prefix + name: values[prefix + name] for prefix in ("", EXPECTED) for name in METRICS}
 
 
-def summarise(ranks: Ranks) -> dict[str, float]:
-    """Means over users of what `per_user` gives; the standard error of each of METRICS stands under metric + `_se`. Raises ValueError for no users."""
+def mean_metrics(ranks: Ranks) -> dict[str, float]:
+    """Means over users of what `per_user` gives.
+
+    The standard error of each of METRICS is added as metric + `_se`. Raises ValueError for no
+    users.
+    """
     if len(ranks.rank) == 0:
         raise ValueError("metrics of no users")
     figures: dict[str, float] = {}
@@ -86,10 +107,14 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(mean difference, lower, upper end of its percentile interval) of values − versus, float [n] each over the same users in the same order."""
+    """The mean of values − versus and its percentile interval over resampled users.
+
+    Both are float [n] over the same users in the same order. Returns (mean, lower end, upper end).
+    """
     if values.shape != versus.shape or values.ndim != 1 or len(values) == 0:
         raise ValueError(f"paired values of shapes {values.shape} and {versus.shape}")
-    # A resample of users is a multinomial over the distinct differences: a few hundred categories in place of all users, with the same distribution.
+    # A resample of users is a multinomial over the distinct differences: a few hundred categories
+    # in place of all users, with the same distribution.
     distinct, counts = np.unique(values - versus, return_counts=True)
     share = counts / counts.sum()
     rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
-"""What a method predicted for every user: saved so that anyone can recompute the table from the file (METHOD.md §9)."""
+"""A method's predictions for all users; the table can be recomputed from them (METHOD.md §9)."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, per_user, ranks_of_lists, summarise
+from ilrec_dist.common.files import atomic_file
+from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, mean_metrics, per_user, ranks_of_lists
 
 SCHEMA = pa.schema(
     [
@@ -27,17 +28,23 @@ SCHEMA = pa.schema(
             "tie_start",
             pa.int32(),
             metadata={
-                "is": "first place, from 0, of those that cannot be told apart from the target; null: not listed"
+                "is": "first rank, from 0, of the items that cannot be told apart from the target; "
+                "null where the target is not in the ranking"
             },
         ),
-        pa.field("tie_size", pa.int32(), metadata={"is": "how many those are, with the target"}),
+        pa.field(
+            "tie_size", pa.int32(), metadata={"is": "number of those items, the target included"}
+        ),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Ranked lists for n users, ascending by user. `tie_start` is UNRANKED where the target is not in the ranking."""
+    """Ranked lists for n users, ascending by user.
+
+    `tie_start` is UNRANKED where the target is not in the ranking.
+    """
 
     users: np.ndarray  # int64 [n]
     targets: np.ndarray  # int64 [n]
@@ -53,8 +60,13 @@ class Predictions:
         return Ranks(rank, self.tie_start, self.tie_size)
 
     def metrics(self) -> dict[str, float]:
-        """Means over users: hit@k, ndcg@k, their standard errors `…_se`, and `expected_…`, k in 1, 5, 10."""
-        return summarise(self.ranks)
+        """Means over users: hit@k, ndcg@k, their standard errors `…_se`, and `expected_…`."""
+        return mean_metrics(self.ranks)
+
+    @property
+    def num_users_without_items(self) -> int:
+        """Users with an empty list, which counts as a miss: their history holds every item."""
+        return int((self.items < 0).all(axis=1).sum())
 
     def per_user(self) -> dict[str, np.ndarray]:
         """float64 [n] of the same metrics, for paired comparisons."""
@@ -65,7 +77,12 @@ class Predictions:
         return (
             {"method": method}
             | self.metrics()
-            | {"users": len(self.users), "seed": seed, "exclude_seen": self.exclude_seen}
+            | {
+                "users": len(self.users),
+                "users_without_items": self.num_users_without_items,
+                "seed": seed,
+                "exclude_seen": self.exclude_seen,
+            }
         )
 
     def save(self, path: str | Path) -> None:
@@ -82,10 +99,8 @@ class Predictions:
             pa.array(self.tie_size, pa.int32()),
         ]
         schema = SCHEMA.with_metadata({"exclude_seen": str(self.exclude_seen).lower()})
-        path = Path(path)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
-        os.replace(staged, path)
+        with atomic_file(path) as staged:
+            pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
 
     @staticmethod
     def load(path: str | Path) -> Predictions:
@@ -94,16 +109,18 @@ class Predictions:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
-                f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); run `ilrec evaluate` again"
+                f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); "
+                "run `ilrec evaluate` again"
             ) from None
         metadata = table.schema.metadata or {}
         if not table.schema.equals(SCHEMA) or b"exclude_seen" not in metadata:
             raise UserError(
-                f"{path}: expected the columns {', '.join(SCHEMA.names)} of predictions; run `ilrec evaluate` again"
+                f"{path}: expected the columns {', '.join(SCHEMA.names)} of predictions; "
+                "run `ilrec evaluate` again"
             )
         lists = table.column("items").combine_chunks()
-        each = np.diff(lists.offsets.to_numpy())
-        listed = np.arange(int(each.max(initial=0))) < each[:, None]
+        lengths = np.diff(lists.offsets.to_numpy())
+        listed = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
         items, scores = (
             np.full(listed.shape, -1, np.int32),
             np.full(listed.shape, -np.inf, np.float32),
@@ -126,12 +143,12 @@ def recompute(path: str | Path) -> dict[str, float]:
     return Predictions.load(path).metrics()
 
 
-def join(parts: list[Predictions]) -> Predictions:
-    """Predictions for disjoint users as one, ascending by user."""
+def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of one method for disjoint users as one, ascending by user."""
     width = max(part.items.shape[1] for part in parts)
     order = np.argsort(np.concatenate([part.users for part in parts]), kind="stable")
 
-    def joined(name: str, fill: float | None = None) -> np.ndarray:
+    def concatenated(name: str, fill: float | None = None) -> np.ndarray:
         arrays = [getattr(part, name) for part in parts]
         if fill is not None:
             arrays = [
@@ -141,11 +158,11 @@ def join(parts: list[Predictions]) -> Predictions:
         return np.concatenate(arrays)[order]
 
     return Predictions(
-        users=joined("users"),
-        targets=joined("targets"),
-        items=joined("items", -1),
-        scores=joined("scores", -np.inf),
-        tie_start=joined("tie_start"),
-        tie_size=joined("tie_size"),
+        users=concatenated("users"),
+        targets=concatenated("targets"),
+        items=concatenated("items", -1),
+        scores=concatenated("scores", -np.inf),
+        tie_start=concatenated("tie_start"),
+        tie_size=concatenated("tie_size"),
         exclude_seen=parts[0].exclude_seen,
     )

@@ -1,1 +1,1 @@
-"""Constrained beam search over the catalogue's trie."""
+"""Ranking with a trained backbone: beam search over the trie, batches of histories, new users."""

@@ -13,9 +13,9 @@ import pytest
 from ilrec_dist.cf.sasrec import cross_fit as train
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf, load_folds
 from ilrec_dist.cf.sasrec.cross_fit import train_cf, user_folds
-from ilrec_dist.cf.sasrec.scoring import sasrec_scores
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import sha256_file
+from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
 from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
 
 

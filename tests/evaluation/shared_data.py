@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from ilrec_dist.common.files import read_json_object
@@ -9,6 +11,7 @@ from ilrec_dist.data.dataset import InteractionDataset
 from tests.data.shared_data import shared_data
 
 
+@lru_cache
 def real_data(name: str) -> InteractionDataset:
     """The LC-Rec triple's histories as they stand in the file; skips the test where the folder is absent."""
     (file,) = shared_data(name).glob("*.inter.json")

@@ -48,7 +48,7 @@ def test_counts_are_of_the_training_split_alone() -> None:
 def test_counts_do_not_depend_on_how_many_are_read_at_once(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("ilrec_dist.evaluation.baselines.counting.AT_ONCE", at_once)
+    monkeypatch.setattr("ilrec_dist.evaluation.baselines.counting.CHUNK_INTERACTIONS", at_once)
     test_counts_are_of_the_training_split_alone()
     rng = np.random.default_rng(at_once)
     lengths = rng.integers(0, 9, 60)

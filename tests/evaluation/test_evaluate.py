@@ -1,4 +1,4 @@
-"""Evaluation of a model over users: the same figures whatever the batches and the process layout; predictions as a file."""
+"""Evaluation over users: batches, process layouts, predictions as a file, empty lists."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model, rank_all, top_items
+from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.evaluation.toy import (
+from tests.inference.toy import (
     MAX_HISTORY,
     NUM_ITEMS,
     TIED,
     UNTIED,
+    dataset_of,
     exhaustive_scores,
     toy_backbone,
     toy_catalogue,
@@ -86,7 +88,7 @@ def test_equals_full_ranking_by_exhaustive_scores(split: str, exclude_seen: bool
     (found,) = run_distributed(evaluate, 1, 1, config, "all", True, split)
     (scores,) = run_distributed(exhaustive, 1, 1, "all", split)
     dataset = toy_data()
-    # Scores of items that share a tuple differ in the last bits of the exhaustive pass: rounding makes them the ties that they are.
+    # The exhaustive scores of items that share a tuple differ in the last bits; rounding ties them.
     expected = rank_all(
         lambda users: np.round(scores[users], 6),
         dataset,
@@ -171,7 +173,73 @@ def test_top_items_keep_item_order_among_equals() -> None:
 
 
 def test_a_baseline_without_what_it_needs() -> None:
-    with pytest.raises(ValueError, match="sasrec with cf_folder"):
+    with pytest.raises(ValueError, match="sasrec needs cf_folder"):
         baseline_predictions(
             "sasrec", toy_data(), users=np.arange(3), split="test", exclude_seen=True
+        )
+
+
+def evaluate_two_items(mesh: Mesh, sequences: list[list[int]], exclude_seen: bool) -> Predictions:
+    parallel = initialize_parallel(mesh.tp, "cpu")
+    try:
+        catalogue = make_catalogue(np.array([[0, 0], [1, 0]]), (2, 2))
+        return evaluate_model(
+            toy_backbone(catalogue),
+            dataset_of(sequences, num_items=2),
+            catalogue,
+            Trie(catalogue),
+            users=np.arange(len(sequences)),
+            split="test",
+            config=EvaluationConfig(exclude_seen=exclude_seen),
+            softmax_scope="all",
+            max_history=MAX_HISTORY,
+            parallel=parallel,
+        )
+    finally:
+        destroy_parallel()
+
+
+# Histories at test time hold both items: a,a,a,a,b,a alone, and with a user to whom b is left.
+@pytest.mark.parametrize(
+    ("sequences", "without_items", "hits"),
+    [
+        ([[0, 0, 0, 0, 1, 0]], 1, 0),
+        ([[0, 1, 0], [1, 0, 1], [0, 1, 1]], 3, 0),
+        ([[0, 0, 0, 0, 1, 0], [0, 0, 0, 1]], 1, 1),
+    ],
+)
+def test_users_with_nothing_left_count_as_misses_for_every_method(
+    tmp_path: Path, sequences: list[list[int]], without_items: int, hits: int
+) -> None:
+    (beams,) = run_distributed(evaluate_two_items, 1, 1, sequences, True)
+    dataset = dataset_of(sequences, num_items=2)
+    users = np.arange(len(sequences))
+    rankings = [beams] + [
+        baseline_predictions(name, dataset, users=users, split="test", exclude_seen=True)
+        for name in ("popularity", "transitions")
+    ]
+    for predictions in rankings:
+        figures = predictions.metrics()
+        assert figures["hit@10"] == figures["expected_ndcg@10"] == hits / len(sequences)
+        assert predictions.row("m")["users_without_items"] == without_items
+        predictions.save(tmp_path / "p.parquet")
+        assert recompute(tmp_path / "p.parquet") == figures
+        assert Predictions.load(tmp_path / "p.parquet").num_users_without_items == without_items
+    (kept,) = run_distributed(evaluate_two_items, 1, 1, sequences, False)
+    assert kept.metrics()["hit@10"] == 1 and kept.num_users_without_items == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_method(value: float) -> None:
+    dataset = toy_data()
+    scores = np.zeros((1, NUM_ITEMS))
+    scores[0, 5] = value
+    with pytest.raises(UserError, match="sasrec: its scores are not finite"):
+        rank_all(
+            lambda users: np.repeat(scores, len(users), axis=0),
+            dataset,
+            users=np.arange(3),
+            split="test",
+            exclude_seen=True,
+            name="sasrec",
         )

@@ -14,11 +14,11 @@ from ilrec_dist.evaluation.metrics import (
     METRICS,
     UNRANKED,
     Ranks,
+    mean_metrics,
     paired_bootstrap,
     per_user,
     ranks_of_lists,
     ranks_of_scores,
-    summarise,
 )
 
 
@@ -68,11 +68,16 @@ def test_a_target_outside_the_ranking_counts_nothing() -> None:
     ]
 
 
+def test_an_empty_list_ranks_nobody() -> None:
+    assert ranks_of_lists(np.zeros((2, 0), np.int32), np.array([0, 1])).tolist() == [UNRANKED] * 2
+    assert ranks_of_lists(np.full((2, 3), -1), np.array([0, 1])).tolist() == [UNRANKED] * 2
+
+
 def test_summary() -> None:
     ranks = Ranks(
         np.array([0, 3, UNRANKED, 7]), np.array([0, 3, UNRANKED, 6]), np.array([1, 1, 1, 2])
     )
-    figures = summarise(ranks)
+    figures = mean_metrics(ranks)
     assert figures["hit@5"] == 0.5 and figures["hit@10"] == 0.75
     assert figures["ndcg@10"] == pytest.approx((1 + 1 / math.log2(5) + 1 / math.log2(9)) / 4)
     assert figures["hit@5_se"] == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
@@ -81,7 +86,7 @@ def test_summary() -> None:
     )
     assert set(METRICS) <= figures.keys()
     with pytest.raises(ValueError, match="no users"):
-        summarise(Ranks(*(np.zeros(0, np.int64),) * 3))
+        mean_metrics(Ranks(*(np.zeros(0, np.int64),) * 3))
 
 
 def test_paired_bootstrap() -> None:

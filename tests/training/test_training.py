@@ -1,5 +1,8 @@
 """The training loop: the same losses and weights however the step is cut over tp, dp and accumulation, and after an interruption (METHOD.md §8.3, §8.6)."""
 
+import hashlib
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.model.weights import read_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
@@ -42,6 +46,15 @@ def train_here(
         pass
     finally:
         destroy_parallel()
+
+
+def refusal_here(mesh: Mesh, tree: dict, folder: str) -> str:
+    """The line that refuses the training on this rank."""
+    try:
+        train_here(mesh, tree, "ilrec", folder)
+    except UserError as error:
+        return str(error)
+    return "not refused"
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -186,3 +199,38 @@ def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2)])
+def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, world, tp):
+    train = {"learning_rate": 1e30, "checkpoint_steps": 1}
+    tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": world, "tp": tp}))
+    lines = run_distributed(refusal_here, world, tp, tree, str(tmp_path))
+    assert len(set(lines)) == 1
+    for part in ("ilrec, seed 0", "step 2", "loss term cpo is nan", "1e+30", "learning_rate"):
+        assert part in lines[0]
+    # Neither a best epoch nor a result came of it.
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+
+
+def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[LAYOUTS[0]], folder)
+    hashes = json.loads((folder / "result.json").read_text())["weights_sha256"]
+    assert hashes == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("best.safetensors", "final.safetensors")
+    }
+    best = folder / "best.safetensors"
+    whole = read_weights(best)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(best).items())
+    _flip(best)
+    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: .*damaged.*SHA-256"):
+        read_weights(best)
+    final = folder / "final.safetensors"
+    final.write_bytes(final.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"^{re.escape(str(final))}: .*damaged.*SHA-256"):
+        read_weights(final)
+    best.unlink()
+    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
+        read_weights(best)

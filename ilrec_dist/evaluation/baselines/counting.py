@@ -1,4 +1,4 @@
-"""The counting baselines that every table has: popularity, and transitions between consecutive items (METHOD.md §9)."""
+"""The counting baselines: popularity, and transitions between consecutive items (METHOD.md §9)."""
 
 from __future__ import annotations
 
@@ -8,41 +8,44 @@ from itertools import pairwise
 import numpy as np
 from scipy import sparse
 
-from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.data.dataset import InteractionDataset, ItemArray
 
-LAST_ITEMS = 6  # of the history, that transitions looks at
-AT_ONCE = 1 << 23  # interactions
+# The latest items of the history that `transitions` looks at.
+RECENT_ITEMS = 6
+# Interactions that are counted at once.
+CHUNK_INTERACTIONS = 1 << 23
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What the training split holds: pop, int64 [num_items] interactions of each item, and T, float64 [num_items, num_items] consecutive pairs."""
+class TrainingCounts:
+    """Counts of the training split."""
 
-    popularity: np.ndarray
-    transitions: sparse.csr_array
+    popularity: np.ndarray  # int64 [num_items], pop: interactions of each item
+    transitions: sparse.csr_array  # float64 [num_items, num_items], T: consecutive pairs
 
 
-def count_training(dataset: InteractionDataset) -> Counts:
-    """Count the training split alone: neither validation nor test items, nor the pairs that lead to them. Some millions of interactions at a time."""
+def count_training(dataset: InteractionDataset) -> TrainingCounts:
+    """Count the training split alone: no validation or test item, nor a pair that leads to one."""
     popularity = np.zeros(dataset.num_items, np.int64)
     transitions = sparse.csr_array((dataset.num_items, dataset.num_items), dtype=np.float64)
-    starts = np.arange(0, dataset.num_interactions, AT_ONCE)
+    starts = np.arange(0, dataset.num_interactions, CHUNK_INTERACTIONS)
     bounds = np.unique(np.append(np.searchsorted(dataset.offsets, starts), dataset.num_users))
     for first, last in pairwise(bounds.tolist()):
         users = slice(first, last)
         items = np.asarray(dataset.items[dataset.offsets[first] : dataset.offsets[last]])
         begins = dataset.offsets[users] - dataset.offsets[first]
-        place = np.arange(len(items)) - np.repeat(begins, dataset.lengths(users))
-        train = place < np.repeat(dataset.train_lengths(users), dataset.lengths(users))
+        position = np.arange(len(items)) - np.repeat(begins, dataset.lengths(users))
+        train = position < np.repeat(dataset.train_lengths(users), dataset.lengths(users))
         popularity += np.bincount(items[train], minlength=dataset.num_items)
-        second = np.flatnonzero(train & (place > 0))  # the item before a training item is one too
+        # The item before a training item is a training item too.
+        second = np.flatnonzero(train & (position > 0))
         transitions += sparse.coo_array(
             (np.ones(len(second)), (items[second - 1], items[second])), shape=transitions.shape
         ).tocsr()
-    return Counts(popularity, transitions)
+    return TrainingCounts(popularity, transitions)
 
 
-def popularity_scores(counts: Counts, users: np.ndarray) -> np.ndarray:
+def popularity_scores(counts: TrainingCounts, users: np.ndarray) -> np.ndarray:
     """float64 [len(users), num_items]: the same for every user (a read-only view)."""
     return np.broadcast_to(
         counts.popularity.astype(np.float64), (len(users), len(counts.popularity))
@@ -50,18 +53,28 @@ def popularity_scores(counts: Counts, users: np.ndarray) -> np.ndarray:
 
 
 def transition_scores(
-    counts: Counts, dataset: InteractionDataset, users: np.ndarray, split: str
+    counts: TrainingCounts, dataset: InteractionDataset, users: np.ndarray, split: str
 ) -> np.ndarray:
-    """float64 [len(users), num_items]: Σ over the last 6 history items i of T[i, v] / (rank_i · √pop_i), rank 1 for the latest.
+    """score(v) = Σ over the latest history items i of T[i, v] / (rank_i · √pop_i).
 
-    The history is what `split` may see: at test time it includes the validation item.
+    Rank 1 is the latest item. The history is what `split` may see: at test time it includes
+    the validation item. Returns float64 [len(users), num_items].
     """
-    stop = dataset.history_stop(split, users)
-    place = stop[:, None] - np.arange(1, LAST_ITEMS + 1)
-    row, back = np.nonzero(place >= dataset.offsets[users][:, None])
-    item = dataset.items[place[row, back]]
-    weight = 1.0 / (
-        (back + 1) * np.sqrt(np.maximum(counts.popularity[item], 1))
-    )  # an item unseen in training has no pairs: any finite weight will do
-    history = sparse.coo_array((weight, (row, item)), shape=(len(users), dataset.num_items)).tocsr()
-    return (history @ counts.transitions).toarray()
+    return history_transition_scores(
+        counts, dataset.items, dataset.offsets[users], dataset.history_stop(split, users)
+    )
+
+
+def history_transition_scores(
+    counts: TrainingCounts, items: ItemArray, start: np.ndarray, stop: np.ndarray
+) -> np.ndarray:
+    """The scores of `transition_scores` after the histories items[start[r] : stop[r]]."""
+    position = stop[:, None] - np.arange(1, RECENT_ITEMS + 1)
+    row, back = np.nonzero(position >= start[:, None])
+    item = items[position[row, back]]
+    # An item unseen in training has no pairs, so any finite weight will do.
+    weight = 1.0 / ((back + 1) * np.sqrt(np.maximum(counts.popularity[item], 1)))
+    shape = (len(start), len(counts.popularity))
+    history = sparse.coo_array((weight, (row, item)), shape=shape).tocsr()
+    scores: np.ndarray = (history @ counts.transitions).toarray()
+    return scores

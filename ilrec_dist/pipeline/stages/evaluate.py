@@ -16,7 +16,7 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.metrics import paired_bootstrap
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
-from ilrec_dist.inference.ranker import Progress
+from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
 from ilrec_dist.pipeline.stage import Stage
@@ -115,6 +115,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             max_history=config.train.max_history,
             parallel=parallel,
+            model_name=str(artifacts.folders.training(method, seed) / BEST),
             progress=_counter(artifacts, parallel.dp, number * len(users), len(work) * len(users))
             if lead
             else None,
@@ -126,7 +127,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
-def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> Progress:
+def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
     """Leaves the rankings done so far where the driver looks for them; other data-parallel ranks are taken to be as far."""
 
     def progress(done: int, mine: int) -> None:

@@ -26,6 +26,7 @@ from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter
 from ilrec_dist.samples.windows import steps_per_epoch, training_windows
 from ilrec_dist.training.checkpoint import latest
+from ilrec_dist.training.schedule import warmup_warning
 from ilrec_dist.training.spec import TrainingSpec
 
 
@@ -122,6 +123,8 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
         RunArtifacts(config).training, config.train.max_history, config.train.targets
     )
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    if trainings and (warning := warmup_warning(config.train, steps)) is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     stop = threading.Event()
 
     def follow() -> None:

@@ -11,10 +11,11 @@ import torch
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference import beam_search as decoding
-from ilrec_dist.inference.beam_search import ItemSets, TrieConstraint, beam_search, expand
+from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
-from tests.evaluation.toy import (
+from tests.inference.toy import (
     NUM_ITEMS,
     TIED,
     UNTIED,
@@ -38,30 +39,32 @@ def _layout() -> Iterator[None]:
 
 def search(
     backbone: Backbone,
-    space: TrieConstraint,
+    constraint: TrieConstraint,
     scope: str,
     beam: int,
     excluded: ItemSets | None = None,
-) -> decoding.RankedItems:
+    model_name: str = "the model",
+) -> RankedItems:
     tokens = torch.from_numpy(
         CATALOGUE.item_tokens(HISTORIES).reshape(len(HISTORIES), -1).astype(np.int64)
     )
     beams = beam_search(
         backbone,
-        space,
+        constraint,
         tokens,
         vocab_size=CATALOGUE.vocab_size,
         beam=beam,
         softmax_scope=scope,
         excluded=excluded,
+        model_name=model_name,
     )
-    return expand(space, beams, excluded)
+    return expand_beams(constraint, beams, excluded)
 
 
 def looped_beam_search(
     backbone: Backbone, scope: str, history: np.ndarray, beam: int, wanted: set[int]
 ) -> list[tuple[tuple[int, ...], float]]:
-    """(code tuple, Σ log p), best first: `beam` prefixes kept at each depth among those that lead to a wanted item."""
+    """(code tuple, Σ log p), best first, among the prefixes that lead to a wanted item."""
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     tuples = {
         item: tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) for item in range(NUM_ITEMS)
@@ -114,7 +117,7 @@ def test_a_small_beam_without_seen_and_not_allowed_items(scope: str, beam: int) 
     backbone = toy_backbone(CATALOGUE)
     rng = np.random.default_rng(beam)
     allowed = rng.random(NUM_ITEMS) < 0.5
-    # Among what is seen: a whole first-level subtree, and all but one of the items that share a tuple.
+    # Seen are a whole first-level subtree, and all but one of the items that share a tuple.
     subtree = np.flatnonzero(CATALOGUE.item_tokens(np.arange(NUM_ITEMS))[:, 0] == 2)
     histories = [
         np.array([], np.int64),
@@ -123,8 +126,8 @@ def test_a_small_beam_without_seen_and_not_allowed_items(scope: str, beam: int) 
         rng.permutation(NUM_ITEMS)[:50],
     ]
     for mask in (None, allowed):
-        space = TrieConstraint(TRIE, allowed=mask)
-        ranked = search(backbone, space, scope, beam, ItemSets.of(histories))
+        constraint = TrieConstraint(TRIE, allowed=mask)
+        ranked = search(backbone, constraint, scope, beam, ItemSets.of(histories))
         for row, seen in enumerate(histories):
             wanted = {
                 item
@@ -156,20 +159,25 @@ def test_nothing_left_gives_no_beams() -> None:
     assert ranked.items.tolist() == [[-1]] * 3 + [[NUM_ITEMS - 1]]
 
 
-def test_a_diverged_model_is_an_error() -> None:
-    backbone = toy_backbone(CATALOGUE)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_model(
+    scope: str, value: float
+) -> None:
+    """One row of the head is enough, whether its token would lead the beams or leave them."""
+    backbone = toy_backbone(CATALOGUE, UNTIED)
     with torch.no_grad():
-        backbone.head_weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="diverged"):
-        search(backbone, TrieConstraint(TRIE), "all", 5)
+        backbone.head_weight[int(CATALOGUE.tokens[0, 0])] = value
+    with pytest.raises(UserError, match="ilrec, seed 3: its scores are not finite"):
+        search(backbone, TrieConstraint(TRIE), scope, 5, model_name="ilrec, seed 3")
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_slices_and_batches_change_nothing(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone, space = toy_backbone(CATALOGUE), TrieConstraint(TRIE)
+    backbone, constraint = toy_backbone(CATALOGUE), TrieConstraint(TRIE)
     seen = ItemSets.of(list(HISTORIES))
-    whole = search(backbone, space, scope, 7, seen)
-    monkeypatch.setattr(decoding, "ELEMENTS_AT_ONCE", {"cpu": 1})  # one user at a time
-    sliced = search(backbone, space, scope, 7, seen)
+    whole = search(backbone, constraint, scope, 7, seen)
+    monkeypatch.setattr(decoding, "CHUNK_ELEMENTS", {"cpu": 1})  # one user at a time
+    sliced = search(backbone, constraint, scope, 7, seen)
     assert np.array_equal(whole.items, sliced.items)
     np.testing.assert_allclose(whole.scores, sliced.scores, rtol=1e-6)

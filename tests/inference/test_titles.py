@@ -1,4 +1,4 @@
-"""Beam search over titles of many lengths against exhaustive scoring and a beam search written with Python loops."""
+"""Beam search over titles of many lengths against its definition written with Python loops."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ import pytest
 import torch
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-from ilrec_dist.inference.beam_search import (
-    ItemSets,
-    RankedItems,
-    TrieConstraint,
-    beam_search,
-    expand,
-)
-from ilrec_dist.inference.ranker import Histories
+from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.ranker import HistoryRanges
+from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
-from tests.evaluation.toy import TIED, UNTIED
+from tests.inference.toy import TIED, UNTIED
 
 COUNT, PIECES, DEPTH = 40, 7, 6
 END = 1  # token id of the end
 
 
 def toy_titles() -> Catalogue:
-    """40 titles of 1 to 5 pieces and the end; some begin with all of another one, two are the same."""
+    """40 titles of 1 to 5 pieces and the end; some are prefixes of others, two are the same."""
     rng = np.random.default_rng(8)
     numbers = np.full((COUNT, DEPTH), -1, np.int32)
     for row, length in enumerate(rng.integers(1, DEPTH, COUNT)):
@@ -45,7 +40,9 @@ OWN = [
     tuple(int(token) for token in tokens if token != NO_TOKEN)
     for tokens in CATALOGUE.item_tokens(np.arange(COUNT))
 ]
-HISTORIES = Histories(np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15]))
+HISTORIES = HistoryRanges(
+    np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15])
+)
 SCOPES = ["all", "valid_next"]
 
 
@@ -92,15 +89,15 @@ def looped(
 
 
 def search(
-    model: Backbone, space: TrieConstraint, scope: str, beam: int, excluded: list[np.ndarray]
+    model: Backbone, constraint: TrieConstraint, scope: str, beam: int, excluded: list[np.ndarray]
 ) -> tuple[list[list[int]], list[RankedItems]]:
     histories, found = [], []
     for row in range(len(HISTORIES.start)):
-        tokens = HISTORIES.inputs(np.array([row]), 4, CATALOGUE)
+        tokens = HISTORIES.input_tokens(np.array([row]), 4, CATALOGUE)
         taken = ItemSets.of([excluded[row]])
         beams = beam_search(
             model,
-            space,
+            constraint,
             torch.from_numpy(tokens),
             vocab_size=CATALOGUE.vocab_size,
             beam=beam,
@@ -108,7 +105,7 @@ def search(
             excluded=taken,
         )  # type: ignore[arg-type]
         histories.append(tokens[0].tolist())
-        found.append(expand(space, beams, taken))
+        found.append(expand_beams(constraint, beams, taken))
     return histories, found
 
 
@@ -116,7 +113,7 @@ def test_inputs_are_the_titles_without_padding_and_batches_have_one_length() -> 
     batches = HISTORIES.batches(4, 2, CATALOGUE)
     assert sorted(np.concatenate(batches).tolist()) == list(range(5))
     for rows in batches:
-        tokens = HISTORIES.inputs(rows, 4, CATALOGUE)
+        tokens = HISTORIES.input_tokens(rows, 4, CATALOGUE)
         for row, found in zip(rows, tokens.tolist(), strict=True):
             assert found == [
                 token

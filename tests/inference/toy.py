@@ -20,7 +20,7 @@ UNTIED = BackboneConfig(**SIZES, tie_embeddings=False, position_embedding="rope"
 
 
 def toy_catalogue() -> Catalogue:
-    """60 items, three levels of 5, 6 and 7 codes; several items share a tuple, some prefixes have one child only."""
+    """60 items of three codes; several items share a tuple, some prefixes have one child."""
     rng = np.random.default_rng(5)
     codes = np.stack([rng.integers(0, size, NUM_ITEMS) for size in (5, 6, 7)], axis=1)
     codes[[7, 33, 20]] = codes[3]
@@ -28,18 +28,21 @@ def toy_catalogue() -> Catalogue:
     return make_catalogue(codes, (5, 6, 7))
 
 
+def dataset_of(sequences: list[list[int]], num_items: int) -> InteractionDataset:
+    """Users u0, u1, … with these items i0, i1, …, which have titles."""
+    return InteractionDataset(
+        np.concatenate(sequences).astype(np.int32),
+        np.cumsum([0] + [len(sequence) for sequence in sequences]),
+        [f"u{user}" for user in range(len(sequences))],
+        [f"i{item}" for item in range(num_items)],
+        [f"Item number {item}" for item in range(num_items)],
+    )
+
+
 def toy_data(num_users: int = 23) -> InteractionDataset:
     rng = np.random.default_rng(6)
     sequences = [rng.permutation(NUM_ITEMS)[: rng.integers(3, 12)] for _ in range(num_users)]
-    offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
-    titles = [f"Item number {item}" for item in range(NUM_ITEMS)]
-    return InteractionDataset(
-        np.concatenate(sequences).astype(np.int32),
-        offsets,
-        [f"u{user}" for user in range(num_users)],
-        [f"i{item}" for item in range(NUM_ITEMS)],
-        titles,
-    )
+    return dataset_of([sequence.tolist() for sequence in sequences], NUM_ITEMS)
 
 
 def toy_backbone(catalogue: Catalogue, config: BackboneConfig = TIED) -> Backbone:
@@ -52,7 +55,7 @@ def toy_backbone(catalogue: Catalogue, config: BackboneConfig = TIED) -> Backbon
 def exhaustive_scores(
     backbone: Backbone, catalogue: Catalogue, trie: Trie, history: np.ndarray, scope: str
 ) -> np.ndarray:
-    """float64 [num_items] Σ log p of every item after one history (item indices), each by a full forward pass, straight from the definition."""
+    """float64 [num_items] Σ log p of every item after one history, each by a full forward pass."""
     depth, count = catalogue.depth, catalogue.num_items
     prefix = np.broadcast_to(catalogue.item_tokens(history).ravel(), (count, len(history) * depth))
     own = catalogue.item_tokens(np.arange(count))

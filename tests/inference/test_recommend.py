@@ -16,10 +16,9 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
-from ilrec_dist.evaluation.config import EvaluationConfig
-from ilrec_dist.inference.recommend import recommend
+from ilrec_dist.inference.recommend import Recommendations, recommend_items
 from ilrec_dist.items.trie import Trie
-from tests.evaluation.toy import (
+from tests.inference.toy import (
     MAX_HISTORY,
     NUM_ITEMS,
     exhaustive_scores,
@@ -42,17 +41,18 @@ def layout() -> Iterator[ParallelState]:
     destroy_parallel(process_group=True)
 
 
-def run(parallel: ParallelState, path: Path, rows: dict | pa.Table, **options) -> pa.Table:
+def run(parallel: ParallelState, path: Path, rows: dict | pa.Table, **options) -> Recommendations:
     table = rows if isinstance(rows, pa.Table) else pa.table(rows)
     pq.write_table(table, path / "histories.parquet")
     settings = {
         "top": 5,
-        "config": EvaluationConfig(),
+        "beam": 20,
+        "batch_size": 64,
         "softmax_scope": "all",
         "max_history": MAX_HISTORY,
         "parallel": parallel,
     } | options
-    return recommend(
+    return recommend_items(
         toy_backbone(CATALOGUE), DATA, TRIE, histories=path / "histories.parquet", **settings
     )
 
@@ -67,10 +67,10 @@ def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Pat
             tmp_path,
             ROWS,
             top=30,
-            config=EvaluationConfig(beam=2),
+            beam=2,
             exclude_seen=exclude_seen,
             allowed=allowed,
-        ).to_pylist()
+        ).table.to_pylist()
         for user, history in zip(ROWS["user"], ROWS["items"], strict=True):
             numbers = np.array([int(item[1:]) for item in history])
             scores = exhaustive_scores(
@@ -92,6 +92,21 @@ def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Pat
     assert [row["user"] for row in table[:: len(table) // 3]][0] == "b"
 
 
+def test_users_with_nothing_left_get_no_row_and_are_counted(
+    layout: ParallelState, tmp_path: Path
+) -> None:
+    (tmp_path / "allowed.txt").write_text("i4\ni9\n")
+    allowed = tmp_path / "allowed.txt"
+    found = run(layout, tmp_path, ROWS, exclude_seen=True, allowed=allowed)
+    assert found.table.to_pydict()["user"] == ["a"]
+    assert (found.num_users, found.num_users_without_items) == (3, 2)
+    rows = {name: values[::2] for name, values in ROWS.items()}
+    nobody = run(layout, tmp_path, rows, exclude_seen=True, allowed=allowed)
+    assert nobody.table.num_rows == 0 and nobody.num_users_without_items == 2
+    kept = run(layout, tmp_path, ROWS, allowed=allowed)
+    assert kept.table.num_rows == 6 and kept.num_users_without_items == 0
+
+
 def test_numbers_as_ids_are_read_as_strings(layout: ParallelState, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 2 \(user '8'\) has the item '77'"):
         run(layout, tmp_path, pa.table({"user": [7, 8], "items": pa.array([["i1"], ["77"]])}))
@@ -111,6 +126,23 @@ def test_numbers_as_ids_are_read_as_strings(layout: ParallelState, tmp_path: Pat
             r"row 1 \(user 'a'\) has an empty history",
         ),
         ({"user": ["a"], "items": ["i1"]}, "column 'items' is string, expected a list of item ids"),
+        (
+            {"user": pa.array(["a", None]), "items": [["i1"], ["i2"]]},
+            r"row 2 has no user \(null or empty in column 'user'\)",
+        ),
+        ({"user": ["", "b"], "items": [["i1"], ["i2"]]}, "row 1 has no user"),
+        (
+            {"user": pa.array([7.0, float("nan")]), "items": [["i1"], ["i2"]]},
+            "row 2 has no user",
+        ),
+        (
+            {"user": ["a", "b", "a"], "items": [["i1"], ["i2"], ["i3"]]},
+            r"row 3 repeats the user 'a' of row 1; expected one history a user",
+        ),
+        (
+            {"user": ["a"], "items": [["i1", None]]},
+            r"row 1 \(user 'a'\) has the item None, which is not among",
+        ),
         (
             {"user": pa.array([], pa.string()), "items": pa.array([], pa.list_(pa.string()))},
             "no rows",
@@ -136,13 +168,14 @@ def test_bad_files_and_flags(layout: ParallelState, tmp_path: Path) -> None:
     (tmp_path / "histories.parquet").write_text("user,items\n")
     settings = {
         "top": 5,
-        "config": EvaluationConfig(),
+        "beam": 20,
+        "batch_size": 64,
         "softmax_scope": "all",
         "max_history": MAX_HISTORY,
         "parallel": layout,
     }
     with pytest.raises(UserError, match="cannot be read as Parquet"):
-        recommend(
+        recommend_items(
             toy_backbone(CATALOGUE),
             DATA,
             TRIE,

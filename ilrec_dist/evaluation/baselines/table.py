@@ -1,0 +1,88 @@
+"""The table of baselines. A further baseline is one entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ilrec_dist.cf.sasrec.checkpoint import load_cf
+from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.data.synthetic.generate import bayes_scores
+from ilrec_dist.evaluation.baselines.counting import (
+    count_training,
+    popularity_scores,
+    transition_scores,
+)
+from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
+
+# Maps users int64 [n] to scores float [n, num_items].
+Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class BaselineInputs:
+    """What a baseline may read: the data, the split, and the folders of earlier stages."""
+
+    dataset: InteractionDataset
+    split: str
+    cf_folder: str | Path | None = None
+    data_folder: str | Path | None = None
+
+
+def _popularity(inputs: BaselineInputs) -> Scorer:
+    counts = count_training(inputs.dataset)
+    return lambda users: popularity_scores(counts, users)
+
+
+def _transitions(inputs: BaselineInputs) -> Scorer:
+    counts = count_training(inputs.dataset)
+    return lambda users: transition_scores(counts, inputs.dataset, users, inputs.split)
+
+
+def _sasrec(inputs: BaselineInputs) -> Scorer:
+    if inputs.cf_folder is None:
+        raise ValueError("the baseline sasrec needs cf_folder")
+    model = load_cf(inputs.cf_folder)
+    return lambda users: sasrec_scores(model, inputs.dataset, users, inputs.split)
+
+
+def _bayes(inputs: BaselineInputs) -> Scorer:
+    folder = inputs.data_folder
+    if folder is None:
+        raise ValueError("the baseline bayes needs data_folder, that of synthetic data")
+    return lambda users: bayes_scores(folder, inputs.dataset, users, inputs.split)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One baseline of the table of results."""
+
+    name: str
+    make_scorer: Callable[[BaselineInputs], Scorer]
+    # Knows the true distribution of synthetic data, so it is a bound and no competitor.
+    is_bound: bool = False
+    # Is trained by the CF stage, with its seed.
+    is_cf: bool = False
+
+
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("popularity", _popularity),
+        Baseline("transitions", _transitions),
+        Baseline("sasrec", _sasrec, is_cf=True),
+        Baseline("bayes", _bayes, is_bound=True),
+    )
+}
+
+
+def baselines_of(data_format: str) -> list[Baseline]:
+    """The baselines of a run, in the order of its table; bounds need synthetic data."""
+    return [
+        baseline
+        for baseline in BASELINES.values()
+        if data_format == "synthetic" or not baseline.is_bound
+    ]
