@@ -57,25 +57,15 @@ def recommend(
     quiet()
     import torch
 
-    from ilrec_dist.common.files import read_json_object
-    from ilrec_dist.common.run_layout import BEST, RESULT
+    from ilrec_dist.common.run_layout import BEST
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend_items
-    from ilrec_dist.items.catalogue import catalogue_hash
     from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)
     weights = artifacts.folders.training(method, seed) / BEST
-    if not weights.exists() or not weights.with_name(RESULT).exists():
-        raise UserError(
-            f"{weights}: no such weights; the run's training is not finished, or it trained other methods than {method} or other seeds than {seed}"
-        )
-    result = read_json_object(weights.with_name(RESULT))
-    if "model" not in result or result["catalogue"] != catalogue_hash(artifacts.catalogue):
-        raise UserError(
-            f"{weights}: trained with other item codes than those in {artifacts.folders.items}; train again (`ilrec run`), or restore the codes"
-        )
+    result = artifacts.trained_model(method, seed)
     model = result[
         "model"
     ]  # as it was trained: a later command may have left another configuration in the folder

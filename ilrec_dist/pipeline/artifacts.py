@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import MANIFEST, verify
+from ilrec_dist.common.run_layout import BEST, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import read_weights
+from ilrec_dist.pipeline.records import check_stands_on
 from ilrec_dist.samples.prefetch import RewardSource
 
-VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
+# The fixed sample of validation users is drawn with this.
+VALIDATION_SEED = 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class RunArtifacts:
 
     @cached_property
     def dataset(self) -> InteractionDataset:
+        if (self.folders.data / MANIFEST).exists():
+            verify(
+                self.folders.data,
+                repair="run `ilrec prepare CONFIG --verify`, or `ilrec run CONFIG --verify`",
+            )
         return load_dataset(self.folders.data)
 
     @cached_property
@@ -67,6 +77,27 @@ class RunArtifacts:
                 source, cache_folder(self.folders.cf, self.training), self.training, self.trie
             )
         return source
+
+    def trained_model(self, method: str, seed: int) -> dict[str, Any]:
+        """The result.json of a finished training that fits the data and codes of this folder.
+
+        Raises UserError where the training is not finished, and where it was trained on other
+        data or other item codes than those that lie in the folder now.
+        """
+        weights = self.folders.training(method, seed) / BEST
+        if not weights.exists() or not weights.with_name(RESULT).exists():
+            raise UserError(
+                f"{weights}: no such weights; the run's training is not finished, or it trained "
+                f"other methods than {method} or other seeds than {seed}"
+            )
+        result = read_json_object(weights.with_name(RESULT))
+        if "model" not in result or result["catalogue"] != catalogue_hash(self.catalogue):
+            raise UserError(
+                f"{weights}: trained with other item codes than those in {self.folders.items}; "
+                "train again (`ilrec run`), or restore the codes"
+            )
+        check_stands_on(self.folders, f"train {method} seed {seed}", ("index", "prepare"))
+        return result
 
     def validation_users(self, count: int) -> np.ndarray:
         """A fixed seeded sample of `count` users who have a validation target, all when 0 or more than there are; ascending int64."""

@@ -19,7 +19,8 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.pipeline.preserved import Preserved
-from ilrec_dist.pipeline.run import Run, read_record
+from ilrec_dist.pipeline.records import read_record
+from ilrec_dist.pipeline.run import Run
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.cf import cf_stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_stage

@@ -9,6 +9,7 @@ from ilrec_dist.common.files import read_json_object
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.records import verify_output
 from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.html.report import write_report
@@ -18,6 +19,7 @@ from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_result
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     artifacts = RunArtifacts(config)
+    verify_output(artifacts.folders, "evaluate")
     rows, intervals = collect_rows(config), paired_intervals(config)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     results = write_results(
