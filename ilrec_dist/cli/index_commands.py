@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ilrec_dist.data.formats.tables import read_item_table
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.index_report import open_index, report_plot, report_table
 from ilrec_dist.items.text_embeddings import AT_ONCE
+from ilrec_dist.pipeline.records import check_stands_on
 
 
 def report_index(path: Path, plot: Path | None = None) -> str:
@@ -90,3 +92,16 @@ def _vectors(path: Path) -> np.ndarray:
                 f"{path}: row {start + int(finite.argmin()) + 1}: a value that is NaN, infinite or beyond 32-bit floats; mend it (--vectors)"
             )
     return vectors
+
+
+def run_add(arguments: argparse.Namespace) -> None:
+    run = Path(arguments.run)
+    check_stands_on(RunFolders(run), "index", ("prepare",))
+    vectors = (
+        (Path(arguments.vectors[0]), Path(arguments.vectors[1])) if arguments.vectors else None
+    )
+    print(add_to_index(run, Path(arguments.items), Path(arguments.out), vectors))
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    print(report_index(Path(arguments.index), Path(arguments.plot) if arguments.plot else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from ilrec_dist.common.files import atomic_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.objective.registry import default_method
 
 if TYPE_CHECKING:
     from ilrec_dist.inference.recommend import Recommendations
@@ -41,7 +43,7 @@ def recommend(
     Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
     """
     config = _config_of(run)
-    method = method or ("ilrec" if "ilrec" in config.train.methods else config.train.methods[0])
+    method = method or default_method(config.train.methods)
     seed = config.train.seeds[0] if seed is None else seed
     if out is not None and not out.parent.is_dir():
         raise UserError(
@@ -163,3 +165,16 @@ def print_recommendations(found: pa.Table) -> None:
     left_out = len(users.dictionary) - PRINTED_USERS
     if left_out > 0:
         console.print(f"and {left_out:,} more users; --out writes them all", highlight=False)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recommend(
+        Path(arguments.run),
+        Path(arguments.histories),
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+        method=arguments.method,
+        seed=arguments.seed,
+        exclude_seen=arguments.exclude_seen,
+        allowed=Path(arguments.allowed) if arguments.allowed else None,
+    )
