@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file, read_json_object, sha256_file
+from ilrec_dist.common.manifest import check_hashes
 from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.model.gpt import Backbone
 
@@ -40,15 +39,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
     in the result.json beside it.
     """
-    result = read_json_object(path.with_name(RESULT))
-    expected = result.get(WEIGHTS_SHA256, {}).get(path.name)
-    damaged = UserError(
-        f"{path}: missing or damaged (its SHA-256 is not the one in {RESULT}); restore it, or "
-        f"delete {path.parent} and run `ilrec run` again"
-    )
-    if not path.is_file() or sha256_file(path) != expected:
-        raise damaged
-    try:
-        return load_file(path)
-    except SafetensorError:
-        raise damaged from None
+    hashes = read_json_object(path.with_name(RESULT)).get(WEIGHTS_SHA256, {})
+    repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
+    check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
+    return load_file(path)

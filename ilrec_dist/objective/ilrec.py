@@ -1,4 +1,7 @@
-"""The training objective of one micro-batch: the backbone's response rows through the cross-layer loss (METHOD.md §§2–6)."""
+"""The training objective of a micro-batch: the backbone and the cross-layer loss.
+
+The response rows of the backbone go through the loss operator (METHOD.md §§2-6).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from ilrec_dist.objective.config import ObjectiveConfig
 
 
 def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
-    """m: the configured number, or min(3, L // 2); 0 when nothing reads intermediate layers (plain SFT)."""
+    """m: the configured number, or min(3, L // 2); 0 where the loss is plain cross-entropy."""
     if config.is_cross_entropy:
         return 0
     return config.num_intermediate_layers or min(3, num_layers // 2)
 
 
 def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarray) -> LossOptions:
-    """The operator's options; `item_tokens` are the distinct tokens of the items, ascending (METHOD.md §2). A contiguous range stays one: it costs less."""
+    """The operator's options.
+
+    vocab_size is the unpadded size; item_tokens int [I] are the distinct tokens of the items,
+    ascending (METHOD.md §2).
+    """
+    # A contiguous range is passed as one, because it costs the operator less than a list.
     first, last = int(item_tokens[0]), int(item_tokens[-1])
     contiguous = last - first + 1 == len(item_tokens)
     workspace = (
@@ -75,12 +83,13 @@ class Objective(nn.Module):
         rewards: torch.Tensor | None,
         loss_scale: float,
     ) -> LossOutput:
-        """tokens int64 [B, S]; rows, targets int64 [N]; indptr int64 [N+1], candidates int64 [nnz], rewards float32 [nnz] or None.
+        """The loss of a micro-batch: its sum over rows times `loss_scale`, and its parts.
 
-        The loss is the sum over rows times `loss_scale`.
+        tokens int64 [B, S]; rows, targets int64 [N]; candidates, in CSR form, indptr int64
+        [N + 1] and candidates int64 [nnz]; rewards float32 [nnz], or None without CRR.
         """
         hidden = self.backbone(tokens, rows, self.num_intermediate)
-        return cross_layer_loss(
+        output: LossOutput = cross_layer_loss(
             hidden.final,
             hidden.layers,
             self.backbone.head_weight,
@@ -92,3 +101,4 @@ class Objective(nn.Module):
             loss_scale=loss_scale,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
         )
+        return output

@@ -44,7 +44,8 @@ class WindowSlices:
     @property
     def lengths(self) -> np.ndarray:
         """int64 [n] items of each window."""
-        return self.stop - self.start
+        lengths: np.ndarray = self.stop - self.start
+        return lengths
 
     @property
     def num_targets(self) -> int:

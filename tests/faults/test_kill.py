@@ -1,4 +1,7 @@
-"""SIGKILL a worker, the reward actor and the driver in mid-training: the run goes on from a checkpoint and ends with the same bits."""
+"""SIGKILL a worker, the reward actor and the driver in mid-training.
+
+The run goes on from a checkpoint and ends with the same bits.
+"""
 
 import dataclasses
 import os
@@ -22,13 +25,18 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 
 CHECKPOINT_STEPS = 10
-EPOCHS = 60  # 420 steps: the worker of a killed driver trains on for some seconds, and must not reach the end in them
+# 420 steps: the worker of a killed driver trains on for some seconds, and must not reach the end
+# in them.
+EPOCHS = 60
 PATIENCE_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder of configurations whose runs are prepared up to the CF models; one is trained without any fault."""
+def root(tmp_path_factory) -> Path:
+    """A folder of configurations whose runs are prepared up to the CF models.
+
+    One of them is trained without any fault.
+    """
     root = tmp_path_factory.mktemp("faults")
     config = tiny_config(
         root / "runs",
@@ -108,10 +116,10 @@ def assert_same_as_whole(root: Path, name: str) -> None:
     assert lines[-1] == total and lines == sorted(set(lines))
 
 
-def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
+def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(root):
     name = "worker-and-actor"
-    process = run(place, name)
-    folder = training(place, name)
+    process = run(root, name)
+    folder = training(root, name)
     wait_for("step 30", lambda: steps_logged(folder) >= 30, process)
     (actor,) = [
         child
@@ -122,35 +130,35 @@ def test_a_killed_worker_and_a_killed_reward_actor_change_nothing(place):
     wait_for("step 80 after the actor's death", lambda: steps_logged(folder) >= 80, process)
     victim = int((folder / ".lock").read_text())
     os.kill(victim, signal.SIGKILL)
-    assert process.wait(PATIENCE_SECONDS) == 0, (place / f"{name}.log").read_text()[-2000:]
+    assert process.wait(PATIENCE_SECONDS) == 0, (root / f"{name}.log").read_text()[-2000:]
     assert int((folder / ".lock").read_text()) != victim
-    ((step, dropped),) = resumptions(
-        folder
-    )  # by itself, once: the actor's death did not stop the training
+    # The training was resumed by itself, once: the actor's death did not stop it.
+    ((step, dropped),) = resumptions(folder)
     assert step >= 70 and dropped <= CHECKPOINT_STEPS
-    assert_same_as_whole(place, name)
+    assert_same_as_whole(root, name)
 
 
-def test_torchrun_workers_end_with_a_killed_driver(place):
-    process = run(place, "torchrun")
-    folder = training(place, "torchrun")
+def test_torchrun_workers_end_with_a_killed_driver(root):
+    process = run(root, "torchrun")
+    folder = training(root, "torchrun")
     wait_for("step 10", lambda: steps_logged(folder) >= 10, process)
     worker = psutil.Process(int((folder / ".lock").read_text()))
     process.kill()
     process.wait()
-    worker.wait(60)  # raises when it goes on
-    assert steps_logged(folder) < steps_logged(training(place, "whole"))
+    # This raises when the worker goes on.
+    worker.wait(60)
+    assert steps_logged(folder) < steps_logged(training(root, "whole"))
 
 
-def test_a_killed_driver_is_resumed(place):
+def test_a_killed_driver_is_resumed(root):
     name = "driver"
-    process = run(place, name)
-    folder = training(place, name)
+    process = run(root, name)
+    folder = training(root, name)
     wait_for("step 60", lambda: steps_logged(folder) >= 60, process)
     process.kill()
     process.wait()
-    again = run(place, name, "--resume")
-    assert again.wait(PATIENCE_SECONDS) == 0, (place / f"{name}.log").read_text()[-2000:]
+    again = run(root, name, "--resume")
+    assert again.wait(PATIENCE_SECONDS) == 0, (root / f"{name}.log").read_text()[-2000:]
     ((step, dropped),) = resumptions(folder)
     assert step >= 50 and dropped <= CHECKPOINT_STEPS
-    assert_same_as_whole(place, name)
+    assert_same_as_whole(root, name)

@@ -1,4 +1,7 @@
-"""A batch's rows are the positions whose next token belongs to a target item, dealt over ranks and accumulation steps without loss."""
+"""A batch's rows are the positions whose next token belongs to a target item.
+
+They are dealt over ranks and accumulation steps without loss.
+"""
 
 import numpy as np
 import pytest

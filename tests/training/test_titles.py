@@ -1,4 +1,7 @@
-"""Items as titles through training: rows, rewards and statistics end with each title, under any layout of the step."""
+"""Items as titles through training, under any layout of the step.
+
+Rows, rewards and statistics end with each title.
+"""
 
 from __future__ import annotations
 

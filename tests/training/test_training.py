@@ -1,4 +1,7 @@
-"""The training loop: the same losses and weights however the step is cut over tp, dp and accumulation, and after an interruption (METHOD.md §8.3, §8.6)."""
+"""The training loop: losses and weights do not depend on how the step is cut (METHOD.md §8).
+
+They are the same over tp, dp and accumulation, and after an interruption.
+"""
 
 import hashlib
 import json
@@ -63,7 +66,10 @@ def losses_of(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """Folder of the ilrec training under each layout; dropout off where data-parallel ranks would draw differently."""
+    """The folder of an ilrec training under each layout.
+
+    Dropout is off, because data-parallel ranks would draw differently.
+    """
     root = tmp_path_factory.mktemp("layouts")
     folders = {}
     for world, tp, accumulation in LAYOUTS:

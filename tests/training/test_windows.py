@@ -1,4 +1,7 @@
-"""Every training item after a user's first is a target exactly once, whatever the window; the step order is a function of seed and epoch."""
+"""Windows make every training item after a user's first a target exactly once.
+
+The order of the steps is a function of seed and epoch.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
 
 
-def prepared_with(lengths: list[int]) -> InteractionDataset:
+def dataset_of(lengths: list[int]) -> InteractionDataset:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     items = np.arange(offsets[-1], dtype=np.int32)
     return InteractionDataset(
@@ -24,9 +27,9 @@ def prepared_with(lengths: list[int]) -> InteractionDataset:
     st.sampled_from(["all", "last"]),
 )
 def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history, targets):
-    dataset = prepared_with(lengths)
-    numbered = training_windows(dataset, max_history, targets)
-    windows = numbered.slices(np.arange(len(numbered)))
+    dataset = dataset_of(lengths)
+    all_windows = training_windows(dataset, max_history, targets)
+    windows = all_windows.slices(np.arange(len(all_windows)))
     found = [
         (int(u), p)
         for u, a, b in zip(windows.user, windows.target, windows.stop, strict=True)
@@ -36,7 +39,7 @@ def test_every_training_item_but_the_first_is_a_target_once(lengths, max_history
     assert (windows.start < windows.target).all() and (windows.target < windows.stop).all()
     assert (windows.stop - windows.start <= max_history + 1).all()
     assert windows.num_targets == len(found)
-    # the context of every target is at least min(its place, half of max_history) items
+    # Every target has at least min(the items before it, half of max_history) items of context.
     assert (
         windows.target - windows.start >= np.minimum(windows.target, max(max_history // 2, 1))
     ).all()
@@ -47,7 +50,7 @@ def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(
     users, batch, seed, epoch
 ):
     windows = training_windows(
-        prepared_with(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all"
+        dataset_of(list(np.random.default_rng(0).integers(4, 30, users))), 20, "all"
     )
     steps = EpochSteps(windows, batch, seed, epoch)
     assert len(steps) == steps_per_epoch(windows, batch)
@@ -60,7 +63,7 @@ def test_an_epoch_uses_every_window_once_and_is_a_function_of_seed_and_epoch(
 
 
 def test_epochs_and_seeds_differ():
-    windows = training_windows(prepared_with([10] * 300), 20, "all")
+    windows = training_windows(dataset_of([10] * 300), 20, "all")
     first = np.concatenate(EpochSteps(windows, 32, 0, 0))
     assert not np.array_equal(first, np.concatenate(EpochSteps(windows, 32, 0, 1)))
     assert not np.array_equal(first, np.concatenate(EpochSteps(windows, 32, 1, 0)))
@@ -68,13 +71,13 @@ def test_epochs_and_seeds_differ():
 
 @pytest.mark.parametrize("targets", ["all", "last"])
 def test_users_with_one_training_item_have_no_target(targets):
-    assert len(training_windows(prepared_with([3, 3]), 20, targets)) == 0
+    assert len(training_windows(dataset_of([3, 3]), 20, targets)) == 0
 
 
 @pytest.mark.parametrize(("users", "batch"), [(700, 8), (45, 64), (128, 1)])
 def test_steps_are_those_of_the_definition(users, batch):
     windows = training_windows(
-        prepared_with(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all"
+        dataset_of(list(np.random.default_rng(1).integers(4, 70, users))), 20, "all"
     )
     whole = windows.slices(np.arange(len(windows)))
     rng = np.random.default_rng([5, 2])

@@ -1,0 +1,96 @@
+"""Keeps `generate` of transformers on the items of this folder: needs numpy, and torch for the processor.
+
+    from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
+    trie = ItemTrie(folder)
+    beams = model.generate(**prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
+        max_new_tokens=trie.depth, output_scores=True, return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompts["input_ids"].shape[1]))
+    items = [trie.items(sequence[prompt_length:].tolist()) for sequence in beams.sequences]
+
+Prompts of several lengths are padded on the left. With `renormalize_logits=True` scores are over the
+continuations that exist, as a model trained with a masked softmax has them.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class ItemTrie:
+    """The token sequences of all items. Node n has the edges [indptr[n], indptr[n + 1]); the root is 0."""
+
+    def __init__(self, folder: str | Path = Path(__file__).parent) -> None:
+        arrays = np.load(Path(folder) / "trie.npz")
+        self.indptr, self.tokens, self.children = (
+            arrays[name] for name in ("indptr", "tokens", "children")
+        )
+        # Rows of catalogue.parquet below node n: [first_row[n], last_row[n]).
+        self.first_row, self.last_row = arrays["first_row"], arrays["last_row"]
+        self.depth, self.padding = int(arrays["depth"]), int(arrays["padding"])
+
+    def node(self, generated: Sequence[int]) -> int:
+        """The node that a sequence of tokens leads to, -1 where no item begins with it."""
+        node = 0
+        for token in generated:
+            begin, end = self.indptr[node], self.indptr[node + 1]
+            edge = begin + int(np.searchsorted(self.tokens[begin:end], token))
+            if edge == end or self.tokens[edge] != token:
+                return -1
+            node = int(self.children[edge])
+        return node
+
+    def allowed(self, generated: Sequence[int], excluded_rows: Sequence[int] = ()) -> list[int]:
+        """Tokens that lead to an item which is not excluded; the padding token behind an item."""
+        node = self.node(generated)
+        edges = slice(self.indptr[node], self.indptr[node + 1]) if node >= 0 else slice(0, 0)
+        children = self.children[edges]
+        if len(children) == 0:
+            return [self.padding]
+        out = np.sort(np.asarray(excluded_rows, dtype=np.int64))
+        first, last = self.first_row[children], self.last_row[children]
+        left = last - first - (np.searchsorted(out, last) - np.searchsorted(out, first))
+        tokens: list[int] = self.tokens[edges][left > 0].tolist()
+        return tokens or [self.padding]
+
+    def items(self, generated: Sequence[int]) -> range:
+        """Rows of catalogue.parquet of a whole generated sequence; padding behind it is ignored."""
+        found = len(generated)
+        while found and generated[found - 1] == self.padding and self.node(generated[:found]) < 0:
+            found -= 1
+        node = self.node(generated[:found])
+        return range(int(self.first_row[node]), int(self.last_row[node])) if node >= 0 else range(0)
+
+
+def prefix_allowed_tokens_fn(
+    trie: ItemTrie, prompt_length: int, excluded_rows: Sequence[Sequence[int]] | None = None
+) -> Callable[[int, Any], list[int]]:
+    """For `generate`: excluded_rows has, for every prompt, rows of catalogue.parquet to leave out."""
+
+    def allowed(batch: int, tokens: Any) -> list[int]:
+        excluded = excluded_rows[batch] if excluded_rows is not None else ()
+        return trie.allowed(tokens[prompt_length:].tolist(), excluded)
+
+    return allowed
+
+
+class ItemLogitsProcessor:
+    """The same as one pass over the scores, for `generate(logits_processor=[...])`."""
+
+    def __init__(
+        self,
+        trie: ItemTrie,
+        prompt_length: int,
+        num_beams: int = 1,
+        excluded_rows: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.num_beams = num_beams
+        self.allowed = prefix_allowed_tokens_fn(trie, prompt_length, excluded_rows)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        masked = scores.new_full(scores.shape, float("-inf"))
+        for row, tokens in enumerate(input_ids):
+            allowed = self.allowed(row // self.num_beams, tokens)
+            masked[row, allowed] = scores[row, allowed]
+        return masked

@@ -1,0 +1,123 @@
+"""What an exported language model needs besides its weights: catalogue, trie, tokenizer, decoding.
+
+The files of a folder need neither this project nor remote code: `constrained_decoding.py` is copied
+beside them and reads `trie.npz` with numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.export import constrained_decoding
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
+
+# What `generate` does unless it is told otherwise. Every field is written: an unset one would be
+# filled from defaults of the library, and a repetition penalty acts on the codes of the history.
+GENERATION = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 0.0,
+    "num_beams": 20,
+}
+PADDING_NAME, UNKNOWN_NAME = "<pad>", "<unk>"
+
+
+def write_item_files(
+    folder: Path, dataset: InteractionDataset, catalogue: Catalogue, trie: Trie
+) -> None:
+    """Write catalogue.parquet, trie.npz, generation_config.json and constrained_decoding.py."""
+    pq.write_table(catalogue_table(dataset, catalogue), folder / "catalogue.parquet")
+    np.savez(folder / "trie.npz", **trie_arrays(trie, catalogue.vocabulary))
+    vocabulary = catalogue.vocabulary
+    generation: dict[str, Any] = {**GENERATION, "pad_token_id": vocabulary.padding}
+    if vocabulary.end is None:
+        # Codes have a fixed length: nothing ends them but their number.
+        generation["max_new_tokens"] = catalogue.depth
+    else:
+        generation |= {"eos_token_id": vocabulary.end, "max_new_tokens": catalogue.depth}
+    text = json.dumps(generation, indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    shutil.copyfile(constrained_decoding.__file__, folder / "constrained_decoding.py")
+
+
+def catalogue_table(dataset: InteractionDataset, catalogue: Catalogue) -> pa.Table:
+    """A row an item, in code order: item id, title, codes as text, token ids."""
+    order = np.asarray(catalogue.items)
+    names = catalogue.token_names()
+    tokens = [row[row != NO_TOKEN].tolist() for row in np.asarray(catalogue.tokens)]
+    titles = dataset.titles
+    return pa.table(
+        {
+            "item": pa.array([dataset.item_ids[item] for item in order], pa.string()),
+            "title": pa.array(
+                [None if titles is None else titles[item] for item in order], pa.string()
+            ),
+            "codes": pa.array(["".join(names[token] for token in row) for row in tokens]),
+            "token_ids": pa.array(tokens, pa.list_(pa.int32())),
+        }
+    )
+
+
+def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The trie as one CSR graph, as `constrained_decoding.ItemTrie` reads it.
+
+    Nodes are numbered depth by depth. What stands behind the end of a title is no edge.
+    """
+    nodes = np.array([trie.num_nodes(p) for p in range(trie.depth + 1)])
+    base = np.cumsum(nodes) - nodes
+    counts, tokens, children = [], [], []
+    for p in range(trie.depth):
+        indptr, labels, child = trie.children(p, np.arange(nodes[p]))
+        real = labels != NO_TOKEN
+        parents = np.repeat(np.arange(nodes[p]), np.diff(indptr))
+        counts.append(np.bincount(parents[real], minlength=nodes[p]))
+        tokens.append(labels[real])
+        children.append(child[real] + base[p + 1])
+    counts.append(np.zeros(nodes[-1], np.int64))
+    starts = [start[:-1] for start in trie.node_start]
+    stops = [start[1:] for start in trie.node_start]
+    return {
+        "indptr": np.append(0, np.cumsum(np.concatenate(counts))),
+        "tokens": np.concatenate(tokens).astype(np.int64),
+        "children": np.concatenate(children).astype(np.int64),
+        "first_row": np.concatenate(starts).astype(np.int64),
+        "last_row": np.concatenate(stops).astype(np.int64),
+        "depth": np.int64(trie.depth),
+        "padding": np.int64(vocabulary.padding),
+    }
+
+
+def own_tokenizer(catalogue: Catalogue) -> Tokenizer:
+    """A tokenizer for a model whose whole vocabulary is item codes: `<a_3><b_7>` is two tokens.
+
+    Raises ValueError for titles, which have a tokenizer of their own.
+    """
+    if catalogue.pieces is not None:
+        raise ValueError("expected a catalogue of codes, found titles")
+    names = catalogue.token_names()
+    vocabulary = {name: token for token, name in names.items()}
+    vocabulary[PADDING_NAME] = catalogue.vocabulary.padding
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_NAME))
+    # A code ends with its bracket, and blanks between items mean nothing.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(">", behavior="merged_with_previous"),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(PADDING_NAME, special=True)])
+    return tokenizer
