@@ -83,7 +83,11 @@ def stage_settings(config: Any, stage: str) -> dict[str, Any]:
             inner = stage_settings(value, stage)
             if inner:
                 settings[field.name] = inner
-        elif stage in _affected_stages(cls)[field.name]:
+            continue
+        stages = _affected_stages(cls)[field.name]
+        if stages is None:
+            raise TypeError(f"{cls.__name__}.{field.name} does not say which stages it affects")
+        if stage in stages:
             settings[field.name] = value
     return settings
 
@@ -114,15 +118,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 @cache
-def _affected_stages(cls: Hashable) -> dict[str, tuple[str, ...]]:
+def _affected_stages(cls: Hashable) -> dict[str, tuple[str, ...] | None]:
     default: tuple[str, ...] | None = getattr(cls, "__affects__", None)
-    affected = {}
-    for name, marks in _metadata(cls).items():
-        stages = next((mark.stages for mark in marks if isinstance(mark, Affects)), default)
-        if stages is None:
-            raise TypeError(f"{cls}: {name} does not say which stages it affects")
-        affected[name] = stages
-    return affected
+    return {
+        name: next((mark.stages for mark in marks if isinstance(mark, Affects)), default)
+        for name, marks in _metadata(cls).items()
+    }
 
 
 @cache

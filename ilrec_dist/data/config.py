@@ -98,7 +98,8 @@ class DataConfig:
     split: Literal["leave_one_out", "chronological"] = "leave_one_out"
     # For a chronological split the shares of interactions in training, validation and test.
     split_ratio: Annotated[
-        Annotated[list[PositiveFloat], Len(3, 3)],
+        list[PositiveFloat],
+        Len(3, 3),
         OnlyIf("data.split chronological without data.split_dates", _splits_by_share),
     ] = field(default_factory=lambda: [0.8, 0.1, 0.1])
     # For a chronological split where validation and test begin, instead of split_ratio.

@@ -12,7 +12,7 @@ from ilrec_dist.common.config_fields import Affects, Bool, Int, NonNegative, Pos
 @section(affects="evaluate")
 class EvaluationConfig:
     # Beams kept at every step; Hit@10 needs ten.
-    beam: Annotated[Annotated[Int, Ge(10)], Affects("train", "evaluate")] = 20
+    beam: Annotated[Int, Ge(10), Affects("train", "evaluate")] = 20
     # Whether items of the history are taken out of every method's list.
     exclude_seen: Annotated[Bool, Affects("train", "evaluate")] = True
     # Users whose beams are searched together.

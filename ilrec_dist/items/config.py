@@ -58,22 +58,22 @@ class ItemsConfig:
         ),
     ] = 64
     levels: Annotated[
-        Annotated[Int, Interval(ge=1, le=8)],
+        Int,
+        Interval(ge=1, le=8),
         OnlyIf("items.form semantic without items.index", _builds_codes),
     ] = 3
     codes_per_level: Annotated[
-        Annotated[Int, Interval(ge=2, le=65536)],
+        Int,
+        Interval(ge=2, le=65536),
         OnlyIf("items.form semantic without items.index", _builds_codes),
     ] = 256
     # Titles: a tokenizer.json; null: byte-pair encoding learned from the titles.
     tokenizer: Annotated[Optional[str], Affects(), OnlyIf("items.form titles", _are_titles)] = None
     # Titles: tokens that are learned, at most. The 256 bytes are among them.
-    title_vocab_size: Annotated[
-        Annotated[Int, Ge(512)], OnlyIf("items.form titles", _are_titles)
-    ] = 8192
+    title_vocab_size: Annotated[Int, Ge(512), OnlyIf("items.form titles", _are_titles)] = 8192
     # Titles: longer ones are cut at so many tokens.
     title_tokens: Annotated[
-        Annotated[Int, Interval(ge=1, le=256)], OnlyIf("items.form titles", _are_titles)
+        Int, Interval(ge=1, le=256), OnlyIf("items.form titles", _are_titles)
     ] = 32
     # What happens to items that share a token sequence.
     collisions: Literal["keep", "refuse", "resolve"] = "keep"

@@ -52,12 +52,10 @@ StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 
 @section(affects="train")
 class TrainConfig:
-    methods: Annotated[Annotated[list[MethodName], MinLen(1)], Affects()] = field(
+    methods: Annotated[list[MethodName], MinLen(1), Affects()] = field(
         default_factory=lambda: list(DEFAULT_METHODS)
     )
-    seeds: Annotated[Annotated[list[NonNegative], MinLen(1)], Affects()] = field(
-        default_factory=lambda: [0]
-    )
+    seeds: Annotated[list[NonNegative], MinLen(1), Affects()] = field(default_factory=lambda: [0])
     targets: Literal["all", "last"] = "all"
     # Items of context.
     max_history: Positive = 20
@@ -77,7 +75,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     # Steps between checkpoints.
     checkpoint_steps: Annotated[Positive, Affects()] = 200
-    keep_checkpoints: Annotated[Annotated[Int, Ge(2)], Affects()] = 2
+    keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2
     # Epochs between validations.
     validate_epochs: Positive = 1
     # A fixed seeded sample; 0: all users.
