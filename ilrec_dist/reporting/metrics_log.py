@@ -1,4 +1,4 @@
-"""A run's metrics as they happen: one JSON line a step in metrics.jsonl, and the same scalars for TensorBoard.
+"""A run's metrics as they happen: JSON lines in metrics.jsonl, and scalars for TensorBoard.
 
 Look at a run with `tensorboard --logdir runs`.
 """
@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-RESUMED = (
-    "resumed/dropped_steps"  # written on resume: how many logged steps the checkpoint did not cover
-)
+# Written on resume: the number of logged steps that the checkpoint did not cover.
+RESUMED = "resumed/dropped_steps"
 
 Nested: TypeAlias = "Mapping[str, float | Nested]"
 
 
 class MetricsLog:
-    """Append-only metrics of one training run, written by the worker of rank 0 alone (names: METHOD.md §6).
+    """Append-only metrics of one training run, written by rank 0 alone (names: METHOD.md §6).
 
-    `folder` is made when absent. With `resume_step` k, lines of steps after k are dropped first, so that a step that is run again is
-    logged once; a line says how many were dropped. Without it whatever is there stays and is added to. A last line that a killed writer
-    left torn is removed either way. Every line is flushed, so a SIGKILL costs at most the line being written.
+    `folder` is made when absent. With `resume_step` k, lines of steps after k are dropped first, so
+    that a step that is run again is logged once, and a line gives the number of dropped steps.
+    Without it lines are added to what is there. A last line that a killed writer left torn is
+    removed either way. Every line is flushed, so a SIGKILL costs at most the line being written.
     """
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # two seconds of import that readers of a log should not pay
-        )
+        # The import takes two seconds, which readers of a log should not pay.
+        from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +50,11 @@ class MetricsLog:
             )
 
     def write(self, step: int, epoch: float, values: Nested) -> None:
-        """One line: {"step", "epoch", "time" (Unix seconds), …}. Nested mappings become `outer/inner` keys; values are anything float()
-        takes. A value that is not finite is written as null, as JSON has no word for it."""
+        """Write one line: {"step", "epoch", "time" (Unix seconds), …}.
+
+        Nested mappings become `outer/inner` keys; values are anything float() takes. A value that
+        is not finite is written as null, because JSON has no word for it.
+        """
         line: dict[str, float | int | None] = {"step": int(step), "epoch": epoch, "time": _now()}
         for key, value in flatten(values):
             line[key] = value if math.isfinite(value) else None
@@ -84,7 +86,7 @@ def flatten(values: Nested, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of folder/metrics.jsonl in order; none when there is no file yet. A torn last line is left out.
+    """The lines of folder/metrics.jsonl in order, without a torn last line; [] without a file.
 
     Raises UserError naming file and line when an earlier line is not a JSON object with a step.
     """
@@ -98,7 +100,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def _whole_lines(text: bytes, path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     lines = text.split(b"\n")
-    torn = len(lines) - 1  # what follows the last newline: empty, or torn
+    # What follows the last newline is empty or torn.
+    torn = len(lines) - 1
     for number, raw in enumerate(lines[:torn], start=1):
         line = parse_line(raw)
         if line is not None:
@@ -119,7 +122,10 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
 
 
 def _mend(path: Path, resume_step: int | None) -> int | None:
-    """Drop a torn last line and, on resume, the lines after `resume_step`. Returns the last step logged before, None where there is no log."""
+    """Drop a torn last line and, on resume, the lines after `resume_step`.
+
+    Returns the last step that was logged before, None where there is no log.
+    """
     if not path.exists():
         return None
     text = path.read_bytes()
@@ -128,9 +134,8 @@ def _mend(path: Path, resume_step: int | None) -> int | None:
         raw + b"\n" for line, raw in lines if resume_step is None or line["step"] <= resume_step
     )
     if kept != text:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(kept)
-        os.replace(temporary, path)
+        with atomic_file(path) as staged:
+            staged.write_bytes(kept)
     return max((line["step"] for line, _ in lines), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Progress in the driver's terminal: a training run followed through its metrics.jsonl, and a bar for every other stage.
+"""Progress in the driver's terminal: a training through its metrics.jsonl, a bar for other stages.
 
 A terminal gets one live bar; a pipe or a log file gets a plain line about every ten seconds.
 """
@@ -16,18 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED, parse_line
 
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
-RATE_LINES = 20  # logged lines that the remaining time is estimated from
+# Seconds between two lines where there is no terminal.
+PLAIN_SECONDS = 10.0
+# Logged lines that the remaining time is estimated from.
+RATE_LINES = 20
 
 
 class LogFollower:
-    """The new whole lines of a metrics.jsonl since the last look; starts over when the file was replaced or cut."""
+    """Reads the lines that were added to a metrics.jsonl since the last read.
+
+    It starts over when the file was replaced or cut; a line that is not whole yet is left.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / METRICS_FILE
@@ -61,9 +67,8 @@ class TrainingState:
 
     def see(self, line: dict[str, Any]) -> None:
         step = line["step"]
-        if (
-            step < self.step or RESUMED in line
-        ):  # the run went back to a checkpoint, or waited for one: its old pace says nothing
+        if step < self.step or RESUMED in line:
+            # The run went back to a checkpoint, or waited for one: its old pace says nothing.
             self._pace.clear()
         self.step = step
         if isinstance(line.get("time"), int | float) and (
@@ -100,9 +105,9 @@ class TrainingState:
 class LiveProgress:
     """Follows the training run that writes into `folder` and shows it until the context ends.
 
-    `with LiveProgress(run_dir / "train" / "ilrec-0", total_steps=2000, title="ilrec, seed 0"): start_workers_and_wait()`
-    Reads metrics.jsonl in a thread, so the driver may block; knows nothing of how the workers run. `total_steps` is that of the whole
-    run, also when it resumes.
+    `with LiveProgress(folder, total_steps=2000, title="…"): start_workers_and_wait()` reads
+    metrics.jsonl in a thread, so the driver may block. `total_steps` is that of the whole run, also
+    when it resumes.
     """
 
     def __init__(
@@ -114,9 +119,8 @@ class LiveProgress:
         poll_seconds: float = 0.5,
     ) -> None:
         self.state = TrainingState(total_steps)
-        self.finished = (
-            True  # whether a context that ends without an error means that the run is through
-        )
+        # Whether a context that ends without an error means that the run is finished.
+        self.finished = True
         self._follower = LogFollower(folder)
         self._poll_seconds = poll_seconds
         self._display = _display(title, float(total_steps), console or Console())
@@ -145,7 +149,7 @@ class LiveProgress:
 
 
 class StageProgress:
-    """The bar of one stage. Call it with what is done so far, from one thread: `progress(epoch + 1, "loss 5.21")`."""
+    """The bar of one stage, called from one thread: `progress(epoch + 1, "loss 5.21")`."""
 
     def __init__(self, display: _Terminal | _Plain, total: float | None, unit: str) -> None:
         self._display, self._total, self._unit = display, total, unit
@@ -153,7 +157,7 @@ class StageProgress:
         self._since = time.monotonic()
 
     def __call__(self, done: float, note: str = "") -> None:
-        """`done` of the total, absolute; `note` is shown behind it."""
+        """Show `done` of the total, absolute, and `note` behind it."""
         self._done = done
         parts = [
             f"{done:,.0f}"
@@ -178,9 +182,9 @@ class StageProgress:
 def stage_progress(
     title: str, total: float | None = None, unit: str = "", console: Console | None = None
 ) -> Iterator[StageProgress]:
-    """A bar for a stage that is no training run: `with stage_progress("evaluate ilrec", users, "users") as progress: …`.
+    """A bar for a stage that is no training: `with stage_progress("cf", 20, "epochs") as progress`.
 
-    Without a total it only shows that work goes on. On leaving it says how long the stage took.
+    Without a total it only shows that work goes on. At its end it shows the time that it took.
     """
     display = _display(title, total, console or Console())
     display.start()
@@ -195,7 +199,7 @@ def stage_progress(
 def follow_counter(
     path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5
 ) -> None:
-    """Show what another process leaves at `path` by `write_counter`, from the file's first appearance until `stop` is set."""
+    """Show what another process writes to `path` by `write_counter`, until `stop` is set."""
     while (counted := _counted(path)) is None:
         if stop.wait(poll_seconds):
             return
@@ -206,7 +210,10 @@ def follow_counter(
 
 
 def write_counter(path: Path, done: float, total: float, note: str = "") -> None:
-    """For `follow_counter` in another process: `done` of `total`, and what to show behind it. Makes the folder."""
+    """Write `done` of `total` and a note for `follow_counter` in another process.
+
+    The folder is made when absent.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"done": done, "total": total, "note": note}))
 
@@ -214,7 +221,8 @@ def write_counter(path: Path, done: float, total: float, note: str = "") -> None
 def _counted(path: Path) -> tuple[float, float, str] | None:
     try:
         values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # not there yet, finished, or being written
+    except (FileNotFoundError, ValueError):
+        # The file does not exist yet, or no longer, or is being written.
         return None
     return values["done"], values["total"], values.get("note", "")
 
@@ -253,11 +261,10 @@ class _Terminal:
             table_column=Column(no_wrap=True, min_width=min(len(title), 30)),
         )
         news = TextColumn("{task.fields[shown]}", markup=False, table_column=Column())
-        extent = (
-            (BarColumn(20), news, _Elapsed()) if console.width >= 120 else (news,)
-        )  # a narrow terminal has room for the news alone
+        # A narrow terminal has room for the news alone.
+        extent = (BarColumn(20), news, _Elapsed()) if console.width >= 120 else (news,)
         columns = (SpinnerColumn(finished_text="✓"), name, *extent)
-        self._progress = Progress(*columns, console=console, refresh_per_second=4)
+        self._progress = RichProgress(*columns, console=console, refresh_per_second=4)
         self._title, self._total = title, total
         self._task: Any = None
 
@@ -275,7 +282,7 @@ class _Terminal:
 
 
 class _Plain:
-    """Lines for a log: the first news at once, then one every PLAIN_SECONDS, and one at the end."""
+    """Lines for a log: the first one at once, then one every PLAIN_SECONDS, and one at the end."""
 
     def __init__(self, title: str, total: float | None, console: Console) -> None:
         self._title, self._total, self._console = title, total, console
@@ -299,9 +306,8 @@ class _Plain:
     def stop(self, done: bool) -> None:
         if self._pending is not None:
             self._print()
-        self._say(
-            f"{self._title}: {'done' if done else 'stopped'} after {clock(time.monotonic() - self._since)}"
-        )
+        outcome = "done" if done else "stopped"
+        self._say(f"{self._title}: {outcome} after {clock(time.monotonic() - self._since)}")
 
     def _print(self) -> None:
         self._last, self._pending = self._pending, None

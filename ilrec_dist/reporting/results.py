@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,22 +15,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ilrec_dist.common.files import write_json
+
 RESULTS_FILE = "results.json"
-METHODS = (
-    "popularity",
-    "transitions",
-    "sasrec",
-    "sft",
-    "ilrec",
-    "bayes",
-)  # the order of every table
-METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")  # in every row
+# The metrics that every row has.
+METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
+# Measures beside accuracy that a row may have, with their titles and what they mean.
+BEYOND_ACCURACY = {
+    "coverage@10": ("Coverage@10", "share of the catalogue in some list"),
+    "gini@10": ("Gini@10", "0: all items listed equally often; 1: one item takes all places"),
+    "novelty@10": ("Novelty@10", "mean self-information of listed items, bits"),
+    "diversity@10": ("Diversity@10", "1 − shared code prefix of two items of a list"),
+    "calibration_error": ("Calibration error", "of exp(score) as the probability of a hit"),
+}
+# Prefix of a row's expected-rank figures, such as expected_ndcg@10.
 EXPECTED = "expected_"
-STANDARD_ERROR = (
-    "ndcg@10_se"  # over users  # prefix of a row's expected-rank figures, such as expected_ndcg@10
-)
+# The standard error over users.
+STANDARD_ERROR = "ndcg@10_se"
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MethodLabel:
+    """How tables and charts show one method or baseline; their order is the tables' order."""
+
+    name: str
+    title: str
+    # Is shown emphasised.
+    highlighted: bool = False
+    # Knows the true distribution: it is shown as a bound and never as the best.
+    is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,15 +64,19 @@ class Interval:
     def sentence(self) -> str:
         return (
             f"{self.method} − {self.versus}, {metric_title(self.metric)}: {self.difference:+.4f}, "
-            f"paired {self.level:.0%} interval [{self.low:+.4f}, {self.high:+.4f}] over users"
+            f"{self.range()} over users"
         )
+
+    def range(self) -> str:
+        return f"paired {self.level:.0%} interval [{self.low:+.4f}, {self.high:+.4f}]"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric over the seeds of one method; `std` is the sample standard deviation, None for a single seed."""
+    """A metric over the seeds of one method."""
 
     mean: float
+    # The sample standard deviation; None for a single seed.
     std: float | None
 
     def text(self) -> str:
@@ -69,11 +87,18 @@ class Figure:
 class Summary:
     """One line of the table: a method under one treatment of seen items, over its seeds."""
 
-    method: str
+    label: MethodLabel
     exclude_seen: bool
     seeds: tuple[int, ...]
     users: int
-    figures: Mapping[str, Figure]  # metric → figure; expected-rank ones under their prefixed key
+    # Users whose list is empty, because their history holds every item.
+    users_without_items: int
+    # Metric to figure; expected-rank figures under their prefixed key.
+    figures: Mapping[str, Figure]
+
+    @property
+    def method(self) -> str:
+        return self.label.name
 
 
 def write_results(
@@ -87,9 +112,10 @@ def write_results(
 ) -> dict[str, Any]:
     """Write results.json whole or not at all, and return what it holds.
 
-    A row has method, the METRICS as fractions, users, seed (any value for methods that draw nothing) and exclude_seen; further keys stay
-    (expected-rank figures as `expected_ndcg@10`, say). `seconds` is the sum of `stage_seconds`, each stage's wall time. `extras` are
-    further top-level keys; intervals go under `paired_bootstrap`. Raises ValueError for a row that cannot be right.
+    A row has method, the METRICS as fractions, users, seed (any value for methods that draw
+    nothing) and exclude_seen; further keys stay, such as expected-rank figures. `seconds` is the
+    sum of `stage_seconds`, each stage's wall time. `extras` are further top-level keys; intervals
+    go under `paired_bootstrap`. Raises ValueError for a row that cannot be right.
     """
     checked = [_checked(row) for row in rows]
     fixed = {
@@ -104,11 +130,10 @@ def write_results(
     overlap = fixed.keys() & (extras or {}).keys()
     if overlap:
         raise ValueError(f"extras may not replace {sorted(overlap)}")
-    results = json.loads(json.dumps({**fixed, **(extras or {})}, allow_nan=False, default=_plain))
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    results: dict[str, Any] = json.loads(
+        json.dumps({**fixed, **(extras or {})}, allow_nan=False, default=_plain)
+    )
+    write_json(path, results)
     return results
 
 
@@ -117,21 +142,29 @@ def intervals_of(results: Mapping[str, Any]) -> list[Interval]:
     return [Interval(**entry) for entry in results.get("paired_bootstrap", [])]
 
 
-def summarise(rows: Iterable[Row]) -> list[Summary]:
-    """Rows over seeds → one Summary per method and treatment of seen items: seen excluded first, methods in the order of METHODS."""
+def summarise_rows(rows: Iterable[Row], labels: Sequence[MethodLabel] = ()) -> list[Summary]:
+    """One Summary per method and treatment of seen items, over its seeds.
+
+    Seen items excluded come first, methods in the order of `labels`; those without a label come
+    last, by name.
+    """
     groups: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((bool(row["exclude_seen"]), row["method"]), []).append(row)
-    known = {method: place for place, method in enumerate(METHODS)}
-    ordered = sorted(groups, key=lambda key: (not key[0], known.get(key[1], len(known)), key[1]))
-    return [_summary(method, excluded, groups[excluded, method]) for excluded, method in ordered]
+    label_of = {label.name: label for label in labels}
+    order = {name: number for number, name in enumerate(label_of)}
+    keys = sorted(groups, key=lambda key: (not key[0], order.get(key[1], len(order)), key[1]))
+    return [
+        _summary(label_of.get(name, MethodLabel(name, name)), excluded, groups[excluded, name])
+        for excluded, name in keys
+    ]
 
 
 def shown_metrics(
     summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)
 ) -> list[str]:
-    """The table's columns: the METRICS, then the expected-rank figures of the metrics `expected` as far as there are any."""
-    given = [
+    """The table's columns: the METRICS, then the expected-rank figures of `expected` if any."""
+    present = [
         EXPECTED + metric
         for metric in expected
         if any(EXPECTED + metric in summary.figures for summary in summaries)
@@ -139,7 +172,7 @@ def shown_metrics(
     errors = (
         [STANDARD_ERROR] if any(STANDARD_ERROR in summary.figures for summary in summaries) else []
     )
-    return [*METRICS, *errors, *given]
+    return [*METRICS, *errors, *present]
 
 
 def metric_title(metric: str) -> str:
@@ -155,34 +188,48 @@ def metric_title(metric: str) -> str:
 def print_table(
     rows: Sequence[Row],
     intervals: Sequence[Interval] = (),
+    labels: Sequence[MethodLabel] = (),
     title: str = "Test split, full ranking",
     console: Console | None = None,
 ) -> None:
-    """The results in the terminal, a table per treatment of seen items: means over seeds, the sample standard deviation below them, and each
-    paired interval as a sentence. Fits 80 columns."""
+    """Print the results, a table per treatment of seen items; fits 80 columns.
+
+    Shown are means over seeds with the sample standard deviation below them, each paired interval
+    of the treatment as a sentence, and the number of users with nothing left to recommend.
+    """
     console = console or Console()
-    summaries = summarise(rows)
+    summaries = summarise_rows(rows, labels)
     for excluded in sorted({summary.exclude_seen for summary in summaries}, reverse=True):
         group = [summary for summary in summaries if summary.exclude_seen == excluded]
-        console.print(
-            _table(
-                group,
-                f"{title}, {seen_title(excluded)}, {max(summary.users for summary in group):,} users",
-            )
-        )
-        for interval in intervals:
-            if interval.exclude_seen == excluded:
-                console.print(interval.sentence(), markup=False, highlight=False, soft_wrap=True)
+        users = max(summary.users for summary in group)
+        console.print(_table(group, f"{title}, {seen_title(excluded)}, {users:,} users"))
+        notes = [
+            *(interval.sentence() for interval in intervals if interval.exclude_seen == excluded),
+            without_items_note(group),
+        ]
+        for note in filter(None, notes):
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def without_items_note(summaries: Sequence[Summary]) -> str:
+    """The sentence on users with an empty list, "" where there is none."""
+    most = max(summaries, key=lambda summary: summary.users_without_items, default=None)
+    if most is None or most.users_without_items == 0:
+        return ""
+    return (
+        f"{most.users_without_items:,} of {most.users:,} users have nothing left to recommend "
+        "(every item is in their history); they count as misses"
+    )
 
 
 def best_mean(summaries: Sequence[Summary], metric: str) -> float | None:
-    """The highest mean among what was learned or counted; bayes knows the truth and does not compete."""
+    """The highest mean among what was learned or counted; bounds do not compete."""
     if metric == STANDARD_ERROR:
         return None
     means = [
         summary.figures[metric].mean
         for summary in summaries
-        if summary.method != "bayes" and metric in summary.figures
+        if not summary.label.is_bound and metric in summary.figures
     ]
     return max(means, default=None)
 
@@ -210,7 +257,7 @@ def _cell(summary: Summary, metric: str, best: float | None) -> Text:
     figure = summary.figures.get(metric)
     if figure is None:
         return Text("–")
-    style = "bold" if summary.method != "bayes" and figure.mean == best else ""
+    style = "bold" if not summary.label.is_bound and figure.mean == best else ""
     return Text(figure.text().replace(" ± ", "\n±"), style=style)
 
 
@@ -218,16 +265,22 @@ def seen_title(exclude_seen: bool) -> str:
     return "items of the history excluded" if exclude_seen else "items of the history kept"
 
 
-def _summary(method: str, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
+def _summary(label: MethodLabel, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
     figures: dict[str, Figure] = {}
-    for metric in (*METRICS, STANDARD_ERROR, *(EXPECTED + name for name in METRICS)):
+    expected = (EXPECTED + name for name in METRICS)
+    for metric in (*METRICS, STANDARD_ERROR, *expected, *BEYOND_ACCURACY):
         values = [float(row[metric]) for row in rows if row.get(metric) is not None]
         if len(values) == len(rows):
             figures[metric] = Figure(
                 statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
             )
     return Summary(
-        method, exclude_seen, tuple(row["seed"] for row in rows), int(rows[0]["users"]), figures
+        label,
+        exclude_seen,
+        tuple(row["seed"] for row in rows),
+        int(rows[0]["users"]),
+        max(int(row.get("users_without_items", 0)) for row in rows),
+        figures,
     )
 
 

@@ -13,7 +13,7 @@ from tests.data.shared_data import shared_data
 
 @lru_cache
 def real_data(name: str) -> InteractionDataset:
-    """The LC-Rec triple's histories as they stand in the file; skips the test where the folder is absent."""
+    """The histories of the LC-Rec triple; skips the test where the folder is absent."""
     (file,) = shared_data(name).glob("*.inter.json")
     sequences = list(read_json_object(file).values())
     offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])

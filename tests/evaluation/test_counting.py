@@ -98,8 +98,11 @@ def test_transition_scores_follow_the_formula() -> None:
 
 @pytest.mark.parametrize(("dataset", "method"), PUBLISHED)
 def test_published_rows(dataset: str, method: str) -> None:
-    """Popularity to the last digit. Transitions leaves many items with equal scores, whose order the published row does not tell: the
-    expected-rank figures must meet it, and the item-id order of the rule `split` moves them by what ties can move them."""
+    """Popularity meets the published row to the last digit.
+
+    Transitions leaves many items with equal scores, whose order the published row does not tell:
+    the expected-rank figures must meet it, and the rule `split` moves them by what ties can.
+    """
     data = real_data(dataset)
     figures = baseline_predictions(
         method, data, users=np.arange(data.num_users), split="test", exclude_seen=True

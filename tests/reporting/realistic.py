@@ -6,11 +6,22 @@ import math
 import random
 from typing import Any
 
-from ilrec_dist.reporting.html.report import Example
-from ilrec_dist.reporting.results import Interval
+from ilrec_dist.reporting.html.examples import Example
+from ilrec_dist.reporting.results import Interval, MethodLabel
 
+LABELS = [
+    MethodLabel("popularity", "popularity"),
+    MethodLabel("transitions", "transitions"),
+    MethodLabel("sasrec", "sasrec"),
+    MethodLabel("sft", "SFT"),
+    MethodLabel("ilrec", "ILRec", highlighted=True),
+    MethodLabel("bayes", "bayes", is_bound=True),
+]
 DEPTH, LAYERS, STEPS = 4, (3, 2), 1500
-HOSTILE = "<script>alert('x')</script> & \"quotes\" </style></svg><img src=http://example.org/x onerror=alert(1)>"
+HOSTILE = (
+    "<script>alert('x')</script> & \"quotes\" </style></svg>"
+    "<img src=http://example.org/x onerror=alert(1)>"
+)
 TITLES = [
     "Ernie Ball Regular Slinky Nickel Wound Electric Guitar Strings .010–.046",
     "Dunlop Tortex Standard .88 mm Picks, 12 Pack",

@@ -12,9 +12,17 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.reporting.html import charts, curves
 from ilrec_dist.reporting.html.charts import Chart, Series, line_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
-from ilrec_dist.reporting.html.report import Example, write_report
-from ilrec_dist.reporting.results import write_results
-from tests.reporting.realistic import HOSTILE, examples, interval, metric_lines, result_rows
+from ilrec_dist.reporting.html.examples import Example
+from ilrec_dist.reporting.html.report import write_report
+from ilrec_dist.reporting.results import Interval, write_results
+from tests.reporting.realistic import (
+    HOSTILE,
+    LABELS,
+    examples,
+    interval,
+    metric_lines,
+    result_rows,
+)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -70,6 +78,7 @@ def html(tmp_path_factory, runs):
         name=HOSTILE,
         results=results,
         metrics=runs,
+        labels=LABELS,
         examples=examples(),
         config_yaml=dump_config(Config(name=HOSTILE)),
         index_report={
@@ -120,11 +129,14 @@ def test_hostile_titles_are_shown_as_they_are(html):
 def test_everything_is_on_the_page(html):
     text = " ".join(Page(html).text)
     for title in (
-        "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec", "Validation NDCG@10", "Mean |H|, ilrec",
-        "Rows with empty H, ilrec", "Rows with capped H, ilrec", "Valid-next share of H, ilrec", "KL to the final layer, ilrec",
-        "Mean p(y) by position, ilrec", "Reward coverage", "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
+        "Total loss", "CPO", "CPD", "CRR", "CPO by position, sft", "CRR by position, ilrec",
+        "Validation NDCG@10", "Mean |H|, ilrec", "Rows with empty H, ilrec",
+        "Rows with capped H, ilrec", "Valid-next share of H, ilrec",
+        "KL to the final layer, ilrec", "Mean p(y) by position, ilrec", "Reward coverage",
+        "Tokens per second", "position 4", "layer 3", "ilrec, seed 1",
         "items of the history kept", "expected NDCG@10", "levels 1", "codes 256, used 250",
-        "Collaborative models, loss", "10 entries", "Resolved configuration", "max_negatives: 64", "collisions · before",
+        "Collaborative models, loss", "10 entries", "Resolved configuration",
+        "max_negatives: 64", "collisions · before",
     ):  # fmt: skip
         assert title in text, title
     assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text  # nothing to show
@@ -143,6 +155,39 @@ def test_a_report_without_training_or_examples(tmp_path):
         and "Examples" not in text
         and "Configuration" not in text
     )
+
+
+def test_both_treatments_warnings_and_what_prepare_did_are_on_the_page(tmp_path):
+    kept = Interval("ilrec", "sft", "ndcg@10", -0.0051, -0.0071, -0.0031, exclude_seen=False)
+    rows = [row | {"users_without_items": 3 * row["exclude_seen"]} for row in result_rows([0])]
+    results = write_results(
+        tmp_path / "results.json", "x", rows, 1.0, {}, intervals=[interval(), kept]
+    )
+    page = write_report(
+        tmp_path,
+        name="both",
+        results=results,
+        metrics=[],
+        labels=LABELS,
+        data_report={"summary": "9 users read, 4 dropped", "rejected": 0},
+        warnings=["30 % of the items share a code <b>"],
+    ).read_text()
+    text = "".join(Page(page).text)
+    assert "Items of the history excluded: ilrec − sft, NDCG@10: +0.0039" in text
+    assert "Items of the history kept: ilrec − sft, NDCG@10: -0.0051" in text
+    assert "excluded: 3 of 24,772 users have nothing left" in text and "kept: 3 of" not in text
+    assert "Warning: 30 % of the items share a code <b>" in text
+    assert "9 users read, 4 dropped" in text
+    assert "ILRec against sft" in text and "Beyond accuracy" not in text
+
+
+def test_measures_beside_accuracy_have_a_table(tmp_path):
+    rows = [row | {"coverage@10": 0.25} for row in result_rows([0])]
+    rows[4] |= {"calibration_error": 0.0125}
+    results = write_results(tmp_path / "results.json", "x", rows, 1.0, {})
+    path = write_report(tmp_path, name="more", results=results, metrics=[], labels=LABELS)
+    text = "|".join(Page(path.read_text()).text)
+    assert "|ilrec|0.2500|0.0125|" in text and "|sft|0.2500|–|" in text and "Gini" not in text
 
 
 def test_a_miss_is_said(tmp_path):

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from ilrec_dist.reporting.results import (
     Interval,
+    best_mean,
     intervals_of,
     print_table,
-    summarise,
+    summarise_rows,
     write_results,
 )
-from tests.reporting.realistic import interval, result_rows
+from tests.reporting.realistic import LABELS, interval, result_rows
 
 
 def test_results_json_has_the_documented_form(tmp_path):
@@ -101,7 +102,7 @@ def test_extras_may_not_hide_the_fixed_keys(tmp_path):
 
 def test_summaries_are_ordered_and_averaged():
     rows = [row | {"hit@10": 0.2 + 0.01 * row["seed"]} for row in result_rows([2, 0, 1])]
-    summaries = summarise(reversed(rows))
+    summaries = summarise_rows(reversed(rows), LABELS)
     assert [(one.method, one.exclude_seen) for one in summaries] == [
         (method, excluded)
         for excluded in (True, False)
@@ -118,7 +119,7 @@ def test_summaries_are_ordered_and_averaged():
 def test_the_table_fits_eighty_columns_and_shows_all():
     console = Console(file=io.StringIO(), width=80, force_terminal=False)
     kept = Interval("ilrec", "sft", "ndcg@10", -0.001, -0.002, 0.0005, exclude_seen=False)
-    print_table(result_rows([0, 1, 2]), [interval(), kept], console=console)
+    print_table(result_rows([0, 1, 2]), [interval(), kept], LABELS, console=console)
     text = console.file.getvalue()
     assert "…" not in text
     excluded, kept_table = text.split("items of the history kept")
@@ -140,6 +141,28 @@ def test_the_table_fits_eighty_columns_and_shows_all():
         and "interval [-0.0020, +0.0005]" in kept_table
     )
     assert "expected" not in kept_table
+
+
+def test_users_with_nothing_left_are_shown_under_their_treatment():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    rows = [
+        row | {"users_without_items": 12 if row["exclude_seen"] else 0} for row in result_rows([0])
+    ]
+    print_table(rows, labels=LABELS, console=console)
+    excluded, kept = console.file.getvalue().split("items of the history kept")
+    assert "12 of 24,772 users have nothing left to recommend" in excluded
+    assert "nothing left" not in kept
+
+
+def test_a_bound_is_never_the_best_and_a_method_without_a_label_comes_last():
+    summaries = summarise_rows(result_rows([0]), LABELS[3:])
+    assert [one.method for one in summaries[:6]] == [
+        *("sft", "ilrec", "bayes"),
+        *("popularity", "sasrec", "transitions"),
+    ]
+    first = [one for one in summaries if one.exclude_seen]
+    best = {one.method: one.figures["ndcg@10"].mean for one in first if one.method != "bayes"}
+    assert best_mean(first, "ndcg@10") == max(best.values())
 
 
 def test_a_table_of_one_seed_has_no_spread():

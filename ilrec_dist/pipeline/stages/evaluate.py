@@ -1,4 +1,4 @@
-"""The evaluate stage: predictions of the trained models and the baselines, and what the report shows of them."""
+"""The evaluate stage: predictions of the trained models and the baselines on the test split."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.evaluation.metrics import paired_bootstrap
+from ilrec_dist.evaluation import comparison, examples
+from ilrec_dist.evaluation.baselines.counting import count_training
+from ilrec_dist.evaluation.baselines.table import BASELINES, baselines_of
+from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
+from ilrec_dist.evaluation.comparison import MethodFigures
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
-from ilrec_dist.objective.registry import get_method
+from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.reporting.html.report import Example
+from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
-from ilrec_dist.reporting.results import Interval
-
-EXAMPLE_SEED = 5
+from ilrec_dist.reporting.results import Interval, MethodLabel
 
 
 def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
@@ -37,60 +38,59 @@ def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
     )
 
 
-def baselines(config: Config) -> list[str]:
-    names = ["popularity", "transitions", "sasrec"]
-    return names + ["bayes"] if config.data.format == "synthetic" else names
-
-
 def treatments(config: Config) -> list[bool]:
-    """exclude_seen as configured first, then the other, which stands beside it (METHOD.md §9)."""
+    """exclude_seen as configured first, then the other one (METHOD.md §9)."""
     return [config.evaluation.exclude_seen, not config.evaluation.exclude_seen]
 
 
 def predictions_file(config: Config, method: str, seed: int | None, exclude_seen: bool) -> Path:
-    name = method if seed is None else f"{method}-seed{seed}"
-    kept = (
+    """Where the predictions of a method are saved; baselines have no training seed."""
+    folder = method if seed is None else f"{method}-seed{seed}"
+    name = (
         "predictions.parquet"
         if exclude_seen == config.evaluation.exclude_seen
         else f"predictions-seen-{'excluded' if exclude_seen else 'kept'}.parquet"
     )
-    return RunFolders(config.run_dir).evaluation / name / kept
+    return RunFolders(config.run_dir).evaluation / folder / name
 
 
 def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
-    """Every (method, training seed) of the table; None for baselines."""
-    yield from ((method, None) for method in baselines(config))
+    """Every (method, training seed) of the table of results; None for baselines."""
+    yield from ((baseline.name, None) for baseline in baselines_of(config.data.format))
     yield from ((method, seed) for method in config.train.methods for seed in config.train.seeds)
 
 
 def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
-    """Full ranking by every baseline on the test split, both with and without the items of the history. In the driver's process."""
+    """Full ranking by every baseline under both treatments of seen items, in this process."""
     users = artifacts.dataset.evaluated("test")
-    work = [(method, exclude) for method in baselines(config) for exclude in treatments(config)]
-    with stage_progress("baselines", len(work), "rankings") as bar:
-        for done, (method, exclude) in enumerate(work, start=1):
-            path = predictions_file(config, method, None, exclude)
+    work = [
+        (baseline.name, exclude)
+        for baseline in baselines_of(config.data.format)
+        for exclude in treatments(config)
+    ]
+    with stage_progress("baselines", len(work), "rankings") as show:
+        for done, (name, exclude) in enumerate(work, start=1):
+            path = predictions_file(config, name, None, exclude)
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = baseline_predictions(
-                method,
+            baseline_predictions(
+                name,
                 artifacts.dataset,
                 users=users,
                 split="test",
                 exclude_seen=exclude,
                 cf_folder=artifacts.folders.cf,
                 data_folder=artifacts.folders.data,
-            )
-            found.save(path)
-            bar(done, method)
+            ).save(path)
+            show(done, name)
 
 
 def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
-    """Beam search with the best weights of every trained (method, seed), on all users of the test split. Runs in every worker.
+    """Beam search with the best weights of every trained (method, seed), on the test split.
 
-    What an interrupted evaluation has saved is not made again.
+    Runs in every worker. Predictions that an interrupted evaluation saved are not made again.
     """
     users = artifacts.dataset.evaluated("test")
-    lead = dist.get_rank() == 0
+    is_rank0 = dist.get_rank() == 0
     work = [
         (method, seed, exclude)
         for method in config.train.methods
@@ -99,13 +99,14 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     ]
     for number, (method, seed, exclude) in enumerate(work):
         path = predictions_file(config, method, seed, exclude)
-        if path.exists():  # no rank gets here before all are done with the one before
+        # No rank gets here before all have finished the one before, so all see the same files.
+        if path.exists():
             continue
-        backbone = load_weights(
-            build_backbone(config, artifacts, seed), artifacts.folders.training(method, seed) / BEST
-        ).to(parallel.device)
-        found = evaluate_model(
-            backbone,
+        weights = artifacts.folders.training(method, seed) / BEST
+        backbone = load_weights(build_backbone(config, artifacts, seed), weights)
+        done, total = number * len(users), len(work) * len(users)
+        predictions = evaluate_model(
+            backbone.to(parallel.device),
             artifacts.dataset,
             artifacts.catalogue,
             artifacts.trie,
@@ -115,107 +116,73 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             max_history=config.train.max_history,
             parallel=parallel,
-            model_name=str(artifacts.folders.training(method, seed) / BEST),
-            progress=_counter(artifacts, parallel.dp, number * len(users), len(work) * len(users))
-            if lead
-            else None,
+            progress=_counter(artifacts, parallel.dp, done, total) if is_rank0 else None,
+            model_name=str(weights),
         )
-        if lead:
+        if is_rank0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            found.save(path)
-    if lead:
+            predictions.save(path)
+    if is_rank0:
         (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
 def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
-    """Leaves the rankings done so far where the driver looks for them; other data-parallel ranks are taken to be as far."""
+    """Write the rankings done so far where the driver reads them.
 
-    def progress(done: int, mine: int) -> None:
-        write_counter(artifacts.folders.evaluation / COUNTER, before + min(done, mine) * dp, total)
+    The other data-parallel ranks are taken to have done as many as this one.
+    """
+
+    def progress(done: int, of_rank: int) -> None:
+        write_counter(
+            artifacts.folders.evaluation / COUNTER, before + min(done, of_rank) * dp, total
+        )
 
     return progress
 
 
-def collect_rows(config: Config) -> list[dict[str, object]]:
-    """The rows of results.json, recomputed from the saved predictions."""
-    return [
-        Predictions.load(predictions_file(config, method, seed, exclude)).row(
-            method, config.cf.seed if method == "sasrec" else seed or 0
-        )
-        for exclude in treatments(config)
-        for method, seed in evaluated(config)
+def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigures]:
+    """The figures of every method, seed and treatment, from the saved predictions."""
+    popularity = count_training(artifacts.dataset).popularity
+    facts = ItemFacts.of(popularity, artifacts.catalogue)
+    collected = []
+    for exclude in treatments(config):
+        for method, seed in evaluated(config):
+            predictions = Predictions.load(predictions_file(config, method, seed, exclude))
+            is_cf = method in BASELINES and BASELINES[method].is_cf
+            more = beyond_accuracy(predictions, facts, scores_are_log_p=method in METHODS)
+            collected.append(
+                MethodFigures.of(predictions, method, config.cf.seed if is_cf else seed or 0, more)
+            )
+    return collected
+
+
+def paired_intervals(config: Config, figures: Sequence[MethodFigures]) -> list[Interval]:
+    """Paired intervals of each trained method, under both treatments of seen items."""
+    return comparison.paired_intervals(
+        figures,
+        {method: get_method(method).compared_with for method in config.train.methods},
+    )
+
+
+def method_labels() -> list[MethodLabel]:
+    """Baselines, then methods, then bounds: the order of every table."""
+    baselines = [
+        MethodLabel(baseline.name, baseline.name, is_bound=baseline.is_bound)
+        for baseline in BASELINES.values()
     ]
-
-
-def paired_intervals(config: Config) -> list[Interval]:
-    """Paired bootstrap over users of ilrec minus sft and ilrec minus transitions; each user's figure is the mean over seeds."""
-    if "ilrec" not in config.train.methods:
-        return []
-    exclude = config.evaluation.exclude_seen
-    rivals = (["sft"] if "sft" in config.train.methods else []) + ["transitions"]
-    intervals = []
-    for rival in rivals:
-        for metric in ("ndcg@10", "hit@10"):
-            ours, theirs = (
-                _mean_over_seeds(config, method, metric, exclude) for method in ("ilrec", rival)
-            )
-            intervals.append(
-                Interval(
-                    "ilrec", rival, metric, *paired_bootstrap(ours, theirs), exclude_seen=exclude
-                )
-            )
-    return intervals
+    methods = [
+        MethodLabel(method.name, method.title, highlighted=method.highlighted)
+        for method in METHODS.values()
+    ]
+    return sorted([*baselines, *methods], key=lambda label: label.is_bound)
 
 
 def collect_examples(config: Config, artifacts: RunArtifacts) -> list[Example]:
-    """A few users, drawn with a fixed seed, with history, target and what each trained method recommends."""
-    evaluated = artifacts.dataset.evaluated("test")
-    users = np.sort(
-        evaluated[
-            np.random.default_rng(EXAMPLE_SEED).permutation(len(evaluated))[
-                : config.evaluation.examples
-            ]
-        ]
-    )
-    exclude = config.evaluation.exclude_seen
-    found: dict[str, Predictions] = {
-        method: Predictions.load(predictions_file(config, method, config.train.seeds[0], exclude))
+    """A few users with what each trained method recommends, by its first seed."""
+    predictions = {
+        method: Predictions.load(
+            predictions_file(config, method, config.train.seeds[0], config.evaluation.exclude_seen)
+        )
         for method in config.train.methods
     }
-    return [_example(artifacts, int(user), found) for user in users]
-
-
-def _example(artifacts: RunArtifacts, user: int, found: dict[str, Predictions]) -> Example:
-    dataset = artifacts.dataset
-
-    def title(item: int) -> str:
-        name = dataset.titles[item] if dataset.titles else ""
-        return f"{name} [{dataset.item_ids[item]}]" if name else dataset.item_ids[item]
-
-    sequence = dataset.sequence(user)[
-        : int(dataset.target_positions("test", np.array([user]))[0]) + 1
-    ]
-    methods = {}
-    for method, predictions in found.items():
-        place = int(np.searchsorted(predictions.users, user))
-        listed = zip(predictions.items[place], predictions.scores[place], strict=True)
-        methods[method] = [(title(int(item)), float(score)) for item, score in listed if item >= 0][
-            :10
-        ]
-    return Example(
-        dataset.user_ids[user],
-        [title(int(item)) for item in sequence[:-1]],
-        title(int(sequence[-1])),
-        methods,
-    )
-
-
-def _mean_over_seeds(config: Config, method: str, metric: str, exclude: bool) -> np.ndarray:
-    seeds = config.train.seeds if method in config.train.methods else [None]
-    return np.mean(
-        [
-            Predictions.load(predictions_file(config, method, seed, exclude)).per_user()[metric]
-            for seed in seeds
-        ],
-        axis=0,
-    )
+    return examples.collect_examples(artifacts.dataset, predictions, config.evaluation.examples)

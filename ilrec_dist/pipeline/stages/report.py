@@ -10,7 +10,12 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.records import verify_output
-from ilrec_dist.pipeline.stages.evaluate import collect_examples, collect_rows, paired_intervals
+from ilrec_dist.pipeline.stages.evaluate import (
+    collect_examples,
+    collect_figures,
+    method_labels,
+    paired_intervals,
+)
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.html.report import write_report
 from ilrec_dist.reporting.metrics_log import read_metrics
@@ -20,7 +25,8 @@ from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_result
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     artifacts = RunArtifacts(config)
     verify_output(artifacts.folders, "evaluate")
-    rows, intervals = collect_rows(config), paired_intervals(config)
+    figures = collect_figures(config, artifacts)
+    rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
     trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     results = write_results(
         config.run_dir / RESULTS_FILE,
@@ -30,7 +36,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         stage_seconds,
         intervals=intervals,
     )
-    print_table(rows, intervals)
+    print_table(rows, intervals, method_labels())
     path = write_report(
         config.run_dir,
         name=config.name,
@@ -39,6 +45,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
             MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
             for method, seed in trained
         ],
+        labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
         index_report=read_json_object(artifacts.folders.items / "report.json"),

@@ -1,6 +1,7 @@
-"""Line and bar charts as inline SVG: axes, ticks, a legend and titles under the pointer, without a script or a foreign file.
+"""Line and bar charts as inline SVG, with titles under the pointer and without a script.
 
-Colours are the classes c0 … c7 and dashes the classes d0 … d3 of style.py, so one chart serves the light and the dark page.
+Colours are the classes c0 … c7 and dashes the classes d0 … d3 of style.py, so one chart serves the
+light and the dark page.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from html import escape
 from ilrec_dist.reporting.results import Summary, metric_title
 
 COLOURS, DASHES = 8, 4
-MAX_BINS = 90  # points a curve is drawn with; more lines of the log are averaged into them
+# Points that a curve is drawn with; more lines of the log are averaged into them.
+MAX_BINS = 90
 WIDTH, HEIGHT = 292.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 42.0, 10.0, 8.0, 36.0
 
@@ -35,16 +37,20 @@ class Chart:
     series: Sequence[Series]
     note: str = ""
     x_label: str = "step"
-    share: bool = False  # y is a share: the axis ends at 0 and 1 at most
-    marks: bool = False  # a dot on every point
+    # y is a share, so the axis ends at 0 and at most at 1.
+    share: bool = False
+    # Every point gets a dot.
+    marks: bool = False
 
 
 @dataclass(frozen=True)
 class _Scale:
+    """A linear map of [low, high] to the pixels [start, stop]."""
+
     low: float
     high: float
-    start: float  # pixel of low
-    stop: float  # pixel of high
+    start: float
+    stop: float
 
     def __call__(self, value: float) -> float:
         return round(
@@ -53,7 +59,10 @@ class _Scale:
 
 
 def line_chart(chart: Chart) -> str:
-    """The chart as an HTML <figure>. Curves with more points than MAX_BINS are drawn as means over bins of x."""
+    """The chart as an HTML <figure>.
+
+    Curves with more points than MAX_BINS are drawn as means over bins of x.
+    """
     columns = _columns(chart.series)
     values = [y for _, row in columns for y in row if y is not None]
     if not values:
@@ -66,25 +75,38 @@ def line_chart(chart: Chart) -> str:
     low, high = _limits(values, chart.share)
     y = _Scale(low, high, HEIGHT - BOTTOM, TOP)
     parts = [_axes(x, y, chart.x_label)]
-    for place, series in enumerate(chart.series):
-        points = [(x(at), y(row[place])) for at, row in columns if row[place] is not None]  # type: ignore[arg-type]
+    for number, series in enumerate(chart.series):
+        points = [(x(at), y(value)) for at, row in columns if (value := row[number]) is not None]
         style = _style(series)
-        parts.append(
-            f'<polyline class="line {style}" points="{" ".join(f"{px:g},{py:g}" for px, py in points)}"/>'
-        )
+        path = " ".join(f"{px:g},{py:g}" for px, py in points)
+        parts.append(f'<polyline class="line {style}" points="{path}"/>')
         if chart.marks or len(points) == 1:
             parts += [
                 f'<circle class="dot {style}" cx="{px:g}" cy="{py:g}" r="2.6"/>'
                 for px, py in points
             ]
     parts.append(_bands(chart, columns, x))
-    svg = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(_spoken(chart), quote=True)}">{"".join(parts)}</svg>'
+    svg = _svg("chart-lines", WIDTH, HEIGHT, _spoken(chart), parts)
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
-    return f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>{svg}{_legend(chart.series)}{note}</figure>'
+    return (
+        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>'
+        f"{svg}{_legend(chart.series)}{note}</figure>"
+    )
+
+
+def _svg(css_class: str, width: float, height: float, spoken: str, parts: Sequence[str]) -> str:
+    """The parts as a picture; `spoken` describes it to those who cannot see it."""
+    return (
+        f'<svg class="{css_class}" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{escape(spoken, quote=True)}">{"".join(parts)}</svg>'
+    )
 
 
 def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
-    """One horizontal bar per method with its value, and a whisker of one standard deviation where there are seeds."""
+    """One horizontal bar per method with its value.
+
+    A whisker shows one standard deviation where there are seeds.
+    """
     shown = [summary for summary in summaries if metric in summary.figures]
     if not shown:
         return ""
@@ -97,21 +119,25 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
     row, left, width = 30.0, 92.0, 640.0
     x = _Scale(0.0, top, left, width - 150.0)
     parts = []
-    for place, summary in enumerate(shown):
+    for number, summary in enumerate(shown):
         figure = summary.figures[metric]
-        middle = place * row + row / 2
+        middle = number * row + row / 2
         parts.append(
-            f'<text class="name" x="{left - 10:g}" y="{middle + 4:g}" text-anchor="end">{escape(summary.method)}</text>'
+            f'<text class="name" x="{left - 10:g}" y="{middle + 4:g}" text-anchor="end">'
+            f"{escape(summary.method)}</text>"
         )
-        kind = {"ilrec": "bar ours", "bayes": "bar bound"}.get(summary.method, "bar")
+        label = summary.label
+        kind = "bar highlighted" if label.highlighted else "bar bound" if label.is_bound else "bar"
         parts.append(
-            f'<rect class="{kind}" x="{left:g}" y="{middle - 9:g}" width="{max(1.0, x(figure.mean) - left):g}" height="18" rx="3"/>'
+            f'<rect class="{kind}" x="{left:g}" y="{middle - 9:g}" '
+            f'width="{max(1.0, x(figure.mean) - left):g}" height="18" rx="3"/>'
         )
         end = figure.mean
         if figure.std:
             end += figure.std
             parts.append(
-                f'<path class="whisker" d="M{x(figure.mean - figure.std):g} {middle:g}H{x(end):g}"/>'
+                f'<path class="whisker" d="M{x(figure.mean - figure.std):g} {middle:g}'
+                f'H{x(end):g}"/>'
             )
         parts.append(
             f'<text class="value" x="{x(end) + 8:g}" y="{middle + 4:g}">{figure.text()}</text>'
@@ -119,7 +145,7 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
     spoken = f"{metric_title(metric)}: " + ", ".join(
         f"{summary.method} {summary.figures[metric].text()}" for summary in shown
     )
-    return f'<svg class="bars" viewBox="0 0 {width:g} {row * len(shown):g}" role="img" aria-label="{escape(spoken, quote=True)}">{"".join(parts)}</svg>'
+    return _svg("bars", width, row * len(shown), spoken, parts)
 
 
 def format_number(value: float) -> str:
@@ -135,21 +161,21 @@ def format_number(value: float) -> str:
 
 
 def _columns(series: Sequence[Series]) -> list[tuple[float, list[float | None]]]:
-    """One shared grid of x for all curves: [(x, [y of each curve, or None])], at most MAX_BINS long."""
-    every = sorted({x for one in series for x, _ in one.points})
-    if not every:
+    """One grid of x for all curves: [(x, [y or None for each curve])], at most MAX_BINS long."""
+    xs = sorted({x for curve in series for x, _ in curve.points})
+    if not xs:
         return []
-    if len(every) <= MAX_BINS:
-        tables = [dict(one.points) for one in series]
-        return [(x, [table.get(x) for table in tables]) for x in every]
-    width = (every[-1] - every[0]) / MAX_BINS
-    edges = [every[0] + width * (bin + 1) for bin in range(MAX_BINS - 1)]
-    centres = [every[0] + width * (bin + 0.5) for bin in range(MAX_BINS)]
-    centres[0], centres[-1] = every[0], every[-1]
+    if len(xs) <= MAX_BINS:
+        tables = [dict(curve.points) for curve in series]
+        return [(x, [table.get(x) for table in tables]) for x in xs]
+    width = (xs[-1] - xs[0]) / MAX_BINS
+    edges = [xs[0] + width * (bin + 1) for bin in range(MAX_BINS - 1)]
+    centres = [xs[0] + width * (bin + 0.5) for bin in range(MAX_BINS)]
+    centres[0], centres[-1] = xs[0], xs[-1]
     sums = [[[0.0, 0] for _ in series] for _ in centres]
-    for place, one in enumerate(series):
-        for x, y in one.points:
-            cell = sums[bisect.bisect_right(edges, x)][place]
+    for number, curve in enumerate(series):
+        for x, y in curve.points:
+            cell = sums[bisect.bisect_right(edges, x)][number]
             cell[0] += y
             cell[1] += 1
     columns = [
@@ -195,45 +221,47 @@ def _axes(x: _Scale, y: _Scale, x_label: str) -> str:
     for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
         parts.append(f'<path class="grid" d="M{LEFT:g} {y(tick):g}H{WIDTH - RIGHT:g}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 7:g}" y="{y(tick) + 3.5:g}" text-anchor="end">{text}</text>'
+            f'<text class="tick" x="{LEFT - 7:g}" y="{y(tick) + 3.5:g}" text-anchor="end">'
+            f"{text}</text>"
         )
-    floor = HEIGHT - BOTTOM
-    parts.append(f'<path class="axis" d="M{LEFT:g} {floor:g}H{WIDTH - RIGHT:g}"/>')
+    bottom = HEIGHT - BOTTOM
+    parts.append(f'<path class="axis" d="M{LEFT:g} {bottom:g}H{WIDTH - RIGHT:g}"/>')
     ticks = [tick for tick in _ticks(x.low, x.high, 4) if tick == int(tick)]
     for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
-        parts.append(f'<path class="axis" d="M{x(tick):g} {floor:g}v4"/>')
-        at_edge = x(tick) > WIDTH - 18  # its text would run over the edge
-        place, anchor = (WIDTH - 1, "end") if at_edge else (x(tick), "middle")
+        parts.append(f'<path class="axis" d="M{x(tick):g} {bottom:g}v4"/>')
+        # A text near the edge would run over it.
+        at_edge = x(tick) > WIDTH - 18
+        text_x, anchor = (WIDTH - 1, "end") if at_edge else (x(tick), "middle")
         parts.append(
-            f'<text class="tick" x="{place:g}" y="{floor + 16:g}" text-anchor="{anchor}">{text}</text>'
+            f'<text class="tick" x="{text_x:g}" y="{bottom + 16:g}" text-anchor="{anchor}">'
+            f"{text}</text>"
         )
     parts.append(
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 4:g}" '
+        f'text-anchor="middle">{escape(x_label)}</text>'
     )
     return "".join(parts)
 
 
 def _bands(chart: Chart, columns: Sequence[tuple[float, list[float | None]]], x: _Scale) -> str:
-    """An invisible strip per point of the grid: its title is what the pointer shows, its line what it stands on."""
-    places = [x(at) for at, _ in columns]
-    borders = [
-        LEFT,
-        *((a + b) / 2 for a, b in zip(places, places[1:], strict=False)),
-        WIDTH - RIGHT,
-    ]
+    """An invisible strip per point of the grid, whose title and line the pointer shows."""
+    centres = [x(at) for at, _ in columns]
+    middles = [(a + b) / 2 for a, b in zip(centres, centres[1:], strict=False)]
+    borders = [LEFT, *middles, WIDTH - RIGHT]
     parts = []
-    for place, (at, row) in enumerate(columns):
+    for number, (at, row) in enumerate(columns):
         lines = [f"{chart.x_label} {round(at):,}"]
         lines += [
             f"{series.name}: {format_number(y)}"
             for series, y in zip(chart.series, row, strict=True)
             if y is not None
         ]
-        left, right = borders[place], borders[place + 1]
+        left, right = borders[number], borders[number + 1]
         parts.append(
             f'<g class="band"><title>{escape(chr(10).join(lines))}</title>'
-            f'<rect x="{left:.2f}" y="{TOP:g}" width="{right - left:.2f}" height="{HEIGHT - BOTTOM - TOP:g}"/>'
-            f'<path d="M{places[place]:g} {TOP:g}V{HEIGHT - BOTTOM:g}"/></g>'
+            f'<rect x="{left:.2f}" y="{TOP:g}" width="{right - left:.2f}" '
+            f'height="{HEIGHT - BOTTOM - TOP:g}"/>'
+            f'<path d="M{centres[number]:g} {TOP:g}V{HEIGHT - BOTTOM:g}"/></g>'
         )
     return "".join(parts)
 
@@ -253,8 +281,9 @@ def _legend(series: Sequence[Series]) -> str:
 def _spoken(chart: Chart) -> str:
     """The chart in words, for those who cannot see it."""
     ends = [
-        f"{one.name or 'value'} from {format_number(one.points[0][1])} to {format_number(one.points[-1][1])}"
-        for one in chart.series
-        if one.points
+        f"{curve.name or 'value'} from {format_number(curve.points[0][1])} "
+        f"to {format_number(curve.points[-1][1])}"
+        for curve in chart.series
+        if curve.points
     ]
     return f"Line chart, {chart.title} by {chart.x_label}: " + "; ".join(ends)

@@ -1,4 +1,4 @@
-"""Which curves a report shows: from the metric names of the training worker (METHOD.md §6) to charts."""
+"""The curves of a report: from the metric names of a training (METHOD.md §6) to charts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ilrec_dist.reporting.html.charts import Chart, Series
-from ilrec_dist.reporting.results import METHODS
 
 POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
@@ -19,7 +18,7 @@ LOSS_TERMS = (
     (
         "loss/cpo",
         "CPO",
-        "cross-entropy with the negatives made harder; plain cross-entropy for sft",
+        "cross-entropy with the negatives made harder; plain cross-entropy where β is 0",
     ),
     ("loss/cpd", "CPD", "KL of the intermediate layers to the final one, before μ"),
     ("loss/crr", "CRR", "cross-entropy to the collaborative soft label, before λ"),
@@ -97,9 +96,8 @@ def validation_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def negative_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
-    runs = [
-        run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))
-    ]  # sft looks for none
+    # Methods that look for no negatives log 0.
+    runs = [run for run in runs if any(value != 0 for _, value in run.points("negatives/mean"))]
     return _by_method(
         runs,
         lambda method, of: [
@@ -146,7 +144,7 @@ def speed_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Loss and validation NDCG@10 of the collaborative models by epoch, from the report of their stage."""
+    """Loss and validation NDCG@10 of the collaborative models by epoch."""
     charts = []
     for key, title in (
         ("loss", "Collaborative models, loss"),
@@ -172,7 +170,10 @@ def _per_run(
     share: bool = False,
     marks: bool = False,
 ) -> Chart:
-    """A curve per method and seed: colour by method, dash by seed. A run in which the figure is 0 throughout has nothing to show."""
+    """A curve per method and seed: colour by method, dash by seed.
+
+    A run in which the figure is 0 throughout has nothing to show.
+    """
     methods, seeds = _methods(runs), sorted({run.seed for run in runs})
     series = []
     for run in runs:
@@ -186,7 +187,7 @@ def _per_run(
 def _per_position(
     runs: Sequence[MethodMetrics], stem: str, title: str, note: str, share: bool = False
 ) -> Chart:
-    """A curve per position in the item, counted from 1 as people do, and one for all rows together; mean over seeds."""
+    """A curve per position in the item, counted from 1, and one for all rows; mean over seeds."""
     numbers = sorted(
         {
             int(found["number"])
@@ -272,10 +273,8 @@ def _present(charts: Iterable[Chart]) -> list[Chart]:
 
 
 def _methods(runs: Sequence[MethodMetrics]) -> list[str]:
-    names = {run.method for run in runs}
-    return sorted(
-        names, key=lambda name: (METHODS.index(name) if name in METHODS else len(METHODS), name)
-    )
+    """The runs' methods in the order of the runs."""
+    return list(dict.fromkeys(run.method for run in runs))
 
 
 def _keys(run: MethodMetrics) -> set[str]:

@@ -1,0 +1,124 @@
+"""Properties of recommended lists beside accuracy: coverage, Gini, novelty, diversity, calibration.
+
+All are of the first LIST_LENGTH items of each user's list. Lists that are empty count for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.items.catalogue import Catalogue
+
+LIST_LENGTH = 10
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """What the measures know of the items."""
+
+    # int64 [num_items]: interactions of each item in training.
+    popularity: np.ndarray
+    # int32 [num_items, C]: the token ids of each item; two items are alike by their prefix.
+    tokens: np.ndarray
+
+    @staticmethod
+    def of(popularity: np.ndarray, catalogue: Catalogue) -> ItemFacts:
+        return ItemFacts(popularity, catalogue.item_tokens(np.arange(catalogue.num_items)))
+
+
+def beyond_accuracy(
+    predictions: Predictions, facts: ItemFacts, scores_are_log_p: bool
+) -> dict[str, float]:
+    """The measures of one method's lists, by their names in results.json.
+
+    `calibration_error` is given where scores are log probabilities of items.
+    """
+    items = predictions.items[:, :LIST_LENGTH].astype(np.int64)
+    figures = {
+        "coverage@10": coverage(items, len(facts.popularity)),
+        "gini@10": gini(items, len(facts.popularity)),
+        "novelty@10": novelty(items, facts.popularity),
+        "diversity@10": diversity(items, facts.tokens),
+    }
+    if scores_are_log_p:
+        figures["calibration_error"] = calibration_error(predictions)
+    return figures
+
+
+def coverage(items: np.ndarray, num_items: int) -> float:
+    """The share of the catalogue that occurs in some list, int [n, W] padded with -1."""
+    return len(np.unique(items[items >= 0])) / num_items
+
+
+def gini(items: np.ndarray, num_items: int) -> float:
+    """The Gini coefficient of how often each item of the catalogue is listed.
+
+    0 where every item is listed equally often, (num_items − 1) / num_items where one item takes
+    all places. With ascending counts c_1 … c_n: Σ (2i − n − 1)·c_i / (n·Σ c_i).
+    """
+    counts = np.sort(np.bincount(items[items >= 0], minlength=num_items))
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    weight = 2 * np.arange(1, num_items + 1) - num_items - 1
+    return float((weight * counts).sum() / (num_items * total))
+
+
+def novelty(items: np.ndarray, popularity: np.ndarray) -> float:
+    """The mean self-information −log₂ p(i) in bits of listed items.
+
+    p(i) = (pop_i + 1) / (Σ pop + num_items): the share of an item in the training interactions,
+    smoothed so that an item without any has a finite value. The mean is over listed places.
+    """
+    p = (popularity + 1) / (popularity.sum() + len(popularity))
+    listed = items[items >= 0]
+    return float(-np.log2(p[listed]).mean()) if len(listed) else 0.0
+
+
+def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
+    """The mean dissimilarity of the pairs of a list, by the items' token sequences.
+
+    The similarity of two items is the share of leading tokens that they have in common: 1 for one
+    code tuple, 0 for different first codes. The mean is over pairs of a list, then over the lists
+    that have a pair.
+    """
+    listed = items >= 0
+    shared = np.zeros(len(items))
+    for first in range(items.shape[1]):
+        for second in range(first + 1, items.shape[1]):
+            pair = listed[:, first] & listed[:, second]
+            equal = tokens[items[:, first]] == tokens[items[:, second]]
+            prefix = np.cumprod(equal, axis=1).sum(axis=1) / tokens.shape[1]
+            shared += np.where(pair, prefix, 0.0)
+    length = listed.sum(axis=1)
+    pairs = length * (length - 1) / 2
+    has_pair = pairs > 0
+    if not has_pair.any():
+        return 0.0
+    return float((1 - shared[has_pair] / pairs[has_pair]).mean())
+
+
+def calibration_error(predictions: Predictions) -> float:
+    """The expected calibration error of the probabilities exp(score) of listed items.
+
+    Places are grouped by probability into CALIBRATION_BINS bins of equal width; the error is the
+    mean over places of |mean probability − share of targets| of their bin. Items that share a
+    code tuple share one probability, so it is divided by their number in the list.
+    """
+    listed = predictions.items >= 0
+    scores = predictions.scores[listed].astype(np.float64)
+    if len(scores) == 0:
+        return 0.0
+    row = np.nonzero(listed)[0]
+    _, group, size = np.unique(
+        np.stack([row.astype(np.float64), scores]), axis=1, return_inverse=True, return_counts=True
+    )
+    probability = np.exp(scores) / size[group.ravel()]
+    hit = (predictions.items == predictions.targets[:, None])[listed]
+    bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    difference = np.bincount(bins, probability - hit, minlength=CALIBRATION_BINS)
+    return float(np.abs(difference).sum() / len(scores))
