@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.cf.sasrec.fit import Histories, train_model
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.fit import TrainingSequences, fit_sasrec
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 
 LENGTH, BATCH = 9, 32
 CONFIG = CFConfig(epochs=1, batch_size=BATCH)
@@ -43,13 +43,15 @@ def train(part: int, parts: int, items: int, steps: int, port: int, folder: str)
     users = BATCH * steps
     sequences = np.random.default_rng(0).integers(0, items, users * LENGTH).astype(np.int32)
     none = np.zeros(users, np.int64)  # no validation targets
-    histories = Histories(sequences, np.arange(users) * LENGTH, np.full(users, LENGTH), none)
+    histories = TrainingSequences(
+        sequences, np.arange(users) * LENGTH, np.full(users, LENGTH), none
+    )
     seconds: list[float] = []
     before = peak_mib()
     began = time.perf_counter()
-    report = train_model(
+    report = fit_sasrec(
         CONFIG,
-        Split(items, part, parts),
+        ItemShard(items, part, parts),
         histories,
         Path(folder) / "model.safetensors",
         0,

@@ -1,7 +1,10 @@
-"""Every figure that the loss operator is to reach on a GPU, correctness first: `PYTHONPATH=kernels python benchmarks/gpu.py --json gpu.json`.
+"""Every figure that the loss operator is to reach on a GPU, correctness first.
 
-Needs torch and Triton, and no installation; Liger's row is left out where Liger is not there. About ten minutes on an H200. Ends with status 1, before
-anything is measured, when a backend disagrees with the fp64 reference.
+    PYTHONPATH=kernels python benchmarks/gpu.py --json gpu.json
+
+Needs torch and Triton, and no installation; Liger's row is left out where Liger is not
+there. It takes about ten minutes on an H200, and ends with status 1, before anything is
+measured, when a backend disagrees with the fp64 reference.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from typing import Any
 
 import torch
 from ilrec_kernels import Backend, LossOptions, cross_layer_loss
-from ilrec_kernels.problem import Plan, Problem, make_plan
+from ilrec_kernels.plan import Plan, make_plan
+from ilrec_kernels.problem import DenseSource, Problem
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -44,7 +48,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Figure:
-    """One row: `measured` against `goal`, which it is to stay below or, for a rate, above. No goal: for information."""
+    """One row: `measured` against `goal`, an upper bound, or for a rate a lower one.
+
+    Without a goal it is for information.
+    """
 
     what: str
     measured: float
@@ -63,7 +70,8 @@ class Figure:
 
     def line(self) -> str:
         goal = "" if self.goal is None else f"{'≥' if self.higher_is_better else '≤'} {self.goal:g}"
-        return f"{self.what:<72}{self.measured:>10.3f}  {goal:<8}{ {None: '', True: 'reached', False: 'NOT REACHED'}[self.reached] }"
+        verdict = {None: "", True: "reached", False: "NOT REACHED"}[self.reached]
+        return f"{self.what:<72}{self.measured:>10.3f}  {goal:<8}{verdict}"
 
 
 def gradients(x: loss.Inputs, o: LossOptions) -> list[Tensor]:
@@ -87,7 +95,10 @@ def gradients(x: loss.Inputs, o: LossOptions) -> list[Tensor]:
 def distances(
     device: str, backend: str, shape: tuple[int, int, int, int] = CHECKED
 ) -> Iterator[tuple[str, float, float]]:
-    """(what, largest distance of loss and gradients from the reference, what it may be): ‖Δ‖ / ‖reference‖ of each tensor."""
+    """Yield (what, distance of loss and gradients from the reference, its bound).
+
+    The distance is the largest ‖Δ‖ / ‖reference‖ of a tensor.
+    """
     drawn = loss.make_inputs(shape, device, peaked=True)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
         x = replace(
@@ -113,7 +124,10 @@ def distances(
 
 
 def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
-    """Each shape's inputs are made once; what is compared is timed in turn, so that drift of the machine falls on all alike."""
+    """Yield the figures; each shape's inputs are made once.
+
+    What is compared is timed in turn, so that drift of the machine falls on all alike.
+    """
     x = inputs(sizes.dense, device)
     v = x.head.shape[0]
     for workspace in sizes.workspaces:
@@ -196,16 +210,19 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
 
 def plan_of(x: loss.Inputs, o: LossOptions) -> Plan:
     hidden = tuple(h.detach() for h in x.hidden)
-    return make_plan(
-        Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0], None, None)
-    )
+    return make_plan(Problem(hidden, x.head, x.targets, x.lists, x.rewards, o, 0, x.head.shape[0]))
 
 
 def check_sliced(x: loss.Inputs, o: LossOptions) -> None:
-    """That the figure of regime V is of regime V, as it runs where the workspace suits it; other backends have none."""
+    """Check that the figure of regime V is of regime V, where the workspace suits it.
+
+    Other backends have none.
+    """
     plan = plan_of(x, o)
     if o.backend is Backend.TRITON and not (
-        plan.sliced and plan.rows * 4 >= len(x.targets) and plan.slice_columns >= 512
+        plan.source is DenseSource.SLICES
+        and plan.chunk_rows * 4 >= len(x.targets)
+        and plan.slice_columns >= 512
     ):
         raise RuntimeError(
             f"regime V: expected at most 4 chunks with slices of 512 columns or more, got {plan}"
@@ -269,7 +286,8 @@ def main() -> None:
         for what, found, bound in distances("cuda", backend):
             wrong += not found <= bound
             print(
-                f"{backend}, {what}: {found:.1e} from the reference, {'ok' if found <= bound else f'MORE THAN {bound:.0e}'}",
+                f"{backend}, {what}: {found:.1e} from the reference, "
+                f"{'ok' if found <= bound else f'MORE THAN {bound:.0e}'}",
                 flush=True,
             )
     if wrong:

@@ -1,7 +1,11 @@
-"""What the cross-layer loss costs against its own matrix products, forward and backward together: `python benchmarks/loss.py --quick`.
+"""What the cross-layer loss costs against its own matrix products, forward and backward.
 
-The limit is the bare products of the same work: 3 of them a stream (logits, hidden gradient, head gradient), the best of chunked and whole.
-Liger's and Apple's kernels take part where they are installed (`pip install .[bench]`), each with the part it can do.
+    python benchmarks/loss.py --quick
+
+The limit is the bare products of the same work: 3 of them a stream (logits, hidden
+gradient, head gradient), the best of chunked and whole.
+Liger's and Apple's kernels take part where they are installed (`pip install .[bench]`),
+each with the part it can do.
 """
 
 from __future__ import annotations
@@ -48,8 +52,13 @@ class Inputs:
 
 
 def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> Inputs:
-    """Peaked: layers that agree in part, logits of standard deviation about 3 and a target that is among the likely tokens, as in a trained model.
-    Random: nothing agrees with anything, so that about half the vocabulary passes the negatives' threshold."""
+    """Make inputs of one of two kinds.
+
+    Peaked: layers that agree in part, logits of standard deviation about 3 and a target
+    that is among the likely tokens, as in a trained model.
+    Random: nothing agrees with anything, so that about half the vocabulary passes the
+    negatives' threshold.
+    """
     n, d, v, m = shape
     g = torch.Generator(device).manual_seed(
         0
@@ -146,7 +155,10 @@ def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: T
 
 
 def row_loop(x: Inputs, rows: int) -> None:
-    """The form of the authors' script, one row at a time; on a few rows, the caller scales the time."""
+    """Run the form of the authors' script, one row at a time.
+
+    It runs on a few rows; the caller scales the time.
+    """
     total = x.head.new_zeros(())
     for i in range(rows):
         z = [h[i] @ x.head.T for h in x.hidden]
@@ -332,7 +344,8 @@ def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     flops = 3 * (m + 1) * 2 * n * d * v
     rows = []
     print(
-        f"\n{shape} (N x d x V x m), {args.device}, {args.logits} logits\n{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}"
+        f"\n{shape} (N x d x V x m), {args.device}, {args.logits} logits\n"
+        f"{'provider':<44}{'ms':>10}{'x bare':>8}{'TFLOP/s':>9}{'extra MiB':>11}"
     )
     for name, value in median.items():
         rows.append(
@@ -345,12 +358,14 @@ def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         print(
-            f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}{memory[name] / 2**20:>11.0f}"
+            f"{name:<44}{value:>10.1f}{value / limit:>8.2f}{flops / value / 1e9:>9.2f}"
+            f"{memory[name] / 2**20:>11.0f}"
         )
     for name, value in median.items():
         if f"{name}, CE + CPD only" in median:
             print(
-                f"{name}: negatives, CPO and CRR add {100 * (value / median[f'{name}, CE + CPD only'] - 1):.1f} %"
+                f"{name}: negatives, CPO and CRR add "
+                f"{100 * (value / median[f'{name}, CE + CPD only'] - 1):.1f} %"
             )
     return rows
 
@@ -370,7 +385,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python benchmarks/loss.py --shapes 2048x256x32000x3 --logits random --json loss.json",
+        epilog="example: python benchmarks/loss.py --shapes 2048x256x32000x3"
+        " --logits random --json loss.json",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one small shape, under 50 s on 2 cores"

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from ilrec_dist.cf.rewards.index import SCAN_ITEMS
-from ilrec_dist.cf.rewards.item_scorer import PREFIX_ITEMS, open_store, write_store
-from ilrec_dist.cf.rewards.layout import Plan
-from ilrec_dist.cf.rewards.token_rewards import RewardOptions, TokenRewards
+from ilrec_dist.cf.rewards.item_scorer import PREFIX_ITEMS, read_scorer, write_scorer
+from ilrec_dist.cf.rewards.layout import RewardLayout
+from ilrec_dist.cf.rewards.prefix_mass import RewardOptions
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 from ilrec_dist.cf.sasrec.model import SASRec, encode
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
@@ -99,7 +100,7 @@ def draw(
     np.save(folder / "offsets.npy", offsets)
     known = torch.from_numpy(rng.random(items) < 0.98)
     if items > scan_items:
-        write_store(folder / "fold0", table, known, trie, "ivf_pq", prefix_items=prefix_items)
+        write_scorer(folder / "fold0", table, known, trie, "ivf_pq", prefix_items=prefix_items)
     else:
         torch.save({"table": table, "known": known}, folder / "table.pt")
 
@@ -107,7 +108,7 @@ def draw(
 class NothingKept(TokenRewards):
     """Every target's rewards are computed when they are asked for: no actor begins to compute those of all training targets beside the measurement."""
 
-    _memory = None
+    _precomputed = None
 
 
 def load(folder: Path) -> TokenRewards:
@@ -119,14 +120,14 @@ def load(folder: Path) -> TokenRewards:
     )  # type: ignore[arg-type]
     torch.manual_seed(0)
     small = folder / "table.pt"
-    model = SASRec(Split(n if small.exists() else 1), WIDTH, 2, 2, 0.0, 50).eval()
+    model = SASRec(ItemShard(n if small.exists() else 1), WIDTH, 2, 2, 0.0, 50).eval()
     scorers = None
     if small.exists():
         state = torch.load(small)
         model.items.weight.data = state["table"]
         model.known.copy_(state["known"])
     else:
-        scorers = [open_store(folder / "fold0", trie)]
+        scorers = [read_scorer(folder / "fold0", trie)]
     return NothingKept(
         [model], np.zeros(len(offsets) - 1, np.int64), dataset, catalogue, trie, scorers
     )
@@ -158,7 +159,9 @@ def brute_force(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray)
 
 
 def first_rows(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    plan = Plan(rewards.trie, rewards.dataset.items[rewards.dataset.offsets[users] + positions])
+    plan = RewardLayout(
+        rewards.trie, rewards.dataset.items[rewards.dataset.offsets[users] + positions]
+    )
     codes = rewards.trie.num_nodes(1)
     starts = np.arange(len(users)) * codes + plan.indptr[:: LEVELS - 1][:-1]
     return rewards.fetch(users, positions)[starts[:, None] + np.arange(codes)]
@@ -220,7 +223,7 @@ def through_the_service(
     """As many replicas of one thread as there are cores to use, all asked from here."""
     import ray
 
-    from ilrec_dist.cf.rewards.futures import Meter
+    from ilrec_dist.cf.rewards.futures import LatencyMeter
     from ilrec_dist.cf.rewards.service import RewardActor, RewardClient
 
     path = f"{ROOT}:{ROOT / 'benchmarks'}"
@@ -244,7 +247,7 @@ def through_the_service(
         client = RewardClient("bench", replicas=actors)
         for answer in [client.fetch_async(*warm) for _ in replicas]:
             answer.result()
-        client.meter = Meter()  # the first answers waited for the actors to load
+        client.meter = LatencyMeter()  # the first answers waited for the actors to load
         started = time.perf_counter()
         pending = []
         for batch in rest:

@@ -29,7 +29,8 @@ from scipy.optimize import nnls
 from ilrec_dist.cf.rewards.ann import num_lists, num_probes
 from ilrec_dist.cf.rewards.cell_moments import RANK
 from ilrec_dist.cf.rewards.item_scorer import PREFIX_ITEMS
-from ilrec_dist.cf.rewards.token_rewards import RewardOptions, TokenRewards
+from ilrec_dist.cf.rewards.prefix_mass import RewardOptions
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 
 SHORT, WIDE = (
     1024,

@@ -133,7 +133,7 @@ def draw(config: Config, vocab: int) -> tuple[Any, Any, Any, Any]:
     """(prepared, catalogue, trie, rewards) of random histories over random codes, with a CF model of random weights."""
     from ilrec_dist.cf.rewards.token_rewards import TokenRewards
     from ilrec_dist.cf.sasrec.model import SASRec
-    from ilrec_dist.cf.sasrec.sharded_table import Split
+    from ilrec_dist.cf.sasrec.sharded_table import ItemShard
     from ilrec_dist.data.dataset import InteractionDataset
     from ilrec_dist.items.catalogue import make_catalogue
     from ilrec_dist.items.trie import Trie
@@ -149,7 +149,7 @@ def draw(config: Config, vocab: int) -> tuple[Any, Any, Any, Any]:
     )  # type: ignore[arg-type]
     trie = Trie(catalogue)
     torch.manual_seed(0)
-    model = SASRec.from_config(config.cf, Split(ITEMS)).eval()
+    model = SASRec.from_config(config.cf, ItemShard(ITEMS)).eval()
     model.known.fill_(True)
     return (
         dataset,

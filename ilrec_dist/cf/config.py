@@ -21,7 +21,7 @@ from ilrec_dist.common.config_fields import (
 
 
 def _by_actors(config: Any) -> bool:
-    return config.cf.rewards == "actor"
+    return bool(config.cf.rewards == "actor")
 
 
 @section(affects="cf")

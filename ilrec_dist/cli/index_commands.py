@@ -10,9 +10,8 @@ import numpy as np
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.common.run_layout import RunFolders
-from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.data.formats.tables import read_item_table
+from ilrec_dist.data.reading.item_table import read_item_table
 from ilrec_dist.items.add import add_items
 from ilrec_dist.items.index_report import open_index, report_plot, report_table
 from ilrec_dist.items.text_embeddings import AT_ONCE
@@ -65,10 +64,9 @@ def add_to_index(
 def _new_items(path: Path) -> dict[str, list[str]]:
     """The table's columns id, title and text."""
     try:
-        table = read_item_table(DataConfig(items_path=str(path)))
+        table = read_item_table(path)
     except UserError as error:  # the reader names the key by which a run is given such a table
         raise UserError(str(error).replace("data.items_path", "--items")) from None
-    assert table is not None
     rows: dict[str, list[str]] = table.to_pydict()
     return rows
 

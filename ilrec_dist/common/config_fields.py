@@ -48,12 +48,17 @@ class Affects:
 class OnlyIf:
     """Metadata of a field: it has an effect only where `holds(config)`, of the whole tree.
 
-    `condition` is what the user would have to set, such as "data.split chronological". A field
-    without an effect that differs from its default is refused when a configuration is loaded.
+    `condition` is what the user would have to set, such as "data.split chronological", or a
+    function that says it. A field without an effect that differs from its default is refused
+    when a configuration is loaded.
     """
 
-    def __init__(self, condition: str, holds: Callable[[Any], bool]) -> None:
-        self.condition, self.holds = condition, holds
+    def __init__(self, condition: str | Callable[[], str], holds: Callable[[Any], bool]) -> None:
+        self._condition, self.holds = condition, holds
+
+    @property
+    def condition(self) -> str:
+        return self._condition if isinstance(self._condition, str) else self._condition()
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -104,9 +109,12 @@ def _without_effect(config: Any, tree: Any, prefix: str) -> Iterator[tuple[str, 
     cls: Any = type(tree)
     for field in dataclasses.fields(tree):
         value = getattr(tree, field.name)
-        failing = [mark for mark in _conditions(cls)[field.name] if not mark.holds(config)]
-        if failing and value != _default(field):
-            yield prefix + field.name, failing[0].condition
+        failing = None
+        if value != _default(field):
+            marks = _conditions(cls)[field.name]
+            failing = next((mark for mark in marks if not mark.holds(config)), None)
+        if failing is not None:
+            yield prefix + field.name, failing.condition
         elif dataclasses.is_dataclass(value):
             yield from _without_effect(config, value, f"{prefix}{field.name}.")
 

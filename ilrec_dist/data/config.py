@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeAlias
 
 from annotated_types import Ge, Len
 
@@ -18,6 +18,12 @@ from ilrec_dist.common.config_fields import (
     Text,
     section,
 )
+from ilrec_dist.data.formats import NAMES, load_format
+
+if TYPE_CHECKING:
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[NAMES]
 
 
 @section(affects="prepare")
@@ -32,62 +38,46 @@ class SyntheticConfig:
     seed: NonNegative = 0
 
 
-def _is_table(config: Any) -> bool:
-    return config.data.format in ("csv", "parquet")
-
-
 def _is_foreign(config: Any) -> bool:
-    return config.data.format != "synthetic"
+    return bool(config.data.format != "synthetic")
 
 
-def _is_synthetic(config: Any) -> bool:
-    return config.data.format == "synthetic"
+def _if_format_reads(key: str) -> OnlyIf:
+    """A key that only some formats read; each format says so itself."""
 
+    def condition() -> str:
+        *others, last = (name for name in NAMES if key in load_format(name).settings)
+        return f"data.format {', '.join(others)} or {last}" if others else f"data.format {last}"
 
-def _takes_item_table(config: Any) -> bool:
-    return config.data.format in ("csv", "parquet", "sequences", "amazon")
+    return OnlyIf(condition, lambda config: key in load_format(config.data.format).settings)
 
 
 def _is_chronological(config: Any) -> bool:
-    return config.data.split == "chronological"
+    return bool(config.data.split == "chronological")
 
 
 def _splits_by_share(config: Any) -> bool:
-    return config.data.split == "chronological" and config.data.split_dates is None
+    return bool(config.data.split == "chronological" and config.data.split_dates is None)
 
 
 @section(affects="prepare")
 class DataConfig:
     """Which data set is read, and how it is filtered and split (docs/data-formats.md)."""
 
-    format: Literal[
-        "synthetic",
-        "lcrec",
-        "csv",
-        "parquet",
-        "recbole",
-        "amazon",
-        "movielens",
-        "sequences",
-        "minionerec",
-    ] = "synthetic"
+    format: FormatName = "synthetic"
     # The interactions: a file, or the folder that holds them.
-    path: Annotated[
-        Optional[str], Affects(), OnlyIf("a data.format other than synthetic", _is_foreign)
-    ] = None
+    path: Annotated[Optional[str], Affects(), _if_format_reads("path")] = None
     # For csv, parquet and sequences a table with the columns item, title and, if wanted, text;
     # for amazon the metadata.
     items_path: Annotated[
         Optional[str],
         Affects(),
-        OnlyIf("data.format csv, parquet, sequences or amazon", _takes_item_table),
+        _if_format_reads("items_path"),
     ] = None
     # The columns of csv and parquet. Without a time column rows are in chronological order.
-    user_column: Annotated[str, OnlyIf("data.format csv or parquet", _is_table)] = "user"
-    item_column: Annotated[str, OnlyIf("data.format csv or parquet", _is_table)] = "item"
-    time_column: Annotated[Optional[str], OnlyIf("data.format csv or parquet", _is_table)] = (
-        "timestamp"
-    )
+    user_column: Annotated[str, _if_format_reads("user_column")] = "user"
+    item_column: Annotated[str, _if_format_reads("item_column")] = "item"
+    time_column: Annotated[Optional[str], _if_format_reads("time_column")] = "timestamp"
     # The k-core, taken to its fixed point. Generated data are not filtered.
     min_user_interactions: Annotated[
         Positive, OnlyIf("a data.format other than synthetic", _is_foreign)
@@ -113,6 +103,6 @@ class DataConfig:
     ] = 0
     # Training reads every user's training items backwards too.
     both_directions: Annotated[Bool, Affects("cf", "train")] = False
-    synthetic: Annotated[SyntheticConfig, OnlyIf("data.format synthetic", _is_synthetic)] = field(
+    synthetic: Annotated[SyntheticConfig, _if_format_reads("synthetic")] = field(
         default_factory=SyntheticConfig
     )

@@ -1,4 +1,8 @@
-"""Training sequences in both directions: where the order is partly arbitrary, reading backwards too tells a model more of what goes together."""
+"""Training sequences in both directions (`data.both_directions`).
+
+Where the order of items is partly arbitrary, reading backwards too tells a model more of what
+goes together.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from ilrec_dist.data.dataset import SPLITS, InteractionDataset, ItemArray
 
 
 def both_directions(dataset: InteractionDataset) -> InteractionDataset:
-    """The same data with as many users again: user num_users + u has the training items of user u, latest first, all of them for training.
+    """The same data with as many users again, whose training items are in reversed order.
 
-    Neither validation nor test items are read backwards, and the added users are evaluated in no split. They carry the ids of the users they repeat, so
-    that whatever is decided by id, such as the fold that a user is in (METHOD.md §5), is the same for both. Nothing as long as the interactions is made:
-    40 bytes a user, and the items are read from where they lie.
+    User num_users + u has the training items of user u, latest first, all of them for
+    training. Neither validation nor test items are read backwards, and the added users are
+    evaluated in no split. They carry the ids of the users they repeat, so that whatever is
+    decided by id, such as a user's fold (METHOD.md §5), is the same for both. Memory: 40 bytes
+    a user; the items are read from where they lie.
     """
     lengths = dataset.train_lengths()
     offsets = np.concatenate([dataset.offsets, dataset.offsets[-1] + np.cumsum(lengths)])
@@ -34,12 +40,13 @@ def both_directions(dataset: InteractionDataset) -> InteractionDataset:
 
 
 class ReversedItems:
-    """The items of `both_directions`, int32 [offsets[-1]]: those of `forward`, then of each user the training part from its end; worked out when read.
+    """The items of `both_directions`, int32 [offsets[-1]], worked out when read.
 
-    offsets: int64 [2U + 1] of the doubled users; an added one's are as many as are read of the user it repeats.
+    First come those of `forward`, then of each user the training part from its end.
     """
 
     def __init__(self, forward: ItemArray, offsets: np.ndarray, users: int) -> None:
+        """offsets: int64 [2 · users + 1] of the doubled users."""
         self.forward, self.begins, self.ends = forward, offsets[:users], offsets[users + 1 :]
         self.size = int(offsets[-1])
 
@@ -47,12 +54,15 @@ class ReversedItems:
         return self.size
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """As of a NumPy array, for a slice or integers of any shape, from the end where negative; IndexError where there are none."""
+        """As of a NumPy array: a slice, or integers of any shape, negative from the end.
+
+        Raises IndexError outside of the items.
+        """
         split = len(self.forward)
         if isinstance(index, slice):
             start, stop, step = index.indices(self.size)
             if step == 1 and stop <= split:
-                return self.forward[start:stop]
+                return np.asarray(self.forward[start:stop])
             index = np.arange(start, stop, step)
         index = np.asarray(index)
         if not np.issubdtype(index.dtype, np.integer):
@@ -60,12 +70,10 @@ class ReversedItems:
         if index.size and (index.min() < -self.size or index.max() >= self.size):
             raise IndexError(f"an index outside of {self.size} items")
         index = np.where(index < 0, index + self.size, index)
-        user = np.searchsorted(
-            self.ends, index, side="right"
-        )  # 0 for what is read forwards, and not used
-        return self.forward[
-            np.where(index < split, index, self.begins[user] + self.ends[user] - 1 - index)
-        ]
+        # The user who is read backwards; 0 for what is read forwards, and not used then.
+        user = np.searchsorted(self.ends, index, side="right")
+        backwards = self.begins[user] + self.ends[user] - 1 - index
+        return np.asarray(self.forward[np.where(index < split, index, backwards)])
 
 
 class RepeatedIds(Sequence[str]):

@@ -10,7 +10,7 @@ from ilrec_dist.common.config_fields import Affects, Int, NonNegative, OnlyIf, P
 
 
 def _builds_codes(config: Any) -> bool:
-    return config.items.form == "semantic" and config.items.index is None
+    return bool(config.items.form == "semantic" and config.items.index is None)
 
 
 def _needs_vectors(config: Any) -> bool:
@@ -19,7 +19,7 @@ def _needs_vectors(config: Any) -> bool:
 
 
 def _are_titles(config: Any) -> bool:
-    return config.items.form == "titles"
+    return bool(config.items.form == "titles")
 
 
 @section(affects="index")

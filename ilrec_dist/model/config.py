@@ -8,11 +8,11 @@ from ilrec_dist.common.config_fields import Bool, Fraction, OnlyIf, Positive, Po
 
 
 def _has_rope(config: Any) -> bool:
-    return config.backbone.position_embedding == "rope"
+    return bool(config.backbone.position_embedding == "rope")
 
 
 def _has_no_bias(config: Any) -> bool:
-    return not config.backbone.bias
+    return not bool(config.backbone.bias)
 
 
 @section(affects="train")

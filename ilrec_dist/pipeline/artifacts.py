@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
-from ilrec_dist.common.manifest import MANIFEST, verify
 from ilrec_dist.common.run_layout import BEST, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
@@ -23,7 +23,6 @@ from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import read_weights
 from ilrec_dist.pipeline.records import check_stands_on
-from ilrec_dist.samples.prefetch import RewardSource
 
 # The fixed sample of validation users is drawn with this.
 VALIDATION_SEED = 20
@@ -39,11 +38,6 @@ class RunArtifacts:
 
     @cached_property
     def dataset(self) -> InteractionDataset:
-        if (self.folders.data / MANIFEST).exists():
-            verify(
-                self.folders.data,
-                repair="run `ilrec prepare CONFIG --verify`, or `ilrec run CONFIG --verify`",
-            )
         return load_dataset(self.folders.data)
 
     @cached_property

@@ -12,7 +12,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
-VALIDATION_METRICS = ("ndcg@10", "hit@10")
+VALIDATION_METRICS = ("ndcg@10", "hit@10", "users_without_items")
 
 
 def train_one(
@@ -36,7 +36,7 @@ def train_one(
         backbone = build_backbone(config, artifacts, spec.seed)
 
         def validate() -> dict[str, float]:
-            metrics = evaluate_model(
+            predictions = evaluate_model(
                 backbone,
                 artifacts.dataset,
                 artifacts.catalogue,
@@ -47,7 +47,10 @@ def train_one(
                 softmax_scope=objective.softmax_scope,
                 max_history=config.train.max_history,
                 parallel=parallel,
-            ).metrics()
+            )
+            metrics = predictions.metrics() | {
+                "users_without_items": float(predictions.num_users_without_items)
+            }
             return {name: metrics[name] for name in VALIDATION_METRICS}
 
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
@@ -49,10 +49,10 @@ def train_cf_part(config: dict[str, Any]) -> None:
     tree = config_from_dict(config)
     with worker_session(tree) as parallel:
         artifacts = RunArtifacts(tree)
-        split = Split.over_workers(artifacts.training.num_items)
+        shard = ItemShard.of_process_group(artifacts.training.num_items)
 
         def show(done: float, text: str) -> None:
-            if split.part == 0:
+            if shard.is_rank0:
                 write_counter(artifacts.folders.cf_work / COUNTER, done, cf_epochs(tree.cf), text)
 
         show(0, "")
@@ -63,7 +63,7 @@ def train_cf_part(config: dict[str, Any]) -> None:
             artifacts.folders.cf,
             epochs_so_far(show),
             parallel.device.type,
-            split,
+            shard,
         )
 
 

@@ -7,13 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
+from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.samples.collate import Batch, BatchMaker, micro_batches
 from ilrec_dist.samples.windows import StepOrder
@@ -24,16 +23,6 @@ SWITCH_SECONDS = 2e-4
 # How long the thread waits for room in the queue before it looks whether it is to stop.
 PUT_SECONDS = 0.2
 JOIN_SECONDS = 10
-
-
-class RewardSource(Protocol):
-    """Token rewards, computed in this process or by the Ray actors (METHOD.md §5)."""
-
-    meter: Meter
-
-    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
-        """Ask for the rewards of targets: int64 [T] users and positions in their sequences."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The truth: METHOD.md §§2–6 over a whole rows × vocabulary matrix in plain torch, differentiated by autograd."""
+"""The truth: METHOD.md §§2–6 over whole rows × vocabulary logits, by autograd.
+
+It is written for reading, not for speed; the other backends are tested against it.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ilrec_kernels.segments import set_key
-from ilrec_kernels.types import LossOptions, RowStats, TokenLists, compute_dtype
-
-
-@dataclass(frozen=True)
-class Constants:
-    """All that METHOD.md treats as stop-gradient; over [N, V]."""
-
-    negatives: Tensor  # bool: H
-    capped: Tensor  # [N] bool
-    weight: Tensor  # w, 0 off H
-    soft_label: Tensor  # q, 0 off H ∪ {y}
-    covered: Tensor  # [N] bool
-    teacher: Tensor  # log p^L over the distill scope, −inf off it
+from ilrec_kernels.layout.segments import set_key
+from ilrec_kernels.options import LossOptions, RowStats, TokenLists, compute_dtype
 
 
 @dataclass(frozen=True)
 class Scopes:
-    """Boolean [N, V] masks."""
+    """Which tokens take part where, bool [N, V] each; `target` marks y."""
 
     valid_next: Tensor
     negatives: Tensor
@@ -36,8 +27,29 @@ class Scopes:
     target: Tensor
 
 
+@dataclass(frozen=True)
+class Constants:
+    """All that METHOD.md treats as stop-gradient.
+
+    negatives   H
+    weight      w, 0 off H
+    soft_label  q, 0 off H ∪ {y}
+    teacher     log p^L over the distill scope, −inf off it
+    """
+
+    negatives: Tensor  # bool [N, V]
+    capped: Tensor  # bool [N]
+    weight: Tensor  # [N, V]
+    soft_label: Tensor  # [N, V]
+    covered: Tensor  # bool [N]
+    teacher: Tensor  # [N, V]
+
+
 def scopes(targets: Tensor, candidates: TokenLists | None, options: LossOptions) -> Scopes:
-    """Which tokens take part where. The masked softmax always holds the target, so its loss is never negative."""
+    """Mark the tokens of each scope.
+
+    The masked softmax always holds the target, so its loss is never negative.
+    """
     n, v = targets.numel(), options.vocab_size
     everything = torch.ones(n, v, dtype=torch.bool, device=targets.device)
     items = everything
@@ -49,10 +61,7 @@ def scopes(targets: Tensor, candidates: TokenLists | None, options: LossOptions)
             items[:, slice(*options.item_tokens)] = True
     valid = torch.zeros_like(everything)
     if candidates is not None:
-        rows = torch.repeat_interleave(
-            torch.arange(n, device=targets.device), candidates.indptr.diff()
-        )
-        valid[rows, candidates.tokens] = True
+        valid[_list_rows(candidates), candidates.tokens] = True
     target = torch.zeros_like(everything)
     target[torch.arange(n, device=targets.device), targets] = True
     by_name = {"all": everything, "item_tokens": items, "valid_next": valid}
@@ -62,44 +71,24 @@ def scopes(targets: Tensor, candidates: TokenLists | None, options: LossOptions)
     )
 
 
-def constants(
-    z: list[Tensor], scope: Scopes, rewards: Tensor | None, options: LossOptions
-) -> Constants:
-    """H, w, q and the teacher from logits z[s] [N, V] (final layer first, then L−1 … L−m). `rewards` is dense [N, V]."""
+def constants(z: list[Tensor], scope: Scopes, rewards: Tensor, options: LossOptions) -> Constants:
+    """Compute H, w, q and the teacher.
+
+    z[s] [N, V] are logits, the final layer's first, then L−1 … L−m; `rewards` is dense
+    [N, V].
+    """
     z = [s.detach() for s in z]
     final, layers = z[0], z[1:]
-    none = torch.zeros_like(scope.target)
-    negatives, capped, weight, soft, covered = (
-        none,
-        none.any(1),
-        torch.zeros_like(final),
-        torch.zeros_like(final),
-        none.any(1),
-    )
+    nothing = torch.zeros_like(scope.target)
+    negatives, capped, covered = nothing, nothing.any(1), nothing.any(1)
+    weight, soft = torch.zeros_like(final), torch.zeros_like(final)
     if options.needs_negatives:
-        # METHOD.md §2: threshold, then the k largest; ties to the lower token id (a stable descending sort)
         ensemble = final if options.negatives_from == "final" else torch.stack(layers).mean(0)
-        z_target = ensemble[scope.target][:, None]
-        passed = (
-            scope.negatives
-            & ~scope.target
-            & (ensemble >= z_target + math.log(options.negative_threshold))
-        )
-        passed &= (scope.negatives & scope.target).any(
-            1, keepdim=True
-        )  # a row whose y is no candidate has empty H
-        order = (
-            ensemble.masked_fill(~passed, -math.inf)
-            .sort(dim=1, descending=True, stable=True)
-            .indices[:, : options.max_negatives]
-        )
-        negatives = passed & none.scatter(1, order, True)
-        capped = passed.sum(1) > options.max_negatives
-        # §3: w = softmax over H of z̄
+        negatives, capped = select_negatives(ensemble, scope, options)
+        # §3: w is the softmax over H of z̄.
         weight = ensemble.masked_fill(~negatives, -math.inf).softmax(1).nan_to_num()
     if options.crr_lambda > 0:
-        # §5: q over H ∪ {y}, as far as the softmax scope goes (elsewhere log p is −inf)
-        assert rewards is not None
+        # §5: q lives on H ∪ {y} as far as the softmax scope goes; elsewhere log p is −inf.
         support = negatives & scope.softmax
         covered = ((rewards > 0) & support).any(1)
         soft = (rewards + options.reward_floor) * (support | scope.target)
@@ -110,35 +99,49 @@ def constants(
     return Constants(negatives, capped, weight, soft, covered, teacher)
 
 
+def select_negatives(
+    ensemble: Tensor, scope: Scopes, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Return H, bool [N, V], and which rows had more than k candidates, bool [N] (§2)."""
+    threshold = ensemble[scope.target][:, None] + math.log(options.negative_threshold)
+    passed = scope.negatives & ~scope.target & (ensemble >= threshold)
+    # A row whose y is no candidate has an empty H.
+    passed &= (scope.negatives & scope.target).any(1, keepdim=True)
+    # A stable descending sort lets ties go to the lower token id.
+    order = ensemble.masked_fill(~passed, -math.inf).sort(dim=1, descending=True, stable=True)
+    largest = order.indices[:, : options.max_negatives]
+    negatives = passed & torch.zeros_like(passed).scatter(1, largest, True)
+    return negatives, passed.sum(1) > options.max_negatives
+
+
 def row_losses(
     z: list[Tensor], scope: Scopes, fixed: Constants, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cpo [N], kl [m, N], crr [N]), differentiable in z with `fixed` held."""
+    """Return (cpo [N], kl [m, N], crr [N]), differentiable in z with `fixed` held."""
     final, layers = z[0], z[1:]
     outside = ~scope.softmax
-    z_target = final[scope.target]
     # §3
     if options.penalty == "additive":
         adjusted = final + options.beta * fixed.weight
     else:
         adjusted = final * (1 + options.beta * fixed.weight)
-    cpo = adjusted.masked_fill(outside, -math.inf).logsumexp(1) - z_target
-    # §4; a scope without tokens has no divergence
-    kl = []
-    teacher = fixed.teacher.exp().nan_to_num()
-    for layer in layers if options.mu > 0 else []:
-        student = layer.masked_fill(~scope.distill, -math.inf)
-        student = torch.where(scope.distill.any(1, keepdim=True), student, 0.0).log_softmax(1)
-        kl.append(
-            torch.where(
-                scope.distill & (teacher > 0), teacher * (fixed.teacher - student), 0.0
-            ).sum(1)
-        )
+    cpo = adjusted.masked_fill(outside, -math.inf).logsumexp(1) - final[scope.target]
+    # §4
+    kl = [_divergence(layer, scope, fixed) for layer in layers] if options.mu > 0 else []
     # §5
     log_p = final - final.masked_fill(outside, -math.inf).logsumexp(1, keepdim=True)
     crr = -(fixed.soft_label * log_p).sum(1) * fixed.negatives.any(1)
-    empty = final.new_zeros(len(layers), final.shape[0])
-    return cpo, torch.stack(kl) if kl else empty, crr
+    no_kl = final.new_zeros(len(layers), final.shape[0])
+    return cpo, torch.stack(kl) if kl else no_kl, crr
+
+
+def _divergence(layer: Tensor, scope: Scopes, fixed: Constants) -> Tensor:
+    """Return KL(p^L ‖ p^l) [N] over the distill scope, 0 where that has no tokens."""
+    teacher = fixed.teacher.exp().nan_to_num()
+    student = layer.masked_fill(~scope.distill, -math.inf)
+    student = torch.where(scope.distill.any(1, keepdim=True), student, 0.0).log_softmax(1)
+    terms = teacher * (fixed.teacher - student)
+    return torch.where(scope.distill & (teacher > 0), terms, 0.0).sum(1)
 
 
 def dense_rewards(
@@ -147,14 +150,19 @@ def dense_rewards(
     rewards: Tensor | None,
     options: LossOptions,
     dtype: torch.dtype,
-) -> Tensor | None:
-    """The sparse rewards as [N, V], zero elsewhere."""
-    if candidates is None or rewards is None:
-        return None
-    rows = torch.repeat_interleave(torch.arange(n, device=rewards.device), candidates.indptr.diff())
-    dense = torch.zeros(n, options.vocab_size, dtype=dtype, device=rewards.device)
-    dense[rows, candidates.tokens] = rewards.to(dtype)
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the lists' rewards as [N, V], 0 elsewhere."""
+    dense = torch.zeros(n, options.vocab_size, dtype=dtype, device=device)
+    if candidates is not None and rewards is not None:
+        dense[_list_rows(candidates), candidates.tokens] = rewards.to(dtype)
     return dense
+
+
+def _list_rows(lists: TokenLists) -> Tensor:
+    """Return the row of each of the lists' tokens, int64 [nnz]."""
+    lengths = lists.indptr.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
 def gather_head(
@@ -163,18 +171,20 @@ def gather_head(
     options: LossOptions,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """The whole head [V, d]; only this rank's rows are differentiable."""
-    own = head_weight[: max(0, min(vocab[1], options.vocab_size) - vocab[0])]
-    if group is None or dist.get_world_size(group) == 1:
-        return own
+    """Return the whole head [V, d], of which only this rank's rows are differentiable."""
+    mine = head_weight[: max(0, min(vocab[1], options.vocab_size) - vocab[0])]
+    if group is None:
+        return mine
     shards: list[Tensor | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shards, own.detach().cpu(), group=group)
-    shards = [
-        own if r == dist.get_rank(group) else s.to(own.device)
-        for r, s in enumerate(shards)
-        if s is not None
-    ]
-    return torch.cat([s for s in shards if s is not None])
+    dist.all_gather_object(shards, mine.detach().cpu(), group=group)
+    rank = dist.get_rank(group)
+    return torch.cat(
+        [
+            mine if r == rank else shard.to(mine.device)
+            for r, shard in enumerate(shards)
+            if shard is not None
+        ]
+    )
 
 
 def reference_rows(
@@ -185,21 +195,20 @@ def reference_rows(
     rewards: Tensor | None,
     options: LossOptions,
 ) -> tuple[Tensor, RowStats]:
-    """Per-row losses [N], differentiable, and the statistics. `head` is the whole [V, d]; everything is upcast to fp64 before its matmul."""
-    weight = head.double()
+    """Return the rows' losses [N], differentiable, and their statistics.
+
+    `head` is the whole [V, d]; everything is upcast to fp64 before its product.
+    """
+    n, weight = targets.numel(), head.double()
     z = [h.double() @ weight.T for h in hidden]
     scope = scopes(targets, candidates, options)
-    fixed = constants(
-        z,
-        scope,
-        dense_rewards(targets.numel(), candidates, rewards, options, torch.float64),
-        options,
-    )
+    dense = dense_rewards(n, candidates, rewards, options, torch.float64, targets.device)
+    fixed = constants(z, scope, dense, options)
     cpo, kl, crr = row_losses(z, scope, fixed, options)
     cpd = kl.mean(0) if kl.shape[0] else torch.zeros_like(cpo)
     dtype = compute_dtype(hidden[0])
     log_p = z[0].detach().masked_fill(~scope.softmax, -math.inf).log_softmax(1)
-    members = fixed.negatives.nonzero(as_tuple=True)
+    row, token = fixed.negatives.nonzero(as_tuple=True)
     stats = RowStats(
         cpo=cpo.detach().to(dtype),
         cpd=cpd.detach().to(dtype),
@@ -210,6 +219,6 @@ def reference_rows(
         valid_next_negatives=(fixed.negatives & scope.valid_next).sum(1).to(dtype),
         p_target=log_p[scope.target].exp().to(dtype),
         covered=fixed.covered,
-        negatives_key=set_key(members[1], members[0], targets.numel()),
+        negatives_key=set_key(token, row, n),
     )
     return cpo + options.mu * cpd + options.crr_lambda * crr, stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,9 +48,29 @@ class World:
         return TokenRewards.open(cf or self.cf, dataset or self.dataset, self.catalogue, self.trie)
 
     def rewards_of_others(self, dataset: InteractionDataset) -> TokenRewards:
-        """By the models of this data for histories that they were not trained on, which `open` refuses."""
+        """For histories that the models were not trained on, which `open` refuses."""
         own = self.rewards()
         return TokenRewards(own.models, own.folds, dataset, self.catalogue, self.trie, own.scorers)
+
+
+@pytest.fixture(scope="session")
+def flat_cf(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CF folder of other models, of two shards with flat indexes; not changed."""
+    out = tmp_path_factory.mktemp("flat") / "cf"
+    config = replace(CONFIG, epochs=1, reward_index="flat", reward_shards=2)
+    train_cf(config, world.dataset, world.catalogue, out)
+    return out
+
+
+def copy_models(cf: Path, out: Path) -> Path:
+    """A copy of a CF folder without what was made for a catalogue."""
+    return Path(shutil.copytree(cf, out, ignore=shutil.ignore_patterns("code-order")))
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +85,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
     dataset = load_dataset(root / "data")
     rng = np.random.default_rng(0)
-    catalogue = make_catalogue(
-        rng.integers(0, 4, (dataset.num_items, 3)), [4, 4, 4]
-    )  # 64 tuples: some items share one
+    # 64 tuples: some items share one.
+    catalogue = make_catalogue(rng.integers(0, 4, (dataset.num_items, 3)), [4, 4, 4])
     (root / "items").mkdir()
     catalogue.save(root / "items")
+    trie = Trie(catalogue)
+    trie.save(root / "items")
     report = train_cf(CONFIG, dataset, catalogue, root / "cf")
-    return World(
-        root / "data", root / "items", root / "cf", dataset, catalogue, Trie(catalogue), report
-    )
+    return World(root / "data", root / "items", root / "cf", dataset, catalogue, trie, report)
 
 
 def training_targets(
@@ -97,7 +117,10 @@ def with_sequence(
 
 
 def documented_metrics() -> set[str]:
-    """The names in the table of docs/scaling.md, `_p95` standing for the name before it with that end."""
+    """The names in the table of docs/scaling.md.
+
+    `_p95` stands for the name before it with that end.
+    """
     text, names = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(), []
     for row in re.findall(r"^\| (`rewards/.*?) \|", text, re.MULTILINE):
         for name in re.findall(r"`(.*?)`", row):

@@ -1,4 +1,4 @@
-"""Rewards on disk: the bits that were computed, for any later request, and never a wrong or half-written one."""
+"""Rewards on disk: the bits that were computed, never wrong or half-written ones."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 
 from ilrec_dist.cf.rewards.disk_cache import RECORD, CachedRewards, cache_folder
-from ilrec_dist.cf.rewards.futures import Meter
+from ilrec_dist.cf.rewards.futures import LatencyMeter
 from ilrec_dist.cf.rewards.index import write_code_order
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards
-from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+from tests.cf.conftest import CONFIG, World, copy_models, training_targets, with_sequence
 
 
 class Nobody:
     """A source that must not be asked."""
 
     def __init__(self) -> None:
-        self.meter = Meter()
+        self.meter = LatencyMeter()
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> None:
         raise AssertionError(f"{len(users)} targets were not on disk")
@@ -65,9 +64,8 @@ def filled(world: World, folder: Path) -> dict[tuple[int, int], bytes]:
 def test_a_second_epoch_and_a_second_run_read_the_same_bits(world: World, tmp_path: Path) -> None:
     stored = filled(world, tmp_path)
     later = CachedRewards(Nobody(), tmp_path, world.dataset, world.trie)  # type: ignore[arg-type]
-    for batch in batches(world, 25) + batches(
-        world
-    ):  # another epoch's batches, and the first one's
+    # Another epoch's batches, and the first one's.
+    for batch in batches(world, 25) + batches(world):
         assert all(
             stored[target] == found
             for target, found in by_target(
@@ -103,7 +101,8 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
     stored, batch = filled(world, tmp_path), batches(world)[0]
     (values,), (records,) = tmp_path.glob("*.values"), tmp_path.glob("*.records")
     data = bytearray(values.read_bytes())
-    data[5] ^= 1  # the first batch's first target
+    # The first batch's first target.
+    data[5] ^= 1
     values.write_bytes(data)
     records.write_bytes(records.read_bytes() + b"\0" * (RECORD.itemsize // 2))
     again = CachedRewards(world.rewards(), tmp_path, world.dataset, world.trie)
@@ -115,7 +114,8 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
         by_target(world, *batch, again.fetch_async(*batch).result()).items() <= stored.items()
         and again.meter.cached == 1
     )
-    values.write_bytes(values.read_bytes()[:-4])  # as if a crash had lost the last write
+    # As if a crash had lost the last write.
+    values.write_bytes(values.read_bytes()[:-4])
     last = batches(world)[-1]
     assert (
         np.array_equal(again.fetch_async(*last).result(), world.rewards().fetch(*last))
@@ -123,7 +123,7 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
     )
 
 
-def test_other_contents_have_another_place(world: World, tmp_path: Path) -> None:
+def test_other_contents_have_another_place(world: World, flat_cf: Path, tmp_path: Path) -> None:
     here = cache_folder(world.cf, world.dataset)
     assert (
         here == cache_folder(world.cf, replace(world.dataset))
@@ -140,12 +140,16 @@ def test_other_contents_have_another_place(world: World, tmp_path: Path) -> None
         make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2]),
     )
     assert cache_folder(tmp_path / "cf", world.dataset).name != here.name
-    train_cf(replace(CONFIG, seed=1, epochs=1), world.dataset, world.catalogue, tmp_path / "cf")
-    assert cache_folder(tmp_path / "cf", world.dataset).name != here.name
+    other_models = copy_models(flat_cf, tmp_path / "other-cf")
+    write_code_order(CONFIG, other_models, world.catalogue)
+    assert cache_folder(other_models, world.dataset).name != here.name
 
 
 def test_rewards_of_other_codes_are_not_taken(world: World, tmp_path: Path) -> None:
-    """A folder that another catalogue's rewards were stored in, which its name should rule out: as many rewards as these codes ask for, or none."""
+    """In a folder of another catalogue's rewards, which its name should rule out.
+
+    A request gets as many rewards as its codes ask for, or none from there.
+    """
     filled(world, tmp_path)
     codes = world.catalogue.codes()
     catalogue = make_catalogue(np.column_stack([codes, np.arange(len(codes)) % 2]), [4, 4, 4, 2])

@@ -1,19 +1,24 @@
-"""Codes that are built from the CF model's own vectors come after it: stores, shards and the kept rewards then belong to those codes and no others."""
+"""Codes built from the CF model's vectors come after it.
+
+Scorers, shards and the kept rewards then belong to those codes and no others.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
 from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.disk_cache import CachedRewards, cache_folder
 from ilrec_dist.cf.rewards.index import write_code_order
-from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge
-from ilrec_dist.cf.sasrec.checkpoint import item_vectors
-from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
+from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.build import build_index
 from ilrec_dist.items.catalogue import Catalogue
@@ -21,7 +26,7 @@ from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute, open_run
-from tests.cf.conftest import CONFIG, World, training_targets
+from tests.cf.conftest import CONFIG, World, copy_models, training_targets
 from tests.training.conftest import tiny_config
 
 FLAT = replace(CONFIG, reward_index="flat", reward_shards=2, epochs=1)
@@ -42,24 +47,27 @@ def from_own_vectors(
     return catalogue, Trie(catalogue)
 
 
-def test_each_shard_answers_for_its_own_codes(world: World, tmp_path: Path) -> None:
-    cf, targets = tmp_path / "cf", training_targets(world.dataset, np.arange(30))
-    train_cf(FLAT, world.dataset, None, cf)
+def test_each_shard_answers_for_its_own_codes(world: World, flat_cf: Path, tmp_path: Path) -> None:
+    cf, targets = (
+        copy_models(flat_cf, tmp_path / "cf"),
+        training_targets(world.dataset, np.arange(30)),
+    )
     with pytest.raises(
         UserError,
-        match=r"made for no catalogue yet \(no code-order/manifest.json\); run `ilrec cf` and `ilrec index` first",
+        match=r"made for no catalogue yet \(no code-order/manifest.json\); run `ilrec cf` and "
+        "`ilrec index` first",
     ):
         world.rewards(cf=cf)
     catalogue, trie = from_own_vectors(world, cf, 2)
     parts = [
-        TokenRewards.open(cf, world.dataset, catalogue, trie, shard).part(*targets)
+        TokenRewards.open(cf, world.dataset, catalogue, trie, shard).shard_rewards(*targets)
         for shard in range(2)
     ]
-    assert sum(len(part.own) for part in parts) == len(targets[0]) and sum(
-        part.first.shape[1] for part in parts
+    assert sum(len(part.targets) for part in parts) == len(targets[0]) and sum(
+        part.first_log_mass.shape[1] for part in parts
     ) == trie.num_nodes(1)
     np.testing.assert_allclose(
-        merge(parts),
+        merge_shards(parts),
         TokenRewards.open(cf, world.dataset, catalogue, trie).fetch(*targets),
         atol=1e-6,
     )
@@ -72,9 +80,13 @@ def test_each_shard_answers_for_its_own_codes(world: World, tmp_path: Path) -> N
         TokenRewards.open(cf, world.dataset, catalogue, trie, 0)
 
 
-def test_other_codes_take_nothing_from_the_first_ones(world: World, tmp_path: Path) -> None:
-    cf, targets = tmp_path / "cf", training_targets(world.dataset, np.arange(8))
-    train_cf(FLAT, world.dataset, None, cf)
+def test_other_codes_take_nothing_from_the_first_ones(
+    world: World, flat_cf: Path, tmp_path: Path
+) -> None:
+    cf, targets = (
+        copy_models(flat_cf, tmp_path / "cf"),
+        training_targets(world.dataset, np.arange(8)),
+    )
     before = from_own_vectors(world, cf, 2)
     CachedRewards(
         TokenRewards.open(cf, world.dataset, *before),
@@ -93,14 +105,30 @@ def test_other_codes_take_nothing_from_the_first_ones(world: World, tmp_path: Pa
     )
 
 
-def test_models_and_what_was_made_of_others_are_told_apart(world: World, tmp_path: Path) -> None:
-    for seed, catalogue in ((0, world.catalogue), (1, None)):
-        train_cf(
-            replace(CONFIG, epochs=1, seed=seed), world.dataset, catalogue, tmp_path / str(seed)
-        )
-    (tmp_path / "0" / "code-order").rename(tmp_path / "1" / "code-order")
+def test_models_and_what_was_made_of_others_are_told_apart(
+    world: World, flat_cf: Path, tmp_path: Path
+) -> None:
+    cf = copy_models(world.cf, tmp_path / "cf")
+    shutil.copytree(flat_cf / "code-order", cf / "code-order")
     with pytest.raises(UserError, match="made of other models"):
-        world.rewards(cf=tmp_path / "1")
+        world.rewards(cf=cf)
+
+
+def test_item_vectors_are_in_index_order_and_the_other_array_says_its_order(world: World) -> None:
+    vectors, items = item_vectors(world.cf), world.catalogue.items
+    model = load_cf(world.cf)
+    assert np.array_equal(vectors, model.items.weight.detach().numpy())
+    folder = world.cf / "code-order"
+    assert "code order" in json.loads((folder / "manifest.json").read_text())["order"]
+    in_code_order = np.load(folder / "item_embeddings.code-order.npy")
+    assert np.array_equal(in_code_order, vectors[items]) and not np.array_equal(
+        items, np.arange(len(items))
+    )
+    index = faiss.read_index(str(folder / "item_embeddings.code-order.faiss"))
+    scores, ids = index.search(in_code_order[:5], 3)
+    expected = np.sort(in_code_order[:5] @ in_code_order.T, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert ids.max() < world.dataset.num_items
 
 
 def test_the_stages_of_a_run_whose_codes_come_from_the_cf_model(tmp_path: Path) -> None:

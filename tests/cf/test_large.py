@@ -1,9 +1,11 @@
-"""Large catalogues: top items and cell moments against the full scan, prefixes long and short, and shards (METHOD.md §5)."""
+"""Large catalogues: top items and cell moments against the full scan, and shards."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +13,24 @@ import pytest
 import torch
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.cf.rewards.ann import build_index, load_index, save_index, search
+from ilrec_dist.cf.rewards.ann import (
+    build_ann_index,
+    load_ann_index,
+    save_ann_index,
+    search_ann_index,
+)
 from ilrec_dist.cf.rewards.cell_moments import cell_moments, log_masses
-from ilrec_dist.cf.rewards.index import index_kind
-from ilrec_dist.cf.rewards.item_scorer import open_store, shard_nodes, write_store
-from ilrec_dist.cf.rewards.token_rewards import RewardOptions, TokenRewards, merge
-from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.rewards.index import index_kind, write_code_order
+from ilrec_dist.cf.rewards.item_scorer import read_scorer, shard_nodes, write_scorer
+from ilrec_dist.cf.rewards.prefix_mass import RewardOptions
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.model import SASRec
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import CONFIG, World, training_targets
+from tests.cf.conftest import CONFIG, World, copy_models, training_targets
 
 ITEMS, WIDTH, LIMIT = 6000, 16, 200
 
@@ -40,7 +47,7 @@ class Large:
     def rewards(
         self, folder: Path, options: RewardOptions, shard: int | None = None
     ) -> TokenRewards:
-        scorers = [open_store(folder / f"fold{k}", self.trie, shard) for k in range(2)]
+        scorers = [read_scorer(folder / f"fold{k}", self.trie, shard) for k in range(2)]
         return TokenRewards(
             self.models,
             self.exact.folds,
@@ -54,7 +61,7 @@ class Large:
 
 @pytest.fixture(scope="module")
 def large() -> Large:
-    """Item vectors that cluster by code, two models that do not know some items, targets with histories of their own."""
+    """Item vectors that cluster by code, and two models that do not know some items."""
     rng = np.random.default_rng(0)
     codes = np.stack(
         [
@@ -74,7 +81,7 @@ def large() -> Large:
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
-        model = SASRec(Split(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
+        model = SASRec(ItemShard(ITEMS), WIDTH, 1, 2, 0.0, 8).eval()
         model.items.weight.data = torch.from_numpy(
             table + 0.02 * rng.normal(size=table.shape)
         ).float()
@@ -92,20 +99,26 @@ def large() -> Large:
     return Large(dataset, catalogue, trie, models, exact, (np.arange(60), np.full(60, 4)))
 
 
-def store(
-    large: Large, folder: Path, kind: str, shards: int = 1, prefix_items: int = LIMIT
-) -> Path:
-    for k, model in enumerate(large.models):
-        write_store(
-            folder / f"fold{k}",
-            model.items.weight,
-            model.known,
-            large.trie,
-            kind,
-            shards,
-            prefix_items,
-        )
-    return folder
+@pytest.fixture(scope="module")
+def scorer_folder(large: Large, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of both folds' scorers, written once for all tests that want the same."""
+
+    @functools.cache
+    def write(kind: str, shards: int = 1, prefix_items: int = LIMIT) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        for fold, model in enumerate(large.models):
+            write_scorer(
+                folder / f"fold{fold}",
+                model.items.weight,
+                model.known,
+                large.trie,
+                kind,
+                shards,
+                prefix_items,
+            )
+        return folder
+
+    return write
 
 
 def brute_force(large: Large) -> np.ndarray:
@@ -139,10 +152,15 @@ def variation(large: Large, found: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
-def test_all_items_exact_equals_the_scan(large: Large, tmp_path: Path, kind: str) -> None:
-    """When the top-K is the catalogue and no prefix is too long, nothing is estimated: the flat index, in fp32, gives the sums of fp64 over the models' own
-    vectors; the others keep them in fp16, and a graph search may leave some items to the tail."""
-    folder = store(large, tmp_path, kind, prefix_items=ITEMS)
+def test_all_items_exact_equals_the_scan(
+    large: Large, scorer_folder: Callable[..., Path], kind: str
+) -> None:
+    """Where the top-K is the catalogue and no prefix is too long, nothing is estimated.
+
+    The flat index, in fp32, gives the sums of fp64 over the models' vectors. The others
+    keep them in fp16, and a graph search may leave some items to the tail.
+    """
+    folder = scorer_folder(kind)
     options = RewardOptions(top_k=ITEMS, width=100, prefix_items=ITEMS)
     expected, tolerance = brute_force(large), 1e-6 if kind == "flat" else 2e-3
     np.testing.assert_allclose(large.exact.fetch(*large.targets), expected, atol=1e-6, rtol=0)
@@ -153,11 +171,9 @@ def test_all_items_exact_equals_the_scan(large: Large, tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_pq", "hnsw"])
 def test_the_tail_makes_up_for_what_the_top_items_miss(
-    large: Large, tmp_path: Path, kind: str
+    large: Large, scorer_folder: Callable[..., Path], kind: str
 ) -> None:
-    rewards = large.rewards(
-        store(large, tmp_path, kind), RewardOptions(top_k=100, prefix_items=LIMIT)
-    )
+    rewards = large.rewards(scorer_folder(kind), RewardOptions(top_k=100, prefix_items=LIMIT))
     found = variation(large, rewards.fetch(*large.targets))
     assert found[:, 0].mean() < 0.03 and found[:, 0].max() < 0.1
     long = (
@@ -169,28 +185,34 @@ def test_the_tail_makes_up_for_what_the_top_items_miss(
         > LIMIT
     )
     assert 0 < found[long, 1].mean() < 0.05
+    # Fp16.
     assert (
         long.any()
         and (~long).sum() >= 0
         and found[~long, 1:].max(initial=0) < (1e-5 if kind == "flat" else 1e-3)
-    )  # fp16
+    )
 
 
-def test_long_prefixes_at_the_last_depth(large: Large, tmp_path: Path) -> None:
-    """Every prefix counts as long, so all depths are estimated; at the last one a cell is a tuple of an item or three."""
+def test_long_prefixes_at_the_last_depth(large: Large, scorer_folder: Callable[..., Path]) -> None:
+    """Every prefix counts as long, so all depths are estimated.
+
+    At the last one a cell is a tuple of one to three items.
+    """
     rewards = large.rewards(
-        store(large, tmp_path, "flat", prefix_items=1), RewardOptions(top_k=100, prefix_items=1)
+        scorer_folder("flat", prefix_items=1), RewardOptions(top_k=100, prefix_items=1)
     )
     found = variation(large, rewards.fetch(*large.targets))
     assert found[:, 2].mean() < 0.05 and found[:, 1].mean() < 0.05
 
 
-def test_shards_together_equal_one(large: Large, tmp_path: Path) -> None:
-    folder = store(large, tmp_path, "flat", shards=3)
+def test_shards_together_equal_one(large: Large, scorer_folder: Callable[..., Path]) -> None:
+    folder = scorer_folder("flat", shards=3)
     options = RewardOptions(top_k=50, prefix_items=LIMIT)
-    parts = [large.rewards(folder, options, shard).part(*large.targets) for shard in range(3)]
-    assert sum(len(part.own) for part in parts) == len(large.targets[0])
-    together = merge(parts)
+    parts = [
+        large.rewards(folder, options, shard).shard_rewards(*large.targets) for shard in range(3)
+    ]
+    assert sum(len(part.targets) for part in parts) == len(large.targets[0])
+    together = merge_shards(parts)
     np.testing.assert_allclose(
         together, large.rewards(folder, options).fetch(*large.targets), atol=1e-6
     )
@@ -216,9 +238,8 @@ def test_moments_describe_scores_exactly() -> None:
     np.testing.assert_allclose(
         variance[:, [0, 2]], np.stack([first.var(1), last.var(1)], 1), rtol=1e-4, atol=1e-5
     )
-    cell = np.tile(
-        np.r_[[0] * 3, -1, [0] * 6, [2] * 40], (4, 1)
-    )  # all are scored exactly: nothing is left to estimate
+    # All are scored exactly: nothing is left to estimate.
+    cell = np.tile(np.r_[[0] * 3, -1, [0] * 6, [2] * 40], (4, 1))
     logs = log_masses(count, mean, variance, cell, scores, np.full(4, 9, np.float32))
     np.testing.assert_allclose(
         logs[:, [0, 2]],
@@ -235,7 +256,7 @@ def test_the_index_finds_the_nearest() -> None:
     queries = vectors[:20].astype(np.float32) * 3
     expected = np.argsort(-(queries @ vectors.astype(np.float32).T), axis=1)[:, :10]
     for kind, recall in (("flat", 1.0), ("hnsw", 0.9), ("ivf_pq", 0.6)):
-        found = search(build_index(kind, vectors), queries, 50, width=30)
+        found = search_ann_index(build_ann_index(kind, vectors), queries, 50, width=30)
         assert (
             np.mean(
                 [np.isin(want, have).mean() for want, have in zip(expected, found, strict=True)]
@@ -243,7 +264,7 @@ def test_the_index_finds_the_nearest() -> None:
             >= recall
         )
     with pytest.raises(ValueError, match="expected flat"):
-        build_index("lsh", vectors)
+        build_ann_index("lsh", vectors)
 
 
 def test_a_gpu_takes_the_flat_index_and_no_other(
@@ -258,37 +279,30 @@ def test_a_gpu_takes_the_flat_index_and_no_other(
         "faiss.index_cpu_to_gpus_list", lambda index, gpus: moved.append(gpus) or index
     )
     for kind, count in (("flat", 1), ("hnsw", 1), ("ivf_pq", 1)):
-        save_index(build_index(kind, vectors), tmp_path / kind)
-        found = search(load_index(tmp_path / kind), vectors[:3], 5, width=30)
+        save_ann_index(build_ann_index(kind, vectors), tmp_path / kind)
+        found = search_ann_index(load_ann_index(tmp_path / kind), vectors[:3], 5, width=30)
         assert len(moved) == count and found.shape == (3, 5)
     assert moved == [[3]]
 
 
-def test_the_stage_writes_the_store_and_open_checks_it(world: World, tmp_path: Path) -> None:
-    config = replace(CONFIG, reward_index="flat", epochs=1)
-    train_cf(config, world.dataset, world.catalogue, tmp_path / "cf")
+def test_the_stage_s_scorers_give_the_rewards_of_the_scan(
+    world: World, flat_cf: Path, tmp_path: Path
+) -> None:
     users, positions = training_targets(world.dataset, np.arange(20))
-    large = world.rewards(cf=tmp_path / "cf")
-    scan = TokenRewards.open(
-        tmp_path / "cf",
+    large = world.rewards(cf=flat_cf)
+    estimated = TokenRewards.open(
+        flat_cf,
         world.dataset,
         world.catalogue,
         world.trie,
         options=RewardOptions(top_k=10),
     )
-    train_cf(
-        replace(config, reward_index="scan"), world.dataset, world.catalogue, tmp_path / "scan"
-    )
-    exact = world.rewards(cf=tmp_path / "scan").fetch(users, positions)
+    scanned = copy_models(flat_cf, tmp_path / "scan")
+    write_code_order(CONFIG, scanned, world.catalogue)
+    exact = world.rewards(cf=scanned).fetch(users, positions)
     np.testing.assert_allclose(large.fetch(users, positions), exact, atol=1e-6)
-    np.testing.assert_allclose(scan.fetch(users, positions), exact, atol=0.05)
+    np.testing.assert_allclose(estimated.fetch(users, positions), exact, atol=0.05)
     assert large.counters["rows"] == len(users) * world.trie.depth
-    path = tmp_path / "cf" / "code-order" / "fold0" / "vectors.npy"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="vectors.npy: missing or damaged"):
-        world.rewards(cf=tmp_path / "cf")
 
 
 def test_more_shards_than_there_is_to_share_are_refused(large: Large) -> None:

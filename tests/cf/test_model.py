@@ -8,16 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from ilrec_dist.cf.sasrec import sharded_table as table
-from ilrec_dist.cf.sasrec.fit import Histories, batches_by_length, training_windows
+from ilrec_dist.cf.sasrec.fit import TrainingSequences, batches_by_length, sasrec_windows
 from ilrec_dist.cf.sasrec.model import SASRec, encode, window_starts
-from ilrec_dist.cf.sasrec.sharded_table import Split, full_softmax_loss
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard, full_softmax_loss
 
 
 def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11}
-    )  # several chunks, the last one short
-    monkeypatch.setattr(table, "ROWS_PER_CHUNK", 1)
+    # Several chunks, the last one short.
+    monkeypatch.setattr(table, "LOGITS_PER_CHUNK", {"cpu": 7 * 11})
+    monkeypatch.setattr(table, "MIN_ROWS_PER_CHUNK", 1)
     torch.manual_seed(0)
     hidden, weight = (
         torch.randn(17, 5, dtype=torch.float64, requires_grad=True),
@@ -33,16 +32,17 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
     loss = full_softmax_loss(hidden, weight, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(
-        RuntimeError, match="modified by an inplace operation"
-    ):  # a second time is refused: the gradients are used up
+    # A second time is refused: the gradients are used up.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.fixture
 def sasrec() -> SASRec:
     torch.manual_seed(1)
-    return SASRec(Split(30), hidden_size=8, num_layers=2, num_heads=2, dropout=0.5, max_history=4)
+    return SASRec(
+        ItemShard(30), hidden_size=8, num_layers=2, num_heads=2, dropout=0.5, max_history=4
+    )
 
 
 def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:
@@ -59,14 +59,15 @@ def test_queries_see_their_own_history_only(sasrec: SASRec) -> None:
 
 
 def test_every_training_target_once_with_the_history_scoring_uses() -> None:
-    lengths = np.array([3, 4, 2, 9, 17, 30])  # the last two of each are not training
-    histories = Histories(
+    # The last two of each are not training.
+    lengths = np.array([3, 4, 2, 9, 17, 30])
+    histories = TrainingSequences(
         np.arange(lengths.sum(), dtype=np.int32),
         np.cumsum(lengths) - lengths,
         np.maximum(lengths - 2, 0),
         lengths - 2,
     )
-    begin, count, fresh = training_windows(histories, 4)
+    begin, count, fresh = sasrec_windows(histories, 4)
     assert count.max() <= 4
     found = [
         (int(b + i + 1), int(b))

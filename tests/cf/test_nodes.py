@@ -21,11 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def nodes() -> Iterator[Cluster]:
     """Two nodes on this machine; the test may end the second."""
     size = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    # A dead node is found out in a second.
     soon = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 200,
         "health_check_failure_threshold": 5,
-    }  # a dead node is found out in a second
+    }
     cluster = Cluster(
         initialize_head=True,
         head_node_args={**size, "include_dashboard": False, "_system_config": soon},
@@ -41,13 +42,12 @@ def nodes() -> Iterator[Cluster]:
 
 
 def stand_in(name: str, node: str) -> Any:
-    """A reward actor for the client on that node, without the CF models, which take seconds to load."""
+    """A reward actor for the client on that node, without CF models that take seconds."""
 
     class Actor:
         def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-            return np.repeat(users + positions, 1000).astype(
-                np.float32
-            )  # over 100 kB: what is smaller travels with the reply
+            # Over 100 kB: what is smaller travels with the reply.
+            return np.repeat(users + positions, 1000).astype(np.float32)
 
         def counters(self) -> dict[str, float]:
             return {}
@@ -68,16 +68,16 @@ def test_answers_that_went_with_their_node_are_asked_for_again(nodes: Cluster) -
         for replica, node in enumerate((nodes.head_node, other))
     ]
     client, release = RewardClient("far", replicas=2), threading.Event()
-    client._thread.submit(release.wait)  # busy with an earlier answer
+    # Busy with an earlier answer.
+    client._thread.submit(release.wait)
     users, positions = np.arange(100), np.ones(100, np.int64)
-    under_way = [client.fetch_async(users, positions) for _ in range(4)]
-    ray.get(
-        [actor.counters.remote() for actor in actors]
-    )  # all are computed, and lie on their nodes
+    in_flight = [client.fetch_async(users, positions) for _ in range(4)]
+    # All are computed, and lie on their nodes.
+    ray.get([actor.counters.remote() for actor in actors])
     nodes.remove_node(other, allow_graceful=False)
     release.set()
     expected = np.repeat(users + positions, 1000).astype(np.float32)
     assert (
-        all(np.array_equal(answer.result(), expected) for answer in under_way)
+        all(np.array_equal(answer.result(), expected) for answer in in_flight)
         and client.meter.retries >= 2
     )

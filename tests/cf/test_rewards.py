@@ -1,4 +1,4 @@
-"""Token rewards against brute force, and that nothing at or after a target reaches its reward (METHOD.md §5)."""
+"""Token rewards against brute force; nothing from a target on reaches its reward."""
 
 from __future__ import annotations
 
@@ -51,14 +51,16 @@ def brute_force(world: World, users: np.ndarray, positions: np.ndarray) -> np.nd
 
 def test_equals_brute_force(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     users, positions = training_targets(world.dataset)
-    chosen = np.random.default_rng(0).permutation(len(users))[:150]  # in no order, as a batch comes
+    # In no order, as a batch comes.
+    chosen = np.random.default_rng(0).permutation(len(users))[:150]
     users, positions = users[chosen], positions[chosen]
     expected = brute_force(world, users, positions)
     rewards = world.rewards()
     found = rewards.fetch(users, positions)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
-    monkeypatch.setattr(scan_module, "SCORES_AT_ONCE", 100)  # many small pieces
+    # Many small pieces.
+    monkeypatch.setattr(scan_module, "CHUNK_ELEMENTS", 100)
     np.testing.assert_allclose(rewards.fetch(users, positions), expected, atol=1e-6, rtol=0)
 
 
@@ -71,7 +73,8 @@ def test_aligned_with_the_candidates_and_summing_to_one(world: World) -> None:
     )
     sums = np.add.reduceat(found, indptr[:-1])
     assert len(found) == indptr[-1] and len(sums) == len(users) * world.trie.depth
-    assert np.all((np.abs(sums - 1) < 1e-5) | (sums == 0))  # 0: no item of that prefix is known
+    # 0: no item of that prefix is known.
+    assert np.all((np.abs(sums - 1) < 1e-5) | (sums == 0))
     assert rewards.counters["rows"] == len(sums) and rewards.counters[
         "covered_rows"
     ] == np.count_nonzero(sums)
@@ -79,7 +82,10 @@ def test_aligned_with_the_candidates_and_summing_to_one(world: World) -> None:
 
 
 def test_nothing_at_or_after_the_target_changes_a_bit(world: World) -> None:
-    """Permute the target and all later items of a user: every earlier reward, and the target's own CF query, keeps its bits."""
+    """Permute the target and all later items of a user.
+
+    Every earlier reward, and the CF query of the target, keeps its bits.
+    """
     lengths = world.dataset.lengths()
     user = int(np.argmax(lengths))
     sequence = world.dataset.sequence(user)
@@ -95,7 +101,8 @@ def test_nothing_at_or_after_the_target_changes_a_bit(world: World) -> None:
         indptr, _ = world.trie.target_candidates(sequence[early])
         size = indptr[(len(early) - 1) * world.trie.depth] if cut >= 1 else 0
         assert np.array_equal(before[:size], after[:size])
-        # the target at `cut` is another item now, but its first-code row has the same prefix (none) and the same history
+        # The target at `cut` is another item now, but its first-code row has the same history,
+        # and the same prefix (none).
         first = world.trie.num_nodes(1)
         assert np.array_equal(before[size : size + first], after[size : size + first])
 
@@ -140,7 +147,7 @@ def test_a_prefix_of_vanishing_mass_keeps_its_digits() -> None:
 
 
 def test_one_level_and_a_thread(world: World) -> None:
-    """Atomic ids: one token per item, so r is P_CF itself. The same through the asynchronous call."""
+    """Atomic ids: one token per item, so r is P_CF itself."""
     codes = np.arange(world.dataset.num_items)[:, None]
     catalogue = make_catalogue(codes, [world.dataset.num_items])
     models = [load_cf(world.cf, f"fold{k}") for k in range(2)]
@@ -154,7 +161,7 @@ def test_one_level_and_a_thread(world: World) -> None:
 
 
 def test_rewards_do_not_depend_on_where_the_item_tokens_lie(world: World) -> None:
-    """In a vocabulary whose ids are in another order the same tokens of a target get the same rewards."""
+    """In a vocabulary of ids in another order a target's tokens get the same rewards."""
     ids = np.random.default_rng(4).permutation(40)[:12].astype(np.int32)
     catalogue = world.catalogue.in_vocabulary(Vocabulary(ids, 40, padding=int(ids[2])))
     trie, own = Trie(catalogue), world.rewards()
@@ -173,7 +180,10 @@ def test_rewards_do_not_depend_on_where_the_item_tokens_lie(world: World) -> Non
 
 
 def chronological(dataset: InteractionDataset) -> np.ndarray:
-    """The places of a split that trains on all but the last three of each user: the same interactions, another training part."""
+    """Split positions that train on all but the last three of each user.
+
+    The interactions are the same, the training part is another.
+    """
     lengths = dataset.lengths().astype(np.int32)
     return np.stack([np.maximum(lengths - 3, 0), lengths - 2, lengths - 1])
 
@@ -193,7 +203,8 @@ def test_refusals(world: World) -> None:
         known, given = data_hash(world.dataset)[:16], data_hash(others)[:16]
         with pytest.raises(
             UserError,
-            match=rf"trained on other data of the same size \(SHA-256 {known}…, the prepared data has {given}…\)",
+            match=rf"trained on other data of the same size \(SHA-256 {known}…, the prepared "
+            rf"data has {given}…\)",
         ):
             world.rewards(others)
     other = make_catalogue(np.zeros((world.dataset.num_items, 3), int), [4, 4, 4])
@@ -225,10 +236,12 @@ def test_a_training_target_has_the_same_bits_in_any_company(
     monkeypatch.setattr("ilrec_dist.cf.rewards.precomputed.LIMIT_BYTES", 0)
     np.testing.assert_allclose(direct.fetch(users, positions), expected, atol=1e-6)
     assert (
-        direct._memory is None and direct.counters["covered_rows"] == one.counters["covered_rows"]
+        direct._precomputed is None
+        and direct.counters["covered_rows"] == one.counters["covered_rows"]
     )
-    last = world.dataset.lengths() - 1  # the test targets are computed when asked for
-    assert not one._memory.holds(np.arange(len(last)), last)
+    # The test targets are computed when asked for.
+    last = world.dataset.lengths() - 1
+    assert not one._precomputed.holds(np.arange(len(last)), last)
     monkeypatch.undo()
     np.testing.assert_allclose(
         one.fetch(np.arange(5), last[:5]), direct.fetch(np.arange(5), last[:5]), atol=1e-6
@@ -241,14 +254,16 @@ def test_what_is_learnt_ahead_has_the_bits_of_what_is_asked_for(
     monkeypatch.setattr("ilrec_dist.cf.rewards.precomputed.BLOCK_USERS", 16)
     users, positions = training_targets(world.dataset)
     ahead, asked = world.rewards(), world.rewards()
-    ahead.learn_ahead(1)
-    found = ahead.fetch(users, positions)  # beside the thread
+    ahead.precompute_in_background(1)
+    # Beside the thread.
+    found = ahead.fetch(users, positions)
     assert np.array_equal(found, asked.fetch(users, positions))
     alone = world.rewards()
-    alone.learn_ahead(1)
+    alone.precompute_in_background(1)
     for thread in threading.enumerate():
-        if thread.name == "reward-memory":
+        if thread.name == "precompute-rewards":
             thread.join(60)
-    assert alone._memory.known.all()
-    monkeypatch.setattr(alone._memory, "_learn", None)  # nothing is left to compute
+    assert alone._precomputed.computed.all()
+    # Nothing is left to compute.
+    monkeypatch.setattr(alone._precomputed, "_compute_block", None)
     assert np.array_equal(alone.fetch(users, positions), found) and alone.counters["calls"] == 1

@@ -1,8 +1,9 @@
-"""The reward service on a real Ray: same bits as in-process, counters, and deaths between and in the middle of requests."""
+"""The reward service on a real Ray: the bits of this process, counters, and deaths."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
-from ilrec_dist.cf.rewards.service import RewardClient, reward_actors
+from ilrec_dist.cf.rewards.service import (
+    RewardActor,
+    RewardClient,
+    load_rewards,
+    reward_actors,
+)
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import make_catalogue
-from tests.cf.conftest import CONFIG, World, documented_metrics, training_targets
+from ilrec_dist.items.trie import Trie
+from tests.cf.conftest import (
+    CONFIG,
+    World,
+    documented_metrics,
+    flip_last_byte,
+    training_targets,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -73,45 +87,63 @@ def test_same_bits_as_in_process_and_counters_equal_what_was_consumed(
         and summary["latency_p99"] > 0
         and 0 <= summary["queue_depth"] <= len(pending)
     )
-    assert {f"rewards/{name}" for name in summary} == documented_metrics() - {
-        "rewards/coverage"
-    }  # the loss's, which no actor knows of
+    # The loss's, which no actor knows of.
+    assert {f"rewards/{name}" for name in summary} == documented_metrics() - {"rewards/coverage"}
 
 
 def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, world: World) -> None:
     local, todo = world.rewards(), batches(world)
     assert np.array_equal(client.fetch_async(*todo[0]).result(), local.fetch(*todo[0]))
-    os.kill(pid(client), signal.SIGKILL)  # between
+    # Between requests: the counters and the answers are those of the process in its place.
+    os.kill(pid(client), signal.SIGKILL)
+    assert client.counters()["rows"] == 0
     assert np.array_equal(client.fetch_async(*todo[1]).result(), local.fetch(*todo[1]))
     victim, retries = pid(client), client.meter.retries
-    under_way = [client.fetch_async(*batch) for batch in todo * 2]
-    answers = [under_way.pop(0).result()]
-    os.kill(
-        victim, signal.SIGSTOP
-    )  # in the middle: what is sent from here on cannot have been answered when it dies
-    under_way += [client.fetch_async(*batch) for batch in todo * 2]
+    in_flight = [client.fetch_async(*batch) for batch in todo * 2]
+    answers = [in_flight.pop(0).result()]
+    # In the middle: what is sent while it is stopped cannot have been answered when it dies.
+    os.kill(victim, signal.SIGSTOP)
+    in_flight += [client.fetch_async(*batch) for batch in todo * 2]
     os.kill(victim, signal.SIGKILL)
-    answers += [answer.result() for answer in under_way]
+    answers += [future.result() for future in in_flight]
     assert client.meter.retries > retries
     for batch, answer in zip(todo * 4, answers, strict=True):
         assert np.array_equal(answer, local.fetch(*batch))
-    os.kill(pid(client), signal.SIGKILL)
-    assert client.counters()["rows"] == 0  # of the process that took its place
 
 
 def test_replicas_share_the_requests_and_stand_in_for_each_other(
-    session: None, world: World
+    session: None, world: World, tmp_path: Path
 ) -> None:
-    with reward_actors(world.cf, world.data, world.items, name="pair", replicas=2, max_restarts=0):
-        client, todo = RewardClient("pair", replicas=2, retries=2, backoff=0.05), batches(world)[:4]
-        expected = [client.fetch_async(*batch).result() for batch in todo]
+    """The actors read histories in both directions, as `data.both_directions` says."""
+    both = both_directions(world.dataset)
+    train_cf(replace(CONFIG, epochs=1), both, world.catalogue, tmp_path / "cf")
+    with pytest.raises(UserError, match="were trained for 240 users, the prepared data has 120"):
+        world.rewards(cf=tmp_path / "cf")
+    local = world.rewards(both, cf=tmp_path / "cf")
+    users, positions = np.arange(100, 140), np.ones(40, np.int64)
+    todo = [(users, positions), *batches(world)[:3]]
+    with reward_actors(
+        tmp_path / "cf",
+        world.data,
+        world.items,
+        name="pair",
+        replicas=2,
+        max_restarts=0,
+        backwards=True,
+    ):
+        client = RewardClient("pair", replicas=2, retries=2, backoff=0.05)
+        for batch in todo:
+            assert np.array_equal(client.fetch_async(*batch).result(), local.fetch(*batch))
         assert [ray.get(actor.counters.remote())["calls"] for (actor,) in client.actors] == [2, 2]
+        with pytest.raises(RayTaskError):
+            # An error that is no bad input of the user's keeps its traceback.
+            client.fetch_async(np.array([0]), np.array([0])).result()
         for replica, survivors in ((0, 1), (1, 0)):
             os.kill(pid(client, replica), signal.SIGKILL)
             if survivors:
                 assert all(
-                    np.array_equal(client.fetch_async(*batch).result(), answer)
-                    for batch, answer in zip(todo, expected, strict=True)
+                    np.array_equal(client.fetch_async(*batch).result(), local.fetch(*batch))
+                    for batch in todo
                 )
         retries = client.meter.retries
         waiting = [client.fetch_async(*batch) for batch in todo]
@@ -119,85 +151,56 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(
             waiting[0].result()
         with pytest.raises(UserError, match="no answer after 2 retries"):
             waiting[-1].result()
-        assert client.meter.retries == retries + 2  # nothing is tried again behind a failure
+        # Nothing is tried again behind a failure.
+        assert client.meter.retries == retries + 2
     with pytest.raises(UserError, match="no reward actors named"):
         RewardClient("pair-gone")
 
 
 def test_a_folder_that_does_not_fit_is_refused_at_start_up(
-    session: None, world: World, tmp_path: Path
+    session: None, world: World, flat_cf: Path, tmp_path: Path
 ) -> None:
+    """One actor shows how a refusal comes out; others are those of what it runs first."""
+    cf = Path(shutil.copytree(flat_cf, tmp_path / "cf"))
+    index = cf / "code-order" / "fold1" / "index-0.faiss"
+    flip_last_byte(index)
     with (
-        pytest.raises(UserError, match="not a CF folder"),
-        reward_actors(tmp_path, world.data, world.items, name="lost"),
+        pytest.raises(UserError) as error,
+        reward_actors(cf, world.data, world.items, name="damaged"),
     ):
         pass
-    other = make_catalogue(
-        world.catalogue.codes()[::-1],
-        world.catalogue.level_sizes,
-    )
+    assert str(error.value).startswith(
+        f"the reward actors 'damaged' did not start: {index}: damaged"
+    ) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="not a CF folder"):
+        load_rewards(tmp_path, world.data, world.items, None, False)
+    other = make_catalogue(world.catalogue.codes()[::-1], world.catalogue.level_sizes)
     (tmp_path / "other").mkdir()
     other.save(tmp_path / "other")
-    with (
-        pytest.raises(UserError, match="made for another catalogue"),
-        reward_actors(world.cf, world.data, tmp_path / "other", name="other"),
-    ):
-        pass
-    train_cf(
-        replace(CONFIG, epochs=1, reward_index="flat"),
-        world.dataset,
-        world.catalogue,
-        tmp_path / "cf",
-    )
-    for name in (
-        "fold1.safetensors",
-        "code-order/fold1/index-0.faiss",
-    ):  # the CF model and the index
-        path = tmp_path / "cf" / name
-        good = path.read_bytes()
-        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with (
-            pytest.raises(UserError, match=f"{name}: missing or damaged"),
-            reward_actors(tmp_path / "cf", world.data, world.items, name="damaged"),
-        ):
-            pass
-        path.write_bytes(good)
-    with reward_actors(tmp_path / "cf", world.data, world.items, name="whole"):
-        pass
+    Trie(other).save(tmp_path / "other")
+    with pytest.raises(UserError, match="made for another catalogue"):
+        load_rewards(world.cf, world.data, tmp_path / "other", None, False)
 
 
-def test_shards_are_merged(session: None, world: World, tmp_path: Path) -> None:
-    train_cf(
-        replace(CONFIG, epochs=1, reward_index="flat", reward_shards=2),
-        world.dataset,
-        world.catalogue,
-        tmp_path / "cf",
-    )
-    with reward_actors(tmp_path / "cf", world.data, world.items, name="shards", shards=2):
+def test_shards_are_merged(session: None, world: World, flat_cf: Path) -> None:
+    def diverge(actor: RewardActor) -> None:
+        for model in actor._rewards.models:
+            model.norm.weight.data[0] = float("nan")
+
+    with reward_actors(flat_cf, world.data, world.items, name="shards", shards=2) as actors:
         client, batch = RewardClient("shards", shards=2), batches(world)[0]
         np.testing.assert_allclose(
-            client.fetch_async(*batch).result(),
-            world.rewards(cf=tmp_path / "cf").fetch(*batch),
-            atol=1e-6,
+            client.fetch_async(*batch).result(), world.rewards(cf=flat_cf).fetch(*batch), atol=1e-6
         )
         assert client.counters()["rows"] == len(batch[0]) * world.trie.depth
+        # A model that has diverged in the actor is one line in the client, without a retry.
+        ray.get([actor.__ray_call__.remote(diverge) for actor in actors])
+        with pytest.raises(UserError) as error:
+            client.fetch_async(*batch).result()
+        assert str(error.value).startswith("the token rewards are not finite")
+        assert client.meter.retries == 0
     with (
         pytest.raises(UserError, match="written for 2 shards, not 3"),
-        reward_actors(tmp_path / "cf", world.data, world.items, name="thirds", shards=3),
+        reward_actors(flat_cf, world.data, world.items, name="thirds", shards=3),
     ):
         pass
-
-
-def test_actors_know_the_histories_read_backwards(
-    session: None, world: World, tmp_path: Path
-) -> None:
-    both = both_directions(world.dataset)
-    train_cf(replace(CONFIG, epochs=1), both, world.catalogue, tmp_path / "cf")
-    with pytest.raises(UserError, match="were trained for 240 users, the prepared data has 120"):
-        world.rewards(cf=tmp_path / "cf")
-    with reward_actors(tmp_path / "cf", world.data, world.items, name="backwards", backwards=True):
-        users, positions = np.arange(100, 140), np.ones(40, np.int64)  # of either direction
-        found = RewardClient("backwards").fetch_async(users, positions).result()
-    np.testing.assert_array_equal(
-        found, world.rewards(both, cf=tmp_path / "cf").fetch(users, positions)
-    )

@@ -6,21 +6,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
 from ilrec_dist.cf.sasrec import cross_fit as train
-from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf, load_folds
+from ilrec_dist.cf.sasrec.checkpoint import load_cf, load_folds
 from ilrec_dist.cf.sasrec.cross_fit import train_cf, user_folds
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
-from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+from tests.cf.conftest import CONFIG, World, copy_models, training_targets, with_sequence
 
 
 def changed(world: World, user: int) -> np.ndarray:
-    """Another sequence of the same length for the user, of items that are as good as new to the data."""
+    """Another sequence of the same length for the user, of random items."""
     return (
         np.random.default_rng(5)
         .permutation(world.dataset.num_items)[: len(world.dataset.sequence(user))]
@@ -68,7 +67,7 @@ def test_training_again_gives_the_same_bytes_and_calls_progress(
     world: World, tmp_path: Path
 ) -> None:
     events: list[dict] = []
-    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append)
     for name in ("full", "fold0", "fold1"):
         assert sha256_file(world.cf / f"{name}.safetensors") == sha256_file(
             tmp_path / "cf" / f"{name}.safetensors"
@@ -89,15 +88,16 @@ def test_a_killed_stage_goes_on_with_the_models_it_had_finished(
         if (event["model"], event["epoch"]) == ("fold0", 1):
             raise Killed
 
+    # What was left of other settings is not gone on with.
     for config in (
         replace(CONFIG, seed=1),
         CONFIG,
-    ):  # what was left of other settings is not gone on with
+    ):
         with pytest.raises(Killed):
-            train_cf(config, world.dataset, None, tmp_path / "cf", progress=kill)
+            train_cf(config, world.dataset, None, tmp_path / "cf", on_epoch=kill)
     events: list[dict] = []
     report = train_cf(
-        CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append
+        CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append
     )
     assert [(event["model"], event["epoch"]) for event in events] == [
         ("full", 2),
@@ -127,22 +127,23 @@ def test_a_stage_killed_at_its_very_end_trains_nothing_again(
     def kill(*_: object) -> None:
         raise Killed
 
-    for what in ("put_in_place", "write_code_order", "write_manifest"):
+    for what in ("put_in_place", "write_code_order", "write_cf_manifest"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train, what, kill)
             train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf")
     events: list[dict] = []
-    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", progress=events.append)
+    train_cf(CONFIG, world.dataset, world.catalogue, tmp_path / "cf", on_epoch=events.append)
     assert [(event["model"], event["epoch"]) for event in events] == [
         ("full", 2),
         ("fold0", 2),
         ("fold1", 2),
     ]
-    assert json.loads((tmp_path / "cf/manifest.json").read_text())["sha256"] == json.loads(
-        (world.cf / "manifest.json").read_text()
-    )["sha256"] | {
-        "report.json": sha256_file(tmp_path / "cf/report.json")  # it holds seconds
-    }
+    files, expected = (
+        json.loads((cf / "manifest.json").read_text())["files"]
+        for cf in (tmp_path / "cf", world.cf)
+    )
+    # The report holds seconds.
+    assert files | {"report.json": None} == expected | {"report.json": None}
 
 
 @pytest.mark.parametrize("change", ["users", "settings", "format", "half a note"])
@@ -154,11 +155,11 @@ def test_unfinished_work_of_another_task_is_not_gone_on_with(
             raise Killed
 
     with pytest.raises(Killed):
-        train_cf(CONFIG, world.dataset, None, tmp_path / "cf", progress=kill)
-    config, dataset = replace(CONFIG, reward_retries=1), world.dataset  # which changes no model
-    if (
-        change == "users"
-    ):  # other folds: a model of before has seen users that it would have to score
+        train_cf(CONFIG, world.dataset, None, tmp_path / "cf", on_epoch=kill)
+    # Which changes no model.
+    config, dataset = replace(CONFIG, reward_retries=1), world.dataset
+    # Other folds: a model of before has seen users that it would have to score.
+    if change == "users":
         dataset = replace(dataset, user_ids=[f"{user}x" for user in dataset.user_ids])
     elif change == "settings":
         config = replace(config, learning_rate=2e-3)
@@ -167,7 +168,7 @@ def test_unfinished_work_of_another_task_is_not_gone_on_with(
     else:
         (tmp_path / ".cf.unfinished/task.json").write_text("{")
     events: list[dict] = []
-    train_cf(config, dataset, None, tmp_path / "cf", progress=events.append)
+    train_cf(config, dataset, None, tmp_path / "cf", on_epoch=events.append)
     assert len(events) == 6 and [path.name for path in tmp_path.iterdir()] == ["cf"]
 
 
@@ -179,17 +180,6 @@ def test_report_gives_the_three_log_probabilities(world: World) -> None:
     assert all(
         -np.log(world.dataset.num_items) - 1 < part["mean_log_p"] < 0 for part in log_p.values()
     )
-
-
-def test_item_vectors_in_code_order_and_in_the_index(world: World) -> None:
-    vectors = np.load(world.cf / "code-order" / "item_embeddings.npy")
-    assert np.array_equal(vectors, item_vectors(world.cf)[world.catalogue.items])
-    index = faiss.read_index(str(world.cf / "code-order" / "items.faiss"))
-    scores, found = index.search(vectors[:5], 3)
-    np.testing.assert_allclose(
-        scores, np.sort(vectors[:5] @ vectors.T, axis=1)[:, ::-1][:, :3], rtol=1e-5
-    )
-    assert found.max() < world.dataset.num_items
 
 
 def test_sasrec_scores_read_what_stands_before_the_target(world: World) -> None:
@@ -204,17 +194,20 @@ def test_sasrec_scores_read_what_stands_before_the_target(world: World) -> None:
     assert not np.array_equal(sasrec_scores(model, world.dataset, users, "validation"), scores)
 
 
-def test_damage_and_strangers_are_refused_by_name(world: World, tmp_path: Path) -> None:
+def test_strangers_and_damaged_manifests_are_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a CF folder"):
         load_cf(tmp_path)
-    train_cf(replace(CONFIG, epochs=1), world.dataset, None, tmp_path / "cf")
-    path = tmp_path / "cf" / "fold1.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="fold1.safetensors: missing or damaged"):
-        load_cf(tmp_path / "cf", "fold1")
-    load_cf(tmp_path / "cf", "fold0")
+    cf = copy_models(world.cf, tmp_path / "cf")
+    manifest = json.loads((cf / "manifest.json").read_text())
+    for damage, message in (
+        ({"config": []}, "manifest.json: damaged .no usable 'config'"),
+        ({"config": manifest["config"] | {"width": 3}}, "manifest.json: damaged"),
+        ({"files": None}, "manifest.json: damaged .no usable 'files'"),
+        ({"version": 2}, "manifest.json: version 2, expected 1"),
+    ):
+        (cf / "manifest.json").write_text(json.dumps(manifest | damage))
+        with pytest.raises(UserError, match=message):
+            load_cf(cf)
 
 
 def test_too_many_folds_for_the_users_is_one_clear_error(world: World, tmp_path: Path) -> None:

@@ -19,14 +19,49 @@ from ray.cluster_utils import Cluster
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.formats.source import Rejects
 from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+# Before the fixture that connects this process to a cluster, after which no address is looked at.
+def test_an_address_where_no_head_answers_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:  # bound, and listening to nobody
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        began = time.monotonic()
+        with (
+            pytest.raises(
+                UserError, match=f"launch.ray_address {address}: no Ray head answers there"
+            ),
+            ray_session(LaunchConfig(ray_address=address)),
+        ):
+            pass
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(
+                UserError,
+                match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`",
+            ),
+            ray_session(LaunchConfig()),
+        ):
+            pass
+        monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+        with (
+            pytest.raises(
+                UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"
+            ),
+            ray_session(LaunchConfig()),
+        ):
+            pass
+        assert time.monotonic() - began < 25
 
 
 @pytest.fixture(scope="module")
@@ -115,40 +150,6 @@ def test_errors_of_a_file_are_those_of_one_machine(cluster: Cluster, tmp_path: P
             prepare(config, tmp_path / "out", spread)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-
-
-def test_an_address_where_no_head_answers_is_refused_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with socket.socket() as taken:  # bound, and listening to nobody
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        began = time.monotonic()
-        with (
-            pytest.raises(
-                UserError, match=f"launch.ray_address {address}: no Ray head answers there"
-            ),
-            ray_session(LaunchConfig(ray_address=address)),
-        ):
-            pass
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with (
-            pytest.raises(
-                UserError,
-                match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`",
-            ),
-            ray_session(LaunchConfig()),
-        ):
-            pass
-        monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-        with (
-            pytest.raises(
-                UserError, match=r"RAY_ADDRESS=http://127.0.0.1:8265: that is a dashboard's address"
-            ),
-            ray_session(LaunchConfig()),
-        ):
-            pass
-        assert time.monotonic() - began < 25
 
 
 def test_the_stage_uses_the_cluster_it_is_given(

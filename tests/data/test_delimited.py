@@ -18,11 +18,11 @@ import pytest
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.data.formats import columns, delimited, lines
-from ilrec_dist.data.formats.columns import Times
-from ilrec_dist.data.formats.delimited import Dialect, read_columns
-from ilrec_dist.data.formats.source import Rejects
 from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.reading import delimited, lines, times
+from ilrec_dist.data.reading.delimited import Dialect, read_columns
+from ilrec_dist.data.reading.source import Rejects
+from ilrec_dist.data.reading.times import Times
 
 ITEMS = [
     "7",
@@ -158,7 +158,7 @@ def test_a_malformed_row_that_is_no_text_is_named_too(tmp_path, allowed):
 
 def test_nothing_but_the_error_is_said_of_such_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes(b"user,item\n1,2\n\xff\n")
-    code = "from ilrec_dist.data.formats.delimited import *\nlist(read_columns(Path('rows.csv'), ['user'], {}, Dialect(), Rejects()))"
+    code = "from ilrec_dist.data.reading.delimited import *\nlist(read_columns(Path('rows.csv'), ['user'], {}, Dialect(), Rejects()))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -363,8 +363,8 @@ def test_only_bad_dates_are_tried_singly(monkeypatch):
             count, lambda first, last: tried.append(last - first) or works(first, last)
         )
 
-    failing_rows = columns.failing_rows
-    monkeypatch.setattr(columns, "failing_rows", counted)
+    failing_rows = times.failing_rows
+    monkeypatch.setattr(times, "failing_rows", counted)
     dates = [f"2018-07-{1 + number % 30:02} 10:30:00" for number in range(100_000)]
     dates[500:60_000:7] = ["unknown"] * len(dates[500:60_000:7])
     dates[77_777] = "2018-06-31"

@@ -138,7 +138,7 @@ def test_every_training_item_but_one_is_a_target_once_in_each_direction(
 ) -> None:
     both = both_directions(dataset)
     windows = training_windows(both, 4, "all")
-    parts = windows.take(np.arange(len(windows)))
+    parts = windows.slices(np.arange(len(windows)))
     assert parts.num_targets == 2 * np.maximum(dataset.train_lengths() - 1, 0).sum()
     assert set(parts.user.tolist()) == set(np.flatnonzero(both.train_lengths() > 1).tolist())
 

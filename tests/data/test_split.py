@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ilrec_dist.cf.sasrec.fit import Histories
+from ilrec_dist.cf.sasrec.fit import TrainingSequences
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.config import DataConfig
@@ -163,11 +163,14 @@ def test_what_cannot_be_split_is_refused(tmp_path):
 @pytest.mark.parametrize(("history", "chunk"), [(50, 50_000), (3, 7)])
 def test_recbole_files_carry_the_split(tmp_path, monkeypatch, history, chunk):
     """What RecBole reads by benchmark_filename: every training item with what comes before it, and one target a user."""
-    monkeypatch.setattr("ilrec_dist.export.interactions.HISTORY", history)
-    monkeypatch.setattr("ilrec_dist.export.interactions.CHUNK", chunk)
+    monkeypatch.setattr("ilrec_dist.data.formats.recbole.HISTORY_ITEMS", history)
+    monkeypatch.setattr("ilrec_dist.data.formats.recbole.CHUNK_TARGETS", chunk)
     split = found(load(tmp_path, split_dates=[50, 70]))
     files = export_data(tmp_path / "out", "recbole", tmp_path / "Shop", "Shop")
-    assert files == ["Shop.item", "Shop.test.inter", "Shop.train.inter", "Shop.valid.inter"]
+    assert files == [
+        *("Shop.inter", "Shop.item"),
+        *("Shop.test.inter", "Shop.train.inter", "Shop.valid.inter"),
+    ]
 
     def read(part):
         header, *rows = (
@@ -222,7 +225,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
     )
     for targets in ("all", "last"):
         windows = training_windows(other, 5, targets)
-        part = windows.take(np.arange(len(windows)))
+        part = windows.slices(np.arange(len(windows)))
         for user, start, stop in zip(part.user, part.start, part.stop, strict=True):
             assert (
                 other.sequence(user)[start:stop].tolist()
@@ -236,7 +239,7 @@ def test_nothing_after_the_first_cut_reaches_what_trains(tmp_path):
         ours.transitions != theirs.transitions
     ).nnz == 0
     histories = [
-        Histories(
+        TrainingSequences(
             data.items, data.offsets[:-1], data.train_lengths(), data.target_positions("validation")
         )
         for data in (dataset, other)

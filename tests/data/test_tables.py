@@ -12,8 +12,8 @@ import pytest
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.data.formats.tables import open_parquet
 from ilrec_dist.data.prepare import prepare
+from ilrec_dist.data.reading.parquet_file import open_parquet
 from tests.data.test_prepare import GOOD, histories_of, unfiltered, write_csv
 
 

@@ -1,4 +1,7 @@
-"""SIGKILL `ilrec cf` after its first model: run again it trains the others only, and the models are those of a run that was not killed."""
+"""SIGKILL `ilrec cf` after its first model: run again, it trains the others only.
+
+The models are those of a run that was not killed.
+"""
 
 import dataclasses
 import signal
@@ -7,45 +10,59 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import sha256_file
+from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.training.conftest import tiny_config
 
 PATIENCE_SECONDS = 120
 
 
+def train_whole(mesh: Mesh, tree: dict, out: str) -> None:
+    """As the workers of `ilrec cf` do, in processes that are there already."""
+    torch.set_num_threads(tree["launch"]["threads"])
+    artifacts = RunArtifacts(config_from_dict(tree))
+    shard = ItemShard.of_process_group(artifacts.training.num_items)
+    train_cf(artifacts.config.cf, artifacts.training, None, out, shard=shard)
+
+
 def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Path) -> None:
-    # as many epochs as the workers of a killed driver cannot get through before they end
-    settings = {
-        "cf": {"epochs": 30, "patience": 30, "split_table": True},
-        "launch": {"workers": 2, "tp": 1},
-    }
-    whole = tiny_config(tmp_path / "runs", **settings)
-    killed = dataclasses.replace(whole, name="killed")
-    for config in (whole, killed):
-        execute(config, "prepare")
-        execute(config, "index")
-    execute(whole, "cf")
-    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_to_dict(killed)))
+    # As many epochs as the workers of a killed driver cannot get through before they end.
+    config = tiny_config(
+        tmp_path / "runs",
+        cf={"epochs": 30, "patience": 30, "split_table": True},
+        launch={"workers": 2, "tp": 1},
+    )
+    config = dataclasses.replace(config, name="killed")
+    run = config.run_dir
+    for stage in ("prepare", "index"):
+        execute(config, stage)
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     process = subprocess.Popen(
         [sys.executable, "-m", "ilrec_dist.cli.main", "cf", tmp_path / "killed.yaml"],
         stdout=subprocess.DEVNULL,
     )
     until = time.monotonic() + PATIENCE_SECONDS
-    while not (killed.run_dir / ".cf.unfinished/full.json").exists():
+    while not (run / ".cf.unfinished/full.json").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = (killed.run_dir / ".cf.unfinished/cf/full.safetensors").stat().st_mtime_ns
-    assert not (killed.run_dir / "cf").exists()
-    execute(killed, "cf")
-    assert (killed.run_dir / "cf/full.safetensors").stat().st_mtime_ns == finished
+    finished = (run / ".cf.unfinished/cf/full.safetensors").stat().st_mtime_ns
+    assert not (run / "cf").exists()
+    execute(config, "cf")
+    assert (run / "cf/full.safetensors").stat().st_mtime_ns == finished
+    run_distributed(train_whole, 2, 1, config_to_dict(config), str(tmp_path / "whole"))
     for name in ("full", "fold0", "fold1"):
-        assert sha256_file(killed.run_dir / f"cf/{name}.safetensors") == sha256_file(
-            whole.run_dir / f"cf/{name}.safetensors"
+        assert sha256_file(run / f"cf/{name}.safetensors") == sha256_file(
+            tmp_path / f"whole/{name}.safetensors"
         )
-    assert not [path.name for path in killed.run_dir.iterdir() if path.name.startswith(".cf")]
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".cf")]

@@ -1,4 +1,7 @@
-"""The loss operator on a CUDA device: both device backends and both regimes against the reference. Skipped where there is none."""
+"""The loss operator on a CUDA device, skipped where there is none.
+
+Both device backends and both regimes are compared with the reference.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Inputs for the operator's tests: random calls with ragged candidate lists, and comparison by norm."""
+"""Inputs for the operator's tests, and comparison of outcomes by norm.
+
+The inputs are random calls with ragged candidate lists.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def make_case(
     longest: int = 200,
     **options: Any,
 ) -> Case:
-    """Layers that agree in part, as real ones do; lists of 1 … min(v/2, longest) tokens of which some are shared by many rows, always with the target."""
+    """Make layers that agree in part, as real ones do, and lists with the target.
+
+    Lists are of 1 … min(v/2, longest) tokens, and some are shared by many rows.
+    """
     g = torch.Generator().manual_seed(seed)
     common = torch.randn(n, d, generator=g, dtype=torch.float64)
     hidden = [
@@ -106,7 +112,10 @@ def split_rows(case: Case, begin: int, end: int) -> Case:
 
 
 def reference_by_rows(case: Case, elements: int = 4_000_000, **kwargs: Any) -> Outcome:
-    """The reference, so many rows at a time that their matrix has no more than `elements`: losses and gradients are sums over rows."""
+    """Run the reference on so many rows at a time that their logits are `elements` at most.
+
+    Losses and gradients are sums over rows.
+    """
     n, step = len(case.targets), max(1, elements // case.options.vocab_size)
     parts = [
         run_case(split_rows(case, i, min(i + step, n)), "reference", **kwargs)
@@ -141,8 +150,11 @@ def distance(a: Tensor | None, b: Tensor | None) -> float:
 
 
 def assert_close(a: Outcome, b: Outcome, tolerance: float = 1e-5, floor: float = 0.0) -> None:
-    """Loss, its parts, every statistic and every gradient within a relative norm. A layer's gradient may vanish by cancellation (p^l = p^L);
-    `floor` then measures it against that share of the final layer's as well."""
+    """Compare loss, parts, statistics and gradients by relative norm.
+
+    A layer's gradient may vanish by cancellation (p^l = p^L); `floor` then measures it
+    against that share of the final layer's as well.
+    """
     distances = {"loss": distance(a.output.loss.detach(), b.output.loss.detach())}
     for name in ("cpo", "cpd", "crr"):
         distances[name] = distance(getattr(a.output, name), getattr(b.output, name))

@@ -1,4 +1,8 @@
-"""The triton backend under Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1, which Triton reads when it is imported."""
+"""The triton backend under Triton's interpreter.
+
+test_triton.py runs this file with TRITON_INTERPRET=1, which Triton reads when it is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from ilrec_kernels import chunked, cross_layer_loss, fused, problem, sliced
-from ilrec_kernels.negatives import target_ensemble
+from ilrec_kernels import cross_layer_loss, loop, plan
+from ilrec_kernels.plan import Plan, chunk_spans, make_plan
+from ilrec_kernels.problem import DenseSource, Problem
+from ilrec_kernels.sources import vocab_slices
+from ilrec_kernels.sources.protocol import LogitSource
+from ilrec_kernels.steps.negatives import target_ensemble
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -76,6 +84,19 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def plans(monkeypatch) -> list[Plan]:
+    """The plans of the test's calls, in order."""
+    made: list[Plan] = []
+    monkeypatch.setattr(loop, "make_plan", lambda p: made.append(make_plan(p)) or made[-1])
+    return made
+
+
+def sliced(plans: list[Plan]) -> bool:
+    """Whether the chunked backend's last call was of regime V."""
+    return plans[-1].source is DenseSource.SLICES
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_agrees_with_the_reference(settings):
     case = make_case(**{"n": 11, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
@@ -83,7 +104,7 @@ def test_agrees_with_the_reference(settings):
 
 
 def whole_numbers(case: Case) -> Case:
-    """With logits that are small whole numbers: most values of a row are tied, exactly and on every backend."""
+    """Make logits that are small whole numbers: most of a row are tied on every backend."""
     return replace(
         case,
         hidden=[h.round().clamp(-1, 1) for h in case.hidden],
@@ -91,7 +112,7 @@ def whole_numbers(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("workspace", [None, 130_000])
+@pytest.mark.parametrize("workspace", [None, 110_000])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -100,15 +121,12 @@ def whole_numbers(case: Case) -> Case:
         dict(max_negatives=128, negatives_from="final"),
     ],
 )
-def test_ties_go_to_the_lower_token(settings, workspace, monkeypatch):
-    """In regime T, and across slices in regime V, where many more are tied at the cut than a list has room for."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 12 if workspace else 0)
-    used = []
-    collect = sliced.collect
-    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
+def test_ties_go_to_the_lower_token(settings, workspace, plans, monkeypatch):
+    """In regime T and across slices in regime V; more are tied than a buffer holds."""
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 12 if workspace else 0)
     common: dict[str, Any] = dict(
-        n=9,
-        v=2300,
+        n=6,
+        v=1700,
         longest=20,
         negative_scope="all",
         negative_threshold=0.1,
@@ -118,7 +136,7 @@ def test_ties_go_to_the_lower_token(settings, workspace, monkeypatch):
     )
     case = whole_numbers(make_case(**common, workspace_bytes=workspace, **settings))
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
-    assert bool(used) == bool(workspace) and truth.output.rows.capped.any()
+    assert sliced(plans) == bool(workspace) and truth.output.rows.capped.any()
     assert_close(ours, truth, 1e-5)
 
 
@@ -159,22 +177,23 @@ def test_half_precision_gradients_are_rounded_once(distill):
 
 
 @pytest.mark.parametrize("is_sliced", [False, True])
-def test_twenty_runs_are_bitwise_equal(is_sliced, monkeypatch):
-    """In regime T and, several slices in each of several chunks, in regime V."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
-    monkeypatch.setattr(problem, "SLICE", 128)
+def test_repeated_runs_are_bitwise_equal(is_sliced, plans, monkeypatch):
+    """In regime T and, several slices in each of several chunks, in regime V.
+
+    The interpreter runs one program after the other, so this is about what torch does
+    around the kernels; tests/gpu/test_loss.py repeats a call twenty times on a device.
+    """
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 20 if is_sliced else 1 << 30)
+    monkeypatch.setattr(plan, "MIN_SLICE_COLUMNS", 128)
     scope = (
         dict(v=160, workspace_bytes=9_000, distill_scope="all")
         if is_sliced
         else dict(negative_scope="all")
     )
     case = make_case(n=7 if is_sliced else 4, crr_lambda=0.3, mu=0.5, longest=20, **scope)
-    used = []
-    collect = sliced.collect
-    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
     first = run_case(case, "triton")
-    assert bool(used) == is_sliced
-    for _ in range(19):
+    assert sliced(plans) == is_sliced
+    for _ in range(3):
         again = run_case(case, "triton")
         assert torch.equal(again.output.loss, first.output.loss) and torch.equal(
             again.head, first.head
@@ -217,19 +236,30 @@ class Questions(TorchDispatchMode):
 
 @pytest.mark.parametrize("scope", ["all", "item_tokens", "valid_next"])
 def test_the_device_is_not_asked_about_dense_candidates(scope, monkeypatch):
-    """Alone in regime T every chunk is launched ahead. (Listed negatives, which are counted, show that the test can fail.)"""
-    questions, chunks = Questions(), []
+    """On one rank in regime T every chunk is launched ahead.
+
+    Negatives from lists, which are counted, show that the test can fail.
+    """
+    questions, calls = Questions(), []
 
     def watched(run: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            chunks.append(run)
+            calls.append(run)
             with questions:
                 return run(*args, **kwargs)
 
         return call
 
-    for name in ("start_chunk", "collect_statistics", "merge", "add_gradients"):
-        monkeypatch.setattr(chunked, name, watched(getattr(chunked, name)))
+    def watched_sources(*args: Any) -> list[LogitSource]:
+        sources = watched(make_sources)(*args)
+        for source in sources:
+            source.statistics = watched(source.statistics)
+        return sources
+
+    make_sources = loop.make_sources
+    monkeypatch.setattr(loop, "make_sources", watched_sources)
+    for name in ("start_chunk", "merge", "add_gradients"):
+        monkeypatch.setattr(loop, name, watched(getattr(loop, name)))
     case = make_case(
         n=12,
         v=300,
@@ -241,7 +271,7 @@ def test_the_device_is_not_asked_about_dense_candidates(scope, monkeypatch):
         workspace_bytes=60_000,
     )
     ours = run_case(case, "triton")
-    assert len(chunks) > 4 and ours.output.rows.capped.any()
+    assert len(calls) > 8 and ours.output.rows.capped.any()
     assert (questions.count > 0) == (scope == "valid_next")
 
 
@@ -249,44 +279,41 @@ SLICED: list[dict[str, Any]] = [
     dict(),
     dict(distill_scope="all"),
     dict(distill_scope="all", dtype=torch.bfloat16),
-    dict(item_tokens=(700, 2300), m=3, penalty="multiplicative", beta=0.1),
+    dict(item_tokens=(350, 1150), m=3, penalty="multiplicative", beta=0.1),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(negatives_from="final", mu=0.0),
     dict(negative_scope="all"),
     dict(negative_scope="all", distill_scope="all", max_negatives=128, negative_threshold=1e-3),
     dict(
         negative_scope="item_tokens",
-        item_tokens=(700, 1500),
+        item_tokens=(350, 750),
         distill_scope="all",
         dtype=torch.bfloat16,
     ),
-    dict(negative_scope="item_tokens", item_tokens=(700, 2300), mu=0.0, negative_threshold=1e-3),
+    dict(negative_scope="item_tokens", item_tokens=(350, 1150), mu=0.0, negative_threshold=1e-3),
     dict(negative_scope="all", negatives_from="final", mu=0.0, penalty="multiplicative", beta=0.1),
 ]
 
 
 @pytest.mark.parametrize("settings", SLICED)
-def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
+def test_sliced_regime_agrees_with_the_reference(settings, plans, monkeypatch):
     """Regime V: a workspace that holds a few rows' logits at a time."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 14)
-    used = []
-    collect = sliced.collect
-    monkeypatch.setattr(sliced, "collect", lambda *a: used.append(1) or collect(*a))
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
     case = make_case(
         **{
             "n": 15,
             "d": 16,
-            "v": 2500,
+            "v": 1500,
             "longest": 40,
             "crr_lambda": 0.3,
             "mu": 0.5,
             "max_negatives": 5,
-            "workspace_bytes": 130_000,
+            "workspace_bytes": 90_000,
             **settings,
         }
     )
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
-    assert used
+    assert sliced(plans)
     assert_close(replace(ours, hidden=truth.hidden, head=truth.head), truth, 1e-5)
     bound = 5e-3 if settings.get("dtype") is torch.bfloat16 else 1e-5
     for a, b in zip([ours.head, *ours.hidden], [truth.head, *truth.hidden], strict=True):
@@ -294,24 +321,27 @@ def test_sliced_regime_agrees_with_the_reference(settings, monkeypatch):
             assert (a.double() - b.double()).norm() <= bound * b.double().norm()
 
 
-def test_a_rounded_bar_loses_no_negative(monkeypatch):
-    """In regime V z̄(y) is from a product of its own; on a GPU its factors may have been rounded otherwise than the candidates'."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 14)
+def test_a_rounded_threshold_loses_no_negative(monkeypatch):
+    """In regime V z̄(y) is from a product of its own.
+
+    On a GPU its factors may have been rounded otherwise than the candidates'.
+    """
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
     monkeypatch.setattr(
-        chunked,
+        loop,
         "target_ensemble",
         lambda *a: (z := target_ensemble(*a)) + 1e-2 * z.abs().clamp(min=1.0),
     )
     case = make_case(
         n=15,
         d=16,
-        v=2500,
+        v=1500,
         longest=40,
         mu=0.0,
         negative_scope="all",
         max_negatives=128,
         negative_threshold=20.0,
-        workspace_bytes=130_000,
+        workspace_bytes=90_000,
     )
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
     assert not truth.output.rows.capped.all()
@@ -319,18 +349,13 @@ def test_a_rounded_bar_loses_no_negative(monkeypatch):
 
 
 def sharded_and_sliced(mesh: Mesh, case: Case, edges: list[int]) -> tuple[Outcome, bool]:
-    """A shard's outcome and whether regime V made it. The process serves other tests afterwards."""
-    used: list[int] = []
-    collect, small, narrow = sliced.collect, problem.SMALL_CHUNK, problem.SLICE
-    sliced.collect, problem.SMALL_CHUNK, problem.SLICE = (
-        lambda *a: used.append(1) or collect(*a),
-        40,
-        128,
-    )
-    try:
-        return sharded(mesh, [case], edges, "triton")[0], bool(used)
-    finally:
-        sliced.collect, problem.SMALL_CHUNK, problem.SLICE = collect, small, narrow
+    """A shard's outcome and whether regime V made it."""
+    made: list[Plan] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SMALL_CHUNK", 24)
+        patch.setattr(plan, "MIN_SLICE_COLUMNS", 128)
+        patch.setattr(loop, "make_plan", lambda p: made.append(make_plan(p)) or made[-1])
+        return sharded(mesh, [case], edges, "triton")[0], sliced(made)
 
 
 @pytest.mark.parametrize("edges", [[0, 300, 600], [0, 560, 560]])
@@ -343,9 +368,9 @@ def test_the_sliced_regime_in_shards(edges, scope):
         crr_lambda=0.3,
         mu=0.5,
         max_negatives=5,
-        workspace_bytes=90_000,
+        workspace_bytes=55_000,
     )
-    case = make_case(n=14, v=560, longest=30, **options)
+    case = make_case(n=8, v=560, longest=30, **options)
     ranks = run_distributed(sharded_and_sliced, 2, 2, case, edges)
     assert all(used for _, used in ranks)
     assert_close(
@@ -356,22 +381,23 @@ def test_the_sliced_regime_in_shards(edges, scope):
 
 
 @pytest.mark.parametrize(
-    "d,longest,scope", [(96, 20, "valid_next"), (16, 200, "valid_next"), (16, 20, "all")]
+    "d,longest,scope", [(96, 20, "valid_next"), (16, 100, "valid_next"), (16, 20, "all")]
 )
 def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch):
-    """Wide rows, long lists, many candidates: as few chunks as there is room for, and slices as wide as is left."""
-    monkeypatch.setattr(problem, "SMALL_CHUNK", 120)
-    spans, widths = [], []
-    collect, turn = sliced.collect, fused.turn
+    """Wide rows, long lists, many candidates: few chunks, and slices as wide as is left."""
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 48)
+    calls: list[tuple[Problem, Plan]] = []
     monkeypatch.setattr(
-        sliced,
-        "collect",
-        lambda p, plan, chunk: spans.append((plan, chunk.n)) or collect(p, plan, chunk),
+        loop, "make_plan", lambda p: calls.append((p, make_plan(p))) or calls[-1][1]
     )
+    widths = []
+    turn = vocab_slices.logits_to_gradients
     monkeypatch.setattr(
-        fused, "turn", lambda p, z, *rest: widths.append(z.shape[2]) or turn(p, z, *rest)
+        vocab_slices,
+        "logits_to_gradients",
+        lambda rows, *rest: widths.append(rows.final.shape[1]) or turn(rows, *rest),
     )
-    n, v, workspace = 60, 1100, 240_000
+    n, v, workspace = 24, 700, 150_000
     options = dict(
         workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, max_negatives=5
     )
@@ -379,36 +405,41 @@ def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch
     assert mode.largest <= workspace and mode.peak <= 1.1 * workspace + 40 * n * 8, (
         mode.peak / workspace
     )
-    plan = spans[0][0]
-    assert len(spans) <= -(-n // plan.rows) + 1 and sum(rows for _, rows in spans) == n
-    assert (
-        len(widths) == len(spans) * -(-v // plan.slice_columns)
-        and max(widths) == plan.slice_columns >= 128
-    )
-    assert mode.peak >= workspace / 2  # what is there is used
+    ((problem, used),) = calls
+    spans = chunk_spans(problem, used)
+    assert len(spans) <= -(-n // used.chunk_rows) + 1
+    assert len(widths) == len(spans) * -(-v // used.slice_columns)
+    assert max(widths) == used.slice_columns >= 128
+    # What memory is there is used.
+    assert mode.peak >= workspace / 2
 
 
 @pytest.mark.parametrize(
-    "workspace,n,frozen,sliced",
+    "workspace,n,frozen,source",
     [
-        (4 << 20, 3000, False, True),
-        (1 << 30, 3000, False, False),
-        (4 << 20, 100, False, False),
-        (4 << 20, 3000, True, False),
+        (4 << 20, 3000, False, DenseSource.SLICES),
+        (1 << 30, 3000, False, DenseSource.TRITON),
+        (4 << 20, 100, False, DenseSource.TRITON),
+        (4 << 20, 3000, True, DenseSource.TRITON),
     ],
 )
-def test_the_workspace_chooses_the_regime(workspace, n, frozen, sliced, monkeypatch):
-    """V where a chunk of T would be small although there are many rows; a larger workspace, few rows or a frozen head take T."""
-    plans = []
-    make = problem.make_plan
-    monkeypatch.setattr(
-        chunked,
-        "make_plan",
-        lambda p: plans.append(make(p)) or (_ for _ in ()).throw(InterruptedError),
-    )
+def test_the_workspace_chooses_the_regime(workspace, n, frozen, source, monkeypatch):
+    """V where a chunk of T would be small although there are many rows.
+
+    A larger workspace, few rows or a frozen head take T.
+    """
+
+    class PlannedError(Exception):
+        pass
+
+    def plan_only(p: Problem) -> Plan:
+        assert make_plan(p).source is source
+        raise PlannedError
+
+    monkeypatch.setattr(loop, "make_plan", plan_only)
     case = make_case(n=n, d=16, v=20_000, longest=20, workspace_bytes=workspace)
     head = case.head.requires_grad_(not frozen)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(PlannedError):
         cross_layer_loss(
             case.hidden[0].requires_grad_(),
             case.hidden[1:],
@@ -418,4 +449,3 @@ def test_the_workspace_chooses_the_regime(workspace, n, frozen, sliced, monkeypa
             case.rewards,
             case.options.with_backend("triton"),
         )
-    assert plans[0].sliced == sliced and plans[0].fused

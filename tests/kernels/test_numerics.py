@@ -1,4 +1,4 @@
-"""Rounding: what bf16 inputs cost in the distillation gradient and in loss and gradients as a whole, with a variant that must fail."""
+"""Rounding: what bf16 inputs cost in loss and gradients, with a variant that must fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from tests.kernels.cases import Case, distance, make_case, run_case
 
 
 def bf16_case(std: float, **options) -> Case:
-    """Layers that have nearly settled, as the last ones have: the difference p^l − p^L is small against either."""
+    """Layers that have nearly settled, as the last ones have.
+
+    The difference p^l − p^L is small against either.
+    """
     case = make_case(
         n=48,
         d=64,
@@ -36,7 +39,7 @@ def bf16_case(std: float, **options) -> Case:
 
 
 def rounded_gradients(case: Case) -> list[Tensor]:
-    """The distillation gradient at the layers' hidden rows, as made from logits that were rounded to bf16."""
+    """The distillation gradient at the hidden rows, from logits rounded to bf16."""
     m = len(case.hidden) - 1
     p = [(h @ case.head.T).float().softmax(1) for h in case.hidden]
     return [case.options.mu / m * (student - p[0]) @ case.head.float() for student in p[1:]]
@@ -61,7 +64,10 @@ def test_distillation_gradient_with_bf16_inputs(std):
 
 
 def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
-    """The same loss materialised, with bf16 products and logits, as torch's autocast would: (loss, gradients of the hidden rows and the head)."""
+    """The same loss materialised, with bf16 products and logits as under autocast.
+
+    Returns (loss, gradients of the hidden rows and the head).
+    """
     o, leaves = case.options, [t.clone().requires_grad_() for t in (*case.hidden, case.head)]
     z = [(h @ leaves[-1].T).float() for h in leaves[:-1]]
     scope = scopes(case.targets, case.lists, o)
@@ -84,7 +90,10 @@ def torch_in_bf16(case: Case) -> tuple[Tensor, list[Tensor | None]]:
 )
 @pytest.mark.parametrize("std", [1.0, 5.0, 10.0, 30.0])
 def test_losses_and_gradients_against_torch_in_bf16(std, terms):
-    """At most 3× torch's own error for the loss, 2× for gradients, both against fp64 of the same bf16 inputs."""
+    """At most 3× torch's own error for the loss, 2× for gradients.
+
+    Both are measured against fp64 of the same bf16 inputs.
+    """
     case = bf16_case(std, **terms)
     exact = run_case(
         replace(case, hidden=[h.double() for h in case.hidden], head=case.head.double()),
@@ -100,7 +109,7 @@ def test_losses_and_gradients_against_torch_in_bf16(std, terms):
 
 
 def test_the_heads_gradient_accumulates_in_fp32():
-    """Many chunks, each adding little to a row that is already large: a bf16 sum would stop growing."""
+    """Many chunks each add little to a row that is large: a bf16 sum would stop growing."""
     n, d = 2048, 8
     hidden = torch.ones(n, d, dtype=torch.bfloat16)
     head = torch.zeros(64, d, dtype=torch.bfloat16)
@@ -114,7 +123,7 @@ def test_the_heads_gradient_accumulates_in_fp32():
 
 
 def test_a_wide_gradient_buffer_keeps_fp32():
-    """A bf16 head whose grad_dtype is float32 gets its gradient, and the sum over micro-batches, in fp32."""
+    """With grad_dtype float32 a bf16 head's gradient and its sum are fp32."""
     case = make_case(n=20, dtype=torch.bfloat16)
     head = case.head.clone().requires_grad_()
     head.grad_dtype = torch.float32

@@ -1,4 +1,7 @@
-"""The operator against the reference: every scope and penalty, limits, awkward inputs, reductions, autograd (METHOD.md §8.1, 2, 5)."""
+"""The operator against the reference (METHOD.md §8.1, 2, 5).
+
+Every scope and penalty, limits, awkward inputs, reductions, autograd.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,19 @@ def test_scopes_agree_with_the_reference(negatives, softmax, distill):
     for i, (penalty, source, items) in enumerate(combinations):
         dtype, tolerance = (torch.float32, 1e-5) if i % 3 else (torch.float64, 1e-9)
         case = make_case(
-            negative_scope=negatives, softmax_scope=softmax, distill_scope=distill, penalty=penalty, negatives_from=source, item_tokens=items,
-            max_negatives=5, beta=1.0 if penalty == "additive" else 0.1, mu=0.5, crr_lambda=0.3, dtype=dtype, workspace_bytes=60_000,
-        )  # fmt: skip
+            negative_scope=negatives,
+            softmax_scope=softmax,
+            distill_scope=distill,
+            penalty=penalty,
+            negatives_from=source,
+            item_tokens=items,
+            max_negatives=5,
+            beta=1.0 if penalty == "additive" else 0.1,
+            mu=0.5,
+            crr_lambda=0.3,
+            dtype=dtype,
+            workspace_bytes=60_000,
+        )
         assert_close(run_case(case, "torch"), run_case(case, "reference"), tolerance)
 
 
@@ -188,7 +201,10 @@ def test_awkward_inputs(name, softmax):
     ],
 )
 def test_negatives_that_hold_nearly_all_the_mass(penalty, beta, offset):
-    """The last pushes H far down, so that what is left is all there is: as the difference of two sums it would be a few per cent wrong."""
+    """The last case pushes H far down, so that what is left is all there is.
+
+    As the difference of two sums it would be a few per cent wrong.
+    """
     case = make_case(
         n=32,
         v=64,
@@ -277,7 +293,10 @@ def test_autocast_changes_no_bit(scopes):
 
 
 def test_inside_a_compiled_function():
-    """The call breaks the graph; what stands around it is compiled, and loss and gradients are those of the plain function."""
+    """The call breaks the graph; what stands around it is compiled.
+
+    Loss and gradients are those of the plain function.
+    """
     case = make_case(crr_lambda=0.3)
 
     def loss(scale, head, *hidden):
@@ -326,7 +345,10 @@ def test_twenty_runs_are_bitwise_equal(softmax, negatives):
 
 
 def test_scopes_cost_in_proportion_to_their_size():
-    """Products counted: of V there is nothing in them, and a row whose list is its target alone has none."""
+    """Products are counted: the lists' do not grow with V.
+
+    A row whose list is its target alone has none.
+    """
 
     def flops(v, longest, **scopes):
         starts = torch.arange(64) * 7
@@ -350,7 +372,9 @@ def test_scopes_cost_in_proportion_to_their_size():
     for scope in (
         "valid_next",
         "item_tokens",
-    ):  # the final layer over the vocabulary, the layers over the items; what addmm_ does is not counted
+    ):
+        # The final layer covers the vocabulary, the layers the items; what addmm_ does is
+        # not counted.
         assert flops(6000, 4, negative_scope=scope, item_tokens=(0, 500)) == 2 * 2 * 16 * 64 * (
             6000 + 2 * 500
         )
@@ -408,7 +432,7 @@ def test_tied_frozen_and_partly_trainable_heads():
 def test_it_is_a_library_of_its_own():
     """torch and Triton alone, nothing of ilrec_dist, wherever in a module the import stands."""
     used = set()
-    for file in Path(ilrec_kernels.__file__).parent.glob("*.py"):
+    for file in Path(ilrec_kernels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = (
                 [alias.name for alias in node.names]

@@ -1,4 +1,7 @@
-"""Vocabulary-parallel calls against one process, rows spread over ranks and steps, and the workspace (METHOD.md §7, §8.3, 4, 6)."""
+"""Vocabulary-parallel calls, and rows spread over ranks and steps, against one process.
+
+METHOD.md §7, §8.3, 4, 6.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ilrec_kernels import chunked, cross_layer_loss
+from ilrec_kernels import cross_layer_loss, loop
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
 
 
 def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
-    """Each case with this rank's shard of the head; edges beyond the vocabulary are padding, filled with large values."""
+    """Run each case with this rank's shard of the head.
+
+    Edges beyond the vocabulary are padding, filled with large values.
+    """
     out = []
     start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
     for case in cases:
@@ -43,7 +49,7 @@ def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> li
 
 
 def whole(outcomes: list[Outcome], case: Case) -> Outcome:
-    """One outcome from the ranks': the head's shards put together, everything else the same on each."""
+    """Put the head's shards together; everything else is the same on each rank."""
     head = torch.cat([o.head for o in outcomes if o.head is not None])
     assert not head[len(case.head) :].any()
     for other in outcomes[1:]:
@@ -145,20 +151,23 @@ def test_ties_across_shards_go_to_the_lower_token():
 
 
 def in_turn(mesh: Mesh, case: Case, edges: list[int], ahead: bool) -> tuple[list[str], Outcome]:
-    """What the chunks did when, and what came of it; without `ahead` each chunk is finished before the next begins."""
+    """Return what the chunks did when, and what came of it.
+
+    Without `ahead` each chunk is finished before the next begins.
+    """
     events: list[str] = []
 
     def noted(name: str, call: Any) -> Any:
         return lambda *args, **kwargs: (events.append(name), call(*args, **kwargs))[1]
 
-    kept = chunked.start_chunk, chunked.merge, chunked.make_plan
+    kept = loop.start_chunk, loop.merge, loop.make_plan
     try:
-        chunked.start_chunk, chunked.merge = noted("start", kept[0]), noted("merge", kept[1])
+        loop.start_chunk, loop.merge = noted("start", kept[0]), noted("merge", kept[1])
         if not ahead:
-            chunked.make_plan = lambda p: replace(kept[2](p), under_way=1)
+            loop.make_plan = lambda p: replace(kept[2](p), chunks_in_flight=1)
         return events, sharded(mesh, [case], edges, "torch")[0]
     finally:
-        chunked.start_chunk, chunked.merge, chunked.make_plan = kept
+        loop.start_chunk, loop.merge, loop.make_plan = kept
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,10 @@ def test_exchanges_that_overlap_the_next_chunk_change_no_bit(settings):
 def accumulated(
     mesh: Mesh, case: Case, cuts: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """This data-parallel rank's micro-batches, [cut[i], cut[i+1]) each; the head's gradient is summed over ranks."""
+    """Run this data-parallel rank's micro-batches, [cut[i], cut[i+1]) each.
+
+    The head's gradient is summed over ranks.
+    """
     n, mine = len(case.targets), cuts[mesh.dp_rank]
     head = case.head.clone().requires_grad_()
     total, hidden_grads = torch.zeros((), dtype=head.dtype), []
@@ -221,7 +233,8 @@ def accumulated(
 )
 def test_uneven_rows_and_accumulation_equal_one_batch(cuts):
     case = make_case(n=36, mu=0.5, crr_lambda=0.3, dtype=torch.float64)
-    # the second rank's rows have no negatives: the target is far above every other token in the layers
+    # The second rank's rows have no negatives: the target is far above every other token in
+    # the layers.
     for h in case.hidden[1:]:
         h[27:] = 40 * case.head[case.targets[27:]]
     expected = run_case(case, loss_scale=1 / 36)

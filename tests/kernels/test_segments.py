@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ilrec_kernels.segments import row_counts, segment_sum, set_key, sum_between_edges
+from ilrec_kernels.layout.segments import row_counts, segment_sum, set_key, sum_between_edges
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

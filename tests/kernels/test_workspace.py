@@ -1,4 +1,7 @@
-"""No tensor of rows × vocabulary: what is alive during a call, counted tensor by tensor and by resident memory (METHOD.md §8.4)."""
+"""No tensor of rows × vocabulary: what is alive during a call (METHOD.md §8.4).
+
+It is counted tensor by tensor, and by resident memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from tests.kernels.cases import Case, make_case, run_case
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made inside; `largest` of one and `peak` of all at once. Storages in `free` are not counted."""
+    """Counts the bytes of storages made inside: the `largest`, and the `peak` of all.
+
+    Storages of a size in `free` are not counted.
+    """
 
     def __init__(self, free: list[int]) -> None:
         super().__init__()
@@ -109,7 +115,8 @@ import resource, torch
 from tests.kernels.cases import make_case, run_case
 torch.set_num_threads(1)
 run_case(make_case(n=64, v=2000, d=64, negative_scope="all", distill_scope="all"))
-case = make_case(n=1024, v=40_000, d=64, negative_scope="all", distill_scope="all", workspace_bytes=16 << 20)
+scopes = dict(negative_scope="all", distill_scope="all")
+case = make_case(n=1024, v=40_000, d=64, workspace_bytes=16 << 20, **scopes)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run_case(case)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -117,7 +124,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_resident_memory():
-    """Three streams' logits would be 469 MiB; the head's and the rows' gradients, and the head's copy, are about 30."""
+    """Three streams' logits would be 469 MiB.
+
+    The gradients of the head and the rows, and the head's copy, are about 30.
+    """
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True
     )

@@ -217,6 +217,13 @@ def test_sparse_and_single_points_are_drawn():
     assert line_chart(Chart("t", [])) == ""
 
 
+def test_values_that_differ_by_rounding_alone_are_drawn_as_a_constant():
+    value = 0.6309297535714575
+    points = [(1.0, value), (2.0, value + 1e-16), (3.0, value - 1e-16)]
+    figure = line_chart(Chart("t", [Series("a", points)]))
+    assert "<polyline" in figure and "nan" not in figure
+
+
 def test_what_the_pointer_shows_is_what_was_logged():
     figure = line_chart(Chart("t", [Series("a<b", [(10.0, 1.23456), (20.0, 2.0)])]))
     assert "<title>step 10\na&lt;b: 1.235</title>" in figure

@@ -1,4 +1,4 @@
-"""Answers under way: the same handle and the same measurements for rewards computed in this process and by the Ray service."""
+"""Requests for rewards in flight, to this process or to the Ray service."""
 
 from __future__ import annotations
 
@@ -6,30 +6,49 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
-KEPT = 10_000  # measurements the percentiles look back on
+# Measurements that the percentiles look back on.
+WINDOW = 10_000
 
 
-class Meter:
-    """What a client sees of its answers: how many stood ready when one was taken, how long each took, how long the taker waited."""
+class RewardSource(Protocol):
+    """Token rewards from this process, the Ray actors or the disk (METHOD.md §5)."""
+
+    meter: LatencyMeter
+
+    def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
+        """Begin to fetch the rewards of T targets: users, positions int64 [T]."""
+        ...
+
+
+class LatencyMeter:
+    """What a client measures of its answers.
+
+    How many were ready when one was taken, how long each took, how long the taker
+    waited.
+    """
 
     def __init__(self) -> None:
-        self.under_way: deque[RewardFuture] = deque()
-        self.ready: deque[int] = deque(maxlen=KEPT)
-        self.latency: deque[float] = deque(
-            maxlen=KEPT
-        )  # seconds from asking to taking, or to being ready if the taker had to wait
-        self.wait: deque[float] = deque(maxlen=KEPT)
+        self.in_flight: deque[RewardFuture] = deque()
+        # How many answers were ready when one was taken.
+        self.ready: deque[int] = deque(maxlen=WINDOW)
+        # Seconds from the request until the answer was taken, or was ready if the taker waited.
+        self.latency: deque[float] = deque(maxlen=WINDOW)
+        self.wait: deque[float] = deque(maxlen=WINDOW)
         self.answers = self.retries = 0
-        self.cached = 0  # answers from disk
+        # Answers that were read from disk.
+        self.cached = 0
         self.wait_seconds = 0.0
 
     def summary(self) -> dict[str, float]:
-        """answers, retries, cached (answers from disk), queue_depth (mean ready), latency_p50/p95/p99, wait_mean, wait_p99 and wait_seconds (total).
+        """The measurements, in seconds; an answer is one micro-batch's rewards.
 
-        An answer is one micro-batch's; seconds. Zeros before the first answer.
+        answers, retries, cached (answers from disk), queue_depth (mean ready),
+        latency_p50/p95/p99, wait_mean, wait_p99 and wait_seconds (total). Zeros before
+        the first answer.
         """
         latency, wait = np.array(self.latency or [0.0]), np.array(self.wait or [0.0])
         return {
@@ -45,35 +64,36 @@ class Meter:
 
 
 class RewardFuture:
-    """A request under way on a thread of this process: one that computes rewards, reads them, or waits for the actors."""
+    """A request in flight on a thread of this process.
+
+    The thread computes rewards, reads them, or waits for the actors.
+    """
 
     def __init__(
-        self, meter: Meter, pool: ThreadPoolExecutor, compute: Callable[[], np.ndarray]
+        self, meter: LatencyMeter, pool: ThreadPoolExecutor, compute: Callable[[], np.ndarray]
     ) -> None:
-        self.meter, self.asked = meter, time.perf_counter()
-        self.keep: Callable[[np.ndarray], None] | None = (
-            None  # called with the rewards when they are taken
-        )
+        self.meter, self.requested_at = meter, time.perf_counter()
+        # Called with the rewards when they are taken.
+        self.on_taken: Callable[[np.ndarray], None] | None = None
         self._future = pool.submit(compute)
-        meter.under_way.append(
-            self
-        )  # last: from here on the thread that takes answers sees this one
+        # Last: from here on the thread that takes answers sees this one.
+        meter.in_flight.append(self)
 
     def ready(self) -> bool:
         """Whether `result` would return at once."""
         return self._future.done()
 
     def result(self) -> np.ndarray:
-        """The rewards, float32 [nnz]; waits for them. To be taken once."""
+        """Wait for the rewards, float32 [nnz]; to be called once."""
         meter, started = self.meter, time.perf_counter()
-        meter.ready.append(sum(pending.ready() for pending in list(meter.under_way)))
+        meter.ready.append(sum(future.ready() for future in list(meter.in_flight)))
         rewards = self._future.result()
-        meter.under_way.remove(self)
+        meter.in_flight.remove(self)
         taken = time.perf_counter()
         meter.answers += 1
-        meter.latency.append(taken - self.asked)
+        meter.latency.append(taken - self.requested_at)
         meter.wait.append(taken - started)
         meter.wait_seconds += taken - started
-        if self.keep is not None:
-            self.keep(rewards)
+        if self.on_taken is not None:
+            self.on_taken(rewards)
         return rewards

@@ -1,4 +1,7 @@
-"""The training rewards of a small data set, computed once and kept: later epochs, seeds and methods are answered from memory (METHOD.md §5)."""
+"""The training rewards of a small data set, computed once (METHOD.md §5).
+
+Later epochs, seeds and methods are answered from memory.
+"""
 
 from __future__ import annotations
 
@@ -15,67 +18,68 @@ from ilrec_dist.items.trie import Trie
 LIMIT_BYTES = 512 << 20
 BLOCK_USERS = 256
 
-Compute = Callable[
-    [np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]
-]  # users, positions → rewards, covered rows of each target
+# users, positions int64 [T] → (rewards float32 [nnz], covered rows int64 [T] of each target).
+Compute = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def fits(dataset: InteractionDataset, trie: Trie) -> bool:
-    """Whether the first codes' rewards of all training targets, most of what there is, take at most LIMIT_BYTES."""
+def fits_in_memory(dataset: InteractionDataset, trie: Trie) -> bool:
+    """Whether the first codes' rewards of all targets take at most LIMIT_BYTES.
+
+    They are most of all rewards.
+    """
     return 4 * trie.num_nodes(1) * dataset.num_interactions <= LIMIT_BYTES
 
 
-class RewardMemory:
-    """All training targets of fixed blocks of users are computed together when one of them is first asked for.
+class PrecomputedRewards:
+    """Computes all training targets of a block of users when one is first asked for.
 
-    The last bits of a product depend on what else is in it. So nothing is kept of a request as it came: a block is always computed whole, and a
-    target's reward has the same bits in whatever batch and epoch it is asked for, in this process or in one that took a dead one's place.
+    The last bits of a product depend on what else is in it. So nothing is kept of a
+    request as it came: a block is always computed whole, and a target's reward has the
+    same bits in whatever batch and epoch it is asked for, in this process or in one
+    that took a dead one's place.
     """
 
     def __init__(self, dataset: InteractionDataset, trie: Trie, compute: Compute) -> None:
         self.dataset, self.compute = dataset, compute
-        self.targets = np.maximum(
-            dataset.train_lengths() - 1, 0
-        )  # of each user: the positions 1 … targets
-        self.first = np.concatenate([[0], np.cumsum(self.targets)])
-        counts = num_rewards(
-            trie, dataset.items[ragged_ranges(dataset.offsets[:-1] + 1, self.targets)]
-        )
-        self.counts, self.ends = counts, np.cumsum(counts)
-        self.rewards = np.empty(int(counts.sum()), np.float32)
-        self.covered = np.empty(len(counts), np.int64)
-        self.known = np.zeros(-(-dataset.num_users // BLOCK_USERS), bool)
-        self._lock = threading.Lock()  # `learn` may run beside `fetch`
+        # The training targets of each user: the positions 1 … targets.
+        self.targets = np.maximum(dataset.train_lengths() - 1, 0)
+        # Each user's first row, of the rows of all targets.
+        self.first_row = np.concatenate([[0], np.cumsum(self.targets)])
+        items = dataset.items[ragged_ranges(dataset.offsets[:-1] + 1, self.targets)]
+        self.counts = num_rewards(trie, items)
+        self.ends = np.cumsum(self.counts)
+        self.rewards = np.empty(int(self.counts.sum()), np.float32)
+        self.covered = np.empty(len(self.counts), np.int64)
+        self.computed = np.zeros(-(-dataset.num_users // BLOCK_USERS), bool)
+        # `compute_blocks` may run beside `fetch`.
+        self._lock = threading.Lock()
 
     def holds(self, users: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether all are training targets: those of validation and test are nobody's reward."""
+        """Whether all are training targets: no others are trained on."""
         return bool((positions <= self.targets[users]).all())
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rewards float32 [nnz] and covered rows int64 [T] of training targets."""
-        self.learn(np.unique(users // BLOCK_USERS))
-        rows = self.first[users] + positions - 1
+        self.compute_blocks(np.unique(users // BLOCK_USERS))
+        rows = self.first_row[users] + positions - 1
         counts = self.counts[rows]
         return self.rewards[ragged_ranges(self.ends[rows] - counts, counts)], self.covered[rows]
 
-    def learn(self, blocks: np.ndarray | None = None) -> None:
-        """Compute those of the blocks (all: None) that are not known yet."""
-        for block in (
-            range(len(self.known)) if blocks is None else blocks[~self.known[blocks]].tolist()
-        ):
+    def compute_blocks(self, blocks: np.ndarray | None = None) -> None:
+        """Compute those of the blocks (all: None) that have not been computed yet."""
+        if blocks is None:
+            blocks = np.arange(len(self.computed))
+        for block in blocks[~self.computed[blocks]].tolist():
             with self._lock:
-                if not self.known[block]:
-                    self._learn(block)
+                if not self.computed[block]:
+                    self._compute_block(block)
 
-    def _learn(self, block: int) -> None:
-        users = np.arange(
-            block * BLOCK_USERS, min((block + 1) * BLOCK_USERS, self.dataset.num_users)
-        )
-        low, high = int(self.first[users[0]]), int(self.first[users[-1] + 1])
+    def _compute_block(self, block: int) -> None:
+        stop = min((block + 1) * BLOCK_USERS, self.dataset.num_users)
+        users = np.arange(block * BLOCK_USERS, stop)
+        low, high = int(self.first_row[users[0]]), int(self.first_row[users[-1] + 1])
         begin, end = (int(self.ends[row - 1]) if row else 0 for row in (low, high))
-        all_users, positions = (
-            np.repeat(users, self.targets[users]),
-            ragged_ranges(np.ones(len(users), np.int64), self.targets[users]),
-        )
-        self.rewards[begin:end], self.covered[low:high] = self.compute(all_users, positions)
-        self.known[block] = True
+        target_users = np.repeat(users, self.targets[users])
+        positions = ragged_ranges(np.ones(len(users), np.int64), self.targets[users])
+        self.rewards[begin:end], self.covered[low:high] = self.compute(target_users, positions)
+        self.computed[block] = True

@@ -1,4 +1,7 @@
-"""The reward service: Ray actors that answer `TokenRewards.fetch`, and the client that survives their deaths (METHOD.md §5)."""
+"""The reward service: Ray actors that answer `TokenRewards.fetch`, and their client.
+
+The client survives the actors' deaths (METHOD.md §5).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ import faiss
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
-from ilrec_dist.cf.rewards.token_rewards import Part, TokenRewards, merge
+from ilrec_dist.cf.rewards.futures import LatencyMeter, RewardFuture
+from ilrec_dist.cf.rewards.token_rewards import ShardRewards, TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import read_code_order
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import write_json
@@ -32,22 +35,26 @@ from ilrec_dist.items.trie import Trie
 
 
 class RewardActor:
-    """One process that holds the CF models. It keeps no state but its counters and what it can compute anew, so a restarted one gives the same bits."""
+    """One process that holds the CF models.
+
+    It keeps no state but its counters and what it can compute anew, so a restarted one
+    gives the same bits.
+    """
 
     def __init__(self, load: Callable[[], TokenRewards], threads: int) -> None:
         _yield_to_training()
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         self._rewards = load()
-        self._rewards.learn_ahead(threads)
+        self._rewards.precompute_in_background(threads)
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As `TokenRewards.fetch`."""
         return self._rewards.fetch(users, positions)
 
-    def part(self, users: np.ndarray, positions: np.ndarray) -> Part:
-        """As `TokenRewards.part`: what this shard knows."""
-        return self._rewards.part(users, positions)
+    def shard_rewards(self, users: np.ndarray, positions: np.ndarray) -> ShardRewards:
+        """As `TokenRewards.shard_rewards`."""
+        return self._rewards.shard_rewards(users, positions)
 
     def counters(self) -> dict[str, float]:
         """`TokenRewards.counters` since this process began."""
@@ -55,32 +62,34 @@ class RewardActor:
 
 
 def _yield_to_training() -> None:
-    """Give way to training workers on the same cores; it gets all it needs once they wait for rewards."""
-    os.setpriority(
-        os.PRIO_PROCESS, 0, 19
-    )  # of this thread and those it will start: Ray's own go on as they were (its workers have 15)
+    """Give way to training workers on the same cores.
+
+    The actor gets all it needs once they wait for rewards. The priority is that of this
+    thread and those it will start; Ray's own threads keep theirs (its workers have 15).
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
 
 
 def load_rewards(
     cf_folder: Path,
-    prepared_folder: Path,
-    catalogue_folder: Path,
+    data_folder: Path,
+    items_folder: Path,
     shard: int | None,
     backwards: bool,
 ) -> TokenRewards:
     """What an actor does first; again in the process that takes a dead one's place."""
-    catalogue, dataset = Catalogue.load(catalogue_folder), load_dataset(prepared_folder)
-    trie = Trie.load(catalogue_folder, catalogue)
-    return TokenRewards.open(
-        cf_folder, both_directions(dataset) if backwards else dataset, catalogue, trie, shard
-    )
+    catalogue, dataset = Catalogue.load(items_folder), load_dataset(data_folder)
+    trie = Trie.load(items_folder, catalogue)
+    if backwards:
+        dataset = both_directions(dataset)
+    return TokenRewards.open(cf_folder, dataset, catalogue, trie, shard)
 
 
 @contextmanager
 def reward_actors(
     cf_folder: str | Path,
-    prepared_folder: str | Path,
-    catalogue_folder: str | Path,
+    data_folder: str | Path,
+    items_folder: str | Path,
     *,
     name: str,
     replicas: int = 1,
@@ -89,27 +98,28 @@ def reward_actors(
     max_restarts: int = 3,
     backwards: bool = False,
 ) -> Iterator[list[Any]]:
-    """`replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the length of the block; Ray restarts each up to `max_restarts` times.
+    """Run `replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the block.
 
-    With shards (as many as cf.reward_shards) each holds one range of the catalogue's codes. They are spread over the cluster's nodes, ask for no CPUs of
-    Ray's, which the training workers hold, and end with the block or with the job that started them. `backwards` as `data.both_directions`.
-    Raises UserError when one cannot load (a folder that is damaged or belongs to other data, or to another number of shards) and ValueError when the name is
-    taken.
+    Ray restarts each up to `max_restarts` times. With shards (as many as
+    cf.reward_shards) each holds one range of the catalogue's codes. They are spread
+    over the cluster's nodes, ask for no CPUs of Ray's, which the training workers hold,
+    and end with the block or with the job that started them. `backwards` as
+    `data.both_directions`.
+
+    Raises UserError when one cannot load (a folder that is damaged or belongs to other
+    data, or to another number of shards) and ValueError when the name is taken.
     """
-    cf, dataset, catalogue = (
-        Path(folder).resolve() for folder in (cf_folder, prepared_folder, catalogue_folder)
-    )
+    cf, data, items = (Path(folder).resolve() for folder in (cf_folder, data_folder, items_folder))
     if shards > 1 and (written := read_code_order(cf)["shards"]) != shards:
         raise UserError(
-            f"{cf}: written for {written} shards, not {shards}; set cf.reward_shards and cf.reward_index, and run `ilrec cf` again"
+            f"{cf}: written for {written} shards, not {shards}; set cf.reward_shards and "
+            "cf.reward_index, and run `ilrec cf` again"
         )
     kind: Any = ray.remote(RewardActor)
     actors = []
     for replica in range(replicas):
         for shard in range(shards):
-            load = partial(
-                load_rewards, cf, dataset, catalogue, shard if shards > 1 else None, backwards
-            )
+            load = partial(load_rewards, cf, data, items, shard if shards > 1 else None, backwards)
             options = {
                 "name": f"{name}-{replica}-{shard}",
                 "num_cpus": 0,
@@ -129,19 +139,20 @@ def reward_actors(
 
 
 def _reason(error: Exception) -> str:
+    """The last line of an actor's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return (
-        lines[-1].removeprefix("ilrec_dist.common.errors.UserError: ")
-        if lines
-        else type(error).__name__
-    )
+    if not lines:
+        return type(error).__name__
+    return lines[-1].removeprefix("ilrec_dist.common.errors.UserError: ")
 
 
 class RewardClient:
-    """Sends each request to the next replica, and again, to the one after it, when an actor or its node dies or stays silent for `timeout` seconds.
+    """Sends each request to the next replica of the reward actors.
 
-    Any process of the Ray job can make one. The rewards depend neither on which replica answers nor on retries. With shards, every shard of a
-    replica is asked and the parts are merged. Raises UserError when no such actors run in this job.
+    It sends the request again, to the replica after it, when an actor or its node dies
+    or stays silent for `timeout` seconds. Any process of the Ray job can make a client.
+    The rewards depend neither on which replica answers nor on retries. With shards,
+    every shard of a replica is asked and the answers are merged.
     """
 
     def __init__(
@@ -154,6 +165,7 @@ class RewardClient:
         timeout: float = 600.0,
         backoff: float = 0.25,
     ) -> None:
+        """timeout and backoff are seconds. Raises UserError where no such actors run."""
         try:
             self.actors = [
                 [ray.get_actor(f"{name}-{replica}-{shard}") for shard in range(shards)]
@@ -161,84 +173,94 @@ class RewardClient:
             ]
         except ValueError:
             raise UserError(
-                f"no reward actors named {name!r} run in this Ray job; start them with cf.service.reward_actors"
+                f"no reward actors named {name!r} run in this Ray job; start them with "
+                "cf.service.reward_actors"
             ) from None
         self.retries, self.timeout, self.backoff = retries, timeout, backoff
-        self.meter = Meter()
-        self._turn = 0
+        self.meter = LatencyMeter()
+        self._next_replica = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-client")
         self._failure: UserError | None = None
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
-        """Begin `TokenRewards.fetch(users, positions)` on the actors; `.result()` gives float32 [nnz], UserError after the last retry.
+        """Begin `TokenRewards.fetch(users, positions)` on the actors.
 
-        A thread brings the answer into this process as soon as it is there, so that the step that takes it does not talk to Ray.
+        `.result()` gives float32 [nnz], or raises UserError after the last retry. A
+        thread brings the answer into this process as soon as it is there, so that the
+        step that takes it does not talk to Ray.
         """
         users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
-        return RewardFuture(
-            self.meter,
-            self._thread,
-            partial(self._answer, self._send(users, positions), users, positions),
-        )
+        references = self._send(users, positions)
+        receive = partial(self._receive, references, users, positions)
+        return RewardFuture(self.meter, self._thread, receive)
 
     def counters(self) -> dict[str, float]:
-        """The actors' counters, summed; what a dead process had counted is gone with it. Asked again like rewards; UserError after the last retry."""
+        """The actors' counters, summed; what a dead process had counted is gone.
+
+        Asked for again like rewards; raises UserError after the last retry.
+        """
         totals: dict[str, float] = {}
         for actor in [actor for shards in self.actors for actor in shards]:
-            ask = partial(_ask, actor)
-            (part,) = self._get(ask(), ask)
-            totals = {key: totals.get(key, 0) + value for key, value in part.items()}
+            send = partial(_request_counters, actor)
+            (counters,) = self._get(send(), send)
+            totals = {key: totals.get(key, 0) + value for key, value in counters.items()}
         return totals
 
     def _send(self, users: np.ndarray, positions: np.ndarray) -> list[Any]:
         """Ray's references to the answers of the next replica's shards."""
-        shards = self.actors[self._turn % len(self.actors)]
-        self._turn += 1
-        return (
-            [shards[0].fetch.remote(users, positions)]
-            if len(shards) == 1
-            else [actor.part.remote(users, positions) for actor in shards]
-        )
+        shards = self.actors[self._next_replica % len(self.actors)]
+        self._next_replica += 1
+        if len(shards) == 1:
+            return [shards[0].fetch.remote(users, positions)]
+        return [actor.shard_rewards.remote(users, positions) for actor in shards]
 
-    def _answer(
+    def _receive(
         self, references: list[Any], users: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         if self._failure is not None:
-            raise self._failure  # those behind a request that was given up do not wait as long once more
+            # Requests behind one that was given up do not wait as long once more.
+            raise self._failure
         try:
             answers = self._get(references, partial(self._send, users, positions))
         except UserError as error:
             self._failure = error
             raise
-        return (
-            merge(answers) if isinstance(answers[0], Part) else np.array(answers[0])
-        )  # a copy: Ray's own array is read-only
+        if isinstance(answers[0], ShardRewards):
+            return merge_shards(answers)
+        # A copy: Ray's own array is read-only.
+        return np.array(answers[0])
 
-    def _get(self, references: list[Any], again: Callable[[], list[Any]]) -> list[Any]:
-        """The answers; `again` sends the request once more."""
+    def _get(self, references: list[Any], send_again: Callable[[], list[Any]]) -> list[Any]:
+        """The answers, after as many retries as they take.
+
+        Raises UserError after the last retry, and at once where an actor raised one.
+        """
+        failure = ""
         for attempt in range(self.retries + 1):
             try:
                 answers: list[Any] = ray.get(references, timeout=self.timeout)
                 return answers
-            except (
-                RayActorError,
-                ObjectLostError,
-                GetTimeoutError,
-            ) as error:  # lost: it was computed, and its node died before it was taken
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from None
+                raise
+            except (RayActorError, ObjectLostError, GetTimeoutError) as error:
+                # An object is lost when its node dies after it was computed.
                 failure = type(error).__name__
             if attempt < self.retries:
                 self.meter.retries += 1
-                if (
-                    attempt > 0
-                ):  # the first goes at once: to another replica, or to the process that Ray has started in the dead one's place
+                if attempt > 0:
+                    # The first retry goes out at once: to another replica, or to the process
+                    # that Ray has started in the dead one's place.
                     time.sleep(min(self.backoff * 2 ** (attempt - 1), 10.0))
-                references = again()
+                references = send_again()
         raise UserError(
-            f"the reward actors gave no answer after {self.retries} retries ({failure}); see Ray's logs, or set cf.rewards=in_process"
+            f"the reward actors gave no answer after {self.retries} retries ({failure}); see Ray's "
+            "logs, or set cf.rewards=in_process"
         )
 
 
-def _ask(actor: Any) -> list[Any]:
+def _request_counters(actor: Any) -> list[Any]:
     return [actor.counters.remote()]
 
 

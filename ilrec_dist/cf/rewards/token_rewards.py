@@ -1,4 +1,7 @@
-"""Token rewards r(v): how much of a prefix's collaborative probability each next token leads to, for many targets at once (METHOD.md §5)."""
+"""Token rewards r(v), for many targets at once (METHOD.md §5).
+
+r(v) is the share of a prefix's collaborative probability that lies below its child v.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ilrec_dist.cf.rewards.futures import Meter, RewardFuture
-from ilrec_dist.cf.rewards.item_scorer import FoldScorer, in_memory, load_scorer
-from ilrec_dist.cf.rewards.layout import Plan
-from ilrec_dist.cf.rewards.precomputed import RewardMemory, fits
+from ilrec_dist.cf.rewards.futures import LatencyMeter, RewardFuture
+from ilrec_dist.cf.rewards.item_scorer import ItemScorer, in_memory_scorer, load_fold
+from ilrec_dist.cf.rewards.layout import RewardLayout
+from ilrec_dist.cf.rewards.precomputed import PrecomputedRewards, fits_in_memory
 from ilrec_dist.cf.rewards.prefix_mass import (
-    Hits,
     RewardOptions,
     deeper_shares,
     first_log_masses,
@@ -41,32 +44,44 @@ from ilrec_dist.items.trie import Trie
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one shard knows of T targets' rewards: the log mass of each first code it holds, and the rows below of the targets that are its own."""
+class ShardRewards:
+    """What one shard of the catalogue knows of T targets' rewards.
 
-    first: np.ndarray  # float32 [T, first codes of the shard]
-    own: np.ndarray  # int64 [o] targets whose item is in the shard's range
-    lengths: np.ndarray  # int64 [o] rewards of their rows of depth ≥ 1
-    deeper: np.ndarray  # float32 [Σ lengths]
+    The log mass of each first code it holds, for all targets, and the deeper rewards of
+    the targets whose item it holds.
+    """
+
+    # float32 [T, first codes of the shard].
+    first_log_mass: np.ndarray
+    # int64 [o]: the targets whose item is in the shard's range.
+    targets: np.ndarray
+    # int64 [o]: how many rewards their rows of depth ≥ 1 have.
+    lengths: np.ndarray
+    # float32 [Σ lengths].
+    deeper: np.ndarray
 
 
-def merge(parts: Sequence[Part]) -> np.ndarray:
-    """The rewards float32 [nnz] of targets from all shards' parts, in shard order."""
-    first = softmax_rows(np.concatenate([part.first for part in parts], axis=1))
-    targets, codes = first.shape
-    lengths = np.zeros(targets, np.int64)
-    for part in parts:
-        lengths[part.own] = part.lengths
+def merge_shards(shards: Sequence[ShardRewards]) -> np.ndarray:
+    """The rewards float32 [nnz] of targets from what all shards know, in shard order."""
+    first = softmax_rows(np.concatenate([shard.first_log_mass for shard in shards], axis=1))
+    num_targets, codes = first.shape
+    lengths = np.zeros(num_targets, np.int64)
+    for shard in shards:
+        lengths[shard.targets] = shard.lengths
     starts = np.cumsum(lengths + codes) - lengths - codes
     rewards = np.empty(int((lengths + codes).sum()), np.float32)
     rewards[(starts[:, None] + np.arange(codes)).ravel()] = first.ravel()
-    for part in parts:
-        rewards[ragged_ranges(starts[part.own] + codes, part.lengths)] = part.deeper
+    for shard in shards:
+        rewards[ragged_ranges(starts[shard.targets] + codes, shard.lengths)] = shard.deeper
     return rewards
 
 
 class TokenRewards:
-    """In-process rewards. Each user is scored by the model of their fold, which saw none of that user's sequence."""
+    """Rewards computed in this process.
+
+    Each user is scored by the model of their fold, which saw none of that user's
+    sequence.
+    """
 
     def __init__(
         self,
@@ -75,22 +90,18 @@ class TokenRewards:
         dataset: InteractionDataset,
         catalogue: Catalogue,
         trie: Trie,
-        scorers: list[FoldScorer] | None = None,
+        scorers: list[ItemScorer] | None = None,
         options: RewardOptions | None = None,
     ) -> None:
-        self.models, self.folds, self.dataset, self.catalogue, self.trie = (
-            models,
-            folds,
-            dataset,
-            catalogue,
-            trie,
-        )
+        """models and scorers: one of each fold; folds int64 [U]: the fold of each user."""
+        self.models, self.folds, self.dataset = models, folds, dataset
+        self.catalogue, self.trie = catalogue, trie
         self.scorers = scorers or [
-            in_memory(model.items.weight, model.known, catalogue) for model in models
+            in_memory_scorer(model.items.weight, model.known, catalogue) for model in models
         ]
         self.options = options or RewardOptions()
         self.counters = {"calls": 0, "targets": 0, "rows": 0, "covered_rows": 0, "seconds": 0.0}
-        self.meter = Meter()
+        self.meter = LatencyMeter()
 
     @staticmethod
     def open(
@@ -101,122 +112,75 @@ class TokenRewards:
         shard: int | None = None,
         options: RewardOptions | None = None,
     ) -> TokenRewards:
-        """Load what `train_cf` and `write_code_order` wrote; of a sharded catalogue the indexes of one shard, or of all (None).
+        """Load what `train_cf` and `write_code_order` wrote.
 
-        Raises UserError when a file's hash, the data or the catalogue is not what the folder was made for, or when it has no such shard.
+        Of a sharded catalogue the indexes of one shard, or of all (None). Raises
+        UserError when a file is damaged, the data or the catalogue is not what the
+        folder was made for, or it has no such shard.
         """
         manifest, code_order = read_manifest(cf_folder), read_code_order(cf_folder)
         folds = load_folds(cf_folder)
-        for what, found, expected in (
-            ("users", dataset.num_users, len(folds)),
-            ("items", dataset.num_items, manifest["items"]),
-        ):
-            if found != expected:
-                raise UserError(
-                    f"{cf_folder}: its models were trained for {expected} {what}, the prepared data has {found}; run `ilrec cf` again"
-                )
-        if manifest["data"] != (given := data_hash(dataset)):
-            raise UserError(
-                f"{cf_folder}: its models were trained on other data of the same size (SHA-256 {manifest['data'][:16]}…, the prepared data has "
-                f"{given[:16]}…); run `ilrec cf` again"
-            )
+        _require_same_data(cf_folder, manifest, dataset, len(folds))
         if code_order["catalogue"] != catalogue_hash(catalogue):
             raise UserError(
-                f"{cf_folder}: made for another catalogue (the hash in {CODE_ORDER}/manifest.json differs); run `ilrec cf` and `ilrec index` again"
+                f"{cf_folder}: made for another catalogue (the hash in {CODE_ORDER}/manifest.json "
+                "differs); run `ilrec cf` and `ilrec index` again"
             )
-        if shard is not None and (code_order["index"] == "scan" or shard >= code_order["shards"]):
-            what = (
-                "no index was written, the catalogue is scanned whole"
-                if code_order["index"] == "scan"
-                else f"written for {code_order['shards']}"
-            )
-            raise UserError(
-                f"{cf_folder}: no shard {shard}: {what}; set cf.reward_shards and cf.reward_index, and run `ilrec cf` again"
-            )
+        if shard is not None:
+            _require_shard(cf_folder, code_order, shard)
         loaded = [
-            load_scorer(cf_folder, f"fold{fold}", trie, shard, code_order)
+            load_fold(cf_folder, f"fold{fold}", trie, shard, code_order)
             for fold in range(manifest["config"]["cf_folds"])
         ]
-        return TokenRewards(
-            [model for model, _ in loaded],
-            folds,
-            dataset,
-            catalogue,
-            trie,
-            [scorer for _, scorer in loaded],
-            options,
-        )
+        models, scorers = [model for model, _ in loaded], [scorer for _, scorer in loaded]
+        return TokenRewards(models, folds, dataset, catalogue, trie, scorers, options)
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Rewards of T targets: float32 [nnz], one-to-one with the tokens of `trie.target_candidates(target items)`.
+        """Rewards of T targets, float32 [nnz].
 
-        Target (user, position), int [T] each, is item `dataset.sequence(user)[position]`, position ≥ 1; only what stands before it is read,
-        so nothing at or after the target changes a bit. r(v) = Σ P_CF over items below (prefix, v) ÷ Σ below the prefix; 0 for items that the
-        model does not know. Raises ValueError for a position that is no target.
+        They are aligned with `trie.target_candidates` of the targets' items. Target
+        (user, position), int [T] each, is item `dataset.sequence(user)[position]`,
+        position ≥ 1; only what stands before it is read, so nothing at or after the
+        target changes a bit. r(v) = Σ P_CF over items below (prefix, v) ÷ Σ below the
+        prefix; 0 for items that the model does not know. Raises ValueError for a
+        position that is no target, and UserError where a reward is not finite.
         """
         users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
-        if (
-            self._memory is None
-            or not self._memory.holds(users, positions)
-            or (positions < 1).any()
-        ):
-            return merge([self.part(users, positions)])
+        precomputed = self._precomputed
+        if precomputed is None or not precomputed.holds(users, positions) or (positions < 1).any():
+            return merge_shards([self.shard_rewards(users, positions)])
         started = time.perf_counter()
-        rewards, covered = self._memory.fetch(users, positions)
+        rewards, covered = precomputed.fetch(users, positions)
         self._count(covered, time.perf_counter() - started)
         return rewards
 
-    def part(self, users: np.ndarray, positions: np.ndarray) -> Part:
-        """This shard's part of `fetch`."""
+    def shard_rewards(self, users: np.ndarray, positions: np.ndarray) -> ShardRewards:
+        """What this shard knows of the rewards that `fetch` gives."""
         started = time.perf_counter()
-        found, covered = self._compute(np.asarray(users, np.int64), np.asarray(positions, np.int64))
+        users, positions = np.asarray(users, np.int64), np.asarray(positions, np.int64)
+        rewards, covered = self._compute(users, positions)
         self._count(covered, time.perf_counter() - started)
-        return found
-
-    def _compute(self, users: np.ndarray, positions: np.ndarray) -> tuple[Part, np.ndarray]:
-        """The part, and how many rows of each own target have a reward above 0, int64 [o]."""
-        starts = self.dataset.offsets[users]
-        if ((positions < 1) | (positions >= self.dataset.offsets[users + 1] - starts)).any():
-            raise ValueError("a reward needs a position in [1, length of the user's sequence)")
-        plan = Plan(self.trie, self.dataset.items[starts + positions])
-        low, high = self.first_codes
-        own = np.flatnonzero((plan.first_node >= low) & (plan.first_node < high))
-        first = np.empty((len(users), high - low), np.float32)
-        deeper = np.zeros(plan.indptr[-1], np.float32)
-        for fold in np.unique(self.folds[users]):
-            scorer = self.scorers[fold]
-            chosen = np.flatnonzero(self.folds[users] == fold)
-            embed = None if scorer.large is None else partial(scorer.embed, self._position)
-            queries = encode(
-                self.models[fold], self.dataset.items, starts[chosen], positions[chosen], embed
-            )
-            if scorer.large is None:
-                scan_catalogue(scorer, queries, chosen, plan, first, deeper)
-                continue
-            hits = first_log_masses(scorer, queries, chosen, plan, first, self.options)
-            mine = np.flatnonzero(
-                (plan.first_node[chosen] >= low) & (plan.first_node[chosen] < high)
-            )
-            hits = [Hits(found.where[mine], found.score[mine], found.cap[mine]) for found in hits]
-            deeper_shares(scorer, queries[mine], chosen[mine], plan, hits, deeper, self.options)
-        below = (
-            plan.indptr[:: max(1, self.trie.depth - 1)]
-            if self.trie.depth > 1
-            else np.zeros(len(users) + 1, np.int64)
-        )
-        lengths = np.diff(below)[own]
-        found = Part(first, own, lengths, deeper[ragged_ranges(below[own], lengths)])
-        rows = found.own[:, None] * (self.trie.depth - 1) + np.arange(self.trie.depth - 1)
-        counts = np.diff(plan.indptr)[rows.ravel()]
-        covered = np.any(np.isfinite(first[own]), axis=1).astype(np.int64)
-        if len(counts):
-            mass = np.add.reduceat(found.deeper, np.cumsum(counts) - counts).reshape(len(own), -1)
-            covered += np.count_nonzero(mass, axis=1)
-        return found, covered
+        return rewards
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
-        """Begin `fetch` on a thread of its own, one request at a time, and return at once; `.result()` gives the rewards."""
+        """Begin `fetch` on a thread, one request at a time."""
         return RewardFuture(self.meter, self._thread, lambda: self.fetch(users, positions))
+
+    def precompute_in_background(self, threads: int) -> None:
+        """Begin to compute all rewards that are kept, in a thread beside `fetch`.
+
+        The workers take a while to start.
+        """
+        precomputed = self._precomputed
+        if precomputed is None:
+            return
+
+        def compute_all() -> None:
+            # The number of threads counts for one Python thread alone.
+            torch.set_num_threads(threads)
+            precomputed.compute_blocks()
+
+        threading.Thread(target=compute_all, daemon=True, name="precompute-rewards").start()
 
     @cached_property
     def first_codes(self) -> tuple[int, int]:
@@ -229,37 +193,137 @@ class TokenRewards:
         return ThreadPoolExecutor(1, thread_name_prefix="token-rewards")
 
     @cached_property
-    def _position(self) -> np.ndarray:
+    def _code_position(self) -> np.ndarray:
         return self.catalogue.position
 
-    def learn_ahead(self, threads: int) -> None:
-        """Where rewards are kept in memory, begin to compute all of them, in a thread beside `fetch`: the workers take a while to start."""
-        memory = self._memory
-        if memory is None:
-            return
-
-        def learn() -> None:
-            torch.set_num_threads(threads)  # counts for one thread alone
-            memory.learn()
-
-        threading.Thread(target=learn, daemon=True, name="reward-memory").start()
-
     @cached_property
-    def _memory(self) -> RewardMemory | None:
-        """Of a catalogue that is scanned whole and few enough interactions."""
-        if self.scorers[0].large is not None or not fits(self.dataset, self.trie):
+    def _precomputed(self) -> PrecomputedRewards | None:
+        """For a catalogue that is scanned whole and few enough interactions."""
+        if self.scorers[0].large is not None or not fits_in_memory(self.dataset, self.trie):
             return None
 
         def compute(users: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            found, covered = self._compute(users, positions)
-            return merge([found]), covered
+            rewards, covered = self._compute(users, positions)
+            return merge_shards([rewards]), covered
 
-        return RewardMemory(self.dataset, self.trie, compute)
+        return PrecomputedRewards(self.dataset, self.trie, compute)
+
+    def _compute(self, users: np.ndarray, positions: np.ndarray) -> tuple[ShardRewards, np.ndarray]:
+        """The shard's rewards, and the covered rows int64 [o] of targets it holds.
+
+        A covered row has a reward above 0.
+        """
+        starts = self.dataset.offsets[users]
+        if ((positions < 1) | (positions >= self.dataset.offsets[users + 1] - starts)).any():
+            raise ValueError("a reward needs a position in [1, length of the user's sequence)")
+        layout = RewardLayout(self.trie, self.dataset.items[starts + positions])
+        low, high = self.first_codes
+        in_shard = (layout.first_node >= low) & (layout.first_node < high)
+        first = np.empty((len(users), high - low), np.float32)
+        deeper = np.zeros(layout.indptr[-1], np.float32)
+        for fold in np.unique(self.folds[users]):
+            targets = np.flatnonzero(self.folds[users] == fold)
+            scorer = self.scorers[fold]
+            embed = None if scorer.large is None else partial(scorer.embed, self._code_position)
+            queries = encode(
+                self.models[fold], self.dataset.items, starts[targets], positions[targets], embed
+            )
+            self._compute_fold(scorer, queries, targets, in_shard, layout, first, deeper)
+        # A log mass of −inf is that of codes whose items the model does not know.
+        if np.isnan(first).any() or np.isposinf(first).any() or not np.isfinite(deeper).all():
+            raise UserError(
+                "the token rewards are not finite, so a CF model has diverged; lower "
+                "cf.learning_rate and run `ilrec cf` again"
+            )
+        rewards = self._shard_rewards(layout, np.flatnonzero(in_shard), first, deeper)
+        return rewards, self._covered_rows(layout, rewards)
+
+    def _compute_fold(
+        self,
+        scorer: ItemScorer,
+        queries: torch.Tensor,
+        targets: np.ndarray,
+        in_shard: np.ndarray,
+        layout: RewardLayout,
+        first: np.ndarray,
+        deeper: np.ndarray,
+    ) -> None:
+        """Write the log masses and shares of one fold's targets into first and deeper."""
+        if scorer.large is None:
+            scan_catalogue(scorer, queries, targets, layout, first, deeper)
+            return
+        scored = first_log_masses(scorer, queries, targets, layout, first, self.options)
+        here = np.flatnonzero(in_shard[targets])
+        scored = [items.select(here) for items in scored]
+        deeper_shares(scorer, queries[here], targets[here], layout, scored, deeper, self.options)
+
+    def _shard_rewards(
+        self, layout: RewardLayout, targets: np.ndarray, first: np.ndarray, deeper: np.ndarray
+    ) -> ShardRewards:
+        if self.trie.depth > 1:
+            bounds = layout.indptr[:: self.trie.depth - 1]
+        else:
+            bounds = np.zeros(len(first) + 1, np.int64)
+        lengths = np.diff(bounds)[targets]
+        inner = deeper[ragged_ranges(bounds[targets], lengths)]
+        return ShardRewards(first, targets, lengths, inner)
+
+    def _covered_rows(self, layout: RewardLayout, rewards: ShardRewards) -> np.ndarray:
+        targets, deeper_depths = rewards.targets, self.trie.depth - 1
+        rows = targets[:, None] * deeper_depths + np.arange(deeper_depths)
+        counts = np.diff(layout.indptr)[rows.ravel()]
+        covered: np.ndarray = np.any(np.isfinite(rewards.first_log_mass[targets]), axis=1).astype(
+            np.int64
+        )
+        if len(counts):
+            mass = np.add.reduceat(rewards.deeper, np.cumsum(counts) - counts)
+            covered += np.count_nonzero(mass.reshape(len(targets), -1), axis=1)
+        return covered
 
     def _count(self, covered: np.ndarray, seconds: float) -> None:
-        """Add one call. Rows are targets × code levels; covered ones have a reward above 0. Targets count where their own item is held."""
-        targets = len(covered)
-        for key, value in (
-            ("calls", 1), ("targets", targets), ("rows", targets * self.trie.depth), ("covered_rows", int(covered.sum())), ("seconds", seconds)
-        ):  # fmt: skip
+        """Add one call to the counters.
+
+        Rows are targets × code levels. Targets count where their item is held.
+        """
+        added = {
+            "calls": 1,
+            "targets": len(covered),
+            "rows": len(covered) * self.trie.depth,
+            "covered_rows": int(covered.sum()),
+            "seconds": seconds,
+        }
+        for key, value in added.items():
             self.counters[key] += value
+
+
+def _require_same_data(
+    cf_folder: str | Path, manifest: dict[str, Any], dataset: InteractionDataset, users: int
+) -> None:
+    for what, here, expected in (
+        ("users", dataset.num_users, users),
+        ("items", dataset.num_items, manifest["items"]),
+    ):
+        if here != expected:
+            raise UserError(
+                f"{cf_folder}: its models were trained for {expected} {what}, the prepared data "
+                f"has {here}; run `ilrec cf` again"
+            )
+    if manifest["data"] != (here_hash := data_hash(dataset)):
+        raise UserError(
+            f"{cf_folder}: its models were trained on other data of the same size (SHA-256 "
+            f"{manifest['data'][:16]}…, the prepared data has {here_hash[:16]}…); run `ilrec cf` "
+            "again"
+        )
+
+
+def _require_shard(cf_folder: str | Path, code_order: dict[str, Any], shard: int) -> None:
+    if code_order["index"] == "scan":
+        what = "no index was written, the catalogue is scanned whole"
+    elif shard >= code_order["shards"]:
+        what = f"written for {code_order['shards']}"
+    else:
+        return
+    raise UserError(
+        f"{cf_folder}: no shard {shard}: {what}; set cf.reward_shards and cf.reward_index, and "
+        "run `ilrec cf` again"
+    )

@@ -1,4 +1,7 @@
-"""The CF folder: models and folds, in it what is made of them for one catalogue, and the manifests of hashes that are checked before any of it is used."""
+"""The CF folder: models, folds, what is made for one catalogue, and manifests.
+
+A manifest holds the SHA-256 of every file; each file is checked where it is read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +19,81 @@ from safetensors import safe_open
 
 from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.sasrec.model import SASRec
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import read_json_object, sha256_file, write_json
+from ilrec_dist.common.files import read_json_object, sha256_file
+from ilrec_dist.common.manifest import MANIFEST, check_hashes, write_manifest
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
 
-FORMAT_VERSION = 2  # raise when files or training change: models of an interrupted stage are gone on with by the same version only
-HASHED_AT_ONCE = 1 << 22
-TABLE, KNOWN = "items.weight", "known"  # of a model's state
+# Raise it when files or training change: an interrupted stage goes on with models of the same
+# version only.
+FORMAT_VERSION = 1
+# Elements of an array that are hashed, or looked through, in one step.
+CHUNK_ELEMENTS = 1 << 22
+# Two names of a model's state.
+TABLE, KNOWN = "items.weight", "known"
 
 
 def save_model(path: Path, model: SASRec) -> None:
-    """Write a model as one safetensors file. Every process of a split table writes its own rows of it, and the first one everything else."""
-    split, state = (
-        model.items.split,
-        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-    )
+    """Write a model as one safetensors file.
+
+    Of a sharded table every process writes the rows of its shard, and rank 0 everything
+    else.
+    """
+    shard = model.items.shard
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     table = state.pop(TABLE)
-    state[KNOWN] = state.pop(KNOWN)  # last: its bytes would leave what follows unaligned
-    whole = {
-        TABLE: (split.num_items, table.shape[1]),
-        **{name: value.shape for name, value in state.items()},
-    }
-    header: dict[str, Any] = {}
+    # `known` stands last: its bytes would leave what follows unaligned.
+    state[KNOWN] = state.pop(KNOWN)
+    header, size = _header(
+        {TABLE: (shard.num_items, table.shape[1])}
+        | {name: tuple(value.shape) for name, value in state.items()}
+    )
+    row_bytes = table.shape[1] * 4
+    if shard.is_rank0:
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + size)
+            file.seek(len(header) + shard.num_items * row_bytes)
+            for value in state.values():
+                file.write(value.numpy().data)
+    shard.barrier()
+    # Opened for writing only: a network file system would otherwise write whole pages, with
+    # other shards' rows in them.
+    with open(os.open(path, os.O_WRONLY), "wb") as file:
+        file.seek(len(header) + shard.start * row_bytes)
+        file.write(table.numpy().data)
+    shard.barrier()
+
+
+def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """The header of a safetensors file of these tensors, and how many bytes follow it."""
+    entries: dict[str, Any] = {}
     end = 0
-    for name, shape in whole.items():
+    for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * (1 if name == KNOWN else 4)
-        header[name] = {
+        entries[name] = {
             "dtype": "BOOL" if name == KNOWN else "F32",
             "shape": list(shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header).encode()
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    data = 8 + len(text)
-    if split.part == 0:
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(data + end)
-            file.seek(data + split.num_items * table.shape[1] * 4)
-            for value in state.values():
-                file.write(value.numpy().data)
-    split.barrier()
-    with (
-        open(os.open(path, os.O_WRONLY), "wb") as file
-    ):  # not to be read: a network file system would write pages whole, with others' rows in them
-        file.seek(data + split.start * table.shape[1] * 4)
-        file.write(table.numpy().data)
-    split.barrier()
+    return len(text).to_bytes(8, "little") + text, end
 
 
-def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """`entries`, and every file of the folder with its SHA-256; to be called last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-    write_json(folder / "manifest.json", {"version": FORMAT_VERSION, **entries, "sha256": hashes})
+def write_cf_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """Write `entries` and the SHA-256 of every file of the folder; to be called last.
+
+    In the CF folder before `write_code_order`, whose files have a manifest of their own.
+    """
+    write_manifest(folder, {"version": FORMAT_VERSION, **entries})
 
 
 def models_manifest(config: CFConfig, dataset: InteractionDataset) -> dict[str, Any]:
-    """What the manifest of trained models says of them."""
+    """The entries of the manifest of trained models."""
     return {
         "config": config_to_dict(config),
         "items": dataset.num_items,
@@ -84,106 +102,172 @@ def models_manifest(config: CFConfig, dataset: InteractionDataset) -> dict[str, 
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest. Raises UserError when the folder is not a finished CF folder of this version."""
-    path = Path(folder) / "manifest.json"
+    """The manifest of trained models.
+
+    Raises UserError when the folder is not a finished CF folder of this version.
+    """
+    path = Path(folder) / MANIFEST
     if not path.exists():
-        raise UserError(f"{folder}: not a CF folder (no manifest.json); run `ilrec cf` first")
-    return _read(path)
+        raise UserError(f"{folder}: not a CF folder (no {MANIFEST}); run `ilrec cf` first")
+    return _read_manifest(path, {"config": dict, "items": int, "data": str})
 
 
 def read_code_order(folder: str | Path) -> dict[str, Any]:
-    """The manifest of what `write_code_order` wrote. Raises UserError when there is none, or it was made of other models than the CF folder's."""
-    path = Path(folder) / CODE_ORDER / "manifest.json"
+    """The manifest of what `write_code_order` wrote into a CF folder.
+
+    Raises UserError when there is none, or it was made of other models than the CF
+    folder's.
+    """
+    path = Path(folder) / CODE_ORDER / MANIFEST
     if not path.exists():
         raise UserError(
-            f"{folder}: made for no catalogue yet (no {CODE_ORDER}/manifest.json); run `ilrec cf` and `ilrec index` first"
+            f"{folder}: made for no catalogue yet (no {CODE_ORDER}/{MANIFEST}); "
+            "run `ilrec cf` and `ilrec index` first"
         )
-    manifest = _read(path)
-    if manifest["models"] != sha256_file(Path(folder) / "manifest.json"):
+    entries = {"catalogue": str, "models": str, "index": str, "shards": int}
+    manifest = _read_manifest(path, entries)
+    if manifest["models"] != sha256_file(Path(folder) / MANIFEST):
         raise UserError(
-            f"{path}: made of other models (the hash of the CF folder's manifest.json differs); run `ilrec cf` again"
+            f"{path}: made of other models (the hash of the CF folder's {MANIFEST} differs); "
+            "run `ilrec cf` again"
         )
     return manifest
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path, entries: dict[str, type]) -> dict[str, Any]:
     manifest = read_json_object(path)
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; run `ilrec cf` again"
+            f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; "
+            "run `ilrec cf` again"
         )
+    for key, kind in (entries | {"files": dict}).items():
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(
+                f"{path}: damaged (no usable {key!r} in it); delete {path.parent} and run "
+                "`ilrec cf` again"
+            )
     return manifest
 
 
-def checked_file(folder: str | Path, name: str, manifest: dict[str, Any] | None = None) -> Path:
-    """The path of one file of the folder, its bytes compared with the manifest. Raises UserError when it is missing or differs."""
-    path = Path(folder) / name
-    expected = (manifest or read_manifest(folder))["sha256"].get(name)
-    if expected is None or not path.exists() or sha256_file(path) != expected:
-        raise UserError(
-            f"{path}: missing or damaged (its SHA-256 is not the one in manifest.json); delete {folder} and run `ilrec cf` again"
-        )
-    return path
+def checked_files(folder: str | Path, names: Iterable[str], manifest: dict[str, Any]) -> None:
+    """Compare files of the folder with their SHA-256 in its manifest.
+
+    In parallel, and once a process as long as they do not change. Raises UserError naming the
+    first one that is missing or differs.
+    """
+    expected = {name: manifest["files"].get(name, {}).get("sha256") for name in names}
+    repair = f"delete {folder} and run `ilrec cf` again"
+    check_hashes(folder, expected, MANIFEST, repair)
 
 
-def load_config(folder: str | Path) -> CFConfig:
-    return CFConfig(**read_manifest(folder)["config"])
+def checked_file(folder: str | Path, name: str) -> Path:
+    """The path of one file of a CF folder, after `checked_files`."""
+    checked_files(folder, [name], read_manifest(folder))
+    return Path(folder) / name
 
 
-def load_cf(folder: str | Path, which: str = "full", table: bool = True) -> SASRec:
-    """A trained model in eval mode: "full", or "fold0", "fold1", … Raises UserError when it is missing or damaged.
+def load_cf(folder: str | Path, name: str = "full", table: bool = True) -> SASRec:
+    """A trained model in eval mode: "full", or "fold0", "fold1", …
 
-    The item table is mapped, not read. table=False leaves it and `known` out, for callers that keep the vectors elsewhere.
+    The item table is mapped, not read into memory. With table=False it and `known` are
+    left out, for callers that keep the vectors elsewhere. Raises UserError when the
+    model is missing or damaged, or holds numbers that are not finite.
     """
     manifest = read_manifest(folder)
-    path = checked_file(folder, f"{which}.safetensors", manifest)
-    return read_model(
-        path, CFConfig(**manifest["config"]), Split(manifest["items"] if table else 1), table
-    )
+    path = Path(folder) / f"{name}.safetensors"
+    checked_files(folder, [path.name], manifest)
+    try:
+        config = CFConfig(**manifest["config"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{Path(folder) / MANIFEST}: damaged (no usable 'config' in it); delete {folder} "
+            "and run `ilrec cf` again"
+        ) from None
+    model = read_model(path, config, ItemShard(manifest["items"] if table else 1), table)
+    for parameter in model.parameters():
+        require_finite(parameter, str(path))
+    return model
 
 
-def read_model(path: Path, config: CFConfig, split: Split, table: bool = True) -> SASRec:
-    """What `save_model` wrote, in eval mode and on the CPU; of the item table the rows of this process's part, mapped. table=False as of `load_cf`."""
-    with torch.device("meta"):  # nothing is drawn
-        model = SASRec.from_config(config, split)
+def read_model(path: Path, config: CFConfig, shard: ItemShard, table: bool = True) -> SASRec:
+    """What `save_model` wrote, in eval mode and on the CPU; nothing is checked.
+
+    Of the item table the rows of this process's shard, mapped. table=False as in
+    `load_cf`.
+    """
+    # On the meta device no weights are drawn.
+    with torch.device("meta"):
+        model = SASRec.from_config(config, shard)
     with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys() if name not in (TABLE, KNOWN)}  # noqa: SIM118
+        names = set(file.keys()) - {TABLE, KNOWN}
+        state = {name: file.get_tensor(name) for name in names}
         if table:
-            state |= {
-                TABLE: file.get_slice(TABLE)[split.start : split.stop],
-                KNOWN: file.get_tensor(KNOWN),
-            }
+            state[TABLE] = file.get_slice(TABLE)[shard.start : shard.stop]
+            state[KNOWN] = file.get_tensor(KNOWN)
         else:
-            state |= {
-                TABLE: torch.zeros(1, config.hidden_size),
-                KNOWN: torch.zeros(1, dtype=torch.bool),
-            }
+            state[TABLE] = torch.zeros(1, config.hidden_size)
+            state[KNOWN] = torch.zeros(1, dtype=torch.bool)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
+def require_finite(values: torch.Tensor, path: str) -> None:
+    """Raise UserError, naming the file, where a number of the tensor is not finite.
+
+    Chunks are summed in fp32: a sum of finite numbers is finite unless they are
+    useless.
+    """
+    flat = values.detach().reshape(-1)
+    for start in range(0, len(flat), CHUNK_ELEMENTS):
+        total = float(flat[start : start + CHUNK_ELEMENTS].sum(dtype=torch.float32))
+        if not math.isfinite(total):
+            raise UserError(
+                f"{path}: holds numbers that are not finite, so the CF model has diverged; "
+                "lower cf.learning_rate and run `ilrec cf` again"
+            )
+
+
 def load_folds(folder: str | Path) -> np.ndarray:
     """int64 [U]: the fold of each user, and with it the model that scores them."""
-    return np.load(checked_file(folder, "folds.npy")).astype(np.int64)
+    folds: np.ndarray = np.load(checked_file(folder, "folds.npy")).astype(np.int64)
+    return folds
 
 
-def item_vectors(folder: str | Path) -> np.ndarray:
-    """The full model's item table, fp32 [num_items, d] by item index: what residual quantisation of CF embeddings reads. Mapped, not read."""
-    with safe_open(checked_file(folder, "full.safetensors"), "pt") as file:
-        table: np.ndarray = file.get_tensor(TABLE).numpy()
-    return table
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The report that `train_cf` returned."""
+    return read_json_object(checked_file(folder, "report.json"))
+
+
+def item_vectors(cf_folder: str | Path) -> np.ndarray:
+    """The full model's item table, fp32 [num_items, d], in the order of item indices.
+
+    `cf_folder` is the folder `cf` of a run. Mapped, not read into memory. The residual
+    quantisation of CF embeddings reads it. Raises UserError when the file is missing or
+    damaged, or holds numbers that are not finite.
+    """
+    path = checked_file(cf_folder, "full.safetensors")
+    with safe_open(path, "pt") as file:
+        table = file.get_tensor(TABLE)
+    require_finite(table, str(path))
+    vectors: np.ndarray = table.numpy()
+    return vectors
 
 
 def data_hash(dataset: InteractionDataset) -> str:
-    """SHA-256 of all interactions and of what is training among them: of what was trained on, which `both_directions` makes of the data's own files."""
+    """SHA-256 of all interactions and of which of them are training.
+
+    It covers what the models are trained on, which `data.both_directions` derives from
+    the files of the data.
+    """
     digest = hashlib.sha256()
-    arrays = [(dataset.items, "<i4"), (dataset.offsets, "<i8")] + (
-        [] if dataset.split_positions is None else [(dataset.split_positions.ravel(), "<i4")]
-    )
-    for array, kind in arrays:
+    arrays = [(dataset.items, "<i4"), (dataset.offsets, "<i8")]
+    if dataset.split_positions is not None:
+        arrays.append((dataset.split_positions.ravel(), "<i4"))
+    for array, dtype in arrays:
         digest.update(f"{len(array)} ".encode())
-        for start in range(0, len(array), HASHED_AT_ONCE):  # the files stay mapped
-            digest.update(
-                np.ascontiguousarray(array[start : start + HASHED_AT_ONCE], dtype=kind).data
-            )
+        # In chunks, so that the files stay mapped.
+        for start in range(0, len(array), CHUNK_ELEMENTS):
+            chunk = array[start : start + CHUNK_ELEMENTS]
+            digest.update(np.ascontiguousarray(chunk, dtype=dtype).data)
     return digest.hexdigest()

@@ -1,17 +1,19 @@
-"""The CF stage: one model per fold for cross-fitted rewards and one on all users, with their report (METHOD.md §5); `ilrec cf` runs it."""
+"""The CF stage, `ilrec cf`: a model per fold and one on all users (METHOD.md §5).
+
+The models of the folds give cross-fitted rewards; the report compares them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import hashlib
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,34 +24,42 @@ from ilrec_dist.cf.sasrec.checkpoint import (
     data_hash,
     models_manifest,
     read_model,
-    write_manifest,
+    write_cf_manifest,
 )
 from ilrec_dist.cf.sasrec.fit import (
-    Histories,
-    Progress,
+    OnEpoch,
+    TrainingSequences,
     evenly_spaced,
+    fit_sasrec,
     mean_log_probability,
-    train_model,
 )
-from ilrec_dist.cf.sasrec.sharded_table import Split
+from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import clear_leftovers, put_in_place, read_json_object, write_json
+from ilrec_dist.common.files import (
+    acquire_lock,
+    clear_leftovers,
+    put_in_place,
+    read_json_object,
+    write_json,
+)
+from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue
 
-REPORTED = 20_000  # targets that a mean log-probability of the report is taken over, at most
-TASK, LOCK = (
-    "task.json",
-    ".lock",
-)  # in the folder of unfinished work: what is to be done, and who is at it
+# Targets that a mean log-probability of the report is taken over, at most.
+REPORT_TARGETS = 20_000
+# In the folder of unfinished work: what is to be done, and the lock of who does it.
+TASK, LOCK = "task.json", ".lock"
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
-    """The fold of each user, int64 [U]: the first 8 bytes of BLAKE2b(user id in UTF-8), big-endian, modulo `folds`.
+    """The fold of each user, int64 [U].
 
-    It depends on the id alone, so no user's data, nor the presence of other users, moves anyone to another fold.
+    It is the first 8 bytes of BLAKE2b(user id in UTF-8), big-endian, modulo `folds`: it
+    depends on the id alone, so no user's data, nor the presence of other users, moves
+    anyone to another fold.
     """
     return np.fromiter(
         (
@@ -65,99 +75,134 @@ def train_cf(
     dataset: InteractionDataset,
     catalogue: Catalogue | None,
     out: str | Path,
-    progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     device: str = "cpu",
-    split: Split | None = None,
+    shard: ItemShard | None = None,
 ) -> dict[str, Any]:
-    """Train all CF models and write their folder, whole or not at all; returns the report that is also written as report.json.
+    """Train all CF models and write their folder, whole or not at all.
 
-    Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a model to which they do not exist: its item counts, batches,
-    random numbers and early stopping come from the other users alone. With cf_folds = 1 there are no others: the one model has seen every target.
-    With a catalogue also what `write_code_order` makes for it, which rewards need; it may be called later as well. `progress` is called after each
-    epoch with model, epoch, epochs, loss, ndcg@10 (validation) and seconds. With `split` the item table and its optimizer are split over the processes of
-    the default group, each of which calls this with its own part and sees the same folder, and the models are those of one process but for rounding.
-    Models that an interrupted call finished with the same settings and data are taken from it. Deterministic for a seed, a number of torch threads and
-    of parts. Raises UserError when a fold leaves too few users to train on.
+    Users are hashed into `cf_folds` by `user_folds`. Fold k's users are scored by a
+    model to which they do not exist: its item counts, batches, random numbers and early
+    stopping come from the other users alone. With cf_folds = 1 there are no others: the
+    one model has seen every target. With a catalogue the folder also gets what
+    `write_code_order` makes for it, which rewards need; that may be called later as
+    well.
+
+    With `shard` the item table and its optimizer state are sharded over the processes
+    of the default group, each of which calls this with its own shard and sees the same
+    folder, and the models are those of one process but for rounding. Models that an
+    interrupted call finished with the same settings and data are taken over.
+    Deterministic for a seed, a number of torch threads and of shards. Returns the
+    report, which is also written as report.json.
+
+    Raises UserError when a fold leaves too few users to train on, and when a model
+    diverges.
     """
     started = time.perf_counter()
     out = Path(out)
-    index_kind(config, dataset.num_items)  # what cannot be served is refused before it is trained
-    split = split or Split(dataset.num_items)
-    histories = Histories(
+    # What cannot be served is refused before it is trained.
+    index_kind(config, dataset.num_items)
+    shard = shard or ItemShard(dataset.num_items)
+    sequences = TrainingSequences(
         dataset.items,
         dataset.offsets[:-1],
         dataset.train_lengths(),
         dataset.target_positions("validation"),
     )
     folds = user_folds(dataset.user_ids, config.cf_folds)
-    with _unfinished(out, config, dataset, folds, split) as unfinished:
+    with _unfinished_folder(out, config, dataset, folds, shard) as unfinished:
         work = unfinished / out.name
-        trainings = {"full": (histories, config.seed)}
-        if config.cf_folds > 1:
-            trainings |= {
-                f"fold{fold}": (
-                    _users(histories, folds != fold),
-                    config.seed * 1_000_003 + fold + 1,
-                )
-                for fold in range(config.cf_folds)
-            }
         reports = {}
-        for name, (users, seed) in trainings.items():
-            reports[name] = _trained(
-                config,
-                split,
-                users,
-                work / f"{name}.safetensors",
-                seed,
-                unfinished / f"{name}.json",
-                progress,
-                device,
-            )
-        if config.cf_folds == 1 and split.part == 0:
+        for name, users, seed in _model_users(config, folds):
+            path, report_path = work / f"{name}.safetensors", unfinished / f"{name}.json"
+            report = _finished_report(report_path, name, config, shard, on_epoch)
+            if report is None:
+                trained_on = sequences if users is None else sequences.select(users)
+                report = fit_sasrec(config, shard, trained_on, path, seed, on_epoch, device)
+                if shard.is_rank0:
+                    write_json(report_path, report)
+            reports[name] = report
+        if config.cf_folds == 1 and shard.is_rank0:
             shutil.copyfile(work / "full.safetensors", work / "fold0.safetensors")
-        split.barrier()
+        shard.barrier()
         report = {
             "folds": config.cf_folds,
             "models": reports,
-            "log_p": _log_probabilities(config, split, histories, folds, work, device),
+            "log_p": _log_probabilities(config, shard, sequences, folds, work, device),
         }
         report["seconds"] = time.perf_counter() - started
-        split.barrier()  # none reads them any more
-        if split.part == 0:
-            for stale in ("manifest.json", CODE_ORDER):  # of an attempt that was interrupted here
-                shutil.rmtree(work / stale) if (work / stale).is_dir() else (work / stale).unlink(
-                    missing_ok=True
-                )
-            np.save(work / "folds.npy", folds.astype(np.int32))
-            write_json(work / "report.json", report)
-            write_manifest(work, models_manifest(config, dataset))
-            if catalogue is not None:
-                write_code_order(config, work, catalogue)
-            put_in_place(work, out)
+        # Wait until no process reads the models any more.
+        shard.barrier()
+        if shard.is_rank0:
+            _commit(config, dataset, catalogue, folds, report, work, out)
             shutil.rmtree(unfinished, ignore_errors=True)
     return report
 
 
+def _model_users(
+    config: CFConfig, folds: np.ndarray
+) -> Iterator[tuple[str, np.ndarray | None, int]]:
+    """(name, bool [U] users it is trained on or None for all, seed) of each model."""
+    yield "full", None, config.seed
+    if config.cf_folds > 1:
+        for fold in range(config.cf_folds):
+            yield f"fold{fold}", folds != fold, config.seed * 1_000_003 + fold + 1
+
+
+def _finished_report(
+    path: Path, name: str, config: CFConfig, shard: ItemShard, on_epoch: OnEpoch | None
+) -> dict[str, Any] | None:
+    """The report of a model that an interrupted call finished, None where it has none.
+
+    A model's report is written after the model.
+    """
+    report: dict[str, Any] | None = None
+    if shard.is_rank0 and path.exists():
+        report = read_json_object(path)
+    report = shard.broadcast_object(report)
+    if report is not None and on_epoch is not None:
+        figures = {"seconds": report["seconds"], **report["curve"][-1]}
+        on_epoch({"model": name, "epochs": config.epochs, **figures})
+    return report
+
+
+def _commit(
+    config: CFConfig,
+    dataset: InteractionDataset,
+    catalogue: Catalogue | None,
+    folds: np.ndarray,
+    report: dict[str, Any],
+    work: Path,
+    out: Path,
+) -> None:
+    """Complete the folder `work`, which holds the models, and move it to `out`."""
+    # Of an attempt that was interrupted here.
+    shutil.rmtree(work / CODE_ORDER, ignore_errors=True)
+    (work / MANIFEST).unlink(missing_ok=True)
+    np.save(work / "folds.npy", folds.astype(np.int32))
+    write_json(work / "report.json", report)
+    write_cf_manifest(work, models_manifest(config, dataset))
+    if catalogue is not None:
+        write_code_order(config, work, catalogue)
+    put_in_place(work, out)
+
+
 @contextmanager
-def _unfinished(
-    out: Path, config: CFConfig, dataset: InteractionDataset, folds: np.ndarray, split: Split
+def _unfinished_folder(
+    out: Path, config: CFConfig, dataset: InteractionDataset, folds: np.ndarray, shard: ItemShard
 ) -> Iterator[Path]:
-    """The folder in which models, and notes of what is done, gather until all are there. It stays when the work is interrupted, for the next call with
-    the same task; where the input is refused it vanishes."""
+    """The folder that gathers models and their reports until all are there.
+
+    It stays when the work is interrupted, for the next call with the same task; where
+    the input is refused it vanishes.
+    """
     unfinished = out.with_name(f".{out.name}.unfinished")
     lock = None
-    if split.part == 0:
-        lock = _only_writer(unfinished)
+    if shard.is_rank0:
+        lock = _lock_folder(unfinished)
         clear_leftovers(out)
-        settings = stage_settings(config, "cf")
-        task = {
-            "version": FORMAT_VERSION,
-            "settings": settings,
-            "data": data_hash(dataset),
-            "folds": hashlib.sha256(folds.tobytes()).hexdigest(),
-        }
-        task |= {"items": dataset.num_items, "parts": split.parts}
-        if _noted(unfinished / TASK) != task:
+        task = _task(config, dataset, folds, shard)
+        if _read_task(unfinished / TASK) != task:
             for path in unfinished.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -165,7 +210,7 @@ def _unfinished(
                     path.unlink()
             (unfinished / out.name).mkdir()
             write_json(unfinished / TASK, task)
-    split.barrier()
+    shard.barrier()
     try:
         yield unfinished
     except UserError:
@@ -173,95 +218,92 @@ def _unfinished(
         raise
     finally:
         if lock is not None:
-            lock.close()
+            os.close(lock)
 
 
-def _noted(path: Path) -> dict[str, Any] | None:
+def _task(
+    config: CFConfig, dataset: InteractionDataset, folds: np.ndarray, shard: ItemShard
+) -> dict[str, Any]:
+    """Everything that the models depend on."""
+    return {
+        "version": FORMAT_VERSION,
+        "settings": stage_settings(config, "cf"),
+        "data": data_hash(dataset),
+        "folds": hashlib.sha256(folds.tobytes()).hexdigest(),
+        "items": dataset.num_items,
+        "shards": shard.world_size,
+    }
+
+
+def _read_task(path: Path) -> dict[str, Any] | None:
+    """The task of unfinished work, None where there is none or the file is damaged."""
     try:
         return read_json_object(path)
-    except UserError:  # none, or damaged
+    except UserError:
         return None
 
 
-def _only_writer(folder: Path) -> IO[str]:
-    """Make the folder and hold its lock; waits for the last processes of a killed run, and makes it anew where they have removed it."""
+def _lock_folder(folder: Path) -> int:
+    """Make the folder and hold its lock, for as long as the file descriptor is open.
+
+    Waits for the last processes of a killed run, and makes the folder anew where they
+    have removed it.
+    """
+    path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / LOCK).exists() and os.path.samestat(
-            os.fstat(lock.fileno()), os.stat(folder / LOCK)
-        ):
+        try:
+            lock = acquire_lock(path)
+        except FileNotFoundError:
+            continue
+        if path.exists() and os.path.samestat(os.fstat(lock), os.stat(path)):
             return lock
-        lock.close()
-
-
-def _trained(
-    config: CFConfig,
-    split: Split,
-    histories: Histories,
-    path: Path,
-    seed: int,
-    note: Path,
-    progress: Progress | None,
-    device: str,
-) -> dict[str, Any]:
-    """The report of the model at `path`, which is trained unless it is there: its report, at `note`, comes last."""
-    report: dict[str, Any] | None = split.told(
-        read_json_object(note) if split.part == 0 and note.exists() else None
-    )
-    if report is not None:
-        if progress is not None:
-            progress(
-                {
-                    "model": path.stem,
-                    "epochs": config.epochs,
-                    "seconds": report["seconds"],
-                    **report["curve"][-1],
-                }
-            )
-        return report
-    report = train_model(config, split, histories, path, seed, progress, device)
-    if split.part == 0:
-        write_json(note, report)
-    return report
-
-
-def _users(histories: Histories, chosen: np.ndarray) -> Histories:
-    parts = {
-        name: getattr(histories, name)[chosen]
-        for name in ("starts", "training_lengths", "validation")
-    }
-    return dataclasses.replace(histories, **parts)
+        os.close(lock)
 
 
 def _log_probabilities(
-    config: CFConfig, split: Split, histories: Histories, folds: np.ndarray, work: Path, device: str
+    config: CFConfig,
+    shard: ItemShard,
+    sequences: TrainingSequences,
+    folds: np.ndarray,
+    work: Path,
+    device: str,
 ) -> dict[str, Any]:
-    """Mean log P_CF(y): on targets a fold model was trained on, on those it scores, and of the full model on validation targets.
+    """Mean log P_CF(y) on in-fold targets, cross-fitted ones, and validation targets.
 
-    The first exceeds the third by what a model remembers of its own targets; the second should not.
+    In-fold targets are those that a fold's model was trained on, cross-fitted ones
+    those that it scores; on validation targets it is the full model's. The first
+    exceeds the third by what a model remembers of its own targets; the second should
+    not.
     """
-    crossed = config.cf_folds > 1
     in_fold, cross_fitted = [], []
     for fold in range(config.cf_folds):
-        model = read_model(work / f"fold{fold}.safetensors", config, split).to(device)
-        own = _users(histories, folds != fold if crossed else folds == fold)
-        in_fold.append(mean_log_probability(model, own, *own.training_targets(REPORTED)))
-        scored = _users(histories, folds == fold)
-        cross_fitted.append(mean_log_probability(model, scored, *scored.training_targets(REPORTED)))
-    rows = np.flatnonzero(histories.validation >= 1)
-    rows = rows[evenly_spaced(len(rows), REPORTED)]
-    full = read_model(work / "full.safetensors", config, split).to(device)
-    validation = mean_log_probability(full, histories, rows, histories.validation[rows])
-    return {
+        model = read_model(work / f"fold{fold}.safetensors", config, shard).to(device)
+        trained_on = sequences.select(folds != fold if config.cf_folds > 1 else folds == fold)
+        targets = trained_on.training_targets(REPORT_TARGETS)
+        in_fold.append(mean_log_probability(model, trained_on, *targets))
+        scored = sequences.select(folds == fold)
+        targets = scored.training_targets(REPORT_TARGETS)
+        cross_fitted.append(mean_log_probability(model, scored, *targets))
+    rows = np.flatnonzero(sequences.validation >= 1)
+    rows = rows[evenly_spaced(len(rows), REPORT_TARGETS)]
+    full = read_model(work / "full.safetensors", config, shard).to(device)
+    report = {
         "in_fold": _pool(in_fold),
         "cross_fitted": _pool(cross_fitted),
-        "validation": validation,
+        "validation": mean_log_probability(full, sequences, rows, sequences.validation[rows]),
     }
+    for name, entry in report.items():
+        if not math.isfinite(entry["mean_log_p"]):
+            raise UserError(
+                f"CF models: the mean log P_CF of {name} targets is {entry['mean_log_p']}, so a "
+                "model has diverged; lower cf.learning_rate and run `ilrec cf` again"
+            )
+    return report
 
 
 def _pool(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over all targets of several means."""
     targets = sum(part["targets"] for part in parts)
     known = sum(part["targets"] * part["known_share"] for part in parts)
     log_p = sum(part["mean_log_p"] * part["targets"] * part["known_share"] for part in parts)

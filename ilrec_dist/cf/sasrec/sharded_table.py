@@ -1,9 +1,12 @@
-"""SASRec's item table, whole or split over processes by item: lookup, full-softmax loss, and where an item stands among all (METHOD.md §5)."""
+"""SASRec's item table, whole or sharded over processes by item: lookup, loss and ranks.
+
+METHOD.md §5.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,183 +15,226 @@ from torch.nn import functional as F
 
 from ilrec_dist.common.errors import UserError
 
-LOGITS_PER_CHUNK = {
-    "cpu": 1 << 22,
-    "cuda": 1 << 28,
-}  # fp32 logits held at once by the loss: 16 MiB, near what a core's cache takes; 1 GiB on a GPU
-ROWS_PER_CHUNK = 32  # at least: with fewer, each reads the table for too little
-DRAWN_AT_ONCE = 1 << 22  # random numbers
+# The fp32 logits that the loss holds in memory, by device: 16 MiB, near what a core's cache
+# takes, or 1 GiB on a GPU.
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}
+# A chunk has at least so many rows: each chunk reads the whole table.
+MIN_ROWS_PER_CHUNK = 32
+# Random numbers drawn in one call.
+DRAW_ELEMENTS = 1 << 22
+# Added to the rank of a row with a score that is not finite: more than any catalogue's size.
+NOT_FINITE = 1 << 40
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which items' rows of a table over `num_items` this process holds: [start, stop), one of `parts` ranges of about equal length.
+class ItemShard:
+    """The items whose table rows this process holds: [start, stop) of `num_items`.
 
-    With several parts every process of the default torch.distributed group holds one, and all of them call the same things in the same order.
+    With `world_size` above 1 every process of the default torch.distributed group holds
+    one shard, and all of them call the same methods in the same order.
     """
 
     num_items: int
-    part: int = 0
-    parts: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     @classmethod
-    def over_workers(cls, num_items: int) -> Split:
-        """One part for each process of the default group. Raises UserError when there are more of them than items."""
+    def of_process_group(cls, num_items: int) -> ItemShard:
+        """One shard for each process of the default group.
+
+        Raises UserError when there are more processes than items.
+        """
         if dist.get_world_size() > num_items:
             raise UserError(
-                f"cf.split_table: {dist.get_world_size()} workers for {num_items} items; choose fewer workers, or cf.split_table=false"
+                f"cf.split_table: {dist.get_world_size()} workers for {num_items} items; "
+                "choose fewer workers, or cf.split_table=false"
             )
         return cls(num_items, dist.get_rank(), dist.get_world_size())
 
     @property
     def start(self) -> int:
-        return self.num_items * self.part // self.parts
+        return self.num_items * self.rank // self.world_size
 
     @property
     def stop(self) -> int:
-        return self.num_items * (self.part + 1) // self.parts
+        return self.num_items * (self.rank + 1) // self.world_size
 
-    def own(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """For item indices int64: the row of this part (of some item of it, where the item is not), and whether the item is one of it."""
-        inside = (items >= self.start) & (items < self.stop)
-        return torch.where(inside, items - self.start, 0), inside
+    @property
+    def is_rank0(self) -> bool:
+        return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Summed over the parts, in place."""
-        if self.parts > 1:
+    def local_rows(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Map global item indices int64 to rows of this shard.
+
+        Returns (rows int64, mask bool); where another shard holds the item the mask is
+        False and the row 0.
+        """
+        mask = (items >= self.start) & (items < self.stop)
+        return torch.where(mask, items - self.start, 0), mask
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum over the shards, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def max(self, values: Tensor) -> Tensor:
-        """The greatest over the parts, in place."""
-        if self.parts > 1:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """The maximum over the shards, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def first(self, values: Tensor) -> Tensor:
-        """Those of the first part, in place."""
-        if self.parts > 1:
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's values, in place."""
+        if self.world_size > 1:
             dist.broadcast(values, 0)
         return values
 
-    def told(self, value: Any) -> Any:
-        """The first part's value, anything that can be pickled."""
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value, anything that can be pickled."""
         values = [value]
-        if self.parts > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def barrier(self) -> None:
-        """Returns when all parts have come here."""
-        if self.parts > 1:
+        """Return when all shards have come here."""
+        if self.world_size > 1:
             dist.barrier()
 
 
 class ItemTable(nn.Module):
-    """Vectors of all items; `weight` holds the rows of this process's part, fp32 [stop − start, d]."""
+    """Vectors of all items; `weight` fp32 [stop − start, d] holds this shard's rows."""
 
-    def __init__(self, split: Split, width: int, std: float) -> None:
-        """Normal numbers, the same whatever the parts: every process draws all of them and keeps its own."""
+    def __init__(self, shard: ItemShard, width: int, std: float) -> None:
+        """Draw normal numbers, the same for any number of shards.
+
+        Every process draws the whole table and keeps its rows.
+        """
         super().__init__()
-        self.split = split
-        self.weight = nn.Parameter(torch.empty(split.stop - split.start, width))
-        own, total, first = (
-            self.weight.detach().view(-1),
-            split.num_items * width,
-            split.start * width,
-        )
-        for begin in range(0, total, DRAWN_AT_ONCE):
-            drawn = torch.empty(min(DRAWN_AT_ONCE, total - begin)).normal_(0, std)
-            low, high = max(begin, first), min(begin + len(drawn), first + len(own))
+        self.shard = shard
+        self.weight = nn.Parameter(torch.empty(shard.stop - shard.start, width))
+        local = self.weight.detach().view(-1)
+        offset, total = shard.start * width, shard.num_items * width
+        for begin in range(0, total, DRAW_ELEMENTS):
+            drawn = torch.empty(min(DRAW_ELEMENTS, total - begin)).normal_(0, std)
+            low, high = max(begin, offset), min(begin + len(drawn), offset + len(local))
             if low < high:
-                own[low - first : high - first] = drawn[low - begin : high - begin]
+                local[low - offset : high - offset] = drawn[low - begin : high - begin]
 
     def forward(self, items: Tensor) -> Tensor:
-        """Item indices int64 [...] → their vectors fp32 [..., d], of whatever part."""
-        if self.split.parts == 1:
+        """Item indices int64 [...] → their vectors fp32 [..., d], from whichever shard."""
+        if self.shard.world_size == 1:
             return F.embedding(items, self.weight)
-        rows, inside = self.split.own(items)
-        return _Sum.apply(F.embedding(rows, self.weight) * inside[..., None], self.split)  # type: ignore[no-any-return]
+        rows, mask = self.shard.local_rows(items)
+        return _sum_over_shards(F.embedding(rows, self.weight) * mask[..., None], self.shard)
 
     def logits(self, queries: Tensor) -> Tensor:
-        """Of queries fp32 [R, d] with this part's items, fp32 [R, stop − start]."""
+        """Logits fp32 [R, stop − start] of this shard's items for queries fp32 [R, d]."""
         return queries @ self.weight.t()
 
-    def logits_of(self, items: Tensor, logits: Tensor) -> Tensor:
-        """Each row's logit of its own item int64 [R], of whatever part, fp32 [R, 1]; `logits` as from `logits`."""
-        rows, inside = self.split.own(items)
-        return self.split.sum(logits.gather(1, rows[:, None]) * inside[:, None])
+    def target_logits(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """Each row's logit of its target item int64 [R], of any shard: fp32 [R, 1].
 
-    def rank(self, items: Tensor, logits: Tensor) -> Tensor:
-        """How many items of the whole table stand before each row's item int64 [R]; equal ones in item order. int64 [R]; `logits` as from `logits`."""
-        own = self.logits_of(items, logits)
-        before = (logits > own).sum(1)
-        tied = logits == own
-        tied &= (
-            torch.arange(self.split.start, self.split.stop, device=logits.device) < items[:, None]
-        )
-        return self.split.sum(before + tied.sum(1))
+        `logits` are those of `ItemTable.logits`.
+        """
+        rows, mask = self.shard.local_rows(targets)
+        return self.shard.all_reduce_sum(logits.gather(1, rows[:, None]) * mask[:, None])
+
+    def ranks(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """How many items of the whole table stand before each row's target: int64 [R].
+
+        targets int64 [R]; `logits` are those of `ItemTable.logits`. Equal logits stand
+        in item order. Raises FloatingPointError, in every process, where a row of the
+        logits is not finite: no comparison with NaN holds, so that its target would
+        stand first.
+        """
+        target_logits = self.target_logits(targets, logits)
+        before = (logits > target_logits).sum(1)
+        tied = logits == target_logits
+        items = torch.arange(self.shard.start, self.shard.stop, device=logits.device)
+        tied &= items < targets[:, None]
+        ranks = before + tied.sum(1)
+        ranks += torch.where(torch.isfinite(logits.sum(1)), 0, NOT_FINITE)
+        ranks = self.shard.all_reduce_sum(ranks)
+        if bool((ranks >= NOT_FINITE).any()):
+            raise FloatingPointError("scores that are not finite have no ranks")
+        return ranks
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over the parts. What follows is the same in all of them, so each one's gradient is the sum's own."""
+class _SumOverShards(torch.autograd.Function):
+    """The sum over the shards.
+
+    What follows is the same in all processes, so the gradient of each is the sum's
+    gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, split: Split) -> Tensor:
-        return split.sum(values.clone())
+    def forward(ctx: Any, values: Tensor, shard: ItemShard) -> Tensor:
+        return shard.all_reduce_sum(values.clone())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
+def _sum_over_shards(values: Tensor, shard: ItemShard) -> Tensor:
+    return cast(Tensor, _SumOverShards.apply(values, shard))  # type: ignore[no-untyped-call]
+
+
 class _FullSoftmaxLoss(torch.autograd.Function):
-    """Sum of −log softmax(hidden · weightᵀ)[target]; gradients are made in forward, a chunk of rows at a time, so no [R, n] tensor is held."""
+    """Sum of −log softmax(hidden · weightᵀ)[target].
+
+    The gradients are computed in forward, a chunk of rows at a time, so that no tensor
+    [R, n] is held in memory.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, split: Split) -> Tensor:
-        rows, largest = hidden.shape[0], -(-split.num_items // split.parts)
-        chunk = max(
-            ROWS_PER_CHUNK, LOGITS_PER_CHUNK[hidden.device.type] // largest
-        )  # the same in all parts
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: ItemShard
+    ) -> Tensor:
+        num_rows, largest_shard = hidden.shape[0], -(-shard.num_items // shard.world_size)
+        # The chunks are the same in all processes, for each chunk has collectives.
+        chunk = max(MIN_ROWS_PER_CHUNK, LOGITS_PER_CHUNK[hidden.device.type] // largest_shard)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        buffer = hidden.new_empty(min(chunk, rows), len(weight))
+        buffer = hidden.new_empty(min(chunk, num_rows), len(weight))
         loss = hidden.new_zeros((), dtype=torch.float64)
-        for start in range(0, rows, chunk):
+        for start in range(0, num_rows, chunk):
             block = hidden[start : start + chunk]
-            wanted, inside = split.own(targets[start : start + chunk])
+            rows, mask = shard.local_rows(targets[start : start + chunk])
             logits = torch.mm(block, weight.t(), out=buffer[: len(block)])
-            top = split.max(logits.amax(1, keepdim=True))
-            target_logit = logits.gather(1, wanted[:, None]) * inside[:, None]
-            mass = logits.sub_(top).exp_().sum(1, keepdim=True)
-            mass, target_logit = split.sum(torch.cat([mass, target_logit], 1)).split(1, 1)
-            loss += (mass.log() + top - target_logit).sum(dtype=torch.float64)
-            # softmax = logits / mass; the division is done on the narrow side of both products
-            torch.mm(logits, weight, out=grad_hidden[start : start + chunk]).div_(mass).sub_(
-                weight[wanted] * inside[:, None]
-            )
-            grad_weight.addmm_(logits.t(), block / mass).index_add_(
-                0, wanted, block * inside[:, None], alpha=-1
-            )
-        ctx.save_for_backward(split.sum(grad_hidden), grad_weight)
+            row_max = shard.all_reduce_max(logits.amax(1, keepdim=True))
+            target_logit = logits.gather(1, rows[:, None]) * mask[:, None]
+            sum_exp = logits.sub_(row_max).exp_().sum(1, keepdim=True)
+            sums = shard.all_reduce_sum(torch.cat([sum_exp, target_logit], 1))
+            sum_exp, target_logit = sums[:, :1], sums[:, 1:]
+            loss += (sum_exp.log() + row_max - target_logit).sum(dtype=torch.float64)
+            # softmax = logits / sum_exp; the division is done on the narrow side of both products.
+            grad_block = torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+            grad_block.div_(sum_exp).sub_(weight[rows] * mask[:, None])
+            grad_weight.addmm_(logits.t(), block / sum_exp)
+            grad_weight.index_add_(0, rows, block * mask[:, None], alpha=-1)
+        ctx.save_for_backward(shard.all_reduce_sum(grad_hidden), grad_weight)
         return loss.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grads[0],
-            grad_weight.mul_(grads[0]),
-            None,
-            None,
-        )  # in place: it is as large as the table, and autograd refuses a second time
+        # The weight's gradient is scaled in place, for it is as large as the table; autograd
+        # refuses a second backward.
+        return grad_hidden * grads[0], grad_weight.mul_(grads[0]), None, None
 
 
 def full_softmax_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, split: Split | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: ItemShard | None = None
 ) -> Tensor:
-    """Summed cross-entropy of hidden fp32 [R, d] against the n rows of a table; targets int64 [R]. Once differentiable.
+    """Summed cross-entropy of hidden fp32 [R, d] against the n rows of an item table.
 
-    weight fp32: the whole table [n, d], or with `split` this part's rows of it; the loss and the gradient of `hidden` are then those of the whole.
+    targets int64 [R]; weight fp32: the whole table [n, d], or with `shard` the rows of
+    that shard, where the loss and the gradient of `hidden` are those of the whole
+    table. Once differentiable.
     """
-    return _FullSoftmaxLoss.apply(hidden, weight, targets, split or Split(len(weight)))  # type: ignore[no-any-return]
+    loss = _FullSoftmaxLoss.apply(hidden, weight, targets, shard or ItemShard(len(weight)))  # type: ignore[no-untyped-call]
+    return cast(Tensor, loss)

@@ -1,4 +1,7 @@
-"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item a line), in chronological order."""
+"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item a line).
+
+Both are in chronological order.
+"""
 
 from __future__ import annotations
 
@@ -9,70 +12,86 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.formats.delimited import open_text
-from ilrec_dist.data.formats.lines import line_blocks
-from ilrec_dist.data.formats.source import Rejects, Source
-from ilrec_dist.data.formats.tables import read_item_table, table_files
+from ilrec_dist.data.reading.columns import UniqueIds
+from ilrec_dist.data.reading.item_table import read_item_table
+from ilrec_dist.data.reading.lines import line_blocks
+from ilrec_dist.data.reading.source import Format, Rejects, Source
+from ilrec_dist.data.reading.streams import open_text
+from ilrec_dist.data.reading.table_files import item_files
 
 
 def sequences_files(config: DataConfig) -> list[Path]:
     """The sequences and the item table (`data.items_path`), which these formats lack."""
-    return table_files(config)
+    return [require_file(config.path or "", "data.path"), *item_files(config)]
 
 
 def read_sequences(config: DataConfig) -> Source:
-    """SASRec's form where the first line has two numbers, S3Rec's where it has more."""
-    path = require_file(config.path or "", "data.path")
+    """SASRec's form where the first line has two fields, S3Rec's where it has more."""
+    path, *items = sequences_files(config)
     with open_text(path) as file:
-        first: list[str] = next((line.split() for line in file if line.strip()), [])
+        first_line: list[str] = next((line.split() for line in file if line.strip()), [])
     return Source(
         path,
         timed=False,
-        batches=lambda rejects: _batches(path, len(first) == 2, rejects),
-        item_table=lambda: read_item_table(config),
+        batches=lambda rejects: _batches(path, len(first_line) == 2, rejects),
+        item_table=lambda: read_item_table(items[0]) if items else None,
+        item_file=items[0] if items else None,
     )
 
 
 def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBatch]:
+    """The file's interactions. pairs: a line has a user and one item."""
+    expected = "a user and " + ("an item, as in the first line" if pairs else "its items")
+    users_seen = UniqueIds(lambda *repeat: _is_table(path, *repeat))
     for block, first_line in line_blocks(path):
-        lines = (
-            pc.split_pattern(
-                pa.array([block], pa.large_binary()).cast(pa.large_string()), "\n"
-            ).values
-            if _is_text(block)
-            else None
-        )
-        if lines is None:
-            texts = [
-                _decoded(path, line, number, rejects)
-                for number, line in enumerate(block.split(b"\n"), first_line)
-            ]
-            lines = pa.array(texts, pa.large_string())
-        fields = pc.split_pattern(
-            pc.ascii_trim_whitespace(pc.replace_substring_regex(lines, "[ \t\r]+", " ")), " "
-        )
+        lines = _lines(path, block, first_line, rejects)
+        spaced = pc.replace_substring_regex(lines, "[ \t\r]+", " ")
+        fields = pc.split_pattern(pc.ascii_trim_whitespace(spaced), " ")
         counts = pc.list_value_length(fields).to_numpy(zero_copy_only=False).astype(np.int64)
-        counts[
-            pc.equal(pc.binary_length(pc.ascii_trim_whitespace(lines)), 0).to_numpy(
-                zero_copy_only=False
-            )
-        ] = 0
+        blank = pc.equal(pc.binary_length(pc.ascii_trim_whitespace(lines)), 0)
+        counts[blank.to_numpy(zero_copy_only=False)] = 0
         bad = ((counts != 2) if pairs else (counts < 2)) & (counts != 0)
         for row in np.flatnonzero(bad).tolist():
-            reason = f"{counts[row]} fields, expected a user and {'an item, as in the first line' if pairs else 'its items'}"
+            reason = f"{counts[row]} fields, expected {expected}"
             rejects.add(path, first_line + row, reason, lines[row].as_py())
-        fields = fields.filter(pa.array((counts > 0) & ~bad))
-        if len(fields):
-            parents = pc.list_parent_indices(fields).to_numpy()
-            flat = pc.list_flatten(fields)
-            offset = np.ones(len(flat), bool)
-            offset[np.flatnonzero(np.diff(parents, prepend=-1))] = (
-                False  # the first field of a line is the user
-            )
-            users = pc.list_element(fields, 0).take(pa.array(parents[offset]))
-            yield pa.record_batch({"user": users, "item": flat.filter(pa.array(offset))})
+        good = (counts > 0) & ~bad
+        fields = fields.filter(pa.array(good))
+        if len(fields) == 0:
+            continue
+        line_users = pc.list_element(fields, 0)
+        if not pairs:
+            users_seen.add(line_users, first_line + np.flatnonzero(good))
+        parents = pc.list_parent_indices(fields).to_numpy()
+        # The first field of a line is the user, all others are items.
+        is_item = np.ones(len(parents), bool)
+        is_item[np.flatnonzero(np.diff(parents, prepend=-1))] = False
+        users = line_users.take(pa.array(parents[is_item]))
+        items = pc.list_flatten(fields).filter(pa.array(is_item))
+        yield pa.record_batch({"user": users, "item": items})
+    users_seen.check()
+
+
+def _is_table(path: Path, user: str, first: int, second: int) -> UserError:
+    """The error where a user begins two lines: then the lines are rows of a table."""
+    return UserError(
+        f"{path}: line {second}: user {user!r} begins line {first} too, but S3Rec's form has one "
+        f"line a user with all its items; for rows of user, item, rating and time name the file "
+        f"u.data and use data.format movielens (tab-separated), or give it a header line and use "
+        f"data.format csv"
+    )
+
+
+def _lines(path: Path, block: bytes, first_line: int, rejects: Rejects) -> pa.Array:
+    """The lines of a block as strings; those that are no text go to `rejects` and are empty."""
+    if _is_text(block):
+        whole = pa.array([block], pa.large_binary()).cast(pa.large_string())
+        return pc.split_pattern(whole, "\n").values
+    lines = enumerate(block.split(b"\n"), first_line)
+    texts = [_decoded(path, line, number, rejects) for number, line in lines]
+    return pa.array(texts, pa.large_string())
 
 
 def _is_text(block: bytes) -> bool:
@@ -89,3 +108,6 @@ def _decoded(path: Path, line: bytes, number: int, rejects: Rejects) -> str:
     except UnicodeDecodeError:
         rejects.add(path, number, "not UTF-8 text", line.decode("utf-8", "replace"))
         return ""
+
+
+FORMAT = Format(read_sequences, sequences_files, settings=frozenset({"path", "items_path"}))

@@ -1,4 +1,4 @@
-"""Reading spread over a Ray cluster: files are parsed where there are cores free, and their batches come back in the order of the files."""
+"""Reading spread over a Ray cluster: files are parsed where cores are free, and come in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.data.formats.source import Rejects
+from ilrec_dist.data.reading.source import Rejects
 
 ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
 
@@ -19,10 +19,13 @@ ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
 def spread_batches(
     files: list[Path], read_file: ReadFile, rejects: Rejects
 ) -> Iterator[pa.RecordBatch]:
-    """The batches of read_file(file) of all files, parsed by Ray Data, one task a file, in the order of `files`: what reading them one by one gives.
+    """Yield the batches of read_file(file) of all files, in the order of `files`.
 
-    Ray must be connected, and every node must see the files under the same paths. Raises UserError as read_file does.
+    Ray Data parses them, one task a file; the result is what reading them one by one gives.
+    Ray must be connected, and every node must see the files under the same paths. Raises
+    UserError as read_file does.
     """
+    # Ray is heavy, and reading on one machine does not need it.
     import ray
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -34,9 +37,9 @@ def spread_batches(
     parsed.context.execution_options.preserve_order = True
     parsed.context.enable_progress_bars = False
     for table in parsed.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for batch, bad, error in zip(
-            *(table.column(name) for name in ("batch", "rejects", "error")), strict=True
-        ):  # type: ignore[union-attr]
+        assert isinstance(table, pa.Table)
+        columns = (table.column(name) for name in ("batch", "rejects", "error"))
+        for batch, bad, error in zip(*columns, strict=True):
             rejects.absorb(json.loads(bad.as_py()))
             if error.is_valid:
                 raise UserError(error.as_py())
@@ -45,17 +48,20 @@ def spread_batches(
 
 
 def _parse(names: pa.Table, read_file: ReadFile, allowed: int) -> Iterator[pa.Table]:
-    """One row for each batch of a file – the batch as an Arrow stream and the bad rows met on the way – and one for what came after the last."""
+    """One row for each batch of a file, and one for what came after the last.
+
+    A row has the batch as an Arrow stream and the bad rows that were met on the way to it.
+    """
     for name in names.column("file").to_pylist():
-        rejects, told = Rejects(allowed), 0
+        rejects, reported = Rejects(allowed), 0
         error = None
         try:
             for batch in read_file(Path(name), rejects):
-                yield _row(batch, rejects.rows[told:], None)
-                told = len(rejects.rows)
+                yield _row(batch, rejects.rows[reported:], None)
+                reported = len(rejects.rows)
         except UserError as refused:
             error = str(refused)
-        yield _row(None, rejects.rows[told:], error)
+        yield _row(None, rejects.rows[reported:], error)
 
 
 def _row(

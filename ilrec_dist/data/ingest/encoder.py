@@ -1,4 +1,7 @@
-"""Ids → dense integer codes, a column at a time, in hash tables that are each small enough for the processor's cache."""
+"""Ids → dense integer codes, a column at a time.
+
+The hash tables are each small enough for the processor's cache.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,20 @@ import pyarrow.compute as pc
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.ingest.threads import cores
 
-PARTS = 256  # 10⁷ ids: 40,000 a part
-PART_IDS = 2**31 // PARTS  # more have no int32 code
-GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio: multiplied by it, neighbours come to lie far apart
+# Hash tables. Of 10⁷ ids each has 40,000.
+PARTS = 256
+# Ids of one part that have an int32 code.
+PART_IDS = 2**31 // PARTS
+# 2⁶⁴ over the golden ratio: multiplied by it, neighbours come to lie far apart.
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Encoder:
-    """Ids (strings or integers) → int32 codes. An id's part follows from a hash of all its bytes, its code from its part and when it was first met there.
+    """Ids (strings or integers) → int32 codes.
 
-    One table of 10⁷ ids costs a cache miss a row; 256 small ones do not, and can be worked on by as many threads as there are cores.
+    An id's part follows from a hash of all its bytes, its code from its part and from when it
+    was first met there. One table of 10⁷ ids costs a cache miss a row; 256 small ones do not,
+    and can be worked on by as many threads as there are cores.
     """
 
     def __init__(self) -> None:
@@ -30,9 +38,14 @@ class Encoder:
         return sum(0 if part is None else len(part) for part in self.parts)
 
     def encode(self, column: pa.Array) -> np.ndarray:
-        """int32 codes of a column without nulls, [len(column)]; not dense: `ranks` numbers them. Raises UserError when there are too many for int32."""
+        """int32 codes of a column without nulls, [len(column)].
+
+        They are not dense: `ranks` numbers them. Raises UserError when there are too many for
+        int32.
+        """
         if pa.types.is_string(column.type):
-            column = column.cast(pa.large_string())  # 2³¹ bytes of ids are reached with 10⁸ users
+            # 10⁸ users have more than the 2³¹ bytes of ids that a string array holds.
+            column = column.cast(pa.large_string())
         if len(column) == 0:
             return np.zeros(0, np.int32)
         part = _parts(column)
@@ -44,12 +57,13 @@ class Encoder:
         def encode_part(number: int) -> None:
             piece = column.slice(bounds[number], bounds[number + 1] - bounds[number])
             known = self.parts[number]
-            encoded = (
-                piece if known is None else pa.concat_arrays([known, piece])
-            ).dictionary_encode()  # the known ids come first: they keep their codes
+            # The known ids come first, so they keep their codes.
+            ids = piece if known is None else pa.concat_arrays([known, piece])
+            encoded = ids.dictionary_encode()
             if len(encoded.dictionary) > PART_IDS:
                 raise UserError(
-                    f"more than {len(self):,} distinct users or items, and {PARTS * PART_IDS:,} is the most that can be numbered; split the data"
+                    f"more than {len(self):,} distinct users or items, and {PARTS * PART_IDS:,} "
+                    f"is the most that can be numbered; split the data"
                 )
             local = encoded.indices.to_numpy(zero_copy_only=False)[
                 0 if known is None else len(known) :
@@ -61,7 +75,10 @@ class Encoder:
         return codes
 
     def ranks(self) -> tuple[np.ndarray, pa.Array]:
-        """(int32 rank of every code, ids as strings in rank order): by value where all ids are plain integers, else by string."""
+        """(int32 rank of every code, ids as strings in rank order).
+
+        The order is by value where all ids are plain integers, else by string.
+        """
         parts = [(number, part) for number, part in enumerate(self.parts) if part is not None]
         if not parts:
             return np.zeros(0, np.int32), pa.array([], pa.large_string())
@@ -74,25 +91,25 @@ class Encoder:
 
 
 def _parts(column: pa.Array) -> np.ndarray:
-    """uint8 part of every id: a function of its value (integers) or of all its bytes (strings)."""
+    """uint8 part of every id, from its value (integers) or from all its bytes (strings)."""
     if pa.types.is_integer(column.type):
         return _mixed(column.to_numpy(zero_copy_only=False).astype(np.uint64))
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int64, len(column) + 1, column.offset * 8)
     lengths, stops = np.diff(bounds), bounds[1:] - bounds[0]
-    padded = np.zeros(int(stops[-1]) + 8, np.uint8)  # 8 zeros before the first id
+    # Eight zeros stand before the first id.
+    padded = np.zeros(int(stops[-1]) + 8, np.uint8)
     padded[8:] = np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]]
-    words = np.ndarray(
-        len(padded) - 7, "<u8", padded.data, strides=(1,)
-    )  # [i]: the 8 bytes before byte i of the ids
+    # words[i]: the 8 bytes before byte i of the ids.
+    words: np.ndarray = np.ndarray(len(padded) - 7, "<u8", padded.data, strides=(1,))
     key = lengths.astype(np.uint64)
-    rows: np.ndarray | slice = slice(
-        None
-    )  # of ids with bytes left to add, 8 at a time from the end
+    # The ids that have bytes left to add, 8 at a time from the end.
+    rows: np.ndarray | slice = slice(None)
     factor, back = 1, 0
     longest = int(lengths.max())
     while back < longest:
-        foreign = np.maximum(back + 8 - lengths[rows], 0) * 8  # bits of the id before
+        # Bits of the word that belong to the id before.
+        foreign = np.maximum(back + 8 - lengths[rows], 0) * 8
         factor = factor * GOLDEN % 2**64
         key[rows] += (words[stops[rows] - back] >> foreign.astype(np.uint64)) * np.uint64(factor)
         back += 8
@@ -105,7 +122,8 @@ def _parts(column: pa.Array) -> np.ndarray:
 
 
 def _mixed(key: np.ndarray) -> np.ndarray:
-    return (key * np.uint64(GOLDEN) >> np.uint64(56)).astype(np.uint8)  # 8 bits: PARTS
+    # The upper 8 bits are one of PARTS numbers.
+    return (key * np.uint64(GOLDEN) >> np.uint64(56)).astype(np.uint8)
 
 
 def _order(values: pa.Array) -> pa.Array:
@@ -117,5 +135,6 @@ def _order(values: pa.Array) -> pa.Array:
     digits = pc.binary_length(values)
     if pc.max(digits).as_py() <= 18:
         return pc.sort_indices(values.cast(pa.int64()))
-    by_value = [("digits", "ascending"), ("id", "ascending")]  # beyond int64
+    # Beyond int64, integers are in order of their number of digits, then as strings.
+    by_value = [("digits", "ascending"), ("id", "ascending")]
     return pc.sort_indices(pa.table({"digits": digits, "id": values}), by_value)

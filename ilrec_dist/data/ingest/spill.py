@@ -1,7 +1,8 @@
-"""Interactions → sorted, filtered integers with memory that does not grow with their number: columns are spilled to disk and streamed.
+"""Interactions → sorted, filtered integers, in memory that does not grow with their number.
 
-The order of work: ids become dense codes while reading; rows are split into ranges of users and sorted by (user, time, file order);
-exact repeats go; the k-core is iterated to its fixed point over the sorted rows.
+Columns are spilled to disk and streamed. The order of work: ids become dense codes while
+reading; rows are split into ranges of users and sorted by (user, time, file order); exact
+repeats go; the k-core is iterated to its fixed point over the sorted rows.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import pyarrow as pa
 from ilrec_dist.data.ingest.encoder import Encoder
 from ilrec_dist.data.ingest.threads import ordered_map
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # user, item, time or None
+# User, item, and time or None.
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
-CHUNK_ROWS = (
-    2_000_000  # rows worked on at once, by each thread; about 100 MB with the sort's scratch
-)
+# Rows that each thread works on at once: about 100 MB with what a sort needs besides.
+CHUNK_ROWS = 2_000_000
 
 
 @dataclass
 class Spill:
-    """Rows as raw columns on disk: user int32, item int32 and, if timed, time int64. Files are open only while rows are added."""
+    """Rows as raw columns on disk: user int32, item int32 and, if timed, time int64.
+
+    Files are open only while rows are added.
+    """
 
     folder: Path
     timed: bool
@@ -73,7 +77,11 @@ def spill_batches(
     items: Encoder,
     rows: int = CHUNK_ROWS,
 ) -> None:
-    """Encode and spill a stream of batches, gathered to `rows` or half as many as there are users: an encoder passes over its ids each time."""
+    """Encode and spill a stream of batches.
+
+    They are gathered to `rows`, or to half as many as there are users where that is more,
+    because an encoder passes over its ids each time.
+    """
     pending: list[pa.RecordBatch] = []
 
     def flush() -> None:
@@ -98,17 +106,19 @@ def _one(table: pa.Table, name: str) -> pa.Array:
 def sort_rows(
     source: Spill, out: Spill, user_rank: np.ndarray, item_rank: np.ndarray, rows: int = CHUNK_ROWS
 ) -> int:
-    """Rows of `source` with users and items replaced by their ranks, sorted by (user, time, file order), exact repeats dropped.
+    """Write the rows of `source` to `out`, sorted by (user, time, file order).
 
-    A repeat is the same user, item and time; rows without times are never repeats. `source` is deleted. Returns the repeats dropped.
+    Users and items are replaced by their ranks. Exact repeats (the same user, item and time)
+    are dropped; rows without times are never repeats. `source` is deleted. Returns the number
+    of repeats that were dropped.
     """
     counts = np.zeros(user_rank.max(initial=-1) + 1, np.int64)
 
     def count(chunk: tuple[int, int]) -> np.ndarray:
         return np.bincount(user_rank[source.read(*chunk)[0]], minlength=len(counts))
 
-    for found in ordered_map(count, source.ranges(rows)):
-        counts += found
+    for chunk_counts in ordered_map(count, source.ranges(rows)):
+        counts += chunk_counts
     bucket_of = ((np.cumsum(counts) - counts) // rows).astype(
         np.uint16 if source.rows < 65536 * rows else np.int32
     )
@@ -154,7 +164,11 @@ def _slice(rows: Rows, chosen: slice | np.ndarray) -> Rows:
 
 
 def stable_order(key: np.ndarray) -> np.ndarray:
-    """np.argsort(key, kind="stable") of integers; where key and place fit into 63 bits together by sorting both as one number, many times as fast."""
+    """np.argsort(key, kind="stable") of integers.
+
+    Where key and row number fit into 63 bits together, both are sorted as one number, which is
+    many times as fast.
+    """
     if len(key) == 0:
         return np.zeros(0, np.int64)
     low, bits = int(key.min()), int(len(key) - 1).bit_length()
@@ -166,7 +180,10 @@ def stable_order(key: np.ndarray) -> np.ndarray:
 
 
 def _repeats(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """bool: rows that occur earlier with the same user, item and time. Rows come sorted by (user, time), so repeats lie in runs of equal keys."""
+    """bool: rows that occur earlier with the same user, item and time.
+
+    Rows come sorted by (user, time), so repeats lie in runs of equal keys.
+    """
     repeat = np.zeros(len(user), bool)
     same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
     in_run = np.zeros(len(user), bool)
@@ -178,7 +195,8 @@ def _repeats(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray
     starts = np.ones(len(rows), bool)
     starts[1:] = (rows[1:] != rows[:-1] + 1) | ~same[rows[1:] - 1]
     run = np.cumsum(starts)
-    order = np.lexsort((item[rows], run))  # stable: the earlier of two equal rows stays first
+    # The sort is stable: the earlier of two equal rows stays first.
+    order = np.lexsort((item[rows], run))
     equal = (run[order][1:] == run[order][:-1]) & (item[rows][order][1:] == item[rows][order][:-1])
     repeat[rows[order[1:][equal]]] = True
     return repeat
@@ -186,10 +204,12 @@ def _repeats(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True)
 class Core:
-    """What the k-core keeps: bool per user rank and item rank, and how many rounds it took."""
+    """What the k-core keeps."""
 
+    # bool per user rank and per item rank.
     users: np.ndarray
     items: np.ndarray
+    # Interactions that are kept, and rounds it took.
     rows: int
     rounds: int
 
@@ -202,15 +222,17 @@ def k_core(
     min_item: int,
     chunk: int = CHUNK_ROWS,
 ) -> Core:
-    """The largest set of interactions in which every user has at least `min_user` and every item at least `min_item` of them.
+    """The largest set of interactions with `min_user` a user and `min_item` an item at least.
 
-    Repeated interactions of one pair count each time. Streams over the rows, which are sorted by user, once a round until nothing more goes.
+    Repeated interactions of one pair count each time. The rows, which are sorted by user, are
+    streamed once a round until nothing more goes.
     """
     users, items = np.ones(num_users, bool), np.ones(num_items, bool)
 
     def count(range_: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
         user, item, _ = rows.read(*range_)
-        first = int(user[0])  # rows are sorted by user: a chunk's users are a range
+        # Rows are sorted by user, so a chunk's users are a range.
+        first = int(user[0])
         if not (users.all() and items.all()):
             alive = users[user] & items[item]
             user, item = user[alive], item[alive]

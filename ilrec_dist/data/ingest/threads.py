@@ -1,4 +1,7 @@
-"""Work that overlaps in threads – numpy's sorts, Arrow and files release the interpreter's lock – with little in flight and results in order."""
+"""Work that overlaps in threads, with little in flight and results in order.
+
+NumPy's sorts, Arrow and files release the interpreter's lock.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def cores() -> int:
 def ordered_map(
     function: Callable[[A], B], items: Iterable[A], workers: int | None = None
 ) -> Iterator[B]:
-    """function(item) of each item in order, `workers` (all cores) at a time; at most that many results wait for the consumer."""
+    """Yield function(item) of each item in order, `workers` (all cores) at a time.
+
+    At most that many results wait for the consumer.
+    """
     workers = workers or cores()
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[B]] = deque()
@@ -39,7 +45,10 @@ def ordered_map(
 
 
 def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
-    """The same items, made in a thread at most `count` before their use; an error there is raised here."""
+    """Yield the same items, made in a thread at most `count` before their use.
+
+    An error there is raised here.
+    """
     ready: queue.Queue[tuple[A | None, BaseException | None]] = queue.Queue(count)
     stopped = threading.Event()
 
@@ -57,7 +66,8 @@ def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
                     return
                 put(item, None)
             put(None, StopIteration())
-        except BaseException as error:  # handed to the consumer
+        except BaseException as error:
+            # The consumer raises it.
             put(None, error)
 
     thread = threading.Thread(target=work, daemon=True, name="ahead")
@@ -70,7 +80,8 @@ def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]
-            item = None  # the next is waited for without holding this one
+            # The next item is waited for without holding this one.
+            item = None
     finally:
         stopped.set()
         thread.join()

@@ -1,20 +1,31 @@
-"""`data.format: synthetic`: a generated shop whose true next-item distribution is known, so that results can be held against the best possible.
+"""`data.format: synthetic`: a generated shop whose true next-item distribution is known.
 
-Items. Every category holds kinds of about twenty items; items have Zipf popularity pop(v) ∝ 1/(rank + 5)^0.9, ranks dealt out at random. A title names maker,
-finish, kind and model; the text adds words of the category and the kind. q_G(v) is popularity within kind G.
+So results can be held against the best possible.
 
-Histories. With last item i of kind g, the item before it j of kind f in category c(f), and S the items already in the history, the next item is drawn from
+Items. Every category holds kinds of about twenty items; items have Zipf popularity
+pop(v) ∝ 1/(rank + 5)^0.9, ranks dealt out at random. A title names maker, finish, kind and
+model; the text adds words of the category and the kind. q_G(v) is popularity within kind G.
 
-    p(v | history) = 0.40 · q[ companion(g, mood(c(f))) ]      what goes with the last item depends on what came before it
-                   + 0.30 · q[ f ]                              the interest before last is taken up again
-                   + 0.15 · q[ a kind of the history, drawn with weight 0.8^(age in items) over all of it ]
-                   + 0.15 · pop                                 anything
+Histories. With last item i of kind g, the item before it j of kind f in category c(f), and S the
+items already in the history, the next item is drawn from
 
-each q and pop restricted to items not in S and renormalised; a kind with no such item left gives its weight to pop. mood maps categories to three
-moods; companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for the second, f = g. So no item repeats, the
-distribution is a function of the history alone (`bayes_scores`), and counting consecutive pairs sees companions only averaged over moods, and the
-return to the interest before last not at all. A user's number of items, independent of which they are, is 5 + a geometric variable, at most 50.
-The generator is part of the data's definition: another one needs another GENERATOR_VERSION.
+    p(v | history) = 0.40 · q[ companion(g, mood(c(f))) ]
+                   + 0.30 · q[ f ]
+                   + 0.15 · q[ a kind of the history ]
+                   + 0.15 · pop
+
+The first term says that what goes with the last item depends on what came before it; the second
+takes up the interest before last again; the kind of the third is drawn from the whole history
+with weight 0.8^(age in items). Each q and pop is restricted to items not in S and renormalised;
+a kind with no such item left gives its weight to pop. mood maps categories to three moods;
+companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for
+the second, f = g.
+
+So no item repeats, the distribution is a function of the history alone (`bayes_scores`), and
+counting consecutive pairs sees companions only averaged over moods, and the return to the
+interest before last not at all. A user's number of items, independent of which they are, is 5
+plus a geometric variable, at most 50. The generator is part of the data's definition: another
+one needs another GENERATOR_VERSION.
 """
 
 from __future__ import annotations
@@ -26,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.manifest import verified
 from ilrec_dist.data.config import SyntheticConfig
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.data.synthetic.words import item_words
@@ -37,17 +49,22 @@ MOODS = 3
 KIND_SIZE = 20
 ZIPF_SHIFT, ZIPF_EXPONENT = 5.0, 0.9
 SHORTEST, LONGEST = 5, 50
-SCORE_ROWS = 512  # users scored at once
+# Users that are scored at once.
+SCORE_ROWS = 512
 
 
 @dataclass(frozen=True)
 class TrueModel:
     """The generator's parameters; everything that p(next | history) depends on."""
 
-    popularity: np.ndarray  # float64 [n], sums to 1
-    kind: np.ndarray  # int64 [n] kind of an item
-    mood: np.ndarray  # int64 [K] mood of the category that a kind belongs to
-    companion: np.ndarray  # int64 [MOODS, K]
+    # float64 [n], sums to 1.
+    popularity: np.ndarray
+    # int64 [n]: the kind of an item.
+    kind: np.ndarray
+    # int64 [K]: the mood of the category that a kind belongs to.
+    mood: np.ndarray
+    # int64 [MOODS, K]: the kind that goes with a kind.
+    companion: np.ndarray
 
     def save(self, path: str | Path) -> None:
         np.savez(
@@ -66,7 +83,10 @@ class TrueModel:
             )
 
     def next_probabilities(self, histories: list[np.ndarray]) -> np.ndarray:
-        """float64 [len(histories), n]: p(v | history), rows sum to 1; a history is a non-empty array of item indices, oldest first."""
+        """float64 [len(histories), n]: p(v | history); rows sum to 1.
+
+        A history is a non-empty array of item numbers, oldest first.
+        """
         members = self._members()
         result = np.empty((len(histories), len(self.popularity)))
         for row, history in zip(result, histories, strict=True):
@@ -101,11 +121,15 @@ class TrueModel:
 
 
 def draw_model(config: SyntheticConfig) -> TrueModel:
-    """The catalogue's parameters from the seed. Raises UserError when there are fewer items than categories."""
+    """The catalogue's parameters from the seed.
+
+    Raises UserError when there are fewer items than categories.
+    """
     fewest = max(config.categories, 2 * SHORTEST)
     if config.items < fewest:
         raise UserError(
-            f"data.synthetic.items: {config.items} items for {config.categories} categories; expected at least {fewest}"
+            f"data.synthetic.items: {config.items} items for {config.categories} categories; "
+            f"expected at least {fewest}"
         )
     random = np.random.default_rng([config.seed, GENERATOR_VERSION, 0])
     kinds_per_category = max(1, config.items // config.categories // KIND_SIZE)
@@ -121,7 +145,11 @@ def draw_model(config: SyntheticConfig) -> TrueModel:
 
 
 def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(items int32 [T], offsets int64 [users + 1]), all users one step at a time: component, then kind, then an item until an unseen one comes."""
+    """(items int32 [T], offsets int64 [users + 1]).
+
+    All users are drawn one step at a time: the component, then the kind, then items until an
+    unseen one comes.
+    """
     random = np.random.default_rng([config.seed, GENERATOR_VERSION, 1])
     users, n = config.users, len(model.popularity)
     shortest = min(SHORTEST, int(config.mean_length))
@@ -144,7 +172,8 @@ def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarra
             [model.companion[model.mood[before], last], before, habit, np.full(len(active), -1)],
         )
         seen_of_kind = (model.kind[past] == kind[:, None]).sum(axis=1)
-        kind[(kind >= 0) & (seen_of_kind == draw.sizes[kind])] = -1  # nothing left of it: anything
+        # Of a kind of which nothing is left, anything is drawn.
+        kind[(kind >= 0) & (seen_of_kind == draw.sizes[kind])] = -1
         chosen = np.full(len(active), -1, np.int64)
         while (open_ := np.flatnonzero(chosen < 0)).size:
             candidate = draw.of_kind(random, kind[open_])
@@ -174,9 +203,8 @@ class _KindSampler:
         last = np.where(kind < 0, len(self.order), self.stops[kind]) - 1
         low = np.where(first > 0, self.cumulative[first - 1], 0.0)
         point = low + random.random(len(kind)) * (self.cumulative[last] - low)
-        return self.order[
-            np.clip(np.searchsorted(self.cumulative, point, side="right"), first, last)
-        ]
+        place = np.clip(np.searchsorted(self.cumulative, point, side="right"), first, last)
+        return np.asarray(self.order[place])
 
 
 def item_table(model: TrueModel, config: SyntheticConfig) -> pa.Table:
@@ -191,16 +219,18 @@ def item_table(model: TrueModel, config: SyntheticConfig) -> pa.Table:
 def bayes_scores(
     folder: str | Path, dataset: InteractionDataset, users: np.ndarray, split: str = "test"
 ) -> np.ndarray:
-    """float32 [len(users), num_items]: the generator's probability of every item after the history that `split` ("validation", "test") may see.
+    """float32 [len(users), num_items]: the generator's probability of every item.
 
-    Items already in the history have probability 0. Raises UserError when the folder was not prepared with format synthetic.
+    It is that after the history which `split` ("validation", "test") may see; items in the
+    history have probability 0. Raises UserError when the folder was not prepared with format
+    synthetic.
     """
     path = Path(folder) / "true_model.npz"
     if not path.exists():
         raise UserError(
             f"{path}: no such file; only data.format synthetic has a known true distribution"
         )
-    model = TrueModel.load(path)
+    model = TrueModel.load(verified(folder, path.name))
     stops = dataset.history_stop(split, users)
     scores = np.empty((len(users), dataset.num_items), np.float32)
     for start in range(0, len(users), SCORE_ROWS):

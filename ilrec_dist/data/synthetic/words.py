@@ -1,4 +1,4 @@
-"""Words for the generated shop: titles and texts that carry an item's category, its kind, and something of its own."""
+"""Words for the generated shop: titles and texts that carry an item's category and kind."""
 
 from __future__ import annotations
 
@@ -204,7 +204,10 @@ FINISHES = [
 
 
 def item_words(kind: np.ndarray, kinds_per_category: int, seed: int) -> tuple[list[str], list[str]]:
-    """(titles, texts) of items with these kinds, int [n]; beyond the twenty named categories and five kinds, names carry a number."""
+    """(titles, texts) of items with these kinds, int [n].
+
+    Beyond the twenty named categories and five kinds, names carry a number.
+    """
     random = np.random.default_rng([seed, 2])
     makers, finishes = (
         random.integers(len(MAKERS), size=len(kind)),

@@ -189,7 +189,9 @@ def _limits(values: Sequence[float], share: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if share or 0 <= low < 0.4 * high:
         low = 0.0
-    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    # Values that differ by rounding alone are drawn as a constant.
+    is_constant = high - low <= 1e-9 * max(abs(low), abs(high))
+    margin = (abs(high) * 0.1 or 1.0) if is_constant else 0.06 * (high - low)
     if low != 0.0:
         low -= margin
     return low, min(1.0, high + margin) if share and high <= 1.0 else high + margin

@@ -1,0 +1,1 @@
+"""The steps of one chunk of rows, in the order in which the loop takes them."""

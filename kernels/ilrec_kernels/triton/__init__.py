@@ -1,0 +1,1 @@
+"""Triton kernels, what they exchange with the host, and the forms in which they are compiled."""
