@@ -9,6 +9,7 @@ import torch
 
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
@@ -28,11 +29,25 @@ def cf_stage(config: Config) -> Stage:
         after=("prepare",),
         settings=stage_settings(config, "cf"),
         output=RunFolders(config.run_dir).cf,
-        run=lambda: train_by_workers(config) if config.cf.split_table else train_here(config),
+        run=lambda: train_cf_models(config),
     )
 
 
-def train_here(config: Config) -> str | None:
+def train_cf_models(config: Config) -> str | None:
+    """Train all models; returns what the full one came to."""
+    if config.cf.split_table:
+        train_by_workers(config)
+    else:
+        train_here(config)
+    models = read_json_object(RunFolders(config.run_dir).cf / "report.json")["models"]
+    full = models["full"]
+    return (
+        f"{len(models)} models; the full one: {full['users']:,} users, validation NDCG@10 "
+        f"{full['validation_ndcg@10']:.4f} after {full['best_epoch']} epochs"
+    )
+
+
+def train_here(config: Config) -> None:
     artifacts = RunArtifacts(config)
     # launch.device is that of the workers; this process may have no GPU where they have.
     device = resolve_device(config.launch) if torch.cuda.is_available() else "cpu"
@@ -41,10 +56,9 @@ def train_here(config: Config) -> str | None:
         train_cf(config.cf, artifacts.training, None, artifacts.folders.cf, progress, device)
     # The workers may share the GPU.
     torch.cuda.empty_cache()
-    return None
 
 
-def train_by_workers(config: Config) -> str | None:
+def train_by_workers(config: Config) -> None:
     """Train with the item table split over the workers; their epochs are shown here."""
     folders, stop = RunFolders(config.run_dir), threading.Event()
     shutil.rmtree(folders.cf_work, ignore_errors=True)
@@ -64,4 +78,3 @@ def train_by_workers(config: Config) -> str | None:
         stop.set()
         follow.join()
         shutil.rmtree(folders.cf_work, ignore_errors=True)
-    return None
