@@ -1,8 +1,9 @@
 """Files: reading inputs with errors that name the place, atomic writes, locks, SHA-256.
 
-What a process writes appears whole or not at all: `atomic_file` for one file, `write_text` and
-`write_json` for short ones, `committed_folder` for a folder. `file_lock` and `acquire_lock` are
-the only locks, `sha256_file` and `sha256_files` the only hashes of files.
+What a process writes appears whole or not at all: `atomic_file` for one file,
+`write_text` and `write_json` for short ones, `committed_folder` for a folder.
+`file_lock` and `acquire_lock` are the only locks, `sha256_file` and `sha256_files` the
+only hashes of files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SHOWN_COLUMNS = 500
 
 
 def map_array(path: Path) -> np.ndarray:
-    """Map an .npy file into memory: pages are read when used and shared between processes.
+    """Map an .npy file into memory.
+
+    Pages are read when used and shared between processes.
 
     The array is not to be written to. (The mode is copy-on-write because torch refuses
     read-only memory; the file would not change.)
@@ -62,10 +65,12 @@ def sha256_files(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it replaces `path` when the block ends well.
+    """Yield a path beside `path` to write to.
 
-    If the block raises, the staged file vanishes and what was at `path` stays; a process that
-    is killed leaves it as `.NAME.writing-PID`.
+    It replaces `path` when the block ends well.
+
+    If the block raises, the staged file vanishes and what was at `path` stays; a
+    process that is killed leaves it as `.NAME.writing-PID`.
     """
     path = Path(path)
     staged = path.with_name(f".{path.name}.writing-{os.getpid()}")
@@ -89,10 +94,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def committed_folder(out: str | Path) -> Iterator[Path]:
-    """Yield a sibling folder to write into; it takes the place of `out` when the block ends well.
+    """Yield a sibling folder to write into.
 
-    If the block raises, the sibling vanishes. A reader of `out` sees the old folder, for an
-    instant none, then the new one; never half of either.
+    It takes the place of `out` when the block ends well.
+
+    If the block raises, the sibling vanishes. A reader of `out` sees the old folder,
+    for an instant none, then the new one; never half of either.
     """
     out = Path(out)
     staged = out.with_name(f".{out.name}.writing-{os.getpid()}")
@@ -115,7 +122,10 @@ def clear_leftovers(out: Path) -> None:
 
 
 def put_in_place(staged: Path, out: Path) -> None:
-    """Rename the folder `staged` to `out`, on the same file system; the old folder vanishes."""
+    """Rename the folder `staged` to `out`, on the same file system.
+
+    The old folder vanishes.
+    """
     previous = out.with_name(f".{out.name}.previous-{os.getpid()}")
     try:
         if out.exists():
@@ -179,8 +189,8 @@ def file_lock(path: str | Path, wait: bool = True) -> Iterator[int]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
-    A repeated key is an error, because one of its two values would be lost in silence. Raises
-    UserError naming the file and, for malformed JSON, line and column.
+    A repeated key is an error, because one of its two values would be lost in silence.
+    Raises UserError naming the file and, for malformed JSON, line and column.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -226,8 +236,8 @@ def require_file(path: str | Path, what: str) -> Path:
 def require_columns(path: Path, wanted: Mapping[str, str], present: Sequence[str]) -> None:
     """Check that each wanted column is present exactly once.
 
-    wanted: column name → the configuration key that chose it. Raises UserError naming the
-    nearest column that is present.
+    wanted: column name → the configuration key that chose it. Raises UserError naming
+    the nearest column that is present.
     """
     for name, key in wanted.items():
         if name not in present:

@@ -1,4 +1,7 @@
-"""A large JSON object, key by key; what the streaming parser passes over in silence is refused."""
+"""A large JSON object, key by key.
+
+What the streaming parser passes over in silence is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ ESCAPES = re.compile(
 def stream_json_object(path: Path, strip_keys: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield the (key, value) pairs of a JSON file that holds one object.
 
-    Memory holds one value, and the keys so far. strip_keys: keys lose the blanks around them.
-    A file with NaN or Infinity, which are not JSON but which Python writes, is read whole.
-    Raises UserError naming the file and the line or key, also for an object that has a key
-    twice and for half a surrogate pair.
+    Memory holds one value, and the keys so far. strip_keys: keys lose the blanks around
+    them. A file with NaN or Infinity, which are not JSON but which Python writes, is
+    read whole. Raises UserError naming the file and the line or key, also for an object
+    that has a key twice and for half a surrogate pair.
     """
     seen: dict[str, None] = {}
     repeated: list[str] = []

@@ -1,4 +1,7 @@
-"""The data set as loaded from a prepared folder: all users' items as one array with offsets."""
+"""The data set as loaded from a prepared folder.
+
+All users' items as one array with offsets.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ REPAIR = "remove its folder and run `ilrec prepare` again"
 
 
 class ItemArray(Protocol):
-    """int32 [n] item numbers, read by slice or integers: an array, or `data.reversed`'s."""
+    """int32 [n] item numbers, read by slice or integers.
+
+    An array, or `data.reversed`'s.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Any, /) -> Any: ...
@@ -35,12 +41,16 @@ class ItemArray(Protocol):
 class Strings(Sequence[str]):
     """A column of strings in a Parquet file, read when first looked into.
 
-    It is kept in Arrow: 10⁷ ids cost their bytes, not a Python object each. Going through it
-    reads a row group at a time and keeps nothing. A missing value reads as "".
+    It is kept in Arrow: 10⁷ ids cost their bytes, not a Python object each. Going
+    through it reads a row group at a time and keeps nothing. A missing value reads as
+    "".
     """
 
     def __init__(self, path: Path, name: str, verify: Callable[[Path], None]) -> None:
-        """verify: called with the path before the file is read; raises where it is damaged."""
+        """verify: called with the path before the file is read.
+
+        Raises where it is damaged.
+        """
         self.path, self.name, self.verify = path, name, verify
         with _refused_when_damaged(path):
             self.rows: int = pq.read_metadata(path).num_rows
@@ -84,11 +94,11 @@ class Strings(Sequence[str]):
 class InteractionDataset:
     """All users' chronological items, and where the split cuts them (METHOD.md §9).
 
-    Leave-one-out: of a user's sequence [-1] is the test target, [-2] the validation target,
-    [:-2] training. With `split_positions` (data.split chronological): training is a user's
-    first split_positions[0] interactions, the targets stand at positions split_positions[1]
-    (validation) and split_positions[2] (test), -1 for users who have none. In either case a
-    target's history is all that stands before it.
+    Leave-one-out: of a user's sequence [-1] is the test target, [-2] the validation
+    target, [:-2] training. With `split_positions` (data.split chronological): training
+    is a user's first split_positions[0] interactions, the targets stand at positions
+    split_positions[1] (validation) and split_positions[2] (test), -1 for users who have
+    none. In either case a target's history is all that stands before it.
     """
 
     # int32 [T]: all users' interactions, chronological within a user.
@@ -140,7 +150,10 @@ class InteractionDataset:
         return np.asarray(self.split_positions[1 + row][users], np.int64)
 
     def evaluated(self, split: str) -> np.ndarray:
-        """int64, ascending: the users who have a target in the split and something before it."""
+        """int64, ascending.
+
+        The users who have a target in the split and something before it.
+        """
         return np.flatnonzero(self.target_positions(split) >= 1)
 
     def targets(self, split: str, users: Users = ALL) -> np.ndarray:
@@ -159,9 +172,9 @@ class InteractionDataset:
 def load_dataset(folder: str | Path) -> InteractionDataset:
     """Open what `prepare` wrote.
 
-    Sequences are mapped into memory, ids and texts read when first used. A file's SHA-256 is
-    compared with the manifest before it is read, once a process. Raises UserError when the
-    folder is missing, incomplete, of another version, or damaged.
+    Sequences are mapped into memory, ids and texts read when first used. A file's
+    SHA-256 is compared with the manifest before it is read, once a process. Raises
+    UserError when the folder is missing, incomplete, of another version, or damaged.
     """
     folder = Path(folder)
     manifest_file = folder / MANIFEST

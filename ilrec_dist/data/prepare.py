@@ -41,20 +41,22 @@ def input_files(config: DataConfig) -> list[Path]:
 
 
 def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[str, Any]:
-    """Read, sort, filter and write a data set to the folder `out`; returns its manifest.
+    """Read, sort, filter and write a data set to the folder `out`.
 
-    Files: interactions.parquet has user int32, item int32 and, where the source has times,
-    timestamp int64, sorted by (user, time, file order); users.parquet id and interactions;
-    items.parquet id, title and text. Numbers follow the ids' order: by value where all ids are
-    integers, else by string. sequences.npy int32 [T] and offsets.npy int64 [users + 1] hold
-    the items again, to be mapped into memory; split_positions.npy a chronological split.
-    manifest.json has the counts, `summary` in one line (which is printed too), and the SHA-256
-    of every input and output file.
+    Returns its manifest.
 
-    spread: where `data.path` is a folder of many files, the Ray cluster that this process is
-    connected to parses them; the result is the same bytes. `out` is replaced as a whole.
-    Raises UserError for unreadable input, item texts that fit no item, users too short for
-    leave-one-out, or nothing left by the k-core.
+    Files: interactions.parquet has user int32, item int32 and, where the source has
+    times, timestamp int64, sorted by (user, time, file order); users.parquet id and
+    interactions; items.parquet id, title and text. Numbers follow the ids' order: by
+    value where all ids are integers, else by string. sequences.npy int32 [T] and
+    offsets.npy int64 [users + 1] hold the items again, to be mapped into memory;
+    split_positions.npy a chronological split. manifest.json has the counts, `summary`
+    in one line (which is printed too), and the SHA-256 of every input and output file.
+
+    spread: where `data.path` is a folder of many files, the Ray cluster that this
+    process is connected to parses them; the result is the same bytes. `out` is replaced
+    as a whole. Raises UserError for unreadable input, item texts that fit no item,
+    users too short for leave-one-out, or nothing left by the k-core.
     """
     format_ = load_format(config.format)
     files = format_.files(config)

@@ -1,4 +1,7 @@
-"""What `prepare` tells its user: items without a text, and a summary of what was dropped."""
+"""What `prepare` tells its user.
+
+Items without a text, and a summary of what was dropped.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ def match_items(
 ) -> tuple[pa.Table, dict[str, Any] | None]:
     """(id, title, text) of the kept items, null where unknown, and how ids and rows match.
 
-    item_ids: of all items that were read; kept: bool, those that the k-core leaves. Raises
-    UserError when no kept item has a row.
+    item_ids: of all items that were read; kept: bool, those that the k-core leaves.
+    Raises UserError when no kept item has a row.
     """
     ids = item_ids.filter(pa.array(kept)).cast(pa.string())
     if table is None or table.num_rows == 0:

@@ -1,7 +1,7 @@
 """Training sequences in both directions (`data.both_directions`).
 
-Where the order of items is partly arbitrary, reading backwards too tells a model more of what
-goes together.
+Where the order of items is partly arbitrary, reading backwards too tells a model more
+of what goes together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def both_directions(dataset: InteractionDataset) -> InteractionDataset:
     """The same data with as many users again, whose training items are in reversed order.
 
     User num_users + u has the training items of user u, latest first, all of them for
-    training. Neither validation nor test items are read backwards, and the added users are
-    evaluated in no split. They carry the ids of the users they repeat, so that whatever is
-    decided by id, such as a user's fold (METHOD.md §5), is the same for both. Memory: 40 bytes
-    a user; the items are read from where they lie.
+    training. Neither validation nor test items are read backwards, and the added users
+    are evaluated in no split. They carry the ids of the users they repeat, so that
+    whatever is decided by id, such as a user's fold (METHOD.md §5), is the same for
+    both. Memory: 40 bytes a user; the items are read from where they lie.
     """
     lengths = dataset.train_lengths()
     offsets = np.concatenate([dataset.offsets, dataset.offsets[-1] + np.cumsum(lengths)])
@@ -54,7 +54,9 @@ class ReversedItems:
         return self.size
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """As of a NumPy array: a slice, or integers of any shape, negative from the end.
+        """As of a NumPy array.
+
+        A slice, or integers of any shape, negative from the end.
 
         Raises IndexError outside of the items.
         """

@@ -35,8 +35,8 @@ class Cuts:
 def find_cuts(config: DataConfig, times: Times, rows: int) -> Cuts:
     """Cuts by data.split_dates, or by the shares of data.split_ratio.
 
-    At most the shares lie before each cut: rows of one time are never parted. Raises UserError
-    when nothing would lie before, between or after the cuts.
+    At most the shares lie before each cut: rows of one time are never parted. Raises
+    UserError when nothing would lie before, between or after the cuts.
     """
     low, high = _range(times)
     if config.split_dates is not None:
@@ -65,13 +65,13 @@ def split_positions(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """(int32 [3, U], what the manifest says).
 
-    Rows: the number of training interactions, the positions of the validation and of the test
-    target in the sequence, -1 for none.
+    Rows: the number of training interactions, the positions of the validation and of
+    the test target in the sequence, -1 for none.
 
-    lengths int64 [U]; before int64 [2, U]: interactions before each cut. A target is the user's
-    last item between the cuts (after the second); a user without one there, or with nothing
-    before it, is not evaluated. Raises UserError when no user is left to train on or to
-    evaluate.
+    lengths int64 [U]; before int64 [2, U]: interactions before each cut. A target is
+    the user's last item between the cuts (after the second); a user without one there,
+    or with nothing before it, is not evaluated. Raises UserError when no user is left
+    to train on or to evaluate.
     """
     train, seen = before
     validation = np.where((seen > train) & (seen > 1), seen - 1, -1)
@@ -126,8 +126,8 @@ def _range(times: Times) -> tuple[int, int]:
 def _moment(text: str, latest: int) -> int:
     """A time in the unit of those that are kept.
 
-    Integers are taken as they are, dates (UTC) in the unit in which the latest time is no later
-    than the year 5138.
+    Integers are taken as they are, dates (UTC) in the unit in which the latest time is
+    no later than the year 5138.
     """
     if re.fullmatch("-?[0-9]{1,19}", text):
         return int(text)

@@ -17,8 +17,9 @@ from ilrec_dist.items.lcrec_index import stored_ids
 def export_run(run: Path, form: str, out: Path) -> None:
     """Write the run's data to the new folder `out`, whose name the files carry.
 
-    The LC-Rec triple takes the run's index along where there is one. Raises UserError when the
-    run has no prepared data, or when `out` exists: what is in it might be somebody's.
+    The LC-Rec triple takes the run's index along where there is one. Raises UserError
+    when the run has no prepared data, or when `out` exists: what is in it might be
+    somebody's.
     """
     folders = RunFolders(run)
     if out.exists():
@@ -34,10 +35,10 @@ def export_data(
 ) -> list[str]:
     """Write the prepared `folder` to the folder `out`; returns the names of the files.
 
-    form: a format that has a writer (`write_lcrec`, `write_recbole`). index: index.json in the
-    folder of the index stage, which becomes NAME.index.json of the LC-Rec triple. Reading the
-    files gives the same interactions. Raises UserError for another form, for an index of other
-    items, and for what the format cannot hold.
+    form: a format that has a writer (`write_lcrec`, `write_recbole`). index: index.json
+    in the folder of the index stage, which becomes NAME.index.json of the LC-Rec
+    triple. Reading the files gives the same interactions. Raises UserError for another
+    form, for an index of other items, and for what the format cannot hold.
     """
     write = load_format(form).write if form in NAMES else None
     if write is None:

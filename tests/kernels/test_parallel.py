@@ -16,6 +16,8 @@ from ilrec_kernels import cross_layer_loss, loop
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
 
+pytestmark = pytest.mark.slow
+
 
 def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
     """Run each case with this rank's shard of the head.

@@ -109,6 +109,7 @@ def sized(v: int) -> tuple[list[Case], list[Outcome]]:
     return cases, [reference_by_rows(case, loss_scale=0.1) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_usual_sizes(v, tp):

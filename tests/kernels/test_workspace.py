@@ -123,6 +123,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_resident_memory():
     """Three streams' logits would be 469 MiB.
 

@@ -1,4 +1,6 @@
-"""The table of data formats: every module of this package is one, with its reader and writer.
+"""The table of data formats.
+
+Every module of this package is one, with its reader and writer.
 
 To add a format, add one module that defines `FORMAT = Format(read, files, write)`
 (`ilrec_dist.data.reading.source`); its name is the value of `data.format`.
@@ -18,5 +20,8 @@ NAMES: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_mod
 
 
 def load_format(name: str) -> Format:
-    """The format of that name. Its module is imported now: the configuration needs names only."""
+    """The format of that name.
+
+    Its module is imported now: the configuration needs names only.
+    """
     return cast("Format", importlib.import_module(f"{__name__}.{name}").FORMAT)

@@ -125,7 +125,8 @@ def parse_block(
 ) -> tuple[pa.Table, np.ndarray]:
     """(table of the schema's fields, line number of each row).
 
-    Malformed lines go to `rejects`; only blocks that have some are looked at line by line.
+    Malformed lines go to `rejects`; only blocks that have some are looked at line by
+    line.
     """
     starts, numbers = filled_lines(block)
     numbers += first_line
@@ -219,7 +220,10 @@ def _items(path: Path, key: str) -> pa.Table:
 
 
 def _product(line: bytes) -> Any:
-    """A line of metadata: JSON, or a Python dict as in 2014. Raises ValueError for others."""
+    """A line of metadata: JSON, or a Python dict as in 2014.
+
+    Raises ValueError for others.
+    """
     try:
         return json.loads(line)
     except ValueError:

@@ -1,4 +1,7 @@
-"""CSV tables of interactions with a header line; .tsv is tab-separated, .gz is unpacked."""
+"""CSV tables of interactions with a header line.
+
+.tsv is tab-separated, .gz is unpacked.
+"""
 
 from __future__ import annotations
 

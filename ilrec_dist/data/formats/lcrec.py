@@ -1,4 +1,6 @@
-"""The LC-Rec triple: NAME.inter.json (user → ordered items), NAME.item.json (item → texts).
+"""The LC-Rec triple.
+
+NAME.inter.json (user → ordered items), NAME.item.json (item → texts).
 
 The third file, NAME.index.json, is `items.index`.
 """
@@ -60,8 +62,8 @@ def read_lcrec(config: DataConfig) -> Source:
 def write_lcrec(prepared: Path, dataset: InteractionDataset, out: Path, name: str) -> None:
     """Write NAME.inter.json and NAME.item.json.
 
-    Ids are kept: as integers where they are plain ones of 64 bits, else as strings. Raises
-    UserError for a chronological split, which the files cannot carry.
+    Ids are kept: as integers where they are plain ones of 64 bits, else as strings.
+    Raises UserError for a chronological split, which the files cannot carry.
     """
     if dataset.split_positions is not None:
         raise UserError(
@@ -90,7 +92,10 @@ def _json_id(item: str) -> int | str:
 
 
 def _batches(path: Path, rejects: Rejects) -> Iterator[pa.RecordBatch]:
-    """The users in turn, BATCH_USERS to a batch: so many are in memory as Python objects."""
+    """The users in turn, BATCH_USERS to a batch.
+
+    So many are in memory as Python objects.
+    """
     histories: dict[str, list[Any]] = {}
     for number, (user, items) in enumerate(stream_json_object(path, strip_keys=True), 1):
         if not user:

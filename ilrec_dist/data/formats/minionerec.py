@@ -32,8 +32,8 @@ MISSING = r"[\[,\s](?:nan|None)[\],\s]"
 def minionerec_files(config: DataConfig) -> list[Path]:
     """The three CSV files.
 
-    `data.path` is the folder that holds train/, valid/ and test/, or the CSV in train/ where
-    that holds several.
+    `data.path` is the folder that holds train/, valid/ and test/, or the CSV in train/
+    where that holds several.
     """
     train = Path(config.path or "")
     if not train.is_file():
@@ -42,7 +42,9 @@ def minionerec_files(config: DataConfig) -> list[Path]:
 
 
 def read_minionerec(config: DataConfig) -> Source:
-    """A user's items: the history of the first row, then every row's target, training first.
+    """A user's items.
+
+    The history of the first row, then every row's target, training first.
 
     The published split by time is not kept: the canonical split is leave-one-out.
     """
@@ -110,9 +112,12 @@ def _listed_ids(history: pa.Array) -> tuple[np.ndarray, pa.Array]:
 def _unfold(
     user: pa.Array, lengths: np.ndarray, histories: pa.Array, item: pa.Array, opens: np.ndarray
 ) -> pa.RecordBatch:
-    """One row an interaction: the items of the history come before the target that they open.
+    """One row an interaction.
 
-    user, item and opens: a row each. lengths, histories: of the rows where `opens` is true.
+    The items of the history come before the target that they open.
+
+    user, item and opens: a row each. lengths, histories: of the rows where `opens` is
+    true.
     """
     before = np.zeros(len(opens), np.int64)
     before[opens] = lengths

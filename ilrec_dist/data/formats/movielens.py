@@ -100,7 +100,10 @@ def _movies(path: Path) -> pa.Table:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of the rows; the movie files are small, the older ones Latin-1."""
+    """(line number, fields) of the rows.
+
+    The movie files are small, the older ones Latin-1.
+    """
     is_csv = path.suffix == ".csv"
     with open_text(path, "utf-8" if is_csv or _is_utf8(path) else "latin-1") as file:
         if not is_csv:

@@ -44,8 +44,8 @@ def read_parquet(config: DataConfig) -> Source:
 def _check_types(files: list[Path], names: list[str]) -> None:
     """Refuse columns whose type differs between the files.
 
-    Ids that are numbers in one file and text in another would be two ids; times in two units
-    would be in no order.
+    Ids that are numbers in one file and text in another would be two ids; times in two
+    units would be in no order.
     """
     first = open_parquet(files[0]).schema_arrow
     for path in files[1:]:

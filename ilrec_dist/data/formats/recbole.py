@@ -1,8 +1,8 @@
 """RecBole atomic files: NAME.inter and perhaps NAME.item, tab-separated, typed headers.
 
 A header field is NAME:TYPE, such as user_id:token. RecBole's benchmark files
-(NAME.train.inter and so on) are written for a chronological split, beside a NAME.inter with all
-interactions, which is what is read.
+(NAME.train.inter and so on) are written for a chronological split, beside a NAME.inter
+with all interactions, which is what is read.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ MISSING = [
 def recbole_files(config: DataConfig) -> list[Path]:
     """The .inter file and, if there is one beside it, the .item file.
 
-    `data.path` is the folder or the .inter file itself. Raises UserError for benchmark files,
-    each of which holds a part of the interactions only.
+    `data.path` is the folder or the .inter file itself. Raises UserError for benchmark
+    files, each of which holds a part of the interactions only.
     """
     path = Path(config.path or "")
     inter = path if path.is_file() else _inter_of_folder(path)
@@ -96,13 +96,15 @@ def read_recbole(config: DataConfig) -> Source:
 
 
 def write_recbole(prepared: Path, dataset: InteractionDataset, out: Path, name: str) -> None:
-    """Write NAME.inter and NAME.item; of a chronological split also the benchmark files.
+    """Write NAME.inter and NAME.item.
 
-    NAME.inter has timestamps as stored, or the position in the sequence where there are none;
-    leave-one-out over it (`eval_args: {split: {LS: valid_and_test}, order: TO}`) is the same
-    split. Of a chronological split NAME.train.inter, NAME.valid.inter and NAME.test.inter
-    carry the split (`benchmark_filename: [train, valid, test]`). Raises UserError for ids that
-    a RecBole file cannot hold.
+    Of a chronological split also the benchmark files.
+
+    NAME.inter has timestamps as stored, or the position in the sequence where there are
+    none; leave-one-out over it (`eval_args: {split: {LS: valid_and_test}, order: TO}`)
+    is the same split. Of a chronological split NAME.train.inter, NAME.valid.inter and
+    NAME.test.inter carry the split (`benchmark_filename: [train, valid, test]`). Raises
+    UserError for ids that a RecBole file cannot hold.
     """
     chronological = dataset.split_positions is not None
     users = _writable_ids(dataset.user_ids, "user")
@@ -149,7 +151,10 @@ def _is_benchmark(path: Path, what: str) -> UserError:
 
 
 def _refuse_lists(path: Path, names: list[str]) -> None:
-    """Refuse a file of one row a target with its history: each interaction is in many rows."""
+    """Refuse a file of one row a target with its history.
+
+    Each interaction is in many rows.
+    """
     for name in names:
         field, _, kind = name.partition(":")
         if kind.endswith("_seq") and (field.endswith("_list") or field.startswith("item_id")):
@@ -178,10 +183,12 @@ def _time_column(path: Path, names: list[str]) -> tuple[str | None, tuple[str, .
 
 
 def _float_kind(path: Path, column: str) -> str:
-    """How the times of a `:float` column are read: as integers if none of them is a decimal.
+    """How the times of a `:float` column are read.
 
-    RecBole types integer times as float too. The column is read once more, up to the first
-    decimal number.
+    As integers if none of them is a decimal.
+
+    RecBole types integer times as float too. The column is read once more, up to the
+    first decimal number.
     """
     for batch, _ in read_columns(path, [column], {}, DIALECT, Rejects(sys.maxsize)):
         values = batch.column(column)
@@ -274,8 +281,8 @@ def _write_histories(
 ) -> None:
     """Write one row a target, given as user and position, with the items before it.
 
-    Targets with nothing before them are left out. RecBole cuts neither split nor histories of
-    such files itself.
+    Targets with nothing before them are left out. RecBole cuts neither split nor
+    histories of such files itself.
     """
     user, position = user[position >= 1], position[position >= 1]
     with open(path, "wb") as file:
@@ -318,15 +325,18 @@ def _writable_ids(ids: Sequence[str], what: str, within_lists: bool = False) -> 
 def _one_line(text: str) -> str:
     """The text with spaces for tabs and line breaks.
 
-    Where it begins with a quote mark, it gets single ones: pandas, which RecBole reads with,
-    would look for the closing one.
+    Where it begins with a quote mark, it gets single ones: pandas, which RecBole reads
+    with, would look for the closing one.
     """
     text = re.sub(r"[\t\r\n]", " ", text)
     return text.replace('"', "'") if text.startswith('"') else text
 
 
 def _write_rows(file: BinaryIO, *columns: pa.Array) -> None:
-    """Write rows tab-separated and bare: pyarrow's writer refuses quote marks it may not double."""
+    """Write rows tab-separated and bare.
+
+    Pyarrow's writer refuses quote marks it may not double.
+    """
     bare = [column.cast(pa.large_string()) for column in columns]
     lines = pc.binary_join_element_wise(*bare, pa.scalar("\t", pa.large_string()))
     empty, line_break = (pa.scalar(text, pa.large_string()) for text in ("", "\n"))

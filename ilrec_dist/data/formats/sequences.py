@@ -85,7 +85,10 @@ def _is_table(path: Path, user: str, first: int, second: int) -> UserError:
 
 
 def _lines(path: Path, block: bytes, first_line: int, rejects: Rejects) -> pa.Array:
-    """The lines of a block as strings; those that are no text go to `rejects` and are empty."""
+    """The lines of a block as strings.
+
+    Those that are no text go to `rejects` and are empty.
+    """
     if _is_text(block):
         whole = pa.array([block], pa.large_binary()).cast(pa.large_string())
         return pc.split_pattern(whole, "\n").values

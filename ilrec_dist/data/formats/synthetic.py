@@ -25,7 +25,8 @@ from ilrec_dist.data.synthetic.generate import (
 def generate(config: DataConfig, folder: Path) -> dict[str, Any]:
     """Write the generated shop's tables; returns the manifest's counts.
 
-    It is not filtered: an item that nobody took stays in, because the true model knows it.
+    It is not filtered: an item that nobody took stays in, because the true model knows
+    it.
     """
     if config.split != "leave_one_out":
         raise UserError(

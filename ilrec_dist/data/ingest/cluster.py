@@ -1,4 +1,7 @@
-"""Reading spread over a Ray cluster: files are parsed where cores are free, and come in order."""
+"""Reading spread over a Ray cluster.
+
+Files are parsed where cores are free, and come in order.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ def spread_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the batches of read_file(file) of all files, in the order of `files`.
 
-    Ray Data parses them, one task a file; the result is what reading them one by one gives.
-    Ray must be connected, and every node must see the files under the same paths. Raises
-    UserError as read_file does.
+    Ray Data parses them, one task a file; the result is what reading them one by one
+    gives. Ray must be connected, and every node must see the files under the same
+    paths. Raises UserError as read_file does.
     """
     # Ray is heavy, and reading on one machine does not need it.
     import ray
@@ -50,7 +53,8 @@ def spread_batches(
 def _parse(names: pa.Table, read_file: ReadFile, allowed: int) -> Iterator[pa.Table]:
     """One row for each batch of a file, and one for what came after the last.
 
-    A row has the batch as an Arrow stream and the bad rows that were met on the way to it.
+    A row has the batch as an Arrow stream and the bad rows that were met on the way to
+    it.
     """
     for name in names.column("file").to_pylist():
         rejects, reported = Rejects(allowed), 0

@@ -25,9 +25,9 @@ GOLDEN = 0x9E3779B97F4A7C15
 class Encoder:
     """Ids (strings or integers) → int32 codes.
 
-    An id's part follows from a hash of all its bytes, its code from its part and from when it
-    was first met there. One table of 10⁷ ids costs a cache miss a row; 256 small ones do not,
-    and can be worked on by as many threads as there are cores.
+    An id's part follows from a hash of all its bytes, its code from its part and from
+    when it was first met there. One table of 10⁷ ids costs a cache miss a row; 256
+    small ones do not, and can be worked on by as many threads as there are cores.
     """
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class Encoder:
     def encode(self, column: pa.Array) -> np.ndarray:
         """int32 codes of a column without nulls, [len(column)].
 
-        They are not dense: `ranks` numbers them. Raises UserError when there are too many for
-        int32.
+        They are not dense: `ranks` numbers them. Raises UserError when there are too
+        many for int32.
         """
         if pa.types.is_string(column.type):
             # 10⁸ users have more than the 2³¹ bytes of ids that a string array holds.

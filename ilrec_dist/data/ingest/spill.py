@@ -1,8 +1,9 @@
 """Interactions → sorted, filtered integers, in memory that does not grow with their number.
 
-Columns are spilled to disk and streamed. The order of work: ids become dense codes while
-reading; rows are split into ranges of users and sorted by (user, time, file order); exact
-repeats go; the k-core is iterated to its fixed point over the sorted rows.
+Columns are spilled to disk and streamed. The order of work: ids become dense codes
+while reading; rows are split into ranges of users and sorted by (user, time, file
+order); exact repeats go; the k-core is iterated to its fixed point over the sorted
+rows.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def spill_batches(
 ) -> None:
     """Encode and spill a stream of batches.
 
-    They are gathered to `rows`, or to half as many as there are users where that is more,
-    because an encoder passes over its ids each time.
+    They are gathered to `rows`, or to half as many as there are users where that is
+    more, because an encoder passes over its ids each time.
     """
     pending: list[pa.RecordBatch] = []
 
@@ -108,9 +109,9 @@ def sort_rows(
 ) -> int:
     """Write the rows of `source` to `out`, sorted by (user, time, file order).
 
-    Users and items are replaced by their ranks. Exact repeats (the same user, item and time)
-    are dropped; rows without times are never repeats. `source` is deleted. Returns the number
-    of repeats that were dropped.
+    Users and items are replaced by their ranks. Exact repeats (the same user, item and
+    time) are dropped; rows without times are never repeats. `source` is deleted.
+    Returns the number of repeats that were dropped.
     """
     counts = np.zeros(user_rank.max(initial=-1) + 1, np.int64)
 
@@ -166,8 +167,8 @@ def _slice(rows: Rows, chosen: slice | np.ndarray) -> Rows:
 def stable_order(key: np.ndarray) -> np.ndarray:
     """np.argsort(key, kind="stable") of integers.
 
-    Where key and row number fit into 63 bits together, both are sorted as one number, which is
-    many times as fast.
+    Where key and row number fit into 63 bits together, both are sorted as one number,
+    which is many times as fast.
     """
     if len(key) == 0:
         return np.zeros(0, np.int64)
@@ -224,8 +225,8 @@ def k_core(
 ) -> Core:
     """The largest set of interactions with `min_user` a user and `min_item` an item at least.
 
-    Repeated interactions of one pair count each time. The rows, which are sorted by user, are
-    streamed once a round until nothing more goes.
+    Repeated interactions of one pair count each time. The rows, which are sorted by
+    user, are streamed once a round until nothing more goes.
     """
     users, items = np.ones(num_users, bool), np.ones(num_items, bool)
 

@@ -1,1 +1,4 @@
-"""What the readers of the formats share: streams, lines, delimited text, columns, item tables."""
+"""What the readers of the formats share.
+
+Streams, lines, delimited text, columns, item tables.
+"""

@@ -30,8 +30,8 @@ def checked_batch(
     """A batch of user, item and, with `times`, timestamp, in which no row is bad.
 
     columns: user, item and, with `times`, time, as arrays. numbers: rows of the batch →
-    their `unit` numbers in the file. Bad rows go to `rejects`. Raises UserError for columns
-    of unfit types.
+    their `unit` numbers in the file. Bad rows go to `rejects`. Raises UserError for
+    columns of unfit types.
     """
     columns = {name: plain(column) for name, column in columns.items()}
     whole = {name: text_or_null(column) for name, column in columns.items()}
@@ -115,8 +115,8 @@ def plain(column: pa.Array) -> pa.Array:
 class UniqueIds:
     """Finds an id that occurs a second time among ids that come a batch at a time.
 
-    Ids are gathered until there are half as many as are known, so the work is in proportion
-    to their number, and so is the memory.
+    Ids are gathered until there are half as many as are known, so the work is in
+    proportion to their number, and so is the memory.
     """
 
     def __init__(self, refuse: Callable[[str, int, int], UserError]) -> None:
@@ -128,14 +128,20 @@ class UniqueIds:
         self.pending_rows = 0
 
     def add(self, ids: pa.Array, numbers: np.ndarray) -> None:
-        """Take ids with the numbers of their rows. Raises refuse(…) for one that is known."""
+        """Take ids with the numbers of their rows.
+
+        Raises refuse(…) for one that is known.
+        """
         self.pending.append((ids.cast(pa.large_string()), numbers))
         self.pending_rows += len(ids)
         if self.pending_rows > len(self.known) // 2:
             self.check()
 
     def check(self) -> None:
-        """Look through all that was added. Raises refuse(…) for an id that occurs twice."""
+        """Look through all that was added.
+
+        Raises refuse(…) for an id that occurs twice.
+        """
         self.known = pa.concat_arrays([self.known, *(ids for ids, _ in self.pending)])
         self.numbers = np.concatenate([self.numbers, *(numbers for _, numbers in self.pending)])
         self.pending, self.pending_rows = [], 0

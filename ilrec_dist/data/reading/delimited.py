@@ -1,4 +1,7 @@
-"""Delimited text streamed by pyarrow: under CSV, RecBole, MovieLens and MiniOneRec files."""
+"""Delimited text streamed by pyarrow.
+
+Under CSV, RecBole, MovieLens and MiniOneRec files.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,12 @@ _default_hook = sys.unraisablehook
 
 
 def _unraisable_hook(unraisable: Any) -> None:
-    """Keep one exception of pyarrow's quiet: `read_columns` raises an error of its own for it.
+    """Keep one exception of pyarrow's quiet.
 
-    pyarrow decodes a malformed row as text before `skip` gets it, and where the row is no
-    text, shows an exception and goes on.
+    `read_columns` raises an error of its own for it.
+
+    pyarrow decodes a malformed row as text before `skip` gets it, and where the row is
+    no text, shows an exception and goes on.
     """
     if not (
         isinstance(unraisable.exc_value, UnicodeDecodeError)
@@ -70,9 +75,9 @@ def read_delimited(
 ) -> Iterator[pa.RecordBatch]:
     """Yield batches of user, item and, with `times`, timestamp.
 
-    columns: role (user, item, time) → column name in the file. keys: role → what chose that
-    name, for errors. Files ending in .gz are unpacked on the way. Raises UserError naming
-    file and line.
+    columns: role (user, item, time) → column name in the file. keys: role → what chose
+    that name, for errors. Files ending in .gz are unpacked on the way. Raises UserError
+    naming file and line.
     """
     chosen_by = {columns[role]: key for role, key in keys.items() if role in columns}
     for batch, lines in read_columns(path, list(columns.values()), chosen_by, dialect, rejects):
@@ -82,7 +87,10 @@ def read_delimited(
 
 @dataclass
 class Lines:
-    """Where the rows of one batch stand in the file; worked out when asked, by reading again."""
+    """Where the rows of one batch stand in the file.
+
+    Worked out when asked, by reading again.
+    """
 
     path: Path
     # Rows handed out before this batch.
@@ -263,7 +271,10 @@ def _open_quote(path: Path, line: int) -> UserError:
 
 
 def _as_text(batch: pa.RecordBatch, lines: Lines, rejects: Rejects) -> tuple[pa.RecordBatch, Lines]:
-    """The batch with its columns as strings; rows that are not UTF-8 go to `rejects`."""
+    """The batch with its columns as strings.
+
+    Rows that are not UTF-8 go to `rejects`.
+    """
     schema = pa.schema([(name, pa.string()) for name in batch.schema.names])
 
     try:
@@ -287,7 +298,10 @@ def _as_text(batch: pa.RecordBatch, lines: Lines, rejects: Rejects) -> tuple[pa.
 
 
 def header_names(path: Path, dialect: Dialect) -> list[str]:
-    """The fields of the first line that is not empty. Raises UserError when there is none."""
+    """The fields of the first line that is not empty.
+
+    Raises UserError when there is none.
+    """
     return _header(path, dialect)[0]
 
 

@@ -1,4 +1,7 @@
-"""Items' titles and texts: the table of `data.items_path`, and what all item files share."""
+"""Items' titles and texts.
+
+The table of `data.items_path`, and what all item files share.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ NOT_SKIPPED = "mend it: items are not skipped"
 def item_rows(
     ids: pa.Array | list[str], titles: pa.Array | list[str], texts: pa.Array | list[str]
 ) -> pa.Table:
-    """The item table (id, title, text): ids without blanks around them, texts as written.
+    """The item table (id, title, text).
+
+    Ids without blanks around them, texts as written.
 
     A title or text that is blank, or not a number, is null.
     """
@@ -71,7 +76,10 @@ def text_of(value: Any) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON's escapes can name half a surrogate pair."""
+    """Whether it can be written as UTF-8.
+
+    JSON's escapes can name half a surrogate pair.
+    """
     try:
         value.encode()
         return True
@@ -80,10 +88,12 @@ def is_text(value: str) -> bool:
 
 
 def read_item_table(path: str | Path) -> pa.Table:
-    """`data.items_path` as (id, title, text): CSV or Parquet with item, title and perhaps text.
+    """`data.items_path` as (id, title, text).
 
-    Ids stay as they are written (007 is not 7) but for blanks around them. Raises UserError
-    naming the file and the line, row or item.
+    CSV or Parquet with item, title and perhaps text.
+
+    Ids stay as they are written (007 is not 7) but for blanks around them. Raises
+    UserError naming the file and the line, row or item.
     """
     path = require_file(path, "data.items_path")
     table = _parquet_items(path) if path.name.endswith(".parquet") else _csv_items(path)
@@ -150,7 +160,10 @@ def _table(batches: list[pa.RecordBatch], names: list[str]) -> pa.Table:
 
 
 def _text(path: Path, name: str, column: pa.Array, first: int) -> pa.Array:
-    """The column as strings. Raises UserError naming row `first` + i where one is no text."""
+    """The column as strings.
+
+    Raises UserError naming row `first` + i where one is no text.
+    """
     try:
         column = plain(column)
         if name == "item" and not (

@@ -21,8 +21,8 @@ BLANK = np.isin(np.arange(256), list(b" \t\r\n"))
 def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, int]]:
     """Yield (whole lines as bytes, number of the first one), a block at a time.
 
-    The file is unpacked as its ending says; a byte order mark is left out. Raises UserError
-    naming the file and the line where it cannot be read on.
+    The file is unpacked as its ending says; a byte order mark is left out. Raises
+    UserError naming the file and the line where it cannot be read on.
     """
     line = 1
     rest = b""
@@ -56,8 +56,8 @@ def filled_lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
 class RecordLines:
     """The lines on which a delimited file's records begin, found in one pass over the file.
 
-    A record ends at a line break outside quotes; a quote opens only at the beginning of a
-    field; empty lines are no records. So pyarrow counts.
+    A record ends at a line break outside quotes; a quote opens only at the beginning of
+    a field; empty lines are no records. So pyarrow counts.
     """
 
     def __init__(self, path: Path, delimiter: str, quoted: bool, header: int) -> None:

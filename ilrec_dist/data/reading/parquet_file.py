@@ -25,7 +25,10 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def parquet_batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns of a file, BATCH_ROWS at a time. Raises UserError where it is damaged."""
+    """Yield columns of a file, BATCH_ROWS at a time.
+
+    Raises UserError where it is damaged.
+    """
     batches, passed = file.iter_batches(BATCH_ROWS, columns=names), 0
     while True:
         try:

@@ -19,7 +19,10 @@ KEPT_CHARACTERS = 1000
 
 @dataclass
 class Rejects:
-    """Malformed rows: those that `allowed` tolerates are kept, the next one is an error."""
+    """Malformed rows.
+
+    Those that `allowed` tolerates are kept, the next one is an error.
+    """
 
     allowed: int = 0
     # What to do about a bad row where none is allowed.
@@ -29,7 +32,10 @@ class Rejects:
     users_without_interactions: int = 0
 
     def add(self, path: Path, line: int, reason: str, text: str = "", unit: str = "line") -> None:
-        """Keep a bad row. Raises UserError naming file and line when no more are tolerated."""
+        """Keep a bad row.
+
+        Raises UserError naming file and line when no more are tolerated.
+        """
         if len(self.rows) >= self.allowed:
             advice = f"; {self.hint}"
             if self.allowed:

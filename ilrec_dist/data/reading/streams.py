@@ -22,9 +22,12 @@ UNPACK_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class GzipStream(io.RawIOBase):
-    """The unpacked bytes of a gzip file: all its members; zero bytes behind one are padding.
+    """The unpacked bytes of a gzip file.
 
-    Tapes and some object stores pad files with zero bytes. Arrow's own reader refuses these.
+    All its members; zero bytes behind one are padding.
+
+    Tapes and some object stores pad files with zero bytes. Arrow's own reader refuses
+    these.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +92,10 @@ class GzipStream(io.RawIOBase):
 
 
 def open_bytes(path: Path) -> Any:
-    """A file's bytes, unpacked as the ending of its name says; has `read(size)` and `close()`."""
+    """A file's bytes, unpacked as the ending of its name says.
+
+    Has `read(size)` and `close()`.
+    """
     if path.name.endswith(".gz"):
         return GzipStream(path)
     return pa.input_stream(str(path), compression="detect")

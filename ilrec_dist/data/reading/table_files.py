@@ -1,4 +1,7 @@
-"""What CSV and Parquet tables of interactions share: their files, columns and source."""
+"""What CSV and Parquet tables of interactions share.
+
+Their files, columns and source.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Times of any form → int64: integers, decimal numbers, ISO 8601 dates, Arrow timestamps."""
+"""Times of any form → int64.
+
+Integers, decimal numbers, ISO 8601 dates, Arrow timestamps.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ class Times:
     """Converts a time column to int64, in one way throughout.
 
     Integers stay as they are, decimal numbers become thousandths, dates and timestamps
-    milliseconds since 1970. In a text column the first value that is a time decides for all.
+    milliseconds since 1970. In a text column the first value that is a time decides for
+    all.
     """
 
     def __init__(self, kind: str | None = None) -> None:
@@ -126,8 +130,8 @@ def _dates(text: pa.Array, zone: str | None) -> pa.Array:
 def failing_rows(count: int, works: Callable[[int, int], bool]) -> Iterator[int]:
     """The rows of `count` that do not work, in order, found by halving.
 
-    works(first, last) tries a range at once; a range works where all of its rows do. So a few
-    bad rows among many cost little.
+    works(first, last) tries a range at once; a range works where all of its rows do. So
+    a few bad rows among many cost little.
     """
 
     def search(first: int, last: int) -> Iterator[int]:

@@ -1,4 +1,7 @@
-"""Words for the generated shop: titles and texts that carry an item's category and kind."""
+"""Words for the generated shop.
+
+Titles and texts that carry an item's category and kind.
+"""
 
 from __future__ import annotations
 
