@@ -14,6 +14,7 @@ from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.common.config_fields import Affects, fields_without_effect, section
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.settings import ineffective_settings
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.launch.config import LaunchConfig
@@ -183,6 +184,7 @@ def _items_problems(config: Config) -> Iterator[Problem]:
 
 def _idle_keys(config: Config) -> Iterator[Problem]:
     """Keys that the user set, to another value than the default, and that nothing reads."""
+    yield from ineffective_settings(config.data)
     for key, condition in fields_without_effect(config):
         yield key, f"has no effect here: it needs {condition}; set that, or leave {key} out"
     defaults = ObjectiveConfig()
