@@ -145,7 +145,8 @@ def _add_recommend(commands: Commands) -> None:
         "--histories",
         required=True,
         metavar="X.parquet",
-        help="columns: user (string) and items (list of item ids, oldest first)",
+        help="columns: user (a string, on one row only and never null) and items (list of item "
+        "ids, oldest first)",
     )
     command.add_argument(
         "--top", type=int, default=10, metavar="K", help="items per user (default 10)"

@@ -107,7 +107,9 @@ def recommend(
         destroy_parallel()
     table = recommendations.table
     if recommendations.num_users_without_items:
-        console.print(_without_items(recommendations), highlight=False, markup=False)
+        console.print(
+            _without_items(recommendations), highlight=False, markup=False, soft_wrap=True
+        )
     if out is None:
         print_recommendations(table)
         return

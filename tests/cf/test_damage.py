@@ -174,5 +174,7 @@ def test_rewards_that_are_not_finite_are_refused(world: World, flat_cf: Path, la
         world.trie,
         rewards.scorers,
     )
-    with pytest.raises(UserError, match="token rewards are not finite"):
+    with pytest.raises(
+        UserError, match="token rewards are not finite, so CF model 'fold[01]' has diverged"
+    ):
         fresh.fetch(users, positions)

@@ -22,7 +22,7 @@ from ilrec_dist.cf.rewards.service import (
 )
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.data.reversed import both_directions
+from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from tests.cf.conftest import (
@@ -115,7 +115,7 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(
     session: None, world: World, tmp_path: Path
 ) -> None:
     """The actors read histories in both directions, as `data.both_directions` says."""
-    both = both_directions(world.dataset)
+    both = read_both_directions(world.dataset)
     train_cf(replace(CONFIG, epochs=1), both, world.catalogue, tmp_path / "cf")
     with pytest.raises(UserError, match="were trained for 240 users, the prepared data has 120"):
         world.rewards(cf=tmp_path / "cf")
@@ -129,7 +129,7 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(
         name="pair",
         replicas=2,
         max_restarts=0,
-        backwards=True,
+        both_directions=True,
     ):
         client = RewardClient("pair", replicas=2, retries=2, backoff=0.05)
         for batch in todo:

@@ -29,7 +29,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.data.reversed import both_directions
+from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 
@@ -75,13 +75,13 @@ def load_rewards(
     data_folder: Path,
     items_folder: Path,
     shard: int | None,
-    backwards: bool,
+    both_directions: bool,
 ) -> TokenRewards:
     """What an actor does first; again in the process that takes a dead one's place."""
     catalogue, dataset = Catalogue.load(items_folder), load_dataset(data_folder)
     trie = Trie.load(items_folder, catalogue)
-    if backwards:
-        dataset = both_directions(dataset)
+    if both_directions:
+        dataset = read_both_directions(dataset)
     return TokenRewards.open(cf_folder, dataset, catalogue, trie, shard)
 
 
@@ -96,15 +96,15 @@ def reward_actors(
     shards: int = 1,
     threads: int = 1,
     max_restarts: int = 3,
-    backwards: bool = False,
+    both_directions: bool = False,
 ) -> Iterator[list[Any]]:
     """Run `replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the block.
 
     Ray restarts each up to `max_restarts` times. With shards (as many as
     cf.reward_shards) each holds one range of the catalogue's codes. They are spread
     over the cluster's nodes, ask for no CPUs of Ray's, which the training workers hold,
-    and end with the block or with the job that started them. `backwards` as
-    `data.both_directions`.
+    and end with the block or with the job that started them. `both_directions` as
+    in the configuration's `data` section.
 
     Raises UserError when one cannot load (a folder that is damaged or belongs to other
     data, or to another number of shards) and ValueError when the name is taken.
@@ -119,7 +119,9 @@ def reward_actors(
     actors = []
     for replica in range(replicas):
         for shard in range(shards):
-            load = partial(load_rewards, cf, data, items, shard if shards > 1 else None, backwards)
+            load = partial(
+                load_rewards, cf, data, items, shard if shards > 1 else None, both_directions
+            )
             options = {
                 "name": f"{name}-{replica}-{shard}",
                 "num_cpus": 0,
@@ -173,8 +175,8 @@ class RewardClient:
             ]
         except ValueError:
             raise UserError(
-                f"no reward actors named {name!r} run in this Ray job; start them with "
-                "cf.service.reward_actors"
+                f"no reward actors named {name!r} run in this Ray job; run `ilrec train`, which "
+                "starts them, or set cf.rewards=in_process"
             ) from None
         self.retries, self.timeout, self.backoff = retries, timeout, backoff
         self.meter = LatencyMeter()
@@ -268,8 +270,8 @@ def _request_counters(actor: Any) -> list[Any]:
 def reward_actor(cf: CFConfig, folders: RunFolders, both_directions: bool) -> Iterator[None]:
     """The run's reward actors for the length of the block.
 
-    Their counters are left in the run's CF folder when it ends. `both_directions` is that of the
-    configuration's `data` section.
+    Their counters are left in the run's CF folder when it ends. `both_directions` is
+    that of the configuration's `data` section.
     """
     with reward_actors(
         folders.cf,
@@ -279,7 +281,7 @@ def reward_actor(cf: CFConfig, folders: RunFolders, both_directions: bool) -> It
         replicas=cf.reward_replicas,
         shards=cf.reward_shards,
         max_restarts=-1,
-        backwards=both_directions,
+        both_directions=both_directions,
     ):
         yield
         counters = RewardClient(

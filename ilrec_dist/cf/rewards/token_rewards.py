@@ -228,13 +228,12 @@ class TokenRewards:
             queries = encode(
                 self.models[fold], self.dataset.items, starts[targets], positions[targets], embed
             )
+            if not bool(torch.isfinite(queries).all()):
+                raise _diverged(f"CF model 'fold{fold}'")
             self._compute_fold(scorer, queries, targets, in_shard, layout, first, deeper)
         # A log mass of −inf is that of codes whose items the model does not know.
         if np.isnan(first).any() or np.isposinf(first).any() or not np.isfinite(deeper).all():
-            raise UserError(
-                "the token rewards are not finite, so a CF model has diverged; lower "
-                "cf.learning_rate and run `ilrec cf` again"
-            )
+            raise _diverged("a CF model")
         rewards = self._shard_rewards(layout, np.flatnonzero(in_shard), first, deeper)
         return rewards, self._covered_rows(layout, rewards)
 
@@ -294,6 +293,13 @@ class TokenRewards:
         }
         for key, value in added.items():
             self.counters[key] += value
+
+
+def _diverged(model: str) -> UserError:
+    return UserError(
+        f"the token rewards are not finite, so {model} has diverged; lower cf.learning_rate and "
+        "run `ilrec cf` again"
+    )
 
 
 def _require_same_data(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ilrec_dist.common.console import console
-from ilrec_dist.common.files import read_json_object
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.records import verify_output
+from ilrec_dist.pipeline.report_material import report_material
 from ilrec_dist.pipeline.stages.evaluate import (
     collect_examples,
     collect_figures,
@@ -48,8 +48,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         labels=method_labels(),
         examples=collect_examples(config, artifacts),
         config_yaml=dump_config(config),
-        index_report=read_json_object(artifacts.folders.items / "report.json"),
-        cf_report=read_json_object(artifacts.folders.cf / "report.json"),
+        **report_material(config, artifacts),
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
     console.print(

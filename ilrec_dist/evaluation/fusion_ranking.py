@@ -1,0 +1,149 @@
+"""Candidates of a fusion and their scores by every source, for many histories (METHOD.md §12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ilrec_dist.cf.sasrec.model import SASRec
+from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
+from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
+from ilrec_dist.evaluation.fusion import (
+    FusionScores,
+    candidate_union,
+    fused_scores,
+    log_of_counts,
+    log_softmax,
+    ranks_of_fused,
+)
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.evaluation.ranking import KEPT_ITEMS, top_items
+from ilrec_dist.inference.item_scores import score_items
+from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.inference.ranker import HistoryRanges
+from ilrec_dist.inference.trie_constraint import TrieConstraint
+from ilrec_dist.model.gpt import Backbone
+
+
+@dataclass(frozen=True)
+class FusionSource:
+    """What knows items besides the language model."""
+
+    name: str
+    # Maps histories and some of their rows int64 [n] to log p float64 [n, num_items].
+    log_p: Callable[[HistoryRanges, np.ndarray], np.ndarray]
+
+
+def cf_source(model: SASRec) -> FusionSource:
+    """The CF model of all training users."""
+
+    def log_p(histories: HistoryRanges, rows: np.ndarray) -> np.ndarray:
+        start, stop = histories.start[rows], histories.stop[rows]
+        return log_softmax(history_sasrec_scores(model, histories.items, start, stop))
+
+    return FusionSource("cf", log_p)
+
+
+def transitions_source(counts: TrainingCounts) -> FusionSource:
+    """The counting of transitions in training."""
+
+    def log_p(histories: HistoryRanges, rows: np.ndarray) -> np.ndarray:
+        start, stop = histories.start[rows], histories.stop[rows]
+        return log_of_counts(history_transition_scores(counts, histories.items, start, stop))
+
+    return FusionSource("transitions", log_p)
+
+
+def score_candidates(
+    backbone: Backbone,
+    constraint: TrieConstraint,
+    histories: HistoryRanges,
+    beam_items: np.ndarray,
+    sources: Sequence[FusionSource],
+    *,
+    num_candidates: int,
+    batch_size: int,
+    softmax_scope: SoftmaxScope,
+    max_history: int,
+    exclude_seen: bool,
+    parallel: ParallelState,
+    model_name: str = "the model",
+) -> FusionScores:
+    """The candidates of n histories with log p of the language model, then of the `sources`.
+
+    Candidates are the items of the beams, int [n, W] padded with -1, and the top `num_candidates`
+    of each source, without the items of the history where exclude_seen. Collective over
+    `parallel`; the same on every rank.
+    """
+    catalogue = constraint.trie.catalogue
+    batches = histories.batches(max_history, batch_size, catalogue)[parallel.dp_rank :: parallel.dp]
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    was_training = backbone.training
+    backbone.eval()
+    for rows in batches:
+        by_source = [source.log_p(histories, rows) for source in sources]
+        seen = histories.seen(rows) if exclude_seen else None
+        lists = [beam_items[rows]]
+        for log_p in by_source:
+            ranked = log_p.copy()
+            if seen is not None:
+                ranked[seen.rows, seen.items] = -np.inf
+            lists.append(top_items(ranked, num_candidates)[0])
+        items = candidate_union(lists)
+        tokens = torch.from_numpy(histories.input_tokens(rows, max_history, catalogue))
+        by_model = score_items(
+            backbone,
+            constraint,
+            tokens.to(parallel.device),
+            torch.from_numpy(items).to(parallel.device),
+            vocab_size=catalogue.vocab_size,
+            softmax_scope=softmax_scope,
+            tp_group=parallel.tp_group,
+            model_name=model_name,
+        )
+        columns = [by_model.double().cpu().numpy()]
+        columns += [np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source]
+        scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
+        parts.append((rows, items, scores))
+    backbone.train(was_training)
+    if parallel.dp > 1:
+        gathered: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [
+            [] for _ in range(parallel.dp)
+        ]
+        dist.all_gather_object(gathered, parts, group=parallel.dp_group)
+        parts = [part for rank in gathered for part in rank]
+    width = max(items.shape[1] for _, items, _ in parts)
+    union = np.full((len(beam_items), width), -1, np.int64)
+    log_p = np.full((len(beam_items), width, 1 + len(sources)), -np.inf)
+    for rows, items, scores in parts:
+        union[rows, : items.shape[1]] = items
+        log_p[rows, : items.shape[1]] = scores
+    return FusionScores(union, log_p)
+
+
+def fused_predictions(
+    scores: FusionScores,
+    weights: np.ndarray,
+    *,
+    users: np.ndarray,
+    targets: np.ndarray,
+    exclude_seen: bool,
+) -> Predictions:
+    """The best KEPT_ITEMS candidates of each user, ascending by user; equal ones in item order."""
+    columns, top = top_items(fused_scores(scores, weights), KEPT_ITEMS)
+    items = np.take_along_axis(scores.items, np.maximum(columns, 0), axis=1)
+    ranks = ranks_of_fused(scores, weights, targets)
+    return Predictions(
+        users,
+        targets,
+        np.where(columns >= 0, items, -1).astype(np.int32),
+        top,
+        ranks.first,
+        ranks.tied,
+        exclude_seen,
+    )

@@ -1,0 +1,39 @@
+"""What the stages wrote about their work, for the report: facts to show and warnings."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.config.tree import Config
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+from ilrec_dist.training.schedule import warmup_warning
+
+# Keys of the data folder's manifest that say how it is stored and nothing about the data.
+STORAGE_KEYS = ("version", "inputs", "files")
+
+
+class ReportMaterial(TypedDict):
+    """Arguments of `reporting.html.report.write_report`."""
+
+    data_report: dict[str, Any]
+    index_report: dict[str, Any]
+    cf_report: dict[str, Any]
+    warnings: list[str]
+
+
+def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
+    """Read the reports of the stages prepare, index and cf; collect what the user must be told."""
+    folders = artifacts.folders
+    manifest = read_json_object(folders.data / "manifest.json")
+    index_report = read_json_object(folders.items / "report.json")
+    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
+    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    warnings = [index_report.get("warning"), warmup_warning(config.train, steps)]
+    return {
+        "data_report": {key: value for key, value in manifest.items() if key not in STORAGE_KEYS},
+        "index_report": index_report,
+        "cf_report": read_json_object(folders.cf / "report.json"),
+        "warnings": [warning for warning in warnings if warning],
+    }
