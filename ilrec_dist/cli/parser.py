@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ilrec_dist import __version__
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.objective.registry import METHODS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["_Parser"]
@@ -115,9 +114,11 @@ def _add_index_commands(commands: Commands) -> None:
     )
     command.add_argument(
         "--vectors",
-        nargs=2,
-        metavar=("OLD.npy", "NEW.npy"),
-        help="vectors of the old items (in index order) and the new, in place of texts",
+        nargs="+",
+        default=[],
+        metavar="X.npy",
+        help="in place of texts, the new items' vectors, of the kind that the index was built "
+        "from; or two files: the old items' vectors (in the order of index.json) and the new ones'",
     )
     command.set_defaults(call="ilrec_dist.cli.index_commands:run_add", command="index add")
     example = (
@@ -156,8 +157,8 @@ def _add_recommend(commands: Commands) -> None:
     )
     command.add_argument(
         "--method",
-        choices=tuple(METHODS),
-        help="whose weights (default: those of the method that reports emphasise)",
+        metavar="NAME",
+        help="whose weights, as in train.methods (default: the project's own where it was trained)",
     )
     command.add_argument(
         "--seed",

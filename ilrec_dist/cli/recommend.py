@@ -19,7 +19,7 @@ from ilrec_dist.common.files import atomic_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.config import BackboneConfig
-from ilrec_dist.objective.registry import default_method
+from ilrec_dist.objective.registry import default_method, get_method
 
 if TYPE_CHECKING:
     from ilrec_dist.inference.recommend import Recommendations
@@ -43,7 +43,7 @@ def recommend(
     Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
     """
     config = _config_of(run)
-    method = method or default_method(config.train.methods)
+    method = get_method(method or default_method(config.train.methods)).name
     seed = config.train.seeds[0] if seed is None else seed
     if out is not None and not out.parent.is_dir():
         raise UserError(
@@ -62,7 +62,8 @@ def recommend(
     from ilrec_dist.common.run_layout import BEST
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend_items
-    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+    from ilrec_dist.model.weights import load_weights
+    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)

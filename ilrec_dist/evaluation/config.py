@@ -6,7 +6,15 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ilrec_dist.common.config_fields import Affects, Bool, Int, NonNegative, Positive, section
+from ilrec_dist.common.config_fields import (
+    Affects,
+    Bool,
+    Int,
+    NonNegative,
+    OnlyIf,
+    Positive,
+    section,
+)
 
 
 @section(affects="evaluate")
@@ -17,5 +25,11 @@ class EvaluationConfig:
     exclude_seen: Annotated[Bool, Affects("train", "evaluate")] = True
     # Users whose beams are searched together.
     batch_size: Annotated[Positive, Affects()] = 64
+    # Whether mixtures of each trained model with the CF model and transitions are evaluated too.
+    fusion: Bool = False
+    # Items of each source that are candidates of a fusion.
+    fusion_candidates: Annotated[
+        Positive, OnlyIf("evaluation.fusion true", lambda config: bool(config.evaluation.fusion))
+    ] = 100
     # Users whose lists the report shows.
     examples: Annotated[NonNegative, Affects()] = 5

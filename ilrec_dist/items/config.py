@@ -26,7 +26,8 @@ def _are_titles(config: Any) -> bool:
 class ItemsConfig:
     """Items → token sequences: codes that are given or built, titles, or one token each.
 
-    With `index` the codes of a file are read; without, they are built by residual quantisation.
+    With `index` the codes of a file are read; without, they are built by residual
+    quantisation.
     """
 
     # `semantic`: a tuple of codes. `titles`: the pieces of the title and an end token. `atomic`:
@@ -58,9 +59,7 @@ class ItemsConfig:
         ),
     ] = 64
     levels: Annotated[
-        Int,
-        Interval(ge=1, le=8),
-        OnlyIf("items.form semantic without items.index", _builds_codes),
+        Int, Interval(ge=1, le=8), OnlyIf("items.form semantic without items.index", _builds_codes)
     ] = 3
     codes_per_level: Annotated[
         Int,

@@ -19,7 +19,7 @@ from ilrec_dist.pipeline.records import content_hash, damaged_file, describe_fil
 from ilrec_dist.pipeline.stage import Stage
 
 # Raised when a stage's output changes for the same settings.
-FORMAT = 4
+FORMAT = 5
 
 
 class Run:

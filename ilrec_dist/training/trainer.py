@@ -118,7 +118,10 @@ class Trainer:
         self.progress = TrainingProgress()
         self.log: MetricsLog | None = None
         self.timer = StepTimer()
+        # The learning rate of the step at hand.
         self.rate = 0.0
+        # When the seconds of the progress were last counted.
+        self._since = time.monotonic()
 
     def train(self) -> None:
         """Go on from the newest checkpoint to the last step, or until patience runs out."""

@@ -182,7 +182,7 @@ def test_an_interrupted_command_leaves_what_it_replaced_and_the_old_settings_put
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("ilrec_dist.pipeline.stages.index.build_index", interrupt)
+        patched.setattr("ilrec_dist.pipeline.stages.index.build_catalogue", interrupt)
         argv = ["run", str(shop / "c.yaml"), "items.collisions=refuse", "data.max_bad_rows=1"]
         assert main(argv) == 130
     assert files(shop)["data/manifest.json"]

@@ -3,6 +3,7 @@
 They are the same over tp, dp and accumulation, and after an interruption.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.model.weights import read_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -28,7 +30,12 @@ LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size,
 
 
 def train_here(
-    mesh: Mesh, tree: dict, method: str, folder: str, stop_after: int | None = None
+    mesh: Mesh,
+    tree: dict,
+    method: str,
+    folder: str,
+    stop_after: int | None = None,
+    items_per_user: int | None = None,
 ) -> None:
     """Train in this process, with a line of metrics every step; end early after a checkpoint."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
@@ -42,19 +49,31 @@ def train_here(
     torch.set_num_threads(1)
     config = config_from_dict(tree)
     spec = TrainingSpec(method, 0, Path(folder), "test")
+    artifacts = RunArtifacts(config)
+    if items_per_user is not None:
+        artifacts.__dict__["training"] = first_items(artifacts.dataset, items_per_user)
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        train_one(config, spec, RunArtifacts(config), parallel, log_steps=1, on_checkpoint=stop)
+        train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
     except InterruptedError:
         pass
     finally:
         destroy_parallel()
 
 
-def refusal_here(mesh: Mesh, tree: dict, folder: str) -> str:
-    """The line that refuses the training on this rank."""
+def first_items(dataset: InteractionDataset, count: int) -> InteractionDataset:
+    """The data set with the first `count` items of every user."""
+    items = np.concatenate([dataset.sequence(user)[:count] for user in range(dataset.num_users)])
+    offsets = np.arange(dataset.num_users + 1) * count
+    return dataclasses.replace(dataset, items=items, offsets=offsets)
+
+
+def refusal_here(
+    mesh: Mesh, tree: dict, method: str, folder: str, items_per_user: int | None = None
+) -> str:
+    """The line that refuses the training on this rank; histories may be cut short."""
     try:
-        train_here(mesh, tree, "ilrec", folder)
+        train_here(mesh, tree, method, folder, items_per_user=items_per_user)
     except UserError as error:
         return str(error)
     return "not refused"
@@ -211,12 +230,19 @@ def _flip(path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, world, tp):
     train = {"learning_rate": 1e30, "checkpoint_steps": 1}
     tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": world, "tp": tp}))
-    lines = run_distributed(refusal_here, world, tp, tree, str(tmp_path))
+    lines = run_distributed(refusal_here, world, tp, tree, "ilrec", str(tmp_path))
     assert len(set(lines)) == 1
     for part in ("ilrec, seed 0", "step 2", "loss term cpo is nan", "1e+30", "learning_rate"):
         assert part in lines[0]
     # Neither a best epoch nor a result came of it.
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+
+
+def test_nothing_to_train_on_is_one_line(tiny, tmp_path):
+    """Of three items, two are the validation and test targets, and the first is no target."""
+    tree = config_to_dict(tiny_config(tiny))
+    (line,) = run_distributed(refusal_here, 1, 1, tree, "sft", str(tmp_path), 3)
+    assert line.startswith("sft, seed 0: no user has two training items")
 
 
 def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(trained, tmp_path):

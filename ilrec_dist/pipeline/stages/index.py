@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.console import console
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
-from ilrec_dist.items.build import build_index, input_files
+from ilrec_dist.items.build import build_catalogue, input_files
+from ilrec_dist.items.index_report import index_summary
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.stage import Stage
 
@@ -27,5 +29,7 @@ def index_stage(config: Config) -> Stage:
 def index(config: Config) -> str | None:
     artifacts = RunArtifacts(config)
     vectors = item_vectors(artifacts.folders.cf) if config.items.from_cf else None
-    build_index(config.items, artifacts.dataset, artifacts.folders.items, vectors)
-    return None
+    report = build_catalogue(config.items, artifacts.dataset, artifacts.folders.items, vectors)
+    if report["warning"]:
+        console.print(f"index: warning: {report['warning']}", highlight=False, markup=False)
+    return index_summary(report)

@@ -1,0 +1,98 @@
+"""Methods are a table: one that is registered is trained, evaluated, reported and served."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import ConfigError, config_from_dict
+from ilrec_dist.data.dataset import load_dataset
+from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.registry import METHODS, Method, default_method, get_method, register
+from tests.training.conftest import tiny_config
+
+# Every process of a run imports sitecustomize at its start, so that all know the method, as if
+# the table itself had it.
+REGISTER = """
+import dataclasses
+
+from ilrec_dist.objective.registry import Method, register
+
+register(
+    Method(
+        "made-up",
+        "A made-up method",
+        lambda config: dataclasses.replace(config, cpd_mu=0.5, crr_lambda=0.0),
+        compared_with=("transitions",),
+    )
+)
+"""
+
+
+def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(REGISTER)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+
+    def ilrec(*words: object) -> None:
+        command = [sys.executable, "-m", "ilrec_dist.cli", *map(str, words)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+
+    tree = config_to_dict(tiny_config(tmp_path, train={"epochs": 1}))
+    tree["train"]["methods"] = ["made-up"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    run = tmp_path / "tiny"
+    shutil.copytree(tiny / "tiny", run)
+    ilrec("run", tmp_path / "config.yaml")
+
+    results = json.loads((run / "results.json").read_text())
+    rows = [row for row in results["rows"] if row["method"] == "made-up"]
+    assert len(rows) == 2 and all(0 < row["hit@10"] <= 1 for row in rows)
+    versus = {(interval["method"], interval["versus"]) for interval in results["paired_bootstrap"]}
+    assert versus == {("made-up", "transitions")}
+    assert "made-up" in (run / "report.html").read_text()
+    result = json.loads((run / "train/made-up-seed0/result.json").read_text())
+    assert result["method"] == "made-up"
+
+    dataset = load_dataset(run / "data")
+    table = pa.table({"user": ["a", "b"], "items": [dataset.item_ids[:3], dataset.item_ids[5:6]]})
+    pq.write_table(table, tmp_path / "histories.parquet")
+    flags = ["--histories", tmp_path / "histories.parquet", "--out", tmp_path / "out.parquet"]
+    ilrec("recommend", run, "--method", "made-up", "--top", 3, *flags)
+    assert pq.read_table(tmp_path / "out.parquet").column("user").to_pylist() == list("aaabbb")
+
+
+def test_a_name_that_is_not_registered_is_refused_with_those_that_are():
+    with pytest.raises(UserError, match="unknown method 'dqo'; expected 'sft' or 'ilrec'"):
+        get_method("dqo")
+    with pytest.raises(ConfigError, match="train.methods: .*'sft' or 'ilrec'.*'dqo'"):
+        config_from_dict({"train": {"methods": ["dqo"]}})
+    with pytest.raises(ValueError, match="'sft' is registered already"):
+        register(Method("sft", "", lambda config: config))
+    assert list(METHODS) == ["sft", "ilrec"]
+
+
+def test_settings_without_an_effect_on_a_method_are_not_part_of_its_objective():
+    sft = get_method("sft")
+    one = sft.objective(ObjectiveConfig(cpd_mu=0.7, max_negatives=3, negative_scope="all"))
+    assert one == sft.objective(ObjectiveConfig()) and one.is_cross_entropy
+    assert one != sft.objective(ObjectiveConfig(softmax_scope="valid_next"))
+    assert not sft.needs_rewards(ObjectiveConfig(crr_lambda=0.5))
+    ilrec = get_method("ilrec")
+    assert ilrec.needs_rewards(ObjectiveConfig())
+    assert not ilrec.needs_rewards(ObjectiveConfig(crr_lambda=0.0))
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"), [(["sft"], "sft"), (["sft", "ilrec"], "ilrec"), (["x", "sft"], "x")]
+)
+def test_recommendations_come_from_the_highlighted_method_by_default(trained, expected):
+    assert default_method(trained) == expected
