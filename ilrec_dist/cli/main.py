@@ -182,9 +182,11 @@ def _add_index_commands(commands: argparse._SubParsersAction) -> None:  # type: 
     )
     command.add_argument(
         "--vectors",
-        nargs=2,
-        metavar=("OLD.npy", "NEW.npy"),
-        help="vectors of the old items (in index order) and the new, in place of texts",
+        nargs="+",
+        default=[],
+        metavar="X.npy",
+        help="in place of texts, the new items' vectors, of the kind that the index was built "
+        "from; or two files: the old items' vectors (in the order of index.json) and the new ones'",
     )
     command.set_defaults(call=_index_add, command="index add")
     example = "example:\n  ilrec index report runs/quickstart --plot use.svg\n  ilrec index report PATH/Scientific.index.json"
@@ -256,12 +258,8 @@ def _index_build(arguments: argparse.Namespace) -> None:
 def _index_add(arguments: argparse.Namespace) -> None:
     from ilrec_dist.cli.index_commands import add_to_index
 
-    old_and_new = (
-        (Path(arguments.vectors[0]), Path(arguments.vectors[1])) if arguments.vectors else None
-    )
-    print(
-        add_to_index(Path(arguments.run), Path(arguments.items), Path(arguments.out), old_and_new)
-    )
+    vectors = [Path(path) for path in arguments.vectors]
+    print(add_to_index(Path(arguments.run), Path(arguments.items), Path(arguments.out), vectors))
 
 
 def _index_report(arguments: argparse.Namespace) -> None:

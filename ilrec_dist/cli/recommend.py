@@ -66,7 +66,8 @@ def recommend(
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend_items
     from ilrec_dist.items.catalogue import catalogue_hash
-    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+    from ilrec_dist.model.weights import load_weights
+    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)

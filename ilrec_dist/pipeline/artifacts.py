@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.model import build
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.weights import read_weights
 
 VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
 
@@ -75,22 +74,13 @@ class RunArtifacts:
         )
 
 
-def max_positions(config: Config, depth: int) -> int:
-    """Tokens of the longest input: the context and the generated item without its last token."""
-    return (config.train.max_history + 1) * depth - 1
-
-
 def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+    """The run's backbone, freshly initialised."""
     catalogue = artifacts.catalogue
-    return Backbone(
+    return build.build_backbone(
         config.backbone,
         catalogue.vocab_size,
-        max_positions(config, catalogue.depth),
+        build.max_positions(config.train.max_history, catalogue.depth),
         config.train.precision,
         seed,
     )
-
-
-def load_weights(backbone: Backbone, path: Path) -> Backbone:
-    backbone.load_full_state_dict(read_weights(path))
-    return backbone.eval()

@@ -29,7 +29,7 @@ from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.pipeline import stage_runs
 from ilrec_dist.training.spec import TrainingSpec
 
-FORMAT = 3  # raise when a stage's output changes for the same settings
+FORMAT = 4  # raise when a stage's output changes for the same settings
 
 
 @dataclass(frozen=True)

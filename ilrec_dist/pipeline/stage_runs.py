@@ -56,7 +56,8 @@ def index_inputs(config: Config) -> list[Path]:
 
 
 def index(config: Config) -> None:
-    from ilrec_dist.items.build import build_index
+    from ilrec_dist.items.build import build_catalogue
+    from ilrec_dist.items.index_report import index_summary
     from ilrec_dist.pipeline.artifacts import RunArtifacts
 
     artifacts = RunArtifacts(config)
@@ -65,7 +66,12 @@ def index(config: Config) -> None:
         from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 
         vectors = item_vectors(artifacts.folders.cf)
-    build_index(config.items, artifacts.dataset, artifacts.folders.items, vectors)
+    report = build_catalogue(config.items, artifacts.dataset, artifacts.folders.items, vectors)
+    console.print(f"index: {index_summary(report)}", highlight=False, markup=False, soft_wrap=True)
+    if report["warning"]:
+        console.print(
+            f"index: warning: {report['warning']}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def cf(config: Config) -> None:

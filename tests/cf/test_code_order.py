@@ -20,7 +20,7 @@ from ilrec_dist.cf.rewards.index import write_code_order
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
@@ -36,7 +36,7 @@ def from_own_vectors(
     world: World, cf: Path, levels: int, config: CFConfig = FLAT
 ) -> tuple[Catalogue, Trie]:
     folder = cf.parent / f"items-{levels}"
-    build_index(
+    build_catalogue(
         ItemsConfig(embedding="cf", levels=levels, codes_per_level=4, collisions="resolve"),
         world.dataset,
         folder,

@@ -23,8 +23,9 @@ from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transiti
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
+from ilrec_dist.model.weights import load_weights
 from ilrec_dist.objective.registry import METHODS, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval, MethodLabel
