@@ -38,9 +38,11 @@ def recommend(
     exclude_seen: bool,
     allowed: Path | None,
 ) -> None:
-    """Recommend with the run in folder `run`; write Parquet (user, rank, item, title, score) to `out`, or print the first users.
+    """Recommend with the run in folder `run`.
 
-    Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
+    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users. Raises
+    UserError for a folder that holds no such trained model, for bad histories and for an unknown
+    allowed item.
     """
     config = _config_of(run)
     method = get_method(method or default_method(config.train.methods)).name
@@ -51,7 +53,8 @@ def recommend(
         )
     if out is not None and out.is_dir():
         raise UserError(
-            f"--out {out}: this is a folder; expected the name of a Parquet file, such as {out / 'recommendations.parquet'}"
+            f"--out {out}: this is a folder; expected the name of a Parquet file, such as "
+            f"{out / 'recommendations.parquet'}"
         )
 
     from ilrec_dist.launch.device import quiet, resolve_device
@@ -128,7 +131,8 @@ def _config_of(run: Path) -> Config:
     """The run's configuration, pointed at where the folder is now."""
     if not (run / "config.yaml").exists():
         raise UserError(
-            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, such as runs/quickstart"
+            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, "
+            "such as runs/quickstart"
         )
     folder = run.resolve()
     return dataclasses.replace(
@@ -145,7 +149,7 @@ def _without_items(recommendations: Recommendations) -> str:
 
 
 def print_recommendations(found: pa.Table) -> None:
-    """A table of the first users; titles and ids are shown as they are, whatever brackets they hold."""
+    """Print a table of the first users; titles and ids are shown as they are, with brackets."""
     users = found.column("user").combine_chunks().dictionary_encode()
     shown = found.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)
