@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ilrec_dist.items.add import GivenVectors, add_items
 from ilrec_dist.items.index_plot import plot_code_use
 from ilrec_dist.items.index_report import open_index, report_table
 from ilrec_dist.items.text_embeddings import CHUNK_ROWS
+from ilrec_dist.pipeline.records import check_stands_on
 
 
 def report_index(path: Path, plot: Path | None = None) -> str:
@@ -104,3 +106,14 @@ def _vectors(path: Path) -> np.ndarray:
                 "beyond 32-bit floats; mend it (--vectors)"
             )
     return vectors
+
+
+def run_add(arguments: argparse.Namespace) -> None:
+    run = Path(arguments.run)
+    check_stands_on(RunFolders(run), "index", ("prepare",))
+    vectors = [Path(path) for path in arguments.vectors]
+    print(add_to_index(run, Path(arguments.items), Path(arguments.out), vectors))
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    print(report_index(Path(arguments.index), Path(arguments.plot) if arguments.plot else None))
