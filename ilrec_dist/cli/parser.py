@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_stages(commands)
     _add_index_commands(commands)
     _add_recommend(commands)
+    _add_export(commands)
     _add_export_data(commands)
     _add_config_command(commands)
     return parser
@@ -174,6 +175,32 @@ def _add_recommend(commands: Commands) -> None:
         "--allowed", metavar="items.txt", help="recommend only these items: one item id a line"
     )
     command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
+
+
+def _add_export(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "export",
+        "write a trained model, its tokenizer and its catalogue as a folder that transformers loads",
+        "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument("out", metavar="DIR", help="a new folder")
+    command.add_argument(
+        "--method",
+        metavar="NAME",
+        help="whose weights, as in train.methods (default: the project's own where it was trained)",
+    )
+    command.add_argument(
+        "--seed", type=int, help="the training seed whose weights are used (default: the first)"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights' file (default float32)",
+    )
+    command.set_defaults(call="ilrec_dist.cli.export_model:run", command="export")
 
 
 def _add_export_data(commands: Commands) -> None:
