@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_columns, require_file
+from ilrec_dist.data.reading.columns import strip_blanks
 from ilrec_dist.inference.ranker import HistoryRanges
 
+# The Arrow types of a column of lists: `pa.types.is_NAME`.
+LIST_TYPES = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 COLUMNS = {"user": "the history's owner, a string", "items": "a list of item ids, oldest first"}
 
 
@@ -37,7 +40,7 @@ def read_histories(
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows; expected one history a row")
     user_type, item_type = (table.schema.field(name).type for name in COLUMNS)
-    if not (pa.types.is_list(item_type) or pa.types.is_large_list(item_type)):
+    if not any(getattr(pa.types, f"is_{name}")(item_type) for name in LIST_TYPES):
         raise UserError(f"{path}: column 'items' is {item_type}, expected {COLUMNS['items']}")
     try:
         users = _read_users(path, table.column("user"))
@@ -56,7 +59,8 @@ def read_histories(
             "expected at least one item, leave the row out"
         )
     stop = np.cumsum(lengths)
-    ids = lists.flatten()
+    # Blanks around an id are no part of it, as in the data that was prepared.
+    ids = strip_blanks(lists.flatten())
     items = np.fromiter(
         (item_index.get(item, -1) for item in ids.to_pylist()), np.int64, count=int(stop[-1])
     )
@@ -74,7 +78,7 @@ def read_histories(
 def _read_users(path: Path, column: pa.ChunkedArray) -> list[str]:
     """The ids as strings. A user stands on one row, so that an answer belongs to one history."""
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
-    users: list[str] = column.cast(pa.string()).to_pylist()
+    users: list[str] = strip_blanks(column.cast(pa.string()).combine_chunks()).to_pylist()
     first_row: dict[str, int] = {}
     for row, user in enumerate(users):
         if missing[row] or user == "":
