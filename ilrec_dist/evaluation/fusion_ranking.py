@@ -10,23 +10,32 @@ import torch
 import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.model import SASRec
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
 from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
+from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.fusion import (
     FusionScores,
     candidate_union,
+    choose_weights,
     fused_scores,
     log_of_counts,
     log_softmax,
     ranks_of_fused,
 )
 from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.evaluation.ranking import KEPT_ITEMS, top_items
+from ilrec_dist.evaluation.ranking import (
+    KEPT_ITEMS,
+    evaluate_model,
+    history_ranges,
+    top_items,
+)
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import HistoryRanges
 from ilrec_dist.inference.trie_constraint import TrieConstraint
+from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 
 
@@ -124,6 +133,77 @@ def score_candidates(
         union[rows, : items.shape[1]] = items
         log_p[rows, : items.shape[1]] = scores
     return FusionScores(union, log_p)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A fused ranking of the test split with its weights."""
+
+    predictions: Predictions
+    # float64 [1 + sources]: the language model's weight first.
+    weights: np.ndarray
+    # NDCG@10 on the validation split, which the weights were chosen by.
+    validation_ndcg: float
+
+
+def fuse_model(
+    backbone: Backbone,
+    dataset: InteractionDataset,
+    trie: Trie,
+    sources: Sequence[FusionSource],
+    *,
+    validation_users: np.ndarray,
+    test_users: np.ndarray,
+    config: EvaluationConfig,
+    softmax_scope: SoftmaxScope,
+    max_history: int,
+    parallel: ParallelState,
+    model_name: str = "the model",
+) -> Fusion:
+    """Rank test users by a mixture whose weights are chosen on validation users.
+
+    Collective over `parallel`; the same on every rank.
+    """
+    constraint = TrieConstraint(trie, parallel.device)
+    scores, targets = {}, {}
+    for split, users in (("validation", validation_users), ("test", test_users)):
+        beams = evaluate_model(
+            backbone,
+            dataset,
+            trie.catalogue,
+            trie,
+            users=users,
+            split=split,
+            config=config,
+            softmax_scope=softmax_scope,
+            max_history=max_history,
+            parallel=parallel,
+            model_name=model_name,
+        )
+        targets[split] = beams.targets
+        scores[split] = score_candidates(
+            backbone,
+            constraint,
+            history_ranges(dataset, beams.users, split),
+            beams.items,
+            sources,
+            num_candidates=config.fusion_candidates,
+            batch_size=config.batch_size,
+            softmax_scope=softmax_scope,
+            max_history=max_history,
+            exclude_seen=config.exclude_seen,
+            parallel=parallel,
+            model_name=model_name,
+        )
+    weights, ndcg = choose_weights(scores["validation"], targets["validation"])
+    predictions = fused_predictions(
+        scores["test"],
+        weights,
+        users=np.sort(test_users),
+        targets=targets["test"],
+        exclude_seen=config.exclude_seen,
+    )
+    return Fusion(predictions, weights, ndcg)
 
 
 def fused_predictions(

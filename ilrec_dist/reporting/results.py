@@ -240,7 +240,7 @@ def _table(summaries: Sequence[Summary], title: str) -> Table:
     table = Table(
         title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for metric in metrics:
         table.add_column(
             metric_title(metric).replace(" ", "\n"), justify="right", no_wrap=True, vertical="top"

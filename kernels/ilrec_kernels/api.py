@@ -74,11 +74,12 @@ def cross_layer_loss(
 
     Hidden gradients are summed over tp_group, so they are the whole gradient and identical
     on each rank; the head's gradient is the shard's. Logits, normalisers and the head's
-    gradient are fp32 (fp64 for fp64 inputs), also under autocast; on a GPU the factors of
+    gradient are fp32 (fp64 for fp64 inputs), also under autocast. On a GPU the factors of
     the products have the head's dtype, so hidden rows in fp32 are rounded to bf16 for a
-    bf16 head. For "sum" and "mean" gradients are made in forward and multiplied by the
-    upstream gradient in backward; for "none" they are made in backward. Under no_grad only
-    the loss is computed.
+    bf16 head; a CPU with bf16 products does the same in the gradients' two products. For
+    "sum" and "mean" gradients are made in forward and multiplied by the upstream gradient
+    in backward; for "none" they are made in backward. Under no_grad only the loss is
+    computed.
 
     Raises ValueError, naming the argument, for shapes, dtypes and scopes that do not go
     together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side

@@ -7,9 +7,12 @@ import pytest
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.evaluation.baselines.counting import count_training, transition_scores
+from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.fusion import FusionScores, log_of_counts
 from ilrec_dist.evaluation.fusion_ranking import (
+    Fusion,
     FusionSource,
+    fuse_model,
     fused_predictions,
     score_candidates,
     transitions_source,
@@ -102,6 +105,39 @@ def test_candidates_and_their_scores_are_those_of_the_definition(exclude_seen: b
                 found.log_p[row, listed, source], table[row, sorted(expected)], atol=1e-4
             )
         assert (found.log_p[row, ~listed] == -np.inf).all()
+
+
+def fuse(mesh: Mesh) -> Fusion:
+    parallel = initialize_parallel(mesh.tp, "cpu")
+    try:
+        dataset, catalogue = toy_data(), toy_catalogue()
+        # A source that knows every target of both splits at its first places.
+        oracle = np.full((len(USERS), NUM_ITEMS), -9.0)
+        for split in ("validation", "test"):
+            oracle[USERS, dataset.targets(split, USERS)] = -0.7
+        return fuse_model(
+            toy_backbone(catalogue),
+            dataset,
+            Trie(catalogue),
+            [FusionSource("oracle", lambda _, rows: oracle[rows])],
+            validation_users=USERS,
+            test_users=USERS,
+            config=EvaluationConfig(beam=10, fusion_candidates=3),
+            softmax_scope="all",
+            max_history=MAX_HISTORY,
+            parallel=parallel,
+        )
+    finally:
+        destroy_parallel()
+
+
+def test_a_model_is_fused_with_the_weights_that_validation_chooses() -> None:
+    (fusion,) = run_distributed(fuse, 1, 1)
+    assert fusion.weights[1] > 0.5 and fusion.validation_ndcg > 0.6
+    assert fusion.weights.sum() == pytest.approx(1)
+    # At test time the validation item is seen, so the oracle's first item is the target.
+    assert fusion.predictions.metrics()["hit@1"] > 0.9
+    assert fusion.predictions.users.tolist() == USERS.tolist()
 
 
 def test_process_layouts_agree() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ilrec_kernels.layout import gemm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +109,18 @@ def test_nothing_exceeds_the_workspace(settings):
     assert mode.largest <= workspace
     assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     assert mode.peak >= workspace / 20
+
+
+@pytest.mark.parametrize("trainable", [None, SCATTERED])
+def test_bf16_products_on_a_cpu_keep_to_the_workspace(trainable, monkeypatch):
+    """They make blocks of the head's gradient, which may not be as large as the head."""
+    monkeypatch.setattr(gemm, "cpu_multiplies_bf16", lambda: True)
+    n, v, workspace = 256, 3000, 600_000
+    scopes = dict(negative_scope="all", distill_scope="all", item_tokens=(0, v))
+    case = make_case(n=n, d=96, v=v, dtype=torch.bfloat16, workspace_bytes=workspace, **scopes)
+    mode = live_bytes(case, trainable_rows=trainable)
+    assert mode.largest <= workspace
+    assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
 
 
 RESIDENT = """

@@ -154,6 +154,14 @@ def test_users_with_nothing_left_are_shown_under_their_treatment():
     assert "nothing left" not in kept
 
 
+def test_long_names_of_methods_fold():
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    rows = [row | {"method": row["method"] + "+cf+transitions"} for row in result_rows([0, 1])]
+    print_table(rows, console=console)
+    text = console.file.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_a_bound_is_never_the_best_and_a_method_without_a_label_comes_last():
     summaries = summarise_rows(result_rows([0]), LABELS[3:])
     assert [one.method for one in summaries[:6]] == [

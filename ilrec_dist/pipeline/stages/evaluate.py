@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
+from ilrec_dist.cf.sasrec.checkpoint import load_cf
+from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
@@ -16,14 +20,30 @@ from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.baselines.table import BASELINES, baselines_of
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
+from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transitions_source
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
+from ilrec_dist.model.weights import load_weights
 from ilrec_dist.objective.registry import METHODS, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval, MethodLabel
+
+# Sources of each fusion besides the language model.
+FUSIONS = (("cf",), ("cf", "transitions"))
+
+
+def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
+    return Stage(
+        "evaluate",
+        "evaluate",
+        after=("prepare", "cf", *trainings),
+        settings=stage_settings(config, "evaluate"),
+        output=RunFolders(config.run_dir).evaluation,
+    )
 
 
 def treatments(config: Config) -> list[bool]:
@@ -45,7 +65,18 @@ def predictions_file(config: Config, method: str, seed: int | None, exclude_seen
 def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
     """Every (method, training seed) of the table of results; None for baselines."""
     yield from ((baseline.name, None) for baseline in baselines_of(config.data.format))
-    yield from ((method, seed) for method in config.train.methods for seed in config.train.seeds)
+    for method in config.train.methods:
+        names = [method, *(fused_name(method, sources) for sources in fusions(config))]
+        yield from ((name, seed) for name in names for seed in config.train.seeds)
+
+
+def fusions(config: Config) -> tuple[tuple[str, ...], ...]:
+    """The sources that each trained model is mixed with, one fusion an entry (METHOD.md §12)."""
+    return FUSIONS if config.evaluation.fusion else ()
+
+
+def fused_name(method: str, sources: Sequence[str]) -> str:
+    return "+".join([method, *sources])
 
 
 def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
@@ -110,8 +141,59 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         if is_rank0:
             path.parent.mkdir(parents=True, exist_ok=True)
             predictions.save(path)
+    if config.evaluation.fusion:
+        evaluate_fusions(config, artifacts, parallel)
     if is_rank0:
         (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
+
+
+def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
+    """Mixtures of every trained (method, seed), with weights chosen on validation users.
+
+    Each is saved like a method's predictions, with its weights in a .fusion.json beside them.
+    """
+    sources = {
+        source.name: source
+        for source in (
+            cf_source(load_cf(artifacts.folders.cf)),
+            transitions_source(count_training(artifacts.dataset)),
+        )
+    }
+    work = itertools.product(
+        config.train.methods, config.train.seeds, treatments(config), fusions(config)
+    )
+    for method, seed, exclude, names in work:
+        path = predictions_file(config, fused_name(method, names), seed, exclude)
+        # All ranks look before one of them writes.
+        exists = path.exists()
+        dist.barrier()
+        if exists:
+            continue
+        weights_file = artifacts.folders.training(method, seed) / BEST
+        backbone = load_weights(build_backbone(config, artifacts, seed), weights_file)
+        fusion = fuse_model(
+            backbone.to(parallel.device),
+            artifacts.dataset,
+            artifacts.trie,
+            [sources[name] for name in names],
+            validation_users=artifacts.validation_users(config.train.validation_users),
+            test_users=artifacts.dataset.evaluated("test"),
+            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
+            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
+            max_history=config.train.max_history,
+            parallel=parallel,
+            model_name=str(weights_file),
+        )
+        if dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                path.with_suffix(".fusion.json"),
+                {
+                    "weights": dict(zip([method, *names], fusion.weights.tolist(), strict=True)),
+                    "validation_ndcg@10": fusion.validation_ndcg,
+                },
+            )
+            fusion.predictions.save(path)
 
 
 def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
@@ -146,10 +228,10 @@ def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigur
 
 def paired_intervals(config: Config, figures: Sequence[MethodFigures]) -> list[Interval]:
     """Paired intervals of each trained method, under both treatments of seen items."""
-    return comparison.paired_intervals(
-        figures,
-        {method: get_method(method).compared_with for method in config.train.methods},
-    )
+    compared_with = {method: get_method(method).compared_with for method in config.train.methods}
+    for method, sources in itertools.product(config.train.methods, fusions(config)):
+        compared_with[fused_name(method, sources)] = (method, "sasrec", "transitions")
+    return comparison.paired_intervals(figures, compared_with)
 
 
 def method_labels() -> list[MethodLabel]:
@@ -158,10 +240,12 @@ def method_labels() -> list[MethodLabel]:
         MethodLabel(baseline.name, baseline.name, is_bound=baseline.is_bound)
         for baseline in BASELINES.values()
     ]
-    methods = [
-        MethodLabel(method.name, method.title, highlighted=method.highlighted)
-        for method in METHODS.values()
-    ]
+    methods = []
+    for method in METHODS.values():
+        methods.append(MethodLabel(method.name, method.title, highlighted=method.highlighted))
+        for sources in FUSIONS:
+            name = fused_name(method.name, sources)
+            methods.append(MethodLabel(name, fused_name(method.title, sources)))
     return sorted([*baselines, *methods], key=lambda label: label.is_bound)
 
 

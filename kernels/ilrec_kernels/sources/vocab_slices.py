@@ -115,7 +115,7 @@ class VocabSlices:
             hidden_gradient(stacked, p.head, s.columns, hidden, plan.block, accumulate=True)
             if gradients.head is not None:
                 head = gradients.head[s.columns.start : s.columns.stop]
-                weight_gradient(stacked, s.x, head, p.head.dtype)
+                weight_gradient(stacked, s.x, p.head, head, plan.block)
         return []
 
     def _slices(self, chunk: Chunk, accept: CandidateFilter | None) -> Iterator[Slice]:

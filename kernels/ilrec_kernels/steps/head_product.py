@@ -65,14 +65,14 @@ def _stacked(plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor) -> Tens
 
 def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: Tensor) -> None:
     """Compute out[columns] += gradᵀ · x, for the trainable rows alone."""
-    dtype, trainable, columns = p.head.dtype, p.trainable, product.columns
+    trainable, columns = p.trainable, product.columns
     if not columns.is_scattered and (trainable is None or not trainable.is_scattered):
         first, last = columns.start, columns.stop
         if trainable is not None:
             first, last = max(first, trainable.start), min(last, trainable.stop)
         if first < last:
             grad = product.grad[:, first - columns.start : last - columns.start]
-            weight_gradient(grad, product.x, out[first:last], dtype)
+            weight_gradient(grad, product.x, p.head, out[first:last], plan.block)
         return
     rows, index = columns.rows(out.device), None
     if trainable is not None:
@@ -89,5 +89,5 @@ def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: Tensor)
         else:
             grad = product.grad.index_select(1, index[i : i + step])
         update = out.index_select(0, part)
-        weight_gradient(grad, product.x, update, dtype)
+        weight_gradient(grad, product.x, p.head, update, plan.block)
         out.index_copy_(0, part, update)
