@@ -152,7 +152,7 @@ def test_a_damaged_run_is_repaired_by_the_command_that_its_refusal_names(shop, c
     line = refused(capsys, "recommend", run, "--histories", shop / "h.parquet")
     assert "damaged" in line and "ilrec" in line
     assert main(["run", str(shop / "c.yaml")]) == 0
-    assert capsys.readouterr().out.count("made again") >= 4
+    assert capsys.readouterr().out.count("; made again") >= 4
     after = files(shop)
     for name in ("data/users.parquet", "items/index.json", "cf/full.safetensors"):
         assert after[name] == before[name]
