@@ -34,7 +34,7 @@ from harness import (
 
 from ilrec_dist.common.files import map_array
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
@@ -65,7 +65,7 @@ def measure_build(items: int) -> dict[str, Any]:
         vectors = map_array(Path(temporary) / "vectors.npy")
         started = time.perf_counter()
         with PeakMemory() as peak:
-            report = build_index(config, dataset, Path(temporary) / "items", vectors)
+            report = build_catalogue(config, dataset, Path(temporary) / "items", vectors)
         seconds = time.perf_counter() - started
     collisions = report["collisions"]
     return {

@@ -171,11 +171,11 @@ class Trainer:
         clock: Clock,
         drawn: tuple[Any, Any, Any, Any],
     ) -> None:
+        from ilrec_dist.model.build import max_positions
         from ilrec_dist.model.gpt import Backbone
         from ilrec_dist.objective.ilrec import Objective
         from ilrec_dist.objective.metrics import LossStatistics
         from ilrec_dist.objective.registry import get_method
-        from ilrec_dist.pipeline.artifacts import max_positions
         from ilrec_dist.samples.collate import BatchMaker
         from ilrec_dist.samples.windows import training_windows
         from ilrec_dist.training.engine import build_engine
@@ -191,7 +191,7 @@ class Trainer:
         backbone = Backbone(
             config.backbone,
             vocab,
-            max_positions(config, catalogue.depth),
+            max_positions(config.train.max_history, catalogue.depth),
             config.train.precision,
             0,
         )

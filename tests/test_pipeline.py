@@ -8,7 +8,7 @@ import pytest
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
-from ilrec_dist.pipeline.run import Run, execute
+from ilrec_dist.pipeline.execute import execute, open_run
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def config_of(source, *overrides: str) -> Config:
 
 
 def current(config: Config) -> set[str]:
-    run = Run(config)
+    run = open_run(config)
     return {name for name in ("prepare", "index") if run.is_current(name)}
 
 
@@ -116,13 +116,18 @@ def test_moving_the_input_changes_nothing(source):
                 "evaluate",
             },
         ),
-        ("data.time_column=when", set()),
-        ("data.synthetic.users=7", set()),
         ("objective.workspace_mib=8", set()),
         ("train.checkpoint_steps=7", set()),
         ("launch.threads=1", set()),
         ("launch.max_failures=1", set()),
         ("cf.rewards=actor", set()),
+        ("launch.tp=1", set()),
+        ("train.keep_checkpoints=5", set()),
+        ("train.epochs=3", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
+        (
+            "launch.workers=2",
+            {"train sft seed 0", "train ilrec seed 1", "evaluate"},
+        ),
     ],
 )
 def test_each_key_reruns_what_it_is_relevant_to(source, override, changed):
@@ -150,7 +155,7 @@ def test_each_key_where_the_codes_come_from_the_cf_model(source, override, chang
 
 
 def reruns(before: Config, after: Config) -> set[str]:
-    old, new = Run(before), Run(after)
+    old, new = open_run(before), open_run(after)
     names = (
         "prepare",
         "index",

@@ -261,7 +261,8 @@ def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_
 def test_a_split_table_is_trained_by_the_workers(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "runs", tmp_path / "runs")
     before = load_file(tmp_path / "runs/tiny/cf/full.safetensors")
-    monkeypatch.setattr("ilrec_dist.cf.sasrec.cross_fit.train_cf", None)  # of this process
+    # This process trains nothing itself.
+    monkeypatch.setattr("ilrec_dist.pipeline.stages.cf.train_cf", None)
     assert (
         main(
             [

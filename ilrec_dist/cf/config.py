@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from ilrec_dist.common.config_fields import (
+    Affects,
     Bool,
     Fraction,
     Int,
     NonNegative,
     NonNegativeFloat,
+    OnlyIf,
     Positive,
     PositiveFloat,
     section,
 )
 
 
-@section
+def _by_actors(config: Any) -> bool:
+    return bool(config.cf.rewards == "actor")
+
+
+@section(affects="cf")
 class CFConfig:
     """SASRec with full-softmax cross-entropy (METHOD.md §5)."""
 
@@ -39,27 +45,18 @@ class CFConfig:
     cf_folds: Annotated[Int, Ge(1)] = 2
     # Shard the item table and its optimizer state over the launch.workers.
     split_table: Bool = False
-    rewards: Literal["in_process", "actor"] = "in_process"
+    rewards: Annotated[Literal["in_process", "actor"], Affects()] = "in_process"
     # `scan` reads the whole catalogue and is exact; `auto` scans up to 65,536 items and takes
     # `ivf_pq` above.
-    reward_index: Literal["auto", "scan", "flat", "ivf_pq", "hnsw"] = "auto"
+    reward_index: Annotated[
+        Literal["auto", "scan", "flat", "ivf_pq", "hnsw"], Affects("rewards")
+    ] = "auto"
     # Ranges of the catalogue that separate reward actors may hold.
-    reward_shards: Positive = 1
+    reward_shards: Annotated[Positive, Affects("rewards")] = 1
     # Reward actors (of each shard) that share the requests.
-    reward_replicas: Positive = 1
+    reward_replicas: Annotated[Positive, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 1
     # Times that a request is sent again after an actor's death or silence.
-    reward_retries: NonNegative = 16
+    reward_retries: Annotated[NonNegative, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 16
     # Keep rewards on disk per (user, position).
-    reward_cache: Bool = False
+    reward_cache: Annotated[Bool, Affects()] = False
     seed: NonNegative = 0
-
-
-# The fields of CFConfig that change no model, only how its rewards are served.
-CF_SERVING = (
-    "rewards",
-    "reward_index",
-    "reward_shards",
-    "reward_replicas",
-    "reward_retries",
-    "reward_cache",
-)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -37,9 +38,11 @@ def recommend(
     exclude_seen: bool,
     allowed: Path | None,
 ) -> None:
-    """Recommend with the run in folder `run`; write Parquet (user, rank, item, title, score) to `out`, or print the first users.
+    """Recommend with the run in folder `run`.
 
-    Raises UserError for a folder that holds no such trained model, and for bad histories or an unknown allowed item.
+    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users. Raises
+    UserError for a folder that holds no such trained model, for bad histories and for an unknown
+    allowed item.
     """
     config = _config_of(run)
     method = get_method(method or default_method(config.train.methods)).name
@@ -50,7 +53,8 @@ def recommend(
         )
     if out is not None and out.is_dir():
         raise UserError(
-            f"--out {out}: this is a folder; expected the name of a Parquet file, such as {out / 'recommendations.parquet'}"
+            f"--out {out}: this is a folder; expected the name of a Parquet file, such as "
+            f"{out / 'recommendations.parquet'}"
         )
 
     from ilrec_dist.launch.device import quiet, resolve_device
@@ -58,25 +62,16 @@ def recommend(
     quiet()
     import torch
 
-    from ilrec_dist.common.files import read_json_object
-    from ilrec_dist.common.run_layout import BEST, RESULT
+    from ilrec_dist.common.run_layout import BEST
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.inference.recommend import recommend_items
-    from ilrec_dist.items.catalogue import catalogue_hash
-    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+    from ilrec_dist.model.weights import load_weights
+    from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
     from ilrec_dist.reporting.progress import stage_progress
 
     artifacts = RunArtifacts(config)
     weights = artifacts.folders.training(method, seed) / BEST
-    if not weights.exists() or not weights.with_name(RESULT).exists():
-        raise UserError(
-            f"{weights}: no such weights; the run's training is not finished, or it trained other methods than {method} or other seeds than {seed}"
-        )
-    result = read_json_object(weights.with_name(RESULT))
-    if "model" not in result or result["catalogue"] != catalogue_hash(artifacts.catalogue):
-        raise UserError(
-            f"{weights}: trained with other item codes than those in {artifacts.folders.items}; train again (`ilrec run`), or restore the codes"
-        )
+    result = artifacts.trained_model(method, seed)
     model = result[
         "model"
     ]  # as it was trained: a later command may have left another configuration in the folder
@@ -136,7 +131,8 @@ def _config_of(run: Path) -> Config:
     """The run's configuration, pointed at where the folder is now."""
     if not (run / "config.yaml").exists():
         raise UserError(
-            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, such as runs/quickstart"
+            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, "
+            "such as runs/quickstart"
         )
     folder = run.resolve()
     return dataclasses.replace(
@@ -153,7 +149,7 @@ def _without_items(recommendations: Recommendations) -> str:
 
 
 def print_recommendations(found: pa.Table) -> None:
-    """A table of the first users; titles and ids are shown as they are, whatever brackets they hold."""
+    """Print a table of the first users; titles and ids are shown as they are, with brackets."""
     users = found.column("user").combine_chunks().dictionary_encode()
     shown = found.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)
@@ -176,3 +172,16 @@ def print_recommendations(found: pa.Table) -> None:
     left_out = len(users.dictionary) - PRINTED_USERS
     if left_out > 0:
         console.print(f"and {left_out:,} more users; --out writes them all", highlight=False)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recommend(
+        Path(arguments.run),
+        Path(arguments.histories),
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+        method=arguments.method,
+        seed=arguments.seed,
+        exclude_seen=arguments.exclude_seen,
+        allowed=Path(arguments.allowed) if arguments.allowed else None,
+    )

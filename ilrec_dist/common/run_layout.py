@@ -11,12 +11,19 @@ RESULT = "result.json"
 COUNTER = ".progress.json"
 # The weights of the best validation and those after the last step, in a training's folder.
 BEST, FINAL = "best.safetensors", "final.safetensors"
-CODE_ORDER = "code-order"  # within the CF folder: what is made of the models for one catalogue
+# Within the CF folder: what is made of the models for one catalogue.
+CODE_ORDER = "code-order"
+# Within a run's folder: the records of its stages, and what a command under way has replaced.
+STAGES, PREVIOUS = ".stages", ".previous"
 
 
 @dataclass(frozen=True)
 class RunFolders:
     root: Path
+
+    @property
+    def stages(self) -> Path:
+        return self.root / STAGES
 
     @property
     def data(self) -> Path:

@@ -119,11 +119,11 @@ def _in_tree(tree: Any, loc: tuple[Any, ...]) -> bool:
 
 def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    hints = typing.get_type_hints(cls)
+    hints: dict[str, Any] = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         keys.append(prefix + item.name)
         if dataclasses.is_dataclass(hints[item.name]):
-            keys += _all_keys(hints[item.name], f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            keys += _all_keys(hints[item.name], f"{prefix}{item.name}.")
     return keys
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
@@ -9,25 +11,31 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.common.config_fields import section
+from ilrec_dist.common.config_fields import Affects, fields_without_effect, section
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.settings import ineffective_settings
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.training.config import TrainConfig
 
 
 class ConfigError(UserError):
-    """A key, a type or a value that the tree does not take; names the key, what was expected and the nearest key."""
+    """A key, type or value that the tree does not take.
+
+    Names the key, what was expected and, for an unknown key, the nearest one.
+    """
 
 
-@section
+@section()
 class Config:
-    name: Annotated[str, MinLen(1)] = "run"
-    runs_dir: str = "runs"  # the run's folder is runs_dir/name
+    name: Annotated[str, MinLen(1), Affects()] = "run"
+    # The run's folder is runs_dir/name.
+    runs_dir: Annotated[str, Affects()] = "runs"
     data: DataConfig = field(default_factory=DataConfig)
     items: ItemsConfig = field(default_factory=ItemsConfig)
     cf: CFConfig = field(default_factory=CFConfig)
@@ -42,104 +50,153 @@ class Config:
         return Path(self.runs_dir) / self.name
 
 
+# A key and what is wrong with its value.
+Problem = tuple[str, str]
+
+
 def check_together(config: Config, source: str) -> None:
-    """What no single key shows: values that are impossible only together."""
+    """Refuse values that are impossible, or without effect, only together with others.
 
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{source}: key {key!r}: {why}")
+    `source` is named in the error. Raises ConfigError.
+    """
+    for check in (_run_problems, _mesh_problems, _training_problems, _items_problems, _idle_keys):
+        for key, why in check(config):
+            raise ConfigError(f"{source}: key {key!r}: {why}")
 
-    backbone, objective, launch, train = (
-        config.backbone,
-        config.objective,
-        config.launch,
-        config.train,
-    )
+
+def _run_problems(config: Config) -> Iterator[Problem]:
     if Path(config.name).name != config.name:
-        refuse(
+        yield (
             "name",
             f"expected the name of a folder, found {config.name!r}; runs_dir says where it lies",
         )
     if config.data.format != "synthetic" and config.data.path is None:
-        refuse("data.path", f"data.format {config.data.format!r} needs the path of the data")
-    if abs(sum(config.data.split_ratio) - 1) > 1e-6:
-        refuse(
-            "data.split_ratio",
-            f"the shares {config.data.split_ratio} add up to {sum(config.data.split_ratio):g}, expected 1",
+        yield "data.path", f"data.format {config.data.format!r} needs the path of the data"
+    shares = config.data.split_ratio
+    if abs(sum(shares) - 1) > 1e-6:
+        yield "data.split_ratio", f"the shares {shares} add up to {sum(shares):g}, expected 1"
+    if config.cf.hidden_size % config.cf.num_heads:
+        yield (
+            "cf.num_heads",
+            f"{config.cf.num_heads} heads do not divide cf.hidden_size {config.cf.hidden_size}",
         )
+    if config.cf.rewards == "actor" and config.launch.engine != "ray":
+        yield (
+            "cf.rewards",
+            "the reward actor needs launch.engine ray; with torchrun choose in_process",
+        )
+
+
+def _mesh_problems(config: Config) -> Iterator[Problem]:
+    """Sizes of the backbone that its heads or the tensor-parallel processes do not divide."""
+    backbone, launch = config.backbone, config.launch
     if backbone.hidden_size % backbone.num_heads:
-        refuse(
+        yield (
             "backbone.num_heads",
             f"{backbone.num_heads} heads do not divide backbone.hidden_size {backbone.hidden_size}",
         )
     kv_heads = backbone.num_kv_heads or backbone.num_heads
     if backbone.num_heads % kv_heads:
-        refuse(
+        yield (
             "backbone.num_kv_heads",
             f"{kv_heads} key/value heads do not divide backbone.num_heads {backbone.num_heads}",
         )
     if launch.workers % launch.tp:
-        refuse(
+        yield (
             "launch.workers",
-            f"a world size of {launch.workers} is not a multiple of launch.tp {launch.tp}; choose workers = tp × data-parallel copies",
+            f"a world size of {launch.workers} is not a multiple of launch.tp {launch.tp}; choose "
+            "workers = tp × data-parallel copies",
         )
     if kv_heads % launch.tp:
-        refuse(
+        yield (
             "launch.tp",
-            f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the backbone; choose a tp that does",
+            f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the "
+            "backbone; choose a tp that does",
         )
     if backbone.vocab_multiple % launch.tp:
-        refuse(
+        yield (
             "launch.tp",
-            f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of backbone.vocab_multiple {backbone.vocab_multiple}",
+            f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of "
+            f"backbone.vocab_multiple {backbone.vocab_multiple}",
         )
     ffn = backbone.ffn_hidden_size or 4 * backbone.hidden_size
     if ffn % launch.tp:
-        refuse("launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}")
-    if (
-        objective.num_intermediate_layers is not None
-        and objective.num_intermediate_layers >= backbone.num_layers
-    ):
-        refuse(
+        yield "launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}"
+
+
+def _training_problems(config: Config) -> Iterator[Problem]:
+    backbone, train = config.backbone, config.train
+    layers = config.objective.num_intermediate_layers
+    if layers is not None and layers >= backbone.num_layers:
+        yield (
             "objective.num_intermediate_layers",
-            f"{objective.num_intermediate_layers} must be below backbone.num_layers {backbone.num_layers}",
+            f"{layers} must be below backbone.num_layers {backbone.num_layers}",
         )
-    if backbone.num_layers < 2 and "ilrec" in train.methods:
-        refuse("backbone.num_layers", "ilrec needs at least 2 layers, one of them intermediate")
-    if train.batch_size % (launch.dp * train.accumulation_steps):
-        refuse(
+    reading = [
+        name
+        for name in train.methods
+        if get_method(name).needs_intermediate_layers(config.objective)
+    ]
+    if backbone.num_layers < 2 and reading:
+        yield (
+            "backbone.num_layers",
+            f"{reading[0]} needs at least 2 layers, one of them intermediate",
+        )
+    per_step = config.launch.dp * train.accumulation_steps
+    if train.batch_size % per_step:
+        yield (
             "train.batch_size",
-            f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = {launch.dp * train.accumulation_steps}",
-        )
-    if config.cf.hidden_size % config.cf.num_heads:
-        refuse(
-            "cf.num_heads",
-            f"{config.cf.num_heads} heads do not divide cf.hidden_size {config.cf.hidden_size}",
-        )
-    if config.cf.rewards == "actor" and launch.engine != "ray":
-        refuse(
-            "cf.rewards",
-            "the reward actor needs launch.engine ray; with torchrun choose in_process",
+            f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = "
+            f"{per_step}",
         )
     if len(set(train.seeds)) != len(train.seeds):
-        refuse("train.seeds", f"expected distinct seeds, found {train.seeds}")
+        yield "train.seeds", f"expected distinct seeds, found {train.seeds}"
     if len(set(train.methods)) != len(train.methods):
-        refuse("train.methods", f"expected distinct methods, found {train.methods}")
-    codes = config.items.codes_per_level
-    if config.items.form == "semantic" and config.items.index is None and codes & (codes - 1):
-        refuse(
+        yield "train.methods", f"expected distinct methods, found {train.methods}"
+
+
+def _items_problems(config: Config) -> Iterator[Problem]:
+    items = config.items
+    codes = items.codes_per_level
+    if items.form == "semantic" and items.index is None and codes & (codes - 1):
+        yield (
             "items.codes_per_level",
             f"expected a power of two, found {codes}; try {1 << (codes.bit_length() - 1)}",
         )
-    if config.items.form != "semantic" and config.items.index is not None:
-        refuse(
+    if items.form != "semantic" and items.index is not None:
+        yield (
             "items.index",
-            f"an index file gives code tuples, which items.form {config.items.form} has none of; leave one of the two out",
+            f"an index file gives code tuples, which items.form {items.form} has none of; leave "
+            "one of the two out",
         )
-    if config.items.form == "titles":
-        if config.items.collisions == "resolve":
-            refuse(
-                "items.collisions",
-                "items of one title cannot be told apart by other tokens (items.form titles); expected keep or refuse",
+    if items.form == "titles" and items.collisions == "resolve":
+        yield (
+            "items.collisions",
+            "items of one title cannot be told apart by other tokens (items.form titles); "
+            "expected keep or refuse",
+        )
+    if items.form == "titles" and config.train.targets != "last":
+        yield (
+            "train.targets",
+            "items.form titles takes one target a sequence; expected last",
+        )
+
+
+def _idle_keys(config: Config) -> Iterator[Problem]:
+    """Keys that the user set, to another value than the default, and that nothing reads."""
+    yield from ineffective_settings(config.data)
+    for key, condition in fields_without_effect(config):
+        yield key, f"has no effect here: it needs {condition}; set that, or leave {key} out"
+    defaults = ObjectiveConfig()
+    for item in dataclasses.fields(ObjectiveConfig):
+        default = getattr(defaults, item.name)
+        if getattr(config.objective, item.name) == default:
+            continue
+        without = dataclasses.replace(config.objective, **{item.name: default})
+        methods = [get_method(name).objective for name in config.train.methods]
+        if all(objective(without) == objective(config.objective) for objective in methods):
+            yield (
+                f"objective.{item.name}",
+                f"has no effect here: none of train.methods {config.train.methods} reads it; add "
+                f"a method that does, or leave objective.{item.name} out",
             )
-        if train.targets != "last":
-            refuse("train.targets", "items.form titles takes one target a sequence; expected last")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeAlias
 from annotated_types import Ge, Len
 
 from ilrec_dist.common.config_fields import (
+    Affects,
     Bool,
     Float,
     NonNegative,
@@ -24,7 +25,7 @@ else:
     FormatName = Literal[NAMES]
 
 
-@section
+@section(affects="prepare")
 class SyntheticConfig:
     """The generated catalogue of `data.format: synthetic` (docs/data-formats.md)."""
 
@@ -36,16 +37,16 @@ class SyntheticConfig:
     seed: NonNegative = 0
 
 
-@section
+@section(affects="prepare")
 class DataConfig:
     """Which data set is read, and how it is filtered and split (docs/data-formats.md)."""
 
     format: FormatName = "synthetic"
     # The interactions: a file, or the folder that holds them.
-    path: Optional[str] = None
+    path: Annotated[Optional[str], Affects()] = None
     # For csv, parquet and sequences a table with the columns item, title and, if wanted, text;
     # for amazon the metadata.
-    items_path: Optional[str] = None
+    items_path: Annotated[Optional[str], Affects()] = None
     # The columns of csv and parquet. Without a time column rows are in chronological order.
     user_column: str = "user"
     item_column: str = "item"
@@ -63,5 +64,5 @@ class DataConfig:
     # Malformed rows that are tolerated; they are listed in rejects.jsonl.
     max_bad_rows: NonNegative = 0
     # Training reads every user's training items backwards too.
-    both_directions: Bool = False
+    both_directions: Annotated[Bool, Affects("cf", "train")] = False
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -1,4 +1,7 @@
-"""DeepSpeed over Megatron's groups: `import_deepspeed().initialize(mpu=DeepSpeedMPU(), dist_init_required=False, …)`."""
+"""DeepSpeed over Megatron's groups.
+
+`import_deepspeed().initialize(mpu=DeepSpeedMPU(), dist_init_required=False, …)`
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,46 @@ from megatron.core import parallel_state
 
 
 class DeepSpeedMPU:
-    """Megatron's tensor-parallel group under DeepSpeed's names; there is no pipeline, so model parallel is tensor parallel."""
+    """Megatron's groups under DeepSpeed's names.
+
+    There is no pipeline, so that model parallel is tensor parallel.
+    """
 
     def get_model_parallel_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
+        return int(parallel_state.get_tensor_model_parallel_rank())
 
     def get_model_parallel_world_size(self) -> int:
-        return parallel_state.get_tensor_model_parallel_world_size()
+        return int(parallel_state.get_tensor_model_parallel_world_size())
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return parallel_state.get_data_parallel_rank()
+        return int(parallel_state.get_data_parallel_rank())
 
     def get_data_parallel_world_size(self) -> int:
-        return parallel_state.get_data_parallel_world_size()
+        return int(parallel_state.get_data_parallel_world_size())
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_data_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, told not to compile its shared-memory collectives at the first start (a minute of C++ that training does not use).
+    """Import DeepSpeed and keep it from compiling its shared-memory collectives.
 
-    Call `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU that it finds.
+    They would take a minute of C++ at the first start, and training does not use them.
+    Call `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU
+    that it finds.
     """
+    # Inside the function because importing DeepSpeed takes seconds and chooses the accelerator.
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    module: ModuleType = deepspeed
+    return module

@@ -1,4 +1,7 @@
-"""The process layout: torch.distributed and Megatron's tensor- and data-parallel groups, on CPU (gloo) and CUDA (nccl) alike."""
+"""The process layout: tensor- and data-parallel groups.
+
+CPU runs use gloo, CUDA runs NCCL, and nothing else differs.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ from ilrec_dist.common.errors import UserError
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Where this process stands. Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank.
+    """Where this process stands in the layout.
 
-    All ranks of one tensor-parallel group must be fed the same rows: shard data by `dp_rank` of `dp`, never by world rank.
+    Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank. All ranks of
+    one tensor-parallel group must be fed the same rows: shard data by `dp_rank` of
+    `dp`, never by world rank.
     """
 
     tp: int
@@ -34,14 +39,17 @@ class ParallelState:
 def initialize_parallel(
     tp: int, device: Literal["cpu", "cuda"] = "cpu", seed: int = 0
 ) -> ParallelState:
-    """Set up torch.distributed (unless the launcher has), Megatron's groups, and this process's random numbers.
+    """Set up torch.distributed (unless it is), Megatron's groups and the generators.
 
-    torch.distributed is read from env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); with no RANK there it is a world of one process. The
-    global generators are seeded by data-parallel rank, so that the ranks of a tensor-parallel group draw the same dropout on activations
-    that they all hold. Raises UserError when tp does not divide the world size or there is no CUDA device.
+    torch.distributed is read from env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
+    without RANK it is a world of one process. The global generators are seeded by
+    data-parallel rank, so that the ranks of a tensor-parallel group draw the same
+    dropout on activations that they all hold. Raises UserError when tp does not divide
+    the world size or there is no CUDA device.
     """
     if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that it finds
+        # Without this DeepSpeed takes a GPU that it finds.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
     else:
         if not torch.cuda.is_available():
@@ -50,31 +58,35 @@ def initialize_parallel(
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if tp > 1:
-        os.environ.setdefault(
-            "CUDA_DEVICE_MAX_CONNECTIONS", "1"
-        )  # lets Megatron overlap the all-reduce of a gradient with the next GEMM
+        # Lets Megatron overlap the all-reduce of a gradient with the next GEMM.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         if "RANK" in os.environ:
             dist.init_process_group(backend, init_method="env://")
         else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            # DeepSpeed reads it.
+            os.environ.setdefault("LOCAL_RANK", "0")
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(
-            f"launch.tp {tp} does not divide the world size {world_size}; start a multiple of {tp} workers or choose a tp that divides it"
+            f"launch.tp {tp} does not divide the world size {world_size}; start a multiple of "
+            f"{tp} workers or choose a tp that divides it"
         )
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() != tp:
             raise UserError(
-                f"this process is already laid out with tp={parallel_state.get_tensor_model_parallel_world_size()}, not tp={tp}"
+                "this process is already laid out with "
+                f"tp={parallel_state.get_tensor_model_parallel_world_size()}, not tp={tp}"
             )
     else:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp, create_gloo_process_groups=False
         )
-    # Megatron's own tracker keeps CUDA generators; this one makes its forks no-ops, so the global generator is the only one.
+    # Megatron's own tracker keeps CUDA generators. This one makes its forks no-ops, so that the
+    # global generator is the only one.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     state = ParallelState(
         tp=tp,
@@ -92,15 +104,23 @@ def initialize_parallel(
 
 
 def destroy_parallel(process_group: bool = False) -> None:
-    """Drop Megatron's groups, and torch.distributed itself when `process_group` is set (leave it to a launcher that made it)."""
+    """Drop Megatron's groups and, with `process_group`, torch.distributed itself.
+
+    A launcher that set up torch.distributed ends it itself.
+    """
     parallel_state.destroy_model_parallel()
     if process_group and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse the large blocks of each step rather than return them to the kernel: a CPU step is 15 % faster without the page faults."""
+    """Have glibc keep the large blocks of each step rather than return them.
+
+    A CPU step is 15 % faster without the page faults.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and stay there
+        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap.
+        mallopt(-3, 1 << 30)
+        # M_TRIM_THRESHOLD: freed blocks stay there.
+        mallopt(-1, (1 << 31) - 1)

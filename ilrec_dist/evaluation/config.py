@@ -6,20 +6,30 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ilrec_dist.common.config_fields import Bool, Int, NonNegative, Positive, section
+from ilrec_dist.common.config_fields import (
+    Affects,
+    Bool,
+    Int,
+    NonNegative,
+    OnlyIf,
+    Positive,
+    section,
+)
 
 
-@section
+@section(affects="evaluate")
 class EvaluationConfig:
     # Beams kept at every step; Hit@10 needs ten.
-    beam: Annotated[Int, Ge(10)] = 20
+    beam: Annotated[Int, Ge(10), Affects("train", "evaluate")] = 20
     # Whether items of the history are taken out of every method's list.
-    exclude_seen: Bool = True
+    exclude_seen: Annotated[Bool, Affects("train", "evaluate")] = True
     # Users whose beams are searched together.
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, Affects()] = 64
     # Whether mixtures of each trained model with the CF model and transitions are evaluated too.
     fusion: Bool = False
     # Items of each source that are candidates of a fusion.
-    fusion_candidates: Positive = 100
+    fusion_candidates: Annotated[
+        Positive, OnlyIf("evaluation.fusion true", lambda config: bool(config.evaluation.fusion))
+    ] = 100
     # Users whose lists the report shows.
-    examples: NonNegative = 5
+    examples: Annotated[NonNegative, Affects()] = 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,36 @@ from scipy.optimize import linear_sum_assignment
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder
+from ilrec_dist.common.manifest import manifest_hashes, verified
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.build import ATOMIC, catalogue_report, read_report, write_items
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
-from ilrec_dist.items.collisions import collision_report, squared_distances, tuple_groups
+from ilrec_dist.items.build import ATOMIC, write_items
+from ilrec_dist.items.catalogue import REPAIR, Catalogue, make_catalogue, make_title_catalogue
+from ilrec_dist.items.collisions import (
+    collision_report,
+    known_distances,
+    squared_distances,
+    tuple_groups,
+)
+from ilrec_dist.items.index_report import catalogue_report, collision_warning, read_report
 from ilrec_dist.items.lcrec_index import stored_ids
-from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks
-from ilrec_dist.items.text_embeddings import item_documents, text_vectors
+from ilrec_dist.items.residual_quantizer import CODEBOOKS, Codebooks, centroid_codebooks
+from ilrec_dist.items.text_embeddings import check_finite, item_documents, text_vectors
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
+
+# Old vectors are compared with the codes on a sample, in the order given and in random ones.
+ORDER_SAMPLE, RANDOM_ORDERS = 8192, 99
+
+
+@dataclass(frozen=True)
+class GivenVectors:
+    """Vectors for `index add` in place of texts.
+
+    Without `old` the new vectors are of the kind that the index was built from, and its
+    own codebooks are used. With `old`, by item index, both are of any one kind.
+    """
+
+    new: np.ndarray  # float [m, d]
+    old: np.ndarray | None = None  # float [num_items, d]
 
 
 def add_items(
@@ -29,21 +52,30 @@ def add_items(
     out: str | Path,
     new_documents: Sequence[str] | None = None,
     new_titles: Sequence[str] | None = None,
-    vectors: tuple[np.ndarray, np.ndarray] | None = None,
+    vectors: GivenVectors | None = None,
 ) -> dict[str, Any]:
-    """Extend the catalogue in `folder` (built over `prepared`) by new items; write the longer one to `out` and return its report.
+    """Extend the catalogue in `folder` by new items; write the longer one to `out`.
 
-    New items get the item indices that follow the old ones, in the order given. Each takes the nearest centroid at every level but the last, and at the
-    last the nearest code that no item of its prefix holds; new items of one prefix share its free codes out at the least total distance.
-    new_documents: one text each, embedded with the old items' texts. Or vectors: (float [num_items, d] old, float [m, d] new) of any one kind.
-    Where an item is one token of its own (items.form atomic) there is nothing to be near to: new items take new tokens behind the old ones, and need neither.
-    Where it is its title, the new items are `new_titles`, spelt in the old pieces.
-    Raises UserError for an index of other items than `dataset` holds, an id that is already there, texts that are missing, and a prefix with no code left.
+    New items get the item indices that follow the old ones, in the order given. Each
+    takes the nearest code at every level but the last, and at the last the nearest code
+    that no item of its prefix holds; new items of one prefix share its free codes out
+    at the least total distance. Nearest is by the codebooks that the codes were built
+    with, or, for codes that were given, by the means of the old items' vectors.
+
+    Vectors are of `new_documents`, one text each, embedded with the old items' texts,
+    or `vectors`. Where an item is one token (items.form atomic) there is nothing to be
+    near to: new items take the next tokens. Where it is its title, `new_titles` are
+    spelt in the old pieces.
+
+    Returns the report. Raises UserError for an index of other items than `dataset`
+    holds, an id that is already there, texts or vectors that are missing or do not fit,
+    and a prefix with no code left.
     """
     old = Catalogue.load(folder)
+    # Nothing is made before all is well.
     scratch = next(
-        place for place in (Path(out).absolute(), *Path(out).absolute().parents) if place.exists()
-    )  # nothing is made before all is well
+        path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists()
+    )
     if not scratch.is_dir():
         raise UserError(f"index add: {scratch} is a file, expected a folder (--out {out})")
     old_ids = list(stored_ids(folder, old, dataset.item_ids))
@@ -51,24 +83,32 @@ def add_items(
     for item in new_ids:
         if item in known:
             raise UserError(
-                f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; leave it out"
+                f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; "
+                "leave it out"
             )
         known.add(item)
-    before = read_report(folder, *(["title_tokens"] if old.pieces is not None else []))
+    before = read_report(folder)
     if old.pieces is not None:
         catalogue = _with_titles(folder, old, new_ids, new_titles, before["title_tokens"])
+    elif old.level_names == (ATOMIC,):
+        catalogue = _with_tokens(old, len(new_ids))
     else:
-        catalogue = _with_codes(folder, dataset, old, new_ids, new_documents, vectors, scratch)
+        books, new_vectors = _books_and_vectors(
+            folder, dataset, old, new_ids, new_documents, vectors, scratch
+        )
+        codes = np.vstack([old.codes(), _assign(new_vectors, books, old, new_ids)])
+        catalogue = make_catalogue(codes, old.level_sizes, old.level_names, old.vocabulary)
     report = {
         **before,
         **catalogue_report(catalogue),
         "added": len(new_ids),
         "collisions": {**before["collisions"], "after": collision_report(catalogue.codes())},
     }
+    report["warning"] = collision_warning(report)
     with committed_folder(out) as work:
+        for name in {TOKENIZER, CODEBOOKS} & manifest_hashes(folder).keys():
+            shutil.copy(verified(folder, name, REPAIR), work / name)
         write_items(work, catalogue, [*old_ids, *new_ids], report)
-        if old.pieces is not None:
-            shutil.copy(Path(folder) / TOKENIZER, work / TOKENIZER)
     return report
 
 
@@ -81,57 +121,123 @@ def _with_titles(
 ) -> Catalogue:
     assert old.pieces is not None
     titles = new_titles if new_titles is not None else [""] * len(new_ids)
-    bare = next(
-        (item for item, title in zip(new_ids, titles, strict=True) if not title.strip()), None
-    )
-    if bare is not None:
-        raise UserError(
-            f"index add: item {bare!r} has no title; where items are titles (items.form) each needs one"
-        )
-    both = [
-        old.codes(),
-        spell(load_tokenizer(Path(folder) / TOKENIZER, "index add"), titles, title_tokens),
+    for item, title in zip(new_ids, titles, strict=True):
+        if not title.strip():
+            raise UserError(
+                f"index add: item {item!r} has no title; where items are titles (items.form) each "
+                "needs one"
+            )
+    tokenizer = load_tokenizer(verified(folder, TOKENIZER, REPAIR), "index add")
+    parts = [old.codes(), spell(tokenizer, titles, title_tokens)]
+    depth = max(numbers.shape[1] for numbers in parts)
+    padded = [
+        np.pad(numbers, ((0, 0), (0, depth - numbers.shape[1])), constant_values=-1)
+        for numbers in parts
     ]
-    depth = max(numbers.shape[1] for numbers in both)
-    return make_title_catalogue(
-        np.vstack(
-            [
-                np.pad(numbers, ((0, 0), (0, depth - numbers.shape[1])), constant_values=-1)
-                for numbers in both
-            ]
-        ),
-        old.pieces,
-        old.vocabulary,
-    )
+    return make_title_catalogue(np.vstack(padded), old.pieces, old.vocabulary)
 
 
-def _with_codes(
+def _with_tokens(old: Catalogue, count: int) -> Catalogue:
+    """One more token for each new item, behind those of the old ones."""
+    (size,) = old.level_sizes
+    added = np.arange(size, size + count, dtype=np.int32)[:, None]
+    codes = np.vstack([old.codes(), added])
+    return make_catalogue(codes, [size + count], old.level_names, old.vocabulary.extended(count))
+
+
+def _books_and_vectors(
     folder: str | Path,
     dataset: InteractionDataset,
     old: Catalogue,
     new_ids: Sequence[str],
     new_documents: Sequence[str] | None,
-    vectors: tuple[np.ndarray, np.ndarray] | None,
+    given: GivenVectors | None,
     scratch: Path,
-) -> Catalogue:
-    codes, sizes, vocabulary = old.codes(), list(old.level_sizes), old.vocabulary
-    if old.level_names == (ATOMIC,):
-        added = np.arange(sizes[0], sizes[0] + len(new_ids), dtype=np.int32)[:, None]
-        sizes = [sizes[0] + len(new_ids)]
-        vocabulary = vocabulary.extended(len(new_ids))
+) -> tuple[Codebooks, np.ndarray]:
+    """(codebooks of the old codes, the new items' vectors float32 [m, d] in their space)."""
+    stored = CODEBOOKS in manifest_hashes(folder)
+    if given is not None:
+        old_vectors, new_vectors = given.old, np.asarray(given.new, np.float32)
+        _check_given(folder, old, len(new_ids), given, stored)
     else:
-        old_vectors, new_vectors = (
-            vectors
-            if vectors is not None
-            else _text_vectors(folder, dataset, new_documents, scratch)
+        old_vectors, new_vectors = _text_vectors(folder, dataset, new_documents, scratch)
+        check_finite(new_vectors, new_ids, "index add", "mend its title and text")
+    if stored and (given is None or old_vectors is None):
+        books = Codebooks.load(verified(folder, CODEBOOKS, REPAIR), old.level_sizes)
+    else:
+        assert old_vectors is not None
+        vectors = np.asarray(old_vectors, np.float32)
+        books = centroid_codebooks(vectors, old.codes(), list(old.level_sizes))
+    if new_vectors.shape[1] != books.dim:
+        raise UserError(
+            f"index add: the new items' vectors have {new_vectors.shape[1]} dimensions, those that "
+            f"{folder} was built from have {books.dim}; give vectors of that kind"
         )
-        if len(old_vectors) != old.num_items or len(new_vectors) != len(new_ids):
+    return books, new_vectors
+
+
+def _check_given(
+    folder: str | Path, old: Catalogue, num_new: int, given: GivenVectors, stored: bool
+) -> None:
+    """Raise UserError unless the vectors' counts, and the old ones' order, fit the index."""
+    if given.old is None:
+        kind = read_report(folder)["vectors"]["kind"]
+        if not stored or "+" in kind:
+            source = f"built from {kind} vectors" if stored else "given, not built from vectors"
             raise UserError(
-                f"index add: {len(old_vectors)} and {len(new_vectors)} vectors for {old.num_items} old and {len(new_ids)} new items"
+                f"index add: the codes of {folder} were {source}; "
+                "give vectors of the old and the new items (--vectors OLD.npy NEW.npy)"
             )
-        books = centroid_codebooks(np.asarray(old_vectors, np.float32), codes, sizes)
-        added = _assign(np.asarray(new_vectors, np.float32), books, codes, sizes, old, new_ids)
-    return make_catalogue(np.vstack([codes, added]), sizes, old.level_names, vocabulary)
+        if len(given.new) != num_new:
+            raise UserError(f"index add: {len(given.new)} vectors for {num_new} new items")
+        return
+    if len(given.old) != old.num_items or len(given.new) != num_new:
+        raise UserError(
+            f"index add: {len(given.old)} and {len(given.new)} vectors for {old.num_items} old and "
+            f"{num_new} new items"
+        )
+    _check_order(folder, old, given.old)
+
+
+def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> None:
+    """Raise UserError where the old vectors tell no more of the codes than in a random order.
+
+    Items of one first code have like vectors where both are in item-index order.
+    Vectors in code order have the same shape, and every new item would get the codes of
+    others.
+    """
+    random = np.random.default_rng(0)
+    codes = old.codes()[:, 0]
+    rows = np.arange(old.num_items)
+    if old.num_items > ORDER_SAMPLE:
+        rows = np.sort(random.choice(old.num_items, ORDER_SAMPLE, replace=False))
+    sample = np.asarray(vectors[rows], np.float64)
+    here = _explained(sample, codes[rows])
+    in_code_order = _explained(sample, codes[old.items[rows]])
+    shuffled = max(
+        _explained(sample, codes[rows[random.permutation(len(rows))]]) for _ in range(RANDOM_ORDERS)
+    )
+    if here >= max(shuffled, in_code_order):
+        return
+    found = (
+        "they are in code order, as cf/code-order/item_embeddings.npy is"
+        if in_code_order > shuffled
+        else "items of one first code are no more alike than others"
+    )
+    raise UserError(
+        f"index add: the old items' vectors do not fit the codes of {folder}: {found}; expected "
+        "one row an item in the order of its index.json (--vectors)"
+    )
+
+
+def _explained(vectors: np.ndarray, codes: np.ndarray) -> float:
+    """The sum of squares between the codes' means: the larger, the more alike are their items."""
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    counts = np.diff(np.append(starts, len(codes)))
+    sums = np.add.reduceat(vectors[order] - vectors.mean(axis=0), starts)
+    # Rounded, so that orders which are equally good are equal.
+    return float(np.round((sums**2 / counts[:, None]).sum() / max((vectors**2).sum(), 1e-300), 9))
 
 
 def _text_vectors(
@@ -145,10 +251,15 @@ def _text_vectors(
         raise UserError(
             "index add: needs titles or texts of the old and the new items, or vectors of both"
         )
-    vectors = read_report(folder, "vectors")["vectors"]
+    vectors = read_report(folder)["vectors"]
     if vectors["kind"] != "text":
         raise UserError(
-            f"index add: {folder} was built from {vectors['kind']} vectors; give such vectors of the old and the new items"
+            f"index add: {folder} was built from {vectors['kind']} vectors; "
+            + (
+                "give such vectors of the new items (--vectors NEW.npy)"
+                if vectors["kind"] == "cf"
+                else "give vectors of the old and the new items (--vectors OLD.npy NEW.npy)"
+            )
         )
     return text_vectors(
         documents, vectors["dim"], vectors["seed"], scratch, new_documents, vectors["text_model"]
@@ -156,45 +267,36 @@ def _text_vectors(
 
 
 def _assign(
-    vectors: np.ndarray,
-    books: Codebooks,
-    old_codes: np.ndarray,
-    sizes: list[int],
-    old: Catalogue,
-    ids: Sequence[str],
+    vectors: np.ndarray, books: Codebooks, old: Catalogue, new_ids: Sequence[str]
 ) -> np.ndarray:
-    last = len(sizes) - 1
-    codes = np.zeros((len(vectors), len(sizes)), np.int32)
-    rest = vectors
+    """Codes int32 [m, C] of the new items; see add_items."""
+    old_codes, sizes, last = old.codes(), old.level_sizes, old.depth - 1
+    codes = np.zeros((len(vectors), old.depth), np.int32)
+    residuals = vectors
     for level in range(last):
-        codes[:, level] = np.nanargmin(squared_distances(rest, books.levels[level]), axis=1)
-        rest = rest - books.levels[level][codes[:, level]]
-    everyone = np.vstack([old_codes, codes])
-    prefix, _ = tuple_groups(everyone[:, :last])
+        distance = squared_distances(residuals, books.levels[level])
+        codes[:, level] = np.nanargmin(distance, axis=1)
+        residuals = residuals - books.levels[level][codes[:, level]]
+    prefix, _ = tuple_groups(np.vstack([old_codes, codes])[:, :last])
+    # Within a prefix old items come first.
     order = np.argsort(prefix, kind="stable")
     starts = np.searchsorted(prefix[order], np.arange(prefix.max() + 2))
     for group in np.unique(prefix[len(old_codes) :]):
-        members = order[starts[group] : starts[group + 1]]  # old items come first
+        members = order[starts[group] : starts[group + 1]]
         new = members[members >= len(old_codes)] - len(old_codes)
-        free = np.setdiff1d(
-            np.arange(sizes[last]), old_codes[members[members < len(old_codes)], last]
-        )
+        held = old_codes[members[members < len(old_codes)], last]
+        free = np.setdiff1d(np.arange(sizes[last]), held)
         if len(new) > len(free):
-            name = (
-                "".join(
-                    f"<{letter}_{code}>"
-                    for letter, code in zip(old.level_names, codes[new[0], :last], strict=False)
-                )
-                or "the whole catalogue"
-            )
+            numbers = codes[new[0], :last].tolist()
+            names = zip(old.level_names, numbers, strict=False)
+            name = "".join(f"<{letter}_{code}>" for letter, code in names)
             raise UserError(
-                f"index add: item {ids[int(new[len(free)])]!r}: the prefix {name} has no code left at its last level ({sizes[last]} codes, "
-                f"{len(new)} new items for {len(free)} free ones); build a new index with more codes or levels"
+                f"index add: item {new_ids[int(new[len(free)])]!r}: the prefix "
+                f"{name or 'the whole catalogue'} has no code left at its last level "
+                f"({sizes[last]} codes, {len(new)} new items for {len(free)} free ones); "
+                "build a new index with more codes or levels"
             )
-        distance = squared_distances(rest[new], books.levels[last])
-        distance = np.where(
-            np.isnan(distance), np.nanmax(distance, axis=1, keepdims=True), distance
-        )[:, free]
+        distance = known_distances(residuals[new], books.levels[last])[:, free]
         rows, columns = linear_sum_assignment(distance)
         codes[new[rows], last] = free[columns]
     return codes

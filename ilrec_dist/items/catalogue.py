@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
+from ilrec_dist.common.files import map_array, read_json_object, write_json
+from ilrec_dist.common.manifest import MANIFEST, check_hashes, hash_files, verified
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 
 FORMAT_VERSION = 3
+# What to do about a damaged file of an index folder.
+REPAIR = "remove the folder and run `ilrec index` again"
 FILES = ("tokens.npy", "items.npy", "position.npy", "item_tokens.npy")
 
 
@@ -22,8 +25,8 @@ FILES = ("tokens.npy", "items.npy", "position.npy", "item_tokens.npy")
 class Catalogue:
     """Items in code order: sorted by their token ids, items that share a sequence by item index.
 
-    Where items are titles (`pieces`), all levels share the item tokens, a title ends with the
-    vocabulary's end token, and NO_TOKEN stands behind that up to C.
+    Where items are titles (`pieces`), all levels share the item tokens, a title ends
+    with the vocabulary's end token, and NO_TOKEN stands behind that up to C.
     """
 
     tokens: np.ndarray  # int32 [n, C] token ids of each item's sequence, in code order
@@ -112,7 +115,7 @@ class Catalogue:
                     "end": self.vocabulary.end,
                 },
                 **({} if self.pieces is None else {"pieces": list(self.pieces)}),
-                "sha256": {name: sha256_file(folder / name) for name in FILES},
+                "sha256": hash_files(folder, FILES),
             },
         )
 
@@ -134,8 +137,9 @@ class Catalogue:
                 f"{path}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; "
                 f"remove {folder} and run `ilrec index` again"
             )
-        for name in FILES:
-            check_file(folder / name, meta["sha256"][name], "catalogue.json")
+        if (folder / MANIFEST).exists():
+            verified(folder, "catalogue.json", REPAIR)
+        check_hashes(folder, meta["sha256"], "catalogue.json", REPAIR)
         tokens, items, position, item_tokens = (map_array(folder / name) for name in FILES)
         return Catalogue(
             tokens,
@@ -148,17 +152,8 @@ class Catalogue:
         )
 
 
-def check_file(path: Path, expected: str, manifest: str) -> None:
-    """Raise UserError unless the file is there and has the SHA-256 that `manifest` says."""
-    if not path.exists() or sha256_file(path) != expected:
-        raise UserError(
-            f"{path}: missing or damaged (its SHA-256 is not the one in {manifest}); "
-            "run `ilrec index` again"
-        )
-
-
 def catalogue_hash(catalogue: Catalogue) -> str:
-    """SHA-256 of the catalogue's tokens and item order."""
+    """SHA-256 of the catalogue's tokens and item order, by which a model knows its codes."""
     digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
     return digest.hexdigest()
@@ -172,7 +167,8 @@ def make_catalogue(
 ) -> Catalogue:
     """Catalogue of int codes [num_items, C], code l of an item in [0, level_sizes[l]).
 
-    Names default to a, b, c, …; the vocabulary to the one of a model trained from scratch.
+    Names default to a, b, c, …; the vocabulary to the one of a model trained from
+    scratch.
     """
     codes = np.asarray(codes)
     if (
@@ -204,8 +200,9 @@ def make_title_catalogue(
 ) -> Catalogue:
     """Catalogue of titles: item token numbers int [num_items, C], 0 at the end and -1 behind it.
 
-    pieces: the text of each item token. The vocabulary defaults to that of a model trained from
-    scratch. Raises ValueError when it is none for titles of that many pieces.
+    pieces: the text of each item token. The vocabulary defaults to that of a model
+    trained from scratch. Raises ValueError when it is none for titles of that many
+    pieces.
     """
     vocabulary = vocabulary or Vocabulary.own(len(pieces), titles=True)
     if vocabulary.end is None or len(vocabulary.item_tokens) != len(pieces):

@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from annotated_types import Ge, Interval
 
-from ilrec_dist.common.config_fields import Int, NonNegative, Positive, section
+from ilrec_dist.common.config_fields import Affects, Int, NonNegative, OnlyIf, Positive, section
 
 
-@section
+def _builds_codes(config: Any) -> bool:
+    return bool(config.items.form == "semantic" and config.items.index is None)
+
+
+def _needs_vectors(config: Any) -> bool:
+    resolves = config.items.index is not None and config.items.collisions == "resolve"
+    return _builds_codes(config) or resolves
+
+
+def _are_titles(config: Any) -> bool:
+    return bool(config.items.form == "titles")
+
+
+@section(affects="index")
 class ItemsConfig:
-    """Items → token sequences. With `index` the given codes are read; without, they are built by residual quantisation. Or titles, or a token each."""
+    """Items → token sequences: codes that are given or built, titles, or one token each.
 
-    form: Literal["semantic", "titles", "atomic"] = (
-        "semantic"  # titles: byte-pair pieces and an end token; atomic: one token per item
-    )
-    index: Optional[str] = None  # a NAME.index.json
-    embedding: Literal["text", "cf", "text+cf"] = (
-        "text"  # what residual quantisation sees: TF-IDF + SVD of the texts, SASRec's item vectors, or both
-    )
-    text_model: Optional[str] = (
-        None  # folder of a Hugging Face or sentence-embedding model; null: TF-IDF + SVD
-    )
-    embedding_dim: Positive = 64  # of the SVD
-    levels: Annotated[Int, Interval(ge=1, le=8)] = 3
-    codes_per_level: Annotated[Int, Interval(ge=2, le=65536)] = 256
-    tokenizer: Optional[str] = (
-        None  # titles: a tokenizer.json; null: byte-pair encoding learned from the titles
-    )
-    title_vocab_size: Annotated[Int, Ge(512)] = (
-        8192  # titles: tokens that are learned, at most; the 256 bytes are among them
-    )
-    title_tokens: Annotated[Int, Interval(ge=1, le=256)] = 32  # titles: longer ones are cut
-    collisions: Literal["keep", "refuse", "resolve"] = "keep"  # items that share a token sequence
-    seed: NonNegative = 0
+    With `index` the codes of a file are read; without, they are built by residual
+    quantisation.
+    """
+
+    # `semantic`: a tuple of codes. `titles`: the pieces of the title and an end token. `atomic`:
+    # one token per item.
+    form: Literal["semantic", "titles", "atomic"] = "semantic"
+    # A NAME.index.json with the code tokens of every item.
+    index: Annotated[Optional[str], Affects()] = None
+    # The vectors that residual quantisation sees: TF-IDF + SVD of the texts (or `text_model`),
+    # SASRec's item vectors, or both side by side.
+    embedding: Annotated[
+        Literal["text", "cf", "text+cf"],
+        OnlyIf("items.form semantic without items.index", _builds_codes),
+    ] = "text"
+    # The folder of a Hugging Face or sentence-embedding model; null: TF-IDF + SVD.
+    text_model: Annotated[
+        Optional[str],
+        Affects(),
+        OnlyIf(
+            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            _needs_vectors,
+        ),
+    ] = None
+    # Dimensions of the SVD.
+    embedding_dim: Annotated[
+        Positive,
+        OnlyIf(
+            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            _needs_vectors,
+        ),
+    ] = 64
+    levels: Annotated[
+        Int, Interval(ge=1, le=8), OnlyIf("items.form semantic without items.index", _builds_codes)
+    ] = 3
+    codes_per_level: Annotated[
+        Int,
+        Interval(ge=2, le=65536),
+        OnlyIf("items.form semantic without items.index", _builds_codes),
+    ] = 256
+    # Titles: a tokenizer.json; null: byte-pair encoding learned from the titles.
+    tokenizer: Annotated[Optional[str], Affects(), OnlyIf("items.form titles", _are_titles)] = None
+    # Titles: tokens that are learned, at most. The 256 bytes are among them.
+    title_vocab_size: Annotated[Int, Ge(512), OnlyIf("items.form titles", _are_titles)] = 8192
+    # Titles: longer ones are cut at so many tokens.
+    title_tokens: Annotated[
+        Int, Interval(ge=1, le=256), OnlyIf("items.form titles", _are_titles)
+    ] = 32
+    # What happens to items that share a token sequence.
+    collisions: Literal["keep", "refuse", "resolve"] = "keep"
+    seed: Annotated[
+        NonNegative,
+        OnlyIf(
+            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            _needs_vectors,
+        ),
+    ] = 0
 
     @property
     def from_cf(self) -> bool:
-        """Whether the codes are built from the CF model's item vectors, so that the CF stage comes first."""
+        """Whether codes are built from the CF model's vectors, so that the CF stage comes first."""
         return self.index is None and self.form == "semantic" and "cf" in self.embedding

@@ -1,4 +1,4 @@
-"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read into codes and written back."""
+"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read and written back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -19,13 +20,22 @@ from ilrec_dist.items.vocabulary import NO_TOKEN
 TOKEN = re.compile(r"<([A-Za-z]+)_([0-9]{1,7})>")
 
 
-def read_index(
-    path: str | Path, item_ids: Iterable[str] | None = None
-) -> tuple[np.ndarray, list[int], list[str]]:
-    """Codes int32 [num_items, C] of the items in index order (None: all, as the file has them), codes per level (the largest plus one), the levels' names.
+@dataclass(frozen=True)
+class IndexFile:
+    """The codes of a NAME.index.json."""
 
-    Items of the file that the data set does not have are passed over, but count towards the level sizes. Raises UserError naming file and item for an
-    item without a code, a token that is not of the form <a_128>, or a code of another length.
+    codes: np.ndarray  # int32 [num_items, C]
+    level_sizes: list[int]  # [C]: the largest code of each level plus one
+    level_names: list[str]  # [C]
+    items_passed_over: int  # items of the file that the data set does not have
+
+
+def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> IndexFile:
+    """Read the codes of `item_ids` in that order (None: of all items, as the file has them).
+
+    Items of the file that are not among `item_ids` are passed over, but count towards
+    the level sizes. Raises UserError naming file and item for an item without a code, a
+    token that is not of the form <a_128>, or a code of another length.
     """
     path = Path(path)
     names: list[str] = []
@@ -41,7 +51,8 @@ def read_index(
             first = item, tokens
         if len(tokens) != len(first[1]):
             raise UserError(
-                f"{path}: item {item!r} has {len(tokens)} codes, item {first[0]!r} has {len(first[1])}; all items need as many"
+                f"{path}: item {item!r} has {len(tokens)} codes, item {first[0]!r} has "
+                f"{len(first[1])}; all items need as many"
             )
         for level, token in enumerate(tokens):
             match = TOKEN.fullmatch(token) if isinstance(token, str) else None
@@ -51,7 +62,8 @@ def read_index(
                 names.append(match[1])
             elif match[1] != names[level]:
                 raise UserError(
-                    f"{path}: item {item!r}: code {token!r} at level {level + 1}, where item {first[0]!r} has <{names[level]}_…>"
+                    f"{path}: item {item!r}: code {token!r} at level {level + 1}, where item "
+                    f"{first[0]!r} has <{names[level]}_…>"
                 )
             flat.append(int(match[2]))
         row_of[item] = len(row_of)
@@ -59,62 +71,64 @@ def read_index(
         raise UserError(f"{path}: holds no items")
     if len(set(names)) != len(names):
         raise UserError(
-            f"{path}: item {first[0]!r}: two levels share a name in {first[1]}; expected a name of its own for each level"
+            f"{path}: item {first[0]!r}: two levels share a name in {first[1]}; "
+            "expected a name of its own for each level"
         )
     codes = np.frombuffer(flat, np.int32).reshape(-1, len(names))
     sizes = [int(size) + 1 for size in codes.max(axis=0)]
     if item_ids is None:
-        return codes, sizes, names
+        return IndexFile(codes, sizes, names, 0)
     rows = np.fromiter((row_of.get(item, -1) for item in item_ids), np.int64)
     if (rows < 0).any():
         missing = next(item for item in item_ids if item not in row_of)
-        count = int((rows < 0).sum())
         raise UserError(
-            f"{path}: item {missing!r} of the interactions has no code ({count} such items); add it, or leave items.index out to build one"
+            f"{path}: item {missing!r} of the interactions has no code "
+            f"({int((rows < 0).sum())} such items); add it, or leave items.index out to build one"
         )
-    return codes[rows], sizes, names
+    return IndexFile(codes[rows], sizes, names, len(row_of) - len(rows))
 
 
 def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]) -> Iterator[str]:
-    """The items of the index.json beside a catalogue, an item at a time: they are `item_ids`, in that order, with the catalogue's codes.
+    """The items of the index.json beside a catalogue, one at a time.
 
-    Raises UserError, when it gets there, where the items are others, or the codes of the file are not those of the catalogue.
+    They are `item_ids`, in that order, with the catalogue's codes. Raises UserError,
+    when it gets there, where the items are others or the codes of the file are not
+    those of the catalogue.
     """
     path, names = Path(folder) / "index.json", catalogue.token_names()
     for number, (entry, item) in enumerate(zip_longest(stream_json_object(path), item_ids)):
         if number < catalogue.num_items:
-            codes = [
-                names[token]
-                for token in catalogue.tokens[catalogue.position[number]].tolist()
-                if token != NO_TOKEN
-            ]
+            tokens = catalogue.tokens[catalogue.position[number]].tolist()
+            codes = [names[token] for token in tokens if token != NO_TOKEN]
             if entry is None or entry[1] != codes:
                 raise UserError(
-                    f"{path}: damaged or changed: item {number + 1} does not have the catalogue's codes; remove {folder} and run `ilrec index` again"
+                    f"{path}: damaged or changed: item {number + 1} does not have the catalogue's "
+                    f"codes; remove {folder} and run `ilrec index` again"
                 )
         elif entry is not None:
             raise UserError(
-                f"{path}: damaged or changed: more items than the catalogue's {number}; remove {folder} and run `ilrec index` again"
+                f"{path}: damaged or changed: more items than the catalogue's {number}; "
+                f"remove {folder} and run `ilrec index` again"
             )
         if entry is None or item is None or entry[0] != item:
             raise UserError(
-                f"{folder}: the index was made for other items than the run's prepared data holds; run `ilrec index` again"
+                f"{folder}: the index was made for other items than the run's prepared data holds; "
+                "run `ilrec index` again"
             )
         yield item
 
 
 def write_index(path: str | Path, catalogue: Catalogue, item_ids: Sequence[str]) -> None:
-    """The catalogue as an index.json, items in index order; an item at a time, as a large catalogue's objects would fill the memory."""
+    """Write the catalogue as an index.json, items in index order.
+
+    One item is written at a time: the objects of a large catalogue would fill the
+    memory.
+    """
     names = {token: json.dumps(name) for token, name in catalogue.token_names().items()}
     with open(path, "w", encoding="utf-8") as file:
         file.write("{")
         for number, item in enumerate(item_ids):
-            code = ", ".join(
-                [
-                    names[token]
-                    for token in catalogue.tokens[catalogue.position[number]].tolist()
-                    if token != NO_TOKEN
-                ]
-            )
+            tokens = catalogue.tokens[catalogue.position[number]].tolist()
+            code = ", ".join([names[token] for token in tokens if token != NO_TOKEN])
             file.write(f"{', ' if number else ''}{json.dumps(item, ensure_ascii=False)}: [{code}]")
         file.write("}")

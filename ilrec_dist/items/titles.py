@@ -1,4 +1,4 @@
-"""Items as their titles: the tokens of a byte-pair vocabulary, learned from the catalogue's own titles or given, and an end token (METHOD.md §1)."""
+"""Items as their titles: the tokens of a byte-pair vocabulary and an end token (METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ RESERVED = 2
 
 
 def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` - 2 ids; all bytes are among them, so that a later item's title can be spelt too."""
+    """Learn byte-level BPE of at most vocab_size - RESERVED tokens from the titles.
+
+    All bytes are among the tokens, so that a later item's title can be spelt too.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,15 +40,21 @@ def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
-    """A tokenizer.json as Hugging Face models have it. Raises UserError, naming `what` asked for it, when there is none or it does not load."""
+    """Load a tokenizer.json as Hugging Face models have it, without its padding and truncation.
+
+    Raises UserError, which says `what` asked for it, when there is none or it does not
+    load.
+    """
     path = require_file(path, what)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    # The library raises nothing narrower.
+    except Exception as error:
         raise UserError(
             f"{path}: not a tokenizer.json ({what}): {str(error).splitlines()[0]}"
         ) from None
-    tokenizer.no_padding()  # models' files may ask for both: padding would be spelt as part of a title
+    # A model's file may ask for both; padding would be spelt as part of a title.
+    tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
@@ -55,10 +64,8 @@ def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.
 
     Behind the end stands -1 up to C, which the longest title needs.
     """
-    ids = [
-        encoding.ids[:title_tokens]
-        for encoding in tokenizer.encode_batch(list(map(plain, titles)), add_special_tokens=False)
-    ]
+    encodings = tokenizer.encode_batch(list(map(single_spaced, titles)), add_special_tokens=False)
+    ids = [encoding.ids[:title_tokens] for encoding in encodings]
     numbers = np.full((len(ids), 1 + max(map(len, ids), default=0)), -1, np.int32)
     for row, title in enumerate(ids):
         numbers[row, : len(title)] = title
@@ -67,35 +74,33 @@ def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.
     return numbers
 
 
-def build_titles(
-    dataset: InteractionDataset, title_tokens: int, vocab_size: int, given: str | None
+def build_title_catalogue(
+    dataset: InteractionDataset, title_tokens: int, vocab_size: int, tokenizer_path: str | None
 ) -> tuple[Catalogue, Tokenizer]:
-    """The catalogue of a data set's titles and the tokenizer: that of the file `given`, or one learned from them.
+    """The catalogue of a data set's titles and the tokenizer: a file's, or one learned from them.
 
-    Raises UserError when there are no titles, or not one for every item.
+    Raises UserError naming the first item without a title.
     """
-    if dataset.titles is None:
+    titles = list(map(single_spaced, dataset.titles or [""] * dataset.num_items))
+    untitled = [item for item, title in enumerate(titles) if not title]
+    if untitled:
         raise UserError(
-            "items.form titles: the data set has no titles; give an item table (data.items_path), or another items.form"
+            f"items.form titles: item {dataset.item_ids[untitled[0]]!r} has no title "
+            f"({len(untitled)} of {len(titles)} items have none); give every item one in the item "
+            "table (data.items_path), or choose another items.form"
         )
-    titles = list(map(plain, dataset.titles))
-    bare = next((item for item, title in enumerate(titles) if not title), None)
-    if bare is not None:
-        raise UserError(
-            f"items.form titles: item {dataset.item_ids[bare]!r} has no title; give it one, or choose another items.form"
-        )
-    tokenizer = (
-        load_tokenizer(given, "items.tokenizer") if given else train_tokenizer(titles, vocab_size)
-    )
+    if tokenizer_path:
+        tokenizer = load_tokenizer(tokenizer_path, "items.tokenizer")
+    else:
+        tokenizer = train_tokenizer(titles, vocab_size)
     names = {number: piece for piece, number in tokenizer.get_vocab().items()}
     pieces = [
-        names.get(token, f"<{token + RESERVED}>") for token in range(max(names, default=-1) + 1)
+        names.get(number, f"<{number + RESERVED}>") for number in range(max(names, default=-1) + 1)
     ]
-    return make_title_catalogue(
-        spell(tokenizer, titles, title_tokens), [END_NAME, *pieces]
-    ), tokenizer
+    numbers = spell(tokenizer, titles, title_tokens)
+    return make_title_catalogue(numbers, [END_NAME, *pieces]), tokenizer
 
 
-def plain(title: str) -> str:
+def single_spaced(title: str) -> str:
     """One space between words, none around them."""
     return " ".join(title.split())

@@ -1,4 +1,4 @@
-"""The prefix trie of a catalogue as ranges: which tokens may follow a prefix, and which items it leads to, are slices of flat arrays."""
+"""A catalogue's prefix trie as ranges: a prefix's next tokens and its items are array slices."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ from pathlib import Path
 import numpy as np
 
 from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
-from ilrec_dist.items.catalogue import Catalogue, check_file
+from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.items.catalogue import REPAIR, Catalogue
 
 
 class Trie:
     """Nodes at depth p (0 … C) are numbered in code order; node 0 at depth 0 is the root.
 
-    node_start[p]  int32 [nodes_p + 1]: node j covers the code-order positions [node_start[p][j], node_start[p][j + 1])
-    node_token[p]  int32 [nodes_p]: last token of the prefix; empty at p = 0
-    child_start[p] int32 [nodes_p + 1], p < C: children of node j are the nodes [child_start[p][j], child_start[p][j + 1]) of depth p + 1,
-                   so their tokens are that slice of node_token[p + 1], ascending
+    node_start[p]  int32 [nodes_p + 1]: node j covers the code-order positions
+                   [node_start[p][j], node_start[p][j + 1])
+    node_token[p]  int32 [nodes_p]: last token id of the prefix; empty at p = 0
+    child_start[p] int32 [nodes_p + 1], p < C: children of node j are the nodes
+                   [child_start[p][j], child_start[p][j + 1]) of depth p + 1, so their tokens are
+                   that slice of node_token[p + 1], ascending
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
         depth, tokens, n = catalogue.depth, catalogue.tokens, catalogue.num_items
         node_start: list[np.ndarray] = [np.array([0, n], np.int32)]
-        first = np.zeros(n, bool)  # positions at which a prefix of the current depth begins
-        if n:
-            first[0] = True
+        # The positions at which a prefix of the current depth begins.
+        first = np.zeros(n, bool)
+        first[:1] = True
         for level in range(depth):
             first[1:] |= tokens[1:, level] != tokens[:-1, level]
             node_start.append(np.append(np.flatnonzero(first), n).astype(np.int32))
         child_start = [
             np.searchsorted(node_start[p + 1], node_start[p]).astype(np.int32) for p in range(depth)
         ]
-        # One array of all tokens, a view per depth: candidates of several depths are then one gather.
+        # One array holds all tokens, with a view per depth: candidates of several depths are then
+        # one gather. It ends in padding for the fixed windows that `candidates` copies.
         widest = max(catalogue.level_sizes)
         labels = np.concatenate(
             [*(tokens[node_start[p + 1][:-1], p] for p in range(depth)), np.zeros(widest, np.int32)]
-        )  # see candidates
+        )
         self._hold(catalogue, node_start, child_start, labels)
 
     def _hold(
@@ -62,21 +66,16 @@ class Trie:
         for part, array in zip(_cut(stored, [len(array) for array in arrays]), arrays, strict=True):
             part[:] = array
         stored.flush()
-        write_json(
-            path.with_suffix(".json"),
-            {
-                "nodes": [self.num_nodes(p) for p in range(self.depth + 1)],
-                "sha256": sha256_file(path),
-            },
-        )
+        nodes = [self.num_nodes(p) for p in range(self.depth + 1)]
+        write_json(path.with_suffix(".json"), {"nodes": nodes, "sha256": sha256_file(path)})
 
     @staticmethod
     def load(folder: str | Path, catalogue: Catalogue) -> Trie:
         """Map what `save` wrote beside this catalogue. Raises UserError when it is damaged."""
-        path = Path(folder) / "trie.npy"
-        meta = read_json_object(path.with_suffix(".json"))
-        check_file(path, meta["sha256"], "trie.json")
-        stored, starts = map_array(path), [count + 1 for count in meta["nodes"]]
+        folder = Path(folder)
+        meta = read_json_object(folder / "trie.json")
+        check_hashes(folder, {"trie.npy": meta.get("sha256")}, "trie.json", REPAIR)
+        stored, starts = map_array(folder / "trie.npy"), [count + 1 for count in meta["nodes"]]
         *arrays, labels = _cut(
             stored, [*starts, *starts[:-1], len(stored) - sum(starts) - sum(starts[:-1])]
         )
@@ -97,50 +96,59 @@ class Trie:
 
     def item_node(self, p: int, items: np.ndarray) -> np.ndarray:
         """int64 nodes at depth p whose range holds the items (item indices, any shape)."""
-        return np.searchsorted(self.node_start[p], self.catalogue.position[items], side="right") - 1
+        position = self.catalogue.position[items]
+        return np.asarray(np.searchsorted(self.node_start[p], position, side="right") - 1)
 
     def children(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """CSR of the continuations of R nodes at depth p < C: (indptr int64 [R+1], tokens int64 [nnz] ascending in a row, nodes at depth p + 1 int64 [nnz])."""
+        """CSR of the continuations of R nodes at depth p < C.
+
+        Returns (indptr int64 [R+1], tokens int64 [nnz] ascending in a row, nodes at
+        depth p + 1 int64 [nnz]).
+        """
         nodes = np.asarray(nodes)
         start = self.child_start[p][nodes]
         indptr, child = _ranges(start, self.child_start[p][nodes + 1] - start)
         return indptr, self.node_token[p + 1][child].astype(np.int64), child
 
     def candidates(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of `children` alone, for many prefixes at once: (indptr int64 [R+1], tokens int32 [nnz], ascending in a row)."""
+        """The tokens of `children` alone, for many prefixes at once.
+
+        Returns (indptr int64 [R+1], tokens int32 [nnz], ascending in a row).
+        """
         start = self.child_start[p][nodes].astype(np.int64)
         counts = self.child_start[p][np.asarray(nodes) + 1] - start
         width = int(counts.max(initial=0))
         if len(start) * width > 2 * counts.sum():
             indptr, where = _ranges(start + self._token_base[p], counts)
             return indptr, self._tokens[where]
-        # Rows of about one length: copying fixed windows (the array ends in padding for that) and cutting them beats an index an element.
+        # Where rows are of about one length, copying fixed windows and cutting them is faster than
+        # an index for each element.
         indptr = np.zeros(len(start) + 1, np.int64)
         np.cumsum(counts, out=indptr[1:])
         if width == 0:
             return indptr, np.zeros(0, np.int32)
-        rows = np.lib.stride_tricks.sliding_window_view(self._tokens, width)[
-            start + self._token_base[p]
-        ]
-        return indptr, rows.reshape(-1) if len(rows) * width == indptr[-1] else rows[
-            np.arange(width) < counts[:, None]
-        ]
+        windows = np.lib.stride_tricks.sliding_window_view(self._tokens, width)
+        rows = windows[start + self._token_base[p]]
+        if len(rows) * width == indptr[-1]:
+            return indptr, rows.reshape(-1)
+        return indptr, rows[np.arange(width) < counts[:, None]]
 
     def step(self, p: int, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape); -1 where there is none, or where the node is -1."""
+        """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape).
+
+        -1 where there is none, or where the node is -1.
+        """
         nodes, tokens = np.broadcast_arrays(
             np.asarray(nodes, np.int64), np.asarray(tokens, np.int64)
         )
         known = nodes >= 0
         start, labels = self.child_start[p], self.node_token[p + 1]
         low = np.where(known, start[nodes], 0).astype(np.int64)
-        stop = np.where(known, start[nodes + known], 0).astype(
-            np.int64
-        )  # nodes + 1 where known; any valid index elsewhere
+        # The end of the node's children is at nodes + 1; where the node is -1 any valid index does.
+        stop = np.where(known, start[nodes + known], 0).astype(np.int64)
         high = stop.copy()
-        while (
-            open_ := low < high
-        ).any():  # lower bound of the token among the node's children, all rows at once
+        # The lower bound of the token among the node's children, for all rows at once.
+        while (open_ := low < high).any():
             middle = (low + high) // 2
             right = open_ & (labels[np.minimum(middle, len(labels) - 1)] < tokens)
             low = np.where(right, middle + 1, low)
@@ -149,20 +157,27 @@ class Trie:
         return np.where(found, low, -1)
 
     def leaf_items(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices int64), those that share a tuple in item-id order."""
+        """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices int64).
+
+        Items that share a tuple are in item-id order.
+        """
         return self.range_items(self.depth, nodes)
 
     def range_items(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CSR of all items below R nodes at depth p, in code order: (indptr int64 [R+1], item indices int64)."""
+        """CSR of all items below R nodes at depth p, in code order.
+
+        Returns (indptr int64 [R+1], item indices int64).
+        """
         nodes = np.asarray(nodes)
         start = self.node_start[p][nodes]
         indptr, where = _ranges(start, self.node_start[p][nodes + 1] - start)
         return indptr, self.catalogue.items[where].astype(np.int64)
 
     def target_candidates(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The continuations that exist at every step of T target items (METHOD.md §2, `valid_next`).
+        """The continuations at every step of T target items (METHOD.md §2, `valid_next`).
 
-        Rows are target-major, then depth: t0d0, t0d1, …, t0d(C-1), t1d0, … Returns (indptr int64 [T·C+1], tokens int64 [nnz], ascending in a row).
+        Rows are target-major, then depth: t0d0, t0d1, …, t0d(C-1), t1d0, … Returns
+        (indptr int64 [T·C+1], tokens int64 [nnz], ascending in a row).
         """
         items = np.asarray(items)
         starts = np.empty((len(items), self.depth), np.int64)
@@ -181,7 +196,7 @@ def _cut(array: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indptr int64 [R+1], the concatenated ranges [starts[r], starts[r] + counts[r]) int64)."""
+    """(indptr int64 [R+1], the ranges [starts[r], starts[r] + counts[r]) concatenated, int64)."""
     indptr = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)

@@ -15,10 +15,11 @@ NO_TOKEN = -1
 class Vocabulary:
     """The item tokens' ids within a language model's vocabulary, whatever else is in it.
 
-    Item tokens are numbered 0 … I-1: the codes of the first level, then those of the second, and so
-    on. Where items are titles, number 0 is the end token and number 1 + t the tokenizer's token t.
-    Raises ValueError for an id outside the vocabulary and for an id that two item tokens share
-    (except the end of a title, which may be one of its tokenizer's own tokens).
+    Item tokens are numbered 0 … I-1: the codes of the first level, then those of the
+    second, and so on. Where items are titles, number 0 is the end token and number 1 +
+    t the tokenizer's token t. Raises ValueError for an id outside the vocabulary and
+    for an id that two item tokens share (except the end of a title, which may be one of
+    its tokenizer's own tokens).
     """
 
     item_tokens: np.ndarray  # int32 [I]: item token number -> token id
@@ -47,7 +48,7 @@ class Vocabulary:
 
     @staticmethod
     def own(num_item_tokens: int, titles: bool = False) -> Vocabulary:
-        """The vocabulary of a model trained from scratch: padding 0, then the item tokens from 1."""
+        """A vocabulary of items only, of a model trained from scratch: padding 0, items from 1."""
         ids = np.arange(1, num_item_tokens + 1, dtype=np.int32)
         return Vocabulary(ids, num_item_tokens + 1, 0, 1 if titles else None)
 
@@ -57,8 +58,8 @@ class Vocabulary:
     ) -> Vocabulary:
         """Item tokens behind a tokenizer's own: their ids are T … T+I-1 and V = max(V₀, T+I).
 
-        base_size is T, the tokens of the tokenizer; embedding_rows is V₀ ≥ T, the rows of the
-        checkpoint's embedding, whose spare rows become item tokens first.
+        base_size is T, the tokens of the tokenizer; embedding_rows is V₀ ≥ T, the rows
+        of the checkpoint's embedding, whose spare rows become item tokens first.
         """
         stop = base_size + num_item_tokens
         ids = np.arange(base_size, stop, dtype=np.int32)
@@ -66,7 +67,7 @@ class Vocabulary:
 
     @staticmethod
     def for_titles(base_size: int, embedding_rows: int, end: int, padding: int) -> Vocabulary:
-        """Titles in a tokenizer's own tokens: nothing is added, and `end` is one of its T tokens."""
+        """Titles in a tokenizer's own T tokens, one of which is `end`; nothing is added."""
         ids = np.concatenate([[end], np.arange(base_size)]).astype(np.int32)
         return Vocabulary(ids, max(embedding_rows, base_size), padding, end, base_size)
 

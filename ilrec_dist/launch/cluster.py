@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,11 +50,15 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
     else:
         cores = max(len(os.sched_getaffinity(0)), launch.workers)
         options = {"num_cpus": cores, "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: {NO_HEAD} ({reason}); {START_ONE}") from None
+    # Ray's own handler exits in the middle of its C++ code.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
     finally:

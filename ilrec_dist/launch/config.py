@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
-from ilrec_dist.common.config_fields import NonNegative, Positive, section
+from ilrec_dist.common.config_fields import Affects, NonNegative, OnlyIf, Positive, section
 
 
-@section
+@section()
 class LaunchConfig:
     """Where and how the workers run."""
 
-    engine: Literal["ray", "torchrun"] = "ray"
-    workers: Positive = 1  # processes over all machines, one per GPU: tp × dp
-    tp: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Optional[Positive] = None  # CPU threads per worker; None: the cores shared evenly
-    max_failures: NonNegative = 3  # worker-group restarts before the run gives up
-    ray_address: Optional[str] = None  # None: a local Ray is started for the run
+    engine: Annotated[Literal["ray", "torchrun"], Affects()] = "ray"
+    # Processes over all machines, one per GPU: tp × dp.
+    workers: Annotated[Positive, Affects("train")] = 1
+    # Processes that share one copy of the model.
+    tp: Annotated[Positive, Affects("train")] = 1
+    # The device of the workers; auto: the GPUs, where every worker can have one.
+    device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"
+    # CPU threads per worker; None: the cores shared evenly.
+    threads: Annotated[Optional[Positive], Affects()] = None
+    # Restarts of the worker group before the run gives up.
+    max_failures: Annotated[NonNegative, Affects()] = 3
+    # The Ray cluster to use; None: RAY_ADDRESS, or a local Ray that is started for the run.
+    ray_address: Annotated[
+        Optional[str],
+        Affects(),
+        OnlyIf("launch.engine ray", lambda config: config.launch.engine == "ray"),
+    ] = None
 
     @property
     def dp(self) -> int:

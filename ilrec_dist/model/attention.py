@@ -1,7 +1,8 @@
-"""The core attention of every layer: torch's scaled_dot_product_attention in training, a prefix-sharing KV cache in beam search."""
+"""The core attention of every layer, and the contexts that it takes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,50 +14,104 @@ from torch import Tensor
 
 @dataclass
 class LayerKVCache:
-    """One layer's keys and values: of the user's prefix, held once per user, and of each beam's own suffix."""
+    """One layer's keys and values: a prefix per user and a suffix per beam.
 
-    prefix_key: Tensor | None = None  # [B, heads_kv, S, head_dim]
-    prefix_value: Tensor | None = None
-    suffix_key: Tensor | None = (
-        None  # [B, K, T, heads_kv, head_dim], T the number of tokens decoded so far
-    )
+    prefix_key and prefix_value are [B, heads_kv, S, head_dim]; suffix_key and
+    suffix_value are [B, K, T, heads_kv, head_dim], T the number of tokens decoded so
+    far, and None before the first one.
+    """
+
+    prefix_key: Tensor
+    prefix_value: Tensor
+    suffix_key: Tensor | None = None
     suffix_value: Tensor | None = None
 
 
 @dataclass
 class KVCache:
-    """What decoding remembers of a batch of users with equally long prefixes. Changed in place by `Backbone.decode`."""
+    """The keys and values of a batch of users with equally long prefixes.
 
-    prefix: int  # tokens of the prefix, S
-    suffix: int = 0  # tokens decoded so far, T
+    `Backbone.prefill` fills it and `Backbone.decode` extends it, both in place.
+    """
+
+    prefix: int  # S, tokens of the prefix
+    suffix: int = 0  # T, tokens decoded so far
     layers: list[LayerKVCache] = field(default_factory=list)
 
     def reorder(self, parents: Tensor) -> None:
-        """Beam k of user b goes on from beam parents[b, k] (int64 [B, K']) of the step before. The prefix is shared and stays."""
+        """Let beam k of user b continue beam parents[b, k], int64 [B, K'].
+
+        The prefix is shared by a user's beams and stays as it is.
+        """
         for layer in self.layers:
-            if layer.suffix_key is not None and layer.suffix_value is not None:
-                first = (
-                    torch.arange(len(parents), device=parents.device)[:, None]
-                    * layer.suffix_key.shape[1]
-                )
-                index = (first + parents).flatten()
-                layer.suffix_key = (
-                    layer.suffix_key.flatten(0, 1)
-                    .index_select(0, index)
-                    .unflatten(0, parents.shape)
-                )
-                layer.suffix_value = (
-                    layer.suffix_value.flatten(0, 1)
-                    .index_select(0, index)
-                    .unflatten(0, parents.shape)
-                )
+            if layer.suffix_key is None or layer.suffix_value is None:
+                continue
+            users = torch.arange(len(parents), device=parents.device)[:, None]
+            index = (users * layer.suffix_key.shape[1] + parents).flatten()
+            layer.suffix_key = _select_beams(layer.suffix_key, index, parents.shape)
+            layer.suffix_value = _select_beams(layer.suffix_value, index, parents.shape)
+
+
+def _select_beams(suffix: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    return suffix.flatten(0, 1).index_select(0, index).view(*shape, *suffix.shape[2:])
+
+
+class PackedSequences:
+    """The boundaries of the samples that are concatenated in one row of tokens [1, T].
+
+    Attention stays within a sample and positions restart at 0 (METHOD.md §10, packing),
+    so a packed batch gives what its samples give one by one. Linear layers see no
+    padding at all. Attention runs on padded batches of samples of similar length:
+    within a batch the longest sample is less than twice as long as the shortest. The
+    batches are planned here, from lengths on the host, so that no layer waits for the
+    device.
+
+    lengths: tokens of each sample, all positive; T is their sum.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        sizes = torch.as_tensor(lengths, dtype=torch.int64)
+        if len(sizes) == 0 or int(sizes.min()) < 1:
+            raise ValueError(
+                "packed sequences need at least one sample, each of at least one token"
+            )
+        starts = sizes.cumsum(0) - sizes
+        self.num_tokens = int(sizes.sum())
+        self.max_length = int(sizes.max())
+        self.positions = (torch.arange(self.num_tokens) - starts.repeat_interleave(sizes)).to(
+            device
+        )  # [T]
+        # The token at each place of each padded batch, [n, longest]. A place beyond the end of a
+        # sample repeats its last token: causal attention hides it from the tokens before.
+        self.batches: list[Tensor] = []
+        # The place of each token in the concatenated batches, [T].
+        self.place_of_token = torch.empty(self.num_tokens, dtype=torch.int64)
+        offset = 0
+        bits = [length.bit_length() for length in sizes.tolist()]
+        octaves = torch.tensor(bits)
+        for octave in sorted(set(bits)):
+            members = (octaves == octave).nonzero().flatten()
+            longest = int(sizes[members].max())
+            place = torch.arange(longest)
+            inside = place < sizes[members, None]
+            tokens = starts[members, None] + torch.minimum(place, sizes[members, None] - 1)
+            places = offset + torch.arange(tokens.numel()).view_as(tokens)
+            self.place_of_token[tokens[inside]] = places[inside]
+            self.batches.append(tokens.to(device))
+            offset += tokens.numel()
+        self.place_of_token = self.place_of_token.to(device)
+
+
+# What an attention layer is told besides queries, keys and values: None is plain causal attention.
+AttentionContext = KVCache | PackedSequences | None
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention on [B, S, heads, head_dim] without dropout; Megatron hands on `attention_mask` unread, which carries the cache here.
+    """Causal attention without dropout on [B, S, heads, head_dim].
 
-    The batch comes first (Megatron's own layout has the sequence first): nothing but this module and the rotary table sees the difference, and
-    no transpose of the residual stream is needed.
+    The batch comes first, whereas Megatron's own layout has the sequence first. Only
+    this module and the rotary table see the difference, and the residual stream needs
+    no transpose.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
@@ -65,60 +120,75 @@ class CoreAttention(torch.nn.Module):
         self.scale = config.softmax_scale  # None: 1 / sqrt(head_dim)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: KVCache | None, /, **_: Any
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
     ) -> Tensor:
-        """query [B, S, heads, head_dim], key and value [B, S, heads_kv, head_dim] → [B, S, heads · head_dim].
+        """Attend: query [B, S, heads, head_dim] → [B, S, heads · head_dim].
 
-        attention_mask: None in training, the cache in prefill (empty) and in decoding, where the S queries are the beams of a user.
+        key and value are [B, S, heads_kv, head_dim]. An empty cache (prefill) stores
+        them. With a filled one (decoding) the S queries are the beams of a user, one
+        new token each.
         """
-        cache = attention_mask
-        if cache is not None and len(cache.layers) > self.index:
-            return self._decode(query, key, value, cache.layers[self.index])
+        if isinstance(context, PackedSequences):
+            return self._packed(query, key, value, context)
+        if context is not None and len(context.layers) > self.index:
+            return self._decode(query, key, value, context.layers[self.index])
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if cache is not None:
-            cache.layers.append(
-                LayerKVCache(key.contiguous(), value.contiguous())
-            )  # copies: the originals are views into queries, keys and values
+        if context is not None:
+            # Copies, because the originals are views into one tensor with the queries.
+            context.layers.append(LayerKVCache(key.contiguous(), value.contiguous()))
+        return self._causal(query, key, value).transpose(1, 2).flatten(2)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention on [B, heads, S, head_dim]."""
         grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
         )
-        return out.transpose(1, 2).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """Causal attention within each sample of a row, [1, T, heads, head_dim]."""
+        outputs = []
+        for tokens in packed.batches:
+            index = tokens.flatten()
+            parts = (
+                part[0].index_select(0, index).view(*tokens.shape, *part.shape[2:]).transpose(1, 2)
+                for part in (query, key, value)
+            )
+            outputs.append(self._causal(*parts).transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, packed.place_of_token)[None]
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerKVCache) -> Tensor:
-        """One new token per beam, [B, K, heads, head_dim], against [the user's prefix] + [the beam's suffix and the token itself]."""
+        """Attend from one new token per beam, [B, K, heads, head_dim].
+
+        It sees the user's prefix and its beam's suffix, whose last token it is.
+        """
         if layer.suffix_key is None or layer.suffix_value is None:
             layer.suffix_key, layer.suffix_value = key.unsqueeze(2), value.unsqueeze(2)
         else:
             layer.suffix_key = torch.cat((layer.suffix_key, key.unsqueeze(2)), dim=2)
             layer.suffix_value = torch.cat((layer.suffix_value, value.unsqueeze(2)), dim=2)
-        assert layer.prefix_key is not None and layer.prefix_value is not None
         batch, beams, heads, width = query.shape
         groups = key.shape[2]
-        # b user, k beam, g key/value head, r query head of the group, s prefix position, t suffix position, d head_dim
+        # In the shapes below, b is a user, k a beam, g a key/value head, r a query head of that
+        # group, s a prefix position, t a suffix position and d the head's dimension.
         query = query.view(batch, beams, groups, heads // groups, width) * (
             self.scale if self.scale is not None else width**-0.5
         )
-        by_group = query.permute(0, 2, 1, 3, 4).flatten(
-            2, 3
-        )  # b g kr d: one matrix product per user and group for the shared prefix
-        over_prefix = (by_group @ layer.prefix_key.transpose(2, 3)).unflatten(
-            2, (beams, -1)
-        )  # b g k r s
-        # the suffixes are a few tokens long and differ by beam: elementwise beats thousands of tiny matrix products
-        over_suffix = (
-            (query.float().unsqueeze(2) * layer.suffix_key.unsqueeze(4))
-            .sum(-1)
-            .permute(0, 3, 1, 4, 2)
-        )  # b g k r t
-        weights = torch.cat((over_prefix.float(), over_suffix), dim=-1).softmax(dim=-1)
-        of_prefix, of_suffix = weights.split((over_prefix.shape[-1], over_suffix.shape[-1]), dim=-1)
-        from_prefix = (
-            (of_prefix.flatten(2, 3).to(value.dtype) @ layer.prefix_value)
-            .unflatten(2, (beams, -1))
-            .permute(0, 2, 1, 3, 4)
-        )  # b k g r d
-        from_suffix = (
-            of_suffix.permute(0, 2, 4, 1, 3).unsqueeze(-1) * layer.suffix_value.unsqueeze(4)
-        ).sum(2)  # b k g r d
-        return (from_prefix + from_suffix).to(value.dtype).flatten(2)
+        # All beams of a user share one matrix product per group with the prefix.
+        by_group = query.permute(0, 2, 1, 3, 4).flatten(2, 3)  # b g kr d
+        prefix_scores = by_group @ layer.prefix_key.transpose(2, 3)
+        prefix_scores = prefix_scores.view(batch, groups, beams, heads // groups, -1)  # b g k r s
+        # Suffixes are a few tokens long and differ by beam, so elementwise products beat
+        # thousands of tiny matrix products.
+        suffix_scores = (query.float().unsqueeze(2) * layer.suffix_key.unsqueeze(4)).sum(-1)
+        suffix_scores = suffix_scores.permute(0, 3, 1, 4, 2)  # b g k r t
+        weights = torch.cat((prefix_scores.float(), suffix_scores), dim=-1).softmax(dim=-1)
+        prefix_length = prefix_scores.shape[-1]
+        prefix_weights, suffix_weights = weights[..., :prefix_length], weights[..., prefix_length:]
+        prefix_out = prefix_weights.flatten(2, 3).to(value.dtype) @ layer.prefix_value
+        prefix_out = prefix_out.view(batch, groups, beams, heads // groups, width)
+        prefix_out = prefix_out.permute(0, 2, 1, 3, 4)  # b k g r d
+        suffix_weights = suffix_weights.permute(0, 2, 4, 1, 3).unsqueeze(-1)  # b k t g r 1
+        suffix_out = (suffix_weights * layer.suffix_value.unsqueeze(4)).sum(2)  # b k g r d
+        output: Tensor = (prefix_out + suffix_out).to(value.dtype).flatten(2)
+        return output

@@ -1,4 +1,4 @@
-"""The backbone: a Megatron-core GPT whose intermediate layers can be read, and which decodes beams over a shared prefix."""
+"""The decoder: a Megatron-core GPT whose intermediate layers can be read."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.model import sharding as weights
-from ilrec_dist.model.attention import KVCache
+from ilrec_dist.model import sharding
+from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
+
+# Positions of the first table of rotary angles, or max_positions where that is less.
+ROTARY_TABLE_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """n^L and n^l of the rows (METHOD.md §1), all through the one final norm; the same on every tensor-parallel rank."""
+    """n^L and n^l of the rows (METHOD.md §1), equal on every tensor-parallel rank."""
 
     final: Tensor  # [N, d]
     layers: list[Tensor]  # m × [N, d], ordered L-1 … L-m
 
 
 class Backbone(nn.Module):
-    """A decoder built from the sizes in the config, cut over the tensor-parallel group of `initialize_parallel`, which comes first.
+    """A decoder of the configured sizes, cut over this process's tp group.
 
-    vocab_size is the true one, unpadded; max_positions the length of the learned position table (unused with rope). The weights depend on
-    (config, vocab_size, seed) alone: not on tp, the device or the process's random numbers. Built on the CPU; move it with `.to(device)`.
+    `initialize_parallel` comes first. vocab_size is the true one, unpadded;
+    max_positions is the length of the learned position table, unused with rope. The
+    weights depend on (config, vocab_size, seed) alone, not on tp, the device or the
+    process's random numbers; with initialize=False they are undefined until weights are
+    loaded. The model is built on the CPU: move it with `.to(device)`. UserError when tp
+    does not divide a size.
     """
 
     def __init__(
@@ -38,37 +45,49 @@ class Backbone(nn.Module):
         max_positions: int,
         precision: Precision = "fp32",
         seed: int = 0,
+        initialize: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.max_positions = config, vocab_size, max_positions
+        self.seed = seed
+        # What hf.checkpoint read the weights from: the model type, and each parameter's dtype.
+        self.checkpoint_family: str | None = None
+        self.checkpoint_dtypes: dict[str, torch.dtype] = {}
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         tp = self.tp_group.size()
         self.padded_vocab_size = padded_vocab_size(config, vocab_size)
         _check_divisible(config, self.padded_vocab_size, tp)
+        learned = config.position_embedding == "learned"
         self.gpt = GPTModel(
             config=transformer_config(config, precision, tp),
-            transformer_layer_spec=layer_spec(config),  # type: ignore[arg-type]
+            transformer_layer_spec=layer_spec(config),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=max_positions,
-            position_embedding_type="learned_absolute"
-            if config.position_embedding == "learned"
-            else "rope",
+            position_embedding_type="learned_absolute" if learned else "rope",
             share_embeddings_and_output_weights=config.tie_embeddings,
-            rotary_base=config.rope_theta,  # type: ignore[arg-type]
+            rotary_base=config.rope_theta,
             rope_scaling=config.rope_scaling_factor is not None,
             rope_scaling_factor=config.rope_scaling_factor or 1.0,
         )
         if precision == "bf16":
-            self.gpt.bfloat16()  # the norms and the position table are made in fp32 whatever params_dtype says
-        with torch.no_grad():
-            for name, parameter in self.gpt.named_parameters():
-                cut = weights.shard_spec(name, config)
-                weights.mark_parallel(parameter, cut)
-                full = weights.init_tensor(
-                    name, weights.full_shape(parameter.shape, cut, tp), config, seed
-                )
-                parameter.copy_(full if cut is None else cut.slice(full, self.tp_group.rank(), tp))
+            # Megatron makes the norms and the position table in fp32 whatever params_dtype says.
+            self.gpt.bfloat16()
+        for name, parameter in self.gpt.named_parameters():
+            sharding.mark_parallel(parameter, sharding.shard_spec(name, config))
+        if initialize:
+            self._initialize()
+        # Adapters that model/lora.py attaches; their parameters are not part of `gpt`.
+        self.lora: nn.Module | None = None
         self._angles: Tensor | None = None
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        tp, rank = self.tp_group.size(), self.tp_group.rank()
+        for name, parameter in self.gpt.named_parameters():
+            spec = sharding.shard_spec(name, self.config)
+            shape = sharding.full_shape(parameter.shape, spec, tp)
+            full = sharding.init_tensor(name, shape, self.config, self.seed)
+            parameter.copy_(full if spec is None else spec.slice(full, rank, tp))
 
     @property
     def vocab_range(self) -> tuple[int, int]:
@@ -78,28 +97,47 @@ class Backbone(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """The output head's shard [V_local, d]: the embedding's own weight when tied."""
-        return (
+        """The output head's shard [V_local, d]; the embedding's weight when tied."""
+        weight: nn.Parameter = (
             self.gpt.embedding.word_embeddings.weight
             if self.config.tie_embeddings
             else self.gpt.output_layer.weight
         )
+        return weight
 
-    def forward(self, tokens: Tensor, rows: Tensor, num_intermediate: int = 0) -> HiddenRows:
-        """Hidden states of the row positions, final and of the num_intermediate layers under the last (METHOD.md §1).
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        num_intermediate: int = 0,
+        packed: PackedSequences | None = None,
+    ) -> HiddenRows:
+        """Hidden states of the rows: final, and of num_intermediate layers under it.
 
-        tokens int64 [B, S], the same on every tensor-parallel rank, padded on the right (attention is causal, so padding is never seen);
-        rows int64 [N], flat indices into B · S. Only the rows are gathered and normed. UserError when S exceeds the learned positions.
+        METHOD.md §1. tokens is int64 [B, S], the same on every tensor-parallel rank,
+        padded on the right (attention is causal, so padding is never seen); with
+        `packed` [1, T], samples back to back. rows is int64 [N], flat indices into B ·
+        S. Only the rows are gathered and normed. UserError when a sequence exceeds the
+        learned positions.
         """
         if num_intermediate >= self.config.num_layers:
             raise ValueError(
-                f"num_intermediate {num_intermediate} must be below the {self.config.num_layers} layers"
+                f"num_intermediate {num_intermediate} must be below the {self.config.num_layers} "
+                "layers"
             )
-        hidden, rotary = self._embed(tokens, 0)
+        if packed is not None and tokens.shape != (1, packed.num_tokens):
+            raise ValueError(
+                f"packed samples of {packed.num_tokens} tokens need tokens [1, "
+                f"{packed.num_tokens}], not {list(tokens.shape)}"
+            )
+        if packed is None:
+            hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
+        else:
+            hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions)
         first = self.config.num_layers - num_intermediate
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            hidden = layer(hidden, None, rotary)
+            hidden = layer(hidden, packed, rotary)
             if number >= first:
                 taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
         final, *layers = reversed(taps)
@@ -107,93 +145,135 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> tuple[Tensor, KVCache]:
-        """Run a batch of equally long prefixes, int64 [B, S], no padding → n^L of the last position [B, d] and the cache for `decode`."""
+        """Run equally long prefixes, int64 [B, S] without padding.
+
+        Returns n^L of the last position, [B, d], and the cache for `decode`.
+        """
         cache = KVCache(prefix=tokens.shape[1])
-        hidden = self._run(tokens, 0, cache)
-        return self._norm(hidden[:, -1]), cache
+        hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
+        return self._norm(self._run(hidden, cache, rotary)[:, -1]), cache
 
     @torch.no_grad()
     def decode(self, cache: KVCache, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
-        """One more token for each of K beams per user, int64 [B, K] → n^L [B, K, d]. Changes the cache.
+        """Run one more token of each of K beams per user, int64 [B, K] → n^L [B, K, d].
 
-        parents int64 [B, K]: which beam of the step before each one continues; None keeps the order (and at the first step, where all
-        continue the prefix). K may change between steps when parents is given. Beams share the prefix's keys and values.
+        parents int64 [B, K]: the beam of the step before that each beam continues. None
+        keeps the order, and is right at the first step, where all continue the prefix.
+        K may change between steps when parents is given. Changes the cache; a user's
+        beams share the prefix's keys and values.
         """
         if parents is not None:
             cache.reorder(parents)
-        hidden = self._run(tokens, cache.prefix + cache.suffix, cache)
+        position = cache.prefix + cache.suffix
+        hidden, rotary = self._embed(tokens, position, position + 1)
+        hidden = self._run(hidden, cache, rotary)
         cache.suffix += 1
         return self._norm(hidden)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights unsharded, fp32 on the CPU, under the same names for every tp; a collective over the tensor-parallel group."""
-        named = self.gpt.named_parameters()
+        """All weights unsharded, fp32 on the CPU, under the same names for every tp.
+
+        A collective over the tensor-parallel group; every rank holds the whole model.
+        """
         return {
-            name: weights.gather(parameter, weights.shard_spec(name, self.config), self.tp_group)
-            for name, parameter in named
+            name: sharding.gather(parameter, sharding.shard_spec(name, self.config), self.tp_group)
+            for name, parameter in self.gpt.named_parameters()
         }
 
     @torch.no_grad()
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what full_state_dict gave, under any tp. UserError names a tensor that is missing, left over or of the wrong shape."""
+        """Load what full_state_dict returned under any tp.
+
+        UserError names a tensor that is missing, left over or of the wrong shape.
+        """
         expected = dict(self.gpt.named_parameters())
         for name in sorted(expected.keys() ^ state.keys()):
+            problem = "missing" if name in expected else "not part of this backbone"
             raise UserError(
-                f"weights: tensor {name!r} is {'missing' if name in expected else 'not part of this backbone'}; is it of another configuration?"
+                f"weights: tensor {name!r} is {problem}; is it of another configuration?"
             )
         tp, rank = self.tp_group.size(), self.tp_group.rank()
         for name, parameter in expected.items():
-            cut = weights.shard_spec(name, self.config)
-            shape = weights.full_shape(parameter.shape, cut, tp)
+            spec = sharding.shard_spec(name, self.config)
+            shape = sharding.full_shape(parameter.shape, spec, tp)
             if list(state[name].shape) != shape:
                 raise UserError(
-                    f"weights: tensor {name!r} has shape {list(state[name].shape)}, expected {shape}; is it of another configuration?"
+                    f"weights: tensor {name!r} has shape {list(state[name].shape)}, expected "
+                    f"{shape}; is it of another configuration?"
                 )
-            parameter.copy_(state[name] if cut is None else cut.slice(state[name], rank, tp))
+            parameter.copy_(state[name] if spec is None else spec.slice(state[name], rank, tp))
 
-    def _run(self, tokens: Tensor, start: int, cache: KVCache) -> Tensor:
-        """tokens [B, S] at positions start … → residual stream after the last layer [B, S, d]; in decoding S counts beams, all at `start`."""
-        hidden, rotary = self._embed(tokens, start, same_position=start > 0)
+    def _run(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
+        """The residual stream after the last layer, [B, S, d]."""
         for layer in self.gpt.decoder.layers:
-            hidden = layer(hidden, cache, rotary)
+            hidden = layer(hidden, context, rotary)
         return hidden
 
     def _norm(self, hidden: Tensor) -> Tensor:
-        return self.gpt.decoder.final_layernorm(hidden)
+        normed: Tensor = self.gpt.decoder.final_layernorm(hidden)
+        return normed
 
     def _embed(
-        self, tokens: Tensor, start: int, same_position: bool = False
+        self, tokens: Tensor, start: int, stop: int, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """tokens [B, S] → the residual stream's start [B, S, d], and rotary angles [1, S or 1, 1, head_dim] with rope."""
+        """Embed tokens [B, S] at positions start … stop-1, or at one position.
+
+        positions [S], below stop, replaces the range. Returns the start of the residual
+        stream [B, S, d] and, with rope, the rotary angles [1, S or 1, 1, head_dim].
+        """
+        index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
         hidden = embedding.word_embeddings(tokens)
-        stop = start + (1 if same_position else tokens.shape[1])
         if self.config.position_embedding == "rope":
-            return embedding.embedding_dropout(hidden), self._rotary(start, stop, hidden.device)
+            angles = self._rotary(stop, hidden.device)[index]
+            return embedding.embedding_dropout(hidden), angles[None, :, None]
         if stop > self.max_positions:
             raise UserError(
-                f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} learned positions; shorten train.max_history"
+                f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "
+                "learned positions; shorten train.max_history"
             )
-        return embedding.embedding_dropout(
-            hidden + embedding.position_embeddings.weight[start:stop]
-        ), None
+        hidden = hidden + embedding.position_embeddings.weight[index]
+        return embedding.embedding_dropout(hidden), None
 
-    def _rotary(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Rotary angles of positions start … stop-1, [1, stop-start, 1, head_dim]; the table is made once and grows."""
+    def _rotary(self, stop: int, device: torch.device) -> Tensor:
+        """Rotary angles of the positions below `stop` and more, [positions, head_dim].
+
+        The table is made once and grows when a longer sequence comes.
+        """
         if self._angles is None or len(self._angles) < stop or self._angles.device != device:
-            angles = self.gpt.rotary_pos_emb.get_freqs_non_repeated(max(stop, self.max_positions))
+            size = max(stop, min(self.max_positions, ROTARY_TABLE_POSITIONS))
+            angles = self.gpt.rotary_pos_emb.get_freqs_non_repeated(size)
             self._angles = torch.cat((angles, angles), dim=-1).to(device)
-        return self._angles[None, start:stop, None]
+        return self._angles
 
 
 def _check_divisible(config: BackboneConfig, vocab: int, tp: int) -> None:
-    for what, size in (
-        ("attention heads", config.num_heads),
-        ("key/value heads", config.num_kv_heads or config.num_heads),
-        ("feed-forward width", config.ffn_hidden_size or 4 * config.hidden_size),
-        ("padded vocabulary", vocab),
-    ):
+    heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
+    if heads % groups:
+        raise UserError(
+            f"backbone.num_kv_heads {groups} does not divide num_heads {heads}; choose one "
+            "that does"
+        )
+    sizes = {
+        "attention heads": heads,
+        "feed-forward width": config.ffn_hidden_size or 4 * config.hidden_size,
+        "padded vocabulary": vocab,
+    }
+    if groups >= tp:
+        sizes["key/value heads"] = groups
+    else:
+        # Megatron then cuts the rows of the joint projection evenly and gathers its output, so
+        # that each rank sees its key/value head, which tp / groups ranks share.
+        head_dim = config.head_dim or config.hidden_size // heads
+        sizes["query, key and value width"] = (heads + 2 * groups) * head_dim
+    for what, size in sizes.items():
         if size % tp:
             raise UserError(
-                f"launch.tp {tp} does not divide the backbone's {what} {size}; choose a tp that does"
+                f"launch.tp {tp} does not divide the backbone's {what} {size}; choose a tp "
+                "that does"
             )
+    if groups < tp and tp % groups:
+        raise UserError(
+            f"launch.tp {tp} is not a multiple of the backbone's key/value heads {groups}; "
+            "choose a tp that is, or one that divides them"
+        )

@@ -1,4 +1,7 @@
-"""BackboneConfig → Megatron-core: the transformer configuration and the layer specification, in modules that need no extra packages."""
+"""From BackboneConfig to Megatron-core: its configuration and layer specification.
+
+No module here needs a CUDA extension, so that one model serves CPU and CUDA.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,23 +25,85 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from ilrec_dist.model.attention import CoreAttention, KVCache
+from ilrec_dist.model.attention import AttentionContext, CoreAttention
 from ilrec_dist.model.config import BackboneConfig
 
 Precision = Literal["fp32", "bf16"]
 
 
-class DecoderLayer(TransformerLayer):
-    """Megatron's layer, run as the pre-norm decoder layer it is; the parent's forward turns gradients on even under no_grad."""
+class _GatherFeatures(torch.autograd.Function):
+    """Concatenate the last dimension over the tensor-parallel group.
 
-    def forward(self, hidden: Tensor, cache: KVCache | None, rotary: Tensor | None) -> Tensor:  # type: ignore[override]
-        """hidden [B, S, d] → [B, S, d]; rotary angles [1, S, 1, head_dim] or None."""
-        out = self.self_attention(
-            self.input_layernorm(hidden), attention_mask=cache, rotary_pos_emb=rotary
+    The ranks use different parts of the result, so backward sums its gradients over the
+    group and takes this rank's part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        shards = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(shards, shard.contiguous(), group=group)
+        return torch.cat(shards, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
+
+
+class DecoderAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron's self-attention with a forward that hands an attention context on."""
+
+    def forward(
+        self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
+        if self.config.num_query_groups < self.tp_group.size():
+            query, key, value = self._shared_key_value_heads(hidden)
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden)
+        if rotary is not None:
+            query = apply_rotary_pos_emb(query, rotary, config=self.config)
+            key = apply_rotary_pos_emb(key, rotary, config=self.config)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(
+            self.core_attention(query, key, value, context)
         )
-        hidden = self._add(out, hidden)
-        out = self.mlp(self.pre_mlp_layernorm(hidden))
-        return self._add(out, hidden)
+        return output
+
+    def _shared_key_value_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, S, heads / tp, head_dim], key and value [B, S, 1, head_dim].
+
+        There are fewer key/value heads than ranks. The rows of the joint projection are
+        cut evenly, its output is gathered, and tp / heads_kv ranks use the same
+        key/value head. (Megatron's own form of this gathers on CUDA devices only.)
+        """
+        tp, rank, groups = self.tp_group.size(), self.tp_group.rank(), self.config.num_query_groups
+        joint: Tensor = _GatherFeatures.apply(  # type: ignore[no-untyped-call]
+            self.linear_qkv(hidden)[0], self.tp_group
+        )
+        joint = joint.view(*joint.shape[:-1], groups, -1, self.hidden_size_per_attention_head)
+        sharing = tp // groups
+        group = joint[..., rank // sharing, :, :]  # [B, S, queries of the group + 2, head_dim]
+        query = group[..., :-2, :].chunk(sharing, dim=-2)[rank % sharing]
+        key, value = group[..., -2:-1, :], group[..., -1:, :]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+
+class DecoderLayer(TransformerLayer):  # type: ignore[misc]
+    """Megatron's layer, run as a pre-norm decoder layer.
+
+    The parent's forward turns gradients on even under no_grad, so this one replaces it.
+    """
+
+    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
+        """hidden [B, S, d] → [B, S, d]; rotary angles [1, S, 1, head_dim] or None."""
+        hidden = self._add(
+            self.self_attention(self.input_layernorm(hidden), context, rotary), hidden
+        )
+        return self._add(self.mlp(self.pre_mlp_layernorm(hidden)), hidden)
 
     def _add(self, out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         out, bias = out_and_bias
@@ -46,7 +113,11 @@ class DecoderLayer(TransformerLayer):
 
 
 class HeadNorm(torch.nn.Module):
-    """RMS norm of each head. Its one weight serves the heads of all ranks, so its gradient is summed over the tensor-parallel group."""
+    """RMS norm of each query or key head.
+
+    One weight serves the heads of all ranks, so its gradient is summed over the tp
+    group.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -66,7 +137,7 @@ def padded_vocab_size(config: BackboneConfig, vocab_size: int) -> int:
 
 
 def transformer_config(config: BackboneConfig, precision: Precision, tp: int) -> TransformerConfig:
-    """Everything that Megatron fuses with CUDA extensions is off, so that one model serves CPU and CUDA."""
+    """Megatron's configuration, without what it fuses by CUDA extensions."""
     gated = config.activation == "swiglu"
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -87,7 +158,8 @@ def transformer_config(config: BackboneConfig, precision: Precision, tp: int) ->
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         bf16=precision == "bf16",
         use_cpu_initialization=True,
-        perform_initialization=False,  # weights.py draws them, independent of tp
+        # sharding.init_tensor draws the weights, independent of tp.
+        perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -99,19 +171,19 @@ def transformer_config(config: BackboneConfig, precision: Precision, tp: int) ->
 
 
 def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
-    """The local layer specification with our core attention, and the one final norm (METHOD.md §1)."""
+    """The layer specification with our attention, and the one final norm."""
     head_norm: Any = HeadNorm if config.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,  # type: ignore[arg-type]
+        linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=WrappedTorchNorm,
         self_attention=ModuleSpec(
-            SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            DecoderAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=WrappedTorchNorm,

@@ -1,4 +1,4 @@
-"""Weights that do not depend on tp: how each tensor is cut, how it is drawn, gathered and scattered."""
+"""Weights that do not depend on tp: how they are cut, initialised and gathered."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from ilrec_dist.model.config import BackboneConfig
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a full tensor is split over the tensor-parallel ranks: each of `parts` equal parts along `dim`, so that rank r holds [part1_r; part2_r]."""
+    """How a tensor is cut over the tensor-parallel ranks.
+
+    Each of `parts` equal parts along `dim` is cut by itself: rank r holds [part1_r;
+    part2_r].
+    """
 
     dim: int
     parts: int = 1
 
     def slice(self, full: Tensor, rank: int, tp: int) -> Tensor:
-        """The shard of one rank."""
+        """The shard of one rank, from the full tensor."""
         if tp == 1:
             return full
         return torch.cat(
@@ -29,20 +33,26 @@ class ShardSpec:
         )
 
     def join(self, shards: list[Tensor]) -> Tensor:
-        """The full tensor from all ranks' shards, in rank order; the inverse of `slice`."""
+        """The full tensor from the shards in rank order; the inverse of `slice`."""
         if len(shards) == 1:
             return shards[0]
         parts = zip(*(shard.chunk(self.parts, self.dim) for shard in shards), strict=True)
         return torch.cat([torch.cat(part, self.dim) for part in parts], self.dim)
 
 
-def shard_spec(name: str, config: BackboneConfig) -> ShardSpec | None:
-    """The cut of a parameter by its name in the GPT model; None for one that every rank holds whole.
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter's rows are tokens (embedding and head)."""
+    return name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
-    linear_qkv is laid out by key/value head (its query heads, its key, its value), so contiguous cuts keep heads together; a gated
-    linear_fc1 is [gate; up], each cut by itself.
+
+def shard_spec(name: str, config: BackboneConfig) -> ShardSpec | None:
+    """The cut of a parameter, by its name; None where every rank holds it whole.
+
+    linear_qkv is laid out by key/value head (its query heads, its key, its value), so
+    that contiguous cuts keep heads together. A gated linear_fc1 is [gate; up], each cut
+    by itself.
     """
-    if name.endswith(("word_embeddings.weight", "output_layer.weight")) or "linear_qkv." in name:
+    if is_vocabulary(name) or "linear_qkv." in name:
         return ShardSpec(0)
     if "linear_fc1." in name:
         return ShardSpec(0, parts=2 if config.activation == "swiglu" else 1)
@@ -51,44 +61,53 @@ def shard_spec(name: str, config: BackboneConfig) -> ShardSpec | None:
     return None
 
 
-def mark_parallel(parameter: torch.nn.Parameter, cut: ShardSpec | None) -> None:
-    """Set the attributes by which Megatron and DeepSpeed tell a shard from a copy (for the gradient norm, above all)."""
-    parameter.tensor_model_parallel = cut is not None  # type: ignore[attr-defined]
-    parameter.partition_dim = -1 if cut is None else cut.dim  # type: ignore[attr-defined]
-    parameter.partition_stride = 1 if cut is None else cut.parts  # type: ignore[attr-defined]
+def mark_parallel(parameter: torch.nn.Parameter, spec: ShardSpec | None) -> None:
+    """Set the attributes by which Megatron and DeepSpeed tell a shard from a copy.
+
+    The norm of the gradient, above all, counts shards of every rank and copies of one
+    rank.
+    """
+    parameter.tensor_model_parallel = spec is not None  # type: ignore[attr-defined]
+    parameter.partition_dim = -1 if spec is None else spec.dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1 if spec is None else spec.parts  # type: ignore[attr-defined]
 
 
-def full_shape(shape: torch.Size, cut: ShardSpec | None, tp: int) -> list[int]:
-    """The shape of the whole tensor, from that of a shard."""
+def full_shape(shape: torch.Size, spec: ShardSpec | None, tp: int) -> list[int]:
+    """The shape of the full tensor, from that of a shard."""
     sizes = list(shape)
-    if cut is not None:
-        sizes[cut.dim] *= tp
+    if spec is not None:
+        sizes[spec.dim] *= tp
     return sizes
 
 
 def init_tensor(name: str, shape: list[int], config: BackboneConfig, seed: int) -> Tensor:
     """The initial full tensor, fp32 on the CPU, from (seed, name) alone.
 
-    Norms are 1, biases 0, weights normal with config.init_std, the two projections that write to the residual stream smaller by sqrt(2 · layers).
+    Norms are 1, biases 0, weights normal with config.init_std. The two projections that
+    write to the residual stream are smaller by sqrt(2 · layers).
     """
     if "norm" in name:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     std = config.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.num_layers)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=seeded_generator(name, seed))
 
 
-def gather(local: Tensor, cut: ShardSpec | None, group: dist.ProcessGroup) -> Tensor:
-    """The full tensor in fp32 on the CPU, on every rank of the group; a collective when the tensor is cut."""
-    local = local.detach().float()
+def seeded_generator(name: str, seed: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def gather(shard: Tensor, spec: ShardSpec | None, group: dist.ProcessGroup) -> Tensor:
+    """The full tensor, fp32 on the CPU, on every rank; a collective if it is cut."""
+    shard = shard.detach().float()
     tp = group.size()
-    if cut is None or tp == 1:
-        return local.cpu().clone()
-    shards = [torch.empty_like(local) for _ in range(tp)]
-    dist.all_gather(shards, local.contiguous(), group=group)
-    return cut.join([shard.cpu() for shard in shards])
+    if spec is None or tp == 1:
+        return shard.cpu().clone()
+    shards = [torch.empty_like(shard) for _ in range(tp)]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return spec.join([shard.cpu() for shard in shards])

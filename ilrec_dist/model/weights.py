@@ -43,3 +43,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
     check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
     return load_file(path)
+
+
+def load_weights(backbone: Backbone, path: Path) -> Backbone:
+    """Load a finished training's weights file under any tp; the backbone in eval mode.
+
+    Raises UserError as `read_weights` does, and naming a tensor that is missing, left over or
+    of another shape.
+    """
+    backbone.load_full_state_dict(read_weights(path))
+    return backbone.eval()

@@ -6,10 +6,18 @@ from typing import Annotated, Literal, Optional
 
 from annotated_types import Interval
 
-from ilrec_dist.common.config_fields import Int, NonNegativeFloat, Positive, PositiveFloat, section
+from ilrec_dist.common.config_fields import (
+    Affects,
+    Int,
+    NonNegativeFloat,
+    OnlyIf,
+    Positive,
+    PositiveFloat,
+    section,
+)
 
 
-@section
+@section(affects="train")
 class ObjectiveConfig:
     """METHOD.md §§2-6."""
 
@@ -27,14 +35,20 @@ class ObjectiveConfig:
     softmax_scope: Literal["all", "valid_next"] = "all"
     # μ, the weight of CPD.
     cpd_mu: NonNegativeFloat = 0.1
-    distill_scope: Literal["item_tokens", "valid_next", "all"] = "item_tokens"
+    distill_scope: Annotated[
+        Literal["item_tokens", "valid_next", "all"],
+        OnlyIf("objective.cpd_mu above 0", lambda config: config.objective.cpd_mu > 0),
+    ] = "item_tokens"
     # λ, the weight of CRR.
     crr_lambda: NonNegativeFloat = 0.02
     # ε of the soft label.
-    reward_floor: PositiveFloat = 1e-4
+    reward_floor: Annotated[
+        PositiveFloat,
+        OnlyIf("objective.crr_lambda above 0", lambda config: config.objective.crr_lambda > 0),
+    ] = 1e-4
     backend: Literal["torch", "reference", "triton"] = "torch"
     # Memory for the loss besides its inputs and gradients; None: 64 on CPU, 1024 on GPU.
-    workspace_mib: Optional[Positive] = None
+    workspace_mib: Annotated[Optional[Positive], Affects()] = None
 
     @property
     def beta(self) -> float:

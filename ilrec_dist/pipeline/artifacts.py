@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ilrec_dist.cf.rewards.futures import RewardSource
-from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.run_layout import BEST, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.model import build
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.weights import read_weights
+from ilrec_dist.pipeline.records import check_stands_on
 
-VALIDATION_SEED = 20  # the fixed sample of validation users is drawn with this
+# The fixed sample of validation users is drawn with this.
+VALIDATION_SEED = 20
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,27 @@ class RunArtifacts:
             )
         return source
 
+    def trained_model(self, method: str, seed: int) -> dict[str, Any]:
+        """The result.json of a finished training that fits the data and codes of this folder.
+
+        Raises UserError where the training is not finished, and where it was trained on other
+        data or other item codes than those that lie in the folder now.
+        """
+        weights = self.folders.training(method, seed) / BEST
+        if not weights.exists() or not weights.with_name(RESULT).exists():
+            raise UserError(
+                f"{weights}: no such weights; the run's training is not finished, or it trained "
+                f"other methods than {method} or other seeds than {seed}"
+            )
+        result = read_json_object(weights.with_name(RESULT))
+        if "model" not in result or result["catalogue"] != catalogue_hash(self.catalogue):
+            raise UserError(
+                f"{weights}: trained with other item codes than those in {self.folders.items}; "
+                "train again (`ilrec run`), or restore the codes"
+            )
+        check_stands_on(self.folders, f"train {method} seed {seed}", ("index", "prepare"))
+        return result
+
     def validation_users(self, count: int) -> np.ndarray:
         """A fixed seeded sample of `count` users who have a validation target, all when 0 or more than there are; ascending int64."""
         users = self.dataset.evaluated("validation")
@@ -75,22 +103,19 @@ class RunArtifacts:
         )
 
 
-def max_positions(config: Config, depth: int) -> int:
-    """Tokens of the longest input: the context and the generated item without its last token."""
-    return (config.train.max_history + 1) * depth - 1
+def config_for_workers(config: Config) -> dict[str, Any]:
+    """The configuration as the workers read it, who have another working directory."""
+    runs_dir = str(Path(config.runs_dir).resolve())
+    return config_to_dict(dataclasses.replace(config, runs_dir=runs_dir))
 
 
 def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+    """The run's backbone, freshly initialised."""
     catalogue = artifacts.catalogue
-    return Backbone(
+    return build.build_backbone(
         config.backbone,
         catalogue.vocab_size,
-        max_positions(config, catalogue.depth),
+        build.max_positions(config.train.max_history, catalogue.depth),
         config.train.precision,
         seed,
     )
-
-
-def load_weights(backbone: Backbone, path: Path) -> Backbone:
-    backbone.load_full_state_dict(read_weights(path))
-    return backbone.eval()

@@ -1,4 +1,7 @@
-"""Run a plain function in several gloo processes and collect what each returns: `run_distributed(fn, world_size, tp, *args)`."""
+"""Run a plain function in several gloo processes and collect what each returns.
+
+`run_distributed(fn, world_size, tp, *args)`
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ import torch.multiprocessing as mp
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where a process stands: tensor-parallel ranks are neighbours (rank = dp_rank · tp + tp_rank), as in Megatron."""
+    """Where a process stands.
+
+    Tensor-parallel ranks are neighbours, as in Megatron: rank = dp_rank · tp + tp_rank.
+    """
 
     rank: int
     world_size: int
@@ -47,26 +53,27 @@ class Mesh:
 
 
 class _Pool:
-    """`world_size` processes joined by one gloo group, which run one function after the other."""
+    """`world_size` processes joined over gloo, which run one function after another."""
 
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory(prefix="ilrec-test-")
-        with (
-            socket.socket() as probe
-        ):  # a free port for code that reads MASTER_PORT; the pool itself meets through a file
+        # A free port for code that reads MASTER_PORT; the pool itself meets through a file.
+        with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, self.folder.name, port), daemon=True
+                target=_serve,
+                args=(child_end, rank, world_size, self.folder.name, port),
+                daemon=True,
             )
             process.start()
-            theirs.close()
-            self.connections.append(ours)
+            child_end.close()
+            self.connections.append(parent_end)
             self.processes.append(process)
 
     def call(
@@ -97,7 +104,8 @@ class _Pool:
 
     def close(self) -> None:
         for connection in self.connections:
-            connection.close()  # the process leaves its loop
+            # The process leaves its loop when the pipe closes.
+            connection.close()
         for process in self.processes:
             process.join(0.5)
             if process.is_alive():
@@ -112,12 +120,14 @@ _pools: dict[int, _Pool] = {}
 def run_distributed(
     fn: Callable[..., Any], world_size: int, tp: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
-    """Call `fn(mesh, *args)` in `world_size` processes joined over gloo; returns the results by rank.
+    """Call `fn(mesh, *args)` in `world_size` processes; returns the results by rank.
 
-    `fn` is a top-level function of an importable module; arguments and results are pickled. torch.distributed is initialised and each
-    process has one thread. The processes are started at the first call for a world size and stay for the session; the groups are ended after
-    every call. A failure on any rank raises
-    RuntimeError with that rank's traceback and starts fresh processes at the next call; `timeout` is in seconds.
+    `fn` is a top-level function of an importable module; arguments and results are
+    pickled. torch.distributed is initialised and each process has one thread. The
+    processes are started at the first call for a world size and stay for the session;
+    the groups are ended after every call. A failure on any rank raises RuntimeError
+    with that rank's traceback, and fresh processes are started at the next call;
+    `timeout` is in seconds.
     """
     if world_size % tp:
         raise ValueError(f"tp={tp} does not divide world_size={world_size}")
@@ -140,7 +150,7 @@ atexit.register(close_pools)
 
 
 def _serve(connection: Connection, rank: int, world_size: int, folder: str, port: int) -> None:
-    """A pool's process: join the group, then answer calls until the parent closes the pipe."""
+    """A pool's process: answer calls until the parent closes the pipe."""
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -159,7 +169,8 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
         try:
             sys.path[:] = path
             fn, args = pickle.loads(call)
-            # Groups of its own for every call: each gloo group polls in a thread of its own, and Megatron makes dozens that nothing else would end
+            # Every call has groups of its own. Each gloo group polls in a thread, and Megatron
+            # makes dozens of groups that nothing else would end.
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/rendezvous-{number}",
@@ -168,11 +179,13 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
             )
             answer = (True, fn(_make_mesh(rank, world_size, tp), *args))
             dist.destroy_process_group()
-            gc.collect()  # engines hold groups in cycles
+            # Engines hold groups in reference cycles.
+            gc.collect()
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
-    os._exit(0)  # interpreter shutdown with a live gloo group can hang
+    # Interpreter shutdown with a live gloo group can hang.
+    os._exit(0)
 
 
 def _make_mesh(rank: int, world_size: int, tp: int) -> Mesh:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from ilrec_dist.common.config_fields import (
+    Affects,
     Float,
     Int,
     NonNegative,
@@ -49,12 +50,12 @@ MethodName = Annotated[str, AfterValidator(_registered)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 
 
-@section
+@section(affects="train")
 class TrainConfig:
-    methods: Annotated[list[MethodName], MinLen(1)] = field(
+    methods: Annotated[list[MethodName], MinLen(1), Affects()] = field(
         default_factory=lambda: list(DEFAULT_METHODS)
     )
-    seeds: Annotated[list[NonNegative], MinLen(1)] = field(default_factory=lambda: [0])
+    seeds: Annotated[list[NonNegative], MinLen(1), Affects()] = field(default_factory=lambda: [0])
     targets: Literal["all", "last"] = "all"
     # Items of context.
     max_history: Positive = 20
@@ -73,8 +74,8 @@ class TrainConfig:
     clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     # Steps between checkpoints.
-    checkpoint_steps: Positive = 200
-    keep_checkpoints: Annotated[Int, Ge(2)] = 2
+    checkpoint_steps: Annotated[Positive, Affects()] = 200
+    keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2
     # Epochs between validations.
     validate_epochs: Positive = 1
     # A fixed seeded sample; 0: all users.

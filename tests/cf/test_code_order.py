@@ -20,12 +20,12 @@ from ilrec_dist.cf.rewards.index import write_code_order
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors, load_cf
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.run import Run, execute
+from ilrec_dist.pipeline.execute import execute, open_run
 from tests.cf.conftest import CONFIG, World, copy_models, training_targets
 from tests.training.conftest import tiny_config
 
@@ -36,7 +36,7 @@ def from_own_vectors(
     world: World, cf: Path, levels: int, config: CFConfig = FLAT
 ) -> tuple[Catalogue, Trie]:
     folder = cf.parent / f"items-{levels}"
-    build_index(
+    build_catalogue(
         ItemsConfig(embedding="cf", levels=levels, codes_per_level=4, collisions="resolve"),
         world.dataset,
         folder,
@@ -156,7 +156,7 @@ def test_the_stages_of_a_run_whose_codes_come_from_the_cf_model(tmp_path: Path) 
     models = (artifacts.folders.cf / "manifest.json").stat().st_mtime_ns
     other = config(levels=3)
     assert [
-        name for name in ("prepare", "cf", "index", "rewards") if Run(other).is_current(name)
+        name for name in ("prepare", "cf", "index", "rewards") if open_run(other).is_current(name)
     ] == ["prepare", "cf"]
     execute(other, "index")
     artifacts = RunArtifacts(other)

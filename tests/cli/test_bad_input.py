@@ -9,7 +9,7 @@ import pytest
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.config.load import load_config
-from ilrec_dist.pipeline.run import Run
+from ilrec_dist.pipeline.execute import open_run
 
 RNG = np.random.default_rng(1)
 SEQUENCES = {f"u{u}": [f"i{i}" for i in RNG.choice(12, 8, replace=False)] for u in range(30)}
@@ -133,7 +133,7 @@ def test_a_killed_attempt_leaves_a_stage_that_runs_again(place, capsys):
 
 
 def test_one_command_at_a_time_works_in_a_folder(place, capsys):
-    with Run(load_config(place / "c.yaml")).alone():
+    with open_run(load_config(place / "c.yaml")).alone():
         assert "another ilrec command is at work" in refused(capsys, "prepare", place / "c.yaml")
     assert main(["prepare", str(place / "c.yaml")]) == 0
 
@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_with_no_earlier_one(place, capsys):
     folder = place / "runs/t/train/sft-seed0/checkpoints/step-00000003"
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(b"not what was written")
-    fingerprint = Run(config).fingerprint("train sft seed 0")
+    fingerprint = open_run(config).fingerprint("train sft seed 0")
     (folder / "manifest.json").write_text(
         json.dumps(
             {"step": 3, "fingerprint": fingerprint, "state": {}, "sha256": {"state.pt": "0" * 64}}

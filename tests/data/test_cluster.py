@@ -24,7 +24,7 @@ from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.pipeline.stage_runs import prepare as prepare_stage
+from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,7 @@ from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.export.interactions import export_data
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.config import ItemsConfig
 from tests.data.loading import load
 
@@ -146,7 +146,9 @@ def test_ids_that_pandas_takes_for_missing_values_are_refused(tmp_path, ids):
 
 def test_lcrec_export_takes_the_index_along(tmp_path):
     _toy(tmp_path)
-    build_index(ItemsConfig(form="atomic"), load_dataset(tmp_path / "prepared"), tmp_path / "items")
+    build_catalogue(
+        ItemsConfig(form="atomic"), load_dataset(tmp_path / "prepared"), tmp_path / "items"
+    )
     files = export_data(
         tmp_path / "prepared", "lcrec", tmp_path / "exported", "Toy", tmp_path / "items/index.json"
     )
@@ -159,7 +161,7 @@ def test_lcrec_export_takes_the_index_along(tmp_path):
 
 def test_an_index_of_other_items_is_not_exported(tmp_path):
     dataset = _toy(tmp_path)
-    build_index(
+    build_catalogue(
         ItemsConfig(form="atomic"),
         replace(dataset, item_ids=["0", "1", "2", "4"]),
         tmp_path / "items",

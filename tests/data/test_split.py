@@ -22,7 +22,7 @@ from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions
 from ilrec_dist.export.interactions import export_data
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines, predictions_file
 from ilrec_dist.samples.windows import training_windows
 from tests.data.masks import train_mask

@@ -21,7 +21,7 @@ from ilrec_dist.data.synthetic.generate import (
     draw_model,
     item_table,
 )
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from tests.data.masks import train_mask, user_of_interaction
@@ -162,7 +162,7 @@ def test_texts_put_kinds_into_the_first_code(tmp_path):
         table["title"].to_pylist(),
         table["text"].to_pylist(),
     )
-    build_index(
+    build_catalogue(
         ItemsConfig(levels=2, codes_per_level=128, collisions="resolve"),
         dataset,
         tmp_path / "items",

@@ -1,4 +1,4 @@
-"""The distributed helper: ranks, groups, results in rank order, failures that name the rank, processes reused."""
+"""The distributed helper: groups, results in rank order, failures that name the rank."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 

@@ -19,7 +19,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.training.conftest import tiny_config
 

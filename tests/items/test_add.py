@@ -11,12 +11,13 @@ import pytest
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.add import add_items
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.add import GivenVectors, add_items
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.config import ItemsConfig
-from ilrec_dist.items.index_report import open_index, report_plot, report_table
+from ilrec_dist.items.index_plot import plot_code_use
+from ilrec_dist.items.index_report import open_index, report_table
 from tests.items.test_build import words
 
 
@@ -28,7 +29,7 @@ def built(tmp_path, n=96, **settings):
         [f"i{item}" for item in range(n)],
         words(n),
     )
-    build_index(
+    build_catalogue(
         ItemsConfig(
             **{
                 "levels": 2,
@@ -83,7 +84,7 @@ def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
             dataset,
             ["new"],
             tmp_path / "new",
-            vectors=(np.zeros((1, 2)), np.zeros((2, 2))),
+            vectors=GivenVectors(np.zeros((2, 2)), np.zeros((1, 2))),
         )
     assert not (tmp_path / "new").exists()
 
@@ -160,7 +161,9 @@ def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
         old
     )  # by which a model is refused codes that it was not trained with
     more = InteractionDataset(dataset.items, dataset.offsets, ["u"], [*dataset.item_ids, "x", "y"])
-    build_index(ItemsConfig(index=str(tmp_path / "new" / "index.json")), more, tmp_path / "given")
+    build_catalogue(
+        ItemsConfig(index=str(tmp_path / "new" / "index.json")), more, tmp_path / "given"
+    )
     add_items(tmp_path / "given", more, ["z"], tmp_path / "newer")
     assert Catalogue.load(tmp_path / "newer").codes().ravel().tolist() == list(range(15))
 
@@ -173,14 +176,16 @@ def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
     dataset = InteractionDataset(
         np.arange(3, dtype=np.int32), np.array([0, 3]), ["u"], [str(item) for item in range(8)]
     )
-    build_index(
+    build_catalogue(
         ItemsConfig(levels=2, codes_per_level=4, collisions="resolve", embedding="cf"),
         dataset,
         tmp_path / "old",
         vectors,
     )
     new = np.tile(vectors[:1], (2, 1))
-    add_items(tmp_path / "old", dataset, ["a", "b"], tmp_path / "new", vectors=(vectors, new))
+    add_items(
+        tmp_path / "old", dataset, ["a", "b"], tmp_path / "new", vectors=GivenVectors(new, vectors)
+    )
     codes = Catalogue.load(tmp_path / "new").codes()
     assert codes[8, 0] == codes[9, 0] == codes[0, 0] and collision_report(codes)["items"] == 0
     with pytest.raises(UserError, match="no code left"):
@@ -191,8 +196,113 @@ def test_a_crowd_for_one_prefix_shares_its_free_codes(tmp_path):
             ),
             ["c"],
             tmp_path / "more",
-            vectors=(np.vstack([vectors, new]), new[:1]),
+            vectors=GivenVectors(new[:1], np.vstack([vectors, new])),
         )
+
+
+def clustered(n: int = 240, dim: int = 8) -> np.ndarray:
+    random = np.random.default_rng(3)
+    centres = random.normal(size=(16, dim)) * 3
+    return (centres[np.arange(n) * 7 % 16] + random.normal(size=(n, dim))).astype(np.float32)
+
+
+def test_twins_of_old_items_get_their_first_codes_and_vectors_in_code_order_are_refused(tmp_path):
+    vectors = clustered()
+    dataset = built_from(vectors, tmp_path, embedding="cf")
+    old = Catalogue.load(tmp_path / "old")
+    twins = np.random.default_rng(1).choice(240, 30, replace=False)
+    ids = [f"n{item}" for item in range(30)]
+    for name, given in (
+        ("own", GivenVectors(vectors[twins])),
+        ("both", GivenVectors(vectors[twins], vectors)),
+    ):
+        add_items(tmp_path / "old", dataset, ids, tmp_path / name, vectors=given)
+        codes = Catalogue.load(tmp_path / name).codes()
+        agreement = (codes[240:, 0] == old.codes()[twins, 0]).mean()
+        assert agreement == 1.0 if name == "own" else agreement > 0.9
+        assert (codes[:240] == old.codes()).all()
+    in_code_order = vectors[old.items]
+    with pytest.raises(UserError, match="do not fit the codes of .*old: they are in code order"):
+        add_items(
+            tmp_path / "old",
+            dataset,
+            ids,
+            tmp_path / "new",
+            vectors=GivenVectors(vectors[twins], in_code_order),
+        )
+    others = vectors[np.random.default_rng(2).permutation(240)]
+    with pytest.raises(UserError, match="items of one first code are no more alike than others"):
+        add_items(
+            tmp_path / "old",
+            dataset,
+            ids,
+            tmp_path / "new",
+            vectors=GivenVectors(vectors[twins], others),
+        )
+    with pytest.raises(UserError, match="vectors have 7 dimensions, those that .* have 8"):
+        add_items(
+            tmp_path / "old",
+            dataset,
+            ids,
+            tmp_path / "new",
+            vectors=GivenVectors(vectors[twins, :7]),
+        )
+    with pytest.raises(UserError, match="29 vectors for 30 new items"):
+        add_items(
+            tmp_path / "old", dataset, ids, tmp_path / "new", vectors=GivenVectors(vectors[:29])
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def built_from(vectors, tmp_path, **settings) -> InteractionDataset:
+    dataset = InteractionDataset(
+        np.arange(3, dtype=np.int32),
+        np.array([0, 3]),
+        ["u"],
+        [f"i{item}" for item in range(len(vectors))],
+    )
+    config = ItemsConfig(levels=3, codes_per_level=16, **settings)
+    build_catalogue(config, dataset, tmp_path / "old", vectors)
+    return dataset
+
+
+def test_new_vectors_alone_need_an_index_that_was_built_from_their_kind(tmp_path):
+    vectors = clustered()
+    dataset = built_from(vectors, tmp_path, embedding="cf")
+    given = ItemsConfig(index=str(tmp_path / "old/index.json"))
+    build_catalogue(given, dataset, tmp_path / "given")
+    with pytest.raises(
+        UserError, match=r"given were given, not built from vectors; .*--vectors OLD.npy NEW.npy"
+    ):
+        add_items(
+            tmp_path / "given", dataset, ["n"], tmp_path / "new", vectors=GivenVectors(vectors[:1])
+        )
+    add_items(
+        tmp_path / "given",
+        dataset,
+        ["n"],
+        tmp_path / "new",
+        vectors=GivenVectors(vectors[:1], vectors),
+    )
+    first = Catalogue.load(tmp_path / "new").codes()[[0, 240], 0]
+    assert first[0] == first[1]
+
+
+def test_a_text_twin_gets_its_twins_first_codes(tmp_path):
+    texts = words(160)
+    dataset = InteractionDataset(
+        np.arange(3, dtype=np.int32),
+        np.array([0, 3]),
+        ["u"],
+        [f"i{item}" for item in range(160)],
+        texts,
+    )
+    config = ItemsConfig(levels=3, codes_per_level=16, embedding_dim=16)
+    build_catalogue(config, dataset, tmp_path / "old")
+    ids = [f"n{item}" for item in range(30)]
+    add_items(tmp_path / "old", dataset, ids, tmp_path / "new", [f"{t} " for t in texts[:30]])
+    codes = Catalogue.load(tmp_path / "new").codes()
+    assert (codes[160:, :2] == codes[:30, :2]).all()
 
 
 def test_report_as_table_and_picture(tmp_path):
@@ -202,6 +312,6 @@ def test_report_as_table_and_picture(tmp_path):
     assert (
         "96 items, 33 tokens" in table and "collisions after" in table and "rule resolve" in table
     )
-    report_plot(catalogue, tmp_path / "use.svg")
+    plot_code_use(catalogue, tmp_path / "use.svg")
     picture = ElementTree.parse(tmp_path / "use.svg").getroot()
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from tests.cf.conftest import documented_metrics

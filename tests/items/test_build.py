@@ -16,17 +16,21 @@ from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.items import text_embeddings as embeddings
-from ilrec_dist.items.build import build_index, input_files
+from ilrec_dist.items import tfidf
+from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.collisions import (
     collision_report,
     first_collision,
+    resolution_preview,
     resolve_collisions,
     tuple_groups,
 )
 from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.index_report import index_summary, report_table
 from ilrec_dist.items.residual_quantizer import centroid_codebooks, residual_codes
-from ilrec_dist.items.text_embeddings import _terms, item_vectors, text_vectors
+from ilrec_dist.items.text_embeddings import quantizer_vectors, text_vectors
+from ilrec_dist.items.tfidf import fit_terms
 from tests.data.shared_data import shared_data
 
 
@@ -65,7 +69,7 @@ CODES = {
 
 def test_a_given_index_is_read_and_written_back(tmp_path):
     config = write_index_file(tmp_path / "Toy.index.json", CODES)
-    report = build_index(config, toy(), tmp_path / "out")
+    report = build_catalogue(config, toy(), tmp_path / "out")
     catalogue = Catalogue.load(tmp_path / "out")
     assert catalogue.items.tolist() == [3, 1, 2, 0] and catalogue.codes().tolist() == [
         [3, 0],
@@ -119,13 +123,15 @@ def test_a_given_index_is_read_and_written_back(tmp_path):
 )
 def test_bad_index_files_are_one_clear_line(tmp_path, codes, message):
     with pytest.raises(UserError, match=message) as raised:
-        build_index(write_index_file(tmp_path / "Toy.index.json", codes), toy(), tmp_path / "out")
+        build_catalogue(
+            write_index_file(tmp_path / "Toy.index.json", codes), toy(), tmp_path / "out"
+        )
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
 def test_a_missing_index_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.json: no such file \(items\.index\)"):
-        build_index(ItemsConfig(index=str(tmp_path / "gone.json")), toy(), tmp_path / "out")
+        build_catalogue(ItemsConfig(index=str(tmp_path / "gone.json")), toy(), tmp_path / "out")
 
 
 def test_refuse_names_both_items_and_the_code(tmp_path):
@@ -133,7 +139,7 @@ def test_refuse_names_both_items_and_the_code(tmp_path):
     with pytest.raises(
         UserError, match=r"Toy\.index\.json: items '10' and '20' share the code <a_0><b_2>"
     ):
-        build_index(
+        build_catalogue(
             ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"),
             toy(),
             tmp_path / "out",
@@ -141,7 +147,7 @@ def test_refuse_names_both_items_and_the_code(tmp_path):
     distinct = {**CODES, "20": ["<a_0>", "<b_0>"]}
     write_index_file(tmp_path / "Toy.index.json", distinct)
     assert (
-        build_index(
+        build_catalogue(
             ItemsConfig(index=str(tmp_path / "Toy.index.json"), collisions="refuse"),
             toy(),
             tmp_path / "out",
@@ -216,8 +222,8 @@ def test_groups_and_first_collision():
 def test_built_codes_are_the_same_for_the_same_seed_and_follow_the_texts(tmp_path):
     dataset = toy(240, words(240))
     config = ItemsConfig(levels=3, codes_per_level=16, collisions="resolve", embedding_dim=16)
-    report = build_index(config, dataset, tmp_path / "a")
-    build_index(config, dataset, tmp_path / "b")
+    report = build_catalogue(config, dataset, tmp_path / "a")
+    build_catalogue(config, dataset, tmp_path / "b")
     assert (tmp_path / "a" / "index.json").read_bytes() == (
         tmp_path / "b" / "index.json"
     ).read_bytes()
@@ -242,7 +248,11 @@ def test_codes_approximate_their_vectors_better_level_by_level():
 @pytest.mark.parametrize(
     ("config", "titles", "message"),
     [
-        (ItemsConfig(codes_per_level=4), None, "neither titles nor texts"),
+        (
+            ItemsConfig(codes_per_level=4),
+            None,
+            r"none of the 4 items has a title or text \(the first is '0'\)",
+        ),
         (ItemsConfig(codes_per_level=4), ["", " ", "", ""], "the titles and texts are blank"),
         (
             ItemsConfig(codes_per_level=4, embedding="cf"),
@@ -263,7 +273,65 @@ def test_codes_approximate_their_vectors_better_level_by_level():
 )
 def test_what_cannot_be_built_is_said(tmp_path, config, titles, message):
     with pytest.raises(UserError, match=message):
-        build_index(config, toy(titles=titles), tmp_path / "out")
+        build_catalogue(config, toy(titles=titles), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("embedding", "cf"), [("cf", np.nan), ("text+cf", np.inf), ("text+cf", 1e39)]
+)
+def test_vectors_that_are_not_finite_are_named(tmp_path, embedding, cf):
+    vectors = np.random.default_rng(0).normal(size=(64, 4))
+    vectors[7, 2] = cf
+    config = ItemsConfig(codes_per_level=8, embedding=embedding, embedding_dim=4)
+    with pytest.raises(UserError, match="the CF model: the vector of item '70' is not finite"):
+        build_catalogue(config, toy(64, words(64)), tmp_path / "out", vectors)
+    index = {str(10 * item): [f"<a_{item // 8}>", f"<b_{item % 4}>"] for item in range(64)}
+    given = replace(write_index_file(tmp_path / "x.index.json", index), collisions="resolve")
+    with pytest.raises(UserError, match="the CF model: the vector of item '70' is not finite"):
+        build_catalogue(given, toy(64), tmp_path / "out", vectors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_built_index_with_collisions_is_not_refused_as_a_file(tmp_path):
+    config = ItemsConfig(levels=1, codes_per_level=8, embedding_dim=4, collisions="refuse")
+    with pytest.raises(UserError, match="the built index: items '0' and .* forbids") as raised:
+        build_catalogue(config, toy(64, words(64)), tmp_path / "out")
+    assert "file" not in str(raised.value) and "items.codes_per_level" in str(raised.value)
+
+
+def test_the_summary_says_what_was_left_out_and_what_collides(tmp_path):
+    config = write_index_file(tmp_path / "x.index.json", CODES)
+    report = build_catalogue(config, toy(), tmp_path / "out")
+    assert index_summary(report) == (
+        "4 items, 2 levels of 10 codes; 1 items of items.index passed over, which the data set "
+        "does not have; 2 items (50.0%) share all their tokens; "
+        "items.collisions=resolve would give about 1 of them other last codes"
+    )
+    assert report["warning"].startswith("50.0% of the items share all their tokens")
+    assert "items.collisions=resolve" in report["warning"]
+    assert f"warning: {report['warning']}" in report_table(report)
+    resolved = build_catalogue(replace(config, collisions="resolve"), toy(), tmp_path / "other")
+    assert "0 items (0.0%) share" in index_summary(resolved) and resolved["warning"] is None
+    assert "(2, 50.0%, before 1 last codes were reassigned)" in index_summary(resolved)
+    texts = [*words(62), "", " "]
+    built = ItemsConfig(levels=2, codes_per_level=8, embedding_dim=4)
+    report = build_catalogue(built, toy(64, texts), tmp_path / "built")
+    share = report["collisions"]["after"]["share"]
+    assert "; 2 items without title and text; " in index_summary(report)
+    assert (report["warning"] is not None) == (share > 0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30))
+def test_the_preview_of_a_resolution_is_what_it_does(rows):
+    codes = np.array(rows, np.int32)
+    preview = resolution_preview(codes, [3, 4])
+    resolution = resolve_collisions(codes, [3, 4], None, None)
+    assert preview["how"] == resolution.how
+    if preview["how"] == "last level":
+        assert preview["items"] == resolution.items_changed
+    if preview["how"] == "extra level":
+        assert preview["codes"] == resolution.level_sizes[-1]
 
 
 def one_word(item):
@@ -301,7 +369,7 @@ def test_titles_whose_words_say_little(tmp_path, title, kinds):
     assert likeness[same].mean() > 0.3 + (likeness[~same].mean() if kinds > 1 else 0.0), (
         "items of one kind are alike"
     )
-    report = build_index(
+    report = build_catalogue(
         ItemsConfig(levels=2, codes_per_level=8, collisions="resolve"),
         toy(60, titles),
         tmp_path / "out",
@@ -316,7 +384,7 @@ def test_characters_are_taken_only_where_words_say_little():
         [*words(90), *[""] * 900],
         [*words(90), *map(part_numbers, range(20))],
     ):
-        vectorizer, terms = _terms(lambda titles=titles: iter(titles), 2)
+        vectorizer, terms = fit_terms(lambda titles=titles: iter(titles), 2)
         expected = TfidfVectorizer(
             sublinear_tf=True, stop_words="english", max_features=50_000, min_df=2, dtype=np.float32
         ).fit_transform(titles)
@@ -330,14 +398,14 @@ def test_characters_are_taken_only_where_words_say_little():
         [*words(60), *map(part_numbers, range(30))],
         ["the", "of", "of", "a"],
     ):
-        assert _terms(lambda titles=titles: iter(titles), 2)[0].analyzer == "char_wb"
+        assert fit_terms(lambda titles=titles: iter(titles), 2)[0].analyzer == "char_wb"
 
 
 def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
     """Fitted on every third text, of which only the beginning counts; every item still gets a vector near its kind."""
-    monkeypatch.setattr(embeddings, "FIT_CHARACTERS", 25)
+    monkeypatch.setattr(tfidf, "FIT_CHARACTERS", 25)
     titles = [chinese(item) + "尾" * 200 + str(item) for item in range(60)]
-    vectorizer, terms = _terms(lambda: iter(titles), 2)
+    vectorizer, terms = fit_terms(lambda: iter(titles), 2)
     assert terms.shape[0] == 20 and not any(
         "尾9" in term for term in vectorizer.get_feature_names_out()
     )
@@ -349,8 +417,10 @@ def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
 
 def test_cf_vectors_and_both_side_by_side(tmp_path):
     dataset, vectors = toy(64, words(64)), np.random.default_rng(0).normal(size=(64, 8))
-    build_index(ItemsConfig(codes_per_level=8, embedding="cf"), dataset, tmp_path / "cf", vectors)
-    build_index(
+    build_catalogue(
+        ItemsConfig(codes_per_level=8, embedding="cf"), dataset, tmp_path / "cf", vectors
+    )
+    build_catalogue(
         ItemsConfig(codes_per_level=8, embedding="text+cf", embedding_dim=8),
         dataset,
         tmp_path / "both",
@@ -365,19 +435,19 @@ def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatc
     dataset = toy(90, words(90))
     cf = np.random.default_rng(1).standard_normal((90, 6)).astype(np.float32) * 5
     config = ItemsConfig(embedding="text+cf", embedding_dim=8)
-    at_once = item_vectors(config, dataset, cf, tmp_path)
+    at_once = quantizer_vectors(config, dataset, cf, tmp_path)
     assert at_once.shape == (90, 14) and list(tmp_path.iterdir()) == []
     text, joint_cf = at_once[:, :8], at_once[:, 8:]
     np.testing.assert_allclose(joint_cf, cf / np.sqrt((cf**2).sum(1).mean()), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
-    monkeypatch.setattr(embeddings, "AT_ONCE", 16)
-    np.testing.assert_allclose(item_vectors(config, dataset, cf, tmp_path), at_once, rtol=1e-5)
+    monkeypatch.setattr(embeddings, "CHUNK_ROWS", 16)
+    np.testing.assert_allclose(quantizer_vectors(config, dataset, cf, tmp_path), at_once, rtol=1e-5)
     monkeypatch.setattr(
-        embeddings, "FIT_DOCUMENTS", 80
+        tfidf, "FIT_DOCUMENTS", 80
     )  # a sample: another space, in which the same items are alike
-    found = item_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
+    found = quantizer_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
     assert np.array_equal(
-        found, item_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
+        found, quantizer_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
     )
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
     likeness, expected = (vectors @ vectors.T for vectors in (found, text))
@@ -385,7 +455,7 @@ def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatc
 
 
 def test_atomic_ids_are_one_token_an_item(tmp_path):
-    build_index(ItemsConfig(form="atomic"), toy(), tmp_path / "out")
+    build_catalogue(ItemsConfig(form="atomic"), toy(), tmp_path / "out")
     catalogue = Catalogue.load(tmp_path / "out")
     assert (
         catalogue.item_tokens(np.arange(4)).tolist() == [[1], [2], [3], [4]]
@@ -406,12 +476,12 @@ def test_published_indexes_and_their_repair(tmp_path, folder, name, colliding, l
     prepare(DataConfig(format="lcrec", path=str(data)), tmp_path / "data")
     dataset = load_dataset(tmp_path / "data")
     index = str(data / f"{name}.index.json")
-    kept = build_index(ItemsConfig(index=index), dataset, tmp_path / "kept")["collisions"]
+    kept = build_catalogue(ItemsConfig(index=index), dataset, tmp_path / "kept")["collisions"]
     assert (kept["before"]["items"], kept["before"]["largest_group"]) == (
         colliding,
         largest,
     ) and kept["after"] == kept["before"]
-    report = build_index(
+    report = build_catalogue(
         ItemsConfig(index=index, collisions="resolve"), dataset, tmp_path / "repaired"
     )["collisions"]
     assert report["resolved_by"] == "last level" and report["after"]["items"] == 0

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.cli.main import main
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
 
 
 @pytest.fixture(scope="module")
@@ -220,24 +222,33 @@ def test_add_makes_the_folders_above_its_own(place, capsys, tmp_path):
     )
 
 
-def test_a_report_that_lacks_something_is_named(place, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["report.json", "catalogue.json", "trie.npy", "tokens.npy", "item_tokens.npy", "codebooks.npy"],
+)
+def test_a_damaged_file_of_the_index_is_named(place, capsys, tmp_path, name):
     shutil.copytree(place / "t", tmp_path / "t")
     (tmp_path / "new.csv").write_text("item,title\nn1,Oak table\n")
-    (tmp_path / "t/items/report.json").write_text("{}")
-    for argv in (
-        ["report", tmp_path / "t"],
-        ["add", tmp_path / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "out"],
-    ):
-        assert "report.json: damaged: no usable 'source' in it; remove" in refused(
-            capsys, "index", *argv
-        )
-    whole = json.loads((place / "t/items/report.json").read_text())
-    (tmp_path / "t/items/report.json").write_text(
-        json.dumps({key: value for key, value in whole.items() if key != "vectors"})
-    )
-    assert "report.json: damaged: no usable 'vectors' in it" in refused(capsys, "index", *argv)
-    (tmp_path / "t/items/report.json").write_text(json.dumps(whole | {"collisions": []}))
-    assert "report.json: damaged: no usable 'collisions' in it" in refused(capsys, "index", *argv)
+    add = ["add", tmp_path / "t", "--items", tmp_path / "new.csv", "--out", tmp_path / "out"]
+    file = tmp_path / "t/items" / name
+    whole = file.read_bytes()
+    place_of_damage = whole.index(b"60") if name.endswith("json") else -1
+    changed = bytearray(whole)
+    changed[place_of_damage] ^= 1
+    for content in (changed, whole[:-1], None):
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        for command in [add, ["report", tmp_path / "t"]]:
+            if command[0] == "report" and name in ("codebooks.npy", "trie.npy"):
+                continue
+            if name == "trie.npy":
+                with pytest.raises(UserError, match="trie.npy: (damaged|missing)"):
+                    Trie.load(tmp_path / "t/items", Catalogue.load(tmp_path / "t/items"))
+            else:
+                line = refused(capsys, "index", *command)
+                assert name in line or "not a run folder" in line or "neither a run" in line
     assert not (tmp_path / "out").exists()
 
 

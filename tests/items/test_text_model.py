@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.items.build import build_index, input_files
+from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.config import ItemsConfig
-from ilrec_dist.items.text_embeddings import load_text_model
+from ilrec_dist.items.text_model import TextModel
 from tests.items.test_build import toy
 
 TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
@@ -83,7 +83,7 @@ def test_vectors_are_the_models_own_whatever_the_batch(model_folder, pooling):
         }[pooling]
         expected.append((pooled / pooled.norm()).numpy())
     for batch in (1, 3):
-        assert np.allclose(load_text_model(model_folder, batch)(TEXTS), expected, atol=1e-5)
+        assert np.allclose(TextModel(model_folder, batch).embed(TEXTS), expected, atol=1e-5)
 
 
 def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(
@@ -96,12 +96,12 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(
         "from_pretrained",
         lambda *given, **options: loads.append(given) or load(*given, **options),
     )
-    report = build_index(config, toy(titles=TEXTS), tmp_path / "out")
+    report = build_catalogue(config, toy(titles=TEXTS), tmp_path / "out")
     assert len(loads) == 1, "not once more for the new items, of which there are none"
     assert report["collisions"]["after"]["items"] == 0
     assert {"config.json", "model.safetensors"} <= {path.name for path in input_files(config)}
     with pytest.raises(UserError, match="items.text_model: .* is not a model folder"):
-        build_index(ItemsConfig(text_model=str(tmp_path)), toy(titles=TEXTS), tmp_path / "out")
+        build_catalogue(ItemsConfig(text_model=str(tmp_path)), toy(titles=TEXTS), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, mess
     with pytest.raises(
         UserError, match=f"^items.text_model: .*model does not load: .*{message}"
     ) as raised:
-        load_text_model(tmp_path / "model")
+        TextModel(tmp_path / "model")
     assert "\n" not in str(raised.value)
 
 
@@ -182,12 +182,12 @@ def test_models_of_other_kinds(model_folder, tmp_path, kind):
     if kind != "older sentence-embedding folder":
         for file in model_folder.glob("tokenizer*"):
             shutil.copy(file, tmp_path / "model")
-    vectors = load_text_model(tmp_path / "model")(
+    vectors = TextModel(tmp_path / "model").embed(
         [*TEXTS, "oak " * 300, ""]
     )  # longer than the model takes, and nothing at all
     assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(
         np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5
     )
-    assert np.allclose(vectors[:1], load_text_model(tmp_path / "model")(TEXTS[:1]), atol=1e-5)
+    assert np.allclose(vectors[:1], TextModel(tmp_path / "model").embed(TEXTS[:1]), atol=1e-5)
     assert len(np.unique(vectors[: len(TEXTS)].round(4), axis=0)) == len(TEXTS)
-    assert not load_text_model(tmp_path / "model")(["", ""]).any()
+    assert not TextModel(tmp_path / "model").embed(["", ""]).any()

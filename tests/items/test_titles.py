@@ -14,10 +14,11 @@ from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.add import add_items
-from ilrec_dist.items.build import build_index
+from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
-from ilrec_dist.items.index_report import report_plot, report_table
+from ilrec_dist.items.index_plot import plot_code_use
+from ilrec_dist.items.index_report import report_table
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN
@@ -57,7 +58,7 @@ def spelt(catalogue: Catalogue, folder: Path, item: int) -> str:
 
 
 def test_every_title_is_spelt_and_closed(tmp_path):
-    report = build_index(CONFIG, data(), tmp_path / "items")
+    report = build_catalogue(CONFIG, data(), tmp_path / "items")
     catalogue = Catalogue.load(tmp_path / "items")
     for item, title in enumerate(TITLES):
         tokens = catalogue.item_tokens(np.array(item)).tolist()
@@ -84,7 +85,7 @@ def test_every_title_is_spelt_and_closed(tmp_path):
     assert report["levels"][0]["largest"] <= 6 and report["levels"][-1]["largest"] == 1, (
         "titles that have ended are in no level behind"
     )
-    report_plot(catalogue, tmp_path / "plot.svg")
+    plot_code_use(catalogue, tmp_path / "plot.svg")
     names = json.loads((tmp_path / "items/index.json").read_text())
     assert [len(names[f"i{item}"]) for item in range(6)] == catalogue.item_lengths(
         np.arange(6)
@@ -93,7 +94,7 @@ def test_every_title_is_spelt_and_closed(tmp_path):
 
 
 def test_a_prefix_leads_to_the_titles_that_go_on_with_it(tmp_path):
-    build_index(CONFIG, data(), tmp_path / "items")
+    build_catalogue(CONFIG, data(), tmp_path / "items")
     catalogue = Catalogue.load(tmp_path / "items")
     trie = Trie.load(tmp_path / "items", catalogue)
     own = [tuple(tokens[tokens != NO_TOKEN]) for tokens in catalogue.item_tokens(np.arange(6))]
@@ -107,7 +108,7 @@ def test_a_prefix_leads_to_the_titles_that_go_on_with_it(tmp_path):
 
 def test_the_same_titles_give_the_same_tokens(tmp_path):
     for name in ("a", "b"):
-        build_index(CONFIG, data(), tmp_path / name)
+        build_catalogue(CONFIG, data(), tmp_path / name)
     assert all(
         (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         for name in ("tokens.npy", "tokenizer.json", "catalogue.json")
@@ -115,21 +116,21 @@ def test_the_same_titles_give_the_same_tokens(tmp_path):
 
 
 def test_long_titles_are_cut(tmp_path):
-    build_index(replace(CONFIG, title_tokens=3), data(), tmp_path / "items")
+    build_catalogue(replace(CONFIG, title_tokens=3), data(), tmp_path / "items")
     catalogue = Catalogue.load(tmp_path / "items")
     assert catalogue.depth == 4 and (catalogue.item_tokens(np.array(5)) > END).sum() == 3
     assert TITLES[5].startswith(spelt(catalogue, tmp_path / "items", 5))
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(UserError, match="the data set has no titles"):
-        build_index(CONFIG, data(None), tmp_path / "items")
-    with pytest.raises(UserError, match="item 'i1' has no title"):
-        build_index(CONFIG, data(["A", " ", *TITLES[2:]]), tmp_path / "items")
+    with pytest.raises(UserError, match=r"item 'i0' has no title \(6 of 6 items"):
+        build_catalogue(CONFIG, data(None), tmp_path / "items")
+    with pytest.raises(UserError, match=r"item 'i1' has no title \(1 of 6 items"):
+        build_catalogue(CONFIG, data(["A", " ", *TITLES[2:]]), tmp_path / "items")
     with pytest.raises(UserError, match="items 'i2' and 'i4' have the same title within 32 tokens"):
-        build_index(replace(CONFIG, collisions="refuse"), data(), tmp_path / "items")
+        build_catalogue(replace(CONFIG, collisions="refuse"), data(), tmp_path / "items")
     with pytest.raises(UserError, match=r"items\.tokenizer"):
-        build_index(
+        build_catalogue(
             replace(CONFIG, tokenizer=str(tmp_path / "none.json")), data(), tmp_path / "items"
         )
     assert list(tmp_path.iterdir()) == []
@@ -137,7 +138,7 @@ def test_refusals(tmp_path):
     with pytest.raises(
         UserError, match=r"broken\.json: not a tokenizer\.json \(items\.tokenizer\)"
     ):
-        build_index(
+        build_catalogue(
             replace(CONFIG, tokenizer=str(tmp_path / "broken.json")), data(), tmp_path / "items"
         )
     for section, values, key in (
@@ -152,19 +153,21 @@ def test_refusals(tmp_path):
 
 
 def test_a_given_tokenizer_neither_pads_nor_cuts(tmp_path):
-    build_index(CONFIG, data(), tmp_path / "items")
+    build_catalogue(CONFIG, data(), tmp_path / "items")
     tokenizer = load_tokenizer(tmp_path / "items" / TOKENIZER, "the test")
     tokenizer.enable_padding(pad_id=5, pad_token="!")
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "given.json"))
-    build_index(replace(CONFIG, tokenizer=str(tmp_path / "given.json")), data(), tmp_path / "again")
+    build_catalogue(
+        replace(CONFIG, tokenizer=str(tmp_path / "given.json")), data(), tmp_path / "again"
+    )
     assert (tmp_path / "again/tokens.npy").read_bytes() == (
         tmp_path / "items/tokens.npy"
     ).read_bytes()
 
 
 def test_new_items_are_spelt_in_the_old_pieces(tmp_path):
-    build_index(CONFIG, data(), tmp_path / "old")
+    build_catalogue(CONFIG, data(), tmp_path / "old")
     add_items(
         tmp_path / "old", data(), ["n0"], tmp_path / "new", new_titles=["Dark violin strings"]
     )
@@ -191,7 +194,7 @@ def test_new_items_are_spelt_in_the_old_pieces(tmp_path):
     with pytest.raises(UserError, match="item 'n2' has no title"):
         add_items(tmp_path / "old", data(), ["n2"], tmp_path / "more")
     longer = data([*TITLES[:5], "Accordion"])
-    build_index(
+    build_catalogue(
         replace(CONFIG, tokenizer=str(tmp_path / "newer/tokenizer.json")),
         longer,
         tmp_path / "again",

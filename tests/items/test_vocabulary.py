@@ -13,8 +13,8 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
-from ilrec_dist.inference.beam_search import TrieConstraint
-from ilrec_dist.inference.ranker import Histories, rank_histories
+from ilrec_dist.inference.ranker import HistoryRanges, rank_histories
+from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
@@ -24,7 +24,7 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
-from tests.evaluation.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
+from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
 
 MAX_POSITIONS, PIECES = 60, 9
 # With `softmax_scope: all` other tokens compete, so the losses are the same only where there are none.
@@ -147,7 +147,7 @@ def test_losses_do_not_depend_on_where_the_item_tokens_lie(form, own, parallel):
 def test_ranked_items_do_not_depend_on_where_the_item_tokens_lie(form, own, parallel):
     other = own.in_vocabulary(vocabulary(form, own.vocabulary))
     data = toy_data()
-    histories = Histories(data.items, data.offsets[:-1], data.offsets[1:])
+    histories = HistoryRanges(data.items, data.offsets[:-1], data.offsets[1:])
     for scope in ("valid_next", "all") if form == PERMUTED else ("valid_next",):
         for allowed in (None, np.random.default_rng(2).random(NUM_ITEMS) < 0.5):
             tables = []

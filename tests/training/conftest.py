@@ -4,7 +4,7 @@ import pytest
 
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 
 
 def tiny_config(runs_dir, **sections) -> Config:
@@ -34,6 +34,11 @@ def tiny_config(runs_dir, **sections) -> Config:
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
+    # Settings that have no effect with other data or other item forms are refused.
+    if tree["data"].get("format", "synthetic") != "synthetic":
+        del tree["data"]["synthetic"]
+    if tree["items"].get("form", "semantic") != "semantic" or tree["items"].get("index"):
+        del tree["items"]["levels"], tree["items"]["codes_per_level"]
     return config_from_dict(tree)
 
 

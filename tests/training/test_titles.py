@@ -10,7 +10,7 @@ import numpy as np
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.pipeline.run import execute
+from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from tests.training.conftest import tiny_config

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ilrec_dist.cf.config import CF_SERVING, CFConfig
+from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.index import index_kind, write_code_order
 from ilrec_dist.cf.sasrec.checkpoint import (
     FORMAT_VERSION,
@@ -34,7 +34,7 @@ from ilrec_dist.cf.sasrec.fit import (
     mean_log_probability,
 )
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
-from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import (
     acquire_lock,
@@ -225,10 +225,9 @@ def _task(
     config: CFConfig, dataset: InteractionDataset, folds: np.ndarray, shard: ItemShard
 ) -> dict[str, Any]:
     """Everything that the models depend on."""
-    fields = config_to_dict(config)
     return {
         "version": FORMAT_VERSION,
-        "settings": {key: fields[key] for key in fields if key not in CF_SERVING},
+        "settings": stage_settings(config, "cf"),
         "data": data_hash(dataset),
         "folds": hashlib.sha256(folds.tobytes()).hexdigest(),
         "items": dataset.num_items,

@@ -1,1 +1,1 @@
-"""One file a stage of a run."""
+"""One file a stage of a run: its declaration and its body."""

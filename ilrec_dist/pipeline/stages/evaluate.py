@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.checkpoint import load_cf
+from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
@@ -23,14 +24,26 @@ from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transiti
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
+from ilrec_dist.model.weights import load_weights
 from ilrec_dist.objective.registry import METHODS, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, load_weights
+from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import Interval, MethodLabel
 
 # Sources of each fusion besides the language model.
 FUSIONS = (("cf",), ("cf", "transitions"))
+
+
+def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
+    return Stage(
+        "evaluate",
+        "evaluate",
+        after=("prepare", "cf", *trainings),
+        settings=stage_settings(config, "evaluate"),
+        output=RunFolders(config.run_dir).evaluation,
+    )
 
 
 def treatments(config: Config) -> list[bool]:

@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO-1 over the tensor-parallel backbone: the same losses, gradient norms and weights for every tp, dp and accumulation."""
+"""DeepSpeed ZeRO-1 over the tensor-parallel backbone.
+
+Losses, gradient norms and weights are the same for every tp, dp and accumulation.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ from ilrec_dist.testing.distributed import Mesh, run_distributed
 CONFIG = BackboneConfig(
     num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, dropout=0.0, init_std=0.1
 )
-VOCAB, SHARDS, STEPS = (
-    40,
-    2,
-    4,
-)  # the batch is cut into SHARDS pieces, over ranks or accumulation steps
+# The batch is cut into SHARDS pieces, over ranks or accumulation steps.
+VOCAB, SHARDS, STEPS = 40, 2, 4
 
 
 def full_logits(hidden: torch.Tensor, model: Backbone, state: ParallelState) -> torch.Tensor:
-    """Logits over the whole vocabulary, with the gradients that the real loss has: of hidden summed over tp, of the head local."""
+    """Logits over the whole vocabulary, with the gradients that the real loss has.
+
+    The gradient of hidden is summed over tp; that of the head is local.
+    """
 
     class Gathered(torch.autograd.Function):
         @staticmethod
@@ -58,7 +61,7 @@ def train(mesh: Mesh, precision: str) -> dict:
         model = Backbone(CONFIG, VOCAB, 16, precision=precision, seed=3)
         decay = [p for p in model.parameters() if p.dim() > 1]
         plain = [p for p in model.parameters() if p.dim() == 1]
-        # a large eps: the key biases have no true gradient, and Adam would blow the rounding up
+        # A large eps: the key biases have no true gradient, and Adam would blow the rounding up.
         optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
             lr=1e-2,

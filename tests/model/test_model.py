@@ -1,4 +1,7 @@
-"""The backbone against itself: taps, tensor parallelism, weights that do not depend on tp, and decoding against the full forward."""
+"""The backbone against itself: taps, tensor parallelism, packing, and decoding.
+
+Decoding is compared with the full forward, and weights do not depend on tp.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.model.attention import PackedSequences
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -26,7 +30,9 @@ LLAMA = BackboneConfig(
 )
 GPT2_GQA = BackboneConfig(**SMALL, num_kv_heads=2)
 LLAMA_MHA = BackboneConfig(**SMALL, position_embedding="rope", activation="swiglu")
+LLAMA_MQA = replace(LLAMA, num_kv_heads=1)
 QWEN3 = replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=16)
+QWEN3_MQA = replace(QWEN3, num_kv_heads=1)
 VOCAB, POSITIONS = 45, 16
 
 
@@ -66,7 +72,11 @@ def step(mesh: Mesh, config: BackboneConfig) -> dict:
         destroy_parallel()
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3], ids=["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "config",
+    [GPT2, LLAMA, LLAMA_MQA, QWEN3_MQA],
+    ids=["gpt2", "llama", "one-kv-head", "qwen3-one-kv-head"],
+)
 def test_tp_agrees_with_one_process(config: BackboneConfig) -> None:
     (one,) = run_distributed(step, 1, 1, config)
     two = run_distributed(step, 2, 2, config)
@@ -116,7 +126,10 @@ def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: s
 
 
 def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
-    """Beams with crossing parents, decoded with the cache and by a full forward of each beam's own tokens: the largest difference."""
+    """The largest difference of beams decoded with the cache from a full forward of their tokens.
+
+    The beams' parents cross.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = Backbone(config, VOCAB, POSITIONS, precision=precision, seed=3).eval()
@@ -150,8 +163,8 @@ def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
     "config",
-    [GPT2, GPT2_GQA, LLAMA, LLAMA_MHA],
-    ids=["learned-mha", "learned-gqa", "rope-gqa", "rope-mha"],
+    [GPT2, GPT2_GQA, LLAMA, LLAMA_MHA, LLAMA_MQA],
+    ids=["learned-mha", "learned-gqa", "rope-gqa", "rope-mha", "rope-mqa"],
 )
 def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> None:
     assert max(run_distributed(decode_error, tp, tp, config, "fp32")) < 1e-5
@@ -161,6 +174,58 @@ def test_decoding_in_bf16() -> None:
     assert (
         max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
     )  # hidden states of size 1, 8 bits
+
+
+def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
+    """Errors of a packed row against its samples one by one: hidden states and gradients."""
+    initialize_parallel(mesh.tp, "cpu")
+    try:
+        model = Backbone(replace(config, dropout=0.0), VOCAB, POSITIONS, seed=3)
+        generator = torch.Generator().manual_seed(4)
+        lengths = [5, 1, 12, 2, 16, 7, 5, 3]
+        samples = [torch.randint(0, VOCAB, (n,), generator=generator) for n in lengths]
+        weight = torch.linspace(-1, 1, config.hidden_size)
+
+        def run(calls: list) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            model.zero_grad()
+            hidden = torch.cat([torch.cat((out.final, *out.layers), 1) for out in calls])
+            (hidden * weight.repeat(3)).square().sum().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            return hidden.detach(), gradients
+
+        one_by_one = [model(s[None], torch.arange(len(s)), 2) for s in samples]
+        expected, expected_gradients = run(one_by_one)
+        row = torch.cat(samples)
+        packed = PackedSequences(lengths)
+        got, gradients = run([model(row[None], torch.arange(len(row)), 2, packed)])
+        errors = [float((got - expected).norm() / expected.norm())]
+        for name, gradient in expected_gradients.items():
+            errors.append(float((gradients[name] - gradient).norm() / (gradient.norm() + 1e-2)))
+        return errors
+    finally:
+        destroy_parallel()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["learned", "rope"])
+def test_a_packed_batch_equals_its_samples_one_by_one(config: BackboneConfig, tp: int) -> None:
+    for errors in run_distributed(packed_errors, tp, tp, config):
+        assert max(errors) <= 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0, 2]], ids=["none", "empty sample"])
+def test_packed_sequences_without_tokens_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        PackedSequences(lengths)
+
+
+def test_batches_of_packed_sequences_are_of_similar_length() -> None:
+    lengths = [1, 40, 3, 2, 33, 17, 16, 1, 63]
+    packed = PackedSequences(lengths)
+    assert packed.positions.tolist() == [p for length in lengths for p in range(length)]
+    assert sum(batch.numel() for batch in packed.batches) < 2 * sum(lengths)
+    tokens = torch.cat([batch.flatten() for batch in packed.batches])
+    assert torch.equal(tokens[packed.place_of_token], torch.arange(sum(lengths)))
 
 
 def taps_and_padding(mesh: Mesh) -> None:

@@ -1,0 +1,234 @@
+"""The words of the `ilrec` command line: commands, flags, help. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, NoReturn
+
+from ilrec_dist import __version__
+from ilrec_dist.common.errors import UserError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["_Parser"]
+
+STAGES = {
+    "prepare": "read a foreign data set, filter, split and store it as Parquet",
+    "index": "give every item its code tuple and store the catalogue in code order",
+    "cf": "train the collaborative-filtering models that reward likely tokens",
+    "train": "train the configured methods and seeds",
+    "evaluate": "evaluate on the test split and write results.json and report.html",
+    "run": "all stages in order; what is unchanged is not run again, what was interrupted goes on",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake, in place of the usage and a line."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser. `call` of what it returns names the function that does the command's work."""
+    parser = _Parser(
+        prog="ilrec",
+        description="Train a language model as a recommender with self-hard negatives (ILRec).",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_stages(commands)
+    _add_index_commands(commands)
+    _add_recommend(commands)
+    _add_export_data(commands)
+    _add_config_command(commands)
+    return parser
+
+
+def _add_stages(commands: Commands) -> None:
+    for name, what in STAGES.items():
+        example = (
+            f"example:\n  ilrec {name} configs/quickstart.yaml\n"
+            f"  ilrec {name} configs/instruments-small.yaml train.epochs=3 launch.workers=2 "
+            "launch.tp=2"
+        )
+        if name == "index":
+            example += (
+                "\nsee also:\n  ilrec index build --help    ilrec index add --help"
+                "    ilrec index report --help"
+            )
+        command = _command(commands, name, what, example)
+        _add_config(command)
+        if name in ("run", "train"):
+            command.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the run in the folder; refuse a folder of another configuration",
+            )
+        command.add_argument(
+            "--verify",
+            action="store_true",
+            help="compare the files of finished stages with their SHA-256, not only by size and time",
+        )
+        if name in ("run", "prepare"):
+            command.add_argument(
+                "--max-bad-rows",
+                metavar="N",
+                help="skip up to N malformed rows and list them in rejects.jsonl (data.max_bad_rows)",
+            )
+        command.set_defaults(
+            call="ilrec_dist.cli.stages:run_stage", command=name, resume=False, max_bad_rows=None
+        )
+
+
+def _add_index_commands(commands: Commands) -> None:
+    what = (
+        "the stage `index`, and its report as a table: codebook use, entropy, largest groups, "
+        "collisions before and after"
+    )
+    command = _command(
+        commands,
+        "index build",
+        what,
+        "example:\n  ilrec index build configs/quickstart.yaml items.collisions=resolve",
+    )
+    _add_config(command)
+    command.set_defaults(call="ilrec_dist.cli.stages:build_index", command="index build")
+    example = (
+        "example:\n  ilrec index add runs/quickstart --items new-items.csv "
+        "--out runs/quickstart-index-2\n  ilrec run CONFIG items.index=FOLDER/index.json"
+    )
+    command = _command(
+        commands, "index add", "give new items codes without changing an old one", example
+    )
+    command.add_argument("run", metavar="RUN", help="the run whose index is extended")
+    command.add_argument(
+        "--items",
+        required=True,
+        metavar="NEW",
+        help="CSV or Parquet with the columns item, title and, if wanted, text",
+    )
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="where the longer index is written; must not exist",
+    )
+    command.add_argument(
+        "--vectors",
+        nargs="+",
+        default=[],
+        metavar="X.npy",
+        help="in place of texts, the new items' vectors, of the kind that the index was built "
+        "from; or two files: the old items' vectors (in the order of index.json) and the new ones'",
+    )
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_add", command="index add")
+    example = (
+        "example:\n  ilrec index report runs/quickstart --plot use.svg\n"
+        "  ilrec index report PATH/Scientific.index.json"
+    )
+    command = _command(commands, "index report", "show an index as a table and a picture", example)
+    command.add_argument(
+        "index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json"
+    )
+    command.add_argument("--plot", metavar="X.svg", help="write a picture of the codes' use here")
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_report", command="index report")
+
+
+def _add_recommend(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "recommend",
+        "recommend items for new histories with a trained run",
+        "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 "
+        "--exclude-seen --out recommendations.parquet",
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument(
+        "--histories",
+        required=True,
+        metavar="X.parquet",
+        help="columns: user (a string, on one row only and never null) and items (list of item "
+        "ids, oldest first)",
+    )
+    command.add_argument(
+        "--top", type=int, default=10, metavar="K", help="items per user (default 10)"
+    )
+    command.add_argument(
+        "--out", metavar="OUT.parquet", help="where to write; without it a table is printed"
+    )
+    command.add_argument(
+        "--method",
+        metavar="NAME",
+        help="whose weights, as in train.methods (default: the project's own where it was trained)",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        help="the training seed whose weights are used (default: the run's first)",
+    )
+    command.add_argument(
+        "--exclude-seen",
+        action="store_true",
+        help="never recommend an item of the user's own history",
+    )
+    command.add_argument(
+        "--allowed", metavar="items.txt", help="recommend only these items: one item id a line"
+    )
+    command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
+
+
+def _add_export_data(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "export-data",
+        "write a run's interactions and items in the files of other systems, so that they run on "
+        "the same split",
+        "example:\n  ilrec export-data runs/quickstart --format recbole --out exported/Shop",
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("lcrec", "recbole"),
+        help="NAME.inter.json, NAME.item.json and NAME.index.json, or NAME.inter and NAME.item",
+    )
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="a new folder; its name is the NAME of the files",
+    )
+    command.set_defaults(call="ilrec_dist.cli.export_data:run", command="export-data")
+
+
+def _add_config_command(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "config",
+        "print the resolved configuration",
+        "example:\n  ilrec config configs/quickstart.yaml train.epochs=3",
+    )
+    _add_config(command)
+    command.set_defaults(call="ilrec_dist.cli.stages:print_config", command="config")
+
+
+def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key.sub=value",
+        help="settings that replace the file's; docs/configuration.md lists all",
+    )

@@ -1,0 +1,173 @@
+"""LoRA adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import committed_folder, read_json_object, write_json
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import gather_to_first, raise_everywhere
+from ilrec_dist.model.hf.tensor_files import TensorReader
+from ilrec_dist.model.lora import Lora, LoraConfig, LoraLinear, add_lora
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Keys of adapter_config.json that change the computation, with what they must be where present.
+REQUIRED: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "use_dora": False,
+    "use_rslora": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "trainable_token_indices": None,
+}
+
+
+def read_lora_config(folder: str | Path) -> LoraConfig:
+    """The adapters' sizes and targets; UserError names a key that is not supported."""
+    path = Path(folder) / CONFIG_FILE
+    tree = read_json_object(path)
+    for key, value in REQUIRED.items():
+        if (tree.get(key) or value) != value:
+            raise UserError(f"{path}: {key} {tree[key]!r} is not supported; expected {value!r}")
+    targets = tree.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise UserError(f"{path}: target_modules {targets!r} is not a list of module names")
+    try:
+        return LoraConfig(
+            rank=int(tree["r"]),
+            alpha=float(tree["lora_alpha"]),
+            target_modules=tuple(sorted(targets)),
+            dropout=float(tree.get("lora_dropout", 0.0)),
+        )
+    except KeyError as missing:
+        raise UserError(f"{path}: the key {missing} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: r, lora_alpha or lora_dropout is not a number ({error})"
+        ) from None
+
+
+@torch.no_grad()
+def load_adapter(backbone: Backbone, folder: str | Path) -> Lora:
+    """Attach the adapters of a PEFT folder; every rank reads its own slices.
+
+    UserError names a tensor that is missing, left over or of another shape: an adapter
+    for another base.
+    """
+    config = read_lora_config(folder)
+    reader = TensorReader(Path(folder), WEIGHTS_FILE)
+    adapters = add_lora(backbone, config)
+    expected: dict[str, list[int]] = {}
+    for layer in adapters.linears():
+        for part, module in layer.targeted():
+            rows, columns = layer.shapes[part]
+            expected[_tensor_name(module, "A")] = [config.rank, columns]
+            expected[_tensor_name(module, "B")] = [rows, config.rank]
+    for name in sorted(expected.keys() | reader.entries.keys()):
+        if name not in expected:
+            raise UserError(
+                f"{Path(folder) / WEIGHTS_FILE}: tensor {name!r} does not belong to this base; "
+                "is it an adapter for another one?"
+            )
+        if reader.entry(name).shape != expected[name]:
+            raise UserError(
+                f"{Path(folder) / WEIGHTS_FILE}: tensor {name!r} has shape "
+                f"{reader.entry(name).shape}, expected {expected[name]}; is it an adapter for "
+                "another base?"
+            )
+    for layer in adapters.linears():
+        for part, module in layer.targeted():
+            a = reader.read(_tensor_name(module, "A"), 0, 0, config.rank)
+            b = reader.read(_tensor_name(module, "B"), 0, 0, layer.shapes[part][0])
+            layer.parameter_a(module).copy_(layer.local_a(a))
+            layer.parameter_b(module).copy_(layer.local_b(part, b))
+    return adapters
+
+
+def save_adapter(backbone: Backbone, folder: str | Path, base: str = "") -> None:
+    """Write the adapters as a folder that `PeftModel` loads; a collective.
+
+    base: the base model's folder or name, which PEFT's configuration records. `folder`
+    must not exist; it appears whole or not at all. UserError, on every rank, when it
+    cannot be written.
+    """
+    adapters: Lora = backbone.lora  # type: ignore[assignment]
+    folder, problem = Path(folder), None
+    tensors: dict[str, Tensor] = {}
+    if parallel_state.get_data_parallel_rank() == 0:
+        for layer in adapters.linears():
+            for part, module in layer.targeted():
+                tensors |= _full_adapter(layer, part, module)
+    if dist.get_rank() == 0:
+        try:
+            if folder.exists():
+                raise FileExistsError("already exists; choose a folder to create")
+            with committed_folder(folder) as staged:
+                save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+                write_json(staged / CONFIG_FILE, _config_json(adapters.config, base))
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+    raise_everywhere(folder, problem)
+
+
+def _full_adapter(layer: LoraLinear, part: int, module: str) -> dict[str, Tensor]:
+    """A and B of one module, on the group's first rank only; a collective."""
+    a, b = layer.parameter_a(module).detach(), layer.parameter_b(module).detach()
+    if layer.is_row_parallel:
+        shards = gather_to_first(a.contiguous(), layer.group)
+        full_a, full_b = torch.cat(shards, dim=1) if shards else a, b
+    else:
+        # The ranks' shards of B can differ in size, so each is padded to the largest.
+        counts = [
+            sum(s.stop - s.start for s in slices if s.tensor == part) for slices in layer.slices
+        ]
+        padded = b.new_zeros((max(counts), b.shape[1]))
+        padded[: len(b)] = b
+        shards = gather_to_first(padded, layer.group)
+        full_a = a
+        full_b = (
+            torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=False)])
+            if shards
+            else b
+        )
+    if layer.group.rank() != 0:
+        return {}
+    return {
+        _tensor_name(module, "A"): full_a.cpu().contiguous().clone(),
+        _tensor_name(module, "B"): full_b.cpu().contiguous().clone(),
+    }
+
+
+def _tensor_name(module: str, factor: str) -> str:
+    return f"{PREFIX}{module}.lora_{factor}.weight"
+
+
+def _config_json(lora: LoraConfig, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

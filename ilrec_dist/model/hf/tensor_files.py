@@ -1,0 +1,157 @@
+"""The safetensors files of a model folder: read by slices, written file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object, write_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of the checkpoint as its file's header describes it."""
+
+    path: Path
+    shape: list[int]
+    dtype: torch.dtype
+
+
+class TensorReader:
+    """Reads slices of a folder's tensors, from one file or several and an index.
+
+    Only headers are read at first. UserError names a file that is missing, truncated or
+    malformed, and a tensor that the index promises and its file lacks.
+    """
+
+    def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
+        self.folder, self.single_file = folder, single_file
+        self.entries: dict[str, TensorEntry] = {}
+        weight_map = self._weight_map()
+        for name in sorted(set(weight_map.values())) if weight_map is not None else [single_file]:
+            self._read_header(folder / name)
+        for key, name in (weight_map or {}).items():
+            if key not in self.entries or self.entries[key].path.name != name:
+                raise UserError(
+                    f"{folder / name}: tensor {key!r} is missing, though {INDEX_FILE} lists it"
+                )
+
+    def entry(self, key: str) -> TensorEntry:
+        """The tensor's description; UserError where it is missing."""
+        if key not in self.entries:
+            name = INDEX_FILE if self.has_index else self.single_file
+            raise UserError(f"{self.folder / name}: tensor {key!r} is missing")
+        return self.entries[key]
+
+    def read(self, key: str, dim: int, start: int, stop: int) -> Tensor:
+        """[start, stop) of a tensor along `dim`, 0 or 1, in the file's dtype.
+
+        The file is mapped for this call only, so that pages already read do not count
+        as memory of this process for longer.
+        """
+        path = self.entry(key).path
+        try:
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice(key)
+                result: Tensor = part[start:stop] if dim == 0 else part[:, start:stop]
+                return result
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """Tensor → file name by the index; None without an index."""
+        index = self.folder / INDEX_FILE
+        self.has_index = self.single_file == SINGLE_FILE and index.exists()
+        if not self.has_index:
+            return None
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        ):
+            raise UserError(
+                f"{index}: malformed; expected an object weight_map from tensors to file names"
+            )
+        return weight_map
+
+    def _read_header(self, path: Path) -> None:
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; expected the safetensors of a Hugging Face model"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    kind = part.get_dtype()
+                    if kind in DTYPES:
+                        self.entries[key] = TensorEntry(path, list(part.get_shape()), DTYPES[kind])
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+class TensorWriter:
+    """Writes tensors to safetensors files of about max_bytes each, and their index.
+
+    Holds the tensors of one file at a time. After a failure `add` drops what it is
+    given and `close` raises the failure (OSError or SafetensorError), so that the ranks
+    that send the tensors can go on.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.total_bytes = 0
+        self.files: list[list[str]] = []
+        self.failure: Exception | None = None
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take contiguous CPU tensors; write a file before they exceed its size."""
+        for key, tensor in tensors.items():
+            if self.failure is not None:
+                return
+            if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
+                self._flush()
+            self.pending[key] = tensor
+            self.pending_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left and the index; a single file gets no index."""
+        if self.failure is None:
+            self._flush()
+        if self.failure is not None:
+            raise self.failure
+        count = len(self.files)
+        weight_map: dict[str, str] = {}
+        for number, keys in enumerate(self.files):
+            name = (
+                SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            )
+            self._path(number).rename(self.folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_json(self.folder / INDEX_FILE, index)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number}"
+
+    def _flush(self) -> None:
+        try:
+            save_file(self.pending, self._path(len(self.files)), metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            self.failure = error
+        self.files.append(list(self.pending))
+        self.total_bytes += self.pending_bytes
+        self.pending, self.pending_bytes = {}, 0

@@ -1,0 +1,272 @@
+"""LoRA on the tensor-parallel linear layers: y = Wx + (α/r)·B(Ax) (METHOD.md §10).
+
+Column-parallel layers keep A whole on every rank, its gradient summed over the ranks,
+and B cut like W. Row-parallel layers cut A like W and keep B whole; the r-vector Ax is
+summed over the ranks before B. The joint projections (query, key and value; gate and
+up) have one adapter for each of their parts, as PEFT has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.model import sharding
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.families import Family, checkpoint_names, family_of_config
+from ilrec_dist.model.hf.slices import Slice, shard_slices, tensor_shapes
+
+ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
+COLUMN_PARALLEL = ("linear_qkv.weight", "linear_fc1.weight")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which linear layers, by the checkpoint's names, get adapters of which size."""
+
+    rank: int = 16
+    # The adapter's output is scaled by alpha / rank.
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = TARGET_MODULES
+    # On the adapter's input; only without tensor parallelism, where activations are whole.
+    dropout: float = 0.0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraLinear(nn.Module):
+    """The adapters of one tensor-parallel linear layer.
+
+    a[module] is A [r, in] and b[module] is B [out, r] of this rank, for each targeted
+    part of the layer; `module` is the part's name in the checkpoint.
+    """
+
+    def __init__(
+        self, name: str, weight: nn.Parameter, backbone: Backbone, lora: LoraConfig, seed: int
+    ) -> None:
+        super().__init__()
+        config, tp = backbone.config, backbone.tp_group.size()
+        self.lora = lora
+        self.is_row_parallel = name.endswith(ROW_PARALLEL)
+        self.full = sharding.full_shape(weight.shape, sharding.shard_spec(name, config), tp)
+        # Each part's name in the checkpoint, such as model.layers.0.self_attn.q_proj.
+        self.modules_of_parts = [
+            key.removesuffix(".weight")
+            for key in checkpoint_names(name, family_of_config(config, backbone.checkpoint_family))
+        ]
+        self.shapes = tensor_shapes(name, self.full, config)
+        self.slices = [shard_slices(name, self.full, config, r, tp) for r in range(tp)]
+        self.rank_index, self.group = backbone.tp_group.rank(), backbone.tp_group
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for part, module in self.targeted(lora):
+            a, b = _initial(module, self.shapes[part], lora.rank, seed)
+            a, b = self.local_a(a), self.local_b(part, b)
+            self.a[_key(module)] = nn.Parameter(a.to(weight.dtype, copy=True))
+            self.b[_key(module)] = nn.Parameter(b.to(weight.dtype, copy=True))
+            spec_a = sharding.ShardSpec(1) if self.is_row_parallel else None
+            spec_b = None if self.is_row_parallel else sharding.ShardSpec(0)
+            sharding.mark_parallel(self.a[_key(module)], spec_a)
+            sharding.mark_parallel(self.b[_key(module)], spec_b)
+
+    def targeted(self, lora: LoraConfig | None = None) -> Iterator[tuple[int, str]]:
+        """(index, checkpoint's name) of the parts that have adapters."""
+        targets = (lora or self.lora).target_modules
+        for part, module in enumerate(self.modules_of_parts):
+            if module.rsplit(".", 1)[1] in targets:
+                yield part, module
+
+    def parameter_a(self, module: str) -> nn.Parameter:
+        """This rank's A of a module, by the module's name in the checkpoint."""
+        parameter: nn.Parameter = self.a[_key(module)]
+        return parameter
+
+    def parameter_b(self, module: str) -> nn.Parameter:
+        """This rank's B of a module."""
+        parameter: nn.Parameter = self.b[_key(module)]
+        return parameter
+
+    def local_a(self, full: Tensor) -> Tensor:
+        """This rank's A, from the full one [r, in]."""
+        if not self.is_row_parallel:
+            return full
+        shard: Tensor = full.chunk(self.group.size(), dim=1)[self.rank_index]
+        return shard
+
+    def local_b(self, part: int, full: Tensor) -> Tensor:
+        """This rank's B of a part, from the full one [out, r]."""
+        if self.is_row_parallel:
+            return full
+        mine = [s for s in self.slices[self.rank_index] if s.tensor == part]
+        return torch.cat([full[:0], *(full[s.start : s.stop] for s in mine)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the adapters add to the layer's output; x as the layer gets it."""
+        x = F.dropout(x, self.lora.dropout, self.training)
+        if self.is_row_parallel:
+            ((_, module),) = self.targeted()
+            reduced: Tensor = reduce_from_tensor_model_parallel_region(
+                F.linear(x, self.parameter_a(module))
+            )
+            return F.linear(reduced, self.parameter_b(module)) * self.lora.scaling
+        targeted = list(self.targeted())
+        a = torch.cat([self.parameter_a(module) for _, module in targeted])
+        # Backward sums the gradient of all parts over the ranks at once.
+        hidden = copy_to_tensor_model_parallel_region(F.linear(x, a)).chunk(len(targeted), -1)
+        outputs = {
+            part: F.linear(of_part, self.parameter_b(module)) * self.lora.scaling
+            for of_part, (part, module) in zip(hidden, targeted, strict=True)
+        }
+        return _arrange(outputs, self.slices[self.rank_index], dim=-1, like=x)
+
+    @torch.no_grad()
+    def weight_delta(self) -> Tensor:
+        """(α/r)·BA as this rank's shard of the layer's weight, in fp32."""
+        products = {
+            part: self.parameter_b(module).float() @ self.parameter_a(module).float()
+            for part, module in self.targeted()
+        }
+        if self.is_row_parallel:
+            return products[0] * self.lora.scaling
+        like = next(iter(products.values()))
+        joined = _arrange(
+            {part: product.t() for part, product in products.items()},
+            self.slices[self.rank_index],
+            dim=-1,
+            like=like.t(),
+        )
+        return joined.t() * self.lora.scaling
+
+
+class Lora(nn.Module):
+    """The adapters of a backbone, attached by `add_lora` as `backbone.lora`."""
+
+    def __init__(self, backbone: Backbone, lora: LoraConfig, seed: int) -> None:
+        super().__init__()
+        self.config = lora
+        self.layers = nn.ModuleDict()
+        self.hooks = []
+        for name, weight in list(backbone.gpt.named_parameters()):
+            if not name.endswith(ROW_PARALLEL + COLUMN_PARALLEL):
+                continue
+            layer = LoraLinear(name, weight, backbone, lora, seed)
+            if not layer.a:
+                continue
+            self.layers[_key(name)] = layer
+            linear = backbone.gpt.get_submodule(name.removesuffix(".weight"))
+            self.hooks.append(linear.register_forward_hook(_adding(layer)))
+
+    def linears(self) -> Iterator[LoraLinear]:
+        """The adapters of each layer, in the order of the backbone."""
+        for layer in self.layers.values():
+            assert isinstance(layer, LoraLinear)
+            yield layer
+
+
+def add_lora(backbone: Backbone, lora: LoraConfig, seed: int = 0) -> Lora:
+    """Freeze the backbone's weights and attach adapters, whose first output is zero.
+
+    The adapters' initial values depend on (lora, seed) alone, not on tp. UserError when
+    a target module does not exist, a size is not positive, or dropout meets tensor
+    parallelism.
+    """
+    family = family_of_config(backbone.config, backbone.checkpoint_family)
+    _check(family, lora, backbone.tp_group.size())
+    if getattr(backbone, "lora", None) is not None:
+        raise ValueError("the backbone already has adapters")
+    for parameter in backbone.gpt.parameters():
+        parameter.requires_grad_(False)
+    backbone.lora = Lora(backbone, lora, seed)
+    return backbone.lora
+
+
+@torch.no_grad()
+def merge_lora(backbone: Backbone) -> None:
+    """Add the adapters to the weights, in fp32 and rounded once, and detach them.
+
+    Every rank merges its own shards; nothing is communicated.
+    """
+    adapters: Lora = backbone.lora  # type: ignore[assignment]
+    for name, weight in backbone.gpt.named_parameters():
+        if _key(name) in adapters.layers:
+            layer = adapters.layers[_key(name)]
+            assert isinstance(layer, LoraLinear)
+            weight.copy_(weight.float() + layer.weight_delta())
+    for hook in adapters.hooks:
+        hook.remove()
+    backbone.lora = None
+
+
+def _adding(layer: LoraLinear):  # type: ignore[no-untyped-def]
+    """A forward hook that adds the adapters' output to the linear layer's."""
+
+    def hook(
+        _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        return output[0] + layer(inputs[0]), output[1]
+
+    return hook
+
+
+def _arrange(parts: dict[int, Tensor], slices: list[Slice], dim: int, like: Tensor) -> Tensor:
+    """Join the parts' features in the layer's order, zeros where a part has none."""
+    offsets = dict.fromkeys(parts, 0)
+    # A part without rows on this rank stays in the graph, because its backward is a collective.
+    pieces = [part.narrow(dim, 0, 0) for part in parts.values()]
+    for piece in slices:
+        size = piece.stop - piece.start
+        if piece.tensor in parts:
+            pieces.append(parts[piece.tensor].narrow(dim, offsets[piece.tensor], size))
+            offsets[piece.tensor] += size
+        else:
+            pieces.append(like.new_zeros((*like.shape[:-1], size)))
+    return torch.cat(pieces, dim)
+
+
+def _initial(module: str, shape: list[int], rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Full A [r, in], uniform as PEFT draws it, and B [out, r], zeros; fp32."""
+    generator = sharding.seeded_generator(f"{module}.lora_A", seed)
+    bound = 1 / math.sqrt(shape[1])
+    a = torch.empty(rank, shape[1]).uniform_(-bound, bound, generator=generator)
+    return a, torch.zeros(shape[0], rank)
+
+
+def _check(family: Family, lora: LoraConfig, tp: int) -> None:
+    known = {
+        part.rsplit(".", 1)[1]
+        for module, parts in family.tensors.items()
+        if f"{module}.weight".endswith(ROW_PARALLEL + COLUMN_PARALLEL)
+        for part in parts
+    }
+    for module in lora.target_modules:
+        if module not in known:
+            raise UserError(
+                f"lora target module {module!r} is not a linear layer of {family.model_type}; "
+                f"expected some of {', '.join(sorted(known))}"
+            )
+    if not lora.target_modules or lora.rank < 1 or lora.alpha <= 0 or not 0 <= lora.dropout < 1:
+        raise UserError(
+            f"lora needs target modules, rank ≥ 1, alpha > 0 and 0 ≤ dropout < 1, not {lora}"
+        )
+    if lora.dropout > 0 and tp > 1:
+        raise UserError(
+            f"lora dropout {lora.dropout} needs launch.tp 1, not {tp}: the input of row-parallel "
+            "layers is cut over the ranks; set it to 0"
+        )
+
+
+def _key(name: str) -> str:
+    """A parameter's or module's name without dots, which torch's containers refuse."""
+    return name.replace(".", "/")

@@ -1,0 +1,235 @@
+"""Runs the stages of a command in order: those that are not current, and no others.
+
+A command that is refused leaves finished work in the run's folder as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+
+from ilrec_dist.common.console import console
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.config.load import dump_config
+from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.cluster import ray_session
+from ilrec_dist.pipeline.preserved import Preserved
+from ilrec_dist.pipeline.records import read_record
+from ilrec_dist.pipeline.run import Run
+from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.cf import cf_stage
+from ilrec_dist.pipeline.stages.evaluate import evaluate_stage
+from ilrec_dist.pipeline.stages.index import index_stage
+from ilrec_dist.pipeline.stages.prepare import prepare_stage
+from ilrec_dist.pipeline.stages.report import report
+from ilrec_dist.pipeline.stages.rewards import rewards_stage
+from ilrec_dist.pipeline.stages.train import train_and_evaluate, training_stages
+
+
+def stages(config: Config) -> list[Stage]:
+    """The run's stages, each after those it stands on."""
+    models = [index_stage(config), cf_stage(config)]
+    if config.items.from_cf:
+        models.reverse()
+    trainings = training_stages(config)
+    return [
+        prepare_stage(config),
+        *models,
+        rewards_stage(config),
+        *trainings,
+        evaluate_stage(config, [training.name for training in trainings]),
+    ]
+
+
+def open_run(config: Config, verify: bool = False) -> Run:
+    return Run(config.run_dir, stages(config), dump_config(config), verify)
+
+
+def execute(config: Config, command: str, resume: bool = False, verify: bool = False) -> None:
+    """Run the stages of one command, or with "run" all of them and the report.
+
+    resume: refuse a folder of another configuration. verify: compare the finished stages' files
+    with their hashes; without it, with their sizes and times.
+    """
+    run = open_run(config, verify)
+    if resume:
+        run.check_resumable()
+    names = [stage.name for stage in run.stages.values() if command in ("run", stage.command)]
+    # Input files are looked for before anything runs.
+    for name in names:
+        run.stages[name].inputs()
+    for name in names:
+        run.check_before(name, names)
+    with run.alone():
+        executor = Executor(run, config)
+        with executor.unchanged_if_refused():
+            executor.execute(names)
+            if command in ("run", "evaluate"):
+                report(config, run.stage_seconds())
+
+
+class Executor:
+    """Runs stages in one run folder, which the caller holds."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        self.run, self.config = run, config
+        self.preserved = Preserved(run.folder)
+        # Stages that were begun, in order.
+        self._begun: list[str] = []
+
+    def execute(self, names: Sequence[str]) -> None:
+        self._put_back_what_is_wanted()
+        of_workers = [name for name in names if self.run.stages[name].run is None]
+        # One Ray session for all stages, where one is needed at all.
+        needs_workers = any(not self.run.is_current(name) for name in of_workers)
+        launch = self.config.launch
+        with ray_session(launch) if needs_workers else nullcontext():
+            for is_workers, group in itertools.groupby(names, key=lambda name: name in of_workers):
+                if is_workers:
+                    self._execute_by_workers(list(group))
+                else:
+                    for name in group:
+                        self._execute_here(name)
+
+    @contextmanager
+    def unchanged_if_refused(self) -> Iterator[None]:
+        """Put finished work back where the block raises UserError; drop it where it ends well."""
+        try:
+            yield
+        except UserError:
+            if self.preserved.outputs:
+                written = [self.run.stages[name].output for name in self._begun]
+                self.preserved.put_back(written)
+            # A folder in which nothing was finished vanishes again.
+            with suppress(OSError):
+                self.run.state_folder.rmdir()
+                self.run.folder.rmdir()
+            raise
+        if self._begun:
+            self.preserved.drop()
+
+    def _execute_here(self, name: str) -> None:
+        self.run.check_before(name, [])
+        reason = self.run.reason_to_run(name)
+        if reason is None:
+            _say_unchanged(name)
+            return
+        _say_damaged(name, reason)
+        run = self.run.stages[name].run
+        assert run is not None
+        with self._as_before_if_refused(name):
+            self._begin(name)
+            began = time.monotonic()
+            # The new output takes the place of the old one at the end, whole.
+            summary = run()
+            self._finish(name, time.monotonic() - began, summary)
+
+    def _execute_by_workers(self, names: Sequence[str]) -> None:
+        pending: list[str] = []
+        for name in names:
+            self.run.check_before(name, pending)
+            reason = self.run.reason_to_run(name)
+            if reason is None and not set(self.run.stages[name].after) & set(pending):
+                _say_unchanged(name)
+            else:
+                _say_damaged(name, reason or "")
+                pending.append(name)
+        if not pending:
+            return
+        for name in pending:
+            self._clear_other_work(name)
+        trainings = [
+            dataclasses.replace(spec, fingerprint=self.run.fingerprint(name))
+            for name in pending
+            if (spec := self.run.stages[name].training) is not None
+        ]
+        with ray_session(self.config.launch):
+            seconds = train_and_evaluate(
+                self.config, trainings, evaluate=len(trainings) < len(pending)
+            )
+        for name, spent in zip(pending, seconds, strict=True):
+            self._finish(name, spent, None)
+
+    def _begin(self, name: str) -> None:
+        """Keep the stage's finished output, if there is one, and note that an attempt begins."""
+        stage = self.run.stages[name]
+        if read_record(self.run.record_file(name)) is not None and stage.output.exists():
+            self.preserved.keep(stage.output)
+        self._begun.append(name)
+        self.run.begin(name)
+
+    def _finish(self, name: str, seconds: float, summary: str | None) -> None:
+        self.run.finish(name, seconds)
+        console.print(f"[bold]{name}[/bold]: done in {seconds:.1f} s")
+        if summary:
+            console.print(f"  {summary}", highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def _as_before_if_refused(self, name: str) -> Iterator[None]:
+        """Where the stage refuses its input, take back what was noted about this attempt."""
+        files = [self.run.folder / "config.yaml", self.run.begun_file(name)]
+        before = {path: path.read_bytes() if path.exists() else None for path in files}
+        try:
+            yield
+        except UserError:
+            for path, content in before.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(content)
+            self._begun.remove(name)
+            raise
+
+    def _clear_other_work(self, name: str) -> None:
+        """Begin a stage of the workers: work of other settings goes, and what is damaged.
+
+        The unfinished work of an interrupted attempt with these settings stays, to be continued.
+        """
+        output, begun = self.run.stages[name].output, self.run.begun(name)
+        finished = self.run.record_file(name).exists()
+        continues = begun is not None and begun["fingerprint"] == self.run.fingerprint(name)
+        changed = self.run.changed_settings(name)
+        self._begin(name)
+        if continues and not finished:
+            return
+        if not finished and any(output.glob("checkpoints/step-*")):
+            console.print(
+                f"warning: {name}: the checkpoints of its unfinished work are dropped, which was "
+                f"of another configuration or other input{changed}; --resume refuses instead",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        self.run.record_file(name).unlink(missing_ok=True)
+        shutil.rmtree(output, ignore_errors=True)
+
+    def _put_back_what_is_wanted(self) -> None:
+        """Put back the finished work that an interrupted command kept, where it is of these settings."""
+        kept = set(self.preserved.outputs)
+        if not kept:
+            return
+        root = RunFolders(self.run.folder).root
+        for name, stage in self.run.stages.items():
+            if stage.output.relative_to(root).as_posix() in kept:
+                record = read_record(self.preserved.records / f"{name}.json")
+                if record is None or record["fingerprint"] != self.run.fingerprint(name):
+                    return
+                kept.remove(stage.output.relative_to(root).as_posix())
+        if not kept:
+            self.preserved.put_back([])
+            console.print("the finished work of this configuration is put back", highlight=False)
+
+
+def _say_unchanged(name: str) -> None:
+    console.print(f"[dim]{name}: unchanged, not run again[/dim]")
+
+
+def _say_damaged(name: str, reason: str) -> None:
+    if reason.startswith("is damaged"):
+        line = f"{name}: {reason}; made again"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

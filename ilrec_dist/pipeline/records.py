@@ -1,0 +1,124 @@
+"""The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage wrote.
+
+It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its output, and the hash
+of the outputs that the stage stands on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.manifest import cached_sha256, check_hashes, folder_files, hash_files
+from ilrec_dist.common.run_layout import RunFolders
+
+# Files that tell when or how something was made, and differ between two equal outputs.
+UNSTABLE = frozenset(
+    {"manifest.json", "report.json", "result.json", "metrics.jsonl", "actor-counters.json"}
+)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record's content; None where there is none, and where it is cut off or of old form."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    if not isinstance(record, dict) or "fingerprint" not in record:
+        return None
+    is_begun = path.name.endswith(".begun.json")
+    return record if is_begun or {"files", "inputs", "seconds"} <= record.keys() else None
+
+
+def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Path below `output` -> bytes, modification time and SHA-256; of all files, or the required."""
+    names = folder_files(output) + ["manifest.json"] if required is None else list(required)
+    names = [name for name in names if (output / name).is_file()]
+    hashes = hash_files(output, names)
+    described = {}
+    for name in names:
+        status = (output / name).stat()
+        described[name] = {
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "sha256": hashes[name],
+        }
+    return described
+
+
+def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) -> str | None:
+    """The first file of a stage's output that is not what its record says; None if all are whole.
+
+    Size and time are compared, and the hash where only the time differs, as after a copy. With
+    `verify` all hashes are compared, in parallel.
+    """
+    doubtful: dict[str, str] = {}
+    files: dict[str, dict[str, Any]] = record["files"]
+    for name, expected in files.items():
+        try:
+            status = (output / name).stat()
+        except OSError:
+            return name
+        if status.st_size != expected["bytes"]:
+            return name
+        if verify or status.st_mtime_ns != expected["mtime_ns"]:
+            doubtful[name] = expected["sha256"]
+    if verify:
+        hashes = hash_files(output, doubtful)
+    else:
+        hashes = {name: cached_sha256(output / name) for name in doubtful}
+    return next((name for name, digest in doubtful.items() if hashes[name] != digest), None)
+
+
+def content_hash(record: Mapping[str, Any]) -> str:
+    """SHA-256 that identifies what a stage wrote; equal outputs made at other times have one."""
+    files = [
+        (name, entry["sha256"])
+        for name, entry in sorted(record["files"].items())
+        if Path(name).name not in UNSTABLE
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def check_stands_on(folders: RunFolders, name: str, wanted: Sequence[str]) -> None:
+    """What stage `name` stands on, among `wanted` stages, must be what lies in the folder now.
+
+    Follows the chain, and compares the records' hashes only. Raises UserError that names both.
+    """
+    record = read_record(folders.stages / f"{name}.json")
+    if record is None:
+        return
+    for before, digest in record["inputs"].items():
+        if before not in wanted:
+            continue
+        earlier = read_record(folders.stages / f"{before}.json")
+        if earlier is None or content_hash(earlier) != digest:
+            raise UserError(
+                f"{folders.root}: {name} was made with another output of stage {before} than the "
+                f"one in {folders.root / record_output(before, earlier)}; run `ilrec run CONFIG` "
+                "to make it again, or bring the earlier output back"
+            )
+        check_stands_on(folders, before, wanted)
+
+
+def record_output(name: str, record: Mapping[str, Any] | None) -> str:
+    return record["output"] if record is not None else name
+
+
+def verify_output(folders: RunFolders, name: str) -> None:
+    """Compare all files of a finished stage with the hashes in its record, in parallel.
+
+    Raises UserError that names the first one that is missing or damaged.
+    """
+    record = read_record(folders.stages / f"{name}.json")
+    if record is not None:
+        check_hashes(
+            folders.root / record["output"],
+            {file: entry["sha256"] for file, entry in record["files"].items()},
+            f".stages/{name}.json",
+            "run `ilrec run CONFIG --verify` to make it again",
+        )

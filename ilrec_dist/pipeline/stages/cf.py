@@ -1,0 +1,80 @@
+"""The cf stage: the collaborative-filtering models, trained here or by the workers together."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+import torch
+
+from ilrec_dist.cf.sasrec.cross_fit import train_cf
+from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.run_layout import COUNTER, RunFolders
+from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.cluster import ray_session
+from ilrec_dist.launch.device import resolve_device
+from ilrec_dist.launch.job import Job
+from ilrec_dist.launch.workers import run_workers
+from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
+from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
+from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.reporting.progress import follow_counter, stage_progress
+
+
+def cf_stage(config: Config) -> Stage:
+    return Stage(
+        "cf",
+        "cf",
+        after=("prepare",),
+        settings=stage_settings(config, "cf"),
+        output=RunFolders(config.run_dir).cf,
+        run=lambda: train_cf_models(config),
+    )
+
+
+def train_cf_models(config: Config) -> str | None:
+    """Train all models; returns what the full one came to."""
+    if config.cf.split_table:
+        train_by_workers(config)
+    else:
+        train_here(config)
+    models = read_json_object(RunFolders(config.run_dir).cf / "report.json")["models"]
+    full = models["full"]
+    return (
+        f"{len(models)} models; the full one: {full['users']:,} users, validation NDCG@10 "
+        f"{full['validation_ndcg@10']:.4f} after {full['best_epoch']} epochs"
+    )
+
+
+def train_here(config: Config) -> None:
+    artifacts = RunArtifacts(config)
+    # launch.device is that of the workers; this process may have no GPU where they have.
+    device = resolve_device(config.launch) if torch.cuda.is_available() else "cpu"
+    with stage_progress("cf", cf_epochs(config.cf), "epochs") as show:
+        progress = epochs_so_far(show)
+        train_cf(config.cf, artifacts.training, None, artifacts.folders.cf, progress, device)
+    # The workers may share the GPU.
+    torch.cuda.empty_cache()
+
+
+def train_by_workers(config: Config) -> None:
+    """Train with the item table split over the workers; their epochs are shown here."""
+    folders, stop = RunFolders(config.run_dir), threading.Event()
+    shutil.rmtree(folders.cf_work, ignore_errors=True)
+    follow = threading.Thread(
+        target=follow_counter, args=(folders.cf_work / COUNTER, "cf", "epochs", stop), daemon=True
+    )
+    job = Job(
+        "ilrec_dist.pipeline.worker_tasks:train_cf_part",
+        {"config": config_for_workers(config)},
+        str(folders.cf_work.resolve()),
+    )
+    follow.start()
+    try:
+        with ray_session(config.launch):
+            run_workers(config.launch, job)
+    finally:
+        stop.set()
+        follow.join()
+        shutil.rmtree(folders.cf_work, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""The prepare stage: a foreign data set becomes the run's canonical Parquet files."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.config.tree import Config
+from ilrec_dist.data.prepare import input_files
+from ilrec_dist.data.prepare import prepare as prepare_data
+from ilrec_dist.launch.cluster import cluster_address, ray_session
+from ilrec_dist.pipeline.stage import Stage
+
+
+def prepare_stage(config: Config) -> Stage:
+    return Stage(
+        "prepare",
+        "prepare",
+        after=(),
+        settings=stage_settings(config, "prepare"),
+        inputs=lambda: input_files(config.data),
+        output=RunFolders(config.run_dir).data,
+        run=lambda: prepare(config),
+    )
+
+
+def prepare(config: Config) -> str | None:
+    """Read, filter and split; the nodes of a named Ray cluster read a folder's files together."""
+    spread = (
+        config.launch.engine == "ray"
+        and cluster_address(config.launch) is not None
+        and len(input_files(config.data)) > 1
+    )
+    with ray_session(config.launch) if spread else nullcontext():
+        prepare_data(config.data, RunFolders(config.run_dir).data, spread)
+    return None

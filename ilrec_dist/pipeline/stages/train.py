@@ -1,0 +1,149 @@
+"""The stages of the workers: every training of the run and, in the same group, the evaluation.
+
+Starting a worker group takes a while, so one does all that is due.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from ilrec_dist.cf.rewards.service import reward_actor
+from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.console import console
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.run_layout import BEST, COUNTER, FINAL, RESULT, RunFolders
+from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.job import Job
+from ilrec_dist.launch.workers import run_workers
+from ilrec_dist.objective.registry import get_method
+from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
+from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
+from ilrec_dist.reporting.progress import LiveProgress, follow_counter
+from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+from ilrec_dist.training.checkpoint import latest
+from ilrec_dist.training.schedule import warmup_warning
+from ilrec_dist.training.spec import TrainingSpec
+
+
+def training_stages(config: Config) -> list[Stage]:
+    return [
+        _training_stage(config, method, seed)
+        for method in config.train.methods
+        for seed in config.train.seeds
+    ]
+
+
+def _training_stage(config: Config, name: str, seed: int) -> Stage:
+    method = get_method(name)
+    # The method's own objective: a setting that does not reach it does not run it again.
+    settings = stage_settings(
+        dataclasses.replace(config, objective=method.objective(config.objective)), "train"
+    )
+    folder = RunFolders(config.run_dir).training(name, seed)
+    reads_rewards = method.needs_rewards(config.objective)
+    return Stage(
+        f"train {name} seed {seed}",
+        "train",
+        after=("index", "rewards") if reads_rewards else ("index",),
+        settings=settings | {"method": name, "seed": seed},
+        output=folder,
+        training=TrainingSpec(name, seed, folder, ""),
+        required=(BEST, FINAL, RESULT),
+    )
+
+
+def train_and_evaluate(
+    config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
+) -> list[float]:
+    """Train one after the other and, if asked, evaluate all that is trained, in one worker group.
+
+    Returns the seconds that each training took, the group's start counted to the first, and last
+    those of the evaluation.
+    """
+    _announce(trainings)
+    folders = RunFolders(config.run_dir)
+    needs_rewards = any(
+        get_method(training.method).needs_rewards(config.objective) for training in trainings
+    )
+    actor = (
+        reward_actor(config.cf, folders, config.data.both_directions)
+        if needs_rewards and config.cf.rewards == "actor"
+        else nullcontext()
+    )
+    specs = [
+        dataclasses.asdict(training) | {"folder": str(training.folder.resolve())}
+        for training in trainings
+    ]
+    job = Job(
+        "ilrec_dist.pipeline.worker_tasks:train_and_evaluate",
+        {"config": config_for_workers(config), "trainings": specs, "evaluate": evaluate},
+        str(folders.trainings.resolve()),
+    )
+    began = time.time()
+    with actor, _following(config, trainings, evaluate):
+        run_workers(config.launch, job)
+    seconds, at = [], began
+    for training in trainings:
+        result = training.folder / RESULT
+        end = result.stat().st_mtime
+        # An earlier attempt may have done most of it, or all.
+        over_all_attempts = read_json_object(result)["seconds"]
+        seconds.append(max(end - at, over_all_attempts))
+        at = max(at, end)
+    if evaluate:
+        evaluate_baselines(config, RunArtifacts(config))
+        seconds.append(time.time() - at)
+    return seconds
+
+
+def _announce(trainings: Sequence[TrainingSpec]) -> None:
+    """Say where each training goes on.
+
+    Raises UserError where all its checkpoints are damaged, before any process is started.
+    """
+    for training in trainings:
+        checkpoint, damaged = latest(training.folder / "checkpoints", training.fingerprint)
+        for line in damaged:
+            warning = f"warning: {line}; the checkpoint before it is used"
+            console.print(warning, highlight=False, markup=False)
+        if checkpoint is not None:
+            line = f"{training.title}: goes on from step {checkpoint.step}"
+            console.print(line, highlight=False)
+
+
+@contextmanager
+def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool) -> Iterator[None]:
+    """Show the progress of each training in turn, then of the evaluation, during the block."""
+    windows = training_windows(
+        RunArtifacts(config).training, config.train.max_history, config.train.targets
+    )
+    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    if trainings and (warning := warmup_warning(config.train, steps)) is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    stop = threading.Event()
+
+    def follow() -> None:
+        for training in trainings:
+            with LiveProgress(training.folder, steps, training.title) as progress:
+                while not (training.folder / RESULT).exists():
+                    if stop.wait(0.3):
+                        progress.finished = (training.folder / RESULT).exists()
+                        break
+            if stop.is_set():
+                return
+        if evaluate:
+            counter = RunFolders(config.run_dir).evaluation / COUNTER
+            follow_counter(counter, "evaluate", "rankings", stop)
+
+    thread = threading.Thread(target=follow, name="following", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

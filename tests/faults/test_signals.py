@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM end a training with one line and their exit code, and leave no process."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.pipeline.execute import execute
+from tests.training.conftest import tiny_config
+
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with a configuration for each engine, whose run is prepared up to the CF models."""
+    root = tmp_path_factory.mktemp("signals")
+    config = tiny_config(root / "runs", train={"methods": ["sft"], "epochs": 500})
+    for stage in ("prepare", "index", "cf"):
+        execute(config, stage)
+    tree = config_to_dict(config)
+    for engine in ("ray", "torchrun"):
+        changed = tree | {"launch": tree["launch"] | {"engine": engine}}
+        (root / f"{engine}.yaml").write_text(yaml.safe_dump(changed))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "number", "code", "word"),
+    [
+        ("ray", signal.SIGINT, 130, "interrupted"),
+        ("ray", signal.SIGTERM, 143, "terminated"),
+        ("torchrun", signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_a_signal_ends_the_command_with_one_line(prepared, engine, number, code, word):
+    log = prepared / "runs/tiny/train/sft-seed0/metrics.jsonl"
+    before = log.stat().st_size if log.exists() else 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ilrec_dist.cli", "train", str(prepared / f"{engine}.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (log.exists() and log.stat().st_size > before):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == code, errors
+    assert errors.strip().splitlines()[-1] == (
+        f"ilrec: {word}; the same command goes on where it stopped"
+    )
+    for trace in ("Fatal Python error", "SIGABRT", "Stack trace", "*** "):
+        assert trace not in errors
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in alive if "ilrec" in " ".join(child.cmdline())]
