@@ -85,6 +85,8 @@ def _dropped(manifest: dict[str, Any]) -> list[str]:
 
 
 def _matched(match: dict[str, Any], items: int) -> str:
+    if not match["items_without_row"] and not match["rows_without_item"]:
+        return "every item has a row in the item table"
     text = (
         f"{match['items_without_row']:,} of {items:,} items have no row in the item table, "
         f"{match['rows_without_item']:,} of its {match['rows']:,} rows no item"

@@ -54,7 +54,7 @@ class LossStatistics:
         negatives = rows.num_negatives.to(torch.float32)
         columns = [
             torch.ones_like(negatives),
-            *(getattr(rows, term) for term in self.weights),
+            *(rows.terms[term] for term in self.weights),
             rows.p_target,
             negatives,
             negatives == 0,

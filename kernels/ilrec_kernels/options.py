@@ -144,6 +144,11 @@ class RowStats:
     covered: Tensor  # bool [N]
     negatives_key: Tensor  # int64 [N]
 
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The loss terms, [N] each, by the names under which they are weighted and logged."""
+        return {"cpo": self.cpo, "cpd": self.cpd, "crr": self.crr}
+
     @staticmethod
     def zeros(n: int, m: int, dtype: torch.dtype, device: torch.device) -> RowStats:
         def real(*shape: int) -> Tensor:

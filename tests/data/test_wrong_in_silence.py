@@ -442,3 +442,12 @@ def test_one_line_says_what_was_read_dropped_and_kept(tmp_path, capsys):
     )
     written = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert written == manifest
+
+
+def test_an_item_table_that_fits_is_said_in_few_words(tmp_path):
+    settings = write_shop(tmp_path, [f"{item},Title" for item in range(1, 5)])
+    summary = read(tmp_path, "csv", tmp_path / "rows.csv", **settings)[0]["summary"]
+    assert summary == (
+        "csv: read 12 interactions of 3 users and 4 items; kept 12 interactions of 3 users and "
+        "4 items; every item has a row in the item table"
+    )

@@ -13,9 +13,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.data.reading.times import EXPECTED, TYPES, Times, failing_rows
 
-# Bytes with which a blank may begin or end in UTF-8: those of ASCII that are no characters, and
-# all beyond it.
-MAY_BE_BLANK = np.array([byte <= 32 or byte >= 127 for byte in range(256)])
+# The bytes from which no blank is made in UTF-8: the visible characters of ASCII.
+VISIBLE = range(ord("!"), ord("~") + 1)
 TOO_LARGE_OR_NULL = "one: null, or too large (integers below 2⁶³, other numbers below 9·10¹⁵)"
 
 
@@ -77,13 +76,18 @@ def strip_blanks(ids: pa.Array) -> pa.Array:
     bounds: np.ndarray = np.frombuffer(
         offsets, width, len(ids) + 1, ids.offset * np.dtype(width).itemsize
     )
-    content = np.frombuffer(data or b"", np.uint8)
-    if len(content) == 0:
+    content = np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]]
+    if len(content) == 0 or not _may_hold_blanks(content):
         return ids
-    firsts, lasts = (np.minimum(at, len(content) - 1) for at in (bounds[:-1], bounds[1:] - 1))
-    if any(MAY_BE_BLANK[content[at]].any() for at in (firsts, lasts)):
+    edges = np.concatenate([bounds[:-1], bounds[1:] - 1]) - bounds[0]
+    if _may_hold_blanks(content[edges.clip(0, len(content) - 1)]):
         return pc.utf8_trim_whitespace(ids)
     return ids
+
+
+def _may_hold_blanks(content: np.ndarray) -> bool:
+    # One comparison of unsigned bytes, which wrap around, finds those below and above.
+    return bool((content - np.uint8(VISIBLE.start) >= len(VISIBLE)).any())
 
 
 def text_or_null(column: pa.Array) -> pa.Array:
