@@ -23,5 +23,6 @@ def run(arguments: argparse.Namespace) -> None:
             artifacts.catalogue,
             artifacts.trie,
             getattr(torch, arguments.dtype),
+            None if trained.config.backbone.from_ is None else artifacts.language_model,
         )
     console.print(f"exported: {out}", highlight=False, markup=False)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Interval
-from pydantic import BeforeValidator, ConfigDict, Strict
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter
 
 
 def _number(value: Any) -> Any:
@@ -61,6 +61,15 @@ class OnlyIf:
         return self._condition if isinstance(self._condition, str) else self._condition()
 
 
+def key_of(name: str) -> str:
+    """A field's key in YAML, on the command line, in errors and documents.
+
+    It is the field's name without a trailing underscore, which a name has where the key is a
+    word of Python, such as `from_`.
+    """
+    return name.removesuffix("_")
+
+
 @typing.dataclass_transform(frozen_default=True)
 def section(affects: str | None = None) -> Callable[[type[T]], type[T]]:
     """Make a frozen dataclass of the tree that refuses unknown keys.
@@ -71,7 +80,9 @@ def section(affects: str | None = None) -> Callable[[type[T]], type[T]]:
 
     def decorate(cls: type[T]) -> type[T]:
         cls = dataclass(frozen=True)(cls)
-        cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+        cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
+            extra="forbid", allow_inf_nan=False, alias_generator=key_of
+        )
         cls.__affects__ = None if affects is None else (affects,)  # type: ignore[attr-defined]
         return cls
 
@@ -87,13 +98,13 @@ def stage_settings(config: Any, stage: str) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             inner = stage_settings(value, stage)
             if inner:
-                settings[field.name] = inner
+                settings[key_of(field.name)] = inner
             continue
         stages = _affected_stages(cls)[field.name]
         if stages is None:
             raise TypeError(f"{cls.__name__}.{field.name} does not say which stages it affects")
         if stage in stages:
-            settings[field.name] = value
+            settings[key_of(field.name)] = value
     return settings
 
 
@@ -114,9 +125,9 @@ def _without_effect(config: Any, tree: Any, prefix: str) -> Iterator[tuple[str, 
             marks = _conditions(cls)[field.name]
             failing = next((mark for mark in marks if not mark.holds(config)), None)
         if failing is not None:
-            yield prefix + field.name, failing.condition
+            yield prefix + key_of(field.name), failing.condition
         elif dataclasses.is_dataclass(value):
-            yield from _without_effect(config, value, f"{prefix}{field.name}.")
+            yield from _without_effect(config, value, f"{prefix}{key_of(field.name)}.")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -152,4 +163,11 @@ def _metadata(cls: Any) -> dict[str, tuple[Any, ...]]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The tree, or one section of it, as plain dicts and lists, ready for YAML or JSON."""
-    return dataclasses.asdict(config)
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {key_of(name): value for name, value in items}
+    )
+
+
+def section_from_dict(cls: type[T], tree: dict[str, Any]) -> T:
+    """The inverse of config_to_dict; raises pydantic's ValidationError."""
+    return TypeAdapter(cls).validate_python(tree)

@@ -17,6 +17,10 @@ CODE_ORDER = "code-order"
 STAGES, PREVIOUS = ".stages", ".previous"
 
 
+# Within the folder of runs: dequantised models, which all its runs share.
+MODELS = ".models"
+
+
 @dataclass(frozen=True)
 class RunFolders:
     root: Path

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.config_fields import config_to_dict, key_of
 from ilrec_dist.config.tree import Config, ConfigError, check_together
 
 
@@ -121,9 +121,10 @@ def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
     keys: list[str] = []
     hints: dict[str, Any] = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        keys.append(prefix + item.name)
+        key = prefix + key_of(item.name)
+        keys.append(key)
         if dataclasses.is_dataclass(hints[item.name]):
-            keys += _all_keys(hints[item.name], f"{prefix}{item.name}.")
+            keys += _all_keys(hints[item.name], f"{key}.")
     return keys
 
 

@@ -11,14 +11,15 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.common.config_fields import Affects, fields_without_effect, section
+from ilrec_dist.common.config_fields import Affects, fields_without_effect, key_of, section
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.settings import ineffective_settings
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.build import known_decoder
+from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.training.config import TrainConfig
@@ -89,8 +90,22 @@ def _run_problems(config: Config) -> Iterator[Problem]:
 
 def _mesh_problems(config: Config) -> Iterator[Problem]:
     """Sizes of the backbone that its heads or the tensor-parallel processes do not divide."""
-    backbone, launch = config.backbone, config.launch
-    if backbone.hidden_size % backbone.num_heads:
+    backbone, launch = known_decoder(config.backbone), config.launch
+    if launch.workers % launch.tp:
+        yield (
+            "launch.workers",
+            f"a world size of {launch.workers} is not a multiple of launch.tp {launch.tp}; choose "
+            "workers = tp × data-parallel copies",
+        )
+    if config.backbone.vocab_multiple % launch.tp:
+        yield (
+            "launch.tp",
+            f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of "
+            f"backbone.vocab_multiple {config.backbone.vocab_multiple}",
+        )
+    if backbone is None:
+        return
+    if backbone.head_dim is None and backbone.hidden_size % backbone.num_heads:
         yield (
             "backbone.num_heads",
             f"{backbone.num_heads} heads do not divide backbone.hidden_size {backbone.hidden_size}",
@@ -101,43 +116,25 @@ def _mesh_problems(config: Config) -> Iterator[Problem]:
             "backbone.num_kv_heads",
             f"{kv_heads} key/value heads do not divide backbone.num_heads {backbone.num_heads}",
         )
-    if launch.workers % launch.tp:
-        yield (
-            "launch.workers",
-            f"a world size of {launch.workers} is not a multiple of launch.tp {launch.tp}; choose "
-            "workers = tp × data-parallel copies",
-        )
-    if kv_heads % launch.tp:
-        yield (
-            "launch.tp",
-            f"tp {launch.tp} does not divide the {kv_heads} attention (key/value) heads of the "
-            "backbone; choose a tp that does",
-        )
-    if backbone.vocab_multiple % launch.tp:
-        yield (
-            "launch.tp",
-            f"tp {launch.tp} does not divide the vocabulary, padded to a multiple of "
-            f"backbone.vocab_multiple {backbone.vocab_multiple}",
-        )
-    ffn = backbone.ffn_hidden_size or 4 * backbone.hidden_size
-    if ffn % launch.tp:
-        yield "launch.tp", f"tp {launch.tp} does not divide the feed-forward width {ffn}"
+    problem = tensor_parallel_problem(backbone, launch.tp)
+    if problem is not None:
+        yield "launch.tp", problem
 
 
 def _training_problems(config: Config) -> Iterator[Problem]:
-    backbone, train = config.backbone, config.train
+    backbone, train = known_decoder(config.backbone), config.train
     layers = config.objective.num_intermediate_layers
-    if layers is not None and layers >= backbone.num_layers:
+    if backbone is not None and layers is not None and layers >= backbone.num_layers:
         yield (
             "objective.num_intermediate_layers",
-            f"{layers} must be below backbone.num_layers {backbone.num_layers}",
+            f"{layers} must be below the {backbone.num_layers} layers of the backbone",
         )
     reading = [
         name
         for name in train.methods
         if get_method(name).needs_intermediate_layers(config.objective)
     ]
-    if backbone.num_layers < 2 and reading:
+    if backbone is not None and backbone.num_layers < 2 and reading:
         yield (
             "backbone.num_layers",
             f"{reading[0]} needs at least 2 layers, one of them intermediate",
@@ -175,6 +172,12 @@ def _items_problems(config: Config) -> Iterator[Problem]:
             "items of one title cannot be told apart by other tokens (items.form titles); "
             "expected keep or refuse",
         )
+    if items.form == "titles" and config.backbone.from_ is not None:
+        yield (
+            "items.form",
+            "titles are for decoders trained from scratch; with backbone.from choose semantic or "
+            "atomic",
+        )
     if items.form == "titles" and config.train.targets != "last":
         yield (
             "train.targets",
@@ -196,7 +199,7 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
         methods = [get_method(name).objective for name in config.train.methods]
         if all(objective(without) == objective(config.objective) for objective in methods):
             yield (
-                f"objective.{item.name}",
+                f"objective.{key_of(item.name)}",
                 f"has no effect here: none of train.methods {config.train.methods} reads it; add "
-                f"a method that does, or leave objective.{item.name} out",
+                f"a method that does, or leave objective.{key_of(item.name)} out",
             )

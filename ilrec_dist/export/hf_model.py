@@ -25,7 +25,7 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import save_weights
+from ilrec_dist.model.hf.checkpoint import read_config, save_weights
 
 # What `generate` does unless it is told otherwise. Every field is written: an unset one would be
 # filled from defaults of the library, and a repetition penalty acts on the codes of the history.
@@ -54,8 +54,14 @@ def export_model(
     catalogue: Catalogue,
     trie: Trie,
     dtype: torch.dtype,
+    language_model: Path | None = None,
 ) -> None:
     """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
+
+    language_model: the folder with the extended tokenizer and the config.json of the
+    pretrained model that the training began with; None for one trained from scratch.
+    Weights are written in `dtype`; one that training left alone and that the pretrained
+    model has in that dtype comes out byte for byte.
 
     Raises UserError when `out` exists, when no Hugging Face family has the backbone's
     architecture, and for items that are titles.
@@ -69,17 +75,28 @@ def export_model(
         )
     vocabulary = catalogue.vocabulary
     token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
+    if language_model is not None:
+        token_ids |= read_config(language_model).token_ids
     try:
         with committed_folder(out) as staged:
             save_weights(backbone, staged / "model", dtype, token_ids)
             for path in (staged / "model").iterdir():
                 path.rename(staged / path.name)
             (staged / "model").rmdir()
-            own_tokenizer(catalogue).save(str(staged / "tokenizer.json"))
-            write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)
+            if language_model is None:
+                own_tokenizer(catalogue).save(str(staged / "tokenizer.json"))
+                write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)
+            else:
+                _copy_tokenizer(language_model, staged)
             write_item_files(staged, dataset, catalogue, trie)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+
+
+def _copy_tokenizer(language_model: Path, folder: Path) -> None:
+    for path in language_model.iterdir():
+        if path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
 
 
 def write_item_files(

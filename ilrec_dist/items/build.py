@@ -24,6 +24,7 @@ from ilrec_dist.items.collisions import (
 )
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_report import catalogue_report, collision_warning
+from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.items.lcrec_index import read_index, write_index
 from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks, residual_codes
 from ilrec_dist.items.text_embeddings import (
@@ -64,6 +65,7 @@ def build_catalogue(
     dataset: InteractionDataset,
     out: str | Path,
     cf_embeddings: np.ndarray | None = None,
+    model: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """Write the catalogue of all items to the folder `out` and return its report.
 
@@ -72,7 +74,8 @@ def build_catalogue(
     holds the catalogue's files, its trie, index.json, report.json, manifest.json, for
     built codes the codebooks, for titles the tokenizer. Collisions follow
     `items.collisions`: keep; refuse (UserError naming two items); resolve (see
-    collisions.resolve_collisions).
+    collisions.resolve_collisions). With `model` the codes are added to its tokenizer,
+    which is stored as well, and have the ids that this gives them; titles take none.
     """
     if config.form == "titles":
         return _build_titles(config, dataset, out)
@@ -92,6 +95,13 @@ def build_catalogue(
         if len(resolution.level_sizes) > len(names):
             names = [*names, next(name for name in string.ascii_lowercase if name not in names)]
     catalogue = make_catalogue(resolution.codes, resolution.level_sizes, names)
+    tokenizer = None
+    if model is not None:
+        names = catalogue.token_names()
+        tokenizer = ExtendedTokenizer(
+            model, [names[token] for token in catalogue.vocabulary.item_tokens.tolist()]
+        )
+        catalogue = catalogue.in_vocabulary(tokenizer.vocabulary)
     report = {
         "source": given.source,
         "index_sha256": sha256_file(config.index) if config.index else None,
@@ -117,6 +127,8 @@ def build_catalogue(
     with committed_folder(out) as folder:
         if given.books is not None:
             given.books.save(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
         write_items(folder, catalogue, dataset.item_ids, report)
     return report
 

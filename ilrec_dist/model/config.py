@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Optional
 
-from ilrec_dist.common.config_fields import Bool, Fraction, OnlyIf, Positive, PositiveFloat, section
+from annotated_types import MinLen
+
+from ilrec_dist.common.config_fields import (
+    Affects,
+    Bool,
+    Fraction,
+    OnlyIf,
+    Positive,
+    PositiveFloat,
+    section,
+)
 
 
 def _has_rope(config: Any) -> bool:
@@ -15,40 +25,93 @@ def _has_no_bias(config: Any) -> bool:
     return not bool(config.backbone.bias)
 
 
+def _is_from_scratch(config: Any) -> bool:
+    return config.backbone.from_ is None
+
+
+def _is_pretrained(config: Any) -> bool:
+    return config.backbone.from_ is not None
+
+
+# Fields that the config.json of a pretrained model decides.
+FROM_SCRATCH = OnlyIf(
+    "backbone.from null (a pretrained model's config.json decides it)", _is_from_scratch
+)
+
+
 @section(affects="train")
 class BackboneConfig:
-    """A decoder built by Megatron-core from these sizes."""
+    """A decoder built by Megatron-core from these sizes, or a pretrained one from its folder."""
 
-    num_layers: Positive = 4
-    hidden_size: Positive = 128
-    num_heads: Positive = 4
+    # The folder of a Hugging Face model, or a GGUF file; null: a decoder trained from scratch.
+    # The stages read its bytes as an input, so that the path itself does not matter.
+    from_: Annotated[Optional[Annotated[str, MinLen(1)]], Affects()] = None
+    # What the rows of added item tokens begin with (METHOD.md §10).
+    new_tokens: Annotated[
+        Literal["moments", "text"], OnlyIf("a model in backbone.from", _is_pretrained)
+    ] = "moments"
+    num_layers: Annotated[Positive, FROM_SCRATCH] = 4
+    hidden_size: Annotated[Positive, FROM_SCRATCH] = 128
+    num_heads: Annotated[Positive, FROM_SCRATCH] = 4
     # None: as many as heads.
-    num_kv_heads: Optional[Positive] = None
+    num_kv_heads: Annotated[Optional[Positive], FROM_SCRATCH] = None
     # None: 4 × hidden_size.
-    ffn_hidden_size: Optional[Positive] = None
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    position_embedding: Literal["learned", "rope"] = "learned"
-    bias: Bool = True
+    ffn_hidden_size: Annotated[Optional[Positive], FROM_SCRATCH] = None
+    normalization: Annotated[Literal["LayerNorm", "RMSNorm"], FROM_SCRATCH] = "LayerNorm"
+    activation: Annotated[Literal["gelu", "swiglu"], FROM_SCRATCH] = "gelu"
+    position_embedding: Annotated[Literal["learned", "rope"], FROM_SCRATCH] = "learned"
+    bias: Annotated[Bool, FROM_SCRATCH] = True
     # Biases on query, key and value although `bias` is false (Qwen2).
     qkv_bias: Annotated[
-        Bool, OnlyIf("backbone.bias false, which would put biases there already", _has_no_bias)
+        Bool,
+        FROM_SCRATCH,
+        OnlyIf("backbone.bias false, which would put biases there already", _has_no_bias),
     ] = False
     # An RMS norm of each query and key head (Qwen3).
-    qk_norm: Bool = False
+    qk_norm: Annotated[Bool, FROM_SCRATCH] = False
     # None: hidden_size / num_heads.
-    head_dim: Optional[Positive] = None
-    norm_epsilon: PositiveFloat = 1e-5
-    rope_theta: Annotated[PositiveFloat, OnlyIf("backbone.position_embedding rope", _has_rope)] = (
-        10000.0
-    )
+    head_dim: Annotated[Optional[Positive], FROM_SCRATCH] = None
+    norm_epsilon: Annotated[PositiveFloat, FROM_SCRATCH] = 1e-5
+    rope_theta: Annotated[
+        PositiveFloat, FROM_SCRATCH, OnlyIf("backbone.position_embedding rope", _has_rope)
+    ] = 10000.0
     # Llama 3's scaling of the low frequencies (Llama 3.1: 8, Llama 3.2: 32); None: none.
     rope_scaling_factor: Annotated[
-        Optional[PositiveFloat], OnlyIf("backbone.position_embedding rope", _has_rope)
+        Optional[PositiveFloat],
+        FROM_SCRATCH,
+        OnlyIf("backbone.position_embedding rope", _has_rope),
     ] = None
     # On embeddings and residuals. Attention itself has no dropout.
-    dropout: Fraction = 0.1
-    tie_embeddings: Bool = True
-    init_std: PositiveFloat = 0.02
+    dropout: Annotated[Fraction, FROM_SCRATCH] = 0.1
+    tie_embeddings: Annotated[Bool, FROM_SCRATCH] = True
+    init_std: Annotated[PositiveFloat, FROM_SCRATCH] = 0.02
     # The vocabulary is padded to a multiple of this, whatever tp is.
     vocab_multiple: Positive = 8
+
+
+def tensor_parallel_problem(config: BackboneConfig, tp: int) -> str | None:
+    """Why the decoder cannot be cut over `tp` ranks; None where it can.
+
+    The vocabulary's rows are no part of this. With fewer key/value heads than ranks the rows of
+    the joint projection are cut evenly and its output is gathered, so that each rank sees its
+    key/value head, which tp / heads_kv ranks share.
+    """
+    heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
+    sizes = {
+        "attention heads": heads,
+        "columns of the feed-forward": config.ffn_hidden_size or 4 * config.hidden_size,
+    }
+    if groups >= tp:
+        sizes["key/value heads"] = groups
+    else:
+        head_dim = config.head_dim or config.hidden_size // heads
+        sizes["columns of query, key and value"] = (heads + 2 * groups) * head_dim
+    for what, size in sizes.items():
+        if size % tp:
+            return f"tp {tp} does not divide the backbone's {size} {what}; choose a tp that does"
+    if groups < tp and tp % groups:
+        return (
+            f"tp {tp} is not a multiple of the backbone's {groups} key/value heads; choose a tp "
+            "that is, or one that divides them"
+        )
+    return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
 from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequences
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
 
 # Positions of the first table of rotary angles, or max_positions where that is less.
@@ -254,26 +254,11 @@ def _check_divisible(config: BackboneConfig, vocab: int, tp: int) -> None:
             f"backbone.num_kv_heads {groups} does not divide num_heads {heads}; choose one "
             "that does"
         )
-    sizes = {
-        "attention heads": heads,
-        "feed-forward width": config.ffn_hidden_size or 4 * config.hidden_size,
-        "padded vocabulary": vocab,
-    }
-    if groups >= tp:
-        sizes["key/value heads"] = groups
-    else:
-        # Megatron then cuts the rows of the joint projection evenly and gathers its output, so
-        # that each rank sees its key/value head, which tp / groups ranks share.
-        head_dim = config.head_dim or config.hidden_size // heads
-        sizes["query, key and value width"] = (heads + 2 * groups) * head_dim
-    for what, size in sizes.items():
-        if size % tp:
-            raise UserError(
-                f"launch.tp {tp} does not divide the backbone's {what} {size}; choose a tp "
-                "that does"
-            )
-    if groups < tp and tp % groups:
+    problem = tensor_parallel_problem(config, tp)
+    if problem is not None:
+        raise UserError(f"launch.tp: {problem}")
+    if vocab % tp:
         raise UserError(
-            f"launch.tp {tp} is not a multiple of the backbone's key/value heads {groups}; "
-            "choose a tp that is, or one that divides them"
+            f"launch.tp: tp {tp} does not divide the padded vocabulary of {vocab} rows; choose a "
+            "backbone.vocab_multiple that tp divides"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,18 @@ from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
-from ilrec_dist.common.run_layout import BEST, RESULT, RunFolders
+from ilrec_dist.common.run_layout import BEST, MODELS, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
+from ilrec_dist.items.language_model import LANGUAGE_MODEL, title_counts
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model import build
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.new_rows import NewRows
+from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.pipeline.records import check_stands_on
 
 # The fixed sample of validation users is drawn with this.
@@ -52,6 +57,11 @@ class RunArtifacts:
     @cached_property
     def trie(self) -> Trie:
         return Trie.load(self.folders.items, self.catalogue)
+
+    @property
+    def language_model(self) -> Path:
+        """The extended tokenizer and the config.json of the model in `backbone.from`."""
+        return self.folders.items / LANGUAGE_MODEL
 
     def reward_source(self) -> RewardSource:
         """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
@@ -106,11 +116,71 @@ class RunArtifacts:
 def config_for_workers(config: Config) -> dict[str, Any]:
     """The configuration as the workers read it, who have another working directory."""
     runs_dir = str(Path(config.runs_dir).resolve())
+    source = config.backbone.from_
+    if source is not None:
+        backbone = dataclasses.replace(config.backbone, from_=str(Path(source).resolve()))
+        config = dataclasses.replace(config, backbone=backbone)
     return config_to_dict(dataclasses.replace(config, runs_dir=runs_dir))
 
 
+def with_local_model(config: Config) -> Config:
+    """The configuration with the model's folder in `backbone.from`, if it names one at all.
+
+    A GGUF file is dequantised once into a folder beside the runs; one process calls this. Raises
+    UserError where there is no such model.
+    """
+    source = config.backbone.from_
+    if source is None:
+        return config
+    folder = model_folder(source, Path(config.runs_dir) / MODELS)
+    backbone = dataclasses.replace(config.backbone, from_=str(folder))
+    return dataclasses.replace(config, backbone=backbone)
+
+
 def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone, freshly initialised."""
+    """The run's backbone as its training begins: freshly initialised, or with a model's weights.
+
+    The model's folder is the one in `backbone.from`.
+    """
+    source = config.backbone.from_
+    if source is None:
+        return _from_scratch(config, artifacts, seed, initialize=True)
+    backbone = empty_backbone(config, artifacts, seed)
+    vocabulary, counts = artifacts.catalogue.vocabulary, None
+    if config.backbone.new_tokens == "text":
+        counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
+    first = vocabulary.base_size
+    stop = first + len(vocabulary.item_tokens)
+    build.load_pretrained(backbone, source, NewRows(first, stop, counts))
+    return backbone
+
+
+def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+    """The run's backbone for trained weights: its own are undefined until those are loaded."""
+    if config.backbone.from_ is None:
+        return _from_scratch(config, artifacts, seed, initialize=False)
+    return build.build_pretrained(
+        config.backbone,
+        read_config(artifacts.language_model),
+        artifacts.catalogue.vocab_size,
+        build.max_positions(config.train.max_history, artifacts.catalogue.depth),
+        config.train.precision,
+        seed,
+    )
+
+
+def item_titles(artifacts: RunArtifacts) -> Sequence[str]:
+    """The titles by item index; UserError where the data have none."""
+    titles = artifacts.dataset.titles
+    if titles is None or not any(title.strip() for title in titles):
+        raise UserError(
+            "backbone.new_tokens: text needs the items' titles, and the data have none; bring "
+            "titles (data.items_path), or set it to moments"
+        )
+    return titles
+
+
+def _from_scratch(config: Config, artifacts: RunArtifacts, seed: int, initialize: bool) -> Backbone:
     catalogue = artifacts.catalogue
     return build.build_backbone(
         config.backbone,
@@ -118,4 +188,5 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
         build.max_positions(config.train.max_history, catalogue.depth),
         config.train.precision,
         seed,
+        initialize,
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, sha256_file, write_json, write_text
+from ilrec_dist.common.files import file_lock, write_json, write_text
+from ilrec_dist.common.manifest import cached_sha256
 from ilrec_dist.common.run_layout import STAGES
 from ilrec_dist.pipeline.records import content_hash, damaged_file, describe_files, read_record
 from ilrec_dist.pipeline.stage import Stage
@@ -43,7 +44,7 @@ class Run:
             parts = {
                 "format": FORMAT,
                 "settings": stage.settings,
-                "inputs": [(path.name, sha256_file(path)) for path in stage.inputs()],
+                "inputs": [(path.name, cached_sha256(path)) for path in stage.inputs()],
                 "after": [self.fingerprint(before) for before in stage.after],
             }
             text = json.dumps(parts, sort_keys=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.load import load_config
@@ -23,7 +24,7 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_weights
 from ilrec_dist.objective.registry import default_method, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_trained_model(
     model = artifacts.trained_model(method, seed)["model"]
     config = dataclasses.replace(
         config,
-        backbone=BackboneConfig(**model["backbone"]),
+        backbone=section_from_dict(BackboneConfig, model["backbone"]),
         train=dataclasses.replace(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
@@ -70,7 +71,7 @@ def open_trained_model(
         set_cpu_threads(config.launch)
     parallel = initialize_parallel(1, device)
     try:
-        backbone = load_weights(build_backbone(config, artifacts, seed), weights)
+        backbone = load_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
         yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
     finally:

@@ -26,6 +26,7 @@ from ilrec_dist.model.hf.families import (
     family_of_config,
     family_of_json,
 )
+from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.slices import Slice, shard_slices, tensor_shapes
 from ilrec_dist.model.hf.tensor_files import TensorReader, TensorWriter
 
@@ -69,12 +70,12 @@ def read_config(folder: str | Path) -> Pretrained:
 
 
 @torch.no_grad()
-def load_weights(backbone: Backbone, folder: str | Path) -> None:
+def load_weights(backbone: Backbone, folder: str | Path, new_rows: NewRows | None = None) -> None:
     """Fill the backbone from a folder whose `read_config` gave its configuration.
 
     Every rank reads its own slices only. Rows of the vocabulary beyond the checkpoint's
-    (new item tokens, padding) are drawn anew from the backbone's seed, equally for
-    every tp. UserError names the file and the tensor that is missing, damaged or of
+    (padding) are drawn anew from the backbone's seed, and those of `new_rows` as it
+    says, whether the checkpoint has them or not; equally for every tp. UserError names the file and the tensor that is missing, damaged or of
     another shape; every rank raises the same one, before it has read any weights.
     """
     path = Path(folder) / "config.json"
@@ -90,6 +91,8 @@ def load_weights(backbone: Backbone, folder: str | Path) -> None:
         backbone.checkpoint_dtypes[name] = reader.entry(keys[0]).dtype
         if sharding.is_vocabulary(name):
             _load_vocabulary(backbone, name, parameter, reader, keys[0], full)
+            if new_rows is not None:
+                _draw_rows(backbone, name, parameter, reader, keys[0], new_rows)
             continue
         offset = 0
         for part in shard_slices(name, full, backbone.config, rank, tp):
@@ -189,6 +192,22 @@ def _load_vocabulary(
         shape = [full[0] - rows, full[1]]
         new = sharding.init_tensor(f"{name}/new rows", shape, backbone.config, backbone.seed)
         parameter[present:].copy_(new[start + present - rows : stop - rows])
+
+
+def _draw_rows(
+    backbone: Backbone,
+    name: str,
+    parameter: Tensor,
+    reader: TensorReader,
+    key: str,
+    new_rows: NewRows,
+) -> None:
+    """Fill this rank's part of the new rows."""
+    start, stop = backbone.vocab_range
+    first, last = max(start, new_rows.start), min(stop, new_rows.stop)
+    if first < last:
+        drawn = new_rows.draw(reader, key, name, backbone.seed, first, last)
+        parameter[first - start : last - start].copy_(drawn)
 
 
 def _checkpoint_tensors(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.console import console
@@ -9,7 +11,10 @@ from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.index_report import index_summary
-from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.items.language_model import LanguageModel
+from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.source import vocabulary_files
+from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
 from ilrec_dist.pipeline.stage import Stage
 
 
@@ -20,7 +25,7 @@ def index_stage(config: Config) -> Stage:
         # Codes that are built from the CF model's item vectors stand on that model.
         after=("cf",) if config.items.from_cf else ("prepare",),
         settings=stage_settings(config, "index") | {"given": config.items.index is not None},
-        inputs=lambda: input_files(config.items),
+        inputs=lambda: input_files(config.items) + _model_files(config),
         output=RunFolders(config.run_dir).items,
         run=lambda: index(config),
     )
@@ -29,7 +34,23 @@ def index_stage(config: Config) -> Stage:
 def index(config: Config) -> str | None:
     artifacts = RunArtifacts(config)
     vectors = item_vectors(artifacts.folders.cf) if config.items.from_cf else None
-    report = build_catalogue(config.items, artifacts.dataset, artifacts.folders.items, vectors)
+    report = build_catalogue(
+        config.items,
+        artifacts.dataset,
+        artifacts.folders.items,
+        vectors,
+        _language_model(config),
+    )
     if report["warning"]:
         console.print(f"index: warning: {report['warning']}", highlight=False, markup=False)
     return index_summary(report)
+
+
+def _model_files(config: Config) -> list[Path]:
+    return [] if config.backbone.from_ is None else vocabulary_files(config.backbone.from_)
+
+
+def _language_model(config: Config) -> LanguageModel | None:
+    """The model whose tokenizer the codes enter; None for a decoder trained from scratch."""
+    folder = with_local_model(config).backbone.from_
+    return None if folder is None else LanguageModel(Path(folder), read_config(folder).vocab_size)

@@ -16,11 +16,19 @@ from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.console import console
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import BEST, COUNTER, FINAL, RESULT, RunFolders
-from ilrec_dist.config.tree import Config
+from ilrec_dist.config.tree import Config, check_together
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
+from ilrec_dist.model import build
+from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.source import weight_files
 from ilrec_dist.objective.registry import get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
+from ilrec_dist.pipeline.artifacts import (
+    RunArtifacts,
+    config_for_workers,
+    item_titles,
+    with_local_model,
+)
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter
@@ -51,6 +59,7 @@ def _training_stage(config: Config, name: str, seed: int) -> Stage:
         "train",
         after=("index", "rewards") if reads_rewards else ("index",),
         settings=settings | {"method": name, "seed": seed},
+        inputs=lambda: [] if config.backbone.from_ is None else weight_files(config.backbone.from_),
         output=folder,
         training=TrainingSpec(name, seed, folder, ""),
         required=(BEST, FINAL, RESULT),
@@ -65,6 +74,9 @@ def train_and_evaluate(
     Returns the seconds that each training took, the group's start counted to the first, and last
     those of the evaluation.
     """
+    if trainings:
+        config = with_local_model(config)
+        _check_model(config)
     _announce(trainings)
     folders = RunFolders(config.run_dir)
     needs_rewards = any(
@@ -99,6 +111,20 @@ def train_and_evaluate(
         evaluate_baselines(config, RunArtifacts(config))
         seconds.append(time.time() - at)
     return seconds
+
+
+def _check_model(config: Config) -> None:
+    """Raise UserError, before any process is started, where the model cannot be trained so."""
+    if config.backbone.from_ is None:
+        return
+    check_together(config, f"backbone.from {config.backbone.from_}")
+    artifacts = RunArtifacts(config)
+    build.check_positions(
+        read_config(config.backbone.from_),
+        build.max_positions(config.train.max_history, artifacts.catalogue.depth),
+    )
+    if config.backbone.new_tokens == "text":
+        item_titles(artifacts)
 
 
 def _announce(trainings: Sequence[TrainingSpec]) -> None:

@@ -1,0 +1,125 @@
+"""Item tokens that are added to a pretrained language model's own tokenizer (METHOD.md §10)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from tokenizers import AddedToken
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, single_spaced
+from ilrec_dist.items.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# The folder, beside the catalogue's files, of the extended tokenizer and the model's config.json.
+LANGUAGE_MODEL = "language_model"
+# Titles that are tokenized at a time.
+TITLES_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What the items need to know of the model whose vocabulary they enter."""
+
+    # A Hugging Face folder.
+    folder: Path
+    # V₀, the rows of its embedding.
+    embedding_rows: int
+
+
+class ExtendedTokenizer:
+    """The model's own tokenizer with the item tokens of a catalogue added in one call.
+
+    Raises UserError where it does not load, has a token of that name already, has more
+    tokens than the embedding has rows, or would give the added tokens other ids than
+    those that follow its own.
+    """
+
+    def __init__(self, model: LanguageModel, names: Sequence[str]) -> None:
+        self.model = model
+        self.tokenizer = _load(model.folder)
+        own = self.tokenizer.get_vocab()
+        for name in names:
+            if name in own:
+                raise UserError(
+                    f"{model.folder}: the model's tokenizer has the token {name!r} already (id "
+                    f"{own[name]}); give the items' codes other names in items.index"
+                )
+        base_size = 1 + max(own.values())
+        if base_size > model.embedding_rows:
+            raise UserError(
+                f"{model.folder}: the tokenizer's largest id is {base_size - 1}, and the model has "
+                f"{model.embedding_rows} embedding rows; the tokenizer is of another model"
+            )
+        # Matched as they are written, and kept when special tokens are left out of a text.
+        self.tokenizer.add_tokens([AddedToken(n, normalized=False, special=False) for n in names])
+        ids = self.tokenizer.convert_tokens_to_ids(list(names))
+        if ids != list(range(base_size, base_size + len(names))):
+            raise UserError(
+                f"{model.folder}: the tokenizer does not give added tokens the ids from "
+                f"{base_size} on"
+            )
+        padding = self.tokenizer.pad_token_id
+        if padding is None:
+            padding = self.tokenizer.eos_token_id
+        self.vocabulary = Vocabulary.added_to(
+            base_size, model.embedding_rows, len(names), 0 if padding is None else padding
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the folder LANGUAGE_MODEL into `folder`."""
+        out = folder / LANGUAGE_MODEL
+        self.tokenizer.save_pretrained(out)
+        if not (out / TOKENIZER).is_file():
+            raise UserError(f"{self.model.folder}: its tokenizer has no {TOKENIZER} form")
+        shutil.copyfile(self.model.folder / "config.json", out / "config.json")
+
+
+def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> csr_matrix:
+    """How often the titles of the items that carry an item token hold each token of the model.
+
+    float64 [I, T], a row an item token, of titles by item index; `folder` is LANGUAGE_MODEL's.
+    """
+    vocabulary = catalogue.vocabulary
+    tokenizer = load_tokenizer(folder / TOKENIZER, "backbone.new_tokens")
+    items, tokens = [], []
+    for start in range(0, len(titles), TITLES_AT_ONCE):
+        texts = list(map(single_spaced, titles[start : start + TITLES_AT_ONCE]))
+        for item, encoding in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
+            own = [token for token in encoding.ids if token < vocabulary.base_size]
+            items += [start + item] * len(own)
+            tokens += own
+    by_item = csr_matrix(
+        (np.ones(len(items)), (items, tokens)), (catalogue.num_items, vocabulary.base_size)
+    )
+    numbers = vocabulary.numbers(catalogue.item_tokens(np.arange(catalogue.num_items)))
+    carriers = np.repeat(np.arange(catalogue.num_items), catalogue.depth)
+    carried = csr_matrix(
+        (np.ones(numbers.size), (numbers.ravel(), carriers)),
+        (len(vocabulary.item_tokens), catalogue.num_items),
+    )
+    return csr_matrix(carried @ by_item)
+
+
+def _load(folder: Path) -> PreTrainedTokenizerFast:
+    # Inside the function because transformers takes seconds to load.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    # Damaged files raise all kinds of errors.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: its tokenizer does not load: {reason}") from None
+    return tokenizer

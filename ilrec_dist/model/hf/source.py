@@ -1,0 +1,98 @@
+"""Where a pretrained model lies: `backbone.from` names a folder or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.model.hf.gguf import dequantised_folder
+from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE
+
+# Files that decide what the tokenizer does, where the folder has them.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+# One of these a tokenizer has.
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
+
+
+def is_gguf(source: str | Path) -> bool:
+    return Path(source).suffix == ".gguf"
+
+
+def vocabulary_files(source: str) -> list[Path]:
+    """The files that decide the model's tokenizer and its sizes.
+
+    Raises UserError where the source is no local model.
+    """
+    path = _existing(source)
+    if is_gguf(path):
+        return [path]
+    present = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not VOCABULARIES & set(present):
+        raise UserError(
+            f"{path}: has no tokenizer; expected one of {', '.join(sorted(VOCABULARIES))}"
+        )
+    return [path / "config.json", *(path / name for name in present)]
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files that decide the model's weights.
+
+    Raises UserError where the source is no local model with safetensors.
+    """
+    path = _existing(source)
+    if is_gguf(path):
+        return [path]
+    files = [path / "config.json"]
+    if not (path / INDEX_FILE).exists():
+        files.append(path / SINGLE_FILE)
+    else:
+        files.append(path / INDEX_FILE)
+        weight_map = read_json_object(path / INDEX_FILE).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        files += [path / name for name in sorted({str(name) for name in names})]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file; backbone.from needs the safetensors of a Hugging Face model"
+            )
+    return files
+
+
+def model_folder(source: str, cache: Path) -> Path:
+    """The model's folder as an absolute path; a GGUF file is dequantised into `cache` once.
+
+    To be called in one process, before the workers start.
+    """
+    path = _existing(source)
+    return (dequantised_folder(path, cache) if is_gguf(path) else path).resolve()
+
+
+def _existing(source: str) -> Path:
+    path = Path(source)
+    if not path.exists():
+        name = source.strip("/").rsplit("/", 1)[-1]
+        raise UserError(
+            f"backbone.from: {source!r} is no local folder or file; models are read from local "
+            f"folders, and nothing is downloaded: get one first, for example with "
+            f"`hf download {source} --local-dir models/{name}`, and set backbone.from to that "
+            "folder"
+        )
+    if path.is_file() and not is_gguf(path):
+        raise UserError(f"backbone.from: {source!r} is no GGUF file and no folder of a model")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{path / 'config.json'}: no such file; backbone.from needs the folder of a Hugging "
+            "Face model"
+        )
+    return path

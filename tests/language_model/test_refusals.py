@@ -1,0 +1,152 @@
+"""What cannot be trained is refused in one line, before a worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from ilrec_dist.cli import main
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import dump_config, load_config
+from ilrec_dist.config.tree import ConfigError
+from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.items.build import build_catalogue
+from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.language_model import LanguageModel
+from ilrec_dist.model.hf.source import model_folder, vocabulary_files, weight_files
+from ilrec_dist.pipeline.artifacts import item_titles
+from ilrec_dist.pipeline.execute import execute
+from tests.language_model.models import make_language_model, model_config
+
+TITLES = ["red lamp", "blue lamp", "green chair"]
+
+
+def test_the_key_is_from_in_yaml_on_the_command_line_and_in_errors(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("backbone: {from: somewhere, new_tokens: text}\n")
+    config = load_config(path)
+    assert (config.backbone.from_, config.backbone.new_tokens) == ("somewhere", "text")
+    assert yaml.safe_load(dump_config(config))["backbone"]["from"] == "somewhere"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    path.write_text("{}\n")
+    assert load_config(path, ["backbone.from=here"]).backbone.from_ == "here"
+    for override, message in (
+        ("backbone.from_=here", "unknown key 'backbone.from_'; the nearest key is 'backbone.from'"),
+        ("backbone.fro=here", "the nearest key is 'backbone.from'"),
+        ("backbone.from=3", "key 'backbone.from': input should be a valid string, found 3"),
+        ("backbone.new_tokens=text", "key 'backbone.new_tokens': has no effect here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["dropout=0.2", "num_layers=2", "hidden_size=64", "rope_theta=5.0", "position_embedding=rope"],
+)
+def test_keys_that_the_model_decides_are_refused(override: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("backbone: {from: somewhere}\n")
+    key = override.split("=")[0]
+    with pytest.raises(ConfigError, match=f"'backbone.{key}': has no effect .* backbone.from null"):
+        load_config(tmp_path / "c.yaml", [f"backbone.{override}"])
+
+
+def test_the_layout_is_checked_against_the_model(tmp_path: Path) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    (tmp_path / "c.yaml").write_text(
+        f"backbone: {{from: {model}}}\ntrain: {{batch_size: 12}}\nlaunch: {{workers: 12}}\n"
+    )
+
+    def load(*overrides: str) -> None:
+        load_config(tmp_path / "c.yaml", overrides)
+
+    # Two key/value heads on four ranks are shared by two each.
+    load("launch.tp=4")
+    with pytest.raises(ConfigError, match="'launch.tp': tp 3 does not divide .* 4 attention heads"):
+        load("launch.tp=3", "backbone.vocab_multiple=12")
+    with pytest.raises(ConfigError, match="vocab_multiple 8"):
+        load("launch.tp=3", "backbone.vocab_multiple=8")
+    with pytest.raises(ConfigError, match="below the 3 layers"):
+        load("objective.num_intermediate_layers=3")
+    with pytest.raises(ConfigError, match="'items.form': titles"):
+        load("items.form=titles", "train.targets=last")
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(tree | {"model_type": "mamba"}))
+    with pytest.raises(UserError, match="config.json: model_type 'mamba' is not supported"):
+        load()
+
+
+def test_a_hub_id_is_one_line_that_says_how_to_get_the_model(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "c.yaml"
+    config = config_to_dict(model_config(tmp_path / "runs", "Qwen/Qwen2.5-0.5B"))
+    path.write_text(yaml.safe_dump(config))
+    assert main(["run", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B" in error
+    assert "local folders" in error and not (tmp_path / "runs").exists()
+
+
+def test_sources_that_are_no_model(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match="config.json: no such file"):
+        vocabulary_files(str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer"):
+        vocabulary_files(str(folder))
+    with pytest.raises(UserError, match="model.safetensors: no such file"):
+        weight_files(str(folder))
+    with pytest.raises(UserError, match="no GGUF file"):
+        model_folder(str(folder / "config.json"), tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").touch()
+    names = [path.name for path in weight_files(str(folder))]
+    assert names == ["config.json", "model.safetensors.index.json", "model-1.safetensors"]
+
+
+def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<item_1>"])
+    tokenizer.save_pretrained(model)
+    items = np.arange(3, dtype=np.int32)
+    shop = InteractionDataset(items, np.array([0, 3]), ["u"], ["a", "b", "c"], titles=TITLES)
+
+    def build(folder: Path, rows: int) -> None:
+        config = ItemsConfig(form="atomic")
+        build_catalogue(config, shop, tmp_path / "items", None, LanguageModel(folder, rows))
+
+    with pytest.raises(UserError, match="the token '<item_1>' already"):
+        build(model, 500)
+    model = make_language_model(tmp_path / "other", TITLES)
+    with pytest.raises(UserError, match="largest id .* 100 embedding rows"):
+        build(model, 100)
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="does not load"):
+        build(model, 500)
+    assert not (tmp_path / "items").exists()
+
+
+def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    config = model_config(tmp_path, model, train={"max_history": 64, "methods": ["sft"]})
+    execute(config, "prepare")
+    execute(config, "index")
+    with pytest.raises(UserError, match="129 tokens, .* 128 positions; lower train.max_history"):
+        execute(config, "train")
+
+    class Untitled:
+        dataset = dataclasses.make_dataclass("Data", ["titles"])(None)
+
+    with pytest.raises(UserError, match="new_tokens: text needs the items' titles"):
+        item_titles(Untitled())  # type: ignore[arg-type]
