@@ -1,7 +1,7 @@
-"""What an exported language model needs besides its weights: catalogue, trie, tokenizer, decoding.
+"""A trained model as a folder of its own: weights, tokenizer, catalogue, trie, decoding.
 
-The files of a folder need neither this project nor remote code: `constrained_decoding.py` is copied
-beside them and reads `trie.npz` with numpy alone.
+`transformers` loads the folder. Its files need neither this project nor remote code:
+`constrained_decoding.py` is copied beside them and reads `trie.npz` with numpy alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import committed_folder, write_json
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.export import constrained_decoding
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import save_weights
 
 # What `generate` does unless it is told otherwise. Every field is written: an unset one would be
 # filled from defaults of the library, and a repetition penalty acts on the codes of the history.
@@ -33,7 +38,48 @@ GENERATION = {
     "length_penalty": 0.0,
     "num_beams": 20,
 }
-PADDING_NAME, UNKNOWN_NAME = "<pad>", "<unk>"
+PADDING_NAME = "<pad>"
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": PADDING_NAME,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def export_model(
+    out: Path,
+    backbone: Backbone,
+    dataset: InteractionDataset,
+    catalogue: Catalogue,
+    trie: Trie,
+    dtype: torch.dtype,
+) -> None:
+    """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
+
+    Raises UserError when `out` exists, when no Hugging Face family has the backbone's
+    architecture, and for items that are titles.
+    """
+    if out.exists():
+        raise UserError(f"{out}: already exists; choose a folder to create")
+    if catalogue.pieces is not None:
+        raise UserError(
+            "items.form titles: a model whose vocabulary was learned from the titles has no "
+            "Hugging Face tokenizer; expected items.form semantic or atomic"
+        )
+    vocabulary = catalogue.vocabulary
+    token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
+    try:
+        with committed_folder(out) as staged:
+            save_weights(backbone, staged / "model", dtype, token_ids)
+            for path in (staged / "model").iterdir():
+                path.rename(staged / path.name)
+            (staged / "model").rmdir()
+            own_tokenizer(catalogue).save(str(staged / "tokenizer.json"))
+            write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)
+            write_item_files(staged, dataset, catalogue, trie)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 def write_item_files(
@@ -111,7 +157,7 @@ def own_tokenizer(catalogue: Catalogue) -> Tokenizer:
     names = catalogue.token_names()
     vocabulary = {name: token for token, name in names.items()}
     vocabulary[PADDING_NAME] = catalogue.vocabulary.padding
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_NAME))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PADDING_NAME))
     # A code ends with its bracket, and blanks between items mean nothing.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -167,7 +167,7 @@ class Executor:
         self.run.finish(name, seconds)
         console.print(f"[bold]{name}[/bold]: done in {seconds:.1f} s")
         if summary:
-            console.print(f"  {summary}", highlight=False, markup=False)
+            console.print(f"  {summary}", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def _as_before_if_refused(self, name: str) -> Iterator[None]:
@@ -203,12 +203,13 @@ class Executor:
                 f"of another configuration or other input{changed}; --resume refuses instead",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
         self.run.record_file(name).unlink(missing_ok=True)
         shutil.rmtree(output, ignore_errors=True)
 
     def _put_back_what_is_wanted(self) -> None:
-        """Put back the finished work that an interrupted command kept, where it is of these settings."""
+        """Put back finished work of these settings that an interrupted command kept."""
         kept = set(self.preserved.outputs)
         if not kept:
             return
@@ -230,4 +231,5 @@ def _say_unchanged(name: str) -> None:
 
 def _say_damaged(name: str, reason: str) -> None:
     if reason.startswith("is damaged"):
-        console.print(f"{name}: {reason}; made again", highlight=False, markup=False)
+        line = f"{name}: {reason}; made again"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

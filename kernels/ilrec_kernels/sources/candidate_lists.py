@@ -48,13 +48,15 @@ class CandidateLists:
         needs_layers = plan.distill.is_lists or (plan.negatives.is_lists and not from_final)
         makes_final, makes_layers = self.needs_final, needs_layers
         if dense is not None:
-            if self.needs_final and self._are_in(plan.final.columns):
-                self.z_final = self._look_up(dense.final, plan.final.columns)
-                makes_final = False
-            if needs_layers and plan.layer_streams and self._are_in(plan.layers.columns):
-                layers = [self._look_up(z, plan.layers.columns) for z in dense.layers]
-                self.z_layers = torch.stack(layers)
-                makes_layers = False
+            if self.needs_final:
+                index = self._flat_index(plan.final.columns)
+                if index is not None:
+                    self.z_final, makes_final = dense.final.reshape(-1).take(index), False
+            if needs_layers and plan.layer_streams:
+                index = self._flat_index(plan.layers.columns)
+                if index is not None:
+                    layers = [z.reshape(-1).take(index) for z in dense.layers]
+                    self.z_layers, makes_layers = torch.stack(layers), False
         if makes_final or makes_layers:
             streams = slice(0 if makes_final else 1, plan.streams if makes_layers else 1)
             z = self.gemm.logits(chunk.x[streams], p.head, p.dtype)
@@ -94,15 +96,15 @@ class CandidateLists:
         single = self.entries.single
         return RaggedGemm(self.entries.row, self.column, single, streams, d, self.plan.budget)
 
-    def _are_in(self, columns: VocabColumns) -> bool:
-        """Whether the columns hold all entries; the device is asked only if in doubt."""
-        if len(columns) == self.p.stop - self.p.start:
-            return True
-        return bool(columns.find(self.column)[1].all())
+    def _flat_index(self, columns: VocabColumns) -> Tensor | None:
+        """Return where the entries lie in a flat matrix [n, c] over the columns.
 
-    def _look_up(self, z: Tensor, columns: VocabColumns) -> Tensor:
-        """Return z [n, c] over the columns at the entries, [P]."""
-        return z.reshape(-1).take(self.entries.row * z.shape[1] + columns.find(self.column)[0])
+        None: the columns lack some entry. The device is asked only where there is doubt.
+        """
+        position, mask = columns.find(self.column)
+        if len(columns) < self.p.stop - self.p.start and not bool(mask.all()):
+            return None
+        return self.entries.row * len(columns) + position
 
     def _propose(self, chunk: Chunk) -> None:
         from_final = self.p.options.negatives_from == "final"

@@ -1,0 +1,93 @@
+"""Opens the trained model of a finished run, for what is done with it: recommend, export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.run_layout import BEST
+from ilrec_dist.config.load import load_config
+from ilrec_dist.config.tree import Config
+from ilrec_dist.distributed.process_groups import (
+    ParallelState,
+    destroy_parallel,
+    initialize_parallel,
+)
+from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.weights import load_weights
+from ilrec_dist.objective.registry import default_method, get_method
+from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's best weights of one method and seed, in this process."""
+
+    # The run's configuration, with the model's settings as they were in its training: a later
+    # command may have left another configuration in the folder.
+    config: Config
+    artifacts: RunArtifacts
+    backbone: Backbone
+    # The file that the weights come from.
+    weights: Path
+    softmax_scope: SoftmaxScope
+    parallel: ParallelState
+
+
+@contextmanager
+def open_trained_model(
+    run: Path, method: str | None = None, seed: int | None = None
+) -> Iterator[TrainedModel]:
+    """The model of the run in folder `run`, in eval mode, while the block lasts.
+
+    method: a name of train.methods; None takes the project's own where it was trained. seed: None
+    takes the run's first. Raises UserError for a folder without such a finished training, and
+    where data, codes or weights are not those of the training.
+    """
+    config = run_config(run)
+    method = get_method(method or default_method(config.train.methods)).name
+    seed = config.train.seeds[0] if seed is None else seed
+    quiet()
+    artifacts = RunArtifacts(config)
+    weights = artifacts.folders.training(method, seed) / BEST
+    model = artifacts.trained_model(method, seed)["model"]
+    config = dataclasses.replace(
+        config,
+        backbone=BackboneConfig(**model["backbone"]),
+        train=dataclasses.replace(
+            config.train, max_history=model["max_history"], precision=model["precision"]
+        ),
+    )
+    device = resolve_device(config.launch)
+    if device == "cpu":
+        set_cpu_threads(config.launch)
+    parallel = initialize_parallel(1, device)
+    try:
+        backbone = load_weights(build_backbone(config, artifacts, seed), weights)
+        backbone = backbone.to(parallel.device)
+        yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
+    finally:
+        destroy_parallel()
+
+
+def run_config(run: Path) -> Config:
+    """The configuration in a run's folder, pointed at where the folder is now.
+
+    Raises UserError for a folder that is no run's.
+    """
+    if not (run / "config.yaml").exists():
+        raise UserError(
+            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, "
+            "such as runs/quickstart"
+        )
+    folder = run.resolve()
+    return dataclasses.replace(
+        load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name
+    )
