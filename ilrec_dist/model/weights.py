@@ -48,8 +48,8 @@ def read_training_weights(path: Path) -> dict[str, Tensor]:
 def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
     """Load a finished training's weights file under any tp; the backbone in eval mode.
 
-    Raises UserError as `read_training_weights` does, and naming a tensor that is missing, left over or
-    of another shape.
+    Raises UserError as `read_training_weights` does, and naming a tensor that is missing,
+    left over or of another shape.
     """
     backbone.load_full_state_dict(read_training_weights(path))
     return backbone.eval()
