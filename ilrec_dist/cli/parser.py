@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_stages(commands)
     _add_index_commands(commands)
     _add_recommend(commands)
+    _add_serve(commands)
     _add_export(commands)
     _add_export_data(commands)
     _add_config_command(commands)
@@ -67,13 +68,15 @@ def _add_stages(commands: Commands) -> None:
         command.add_argument(
             "--verify",
             action="store_true",
-            help="compare the files of finished stages with their SHA-256, not only by size and time",
+            help="compare the files of finished stages with their SHA-256, "
+            "not only by size and time",
         )
         if name in ("run", "prepare"):
             command.add_argument(
                 "--max-bad-rows",
                 metavar="N",
-                help="skip up to N malformed rows and list them in rejects.jsonl (data.max_bad_rows)",
+                help="skip up to N malformed rows and list them in rejects.jsonl "
+                "(data.max_bad_rows)",
             )
         command.set_defaults(
             call="ilrec_dist.cli.stages:run_stage", command=name, resume=False, max_bad_rows=None
@@ -156,16 +159,7 @@ def _add_recommend(commands: Commands) -> None:
     command.add_argument(
         "--out", metavar="OUT.parquet", help="where to write; without it a table is printed"
     )
-    command.add_argument(
-        "--method",
-        metavar="NAME",
-        help="whose weights, as in train.methods (default: the project's own where it was trained)",
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        help="the training seed whose weights are used (default: the run's first)",
-    )
+    _add_model_choice(command)
     command.add_argument(
         "--exclude-seen",
         action="store_true",
@@ -177,15 +171,25 @@ def _add_recommend(commands: Commands) -> None:
     command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
 
 
-def _add_export(commands: Commands) -> None:
+def _add_serve(commands: Commands) -> None:
     command = _command(
         commands,
-        "export",
-        "write a trained model, its tokenizer and its catalogue as a folder that transformers loads",
-        "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
+        "serve",
+        "answer requests for recommendations over HTTP with a trained run",
+        "example:\n  ilrec serve runs/quickstart --port 8080\n"
+        '  curl -d \'{"histories": [["item1", "item2"]], "top": 5}\' '
+        "http://127.0.0.1:8080/recommend",
     )
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
-    command.add_argument("out", metavar="DIR", help="a new folder")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: this machine only)"
+    )
+    command.add_argument("--port", type=int, default=8080, help="default 8080; 0 takes a free one")
+    _add_model_choice(command)
+    command.set_defaults(call="ilrec_dist.cli.serve:run", command="serve")
+
+
+def _add_model_choice(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--method",
         metavar="NAME",
@@ -194,6 +198,19 @@ def _add_export(commands: Commands) -> None:
     command.add_argument(
         "--seed", type=int, help="the training seed whose weights are used (default: the first)"
     )
+
+
+def _add_export(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "export",
+        "write a trained model, its tokenizer and its catalogue "
+        "as a folder that transformers loads",
+        "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.add_argument("out", metavar="DIR", help="a new folder")
+    _add_model_choice(command)
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -18,7 +18,10 @@ Chat = Callable[[str, str | None], str]
 
 @dataclass(frozen=True)
 class ItemTexts:
-    """How items are written. Both lists are by item index; None where the items have no such form."""
+    """How items are written.
+
+    Both lists are by item index; None where the items have no such form.
+    """
 
     codes: Sequence[str] | None
     titles: Sequence[str] | None
@@ -98,7 +101,7 @@ def render(
 
     def prompt_tokens(kept: int) -> tuple[str, list[int]]:
         listed = template.separator.join(written[len(written) - kept :])
-        text = template.prompt.format(**{template.place: listed})
+        text = template.prompt.format(**{template.placeholder: listed})
         if chat is not None:
             text = chat(text, template.system)
         return text, list(encode(text))

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilrec_dist.cli import main
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
+from ilrec_dist.serving.backend import LocalBackend
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -110,3 +112,33 @@ def test_a_decoder_without_a_hugging_face_form_is_refused(tmp_path: Path, capsys
     assert main(["export", str(config.run_dir), str(tmp_path / "model")]) == 2
     assert "normalization" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_the_local_backend_serves_what_recommend_writes(exported, tmp_path: Path) -> None:
+    run, folder = exported
+    ids = pq.read_table(folder / "catalogue.parquet").column("item").to_pylist()
+    histories = [[ids[3], ids[40], ids[7]], [ids[1]]]
+    table = pa.table({"user": ["u", "v"], "items": pa.array(histories, pa.list_(pa.string()))})
+    pq.write_table(table, tmp_path / "histories.parquet")
+    out = tmp_path / "out.parquet"
+    words = ["recommend", str(run), "--histories", str(tmp_path / "histories.parquet")]
+    assert main([*words, "--top", "5", "--exclude-seen", "--out", str(out)]) == 0
+    with open_trained_model(run) as trained:
+        backend = LocalBackend(
+            trained.backbone,
+            trained.artifacts.dataset,
+            trained.artifacts.trie,
+            beam=trained.config.evaluation.beam,
+            batch_size=trained.config.evaluation.batch_size,
+            softmax_scope=trained.softmax_scope,
+            max_history=trained.config.train.max_history,
+            parallel=trained.parallel,
+        )
+        lists = backend.recommend(histories, 5, True)
+        with pytest.raises(UserError, match="history 1 has the item 'none'"):
+            backend.recommend([[ids[0]], ["none"]], 5, False)
+        with pytest.raises(UserError, match="history 0 is empty"):
+            backend.recommend([[]], 5, False)
+    served = [(item.item, item.score) for items in lists for item in items]
+    written = [(row["item"], row["score"]) for row in pq.read_table(out).to_pylist()]
+    assert served == written and len(served) == 10

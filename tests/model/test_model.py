@@ -225,7 +225,7 @@ def test_batches_of_packed_sequences_are_of_similar_length() -> None:
     assert packed.positions.tolist() == [p for length in lengths for p in range(length)]
     assert sum(batch.numel() for batch in packed.batches) < 2 * sum(lengths)
     tokens = torch.cat([batch.flatten() for batch in packed.batches])
-    assert torch.equal(tokens[packed.place_of_token], torch.arange(sum(lengths)))
+    assert torch.equal(tokens[packed.position_in_batches], torch.arange(sum(lengths)))
 
 
 def taps_and_padding(mesh: Mesh) -> None:

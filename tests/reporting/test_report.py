@@ -11,7 +11,7 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.reporting.html import charts, curves
 from ilrec_dist.reporting.html.charts import Chart, Series, line_chart
-from ilrec_dist.reporting.html.curves import MethodMetrics
+from ilrec_dist.reporting.html.curves import MethodMetrics, loss_charts, loss_position_charts
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.html.report import write_report
 from ilrec_dist.reporting.results import Interval, write_results
@@ -265,3 +265,10 @@ def test_coordinates_stay_within_the_picture(html):
         for pair in points.split():
             x, y = map(float, pair.split(","))
             assert 0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT
+
+
+def test_a_loss_term_that_the_report_does_not_know_is_drawn_by_its_name():
+    lines = [{"step": s, "loss/xyz": s / 2, "loss/total": s, "loss/xyz/pos0": s} for s in (1, 2)]
+    runs = [MethodMetrics("made-up", 0, lines)]
+    assert [chart.title for chart in loss_charts(runs)] == ["Total loss", "XYZ"]
+    assert [chart.title for chart in loss_position_charts(runs)] == ["XYZ by position, made-up"]

@@ -19,7 +19,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.model.weights import read_weights
+from ilrec_dist.model.weights import read_training_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
@@ -176,7 +176,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
 
 
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
-    """The norm of a gradient of three micro-batches: of the first, and twice the 512th part of it."""
+    """The norm of the gradient of three micro-batches: the first, and twice its 512th part."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.training.engine import build_engine
 
@@ -254,15 +254,15 @@ def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(
         for name in ("best.safetensors", "final.safetensors")
     }
     best = folder / "best.safetensors"
-    whole = read_weights(best)
+    whole = read_training_weights(best)
     assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(best).items())
     _flip(best)
     with pytest.raises(UserError, match=f"^{re.escape(str(best))}: .*damaged.*SHA-256"):
-        read_weights(best)
+        read_training_weights(best)
     final = folder / "final.safetensors"
     final.write_bytes(final.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"^{re.escape(str(final))}: .*damaged.*SHA-256"):
-        read_weights(final)
+        read_training_weights(final)
     best.unlink()
     with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
-        read_weights(best)
+        read_training_weights(best)

@@ -13,16 +13,16 @@ from ilrec_dist.reporting.html.charts import Chart, Series
 POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
 
-LOSS_TERMS = (
-    ("loss/total", "Total loss", "CPO + μ·CPD + λ·CRR, per row"),
-    (
-        "loss/cpo",
+# What the report says of the loss terms that it knows. Any other term is drawn by its name.
+LOSS_NOTES = {
+    "loss/total": ("Total loss", "the sum of the weighted terms, per row"),
+    "loss/cpo": (
         "CPO",
         "cross-entropy with the negatives made harder; plain cross-entropy where β is 0",
     ),
-    ("loss/cpd", "CPD", "KL of the intermediate layers to the final one, before μ"),
-    ("loss/crr", "CRR", "cross-entropy to the collaborative soft label, before λ"),
-)
+    "loss/cpd": ("CPD", "KL of the intermediate layers to the final one, before μ"),
+    "loss/crr": ("CRR", "cross-entropy to the collaborative soft label, before λ"),
+}
 NEGATIVES = (
     ("negatives/mean", "Mean |H|", "self-hard negatives per row", False),
     (
@@ -64,17 +64,30 @@ class MethodMetrics:
 
 
 def loss_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
-    return _present(_per_run(runs, key, title, note) for key, title, note in LOSS_TERMS)
+    return _present(_per_run(runs, key, *_loss_note(key)) for key in _loss_terms(runs))
 
 
 def loss_position_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
+    terms = [key for key in _loss_terms(runs) if key != "loss/total"]
     return _by_method(
         runs,
         lambda method, of: [
-            _per_position(of, key, f"{title} by position, {method}", "")
-            for key, title, _ in LOSS_TERMS[1:]
+            _per_position(of, key, f"{_loss_note(key)[0]} by position, {method}", "")
+            for key in terms
         ],
     )
+
+
+def _loss_terms(runs: Sequence[MethodMetrics]) -> list[str]:
+    """The metrics of loss terms that were logged, without those by position; the total first."""
+    logged = {key: None for run in runs for line in run.lines for key in line}
+    terms = [key for key in logged if key.startswith("loss/") and key.count("/") == 1]
+    return sorted(terms, key=lambda key: key != "loss/total")
+
+
+def _loss_note(key: str) -> tuple[str, str]:
+    """The title and the explanation of a loss term's chart."""
+    return LOSS_NOTES.get(key, (key.removeprefix("loss/").upper(), "before its weight"))
 
 
 def validation_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
@@ -151,13 +164,13 @@ def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         ("ndcg@10", "Collaborative models, validation NDCG@10"),
     ):
         series = []
-        for place, (name, report) in enumerate(models.items()):
+        for index, (name, report) in enumerate(models.items()):
             points = [
                 (float(line["epoch"]), float(line[key]))
                 for line in report.get("curve", ())
                 if isinstance(line.get(key), int | float)
             ]
-            series.append(Series(name, points, place))
+            series.append(Series(name, points, index))
         charts.append(Chart(title, series, x_label="epoch", marks=True))
     return _present(charts)
 
@@ -190,10 +203,10 @@ def _per_position(
     """A curve per position in the item, counted from 1, and one for all rows; mean over seeds."""
     numbers = sorted(
         {
-            int(found["number"])
+            int(match["number"])
             for run in runs
             for key in _keys(run)
-            if (found := POSITION.match(key)) and found["stem"] == stem
+            if (match := POSITION.match(key)) and match["stem"] == stem
         }
     )
     series = [
@@ -213,19 +226,19 @@ def _per_position(
 
 def _per_layer(runs: Sequence[MethodMetrics], title: str) -> Chart:
     numbers = sorted(
-        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        {int(match["number"]) for run in runs for key in _keys(run) if (match := LAYER.match(key))},
         reverse=True,
     )
     series = [
-        Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), place)
-        for place, number in enumerate(numbers)
+        Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), index)
+        for index, number in enumerate(numbers)
     ]
     return Chart(title, series, "KL(final ‖ layer), mean over rows")
 
 
 def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:
     numbers = sorted(
-        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        {int(match["number"]) for run in runs for key in _keys(run) if (match := LAYER.match(key))},
         reverse=True,
     )
     return [
