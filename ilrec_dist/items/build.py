@@ -97,9 +97,9 @@ def build_catalogue(
     catalogue = make_catalogue(resolution.codes, resolution.level_sizes, names)
     tokenizer = None
     if model is not None:
-        names = catalogue.token_names()
+        token_names = catalogue.token_names()
         tokenizer = ExtendedTokenizer(
-            model, [names[token] for token in catalogue.vocabulary.item_tokens.tolist()]
+            model, [token_names[token] for token in catalogue.vocabulary.item_tokens.tolist()]
         )
         catalogue = catalogue.in_vocabulary(tokenizer.vocabulary)
     report = {

@@ -18,7 +18,7 @@ from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, single_spaced
 from ilrec_dist.items.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 # The folder, beside the catalogue's files, of the extended tokenizer and the model's config.json.
 LANGUAGE_MODEL = "language_model"
@@ -110,16 +110,13 @@ def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> c
     return csr_matrix(carried @ by_item)
 
 
-def _load(folder: Path) -> PreTrainedTokenizerFast:
+def _load(folder: Path) -> PreTrainedTokenizerBase:
     # Inside the function because transformers takes seconds to load.
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Damaged files raise all kinds of errors.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{folder}: its tokenizer does not load: {reason}") from None
-    return tokenizer

@@ -75,8 +75,9 @@ def load_weights(backbone: Backbone, folder: str | Path, new_rows: NewRows | Non
 
     Every rank reads its own slices only. Rows of the vocabulary beyond the checkpoint's
     (padding) are drawn anew from the backbone's seed, and those of `new_rows` as it
-    says, whether the checkpoint has them or not; equally for every tp. UserError names the file and the tensor that is missing, damaged or of
-    another shape; every rank raises the same one, before it has read any weights.
+    says, whether the checkpoint has them or not; equally for every tp. UserError names
+    the file and the tensor that is missing, damaged or of another shape; every rank
+    raises the same one, before it has read any weights.
     """
     path = Path(folder) / "config.json"
     backbone.checkpoint_family = family_of_json(read_json_object(path), path).model_type

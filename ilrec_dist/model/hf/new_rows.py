@@ -54,11 +54,12 @@ class NewRows:
         mean = total / self.start
         noise = self._noise(name, seed, first, last, width)
         noise *= (squares / self.start - mean.square()).clamp(min=0).sqrt()
+        by_moments: Tensor = (mean + noise).float()
         if counts is None:
-            return (mean + noise).float()
+            return by_moments
         held = torch.from_numpy(counts.sum(axis=1).A1).double()[:, None]
         from_text = texts / held.clamp(min=1) + TEXT_NOISE * noise
-        return torch.where(held > 0, from_text, mean + noise).float()
+        return torch.where(held > 0, from_text.float(), by_moments)
 
     def _old_rows(self, reader: TensorReader, key: str) -> Iterator[tuple[int, Tensor]]:
         for begin in range(0, self.start, READ_ROWS):
