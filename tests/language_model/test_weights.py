@@ -13,9 +13,6 @@ from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
@@ -23,33 +20,10 @@ from ilrec_dist.items.language_model import LANGUAGE_MODEL, LanguageModel, title
 from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import BLOCK_ROWS, NewRows
 from ilrec_dist.model.hf.tensor_files import TensorReader
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
-from ilrec_dist.testing.distributed import Mesh, run_distributed
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.testing.distributed import run_distributed
 from tests.language_model.models import make_language_model, model_config
-
-TITLES = ["red lamp", "blue lamp", "", "green chair", "small green chair", "oak table"]
-
-
-def shop() -> InteractionDataset:
-    items = np.arange(6, dtype=np.int32)
-    ids = [f"item {number}" for number in range(6)]
-    return InteractionDataset(items, np.array([0, 6]), ["u"], ids, titles=TITLES)
-
-
-@dataclasses.dataclass(frozen=True)
-class ShopArtifacts(RunArtifacts):
-    """The artifacts of a run whose data are the shop's."""
-
-    dataset = shop()
-
-
-def start_weights(mesh: Mesh, tree: dict) -> dict[str, torch.Tensor]:
-    config = config_from_dict(tree)
-    initialize_parallel(mesh.tp, "cpu")
-    try:
-        return build_backbone(config, ShopArtifacts(config), 3).full_state_dict()
-    finally:
-        destroy_parallel()
+from tests.language_model.start import TITLES, shop, start_weights
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -65,9 +39,9 @@ def test_old_rows_are_the_models_and_new_ones_are_drawn_alike_for_every_tp(
     rows = read_config(model).vocab_size
     build_catalogue(items, shop(), config.run_dir / "items", None, LanguageModel(model, rows))
     (one,) = run_distributed(start_weights, 1, 1, config_to_dict(config))
-    launch = dataclasses.replace(config.launch, workers=4, tp=4)
+    launch = dataclasses.replace(config.launch, workers=2, tp=2)
     tree = config_to_dict(dataclasses.replace(config, launch=launch))
-    for state in run_distributed(start_weights, 4, 4, tree):
+    for state in run_distributed(start_weights, 2, 2, tree):
         assert state.keys() == one.keys()
         for name, tensor in one.items():
             assert torch.equal(tensor, state[name]), name
