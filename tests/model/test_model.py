@@ -288,7 +288,7 @@ def test_bad_input_is_named() -> None:
         said,
         (
             ["tp 3", "world size 2"],
-            ["tp 2", "heads 1"],
+            ["tp 2", "1 attention heads"],
             ["17 tokens", "16 learned positions"],
             ["final_layernorm", "missing"],
             ["expected [48, 32]"],
