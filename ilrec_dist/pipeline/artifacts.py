@@ -25,7 +25,7 @@ from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model import build
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.pipeline.records import check_stands_on
+from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 
 # The fixed sample of validation users is drawn with this.
 VALIDATION_SEED = 20
@@ -41,6 +41,7 @@ class RunArtifacts:
 
     @cached_property
     def dataset(self) -> InteractionDataset:
+        verify_descriptions(self.folders, "prepare")
         return load_dataset(self.folders.data)
 
     @cached_property
@@ -50,6 +51,7 @@ class RunArtifacts:
 
     @cached_property
     def catalogue(self) -> Catalogue:
+        verify_descriptions(self.folders, "index")
         return Catalogue.load(self.folders.items)
 
     @cached_property
@@ -80,13 +82,15 @@ class RunArtifacts:
                 f"{weights}: no such weights; the run's training is not finished, or it trained "
                 f"other methods than {method} or other seeds than {seed}"
             )
+        stage = f"train {method} seed {seed}"
+        verify_descriptions(self.folders, stage)
         result = read_json_object(weights.with_name(RESULT))
         if "model" not in result or result["catalogue"] != catalogue_hash(self.catalogue):
             raise UserError(
                 f"{weights}: trained with other item codes than those in {self.folders.items}; "
                 "train again (`ilrec run`), or restore the codes"
             )
-        check_stands_on(self.folders, f"train {method} seed {seed}", ("index", "prepare"))
+        check_stands_on(self.folders, stage, ("index", "prepare"))
         return result
 
     def validation_users(self, count: int) -> np.ndarray:

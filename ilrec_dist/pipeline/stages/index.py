@@ -31,5 +31,7 @@ def index(config: Config) -> str | None:
     vectors = item_vectors(artifacts.folders.cf) if config.items.from_cf else None
     report = build_catalogue(config.items, artifacts.dataset, artifacts.folders.items, vectors)
     if report["warning"]:
-        console.print(f"index: warning: {report['warning']}", highlight=False, markup=False)
+        console.print(
+            f"index: warning: {report['warning']}", highlight=False, markup=False, soft_wrap=True
+        )
     return index_summary(report)
