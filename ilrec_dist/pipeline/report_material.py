@@ -29,7 +29,8 @@ class ReportMaterial(TypedDict):
 def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
     """Read the reports of the stages prepare, index and cf; collect what the user must be told."""
     folders = artifacts.folders
-    verify_descriptions(folders, "prepare")
+    for stage in ("prepare", "index", "cf"):
+        verify_descriptions(folders, stage)
     manifest = read_json_object(folders.data / MANIFEST)
     index_report = read_json_object(verified(folders.items, "report.json"))
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)

@@ -211,6 +211,15 @@ def test_the_advice_for_a_damaged_manifest_repairs_the_run(shop, capsys):
         assert recommend(shop) == answers
 
 
+@pytest.mark.parametrize("name", ["cf/manifest.json", "data/manifest.json", "items/manifest.json"])
+def test_a_stage_that_stands_on_a_damaged_manifest_does_not_begin(shop, capsys, name):
+    damage(shop / "runs/shop" / name, keep_time=True)
+    before = files(shop)
+    line = refused(capsys, "run", shop / "c.yaml", "train.epochs=2")
+    assert f"runs/shop/{name}: damaged" in line and "--verify" in line
+    assert files(shop) == before
+
+
 @pytest.mark.parametrize("name", ["cf/report.json", "items/report.json"])
 def test_the_report_reads_no_damaged_file(shop, capsys, name):
     damage(shop / "runs/shop" / name, keep_time=True)
