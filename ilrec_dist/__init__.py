@@ -1,3 +1,6 @@
-"""ILRec-dist: train a language model as a recommender with self-hard negatives from its own intermediate layers."""
+"""ILRec-dist trains a language model as a recommender.
+
+Its self-hard negatives come from the model's own intermediate layers.
+"""
 
 __version__ = "0.1.0"

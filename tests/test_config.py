@@ -1,4 +1,4 @@
-"""The configuration tree: round trip, overrides, and one clear line for everything it does not take."""
+"""The configuration tree: round trip, overrides, and one clear line for each refusal."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""A stage runs again exactly when its input bytes or relevant settings change, and never on output of another configuration."""
+"""A stage runs again exactly when its input bytes or relevant settings change.
+
+It never runs on output of another configuration.
+"""
 
 import json
 
@@ -22,7 +25,8 @@ def source(tmp_path):
         json.dumps({f"i{i}": [f"<a_{i % 3}>", f"<b_{i // 3}>"] for i in range(12)})
     )
     (tmp_path / "c.yaml").write_text(
-        f"name: t\nruns_dir: {tmp_path}/runs\ndata: {{format: lcrec, path: {folder}}}\nitems: {{index: {folder}/toys.index.json}}\n"
+        f"name: t\nruns_dir: {tmp_path}/runs\ndata: {{format: lcrec, path: {folder}}}\n"
+        f"items: {{index: {folder}/toys.index.json}}\n"
         "train: {methods: [sft, ilrec], seeds: [0, 1]}\n"
     )
     return tmp_path

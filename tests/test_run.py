@@ -1,4 +1,7 @@
-"""The whole path through the command line: every stage, the results in their documented form, recommendations, and nothing run twice."""
+"""The whole path through the command line.
+
+Every stage, the results in their documented form, recommendations; nothing runs twice.
+"""
 
 import json
 import shutil
@@ -24,7 +27,7 @@ METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a configuration and its finished run, tensor-parallel over two processes that torchrun started."""
+    """A folder with a configuration and its finished run, tp 2 under torchrun."""
     root = tmp_path_factory.mktemp("run")
     sections = {
         "launch": {"engine": "torchrun", "workers": 2, "tp": 2, "threads": 1, "device": "cpu"},

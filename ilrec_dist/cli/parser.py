@@ -68,13 +68,15 @@ def _add_stages(commands: Commands) -> None:
         command.add_argument(
             "--verify",
             action="store_true",
-            help="compare the files of finished stages with their SHA-256, not only by size and time",
+            help="compare the files of finished stages with their SHA-256, "
+            "not only by size and time",
         )
         if name in ("run", "prepare"):
             command.add_argument(
                 "--max-bad-rows",
                 metavar="N",
-                help="skip up to N malformed rows and list them in rejects.jsonl (data.max_bad_rows)",
+                help="skip up to N malformed rows and list them in rejects.jsonl "
+                "(data.max_bad_rows)",
             )
         command.set_defaults(
             call="ilrec_dist.cli.stages:run_stage", command=name, resume=False, max_bad_rows=None
@@ -202,7 +204,8 @@ def _add_export(commands: Commands) -> None:
     command = _command(
         commands,
         "export",
-        "write a trained model, its tokenizer and its catalogue as a folder that transformers loads",
+        "write a trained model, its tokenizer and its catalogue "
+        "as a folder that transformers loads",
         "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
     )
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")

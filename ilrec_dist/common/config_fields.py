@@ -1,4 +1,4 @@
-"""The types of configuration fields, and the decorator that makes a section of the configuration tree."""
+"""The types of configuration fields, and the decorator that makes a section of the tree."""
 
 from __future__ import annotations
 

@@ -2,7 +2,11 @@
 
 
 class UserError(Exception):
-    """Bad input: exit code 2. The message is one line that names the file, row, key or flag, what was expected, and what to do."""
+    """Bad input: exit code 2.
+
+    The message is one line that names the file, row, key or flag, what was expected, and
+    what to do.
+    """
 
 
 class WorkersFailed(RuntimeError):

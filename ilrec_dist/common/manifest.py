@@ -1,4 +1,4 @@
-"""Manifests: the SHA-256 of every file of a folder, written by its stage and checked by its readers.
+"""Manifests: the SHA-256 of every file of a folder, written by its stage, checked by readers.
 
 `write_manifest` is called last, when a folder's files are complete; `verified` and `verify` before
 a file is read. A file that has not changed since it was hashed in this process, by its size and

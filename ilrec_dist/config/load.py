@@ -1,4 +1,7 @@
-"""Loads the configuration from YAML with dotted overrides; `ilrec config CONFIG` prints the result."""
+"""Loads the configuration from YAML with dotted overrides.
+
+`ilrec config CONFIG` prints the result.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,10 @@ def _one_line(error: ValidationError, tree: dict[str, Any]) -> str:
     key = ".".join(parts) or "top level"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         nearest = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest key is {nearest[0]!r} (docs/configuration.md lists all)"
+        return (
+            f"unknown key {key!r}; the nearest key is {nearest[0]!r} "
+            "(docs/configuration.md lists all)"
+        )
     expected = first["msg"][0].lower() + first["msg"][1:]
     return f"key {key!r}: {expected}, found {first['input']!r}"
 

@@ -1,4 +1,6 @@
-"""Keeps `generate` of transformers on the items of this folder: needs numpy, and torch for the processor.
+"""Keeps `generate` of transformers on the items of this folder.
+
+It needs numpy, and torch for the logits processor.
 
     from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
     trie = ItemTrie(folder)
@@ -7,8 +9,8 @@
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompts["input_ids"].shape[1]))
     items = [trie.items(sequence[prompt_length:].tolist()) for sequence in beams.sequences]
 
-Prompts of several lengths are padded on the left. With `renormalize_logits=True` scores are over the
-continuations that exist, as a model trained with a masked softmax has them.
+Prompts of several lengths are padded on the left. With `renormalize_logits=True` scores are
+over the continuations that exist, as a model trained with a masked softmax has them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +21,10 @@ import numpy as np
 
 
 class ItemTrie:
-    """The token sequences of all items. Node n has the edges [indptr[n], indptr[n + 1]); the root is 0."""
+    """The token sequences of all items.
+
+    Node n has the edges [indptr[n], indptr[n + 1]); the root is node 0.
+    """
 
     def __init__(self, folder: str | Path = Path(__file__).parent) -> None:
         arrays = np.load(Path(folder) / "trie.npz")
@@ -66,7 +71,10 @@ class ItemTrie:
 def prefix_allowed_tokens_fn(
     trie: ItemTrie, prompt_length: int, excluded_rows: Sequence[Sequence[int]] | None = None
 ) -> Callable[[int, Any], list[int]]:
-    """For `generate`: excluded_rows has, for every prompt, rows of catalogue.parquet to leave out."""
+    """The function for `generate` that allows the tokens of items.
+
+    excluded_rows has, for every prompt, the rows of catalogue.parquet to leave out.
+    """
 
     def allowed(batch: int, tokens: Any) -> list[int]:
         excluded = excluded_rows[batch] if excluded_rows is not None else ()

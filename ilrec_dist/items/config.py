@@ -46,7 +46,8 @@ class ItemsConfig:
         Optional[str],
         Affects(),
         OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            "codes that are built or resolved: items.form semantic, and no items.index "
+            "unless items.collisions is resolve",
             _needs_vectors,
         ),
     ] = None
@@ -54,7 +55,8 @@ class ItemsConfig:
     embedding_dim: Annotated[
         Positive,
         OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            "codes that are built or resolved: items.form semantic, and no items.index "
+            "unless items.collisions is resolve",
             _needs_vectors,
         ),
     ] = 64
@@ -79,7 +81,8 @@ class ItemsConfig:
     seed: Annotated[
         NonNegative,
         OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index unless items.collisions is resolve",
+            "codes that are built or resolved: items.form semantic, and no items.index "
+            "unless items.collisions is resolve",
             _needs_vectors,
         ),
     ] = 0

@@ -13,7 +13,8 @@ from ilrec_dist.common.errors import UserError
 CHUNK_ROWS = 1 << 17
 # Training vectors per code: FAISS's own default for k-means; more change little.
 TRAIN_POINTS_PER_CODE = 256
-CODEBOOKS = "codebooks.npy"  # beside the catalogue's files
+# The codebooks' file lies beside the catalogue's.
+CODEBOOKS = "codebooks.npy"
 
 
 @dataclass(frozen=True)

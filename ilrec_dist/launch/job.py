@@ -37,7 +37,10 @@ LOST_PEER = (
 
 @dataclass(frozen=True)
 class Job:
-    """A function that every worker calls with the same arguments; the launcher does not know what it does."""
+    """A function that every worker calls with the same arguments.
+
+    The launcher does not know what it does.
+    """
 
     # "package.module:function".
     function: str

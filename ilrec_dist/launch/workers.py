@@ -12,13 +12,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
-from ilrec_dist.launch.job import Job, run_job
+from ilrec_dist.launch.job import Job
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
@@ -35,7 +34,10 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
     shutil.rmtree(job.failures_folder, ignore_errors=True)
     try:
         if launch.engine == "ray":
-            _run_ray(launch, job)
+            # Ray takes a second to load, and torchrun does not need it.
+            from ilrec_dist.launch.ray_workers import run_ray
+
+            run_ray(launch, job)
         else:
             _run_torchrun(launch, job)
     finally:
@@ -45,62 +47,6 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
             job.failure_file.unlink()
             raise (UserError if failure["by_user"] else WorkersFailed)(failure["error"])
     shutil.rmtree(job.failures_folder, ignore_errors=True)
-
-
-def _run_ray(launch: LaunchConfig, job: Job) -> None:
-    # Ray takes a second to load, and torchrun does not need it.
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    class InterruptibleTrainer(TorchTrainer):
-        """Leaves Ctrl-C to this process; Ray's own handler ends it with status 1 and no word."""
-
-        controller: Any = None
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            self.controller = controller
-
-    gpu = _on_gpus(launch)
-    trainer = InterruptibleTrainer(
-        lambda: run_job(job),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=launch.workers,
-            use_gpu=gpu,
-            resources_per_worker={"GPU": 1} if gpu else {"CPU": 1},
-        ),
-        run_config=RunConfig(
-            name="workers",
-            storage_path=str((Path(job.folder) / ".ray").resolve()),
-            failure_config=FailureConfig(max_failures=launch.max_failures),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise WorkersFailed(
-            f"the workers failed more than launch.max_failures = {launch.max_failures} times; "
-            f"the last failure: {lines[-1].strip() if lines else error}"
-        ) from error
-    except KeyboardInterrupt:
-        if trainer.controller is not None:
-            # The workers end with their controller.
-            ray.kill(trainer.controller)
-        raise
-
-
-def _on_gpus(launch: LaunchConfig) -> bool:
-    """Whether each worker gets a GPU; the cluster may have them where this process has none."""
-    if launch.device != "auto":
-        return launch.device == "cuda"
-    # As in `_run_ray`.
-    import ray
-
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources.get("GPU", 0) >= launch.workers
 
 
 def _run_torchrun(launch: LaunchConfig, job: Job) -> None:

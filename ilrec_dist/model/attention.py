@@ -34,8 +34,10 @@ class KVCache:
     `Backbone.prefill` fills it and `Backbone.decode` extends it, both in place.
     """
 
-    prefix: int  # S, tokens of the prefix
-    suffix: int = 0  # T, tokens decoded so far
+    # S, the number of tokens of the prefix.
+    prefix: int
+    # T, the number of tokens decoded so far.
+    suffix: int = 0
     layers: list[LayerKVCache] = field(default_factory=list)
 
     def reorder(self, parents: Tensor) -> None:
@@ -117,7 +119,8 @@ class CoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
         super().__init__()
         self.index = layer_number - 1
-        self.scale = config.softmax_scale  # None: 1 / sqrt(head_dim)
+        # None stands for 1 / sqrt(head_dim).
+        self.scale = config.softmax_scale
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext

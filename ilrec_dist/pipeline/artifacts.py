@@ -1,4 +1,7 @@
-"""A run's folder and what the worker processes load from it: data, catalogue, trie, rewards, backbone."""
+"""A run's folder, and what the worker processes load from it.
+
+That is the data set, the catalogue, the trie, the rewards and the backbone.
+"""
 
 from __future__ import annotations
 
@@ -54,23 +57,16 @@ class RunArtifacts:
         return Trie.load(self.folders.items, self.catalogue)
 
     def reward_source(self) -> RewardSource:
-        """The run's Ray actors, or the same computation in this process; with the disk before either where `cf.reward_cache` asks for it."""
-        source: RewardSource
-        if self.config.cf.rewards == "actor":
-            from ilrec_dist.cf.rewards.service import reward_client
+        """The run's Ray actors, or the same computation in this process.
 
-            source = reward_client(self.config.cf, self.folders)
-        else:
-            from ilrec_dist.cf.rewards.token_rewards import TokenRewards
+        Where `cf.reward_cache` asks for it, rewards on disk are read before either.
+        """
+        # It loads FAISS, which most readers of a run's folder do not need.
+        from ilrec_dist.pipeline.reward_source import open_reward_source
 
-            source = TokenRewards.open(self.folders.cf, self.training, self.catalogue, self.trie)
-        if self.config.cf.reward_cache:
-            from ilrec_dist.cf.rewards.disk_cache import CachedRewards, cache_folder
-
-            source = CachedRewards(
-                source, cache_folder(self.folders.cf, self.training), self.training, self.trie
-            )
-        return source
+        return open_reward_source(
+            self.config.cf, self.folders, self.training, self.catalogue, self.trie
+        )
 
     def trained_model(self, method: str, seed: int) -> dict[str, Any]:
         """The result.json of a finished training that fits the data and codes of this folder.
@@ -94,7 +90,10 @@ class RunArtifacts:
         return result
 
     def validation_users(self, count: int) -> np.ndarray:
-        """A fixed seeded sample of `count` users who have a validation target, all when 0 or more than there are; ascending int64."""
+        """A fixed seeded sample of `count` users who have a validation target, int64 ascending.
+
+        All of them where `count` is 0 or more than there are.
+        """
         users = self.dataset.evaluated("validation")
         if count == 0 or count >= len(users):
             return users

@@ -209,7 +209,7 @@ class Executor:
         shutil.rmtree(output, ignore_errors=True)
 
     def _put_back_what_is_wanted(self) -> None:
-        """Put back the finished work that an interrupted command kept, where it is of these settings."""
+        """Put back finished work of these settings that an interrupted command kept."""
         kept = set(self.preserved.outputs)
         if not kept:
             return

@@ -35,7 +35,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Path below `output` -> bytes, modification time and SHA-256; of all files, or the required."""
+    """Path below `output` -> bytes, modification time and SHA-256.
+
+    Of the required files, or of all where `required` is None.
+    """
     names = folder_files(output) + ["manifest.json"] if required is None else list(required)
     names = [name for name in names if (output / name).is_file()]
     hashes = hash_files(output, names)

@@ -18,7 +18,10 @@ Chat = Callable[[str, str | None], str]
 
 @dataclass(frozen=True)
 class ItemTexts:
-    """How items are written. Both lists are by item index; None where the items have no such form."""
+    """How items are written.
+
+    Both lists are by item index; None where the items have no such form.
+    """
 
     codes: Sequence[str] | None
     titles: Sequence[str] | None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, write_json
@@ -33,7 +34,6 @@ from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import (
     PrefetchedBatch,
-    RewardSource,
     micro_batch_plan,
     prefetch,
 )

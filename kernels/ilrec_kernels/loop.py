@@ -74,7 +74,7 @@ def make_sources(p: Problem, plan: Plan, chunk: Chunk) -> list[LogitSource]:
     elif plan.source is not DenseSource.NONE:
         stored = make_dense_logits(p, plan, chunk)
         if plan.source is DenseSource.TRITON:
-            # As above.
+            # Triton is optional here too.
             from ilrec_kernels.sources.dense_triton import DenseTriton
 
             sources.append(DenseTriton(p, plan, stored))

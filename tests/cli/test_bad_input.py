@@ -1,4 +1,7 @@
-"""Bad input through the command line: exit code 2, one line that names what is wrong, and nothing left half-written."""
+"""Bad input through the command line.
+
+The exit code is 2, one line names what is wrong, and nothing is left half-written.
+"""
 
 import json
 import shutil
@@ -23,7 +26,8 @@ def place(tmp_path) -> Path:
     write(tmp_path, "inter", SEQUENCES)
     write(tmp_path, "index", INDEX)
     (tmp_path / "c.yaml").write_text(
-        f"name: t\nruns_dir: {tmp_path}/runs\ndata: {{format: lcrec, path: {folder}}}\nitems: {{index: {folder}/toys.index.json}}\n"
+        f"name: t\nruns_dir: {tmp_path}/runs\ndata: {{format: lcrec, path: {folder}}}\n"
+        f"items: {{index: {folder}/toys.index.json}}\n"
     )
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""A finished run stays as it was when a command is refused, is known by its hashes, and is repaired."""
+"""A finished run: refused commands leave it, its hashes identify it, damage is repaired."""
 
 import json
 import os

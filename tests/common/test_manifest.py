@@ -1,4 +1,7 @@
-"""Manifests: what was written is verified, every kind of damage is refused by name, and a file is hashed once."""
+"""Manifests: what was written is verified.
+
+Every kind of damage is refused by name, and a file is hashed once.
+"""
 
 import json
 import os

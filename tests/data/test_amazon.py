@@ -141,7 +141,8 @@ def test_amazon_2023(tmp_path):
         ('{"reviewerID": "A1", "asin": "x"}', "time None"),
         ("[1]", "expected a JSON object, found list"),
         (
-            r'{"reviewerID": "A1", "asin": "x", "reviewText": "so good \ud83d", "unixReviewTime": 1}',
+            r'{"reviewerID": "A1", "asin": "x", "reviewText": "so good \ud83d", '
+            r'"unixReviewTime": 1}',
             r"an escape such as \\ud83d without",
         ),
         (
@@ -192,7 +193,7 @@ def test_reviews_with_bytes_that_are_no_text(tmp_path):
 
 
 def test_only_bad_reviews_are_looked_at_one_by_one(tmp_path, monkeypatch):
-    """Of 2,000 reviews, 6 of them bad and some lines blank, no other line becomes a Python object."""
+    """Of 2,000 reviews, 6 of them bad, only the bad lines become Python objects."""
     from ilrec_dist.data.formats import amazon
 
     reviews = [

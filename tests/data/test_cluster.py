@@ -1,4 +1,7 @@
-"""Many files of interactions: one after the other, and parsed by a Ray cluster of two nodes; the prepared folder is the same to the byte."""
+"""Many files of interactions, read one after the other and by a Ray cluster of two nodes.
+
+The prepared folder is the same to the byte.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
         with (
             pytest.raises(
                 UserError,
-                match=f"RAY_ADDRESS={address}: no Ray head answers there .*; start one with `ray start --head`",
+                match=f"RAY_ADDRESS={address}: no Ray head answers there .*; "
+                "start one with `ray start --head`",
             ),
             ray_session(LaunchConfig()),
         ):

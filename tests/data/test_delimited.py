@@ -46,7 +46,7 @@ def csv_config(path, **settings) -> DataConfig:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
-    """Files of quoted line breaks, empty lines, BOMs and rows with too few fields, in blocks of any size."""
+    """Quoted line breaks, empty lines, BOMs and too few fields, in blocks of any size."""
     rng = random.Random(seed)
     text = rng.choice(["", "\ufeff", "\n\r\n"]) + rng.choice(
         ["user,item,note\n", '"user",item,"a\nnote"\r\n']
@@ -82,7 +82,10 @@ def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
 
 
 def test_rows_that_the_parser_drops_while_others_are_reported(tmp_path, monkeypatch):
-    """The parser may run ahead in a thread of its own: none of its bad rows is lost or given another's line."""
+    """The parser may run ahead in a thread of its own.
+
+    None of its bad rows is lost, or named by the line of another.
+    """
     of, open_csv, count = lines.RecordLines.of, delimited.pacsv.open_csv, 900
 
     def ahead(*arguments):
@@ -140,7 +143,8 @@ def test_a_quote_left_open_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 64)
     with pytest.raises(
         UserError,
-        match=r"rows\.csv: cannot be read: from line \d+ on, a row is longer than 64 bytes; is a quote mark left open\?$",
+        match=r"rows\.csv: cannot be read: from line \d+ on, a row is longer than 64 bytes; "
+        r"is a quote mark left open\?$",
     ):
         prepare(csv_config(path), tmp_path / "out")
 
@@ -151,14 +155,18 @@ def test_a_malformed_row_that_is_no_text_is_named_too(tmp_path, allowed):
     path.write_bytes(b"user,item,timestamp\n1,2,3\n\n1,3,4\n1,\xff\n1,4,5\n")
     with pytest.raises(
         UserError,
-        match=r"rows\.csv: line 5: malformed row, and not UTF-8 text; mend it: such rows cannot be skipped$",
+        match=r"rows\.csv: line 5: malformed row, and not UTF-8 text; mend it: "
+        r"such rows cannot be skipped$",
     ):
         prepare(csv_config(path, max_bad_rows=allowed), tmp_path / "out")
 
 
 def test_nothing_but_the_error_is_said_of_such_a_row(tmp_path):
     (tmp_path / "rows.csv").write_bytes(b"user,item\n1,2\n\xff\n")
-    code = "from ilrec_dist.data.reading.delimited import *\nlist(read_columns(Path('rows.csv'), ['user'], {}, Dialect(), Rejects()))"
+    code = (
+        "from ilrec_dist.data.reading.delimited import *\n"
+        "list(read_columns(Path('rows.csv'), ['user'], {}, Dialect(), Rejects()))"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -195,7 +203,10 @@ def test_each_line_of_a_malformed_row_counts(tmp_path):
     """A quote that another row's closes may have swallowed good rows: they are not lost as one."""
     path = tmp_path / "rows.csv"
     path.write_text('user,item,timestamp\n1,1,1\n1,"2,2\n1,3,3\n1,4,4\n1,5"\n1,6,6\n1,7,7\n')
-    message = r"malformed row: 2 fields, expected 3 \(','-separated\), over 4 lines; is a quote mark left open\?; mend it"
+    message = (
+        r"malformed row: 2 fields, expected 3 \(','-separated\), over 4 lines; "
+        r"is a quote mark left open\?; mend it"
+    )
     with pytest.raises(UserError, match=rf"rows\.csv: line 3: {message}"):
         prepare(csv_config(path), tmp_path / "out")
     with pytest.raises(
@@ -231,7 +242,8 @@ def test_a_column_named_twice_is_refused(tmp_path):
     path.write_text("user,item,timestamp,item\n1,2,3,4\n")
     with pytest.raises(
         UserError,
-        match=r"rows\.csv: the column 'item' \(data.item_column\) occurs twice; rename or drop one of them",
+        match=r"rows\.csv: the column 'item' \(data.item_column\) occurs twice; "
+        "rename or drop one of them",
     ):
         prepare(csv_config(path), tmp_path / "out")
 

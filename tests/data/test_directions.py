@@ -1,4 +1,7 @@
-"""The training items read backwards as well: what is added, what is not, and that a user's two directions stay together."""
+"""The training items read backwards as well: what is added, and what is not.
+
+A user's two directions stay together.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ def _both_by_definition(dataset: InteractionDataset) -> np.ndarray:
 
 @given(lengths=LENGTHS, seed=st.integers(0, 2**32 - 1))
 def test_items_read_as_if_they_lay_in_memory(lengths: list[int], seed: int) -> None:
-    """Users without training items, slices and integers of any shape and sign, and the hash that binds a CF model to what it was trained on."""
+    """Users without training items; slices and integers of any shape and sign; the hash.
+
+    The hash binds a CF model to what it was trained on.
+    """
     rng = np.random.default_rng(seed)
     dataset = InteractionDataset(
         rng.integers(0, 50, sum(lengths)).astype(np.int32),
@@ -146,7 +152,11 @@ def test_every_training_item_but_one_is_a_target_once_in_each_direction(
 def test_a_user_s_two_directions_are_scored_by_one_model_that_saw_neither(
     dataset: InteractionDataset, tmp_path: Path
 ) -> None:
-    """METHOD.md §5, no leak through the weights: another sequence of a user leaves the model that scores both of that user's directions bit-equal."""
+    """METHOD.md §5, no leak through the weights.
+
+    Another sequence of a user leaves the model that scores both of that user's directions
+    bit-equal.
+    """
     config = CFConfig(
         hidden_size=8, num_layers=1, num_heads=2, max_history=4, epochs=1, batch_size=4
     )

@@ -168,7 +168,8 @@ def test_an_index_of_other_items_is_not_exported(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match="items: the index was made for other items than the run's prepared data holds; run `ilrec index` again",
+        match="items: the index was made for other items than the run's prepared data holds; "
+        "run `ilrec index` again",
     ):
         export_data(
             tmp_path / "prepared",

@@ -60,7 +60,8 @@ def test_a_bad_row_of_recbole_items_is_refused_without_advice_that_does_not_help
     for allowed in (0, 5):
         with pytest.raises(
             UserError,
-            match=r"ml\.item: line 7: malformed row: 2 fields, expected 4 \('\\t'-separated\); mend it: items are not skipped$",
+            match=r"ml\.item: line 7: malformed row: 2 fields, expected 4 \('\\t'-separated\); "
+            r"mend it: items are not skipped$",
         ):
             load(tmp_path, "recbole", tmp_path, max_bad_rows=allowed)
 
@@ -68,7 +69,8 @@ def test_a_bad_row_of_recbole_items_is_refused_without_advice_that_does_not_help
 def test_recbole_items_without_a_text(tmp_path):
     (tmp_path / "ml.inter").write_text(RECBOLE_INTER)
     (tmp_path / "ml.item").write_text(
-        "item_id:token\tyear:token\tname:token\tclass:token_seq\n242\t\tA\t\n302\t1997\tB\t\n377\t\t\tComedy  Crime\n51\t1990\tC\tDrama\n"
+        "item_id:token\tyear:token\tname:token\tclass:token_seq\n"
+        "242\t\tA\t\n302\t1997\tB\t\n377\t\t\tComedy  Crime\n51\t1990\tC\tDrama\n"
     )
     _, _, titles, texts = load(tmp_path, "recbole", tmp_path)
     assert titles == {"242": "A", "302": "B", "377": "", "51": "C", "346": ""}
@@ -92,12 +94,15 @@ MOVIELENS = {
         "movies.dat": "242::Kolya (1996)::Comedy\n302::L\xe9on (1994)::Crime|Drama\n",
     },
     "10m": {
-        "ratings.dat": "196::242::3.5::881250949\n196::302::3::881250948\n196::377::0.5::878887116\n",
+        "ratings.dat": "196::242::3.5::881250949\n196::302::3::881250948\n"
+        "196::377::0.5::878887116\n",
         "movies.dat": "242::Kolya (1996)::Comedy\n302::L\xe9on (1994)::Crime|Drama\n",
     },
     "32m": {
-        "ratings.csv": "userId,movieId,rating,timestamp\n196,242,3.5,881250949\n196,302,3.0,881250948\n196,377,1.0,878887116\n",
-        "movies.csv": 'movieId,title,genres\n242,Kolya (1996),Comedy\n302,"L\xe9on (1994)",Crime|Drama\n377,"a, b",(no genres listed)\n',
+        "ratings.csv": "userId,movieId,rating,timestamp\n"
+        "196,242,3.5,881250949\n196,302,3.0,881250948\n196,377,1.0,878887116\n",
+        "movies.csv": "movieId,title,genres\n242,Kolya (1996),Comedy\n"
+        '302,"L\xe9on (1994)",Crime|Drama\n377,"a, b",(no genres listed)\n',
     },
 }
 
@@ -172,7 +177,8 @@ MINIONEREC = (
 )
 MINIONEREC_ROWS = {
     "train": [
-        "A1,\"['Glue', 'Tape, wide']\",Drill,\"[7, 3]\",12,\"['<a_1><b_2>', '<a_1><b_3>']\",<a_2><b_2>",
+        "A1,\"['Glue', 'Tape, wide']\",Drill,\"[7, 3]\",12,"
+        "\"['<a_1><b_2>', '<a_1><b_3>']\",<a_2><b_2>",
         "A2,\"['Drill']\",Glue,[12],7,\"['<a_2><b_2>']\",<a_1><b_2>",
         'A1,"[\'Glue\', \'Tape, wide\', \'Drill\']","Nail ""big""","[7, 3, 12]",4,x,y',
     ],
@@ -200,7 +206,8 @@ def test_minionerec(tmp_path):
     write_minionerec(tmp_path, {**MINIONEREC_ROWS, "test": ["A1,[],Saw,none,5,x,y"]})
     with pytest.raises(
         UserError,
-        match=r"Tools_5_2016-10-2018-11\.csv: line 2: expected user_id, item_id and a history such as \[3, 14\], found history 'none'",
+        match=r"Tools_5_2016-10-2018-11\.csv: line 2: expected user_id, item_id and a history "
+        r"such as \[3, 14\], found history 'none'",
     ):
         load(tmp_path, "minionerec", tmp_path / "train" / "Tools_5_2016-10-2018-11.csv")
 

@@ -1,4 +1,7 @@
-"""`prepare` from files to the canonical folder: order, filter, manifest, errors, and nothing half-written."""
+"""`prepare` from files to the canonical folder.
+
+Order, filter, manifest, errors, and that nothing is left half-written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The chronological split against its definition, and that nothing after its first cut reaches anything that trains."""
+"""The chronological split against its definition.
+
+Nothing after its first cut reaches anything that trains.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def load(tmp_path, rows=ROWS, **settings) -> InteractionDataset:
 
 
 def expected(rows, validation, test):
-    """user → (training items, validation target or None, test target or None), straight from the definition."""
+    """user → (training items, validation target or None, test target or None)."""
     by_user = defaultdict(list)
     for user, item, time in sorted(rows, key=lambda row: (row[0], row[2])):
         by_user[str(user)].append((item, time))
@@ -134,7 +137,8 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     for settings_, message in (
         (
             {"split_dates": [50, 900]},
-            r"data.split_dates \['50', '900'\]: cuts at times 50 and 900 leave training, validation or test without",
+            r"data.split_dates \['50', '900'\]: cuts at times 50 and 900 leave training, "
+            "validation or test without",
         ),
         ({"split_dates": ["soon", 70]}, "'soon' is neither an ISO 8601 date"),
         ({"split_dates": [50, "--5"]}, "'--5' is neither an ISO 8601 date"),
@@ -162,7 +166,10 @@ def test_what_cannot_be_split_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("history", "chunk"), [(50, 50_000), (3, 7)])
 def test_recbole_files_carry_the_split(tmp_path, monkeypatch, history, chunk):
-    """What RecBole reads by benchmark_filename: every training item with what comes before it, and one target a user."""
+    """What RecBole reads by benchmark_filename.
+
+    Every training item with what comes before it, and one target a user.
+    """
     monkeypatch.setattr("ilrec_dist.data.formats.recbole.HISTORY_ITEMS", history)
     monkeypatch.setattr("ilrec_dist.data.formats.recbole.CHUNK_TARGETS", chunk)
     split = found(load(tmp_path, split_dates=[50, 70]))

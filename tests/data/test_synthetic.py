@@ -71,7 +71,10 @@ def test_shares_sum_to_one_and_probabilities_too():
 
 
 def test_the_drawn_items_follow_the_stated_law():
-    """Items drawn after one and the same history come as often as next_probabilities says (chi-square, 4 standard deviations)."""
+    """Items drawn after one and the same history come as often as next_probabilities says.
+
+    Chi-square, 4 standard deviations.
+    """
     config = SyntheticConfig(users=40_000, items=30, categories=3, mean_length=5)
     model = draw_model(config)
     items, offsets = draw_histories(model, config)

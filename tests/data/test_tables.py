@@ -1,4 +1,7 @@
-"""CSV and Parquet tables as other tools write them: columns of other types, bytes that are no text, item tables, folders of many files."""
+"""CSV and Parquet tables as other tools write them.
+
+Columns of other types, bytes that are no text, item tables, folders of many files.
+"""
 
 from __future__ import annotations
 
@@ -212,6 +215,7 @@ def test_an_unknown_column_names_the_nearest(tmp_path):
     config = write_csv(tmp_path / "rows.csv", GOOD, ("user", "itm", "timestamp"))
     with pytest.raises(
         UserError,
-        match=r"rows.csv: no column 'item' \(data.item_column\); the nearest column is 'itm'; the file has: user, itm, timestamp",
+        match=r"rows.csv: no column 'item' \(data.item_column\); the nearest column is 'itm'; "
+        "the file has: user, itm, timestamp",
     ):
         prepare(config, tmp_path / "out")

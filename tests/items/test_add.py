@@ -71,7 +71,8 @@ def test_a_full_prefix_a_known_id_and_missing_texts_are_errors(tmp_path):
     dataset = built(tmp_path, levels=1, codes_per_level=16, n=16)
     with pytest.raises(
         UserError,
-        match=r"index add: item 'new': the prefix the whole catalogue has no code left at its last level \(16 codes, 1 new",
+        match=r"index add: item 'new': the prefix the whole catalogue has no code left at its "
+        r"last level \(16 codes, 1 new",
     ):
         add_items(tmp_path / "old", dataset, ["new"], tmp_path / "new", ["group1 shared1"])
     with pytest.raises(UserError, match="item 'i3' is in .*index.json already"):
@@ -101,7 +102,8 @@ def test_an_index_of_other_items_is_refused(tmp_path, ids):
     dataset = built(tmp_path, n=12, form="atomic")
     with pytest.raises(
         UserError,
-        match=r"old: the index was made for other items than the run's prepared data holds; run `ilrec index` again",
+        match=r"old: the index was made for other items than the run's prepared data holds; "
+        "run `ilrec index` again",
     ):
         add_items(tmp_path / "old", replace(dataset, item_ids=ids), ["x"], tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -121,7 +123,8 @@ def test_an_index_file_that_is_not_the_catalogues_is_refused(tmp_path, change, i
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(
         UserError,
-        match=f"index.json: damaged or changed: item {item} does not have the catalogue's codes; remove .*old and run",
+        match=f"index.json: damaged or changed: item {item} does not have the catalogue's "
+        "codes; remove .*old and run",
     ):
         add_items(tmp_path / "old", dataset, ["x"], tmp_path / "new", ["group1"])
     file.write_text(

@@ -118,7 +118,8 @@ def test_an_index_is_built_from_them_and_the_models_files_count_as_inputs(
         ),
         (
             lambda folder: deepen(folder / "config.json"),
-            "another model than config.json: there is no encoder.layer.1.attention.output.LayerNorm.bias",
+            "another model than config.json: "
+            "there is no encoder.layer.1.attention.output.LayerNorm.bias",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Items among any base vocabulary give the losses and beams that they give in a vocabulary of their own."""
+"""Items among any base vocabulary give the losses and beams of a vocabulary of their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ilrec_dist.samples.windows import training_windows
 from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
 
 MAX_POSITIONS, PIECES = 60, 9
-# With `softmax_scope: all` other tokens compete, so the losses are the same only where there are none.
+# With `softmax_scope: all` other tokens compete, so the losses are the same only where there
+# are none.
 PERMUTED = "the same ids in another order"
 FORMS = [
     PERMUTED,
@@ -95,7 +96,10 @@ def transplanted(
 def losses(
     catalogue: Catalogue, backbone: Backbone, config: ObjectiveConfig, parallel: ParallelState
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss, statistics of the rows) of all windows of the toy data, with rewards that depend on the item's tokens."""
+    """(loss, statistics of the rows) of all windows of the toy data.
+
+    The rewards depend on the item's tokens.
+    """
     trie, data = Trie(catalogue), toy_data()
     windows = training_windows(data, 3, "last" if catalogue.pieces else "all")
     maker = BatchMaker(data, catalogue, trie, windows)

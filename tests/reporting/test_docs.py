@@ -1,4 +1,4 @@
-"""docs/configuration.md lists every key of the configuration tree with its default, and no other."""
+"""docs/configuration.md lists the keys of the configuration tree with their defaults."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
 
 
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
-    """The norm of a gradient of three micro-batches: of the first, and twice the 512th part of it."""
+    """The norm of the gradient of three micro-batches: the first, and twice its 512th part."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.training.engine import build_engine
 

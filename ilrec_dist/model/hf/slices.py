@@ -13,7 +13,8 @@ from ilrec_dist.model.sharding import ShardSpec, shard_spec
 class Slice:
     """[start, stop) along `dim` of one of a parameter's checkpoint tensors."""
 
-    tensor: int  # index into families.checkpoint_names
+    # An index into families.checkpoint_names.
+    tensor: int
     dim: int
     start: int
     stop: int

@@ -13,7 +13,7 @@ from ilrec_dist.reporting.html.charts import Chart, Series
 POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
 
-# What the report says of the loss terms that it knows. A term without an entry is drawn by its name.
+# What the report says of the loss terms that it knows. Any other term is drawn by its name.
 LOSS_NOTES = {
     "loss/total": ("Total loss", "the sum of the weighted terms, per row"),
     "loss/cpo": (
