@@ -29,10 +29,10 @@ class Codebooks:
 
     def residual(self, vectors: np.ndarray, codes: np.ndarray, level: int) -> np.ndarray:
         """float32 [n, d]: what is left of the vectors after the codes of the levels before."""
-        rest = np.array(vectors, np.float32)
+        residual = np.array(vectors, np.float32)
         for earlier in range(level):
-            rest -= np.nan_to_num(self.levels[earlier][codes[:, earlier]])
-        return rest
+            residual -= np.nan_to_num(self.levels[earlier][codes[:, earlier]])
+        return residual
 
     def save(self, folder: Path) -> None:
         """Write CODEBOOKS: the levels' centroids one after another, float32 [codes, d]."""
