@@ -1,14 +1,17 @@
-"""Do two commits compute the same bits? `python benchmarks/digests.py --json FILE` on each, then `diff` the two files.
+"""Do two commits compute the same bits?
 
-Printed are SHA-256 digests of everything that a refactoring must leave alone: the operator's losses, gradients and
-statistics on the tests' kind of cases, the final weights of small SFT and ILRec trainings at tp = 1 and tp = 2, and the
-token rewards that those trainings read. `--quickstart` adds the results of `configs/quickstart.yaml`, to the last digit.
-Digests are comparable on one machine only: another CPU multiplies matrices in another order.
+    python benchmarks/digests.py [--quick] [--quickstart] [--json FILE]
+
+Run it on each commit and `diff` the two files. Printed are SHA-256 digests of everything that a
+refactoring must leave alone: the operator's losses, gradients and statistics on the tests' kind of
+cases, the final weights of small SFT and ILRec trainings at tp = 1 and tp = 2, and the token
+rewards that those trainings read. `--quickstart` adds the results of `configs/quickstart.yaml`, to
+the last digit. Digests are comparable on one machine only: another CPU multiplies matrices in
+another order.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -20,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import ROOT, command_line, write_figures
 from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL_RUN = {
     "data.synthetic": "{users: 300, items: 120, categories: 6, mean_length: 8.0}",
     "items.levels": "2",
@@ -48,27 +51,11 @@ SMALL_RUN = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quickstart", action="store_true", help="also run the quickstart")
-    parser.add_argument("--json", metavar="FILE", help="write the digests here as well")
-    arguments = parser.parse_args()
-    digests: dict[str, Any] = {"operator": operator_digests()}
-    with tempfile.TemporaryDirectory() as folder:
-        for tp in (1, 2):
-            digests[f"run tp={tp}"] = run_digests(Path(folder), tp)
-        if arguments.quickstart:
-            digests["quickstart"] = quickstart_rows(Path(folder))
-    text = json.dumps(digests, indent=1, sort_keys=True)
-    print(text)
-    if arguments.json:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
-
-
 def operator_digests() -> dict[str, str]:
-    """One digest for each combination of backend, scopes and penalty, over 37 rows and 61 tokens."""
+    """One digest for each combination of backend, scopes, penalty and dtype.
+
+    The cases have 37 rows and 61 tokens.
+    """
     torch.set_num_threads(1)
     digests = {}
     scopes = ("valid_next", "item_tokens", "all")
@@ -94,11 +81,11 @@ def operator_digests() -> dict[str, str]:
         )
         for dtype in (torch.float32, torch.bfloat16):
             key = f"{backend} {softmax} {negatives} {distill} {penalty} {dtype}"
-            digests[key] = _operator_digest(options, dtype)
+            digests[key] = operator_digest(options, dtype)
     return digests
 
 
-def _operator_digest(options: LossOptions, dtype: torch.dtype) -> str:
+def operator_digest(options: LossOptions, dtype: torch.dtype) -> str:
     rng = np.random.default_rng(7)
     common = rng.standard_normal((37, 16))
     hidden = [
@@ -115,21 +102,24 @@ def _operator_digest(options: LossOptions, dtype: torch.dtype) -> str:
     output = cross_layer_loss(hidden[0], hidden[1:], head, targets, candidates, rewards, options)
     output.loss.backward()
     tensors = [output.loss, output.cpo, output.cpd, output.crr, *vars(output.rows).values()]
-    return _digest([*tensors, *(value.grad for value in (*hidden, head))])
+    return digest([*tensors, *(value.grad for value in (*hidden, head))])
 
 
 def run_digests(folder: Path, tp: int) -> dict[str, str]:
-    """Train SFT and ILRec with fixed seeds; digests of their final weights and of the cached rewards."""
+    """Train SFT and ILRec with fixed seeds.
+
+    The digests are those of their final weights and of the cached rewards.
+    """
     settings = SMALL_RUN | {
         "runs_dir": str(folder),
         "name": f"tp{tp}",
         "launch.tp": str(tp),
         "launch.workers": str(tp),
     }
-    _ilrec("run", *(f"{key}={value}" for key, value in settings.items()))
+    ilrec("run", *(f"{key}={value}" for key, value in settings.items()))
     run = folder / f"tp{tp}"
     digests = {
-        path.parent.name: _digest([tensor for _, tensor in sorted(load_file(path).items())])
+        path.parent.name: digest([tensor for _, tensor in sorted(load_file(path).items())])
         for path in sorted(run.glob("train/*/final.safetensors"))
     }
     # Each writer has a file of values; the trainings ask for the same rewards in the same order.
@@ -140,26 +130,41 @@ def run_digests(folder: Path, tp: int) -> dict[str, str]:
 
 def quickstart_rows(folder: Path) -> list[dict[str, Any]]:
     """All rows of the quickstart's results.json."""
-    _ilrec("run", f"runs_dir={folder}", "name=quickstart")
-    rows: list[dict[str, Any]] = json.loads((folder / "quickstart/results.json").read_text())[
-        "rows"
-    ]
+    ilrec("run", f"runs_dir={folder}", "name=quickstart")
+    results = json.loads((folder / "quickstart/results.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = results["rows"]
     return rows
 
 
-def _ilrec(command: str, *settings: str) -> None:
+def ilrec(command: str, *settings: str) -> None:
     config = str(ROOT / "configs/quickstart.yaml")
     subprocess.run(
         [sys.executable, "-m", "ilrec_dist.cli", command, config, *settings], check=True, cwd=ROOT
     )
 
 
-def _digest(tensors: list[Any]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: list[Any]) -> str:
+    """SHA-256 of the bytes of all tensors that are not None."""
+    sha256 = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None:
-            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+            sha256.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def main() -> None:
+    parser = command_line(__doc__, "the operator's digests alone")
+    parser.add_argument("--quickstart", action="store_true", help="also run the quickstart")
+    arguments = parser.parse_args()
+    digests: dict[str, Any] = {"operator": operator_digests()}
+    with tempfile.TemporaryDirectory() as folder:
+        for tp in () if arguments.quick else (1, 2):
+            digests[f"run tp={tp}"] = run_digests(Path(folder), tp)
+        if arguments.quickstart:
+            digests["quickstart"] = quickstart_rows(Path(folder))
+    print(json.dumps(digests, indent=2))
+    # Neither the machine nor the commit is written: the files of two commits are to be equal.
+    write_figures(arguments.json, digests)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every figure that the loss operator is to reach on a GPU, correctness first.
+"""Which of its figures does the loss operator reach on a GPU? Correctness comes first.
 
     PYTHONPATH=kernels python benchmarks/gpu.py --json gpu.json
 
@@ -10,7 +10,6 @@ measured, when a backend disagrees with the fp64 reference.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +22,16 @@ from ilrec_kernels.plan import Plan, make_plan
 from ilrec_kernels.problem import DenseSource, Problem
 from torch import Tensor
 
+# The tests import this file as a module, and then its folder is not on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import loss  # noqa: E402  the benchmark beside this one
+import loss  # noqa: E402
+from harness import command_line, machine_line, write_figures  # noqa: E402
 
-CHECKED = (2000, 64, 20_000, 3)  # large enough that 8 MiB of workspace select regime V
+# This shape is large enough that 8 MiB of workspace select regime V.
+CHECKED = (2000, 64, 20_000, 3)
 SMALL_WORKSPACE = 8 << 20
-LISTED: dict[str, Any] = {"negative_scope": "valid_next"}  # with dense distillation and softmax
+# The distillation and the softmax stay dense.
+LISTED: dict[str, Any] = {"negative_scope": "valid_next"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,8 @@ class Sizes:
     wide: str = "2048x4096x1048576x3"
     distilled: str = "8192x4096x128256x1"
     workspaces: tuple[int, ...] = (1 << 30, 2 << 30, 1 << 29)
-    sliced_workspace: int = (
-        3 << 27
-    )  # at which regime V meets the head a few times, with thousands of rows each
+    # With this workspace regime V meets the head a few times, with thousands of rows each.
+    sliced_workspace: int = 3 << 27
     repeats: int = 30
 
 
@@ -175,7 +177,8 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
         {"ours": whole(x, loss.options(v, backend, None))} | dense, x, device, sizes.repeats
     )
     for name in dense:
-        if name in times:  # it may not have fitted
+        # What did not fit has no time.
+        if name in times:
             yield Figure(f"{sizes.few_rows}: × {name}", times["ours"] / times[name], 1.0)
     del x, dense
     x = inputs(sizes.wide, device)
@@ -267,20 +270,15 @@ def medians(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python benchmarks/gpu.py --json gpu.json",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows, with device and versions")
+    parser = command_line(__doc__, None)
     parser.add_argument(
         "--check-only", action="store_true", help="compare with the reference and measure nothing"
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device; on a CPU run benchmarks/loss.py")
-    where = f"{loss.machine('cuda')}; torch {torch.__version__}"
-    print(where)
+    machine = loss.measured_machine("cuda")
+    print(machine_line(machine))
     wrong = 0
     for backend in ("torch", "triton"):
         for what, found, bound in distances("cuda", backend):
@@ -294,15 +292,12 @@ def main() -> None:
         sys.exit(f"{wrong} of the comparisons above failed; nothing is measured")
     if args.check_only:
         return
-    found_figures = []
+    rows = []
     for figure in figures("cuda", "triton", Sizes()):
-        found_figures.append(figure)
+        rows.append(asdict(figure) | {"reached": figure.reached})
         print(figure.line(), flush=True)
-        if args.json:  # after every row: a run that is cut short leaves what it has
-            rows = [asdict(f) | {"reached": f.reached} for f in found_figures]
-            Path(args.json).write_text(
-                json.dumps({"machine": where, "figures": rows}, indent=1) + "\n", encoding="utf-8"
-            )
+        # The file is written after every row, so that a run that is cut short leaves what it has.
+        write_figures(args.json, {"machine": machine, "figures": rows})
 
 
 if __name__ == "__main__":

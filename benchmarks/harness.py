@@ -1,4 +1,7 @@
-"""What the benchmarks share: the command line, the machine's description, processes of their own, memory, JSON."""
+"""What the benchmarks share: the command line, the machine's description, worker processes, memory.
+
+Nothing but the standard library and torch is imported, so that `gpu.py` runs without installation.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import socket
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch.multiprocessing as mp
 
@@ -24,16 +26,36 @@ PACKAGES = ("torch", "numpy", "pyarrow", "faiss-cpu", "triton", "transformers", 
 SAMPLE_SECONDS = 0.005
 
 
+class NumberedIds(Sequence[str]):
+    """The ids "0", "1", … of drawn users or items, which take no memory."""
+
+    def __init__(self, count: int) -> None:
+        self.numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [str(number) for number in self.numbers[index]]
+        return str(self.numbers[index])
+
+
 def command_line(
-    description: str | None, quick: str, example: str | None = None
+    description: str | None, quick: str | None, example: str | None = None
 ) -> argparse.ArgumentParser:
-    """A parser with `--quick`, whose help is `quick`, and `--json FILE`."""
+    """A parser with `--json FILE` and, unless `quick`, its help, is None, `--quick`."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog=example and f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help=quick)
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures here as well")
     return parser
 
@@ -51,14 +73,17 @@ def describe_machine(**more: Any) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        # A machine that only measures may have no git.
+        commit = ""
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         **versions,
         **more,
     }
@@ -126,7 +151,8 @@ def worker_group(
 
     def receive() -> Any:
         while queue.empty():
-            context.join(timeout=0.2)
+            if context.join(timeout=0.2) and queue.empty():
+                raise RuntimeError("the workers ended without a result")
         return queue.get()
 
     yield receive
@@ -134,17 +160,23 @@ def worker_group(
         pass
 
 
+def status_mib(key: str) -> float:
+    """A line of /proc/self/status that is in kB, such as VmRSS, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; this benchmark needs Linux")
+
+
 def peak_mib() -> float:
     """The most memory that this process has held, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # The ru_maxrss of getrusage begins with that of the process which started this one.
+    return status_mib("VmHWM")
 
 
 def anonymous_mib() -> float:
     """The memory that this process holds, without mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
+    return status_mib("RssAnon")
 
 
 class PeakMemory:

@@ -1,17 +1,16 @@
-"""Peak memory of a rank that loads and saves a Hugging Face checkpoint.
+"""How much memory does a rank take that loads and saves a Hugging Face checkpoint?
 
-`python -m benchmarks.hf_load [--quick]` writes a random checkpoint of the Llama family
-(1 billion parameters in bf16, untied), loads it in fp32 with --tp processes, saves it
-again, and compares every rank's peak with its shard. A process's peak is the kernel's
-VmHWM, which counts mapped pages of the files too; libraries are what a rank has before
-it builds the backbone. Prints a table and writes --out as JSON.
+    python benchmarks/hf_load.py [--quick] [--json FILE] [--tp 4]
+
+Writes a random checkpoint of the Llama family (1 billion parameters in bf16, untied), loads it in
+fp32 with --tp processes, saves it again, and compares every rank's peak with its shard. A process's
+peak is the kernel's VmHWM, which counts mapped pages of the files too; libraries are what a rank
+has before it builds the backbone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import command_line, describe_machine, machine_line, peak_mib, write_figures
 from safetensors.torch import save_file
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
@@ -40,12 +40,12 @@ QUICK = BILLION | dict(hidden_size=512, intermediate_size=1408, num_hidden_layer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, "a model of 50 million parameters")
     parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--quick", action="store_true", help="a model of 50 million parameters")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint (temporary)")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
+    machine = describe_machine()
+    print(machine_line(machine), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="hf-load-", dir=arguments.folder))
     try:
         parameters = write_random_checkpoint(folder / "in", QUICK if arguments.quick else BILLION)
@@ -54,7 +54,7 @@ def main() -> None:
         )
     finally:
         shutil.rmtree(folder)
-    print(f"{parameters / 1e9:.2f} billion parameters, tp {arguments.tp}, {platform.machine()}")
+    print(f"{parameters / 1e9:.2f} billion parameters, tp {arguments.tp}")
     print("rank  libraries     shard  peak of load  above shard  peak of save  load s  save s")
     for rank, row in enumerate(ranks):
         print(
@@ -63,8 +63,8 @@ def main() -> None:
             f" {(row['load_peak'] - row['shard']) / GIB:8.2f} GiB"
             f"  {row['save_peak'] / GIB:8.2f} GiB  {row['load_s']:6.1f}  {row['save_s']:6.1f}"
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"parameters": parameters, "ranks": ranks}, indent=2))
+    figures = {"machine": machine, "parameters": parameters, "ranks": ranks}
+    write_figures(arguments.json, figures)
 
 
 def write_random_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
@@ -105,34 +105,25 @@ def load_and_save(mesh: Mesh, folder: str) -> dict[str, Any]:
     """One rank: bytes of the libraries, the shard and the peaks, and seconds."""
     initialize_parallel(mesh.tp, "cpu")
     try:
-        libraries = peak_bytes()
+        libraries = int(2**20 * peak_mib())
         pretrained = read_config(f"{folder}/in")
         began = time.perf_counter()
         backbone = Backbone(
             pretrained.config, pretrained.vocab_size, pretrained.max_positions, initialize=False
         )
         load_weights(backbone, f"{folder}/in")
-        loaded, load_peak = time.perf_counter(), peak_bytes()
+        loaded, load_peak = time.perf_counter(), int(2**20 * peak_mib())
         save_weights(backbone, f"{folder}/out", shard_bytes=SHARD_BYTES)
         return {
             "libraries": libraries,
             "shard": sum(p.nbytes for p in backbone.parameters()),
             "load_peak": load_peak,
-            "save_peak": peak_bytes(),
+            "save_peak": int(2**20 * peak_mib()),
             "load_s": loaded - began,
             "save_s": time.perf_counter() - loaded,
         }
     finally:
         destroy_parallel()
-
-
-def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    # Not getrusage: its ru_maxrss begins with that of the process which started this one.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
 
 
 if __name__ == "__main__":

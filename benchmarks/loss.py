@@ -1,6 +1,6 @@
-"""What the cross-layer loss costs against its own matrix products, forward and backward.
+"""What does the cross-layer loss cost against its own matrix products, forward and backward?
 
-    python benchmarks/loss.py --quick
+    python benchmarks/loss.py [--quick] [--json FILE] [--logits random]
 
 The limit is the bare products of the same work: 3 of them a stream (logits, hidden
 gradient, head gradient), the best of chunked and whole.
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
-import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import command_line, describe_machine, machine_line, status_mib, write_figures
 from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
 from torch import Tensor
 
@@ -60,9 +59,8 @@ def make_inputs(shape: tuple[int, int, int, int], device: str, peaked: bool) -> 
     negatives' threshold.
     """
     n, d, v, m = shape
-    g = torch.Generator(device).manual_seed(
-        0
-    )  # a large head is drawn on the device: on the host it would take minutes
+    # A large head is drawn on the device: on the host it would take minutes.
+    g = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=device)
@@ -188,7 +186,8 @@ def bare(x: Inputs, chunk: int) -> None:
             dw.addmm_(buffer.T, part)
 
 
-Provider = tuple[Callable[[], Any], float]  # what to call, and by how much its time is multiplied
+# What to call, and by how much its time is multiplied.
+Provider = tuple[Callable[[], Any], float]
 
 
 def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
@@ -290,19 +289,11 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before - gradients
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
-    def status(key: str) -> int:
-        line = next(
-            line
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith(key)
-        )
-        return int(line.split()[1]) * 1024
-
-    before = status("VmRSS")
+    # This resets VmHWM.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
     fn()
-    return max(0, status("VmHWM") - before - gradients)
+    return max(0, int(2**20 * (status_mib("VmHWM") - before)) - gradients)
 
 
 def measure(
@@ -313,16 +304,16 @@ def measure(
     for name, (fn, _) in list(table.items()):
         began = time.perf_counter()
         try:
-            fn()  # compiles, and makes what is made once
+            # The first call compiles, and makes what is made once.
+            fn()
             memory[name] = extra_bytes(fn, x)
             note(f"warm-up: {name}, {time.perf_counter() - began:.1f} s")
         except torch.OutOfMemoryError:
             note(f"{name}: out of memory")
             del table[name]
     times: dict[str, list[float]] = {name: [] for name in table}
-    for repeat in range(
-        args.repeats
-    ):  # interleaved, so that drift of the machine falls on all alike
+    # The providers take turns, so that drift of the machine falls on all alike.
+    for repeat in range(args.repeats):
         began = time.perf_counter()
         for name, (fn, factor) in table.items():
             for leaf in x.leaves():
@@ -370,28 +361,18 @@ def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def machine(device: str) -> str:
+def measured_machine(device: str) -> dict[str, Any]:
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    models = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+        return describe_machine(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    return describe_machine(threads=torch.get_num_threads())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python benchmarks/loss.py --shapes 2048x256x32000x3"
-        " --logits random --json loss.json",
+    parser = command_line(
+        __doc__,
+        "one small shape, under 50 seconds on two free cores",
+        "python benchmarks/loss.py --shapes 2048x256x32000x3 --logits random --json loss.json",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one small shape, under 50 s on 2 cores"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
     )
@@ -406,19 +387,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="default 30 on GPU, 5 on CPU, 3 with --quick")
     args = parser.parse_args()
     args.repeats = args.repeats or (3 if args.quick else 30 if args.device == "cuda" else 5)
-    shapes = (
-        args.shapes.split(",")
-        if args.shapes
-        else QUICK_SHAPES
-        if args.quick
-        else CUDA_SHAPES
-        if args.device == "cuda"
-        else CPU_SHAPES
-    )
-    print(f"{machine(args.device)}; torch {torch.__version__}; Python {platform.python_version()}")
+    shapes = CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
+    if args.shapes:
+        shapes = args.shapes.split(",")
+    elif args.quick:
+        shapes = QUICK_SHAPES
+    machine = measured_machine(args.device)
+    print(machine_line(machine))
     rows = [row for shape in shapes for row in run_shape(shape, args)]
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_figures(args.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A plain single-process PyTorch decoder over semantic IDs: checks both the numbers and the speed of the system.
+"""A plain single-process decoder over semantic IDs checks the system's numbers and its speed.
 
-    OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15 --json plain.json
+    OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15
 
-Nothing of `ilrec_dist` is used: it reads the LC-Rec triple, trains a pre-norm GPT-2 on every item after a user's first, and
-decodes with a constrained beam search, so that an error in the system cannot hide in the check.
+Nothing of `ilrec_dist` is used: it reads the LC-Rec triple, trains a pre-norm GPT-2 on every item
+after a user's first, and decodes with a constrained beam search, so that an error in the system
+cannot hide in the check.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,24 +21,35 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import command_line, describe_machine, machine_line, write_figures
 from torch import Tensor, nn
 
-LEVEL_SIZE = 256  # codes per level; token = 1 + level * 256 + code, token 0 is padding
+# Codes per level. A token is 1 + level * 256 + code, and token 0 is padding.
+LEVEL_SIZE = 256
+WARM_UP_STEPS = 300
+# The rank of a target that the beam search does not return.
+NOT_RANKED = 10**9
 
 
 @dataclass
 class Triple:
-    """Histories (item ids 0 … n-1, chronological) and the trie of the items' code tuples as one dense table."""
+    """Histories, and the trie of the items' code tuples as one dense table."""
 
+    # Item ids 0 … n-1 of each user, chronological.
     sequences: list[np.ndarray]
     tokens: np.ndarray  # int64 [items, C]
-    child: Tensor  # int32 [nodes, V]: child node of (node, token), -1 where no item goes on so; node 0 is the root
-    item_nodes: np.ndarray  # int64 [items, C + 1]: the item's node at every depth
+    # int32 [nodes, V]: the child of (node, token), -1 where no item goes on so. Node 0 is the root.
+    child: Tensor
+    # int64 [items, C + 1]: the item's node at every depth.
+    item_nodes: np.ndarray
     vocab_size: int
 
 
 def read_triple(folder: Path, index: Path | None) -> Triple:
-    """Read NAME.inter.json and NAME.index.json (or the given index) of an LC-Rec folder; items must be numbered from 0."""
+    """Read NAME.inter.json and NAME.index.json, or `index`, of an LC-Rec folder.
+
+    Items must be numbered from 0.
+    """
     (inter_path,) = folder.glob("*.inter.json")
     index = index or inter_path.with_name(inter_path.name.replace(".inter.", ".index."))
     sequences = [
@@ -131,7 +142,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """int64 [B, S] -> final-normed hidden states [B, S, d] and every block's keys and values."""
+        """int64 [B, S] -> final-normed hidden states [B, S, d], every block's keys and values."""
         x = self.dropout(self.embed(tokens) + self.position.weight[: tokens.shape[1]])
         cache = []
         for block in self.blocks:
@@ -144,7 +155,10 @@ class Decoder(nn.Module):
 
 
 def windows(sequence: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Windows of at most `length` items, half overlapping, and how many leading items of each are context, not targets."""
+    """Windows of at most `length` items, half overlapping.
+
+    With each goes how many of its first items are context and not targets.
+    """
     yield sequence[:length], 1
     stride = length // 2
     for start in range(stride, len(sequence) - length + stride, stride):
@@ -195,7 +209,8 @@ def batch_loss(
         row_nodes = torch.from_numpy(nodes).flatten(1)[:, 1:][chosen]
         logits = logits.masked_fill(data.child[row_nodes] < 0, float("-inf"))
     else:
-        logits[:, 0] = float("-inf")  # padding is not a token of any item
+        # Padding is not a token of any item.
+        logits[:, 0] = float("-inf")
     return F.cross_entropy(logits, flat[:, 1:][chosen])
 
 
@@ -208,9 +223,10 @@ def beam_search(
     beam: int,
     scope: str,
 ) -> Tensor:
-    """Histories of one length, int64 [B, h] -> leaf nodes int64 [B, beam], best first, -1 where fewer exist.
+    """Histories of one length, int64 [B, h] -> leaf nodes int64 [B, beam], best first.
 
-    `seen` (per user, item ids) removes those items: a node is closed once all its items are seen.
+    They are -1 where fewer exist. `seen` (per user, item ids) removes those items: a node is closed
+    once all its items are seen.
     """
     users, depth = len(histories), data.tokens.shape[1]
     closed = torch.zeros(users, len(data.child), dtype=torch.bool)
@@ -233,15 +249,16 @@ def beam_search(
             log_p = logits.masked_fill(children < 0, float("-inf")).log_softmax(-1)
         else:
             log_p = logits.index_fill(-1, torch.tensor([0]), float("-inf")).log_softmax(-1)
-        barred = (children < 0) | (nodes < 0)[..., None]
-        barred |= closed.gather(1, children.clamp(min=0).flatten(1)).view_as(barred)
-        total = (scores[..., None] + log_p.masked_fill(barred, float("-inf"))).flatten(1)
+        excluded = (children < 0) | (nodes < 0)[..., None]
+        excluded |= closed.gather(1, children.clamp(min=0).flatten(1)).view_as(excluded)
+        total = (scores[..., None] + log_p.masked_fill(excluded, float("-inf"))).flatten(1)
         scores, picked = total.topk(min(beam, total.shape[1]), dim=1)
         parents, tokens = picked // data.vocab_size, picked % data.vocab_size
         nodes = children.flatten(1).gather(1, picked).masked_fill(scores == float("-inf"), -1)
         if level == depth - 1:
             return nodes
-        # Every beam sees its user's history, its own ancestors and itself; all beams' tokens lie side by side in the cache.
+        # Every beam sees its user's history, its own ancestors and itself; all beams' tokens lie
+        # side by side in the cache.
         width = tokens.shape[1]
         itself = torch.eye(width, dtype=torch.bool).expand(users, -1, -1)
         if level:
@@ -262,7 +279,10 @@ def beam_search(
 def evaluate(
     model: Decoder, data: Triple, users: np.ndarray, args: argparse.Namespace, last: int = 1
 ) -> dict[str, float]:
-    """Hit and NDCG at 1, 5, 10 of the item `last` from the end; items that share a code tuple fill ranks in id order."""
+    """Hit and NDCG at 1, 5, 10 of the item `last` from the end.
+
+    Items that share a code tuple fill ranks in id order.
+    """
     model.eval()
     groups: dict[int, list[int]] = {}
     for item, leaf in enumerate(data.item_nodes[:, -1].tolist()):
@@ -290,7 +310,7 @@ def evaluate(
                     item for leaf in row if leaf >= 0 for item in groups[leaf] if item not in skip
                 ]
                 target = int(data.sequences[user][-last])
-                ranks.append(ranked.index(target) if target in ranked else 10**9)
+                ranks.append(ranked.index(target) if target in ranked else NOT_RANKED)
     model.train()
     rank = np.array(ranks)
     return {f"hit@{k}": float((rank < k).mean()) for k in (1, 5, 10)} | {
@@ -298,8 +318,56 @@ def evaluate(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up, then a cosine to 0 at `total_steps`."""
+
+    def factor(step: int) -> float:
+        if step < WARM_UP_STEPS:
+            return (step + 1) / WARM_UP_STEPS
+        progress = (step - WARM_UP_STEPS) / max(1, total_steps - WARM_UP_STEPS)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train(
+    model: Decoder, data: Triple, validation_users: np.ndarray, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Train all epochs; the printed record of each, with the validation where there are users."""
+    rng = np.random.default_rng(args.seed)
+    rows = training_rows(data, args.history)
+    steps_per_epoch = math.ceil(len(rows) / args.batch)
+    print(f"{len(rows)} rows, {steps_per_epoch} steps an epoch", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = cosine_schedule(optimizer, steps_per_epoch * (args.schedule_epochs or args.epochs))
+    epochs = []
+    for epoch in range(args.epochs):
+        start, start_cpu, losses = time.perf_counter(), time.process_time(), []
+        for group in batches(rows, args.batch, rng):
+            loss = batch_loss(model, data, [rows[row] for row in group], args.softmax)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - start_cpu,
+            "loss": float(np.mean(losses)),
+        }
+        if len(validation_users):
+            record["validation"] = evaluate(model, data, validation_users, args, last=2)
+        epochs.append(record)
+        print(json.dumps(record), flush=True)
+    return epochs
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_line(__doc__, None)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with NAME.inter.json and NAME.index.json"
     )
@@ -323,7 +391,7 @@ def main() -> None:
     parser.add_argument(
         "--exclude-seen",
         action="store_true",
-        help="never return items of the history (default: they are kept)",
+        help="never return items of the history (default: they are returned)",
     )
     parser.add_argument(
         "--validation-users",
@@ -339,66 +407,29 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-
+    machine = describe_machine(threads=args.threads)
+    print(machine_line(machine))
     data = read_triple(args.data, args.index)
-    depth = data.tokens.shape[1]
-    model = Decoder(data.vocab_size, (args.history + 1) * depth - 1)
+    model = Decoder(data.vocab_size, (args.history + 1) * data.tokens.shape[1] - 1)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = training_rows(data, args.history)
-    steps_per_epoch = math.ceil(len(rows) / args.batch)
-    total_steps = steps_per_epoch * (args.schedule_epochs or args.epochs)
-    print(
-        f"{len(data.sequences)} users, {len(data.tokens)} items, {len(rows)} rows, {parameters:,} parameters, {steps_per_epoch} steps an epoch",
-        flush=True,
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = 300
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / warm_up
-            if step < warm_up
-            else 0.5
-            * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
-        ),
-    )
+    print(f"{len(data.sequences)} users, {len(data.tokens)} items, {parameters:,} parameters")
     order = np.random.default_rng(0).permutation(len(data.sequences))
-    epochs = []
-    for epoch in range(args.epochs):
-        start, start_cpu, losses = time.perf_counter(), time.process_time(), []
-        for group in batches(rows, args.batch, rng):
-            loss = batch_loss(model, data, [rows[row] for row in group], args.softmax)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        spent = {
-            "seconds": time.perf_counter() - start,
-            "cpu_seconds": time.process_time() - start_cpu,
-        }
-        record: dict[str, Any] = {"epoch": epoch + 1, **spent, "loss": float(np.mean(losses))}
-        if args.validation_users:
-            record["validation"] = evaluate(
-                model, data, order[: args.validation_users], args, last=2
-            )
-        epochs.append(record)
-        print(json.dumps(record), flush=True)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
+        "machine": machine,
         "dataset": args.data.name,
-        "machine": f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
         "parameters": parameters,
         "arguments": {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(args).items()
         },
-        "epochs": epochs,
+        "epochs": train(model, data, order[: args.validation_users], args),
     }
     if args.test_users >= 0:
         start = time.perf_counter()
@@ -408,8 +439,7 @@ def main() -> None:
             "seconds": time.perf_counter() - start,
         }
         print(json.dumps(result["test"]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(args.json, result)
 
 
 if __name__ == "__main__":

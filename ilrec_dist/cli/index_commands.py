@@ -58,12 +58,13 @@ def add_to_index(run: Path, items: Path, out: Path, vectors: Sequence[Path] = ()
     rows = _new_items(require_file(items, "--items"))
     titles = [title or "" for title in rows["title"]]
     documents = [f"{title} {text or ''}" for title, text in zip(titles, rows["text"], strict=True)]
-    given = _given_vectors(vectors) if vectors else None
-    add_items(folders.items, load_dataset(folders.data), rows["id"], out, documents, titles, given)
+    item_vectors = _item_vectors(vectors) if vectors else None
+    dataset = load_dataset(folders.data)
+    add_items(folders.items, dataset, rows["id"], out, documents, titles, item_vectors)
     return report_index(out)
 
 
-def _given_vectors(paths: Sequence[Path]) -> GivenVectors:
+def _item_vectors(paths: Sequence[Path]) -> GivenVectors:
     if len(paths) > 2:
         raise UserError(f"--vectors: expected one or two files, found {len(paths)}")
     *old, new = [_vectors(path) for path in paths]

@@ -45,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    arguments, rest = build_parser().parse_known_args(words)
+    arguments, unparsed = build_parser().parse_known_args(words)
     takes_settings = hasattr(arguments, "overrides")
-    if rest and (not takes_settings or any(word.startswith("-") for word in rest)):
+    if unparsed and (not takes_settings or any(word.startswith("-") for word in unparsed)):
         raise UserError(
-            f"unrecognized arguments: {' '.join(rest)}; see `ilrec {arguments.command} --help`"
+            f"unrecognized arguments: {' '.join(unparsed)}; see `ilrec {arguments.command} --help`"
         )
-    if rest:
+    if unparsed:
         # Settings may stand behind a flag too.
-        arguments.overrides += rest
+        arguments.overrides += unparsed
     load_function(arguments.call)(arguments)
 
 

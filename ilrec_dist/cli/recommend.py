@@ -49,7 +49,7 @@ def recommend(
         )
     with (
         open_trained_model(run, method, seed) as trained,
-        stage_progress("recommend", None, "users") as bar,
+        stage_progress("recommend", None, "users") as show_progress,
     ):
         recommendations = recommend_items(
             trained.backbone,
@@ -64,7 +64,7 @@ def recommend(
             parallel=trained.parallel,
             exclude_seen=exclude_seen,
             allowed=allowed,
-            progress=lambda done, _total: bar(done),
+            progress=lambda done, _total: show_progress(done),
             model_name=str(trained.weights),
         )
     table = recommendations.table
@@ -91,10 +91,10 @@ def _without_items(recommendations: Recommendations) -> str:
     )
 
 
-def print_recommendations(found: pa.Table) -> None:
+def print_recommendations(recommendations: pa.Table) -> None:
     """Print a table of the first users; titles and ids are shown as they are, with brackets."""
-    users = found.column("user").combine_chunks().dictionary_encode()
-    shown = found.filter(pc.less(users.indices, PRINTED_USERS))
+    users = recommendations.column("user").combine_chunks().dictionary_encode()
+    shown = recommendations.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)
     for column in shown.column_names:
         table.add_column(column, justify="right" if column in ("rank", "score") else "left")

@@ -81,13 +81,13 @@ def _refuse_half_pairs(path: Path) -> None:
 
     The parser would put a question mark in its place.
     """
-    rest, line = b"", 1
+    tail, line = b"", 1
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
-            block = rest + chunk
+            block = tail + chunk
             # No escape goes on behind a quote mark or a comma.
             cut = max(block.rfind(b'"'), block.rfind(b",")) + 1
-            block, rest = block[:cut], block[cut:]
+            block, tail = block[:cut], block[cut:]
             for escape in ESCAPES.finditer(block) if SURROGATE.search(block) else ():
                 if escape["half"]:
                     line += block.count(b"\n", 0, escape.start())

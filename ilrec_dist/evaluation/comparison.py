@@ -48,7 +48,7 @@ def paired_intervals(
 ) -> list[Interval]:
     """Intervals of each method minus those that it is compared with.
 
-    `compared_with` maps a method to the others, of which those without figures are skipped. Every
+    `compared_with` maps a method to its baselines; those without figures are skipped. Every
     treatment of seen items that occurs gets its intervals. A user's value is the mean over seeds.
     """
     values: dict[tuple[str, bool, str], list[np.ndarray]] = {}
@@ -67,8 +67,8 @@ def paired_intervals(
             exclude_seen=exclude_seen,
         )
         for exclude_seen in dict.fromkeys(entry.exclude_seen for entry in figures)
-        for method, others in compared_with.items()
-        for versus in others
+        for method, baselines in compared_with.items()
+        for versus in baselines
         for metric in COMPARED_METRICS
         if (method, exclude_seen, metric) in means and (versus, exclude_seen, metric) in means
     ]

@@ -23,8 +23,9 @@ class Ranks:
     is `rank`.
     """
 
-    rank: np.ndarray  # int64 [n]; UNRANKED where the target is not in the list
-    first: np.ndarray  # int64 [n]; UNRANKED likewise
+    # UNRANKED where the target is not in the list, as in `first`.
+    rank: np.ndarray  # int64 [n]
+    first: np.ndarray  # int64 [n]
     tied: np.ndarray  # int64 [n], at least 1
 
 

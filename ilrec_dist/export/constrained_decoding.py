@@ -61,10 +61,12 @@ class ItemTrie:
 
     def items(self, generated: Sequence[int]) -> range:
         """Rows of catalogue.parquet of a whole generated sequence; padding behind it is ignored."""
-        found = len(generated)
-        while found and generated[found - 1] == self.padding and self.node(generated[:found]) < 0:
-            found -= 1
-        node = self.node(generated[:found])
+        length = len(generated)
+        while (
+            length and generated[length - 1] == self.padding and self.node(generated[:length]) < 0
+        ):
+            length -= 1
+        node = self.node(generated[:length])
         return range(int(self.first_row[node]), int(self.last_row[node])) if node >= 0 else range(0)
 
 

@@ -52,7 +52,8 @@ class RankedItems:
 
     items: np.ndarray  # int32 [B, W], padded with -1
     scores: np.ndarray  # float32 [B, W], padded with -inf
-    beam: np.ndarray  # int32 [B, W], the beam that an item comes from, padded with -1
+    # The beam that an item comes from.
+    beam: np.ndarray  # int32 [B, W], padded with -1
 
 
 @torch.no_grad()

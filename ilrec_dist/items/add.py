@@ -151,18 +151,18 @@ def _books_and_vectors(
     old: Catalogue,
     new_ids: Sequence[str],
     new_documents: Sequence[str] | None,
-    given: GivenVectors | None,
+    item_vectors: GivenVectors | None,
     scratch: Path,
 ) -> tuple[Codebooks, np.ndarray]:
     """(codebooks of the old codes, the new items' vectors float32 [m, d] in their space)."""
     stored = CODEBOOKS in manifest_hashes(folder)
-    if given is not None:
-        old_vectors, new_vectors = given.old, np.asarray(given.new, np.float32)
-        _check_given(folder, old, len(new_ids), given, stored)
+    if item_vectors is not None:
+        old_vectors, new_vectors = item_vectors.old, np.asarray(item_vectors.new, np.float32)
+        _check_vectors(folder, old, len(new_ids), item_vectors, stored)
     else:
         old_vectors, new_vectors = _text_vectors(folder, dataset, new_documents, scratch)
         check_finite(new_vectors, new_ids, "index add", "mend its title and text")
-    if stored and (given is None or old_vectors is None):
+    if stored and (item_vectors is None or old_vectors is None):
         books = Codebooks.load(verified(folder, CODEBOOKS, REPAIR), old.level_sizes)
     else:
         assert old_vectors is not None
@@ -176,11 +176,11 @@ def _books_and_vectors(
     return books, new_vectors
 
 
-def _check_given(
-    folder: str | Path, old: Catalogue, num_new: int, given: GivenVectors, stored: bool
+def _check_vectors(
+    folder: str | Path, old: Catalogue, num_new: int, item_vectors: GivenVectors, stored: bool
 ) -> None:
     """Raise UserError unless the vectors' counts, and the old ones' order, fit the index."""
-    if given.old is None:
+    if item_vectors.old is None:
         kind = read_report(folder)["vectors"]["kind"]
         if not stored or "+" in kind:
             source = f"built from {kind} vectors" if stored else "given, not built from vectors"
@@ -188,15 +188,15 @@ def _check_given(
                 f"index add: the codes of {folder} were {source}; "
                 "give vectors of the old and the new items (--vectors OLD.npy NEW.npy)"
             )
-        if len(given.new) != num_new:
-            raise UserError(f"index add: {len(given.new)} vectors for {num_new} new items")
+        if len(item_vectors.new) != num_new:
+            raise UserError(f"index add: {len(item_vectors.new)} vectors for {num_new} new items")
         return
-    if len(given.old) != old.num_items or len(given.new) != num_new:
+    if len(item_vectors.old) != old.num_items or len(item_vectors.new) != num_new:
         raise UserError(
-            f"index add: {len(given.old)} and {len(given.new)} vectors for {old.num_items} old and "
-            f"{num_new} new items"
+            f"index add: {len(item_vectors.old)} and {len(item_vectors.new)} vectors for "
+            f"{old.num_items} old and {num_new} new items"
         )
-    _check_order(folder, old, given.old)
+    _check_order(folder, old, item_vectors.old)
 
 
 def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> None:
@@ -219,13 +219,13 @@ def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> Non
     )
     if here >= max(shuffled, in_code_order):
         return
-    found = (
+    reason = (
         "they are in code order, as cf/code-order/item_embeddings.npy is"
         if in_code_order > shuffled
         else "items of one first code are no more alike than others"
     )
     raise UserError(
-        f"index add: the old items' vectors do not fit the codes of {folder}: {found}; expected "
+        f"index add: the old items' vectors do not fit the codes of {folder}: {reason}; expected "
         "one row an item in the order of its index.json (--vectors)"
     )
 

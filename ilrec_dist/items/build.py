@@ -77,23 +77,23 @@ def build_catalogue(
     if config.form == "titles":
         return _build_titles(config, dataset, out)
     scratch = Path(out).parent
-    given = _codes(config, dataset, cf_embeddings, scratch)
-    before = collision_report(given.codes)
-    resolution = Resolution(given.codes, given.level_sizes, "none", 0)
-    preview = resolution_preview(given.codes, given.level_sizes)
-    names = given.level_names
+    item_codes = _codes(config, dataset, cf_embeddings, scratch)
+    before = collision_report(item_codes.codes)
+    resolution = Resolution(item_codes.codes, item_codes.level_sizes, "none", 0)
+    preview = resolution_preview(item_codes.codes, item_codes.level_sizes)
+    names = item_codes.level_names
     if config.collisions == "refuse":
-        _refuse_collision(config, dataset, given)
+        _refuse_collision(config, dataset, item_codes)
     elif config.collisions == "resolve" and before["items"]:
-        vectors, books = given.vectors, given.books
+        vectors, books = item_codes.vectors, item_codes.books
         if vectors is None:
-            vectors, books = _cost_vectors(config, dataset, cf_embeddings, given, scratch)
-        resolution = resolve_collisions(given.codes, given.level_sizes, vectors, books)
+            vectors, books = _cost_vectors(config, dataset, cf_embeddings, item_codes, scratch)
+        resolution = resolve_collisions(item_codes.codes, item_codes.level_sizes, vectors, books)
         if len(resolution.level_sizes) > len(names):
             names = [*names, next(name for name in string.ascii_lowercase if name not in names)]
     catalogue = make_catalogue(resolution.codes, resolution.level_sizes, names)
     report = {
-        "source": given.source,
+        "source": item_codes.source,
         "index_sha256": sha256_file(config.index) if config.index else None,
         "vectors": {
             "kind": config.embedding,
@@ -102,8 +102,8 @@ def build_catalogue(
             "text_model": config.text_model,
         },
         **catalogue_report(catalogue),
-        "items_passed_over": given.items_passed_over,
-        "items_without_text": given.items_without_text,
+        "items_passed_over": item_codes.items_passed_over,
+        "items_without_text": item_codes.items_without_text,
         "collisions": {
             "rule": config.collisions,
             "before": before,
@@ -115,8 +115,8 @@ def build_catalogue(
     }
     report["warning"] = collision_warning(report)
     with committed_folder(out) as folder:
-        if given.books is not None:
-            given.books.save(folder)
+        if item_codes.books is not None:
+            item_codes.books.save(folder)
         write_items(folder, catalogue, dataset.item_ids, report)
     return report
 
@@ -217,7 +217,7 @@ def _cost_vectors(
     config: ItemsConfig,
     dataset: InteractionDataset,
     cf_embeddings: np.ndarray | None,
-    given: _Codes,
+    item_codes: _Codes,
     scratch: Path,
 ) -> tuple[np.ndarray | None, Codebooks | None]:
     """For a given index: vectors by text, by CF where there is no text, else none; centroids."""
@@ -228,16 +228,16 @@ def _cost_vectors(
         vectors = check_cf_vectors(cf_embeddings, dataset.item_ids)
     else:
         return None, None
-    return vectors, centroid_codebooks(vectors, given.codes, given.level_sizes)
+    return vectors, centroid_codebooks(vectors, item_codes.codes, item_codes.level_sizes)
 
 
-def _refuse_collision(config: ItemsConfig, dataset: InteractionDataset, given: _Codes) -> None:
-    pair = first_collision(given.codes)
+def _refuse_collision(config: ItemsConfig, dataset: InteractionDataset, item_codes: _Codes) -> None:
+    pair = first_collision(item_codes.codes)
     if pair is None:
         return
-    numbers = given.codes[pair[0]].tolist()
+    numbers = item_codes.codes[pair[0]].tolist()
     code = "".join(
-        f"<{name}_{number}>" for name, number in zip(given.level_names, numbers, strict=True)
+        f"<{name}_{number}>" for name, number in zip(item_codes.level_names, numbers, strict=True)
     )
     advice = (
         "mend the file, or set it to keep or resolve"

@@ -29,9 +29,12 @@ class Catalogue:
     with the vocabulary's end token, and NO_TOKEN stands behind that up to C.
     """
 
-    tokens: np.ndarray  # int32 [n, C] token ids of each item's sequence, in code order
-    items: np.ndarray  # int32 [n] item index at each code-order position
-    position: np.ndarray  # int32 [n] item index -> code-order position
+    # Token ids of each item's sequence, in code order.
+    tokens: np.ndarray  # int32 [n, C]
+    # The item index at each position of the code order.
+    items: np.ndarray  # int32 [n]
+    # The position of each item index in the code order.
+    position: np.ndarray  # int32 [n]
     level_sizes: tuple[int, ...]  # [C] codes of each level
     level_names: tuple[str, ...]  # [C] the letter in a token's name, such as a in <a_12>
     vocabulary: Vocabulary

@@ -27,7 +27,8 @@ class IndexFile:
     codes: np.ndarray  # int32 [num_items, C]
     level_sizes: list[int]  # [C]: the largest code of each level plus one
     level_names: list[str]  # [C]
-    items_passed_over: int  # items of the file that the data set does not have
+    # The number of items of the file that the data set does not have.
+    items_passed_over: int
 
 
 def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> IndexFile:

@@ -13,7 +13,8 @@ from ilrec_dist.common.errors import UserError
 CHUNK_ROWS = 1 << 17
 # Training vectors per code: FAISS's own default for k-means; more change little.
 TRAIN_POINTS_PER_CODE = 256
-CODEBOOKS = "codebooks.npy"  # beside the catalogue's files
+# The codebooks' file lies beside the catalogue's.
+CODEBOOKS = "codebooks.npy"
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Codebooks:
 
     def residual(self, vectors: np.ndarray, codes: np.ndarray, level: int) -> np.ndarray:
         """float32 [n, d]: what is left of the vectors after the codes of the levels before."""
-        rest = np.array(vectors, np.float32)
+        residual = np.array(vectors, np.float32)
         for earlier in range(level):
-            rest -= np.nan_to_num(self.levels[earlier][codes[:, earlier]])
-        return rest
+            residual -= np.nan_to_num(self.levels[earlier][codes[:, earlier]])
+        return residual
 
     def save(self, folder: Path) -> None:
         """Write CODEBOOKS: the levels' centroids one after another, float32 [codes, d]."""

@@ -110,12 +110,12 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_model(folder: Path) -> Any:
-    model, found = AutoModel.from_pretrained(
+    model, loading_info = AutoModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
     # Left to itself the library points at a report that it does not print.
-    if found["mismatched_keys"]:
-        name, stored, expected = min(found["mismatched_keys"])
+    if loading_info["mismatched_keys"]:
+        name, stored, expected = min(loading_info["mismatched_keys"])
         raise ValueError(
             "the weights are of another model than config.json: "
             f"{name} is {list(stored)}, expected {list(expected)}"
@@ -123,7 +123,7 @@ def _load_model(folder: Path) -> Any:
     # The library would draw what is missing at random; poolers and decoders are not used.
     lacking = [
         name
-        for name in sorted(found["missing_keys"])
+        for name in sorted(loading_info["missing_keys"])
         if "pooler" not in name and not name.startswith("decoder")
     ]
     if lacking:

@@ -13,7 +13,8 @@ from ilrec_dist.common.files import require_file
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 
-TOKENIZER = "tokenizer.json"  # beside the catalogue's files
+# The tokenizer's file lies beside the catalogue's.
+TOKENIZER = "tokenizer.json"
 # The item token numbers of titles (see Vocabulary): the end, and the tokenizer's token 0.
 END_NUMBER, FIRST_NUMBER = 0, 1
 END_NAME = "<end>"

@@ -155,8 +155,8 @@ class Trie:
             right = open_ & (labels[np.minimum(middle, len(labels) - 1)] < tokens)
             low = np.where(right, middle + 1, low)
             high = np.where(open_ & ~right, middle, high)
-        found = (low < stop) & (labels[np.minimum(low, len(labels) - 1)] == tokens)
-        return np.where(found, low, -1)
+        has_child = (low < stop) & (labels[np.minimum(low, len(labels) - 1)] == tokens)
+        return np.where(has_child, low, -1)
 
     def leaf_items(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices int64).

@@ -22,11 +22,16 @@ class Vocabulary:
     its tokenizer's own tokens).
     """
 
-    item_tokens: np.ndarray  # int32 [I]: item token number -> token id
-    size: int  # token ids are 0 … size-1; without the rows that pad the table for tp
-    padding: int  # any id: what it stands for is never attended to and never a target
-    end: int | None = None  # closes every title; None where items are codes
-    base_size: int = 0  # T: tokens that are not the items' own
+    # The token id of each item token number.
+    item_tokens: np.ndarray  # int32 [I]
+    # Token ids are 0 … size-1. The rows that pad the table for tp are not counted.
+    size: int
+    # It may be any id: padding is never attended to and never a target.
+    padding: int
+    # This id closes every title; None where items are codes.
+    end: int | None = None
+    # T, the number of tokens that are not item tokens.
+    base_size: int = 0
 
     def __post_init__(self) -> None:
         ids = self.item_tokens

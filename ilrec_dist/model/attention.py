@@ -34,8 +34,10 @@ class KVCache:
     `Backbone.prefill` fills it and `Backbone.decode` extends it, both in place.
     """
 
-    prefix: int  # S, tokens of the prefix
-    suffix: int = 0  # T, tokens decoded so far
+    # S, the number of tokens of the prefix.
+    prefix: int
+    # T, the number of tokens decoded so far.
+    suffix: int = 0
     layers: list[LayerKVCache] = field(default_factory=list)
 
     def reorder(self, parents: Tensor) -> None:
@@ -81,25 +83,26 @@ class PackedSequences:
         self.positions = (torch.arange(self.num_tokens) - starts.repeat_interleave(sizes)).to(
             device
         )  # [T]
-        # The token at each place of each padded batch, [n, longest]. A place beyond the end of a
-        # sample repeats its last token: causal attention hides it from the tokens before.
+        # The token at each position of each padded batch, [n, longest]. A position beyond the
+        # end of a sample repeats its last token, which causal attention hides from the tokens
+        # before it.
         self.batches: list[Tensor] = []
-        # The place of each token in the concatenated batches, [T].
-        self.place_of_token = torch.empty(self.num_tokens, dtype=torch.int64)
+        # The position of each token in the concatenated batches, [T].
+        self.position_in_batches = torch.empty(self.num_tokens, dtype=torch.int64)
         offset = 0
         bits = [length.bit_length() for length in sizes.tolist()]
         octaves = torch.tensor(bits)
         for octave in sorted(set(bits)):
             members = (octaves == octave).nonzero().flatten()
             longest = int(sizes[members].max())
-            place = torch.arange(longest)
-            inside = place < sizes[members, None]
-            tokens = starts[members, None] + torch.minimum(place, sizes[members, None] - 1)
-            places = offset + torch.arange(tokens.numel()).view_as(tokens)
-            self.place_of_token[tokens[inside]] = places[inside]
+            position = torch.arange(longest)
+            inside = position < sizes[members, None]
+            tokens = starts[members, None] + torch.minimum(position, sizes[members, None] - 1)
+            positions = offset + torch.arange(tokens.numel()).view_as(tokens)
+            self.position_in_batches[tokens[inside]] = positions[inside]
             self.batches.append(tokens.to(device))
             offset += tokens.numel()
-        self.place_of_token = self.place_of_token.to(device)
+        self.position_in_batches = self.position_in_batches.to(device)
 
 
 # What an attention layer is told besides queries, keys and values: None is plain causal attention.
@@ -117,7 +120,8 @@ class CoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
         super().__init__()
         self.index = layer_number - 1
-        self.scale = config.softmax_scale  # None: 1 / sqrt(head_dim)
+        # None stands for 1 / sqrt(head_dim).
+        self.scale = config.softmax_scale
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
@@ -155,7 +159,7 @@ class CoreAttention(torch.nn.Module):
                 for part in (query, key, value)
             )
             outputs.append(self._causal(*parts).transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, packed.place_of_token)[None]
+        return torch.cat(outputs).index_select(0, packed.position_in_batches)[None]
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerKVCache) -> Tensor:
         """Attend from one new token per beam, [B, K, heads, head_dim].

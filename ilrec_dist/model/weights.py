@@ -17,7 +17,7 @@ from ilrec_dist.model.gpt import Backbone
 WEIGHTS_SHA256 = "weights_sha256"
 
 
-def save_weights(backbone: Backbone, path: Path) -> str:
+def save_training_weights(backbone: Backbone, path: Path) -> str:
     """Write all weights, unsharded, as one safetensors file; collective over all ranks.
 
     Returns the file's SHA-256 on rank 0, where it is written, and "" elsewhere. The file
@@ -33,7 +33,7 @@ def save_weights(backbone: Backbone, path: Path) -> str:
     return sha256
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_training_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a finished training's weights file, on the CPU.
 
     Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
@@ -45,11 +45,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_weights(backbone: Backbone, path: Path) -> Backbone:
+def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
     """Load a finished training's weights file under any tp; the backbone in eval mode.
 
-    Raises UserError as `read_weights` does, and naming a tensor that is missing, left over or
-    of another shape.
+    Raises UserError as `read_training_weights` does, and naming a tensor that is missing,
+    left over or of another shape.
     """
-    backbone.load_full_state_dict(read_weights(path))
+    backbone.load_full_state_dict(read_training_weights(path))
     return backbone.eval()

@@ -76,8 +76,8 @@ def get_method(name: str) -> Method:
 
 def known_names() -> str:
     """The registered names as an error message lists them: 'a', 'b' or 'c'."""
-    *others, last = (repr(name) for name in METHODS)
-    return f"{', '.join(others)} or {last}" if others else last
+    *preceding, last = (repr(name) for name in METHODS)
+    return f"{', '.join(preceding)} or {last}" if preceding else last
 
 
 def default_method(trained: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.weights import load_weights
+from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 
@@ -70,7 +70,7 @@ def open_trained_model(
         set_cpu_threads(config.launch)
     parallel = initialize_parallel(1, device)
     try:
-        backbone = load_weights(build_backbone(config, artifacts, seed), weights)
+        backbone = load_training_weights(build_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
         yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
     finally:

@@ -101,7 +101,7 @@ def render(
 
     def prompt_tokens(kept: int) -> tuple[str, list[int]]:
         listed = template.separator.join(written[len(written) - kept :])
-        text = template.prompt.format(**{template.place: listed})
+        text = template.prompt.format(**{template.placeholder: listed})
         if chat is not None:
             text = chat(text, template.system)
         return text, list(encode(text))

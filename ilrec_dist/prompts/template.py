@@ -23,9 +23,10 @@ _KEYS = {"task", "history", "response", "separator", "templates", "system"}
 class Template:
     """One way to ask.
 
-    `prompt` has the place `{history}` (task next_item) or `{item}` (the other tasks); the response
-    follows it. `history` says how the items of the prompt are written, `response` how the answer
-    is; both write "title codes". `system` is the system message of a chat template, if any.
+    `prompt` has the placeholder `{history}` (task next_item) or `{item}` (the other tasks);
+    the response follows it. `history` says how the items of the prompt are written, `response`
+    how the answer is; both write "title codes". `system` is the system message of a chat
+    template, if any.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Template:
     system: str | None = None
 
     @property
-    def place(self) -> str:
+    def placeholder(self) -> str:
         """The field that the template's text must have exactly once."""
         return "history" if self.task == "next_item" else "item"
 
@@ -87,10 +88,10 @@ def _read_group(group: Any, where: str, stem: str, number: int) -> list[Template
     response = group.get("response", "titles" if task == "codes_to_title" else "codes")
     if response not in ("codes", "titles"):
         raise UserError(f"{where}: response {response!r}; expected codes or titles")
-    found = []
-    for place, text in enumerate(group["templates"], start=1):
+    templates = []
+    for number_in_group, text in enumerate(group["templates"], start=1):
         template = Template(
-            name=f"{stem}/{number}.{place}",
+            name=f"{stem}/{number}.{number_in_group}",
             task=task,
             prompt=text,
             history=history,
@@ -98,9 +99,9 @@ def _read_group(group: Any, where: str, stem: str, number: int) -> list[Template
             separator=group.get("separator", ", "),
             system=group.get("system"),
         )
-        _check(template, f"{where}, template {place}")
-        found.append(template)
-    return found
+        _check(template, f"{where}, template {number_in_group}")
+        templates.append(template)
+    return templates
 
 
 def _check(template: Template, where: str) -> None:
@@ -110,8 +111,8 @@ def _check(template: Template, where: str) -> None:
         fields = [field for _, field, _, _ in string.Formatter().parse(template.prompt) if field]
     except ValueError as error:
         raise UserError(f"{where}: {error}; write a brace itself twice") from None
-    if fields != [template.place]:
+    if fields != [template.placeholder]:
         raise UserError(
-            f"{where}: expected the place {{{template.place}}} exactly once, found "
+            f"{where}: expected the placeholder {{{template.placeholder}}} exactly once, found "
             f"{', '.join(f'{{{field}}}' for field in fields) or 'none'}"
         )

@@ -203,10 +203,10 @@ def follow_counter(
     while (counted := _counted(path)) is None:
         if stop.wait(poll_seconds):
             return
-    with stage_progress(title, counted[1], unit) as bar:
+    with stage_progress(title, counted[1], unit) as show_progress:
         while not stop.wait(poll_seconds):
             if (counted := _counted(path)) is not None:
-                bar(counted[0], counted[2])
+                show_progress(counted[0], counted[2])
 
 
 def write_counter(path: Path, done: float, total: float, note: str = "") -> None:
@@ -230,8 +230,8 @@ def _counted(path: Path) -> tuple[float, float, str] | None:
 def clock(seconds: float) -> str:
     """3725.2 → 1:02:05, 65 → 1:05, 4.2 → 0:04."""
     whole = int(round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    hours, minutes, remainder = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{remainder:02d}" if hours else f"{minutes}:{remainder:02d}"
 
 
 def _number(line: dict[str, Any], key: str, before: float | None) -> float | None:

@@ -26,7 +26,7 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.weights import WEIGHTS_SHA256, save_weights
+from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.objective.metrics import LossStatistics
@@ -253,7 +253,7 @@ class Trainer:
             progress.best_ndcg = metrics[SELECTION_METRIC]
             progress.best_step = progress.step
             progress.validations_without_gain = 0
-            progress.best_sha256 = save_weights(self.backbone, self.spec.folder / BEST)
+            progress.best_sha256 = save_training_weights(self.backbone, self.spec.folder / BEST)
         else:
             progress.validations_without_gain += 1
         if self.log is not None:
@@ -324,7 +324,7 @@ class Trainer:
     def _finish(self) -> None:
         """Write the final weights and result.json, which marks the training as finished."""
         self._require_finite_weights()
-        final_sha256 = save_weights(self.backbone, self.spec.folder / FINAL)
+        final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
         if self.log is not None:
             self.log.close()
             write_json(self.spec.folder / RESULT, self._result(final_sha256))

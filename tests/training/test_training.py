@@ -19,14 +19,15 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.model.weights import read_weights
+from ilrec_dist.model.weights import read_training_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size, tp, accumulation
+# Each layout is (world size, tp, accumulation).
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
 
 
 def train_here(
@@ -111,9 +112,8 @@ def test_the_layout_of_the_step_changes_neither_losses_nor_weights(trained, layo
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     weights = load_file(other / "final.safetensors")
     for name, tensor in load_file(alone / "final.safetensors").items():
-        if not name.endswith(
-            "linear_qkv.bias"
-        ):  # key biases have no true gradient: Adam walks them by rounding alone
+        # Key biases have no true gradient: Adam walks them by rounding alone.
+        if not name.endswith("linear_qkv.bias"):
             torch.testing.assert_close(weights[name], tensor, rtol=0, atol=5e-3)
 
 
@@ -254,15 +254,15 @@ def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(
         for name in ("best.safetensors", "final.safetensors")
     }
     best = folder / "best.safetensors"
-    whole = read_weights(best)
+    whole = read_training_weights(best)
     assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(best).items())
     _flip(best)
     with pytest.raises(UserError, match=f"^{re.escape(str(best))}: .*damaged.*SHA-256"):
-        read_weights(best)
+        read_training_weights(best)
     final = folder / "final.safetensors"
     final.write_bytes(final.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"^{re.escape(str(final))}: .*damaged.*SHA-256"):
-        read_weights(final)
+        read_training_weights(final)
     best.unlink()
     with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
-        read_weights(best)
+        read_training_weights(best)

@@ -133,24 +133,24 @@ def log_masses(
     def cell_sums(weights: np.ndarray) -> np.ndarray:
         return np.bincount(flat, weights, minlength=t * c)
 
-    others = np.array(np.broadcast_to(count, (t, c)), np.float32)
+    remaining = np.array(np.broadcast_to(count, (t, c)), np.float32)
     estimate = mean + variance / 2
-    items = others.ravel()[touched].astype(np.float64)
+    items = remaining.ravel()[touched].astype(np.float64)
     all_mean = mean.ravel()[touched].astype(np.float64)
     all_square = variance.ravel()[touched] + all_mean**2
-    num_others = np.maximum(items - num_exact[touched], 0)
-    divisor = np.maximum(num_others, 1)
-    others_mean = (items * all_mean - cell_sums(exact)[touched]) / divisor
-    others_square = (items * all_square - cell_sums(exact * exact)[touched]) / divisor
-    others_variance = np.maximum(others_square - others_mean * others_mean, 0)
-    np.put(estimate, touched, others_mean + others_variance / 2)
-    np.put(others, touched, num_others)
+    num_inexact = np.maximum(items - num_exact[touched], 0)
+    divisor = np.maximum(num_inexact, 1)
+    inexact_mean = (items * all_mean - cell_sums(exact)[touched]) / divisor
+    inexact_square = (items * all_square - cell_sums(exact * exact)[touched]) / divisor
+    inexact_variance = np.maximum(inexact_square - inexact_mean * inexact_mean, 0)
+    np.put(estimate, touched, inexact_mean + inexact_variance / 2)
+    np.put(remaining, touched, num_inexact)
     estimate = np.minimum(estimate, cap[:, None])
-    shift = np.where(others > 0, estimate, -np.inf).max(1, initial=-np.inf)
+    shift = np.where(remaining > 0, estimate, -np.inf).max(1, initial=-np.inf)
     shift = np.maximum(shift, np.where(cells >= 0, scores, -np.inf).max(1, initial=-np.inf))
     shift = np.where(np.isfinite(shift), shift, 0).astype(np.float32)
     exact_mass = cell_sums(np.exp(exact - shift[row])).reshape(t, c)
-    mass = others * np.exp(np.minimum(estimate - shift[:, None], 0)) + exact_mass
+    mass = remaining * np.exp(np.minimum(estimate - shift[:, None], 0)) + exact_mass
     with np.errstate(divide="ignore"):
         logs: np.ndarray = (np.log(mass) + shift[:, None]).astype(np.float32)
     return logs

@@ -62,7 +62,7 @@ class CachedRewards:
         self._record_of = np.full(dataset.num_interactions, -1, np.int64)
         self._names: list[str] = []
         self._records: list[np.ndarray] = []
-        self._own_files = self.folder / uuid.uuid4().hex
+        self._writer_files = self.folder / uuid.uuid4().hex
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-cache")
 
     def fetch_async(self, users: np.ndarray, positions: np.ndarray) -> RewardFuture:
@@ -140,8 +140,8 @@ class CachedRewards:
         records["crc"] = [
             zlib.crc32(values[begin:end]) for begin, end in zip(begins, ends, strict=True)
         ]
-        with open(self._own_files.with_suffix(".values"), "ab") as file:
+        with open(self._writer_files.with_suffix(".values"), "ab") as file:
             records["offset"] = file.tell() + begins
             file.write(values)
-        with open(self._own_files.with_suffix(".records"), "ab") as file:
+        with open(self._writer_files.with_suffix(".records"), "ab") as file:
             file.write(records.tobytes())

@@ -25,22 +25,22 @@ def line_blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[tuple[bytes, in
     UserError naming the file and the line where it cannot be read on.
     """
     line = 1
-    rest = b""
+    tail = b""
     try:
         with closing(open_bytes(path)) as stream:
-            rest = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
+            tail = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
             while chunk := stream.read(size):
                 cut = chunk.rfind(b"\n") + 1
                 if cut == 0:
-                    rest += chunk
+                    tail += chunk
                     continue
-                block, rest = rest + chunk[:cut], chunk[cut:]
+                block, tail = tail + chunk[:cut], chunk[cut:]
                 yield block, line
                 line += block.count(b"\n")
     except (OSError, *UNPACK_ERRORS) as error:
         raise UserError(f"{path}: cannot be read near line {line}: {error}") from None
-    if rest.strip():
-        yield rest, line
+    if tail.strip():
+        yield tail, line
 
 
 def filled_lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,7 @@ class GzipStream(io.RawIOBase):
         """Up to `size` bytes, fewer only at the end. Raises one of UNPACK_ERRORS."""
         parts: list[bytes] = []
         missing = -1 if size is None else size
-        while missing != 0 and (data := self._some(max(missing, 0))):
+        while missing != 0 and (data := self._inflate_block(max(missing, 0))):
             parts.append(data)
             if missing > 0:
                 missing -= len(data)
@@ -53,7 +53,7 @@ class GzipStream(io.RawIOBase):
         buffer[: len(data)] = data
         return len(data)
 
-    def _some(self, size: int) -> bytes:
+    def _inflate_block(self, size: int) -> bytes:
         """At least one and at most `size` bytes (0: any number); none at the end."""
         while True:
             if (self.inflate is None or self.inflate.eof) and not self._next_member():

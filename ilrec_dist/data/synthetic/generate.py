@@ -203,8 +203,8 @@ class _KindSampler:
         last = np.where(kind < 0, len(self.order), self.stops[kind]) - 1
         low = np.where(first > 0, self.cumulative[first - 1], 0.0)
         point = low + random.random(len(kind)) * (self.cumulative[last] - low)
-        place = np.clip(np.searchsorted(self.cumulative, point, side="right"), first, last)
-        return np.asarray(self.order[place])
+        position = np.clip(np.searchsorted(self.cumulative, point, side="right"), first, last)
+        return np.asarray(self.order[position])
 
 
 def item_table(model: TrueModel, config: SyntheticConfig) -> pa.Table:

@@ -20,8 +20,10 @@ CHUNK_INTERACTIONS = 1 << 23
 class TrainingCounts:
     """Counts of the training split."""
 
-    popularity: np.ndarray  # int64 [num_items], pop: interactions of each item
-    transitions: sparse.csr_array  # float64 [num_items, num_items], T: consecutive pairs
+    # pop, int64 [num_items]: the interactions of each item.
+    popularity: np.ndarray
+    # T, float64 [num_items, num_items]: the counts of consecutive pairs.
+    transitions: sparse.csr_array
 
 
 def count_training(dataset: InteractionDataset) -> TrainingCounts:

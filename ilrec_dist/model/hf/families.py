@@ -162,7 +162,8 @@ def family_of_config(config: BackboneConfig, model_type: str | None = None) -> F
     features = {name for family in FAMILIES.values() for name in family.features}
     for family in FAMILIES.values():
         wanted = DECODER | dict.fromkeys(features, False) | dict(family.features)
-        del wanted["dropout"]  # Only training has it.
+        # Only training has dropout.
+        del wanted["dropout"]
         if all(getattr(config, name) == value for name, value in wanted.items()):
             return family
     shared = ", ".join(f"{key}={value}" for key, value in DECODER.items() if key != "dropout")

@@ -45,7 +45,8 @@ def _check_architecture(file: Path) -> None:
     try:
         metadata = GGUFReader(file).fields["general.architecture"]
         architecture = metadata.contents()
-    except Exception as error:  # The reader raises errors of many kinds on damaged files.
+    except Exception as error:
+        # The reader raises errors of many kinds on damaged files.
         raise UserError(
             f"{file}: cannot be read as GGUF ({_first_line(error)}); is it truncated?"
         ) from None
@@ -67,7 +68,8 @@ def _dequantise(file: Path, folder: Path) -> None:
             file.parent, quantization_config=GgufConfig(dequantize=True), **options
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    except Exception as error:  # The loader raises errors of many kinds on damaged files.
+    except Exception as error:
+        # The loader raises errors of many kinds on damaged files.
         raise UserError(f"{file}: cannot be dequantised ({_first_line(error)})") from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,7 +13,8 @@ from ilrec_dist.model.sharding import ShardSpec, shard_spec
 class Slice:
     """[start, stop) along `dim` of one of a parameter's checkpoint tensors."""
 
-    tensor: int  # index into families.checkpoint_names
+    # An index into families.checkpoint_names.
+    tensor: int
     dim: int
     start: int
     stop: int
@@ -21,13 +22,17 @@ class Slice:
 
 def tensor_shapes(name: str, full: list[int], config: BackboneConfig) -> list[list[int]]:
     """The shapes of the checkpoint's tensors of a parameter of full shape `full`."""
-    rows, rest = full[0], full[1:]
+    rows, columns = full[0], full[1:]
     if "linear_qkv." in name:
         heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
         head_dim = rows // (heads + 2 * groups)
-        return [[heads * head_dim, *rest], [groups * head_dim, *rest], [groups * head_dim, *rest]]
+        return [
+            [heads * head_dim, *columns],
+            [groups * head_dim, *columns],
+            [groups * head_dim, *columns],
+        ]
     if "linear_fc1." in name:
-        return [[rows // 2, *rest]] * 2
+        return [[rows // 2, *columns]] * 2
     return [full]
 
 

@@ -24,7 +24,7 @@ from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transiti
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
-from ilrec_dist.model.weights import load_weights
+from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 from ilrec_dist.pipeline.stage import Stage
@@ -122,7 +122,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         if path.exists():
             continue
         weights = artifacts.folders.training(method, seed) / BEST
-        backbone = load_weights(build_backbone(config, artifacts, seed), weights)
+        backbone = load_training_weights(build_backbone(config, artifacts, seed), weights)
         done, total = number * len(users), len(work) * len(users)
         predictions = evaluate_model(
             backbone.to(parallel.device),
@@ -170,7 +170,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
         if exists:
             continue
         weights_file = artifacts.folders.training(method, seed) / BEST
-        backbone = load_weights(build_backbone(config, artifacts, seed), weights_file)
+        backbone = load_training_weights(build_backbone(config, artifacts, seed), weights_file)
         fusion = fuse_model(
             backbone.to(parallel.device),
             artifacts.dataset,

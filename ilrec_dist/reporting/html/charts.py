@@ -110,14 +110,14 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
     shown = [summary for summary in summaries if metric in summary.figures]
     if not shown:
         return ""
-    top = (
+    largest = (
         max(
             summary.figures[metric].mean + (summary.figures[metric].std or 0.0) for summary in shown
         )
         or 1.0
     )
     row, left, width = 30.0, 92.0, 640.0
-    x = _Scale(0.0, top, left, width - 150.0)
+    x = _Scale(0.0, largest, left, width - 150.0)
     parts = []
     for number, summary in enumerate(shown):
         figure = summary.figures[metric]
@@ -203,7 +203,7 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
     first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [multiple * step for multiple in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _tick_texts(ticks: Sequence[float]) -> list[str]:

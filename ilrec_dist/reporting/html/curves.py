@@ -164,13 +164,13 @@ def cf_charts(models: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         ("ndcg@10", "Collaborative models, validation NDCG@10"),
     ):
         series = []
-        for place, (name, report) in enumerate(models.items()):
+        for index, (name, report) in enumerate(models.items()):
             points = [
                 (float(line["epoch"]), float(line[key]))
                 for line in report.get("curve", ())
                 if isinstance(line.get(key), int | float)
             ]
-            series.append(Series(name, points, place))
+            series.append(Series(name, points, index))
         charts.append(Chart(title, series, x_label="epoch", marks=True))
     return _present(charts)
 
@@ -203,10 +203,10 @@ def _per_position(
     """A curve per position in the item, counted from 1, and one for all rows; mean over seeds."""
     numbers = sorted(
         {
-            int(found["number"])
+            int(match["number"])
             for run in runs
             for key in _keys(run)
-            if (found := POSITION.match(key)) and found["stem"] == stem
+            if (match := POSITION.match(key)) and match["stem"] == stem
         }
     )
     series = [
@@ -226,19 +226,19 @@ def _per_position(
 
 def _per_layer(runs: Sequence[MethodMetrics], title: str) -> Chart:
     numbers = sorted(
-        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        {int(match["number"]) for run in runs for key in _keys(run) if (match := LAYER.match(key))},
         reverse=True,
     )
     series = [
-        Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), place)
-        for place, number in enumerate(numbers)
+        Series(f"layer {number}", _mean(runs, f"kl/layer{number}"), index)
+        for index, number in enumerate(numbers)
     ]
     return Chart(title, series, "KL(final ‖ layer), mean over rows")
 
 
 def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:
     numbers = sorted(
-        {int(found["number"]) for run in runs for key in _keys(run) if (found := LAYER.match(key))},
+        {int(match["number"]) for run in runs for key in _keys(run) if (match := LAYER.match(key))},
         reverse=True,
     )
     return [

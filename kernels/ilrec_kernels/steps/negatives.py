@@ -40,8 +40,8 @@ def target_ensemble(p: Problem, plan: Plan) -> Tensor:
     y = p.targets - p.start
     owned = (y >= 0) & (y < p.stop - p.start)
     ensemble = torch.zeros(p.n, dtype=p.dtype, device=p.targets.device)
-    rows_at_once = max(1, plan.budget // (16 * p.head.shape[1]))
-    for rows in torch.split(owned.nonzero().flatten(), rows_at_once):
+    rows_per_chunk = max(1, plan.budget // (16 * p.head.shape[1]))
+    for rows in torch.split(owned.nonzero().flatten(), rows_per_chunk):
         w = p.head[y[rows]].to(p.dtype)
         total = torch.zeros(len(rows), dtype=p.dtype, device=w.device)
         for hidden in sources:

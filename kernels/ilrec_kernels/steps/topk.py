@@ -151,8 +151,8 @@ def _exact(values: Tensor, threshold: Tensor, k: int, rows: Tensor) -> Entries:
 def _by_blocks(values: Tensor, maxima: Tensor, threshold: Tensor, k: int, rows: Tensor) -> Entries:
     """Look into the k + 1 blocks with the largest maxima."""
     c = values.shape[1]
-    top = maxima[rows].topk(k + 1)
-    blocks = top.indices.sort(1).values
+    largest_maxima = maxima[rows].topk(k + 1)
+    blocks = largest_maxima.indices.sort(1).values
     columns = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
     absent = columns >= c
     gathered = values[rows[:, None], columns.clamp_(max=c - 1)].masked_fill_(absent, -torch.inf)
@@ -160,7 +160,7 @@ def _by_blocks(values: Tensor, maxima: Tensor, threshold: Tensor, k: int, rows: 
     row, position = (keep & (gathered >= threshold[rows, None])).nonzero(as_tuple=True)
     column, value = columns[row, position], gathered[row, position]
     # A block left out may hold the k-th value once more, at a lower column.
-    doubtful = (top.values[:, -1] >= kth_value) & (kth_value >= threshold[rows])
+    doubtful = (largest_maxima.values[:, -1] >= kth_value) & (kth_value >= threshold[rows])
     if not bool(doubtful.any()):
         return row, column, value
     again = doubtful.nonzero().flatten()

@@ -83,15 +83,19 @@ def merge(p: Problem, plan: Plan, chunk: Chunk, gathered: Gathered, out: RowStat
     """Select H exactly, correct the normalisers, write the rows' statistics to `out`."""
     stats, rows = gathered.stats, slice(chunk.begin, chunk.end)
     z_target = stats.z_target.sum(0)
-    rest = logsumexp_over_ranks(stats.row_max, stats.sum_exp)
+    log_non_candidates = logsumexp_over_ranks(stats.row_max, stats.sum_exp)
     if plan.softmax.is_lists:
         # A row without entries has its target alone, which is never a candidate.
-        rest = torch.where(rest == -torch.inf, z_target, rest)
+        log_non_candidates = torch.where(
+            log_non_candidates == -torch.inf, z_target, log_non_candidates
+        )
     if gathered.candidates.row.numel():
-        terms = merge_candidates(p, plan, chunk, gathered, rest, z_target, out)
+        terms = merge_candidates(p, plan, chunk, gathered, log_non_candidates, z_target, out)
     else:
         zero, none = torch.zeros_like(z_target), gathered.candidates.z
-        terms = SparseTerms(rest, rest, zero, torch.ones_like(zero), none, none, none)
+        terms = SparseTerms(
+            log_non_candidates, log_non_candidates, zero, torch.ones_like(zero), none, none, none
+        )
     out.cpo[rows] = terms.log_adjusted - z_target
     out.p_target[rows] = torch.exp(z_target - terms.log_plain)
     log_teacher, log_layer = stats.teacher_max[0], stats.layer_max[0]
@@ -107,13 +111,14 @@ def merge_candidates(
     plan: Plan,
     chunk: Chunk,
     gathered: Gathered,
-    rest: Tensor,
+    log_non_candidates: Tensor,
     z_target: Tensor,
     out: RowStats,
 ) -> SparseTerms:
     """Compute the sparse terms of a chunk with candidates.
 
-    `rest` [n] is the log-normaliser without the candidates, `z_target` [n] is z^L(y).
+    `log_non_candidates` [n] is the log-normaliser without the candidates, and
+    `z_target` [n] is z^L(y).
     """
     candidates, n, rows = gathered.candidates, chunk.n, slice(chunk.begin, chunk.end)
     row, z = candidates.row, candidates.z
@@ -137,10 +142,10 @@ def merge_candidates(
             in_softmax = entry >= 0 if plan.softmax.is_lists else None
     z_adjusted, slope = adjusted_logits(p, gathered, n, member)
     softmax_z = masked(z, in_softmax, -torch.inf)
-    log_plain = torch.logaddexp(rest, segment_logsumexp(softmax_z, row, n))
+    log_plain = torch.logaddexp(log_non_candidates, segment_logsumexp(softmax_z, row, n))
     softmax_z = masked(z_adjusted, in_softmax, -torch.inf)
-    log_adjusted = torch.logaddexp(rest, segment_logsumexp(softmax_z, row, n))
-    label, target_label = torch.zeros_like(z), torch.ones_like(rest)
+    log_adjusted = torch.logaddexp(log_non_candidates, segment_logsumexp(softmax_z, row, n))
+    label, target_label = torch.zeros_like(z), torch.ones_like(log_non_candidates)
     if p.options.crr_lambda > 0 and entry is not None:
         labelled = intersection(member, in_softmax)
         label, target_label, covered = soft_labels(p, chunk, row, entry, labelled)

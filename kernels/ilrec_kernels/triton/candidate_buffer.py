@@ -86,8 +86,8 @@ class CandidateBuffer:
         Returns the k largest, and the final layer's logits [n, k] of those evicted.
         """
         k = self.columns.shape[1]
-        others = (other.columns + begin).masked_fill_(other.columns < 0, -1)
-        columns, z = torch.cat([self.columns, others], 1), torch.cat([self.z, other.z], 1)
+        other_columns = (other.columns + begin).masked_fill_(other.columns < 0, -1)
+        columns, z = torch.cat([self.columns, other_columns], 1), torch.cat([self.z, other.z], 1)
         # The sort is stable, so ties go to the lower column.
         ensemble, order = torch.cat([self.ensemble, other.ensemble], 1).sort(
             dim=1, descending=True, stable=True
