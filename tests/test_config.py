@@ -123,6 +123,51 @@ def test_malformed_files_are_one_line(text, part, tmp_path):
         (["items.title_tokens=8"], "items.title_tokens", "items.form titles"),
         (["items.form=atomic", "items.text_model=m"], "items.text_model", "built or resolved"),
         (["cf.reward_replicas=2"], "cf.reward_replicas", "cf.rewards actor"),
+        (["train.methods=[sft]", "cf.rewards=actor"], "cf.rewards", "reads rewards"),
+        (["train.methods=[sft]", "cf.reward_index=flat"], "cf.reward_index", "reads rewards"),
+        (["objective.crr_lambda=0", "cf.reward_cache=true"], "cf.reward_cache", "crr_lambda"),
+        (["items.form=atomic", "items.collisions=refuse"], "items.collisions", "titles"),
+        (["items.embedding=cf", "items.embedding_dim=8"], "items.embedding_dim", r"text\+cf"),
+        (["items.embedding=cf", "items.text_model=m"], "items.text_model", r"text\+cf"),
+        (
+            ["items.text_model=m", "items.embedding_dim=8"],
+            "items.embedding_dim",
+            "without items.text_model",
+        ),
+        (
+            [
+                "items.form=titles",
+                "train.targets=last",
+                "items.tokenizer=t.json",
+                "items.title_vocab_size=999",
+            ],
+            "items.title_vocab_size",
+            "without items.tokenizer",
+        ),
+        (
+            ["objective.cpo_beta=0", "objective.penalty=multiplicative"],
+            "objective.penalty",
+            "cpo_beta above 0",
+        ),
+        (
+            ["objective.cpo_beta=0", "objective.crr_lambda=0", "objective.max_negatives=3"],
+            "objective.max_negatives",
+            "crr_lambda above 0",
+        ),
+        (
+            [
+                "objective.cpd_mu=0",
+                "objective.negatives_from=final",
+                "objective.num_intermediate_layers=1",
+            ],
+            "objective.num_intermediate_layers",
+            "negatives_from",
+        ),
+        (
+            ["objective.backend=reference", "objective.workspace_mib=9"],
+            "objective.workspace_mib",
+            "torch or triton",
+        ),
         (["backbone.rope_theta=5e5"], "backbone.rope_theta", "position_embedding rope"),
         (["backbone.qkv_bias=true"], "backbone.qkv_bias", "backbone.bias false"),
         (

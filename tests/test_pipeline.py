@@ -175,7 +175,8 @@ def reruns(before: Config, after: Config) -> set[str]:
 def test_what_is_missing_is_said_before_a_stage_of_the_command_runs(source):
     execute(config_of(source), "prepare")
     with pytest.raises(UserError, match="stage index has not been made; run `ilrec index CONFIG`"):
-        execute(config_of(source), "cf")  # the rewards stage would need it
+        # The rewards stage would need it.
+        execute(config_of(source), "cf")
     assert not (source / "runs/t/cf").exists()
 
 

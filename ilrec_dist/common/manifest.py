@@ -17,7 +17,7 @@ from ilrec_dist.common.files import HASH_THREADS, read_json_object, sha256_file,
 
 MANIFEST = "manifest.json"
 # What to do about a damaged file, unless the caller knows better.
-REPAIR = "the command that wrote it (`ilrec run CONFIG` for all stages) makes it again"
+REPAIR = "run `ilrec run CONFIG --verify` to make it again"
 
 # (path, bytes, mtime in nanoseconds) -> hex SHA-256, of this process.
 _hashes: dict[tuple[str, int, int], str] = {}

@@ -190,14 +190,25 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
     yield from ineffective_settings(config.data)
     for key, condition in fields_without_effect(config):
         yield key, f"has no effect here: it needs {condition}; set that, or leave {key} out"
+    methods = [get_method(name) for name in config.train.methods]
+    if not any(method.needs_rewards(config.objective) for method in methods):
+        for name in ("rewards", "reward_index", "reward_shards", "reward_cache"):
+            if getattr(config.cf, name) != getattr(CFConfig(), name):
+                yield (
+                    f"cf.{name}",
+                    f"has no effect here: none of train.methods {config.train.methods} reads "
+                    "rewards; add one that does (with objective.crr_lambda above 0), or leave "
+                    f"cf.{name} out",
+                )
     defaults = ObjectiveConfig()
     for item in dataclasses.fields(ObjectiveConfig):
         default = getattr(defaults, item.name)
         if getattr(config.objective, item.name) == default:
             continue
         without = dataclasses.replace(config.objective, **{item.name: default})
-        methods = [get_method(name).objective for name in config.train.methods]
-        if all(objective(without) == objective(config.objective) for objective in methods):
+        if all(
+            method.objective(without) == method.objective(config.objective) for method in methods
+        ):
             yield (
                 f"objective.{key_of(item.name)}",
                 f"has no effect here: none of train.methods {config.train.methods} reads it; add "

@@ -18,8 +18,30 @@ def _needs_vectors(config: Any) -> bool:
     return _builds_codes(config) or resolves
 
 
+def _embeds_texts(config: Any) -> bool:
+    return _needs_vectors(config) and "text" in config.items.embedding
+
+
+def _embeds_by_tfidf(config: Any) -> bool:
+    return _embeds_texts(config) and config.items.text_model is None
+
+
+def _may_collide(config: Any) -> bool:
+    return bool(config.items.form != "atomic")
+
+
 def _are_titles(config: Any) -> bool:
     return bool(config.items.form == "titles")
+
+
+def _learns_pieces(config: Any) -> bool:
+    return _are_titles(config) and config.items.tokenizer is None
+
+
+_CODES_OF_VECTORS = (
+    "codes that are built or resolved: items.form semantic, and no items.index "
+    "unless items.collisions is resolve"
+)
 
 
 @section(affects="index")
@@ -45,20 +67,14 @@ class ItemsConfig:
     text_model: Annotated[
         Optional[str],
         Affects(),
-        OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index "
-            "unless items.collisions is resolve",
-            _needs_vectors,
-        ),
+        OnlyIf(_CODES_OF_VECTORS, _needs_vectors),
+        OnlyIf("items.embedding text or text+cf", _embeds_texts),
     ] = None
     # Dimensions of the SVD.
     embedding_dim: Annotated[
         Positive,
-        OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index "
-            "unless items.collisions is resolve",
-            _needs_vectors,
-        ),
+        OnlyIf(_CODES_OF_VECTORS, _needs_vectors),
+        OnlyIf("items.embedding text or text+cf without items.text_model", _embeds_by_tfidf),
     ] = 64
     levels: Annotated[
         Int, Interval(ge=1, le=8), OnlyIf("items.form semantic without items.index", _builds_codes)
@@ -71,21 +87,19 @@ class ItemsConfig:
     # Titles: a tokenizer.json; null: byte-pair encoding learned from the titles.
     tokenizer: Annotated[Optional[str], Affects(), OnlyIf("items.form titles", _are_titles)] = None
     # Titles: tokens that are learned, at most. The 256 bytes are among them.
-    title_vocab_size: Annotated[Int, Ge(512), OnlyIf("items.form titles", _are_titles)] = 8192
+    title_vocab_size: Annotated[
+        Int, Ge(512), OnlyIf("items.form titles without items.tokenizer", _learns_pieces)
+    ] = 8192
     # Titles: longer ones are cut at so many tokens.
     title_tokens: Annotated[
         Int, Interval(ge=1, le=256), OnlyIf("items.form titles", _are_titles)
     ] = 32
     # What happens to items that share a token sequence.
-    collisions: Literal["keep", "refuse", "resolve"] = "keep"
-    seed: Annotated[
-        NonNegative,
-        OnlyIf(
-            "codes that are built or resolved: items.form semantic, and no items.index "
-            "unless items.collisions is resolve",
-            _needs_vectors,
-        ),
-    ] = 0
+    collisions: Annotated[
+        Literal["keep", "refuse", "resolve"],
+        OnlyIf("items.form semantic or titles", _may_collide),
+    ] = "keep"
+    seed: Annotated[NonNegative, OnlyIf(_CODES_OF_VECTORS, _needs_vectors)] = 0
 
     @property
     def from_cf(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
-from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.common.manifest import MANIFEST, check_hashes, verified
 from ilrec_dist.items.catalogue import REPAIR, Catalogue
 
 
@@ -73,6 +73,8 @@ class Trie:
     def load(folder: str | Path, catalogue: Catalogue) -> Trie:
         """Map what `save` wrote beside this catalogue. Raises UserError when it is damaged."""
         folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            verified(folder, "trie.json", REPAIR)
         meta = read_json_object(folder / "trie.json")
         check_hashes(folder, {"trie.npy": meta.get("sha256")}, "trie.json", REPAIR)
         stored, starts = map_array(folder / "trie.npy"), [count + 1 for count in meta["nodes"]]

@@ -1,3 +1,4 @@
 """The tensor-parallel decoder whose intermediate layers can be read."""
 
-import ilrec_dist.distributed  # noqa: F401  # Imports Megatron-core without its warnings.
+# Silences what Megatron-core announces on import.
+import ilrec_dist.distributed  # noqa: F401

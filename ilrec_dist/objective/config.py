@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from annotated_types import Interval
 
@@ -17,19 +17,41 @@ from ilrec_dist.common.config_fields import (
 )
 
 
+def _reads_negatives(config: Any) -> bool:
+    return bool(config.objective.beta > 0 or config.objective.crr_lambda > 0)
+
+
+def _reads_layers(config: Any) -> bool:
+    objective = config.objective
+    from_layers = objective.negatives_from == "intermediate" and _reads_negatives(config)
+    return bool(objective.cpd_mu > 0 or from_layers)
+
+
+_IF_NEGATIVES = OnlyIf("objective.cpo_beta or objective.crr_lambda above 0", _reads_negatives)
+_IF_LAYERS = OnlyIf(
+    "objective.cpd_mu above 0, or negatives from intermediate layers (objective.negatives_from)",
+    _reads_layers,
+)
+
+
 @section(affects="train")
 class ObjectiveConfig:
     """METHOD.md §§2-6."""
 
     # m, the intermediate layers that are read; None: min(3, L // 2).
-    num_intermediate_layers: Optional[Positive] = None
-    negatives_from: Literal["intermediate", "final"] = "intermediate"
+    num_intermediate_layers: Annotated[Optional[Positive], _IF_LAYERS] = None
+    negatives_from: Annotated[Literal["intermediate", "final"], _IF_NEGATIVES] = "intermediate"
     # φ of the threshold on p̄(v) relative to p̄(y).
-    negative_threshold: PositiveFloat = 1.0
+    negative_threshold: Annotated[PositiveFloat, _IF_NEGATIVES] = 1.0
     # k, the largest number of negatives of a row.
-    max_negatives: Annotated[Int, Interval(ge=1, le=128)] = 64
-    negative_scope: Literal["valid_next", "item_tokens", "all"] = "valid_next"
-    penalty: Literal["additive", "multiplicative"] = "additive"
+    max_negatives: Annotated[Int, Interval(ge=1, le=128), _IF_NEGATIVES] = 64
+    negative_scope: Annotated[Literal["valid_next", "item_tokens", "all"], _IF_NEGATIVES] = (
+        "valid_next"
+    )
+    penalty: Annotated[
+        Literal["additive", "multiplicative"],
+        OnlyIf("objective.cpo_beta above 0", lambda config: config.objective.beta > 0),
+    ] = "additive"
     # β; None: 1 with the additive penalty, 0.1 with the multiplicative one.
     cpo_beta: Optional[NonNegativeFloat] = None
     softmax_scope: Literal["all", "valid_next"] = "all"
@@ -48,7 +70,14 @@ class ObjectiveConfig:
     ] = 1e-4
     backend: Literal["torch", "reference", "triton"] = "torch"
     # Memory for the loss besides its inputs and gradients; None: 64 on CPU, 1024 on GPU.
-    workspace_mib: Annotated[Optional[Positive], Affects()] = None
+    workspace_mib: Annotated[
+        Optional[Positive],
+        Affects(),
+        OnlyIf(
+            "objective.backend torch or triton",
+            lambda config: config.objective.backend != "reference",
+        ),
+    ] = None
 
     @property
     def beta(self) -> float:

@@ -30,7 +30,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
-from ilrec_dist.pipeline.records import check_stands_on
+from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 
 # The fixed sample of validation users is drawn with this.
 VALIDATION_SEED = 20
@@ -46,6 +46,7 @@ class RunArtifacts:
 
     @cached_property
     def dataset(self) -> InteractionDataset:
+        verify_descriptions(self.folders, "prepare")
         return load_dataset(self.folders.data)
 
     @cached_property
@@ -55,6 +56,7 @@ class RunArtifacts:
 
     @cached_property
     def catalogue(self) -> Catalogue:
+        verify_descriptions(self.folders, "index")
         return Catalogue.load(self.folders.items)
 
     @cached_property
@@ -90,13 +92,15 @@ class RunArtifacts:
                 f"{weights}: no such weights; the run's training is not finished, or it trained "
                 f"other methods than {method} or other seeds than {seed}"
             )
+        stage = f"train {method} seed {seed}"
+        verify_descriptions(self.folders, stage)
         result = read_json_object(weights.with_name(RESULT))
         if "model" not in result or result["catalogue"] != catalogue_hash(self.catalogue):
             raise UserError(
                 f"{weights}: trained with other item codes than those in {self.folders.items}; "
                 "train again (`ilrec run`), or restore the codes"
             )
-        check_stands_on(self.folders, f"train {method} seed {seed}", ("index", "prepare"))
+        check_stands_on(self.folders, stage, ("index", "prepare"))
         return result
 
     def validation_users(self, count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.pipeline.preserved import Preserved
-from ilrec_dist.pipeline.records import read_record
+from ilrec_dist.pipeline.records import read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.cf import cf_stage
@@ -120,6 +120,7 @@ class Executor:
             _say_unchanged(name)
             return
         _say_damaged(name, reason)
+        self._verify_before(name, [])
         run = self.run.stages[name].run
         assert run is not None
         with self._as_before_if_refused(name):
@@ -142,6 +143,8 @@ class Executor:
         if not pending:
             return
         for name in pending:
+            self._verify_before(name, pending)
+        for name in pending:
             self._clear_other_work(name)
         trainings = [
             dataclasses.replace(spec, fingerprint=self.run.fingerprint(name))
@@ -154,6 +157,16 @@ class Executor:
             )
         for name, spent in zip(pending, seconds, strict=True):
             self._finish(name, spent, None)
+
+    def _verify_before(self, name: str, coming: Sequence[str]) -> None:
+        """Compare the manifests of all stages before this one, except `coming`, with the records.
+
+        What a stage reads is compared with these manifests where it is read.
+        """
+        for before in self.run.stages[name].after:
+            if before not in coming:
+                verify_descriptions(RunFolders(self.run.folder), before)
+            self._verify_before(before, coming)
 
     def _begin(self, name: str) -> None:
         """Keep the stage's finished output, if there is one, and note that an attempt begins."""

@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.manifest import cached_sha256, check_hashes, folder_files, hash_files
-from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.manifest import (
+    MANIFEST,
+    REPAIR,
+    cached_sha256,
+    check_hashes,
+    folder_files,
+    hash_files,
+)
+from ilrec_dist.common.run_layout import RESULT, RunFolders
 
 # Files that tell when or how something was made, and differ between two equal outputs.
 UNSTABLE = frozenset(
     {"manifest.json", "report.json", "result.json", "metrics.jsonl", "actor-counters.json"}
 )
+
+# Files of an output that describe the others.
+DESCRIPTIONS = (MANIFEST, RESULT)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -31,7 +41,19 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "fingerprint" not in record:
         return None
     is_begun = path.name.endswith(".begun.json")
-    return record if is_begun or {"files", "inputs", "seconds"} <= record.keys() else None
+    return record if is_begun or _describes_a_stage(record) else None
+
+
+def _describes_a_stage(record: Mapping[str, Any]) -> bool:
+    if not {"files", "inputs", "seconds", "output"} <= record.keys():
+        return False
+    files, inputs = record["files"], record["inputs"]
+    if not (isinstance(files, dict) and isinstance(inputs, dict)):
+        return False
+    return all(
+        isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys()
+        for entry in files.values()
+    )
 
 
 def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -87,18 +109,48 @@ def content_hash(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
+def usable_record(folders: RunFolders, name: str) -> dict[str, Any] | None:
+    """The record of a stage, None where there is none.
+
+    Raises UserError that names the record's file where it cannot be used.
+    """
+    path = folders.stages / f"{name}.json"
+    record = read_record(path)
+    if record is None and path.exists():
+        raise UserError(f"{path}: damaged (no record of a finished stage); {REPAIR}")
+    return record
+
+
+def verify_descriptions(folders: RunFolders, name: str) -> None:
+    """Compare what describes a stage's output with the hashes in the stage's record.
+
+    That is its manifest.json, which has the hashes of the other files, or the result.json of a
+    training. Nothing is compared where the stage has no record. Raises UserError that names the
+    file that is missing or damaged.
+    """
+    record = usable_record(folders, name)
+    if record is not None:
+        files = {file: entry["sha256"] for file, entry in record["files"].items()}
+        check_hashes(
+            folders.root / record["output"],
+            {file: files[file] for file in DESCRIPTIONS if file in files},
+            f".stages/{name}.json",
+        )
+
+
 def check_stands_on(folders: RunFolders, name: str, wanted: Sequence[str]) -> None:
     """What stage `name` stands on, among `wanted` stages, must be what lies in the folder now.
 
     Follows the chain, and compares the records' hashes only. Raises UserError that names both.
     """
-    record = read_record(folders.stages / f"{name}.json")
+    record = usable_record(folders, name)
     if record is None:
         return
+    verify_descriptions(folders, name)
     for before, digest in record["inputs"].items():
         if before not in wanted:
             continue
-        earlier = read_record(folders.stages / f"{before}.json")
+        earlier = usable_record(folders, before)
         if earlier is None or content_hash(earlier) != digest:
             raise UserError(
                 f"{folders.root}: {name} was made with another output of stage {before} than the "
@@ -117,11 +169,10 @@ def verify_output(folders: RunFolders, name: str) -> None:
 
     Raises UserError that names the first one that is missing or damaged.
     """
-    record = read_record(folders.stages / f"{name}.json")
+    record = usable_record(folders, name)
     if record is not None:
         check_hashes(
             folders.root / record["output"],
             {file: entry["sha256"] for file, entry in record["files"].items()},
             f".stages/{name}.json",
-            "run `ilrec run CONFIG --verify` to make it again",
         )

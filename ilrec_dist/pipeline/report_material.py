@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from ilrec_dist.cf.sasrec.checkpoint import read_report
 from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import MANIFEST, verified
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.records import verify_descriptions
 from ilrec_dist.samples.windows import steps_per_epoch, training_windows
 from ilrec_dist.training.schedule import warmup_warning
 
@@ -26,14 +29,16 @@ class ReportMaterial(TypedDict):
 def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
     """Read the reports of the stages prepare, index and cf; collect what the user must be told."""
     folders = artifacts.folders
-    manifest = read_json_object(folders.data / "manifest.json")
-    index_report = read_json_object(folders.items / "report.json")
+    for stage in ("prepare", "index", "cf"):
+        verify_descriptions(folders, stage)
+    manifest = read_json_object(folders.data / MANIFEST)
+    index_report = read_json_object(verified(folders.items, "report.json"))
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
     warnings = [index_report.get("warning"), warmup_warning(config.train, steps)]
     return {
         "data_report": {key: value for key, value in manifest.items() if key not in STORAGE_KEYS},
         "index_report": index_report,
-        "cf_report": read_json_object(folders.cf / "report.json"),
+        "cf_report": read_report(folders.cf),
         "warnings": [warning for warning in warnings if warning],
     }

@@ -14,7 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ilrec_dist.cf.rewards.service import RewardClient
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+]
 
 
 @pytest.fixture

@@ -115,9 +115,8 @@ def test_a_finished_stage_survives_input_that_is_refused(place, capsys):
         )
         assert files(place) == before
         write(place, kind, good)
-    assert (
-        main(["run", str(place / "c.yaml"), "--resume", "train.epochs=0"]) == 2
-    )  # refused for its value; the folder is still resumable
+    # The command is refused for its value; the folder is still resumable.
+    assert main(["run", str(place / "c.yaml"), "--resume", "train.epochs=0"]) == 2
     capsys.readouterr()
     assert (
         main(["index", str(place / "c.yaml")]) == 0

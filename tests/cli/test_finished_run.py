@@ -143,7 +143,9 @@ def damage(path: Path, keep_time: bool = False) -> None:
 
 def test_a_damaged_run_is_repaired_by_the_command_that_its_refusal_names(shop, capsys):
     run, before = shop / "runs/shop", files(shop)
-    weights = load_file(run / "train/sft-seed0/best.safetensors")
+    # Copies: what is loaded maps the file, which is damaged below.
+    loaded = load_file(run / "train/sft-seed0/best.safetensors")
+    weights = {key: tensor.clone() for key, tensor in loaded.items()}
     damage(run / "data/users.parquet")
     damage(run / "train/sft-seed0/best.safetensors")
     (run / "items/index.json").unlink()
@@ -171,6 +173,58 @@ def test_a_flipped_byte_that_left_the_time_is_found_with_verify(shop, capsys):
     assert main(["prepare", str(shop / "c.yaml"), "--verify"]) == 0
     assert "users.parquet is missing or not what was written" in capsys.readouterr().out
     assert users.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/manifest.json",
+        "items/catalogue.json",
+        "items/manifest.json",
+        "items/trie.json",
+        "train/sft-seed0/result.json",
+    ],
+)
+def test_damage_in_what_describes_the_files_is_refused_by_name(shop, capsys, name):
+    damage(shop / "runs/shop" / name, keep_time=True)
+    line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+    assert f"runs/shop/{name}: damaged" in line and "ilrec" in line
+
+
+@pytest.mark.parametrize("name", ["prepare", "index", "train sft seed 0"])
+def test_a_record_that_is_cut_off_is_refused_by_name(shop, capsys, name):
+    record = shop / f"runs/shop/.stages/{name}.json"
+    whole = record.read_text()
+    for content in (whole[:40], whole.replace('"sha256"', '"sha257"', 1), "[]"):
+        record.write_text(content)
+        line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+        assert f"{name}.json: damaged" in line and "--verify" in line
+
+
+def test_the_advice_for_a_damaged_manifest_repairs_the_run(shop, capsys):
+    answers = recommend(shop)
+    for command, name in (("prepare", "data/manifest.json"), ("index", "items/manifest.json")):
+        damage(shop / "runs/shop" / name)
+        line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+        assert name in line and "--verify" in line
+        assert main([command, str(shop / "c.yaml"), "--verify"]) == 0
+        assert recommend(shop) == answers
+
+
+@pytest.mark.parametrize("name", ["cf/manifest.json", "data/manifest.json", "items/manifest.json"])
+def test_a_stage_that_stands_on_a_damaged_manifest_does_not_begin(shop, capsys, name):
+    damage(shop / "runs/shop" / name, keep_time=True)
+    before = files(shop)
+    line = refused(capsys, "run", shop / "c.yaml", "train.epochs=2")
+    assert f"runs/shop/{name}: damaged" in line and "--verify" in line
+    assert files(shop) == before
+
+
+@pytest.mark.parametrize("name", ["cf/report.json", "items/report.json"])
+def test_the_report_reads_no_damaged_file(shop, capsys, name):
+    damage(shop / "runs/shop" / name, keep_time=True)
+    line = refused(capsys, "evaluate", shop / "c.yaml")
+    assert f"runs/shop/{name}: damaged" in line
 
 
 def test_an_interrupted_command_leaves_what_it_replaced_and_the_old_settings_put_it_back(

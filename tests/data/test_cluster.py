@@ -29,14 +29,19 @@ from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+]
 
 
 # Before the fixture that connects this process to a cluster, after which no address is looked at.
 def test_an_address_where_no_head_answers_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as taken:  # bound, and listening to nobody
+    # The port is bound, and nobody listens on it.
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         began = time.monotonic()
@@ -104,7 +109,8 @@ def write_parts(folder: Path, form: str, bad: bool = False) -> DataConfig:
                 gzip.compress((folder / "part-3.csv").read_bytes())
             )
             (folder / "part-3.csv").unlink()
-    (folder / "_SUCCESS").touch()  # what other systems leave beside their parts
+    # Other systems leave this file beside their parts.
+    (folder / "_SUCCESS").touch()
     return DataConfig(format=form, path=str(folder), max_bad_rows=2 if bad else 0)
 
 
@@ -117,7 +123,8 @@ def test_the_cluster_gives_the_same_bytes(
         prepare(config, tmp_path / "alone"),
         prepare(config, tmp_path / "together", spread=True),
     )
-    assert alone == together  # the hash of every file written is in it
+    # The hash of every written file is in the manifest.
+    assert alone == together
     assert alone["read"]["interactions"] == 5400 and len(alone["inputs"]) == 6
     assert alone["read"]["bad_rows"] == (2 if bad else 0)
 
@@ -126,7 +133,8 @@ def test_both_nodes_parse_and_the_order_is_that_of_the_files(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     def read_file(path: Path, _: Rejects) -> Iterator[pa.RecordBatch]:
-        time.sleep(1.5 if path.name == "0" else 0.5)  # the first file is ready last
+        # The first file is ready last.
+        time.sleep(1.5 if path.name == "0" else 0.5)
         for batch in range(2):
             yield pa.record_batch(
                 {

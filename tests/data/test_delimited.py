@@ -56,7 +56,8 @@ def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
         line = text.count("\n") + 1
         item = rng.choice(ITEMS)
         if rng.random() < 0.1:
-            bad += range(line, line + 1 + item.count("\n"))  # each of its lines
+            # A bad row counts with all of its lines.
+            bad += range(line, line + 1 + item.count("\n"))
             text += f"{number},{item}"
         else:
             good.append((str(number), line))
@@ -74,9 +75,8 @@ def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
     found = []
     for batch, places in read_columns(path, ["user"], {}, Dialect(), rejects):
         rows = np.arange(batch.num_rows)
-        asked = (
-            rows[rng.randrange(2) :: rng.choice([1, 3])] if rng.random() < 0.7 else rows[:0]
-        )  # some batches have no bad rows
+        # Some batches have no bad rows.
+        asked = rows[rng.randrange(2) :: rng.choice([1, 3])] if rng.random() < 0.7 else rows[:0]
         found += zip(batch.column("user").take(asked).to_pylist(), places.at(asked), strict=True)
     assert set(found) <= set(good) and [reject["line"] for reject in rejects.rows] == bad
 
@@ -353,11 +353,12 @@ NO_DATES = [
 
 @pytest.mark.parametrize("kind", DATES)
 def test_dates_to_the_millisecond_whatever_stands_beside_them(kind):
+    # These are dates without a zone.
     no_dates = [
         value
         for value in NO_DATES
         if value not in ("2018-07-01T10:30", "2018-07-01 10:30:00 ") or kind == "zoned date"
-    ]  # dates without a zone
+    ]
     times = Times(kind)
     assert [times.parse(pa.array([value])).to_pylist() for value in DATES[kind]] == [
         [value] for value in TIMES[kind]

@@ -136,7 +136,8 @@ def test_memory_is_the_users_not_the_interactions() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 400_000  # the items are 8 MB, and as much again turned round
+    # The items are 8 MB, and as much again turned round.
+    assert peak < 400_000
 
 
 def test_every_training_item_but_one_is_a_target_once_in_each_direction(

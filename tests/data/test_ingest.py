@@ -83,9 +83,8 @@ def test_rows_are_sorted_by_user_then_time_then_file_order_without_exact_repeats
     )
     expected = [(rank[user], item, time) for user, item, time in rows]
     if timed:
-        expected = sorted(
-            dict.fromkeys(expected), key=lambda row: (row[0], row[2])
-        )  # both keep the first of equal rows in its place
+        # The first of equal rows keeps its place in the result and in the reference.
+        expected = sorted(dict.fromkeys(expected), key=lambda row: (row[0], row[2]))
     else:
         expected = [row[:2] for row in sorted(expected, key=lambda row: row[0])]
     assert _read(out) == expected

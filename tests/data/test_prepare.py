@@ -140,7 +140,8 @@ def test_tables_give_what_the_lcrec_triple_gives(tmp_path, kind):
     if kind == "parquet":
         pq.write_table(table, path)
     else:
-        with pa.output_stream(path) as stream:  # compresses by the file's ending
+        # The stream compresses by the file's ending.
+        with pa.output_stream(path) as stream:
             pacsv.write_csv(
                 table, stream, pacsv.WriteOptions(delimiter="\t" if kind == "tsv" else ",")
             )
@@ -230,7 +231,8 @@ def test_lcrec_is_read_a_few_users_at_a_time(tmp_path, monkeypatch):
     config = write_lcrec(tmp_path / "in")
     prepare(config, tmp_path / "whole")
     monkeypatch.setattr("ilrec_dist.data.formats.lcrec.BATCH_USERS", 2)
-    monkeypatch.setattr("ilrec_dist.common.files.json.loads", None)  # nothing parses a whole file
+    # Nothing may parse a whole file.
+    monkeypatch.setattr("ilrec_dist.common.files.json.loads", None)
     batches = list(read_lcrec(config).batches(None))
     monkeypatch.undo()
     assert [batch.column("user").unique().to_pylist() for batch in batches] == [["3", "10"], ["4"]]
@@ -393,11 +395,12 @@ GOOD = [("u", item, item) for item in range(4)]
     [
         ([*GOOD, ("u", 5)], 6, "malformed row: 2 fields, expected 3"),
         ([*GOOD, ("u", 5, 6, 7)], 6, "malformed row: 4 fields, expected 3"),
+        # The empty line counts as a line.
         (
             [*GOOD[:2], ("",), *GOOD[2:], ("", 5, 6)],
             7,
             "no user id",
-        ),  # the empty line counts as a line
+        ),
         ([*GOOD, ("u", "", 6)], 6, "no item id"),
         ([*GOOD, ("u", 5, "soon")], 6, "time 'soon' is not an integer"),
         ([*GOOD, ("u", 5, "")], 6, "time None is not an integer"),

@@ -98,10 +98,11 @@ def test_by_date_is_the_definition(tmp_path):
 def test_dates_are_read_in_the_unit_of_the_file(tmp_path, unit):
     day = 86400
     rows = [(user, item, (1_500_000_000 + time * day) * unit) for user, item, time in ROWS]
+    # The times are midnights.
     cuts = [
         (1_500_000_000 // day + 51) * day * unit,
         (1_500_000_000 // day + 71) * day * unit,
-    ]  # midnights
+    ]
     dataset = load(tmp_path, rows, split_dates=["2017-09-03", "2017-09-23T00:00:00+00:00"])
     assert found(dataset) == expected(rows, *cuts)
 

@@ -146,9 +146,8 @@ def test_popularity_then_transitions_then_the_true_model_each_two_standard_error
             better.mean() - worse.mean(),
             np.hypot(better.std(), worse.std()) / np.sqrt(dataset.num_users),
         )
-        assert gap > 4 * error, [
-            row.mean() for row in rows
-        ]  # room on both sides for a trained model
+        # There is room on both sides for a trained model.
+        assert gap > 4 * error, [row.mean() for row in rows]
     assert 0.15 < rows[2].mean() < 0.30
     assert np.bincount(dataset.items, minlength=dataset.num_items).min() >= 5
 

@@ -21,7 +21,8 @@ def test_results_come_in_order_with_few_in_flight():
             running[0] += 1
             most[0] = max(most[0], running[0])
         if number < 3:
-            together.wait(60)  # broken, and an error, where three do not run at once
+            # The barrier breaks with an error where three threads do not run at once.
+            together.wait(60)
         time.sleep(0.002 * (number % 3))
         with lock:
             running[0] -= 1

@@ -113,7 +113,8 @@ def test_process_layouts_and_batches_agree(scope: str, tied: bool) -> None:
     data_parallel = run_distributed(evaluate, 2, 1, config, scope, tied)
     for other in (alone, *tensor_parallel, *data_parallel):
         assert_same(other, one)
-    for name in ("items", "scores"):  # bit-equal between the ranks of a group
+    # The ranks of a group agree to the bit.
+    for name in ("items", "scores"):
         assert np.array_equal(getattr(tensor_parallel[0], name), getattr(tensor_parallel[1], name))
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -23,6 +24,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.training.conftest import tiny_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 PATIENCE_SECONDS = 120
 
 

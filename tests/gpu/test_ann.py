@@ -28,6 +28,5 @@ def test_the_flat_index_finds_the_same_items_on_the_device(tmp_path: Path) -> No
     there = load_ann_index(tmp_path / "index.faiss")
     assert not isinstance(faiss.downcast_index(there), faiss.IndexFlatIP)
     here = np.sort(search_ann_index(index, queries, 80))
-    assert (
-        here == np.sort(search_ann_index(there, queries, 80))
-    ).mean() > 0.999  # rounding may swap the last
+    # Rounding may swap the last items.
+    assert (here == np.sort(search_ann_index(there, queries, 80))).mean() > 0.999

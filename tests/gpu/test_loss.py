@@ -24,9 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     dict(negative_scope="all", distill_scope="all"),
     dict(negative_scope="item_tokens", item_tokens=torch.arange(3, 900, 7)),
     dict(softmax_scope="valid_next", distill_scope="valid_next"),
-    dict(
-        negative_scope="all", distill_scope="all", negative_threshold=1e-4
-    ),  # more candidates than a list has room for
+    # There are more candidates than a list has room for.
+    dict(negative_scope="all", distill_scope="all", negative_threshold=1e-4),
     dict(negative_scope="item_tokens", negatives_from="final"),
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
 ]

@@ -101,10 +101,10 @@ def test_beam_of_the_whole_catalogue_is_exhaustive(config, scope: str) -> None:
         CATALOGUE.item_tokens(np.arange(NUM_ITEMS)), axis=0, return_index=True, return_inverse=True
     )
     for row, history in enumerate(HISTORIES):
-        scores = exhaustive_scores(backbone, CATALOGUE, TRIE, history, scope)[
-            first[same.ravel()]
-        ]  # items that share a tuple score alike to the last bit
-        order = np.lexsort((np.arange(NUM_ITEMS), -scores))  # and come in item-id order
+        # Items that share a tuple score alike to the last bit.
+        scores = exhaustive_scores(backbone, CATALOGUE, TRIE, history, scope)[first[same.ravel()]]
+        # Items of equal scores come in item-id order.
+        order = np.lexsort((np.arange(NUM_ITEMS), -scores))
         assert ranked.items[row].tolist() == order.tolist()
         np.testing.assert_allclose(ranked.scores[row], scores[order], atol=1e-4)
         total = np.exp(scores[first]).sum()
@@ -177,7 +177,8 @@ def test_slices_and_batches_change_nothing(scope: str, monkeypatch: pytest.Monke
     backbone, constraint = toy_backbone(CATALOGUE), TrieConstraint(TRIE)
     seen = ItemSets.of(list(HISTORIES))
     whole = search(backbone, constraint, scope, 7, seen)
-    monkeypatch.setattr(decoding, "CHUNK_ELEMENTS", {"cpu": 1})  # one user at a time
+    # One user is decoded at a time.
+    monkeypatch.setattr(decoding, "CHUNK_ELEMENTS", {"cpu": 1})
     sliced = search(backbone, constraint, scope, 7, seen)
     assert np.array_equal(whole.items, sliced.items)
     np.testing.assert_allclose(whole.scores, sliced.scores, rtol=1e-6)

@@ -84,7 +84,8 @@ def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Pat
             best = sorted(wanted, key=lambda item: (-round(scores[item], 6), item))[:30]
             mine = [row for row in table if row["user"] == user]
             assert [row["rank"] for row in mine] == list(range(1, len(best) + 1))
-            if exclude_seen and allowed:  # at most 30 are left: the beam holds them all
+            # At most 30 items are left, so the beam holds them all.
+            if exclude_seen and allowed:
                 assert [row["item"] for row in mine] == [f"i{item}" for item in best]
             assert [row["item"] for row in mine[:3]] == [f"i{item}" for item in best[:3]]
             assert mine[0]["title"] == f"Item number {best[0]}"

@@ -19,7 +19,8 @@ from ilrec_dist.model.gpt import Backbone
 from tests.inference.toy import TIED, UNTIED
 
 COUNT, PIECES, DEPTH = 40, 7, 6
-END = 1  # token id of the end
+# The token id of the end.
+END = 1
 
 
 def toy_titles() -> Catalogue:

@@ -12,9 +12,10 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 
 NUM_ITEMS, MAX_HISTORY = 60, 6
+# There is dropout here, which evaluation must switch off.
 SIZES = dict(
     num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.3, dropout=0.5
-)  # dropout: evaluation must switch it off
+)
 TIED = BackboneConfig(**SIZES)
 UNTIED = BackboneConfig(**SIZES, tie_embeddings=False, position_embedding="rope")
 

@@ -48,9 +48,8 @@ def built(tmp_path, n=96, **settings):
 def test_old_codes_stay_and_new_ones_are_distinct_and_fitting(tmp_path):
     dataset = built(tmp_path)
     old = Catalogue.load(tmp_path / "old")
-    texts = words(104, seed=0)[
-        96:
-    ]  # words(104) begins with words(96)' groups: item i belongs to group i % 8
+    # words(104) begins with the groups of words(96): item i belongs to group i % 8.
+    texts = words(104, seed=0)[96:]
     report = add_items(
         tmp_path / "old", dataset, [f"n{item}" for item in range(8)], tmp_path / "new", texts
     )
@@ -160,9 +159,8 @@ def test_where_an_item_is_one_token_new_ones_are_appended(tmp_path):
     assert (new.item_tokens(np.arange(12)) == old.item_tokens(np.arange(12))).all()
     index = json.loads((tmp_path / "new" / "index.json").read_text())
     assert list(index.items())[-2:] == [("x", ["<item_12>"]), ("y", ["<item_13>"])]
-    assert catalogue_hash(new) != catalogue_hash(
-        old
-    )  # by which a model is refused codes that it was not trained with
+    # By this hash a model refuses codes that it was not trained with.
+    assert catalogue_hash(new) != catalogue_hash(old)
     more = InteractionDataset(dataset.items, dataset.offsets, ["u"], [*dataset.item_ids, "x", "y"])
     build_catalogue(
         ItemsConfig(index=str(tmp_path / "new" / "index.json")), more, tmp_path / "given"

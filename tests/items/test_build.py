@@ -206,7 +206,8 @@ def test_repair_moves_the_item_that_another_code_fits_best():
     vectors = np.array([[0.0], [1.9], [5.0], [2.0]], np.float32)
     codes = np.array([[0, 0], [0, 0], [0, 1], [1, 2]], np.int32)
     books = centroid_codebooks(vectors, codes, [2, 3])
-    books.levels[0][:] = 0.0  # so that residuals are the vectors themselves
+    # With this the residuals are the vectors themselves.
+    books.levels[0][:] = 0.0
     books.levels[1][:] = [[0.0], [5.0], [2.0]]
     resolution = resolve_collisions(codes, [2, 3], vectors, books)
     assert resolution.codes.tolist() == [[0, 0], [0, 2], [0, 1], [1, 2]]
@@ -442,9 +443,8 @@ def test_vectors_made_block_by_block_are_those_made_at_once(tmp_path, monkeypatc
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
     monkeypatch.setattr(embeddings, "CHUNK_ROWS", 16)
     np.testing.assert_allclose(quantizer_vectors(config, dataset, cf, tmp_path), at_once, rtol=1e-5)
-    monkeypatch.setattr(
-        tfidf, "FIT_DOCUMENTS", 80
-    )  # a sample: another space, in which the same items are alike
+    # A sample gives another space, in which the same items are alike.
+    monkeypatch.setattr(tfidf, "FIT_DOCUMENTS", 80)
     found = quantizer_vectors(replace(config, embedding="text"), dataset, None, tmp_path)
     assert np.array_equal(
         found, quantizer_vectors(replace(config, embedding="text"), dataset, None, tmp_path)

@@ -57,9 +57,8 @@ def test_build_is_the_stage_and_shows_its_report(place, capsys):
 
 
 def test_add_keeps_old_codes_and_names_a_full_prefix(place, capsys, tmp_path):
-    known = (
-        pq.read_table(place / "t/data/items.parquet").slice(0, 2).to_pydict()
-    )  # the new items read like the first two
+    # The new items read like the first two.
+    known = pq.read_table(place / "t/data/items.parquet").slice(0, 2).to_pydict()
     pq.write_table(
         pa.table({"item": ["n1", "n2"], "title": known["title"], "text": known["text"]}),
         tmp_path / "new.parquet",

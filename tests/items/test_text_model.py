@@ -183,9 +183,8 @@ def test_models_of_other_kinds(model_folder, tmp_path, kind):
     if kind != "older sentence-embedding folder":
         for file in model_folder.glob("tokenizer*"):
             shutil.copy(file, tmp_path / "model")
-    vectors = TextModel(tmp_path / "model").embed(
-        [*TEXTS, "oak " * 300, ""]
-    )  # longer than the model takes, and nothing at all
+    # One text is longer than the model takes, and one is empty.
+    vectors = TextModel(tmp_path / "model").embed([*TEXTS, "oak " * 300, ""])
     assert vectors.shape == (len(TEXTS) + 2, 16) and np.allclose(
         np.linalg.norm(vectors, axis=1), [1] * 5 + [0], atol=1e-5
     )

@@ -74,13 +74,14 @@ def test_every_title_is_spelt_and_closed(tmp_path):
         and catalogue.used_tokens().min() > PADDING
         and END in catalogue.used_tokens()
     )
+    # The titles have two spaces or one.
     assert report["collisions"]["after"] == {
         "items": 2,
         "share": 1 / 3,
         "tuples": 1,
         "excess_items": 1,
         "largest_group": 2,
-    }  # two spaces or one
+    }
     assert "2 items (33.33%) share 1 tuples" in report_table(report)
     assert report["levels"][0]["largest"] <= 6 and report["levels"][-1]["largest"] == 1, (
         "titles that have ended are in no level behind"

@@ -231,8 +231,9 @@ def test_codes_outside_their_level_are_refused():
 
 def test_large_trie_stays_small():
     random = np.random.default_rng(0)
+    # This is as dense per prefix as 10⁷ items in 4 × 256 codes.
     codes = np.column_stack(
         [random.integers(256, size=(200_000, 2)), random.integers(16, size=(200_000, 2))]
-    )  # as dense per prefix as 10⁷ items in 4 × 256
+    )
     trie = Trie(make_catalogue(codes, [256, 256, 16, 16]))
     assert trie.nbytes / trie.catalogue.num_items <= 24

@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    hidden: list[Tensor]  # final first
+    # The final layer comes first.
+    hidden: list[Tensor]
     head: Tensor
     targets: Tensor
     lists: TokenLists

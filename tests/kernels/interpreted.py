@@ -53,9 +53,8 @@ SETTINGS: list[dict[str, Any]] = [
     dict(beta=0.0, crr_lambda=0.0, m=3),
     dict(negative_scope="all", n=1, m=1),
     dict(negative_scope="all", n=0),
-    dict(
-        negative_scope="all", v=2600, n=3, m=1, negative_threshold=1e-4
-    ),  # more candidates than a list has room for
+    # There are more candidates than a list has room for.
+    dict(negative_scope="all", v=2600, n=3, m=1, negative_threshold=1e-4),
     dict(
         negative_scope="item_tokens",
         item_tokens=(1100, 2500),

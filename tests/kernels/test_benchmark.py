@@ -43,9 +43,11 @@ def test_the_gpu_benchmark_s_parts_run_and_see_a_wrong_gradient(monkeypatch):
         repeats=3,
     )
     listed = benchmark.options(900, "triton", 1 << 20, **gpu.LISTED)
-    with pytest.raises(RuntimeError, match="regime V"):  # few rows: regime T
+    # Few rows put the case in regime T.
+    with pytest.raises(RuntimeError, match="regime V"):
         gpu.check_sliced(benchmark.make_inputs((30, 16, 900, 1), "cpu", True), listed)
-    monkeypatch.setattr(torch, "compile", lambda fn: fn)  # compiling takes longer than all of this
+    # Compiling would take longer than the whole test.
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)
     figures = list(gpu.figures("cpu", "torch", sizes))
     assert len(figures) == 7 and all(figure.measured == figure.measured for figure in figures)
     assert [figure.reached is None for figure in figures].count(True) == 1

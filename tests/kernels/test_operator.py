@@ -139,12 +139,12 @@ def awkward() -> dict[str, Case]:
         options=replace(o, penalty="multiplicative"),
     )
     tied = replace(base, hidden=[zero, zero, zero])
-    twins = replace(
-        base, head=base.head.repeat_interleave(2, 0)[:90]
-    )  # every token has an equal neighbour
+    # Every token has an equal neighbour.
+    twins = replace(base, head=base.head.repeat_interleave(2, 0)[:90])
     dense = replace(o, negative_scope="item_tokens")
     few = base.lists.tokens.clone()
-    outside = TokenLists(base.lists.indptr, few)  # targets that their lists lack
+    # The lists lack some of the targets.
+    outside = TokenLists(base.lists.indptr, few)
     targets = base.targets.clone()
     for i in range(0, 24, 3):
         row = few[base.lists.indptr[i] : base.lists.indptr[i + 1]]
@@ -219,7 +219,8 @@ def test_negatives_that_hold_nearly_all_the_mass(penalty, beta, offset):
     for h in case.hidden:
         h[:, 0] = 1.0
     head[:, 0] = offset
-    head[3:9, 0] += 22.0  # six tokens far above all others, the target among the others
+    # Six tokens are far above all others; the target is among the others.
+    head[3:9, 0] += 22.0
     case = replace(case, head=head)
     truth, ours = run_case(case, "reference"), run_case(case, "torch")
     assert (truth.output.rows.p_target[~torch.isin(case.targets, torch.arange(3, 9))] < 1e-6).any()
@@ -352,9 +353,8 @@ def test_scopes_cost_in_proportion_to_their_size():
 
     def flops(v, longest, **scopes):
         starts = torch.arange(64) * 7
-        tokens = (
-            starts[:, None] + torch.arange(longest)
-        ).flatten()  # every row has a list of its own
+        # No two rows share a list.
+        tokens = (starts[:, None] + torch.arange(longest)).flatten()
         lists = TokenLists(torch.arange(65) * longest, tokens)
         options = LossOptions(vocab_size=v, crr_lambda=0.3, **scopes)
         case = make_case(n=64, v=v)
@@ -364,9 +364,8 @@ def test_scopes_cost_in_proportion_to_their_size():
         return counter.get_total_flops()
 
     lists: dict[str, Any] = dict(softmax_scope="valid_next", distill_scope="valid_next")
-    assert (
-        flops(600, 4, **lists) == 3 * 3 * 2 * 16 * 64 * 4
-    )  # 3 products of 3 streams at each entry
+    # There are 3 products of 3 streams at each entry.
+    assert flops(600, 4, **lists) == 3 * 3 * 2 * 16 * 64 * 4
     assert flops(600, 16, **lists) == 4 * flops(600, 4, **lists) == flops(6000, 16, **lists)
     assert flops(600, 1, **lists) == 0
     for scope in (

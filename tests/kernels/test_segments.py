@@ -17,7 +17,8 @@ def test_sums_between_edges_are_segment_sums(lengths, seed):
     assert row_counts(row, n).tolist() == lengths
     real = torch.randn(len(row), generator=g)
     torch.testing.assert_close(sum_between_edges(real, row, n), segment_sum(real, row, n))
-    whole = torch.randint(-(1 << 62), 1 << 62, (len(row),), generator=g)  # wraps around
+    # The sums wrap around.
+    whole = torch.randint(-(1 << 62), 1 << 62, (len(row),), generator=g)
     assert sum_between_edges(whole, row, n).tolist() == segment_sum(whole, row, n).tolist()
 
 

@@ -54,9 +54,8 @@ class LiveBytes(TorchDispatchMode):
 def live_bytes(case: Case, backend: str = "torch", **kwargs: Any) -> LiveBytes:
     """What a call makes besides its inputs and gradients."""
     (n, d), v = case.hidden[0].shape, case.head.shape[0]
-    mode = LiveBytes(
-        [n * d * 4, n * d * 2, v * d * 4, v * d * 2]
-    )  # the hidden rows' and the head's gradients
+    # The sizes are those of the gradients of the hidden rows and of the head.
+    mode = LiveBytes([n * d * 4, n * d * 2, v * d * 4, v * d * 2])
     for tensor in (
         *case.hidden,
         case.head,
@@ -82,15 +81,13 @@ SETTINGS: list[dict[str, Any]] = [
     dict(d=256),
     dict(d=96, item_tokens=SCATTERED),
     dict(d=96, item_tokens=SCATTERED, dtype=torch.bfloat16),
-    dict(
-        negative_scope="all", item_tokens=SCATTERED
-    ),  # distillation over some of the columns that the layers' logits are made of
+    # Distillation is over some of the columns that the layers' logits are made of.
+    dict(negative_scope="all", item_tokens=SCATTERED),
     dict(negative_scope="item_tokens", item_tokens=SCATTERED, softmax_scope="valid_next"),
     dict(d=96, distill_scope="all", trainable_rows=SCATTERED),
     dict(d=96, item_tokens=SCATTERED, trainable_rows=(100, 2000)),
-    dict(
-        d=256, longest=200, softmax_scope="valid_next", distill_scope="valid_next"
-    ),  # lists wider than what a bucket may take
+    # The lists are wider than what a bucket may take.
+    dict(d=256, longest=200, softmax_scope="valid_next", distill_scope="valid_next"),
     dict(longest=1500),
 ]
 

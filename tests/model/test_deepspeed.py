@@ -85,7 +85,8 @@ def train(mesh: Mesh, precision: str) -> dict:
         )
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, VOCAB, (4, 9), generator=generator)
-        pieces = [tokens[:3], tokens[3:]]  # 3 : 1 rows
+        # The pieces have 3 : 1 rows.
+        pieces = [tokens[:3], tokens[3:]]
         total = tokens[:, 1:].numel()
         mine = pieces[state.dp_rank :: state.dp]
         losses, norms = [], []
@@ -96,7 +97,8 @@ def train(mesh: Mesh, precision: str) -> dict:
                 logits = full_logits(engine(piece, rows).final, model, state)
                 loss = F.cross_entropy(logits, piece[:, 1:].flatten(), reduction="sum") / total
                 loss_sum += loss.detach()
-                engine.backward(loss * state.dp * accumulation)  # DeepSpeed averages over both
+                # DeepSpeed averages over data-parallel ranks and accumulation steps.
+                engine.backward(loss * state.dp * accumulation)
                 engine.step()
             dist.all_reduce(loss_sum, group=state.dp_group)
             losses.append(float(loss_sum))

@@ -122,7 +122,8 @@ def test_logits_as_transformers(family: str, tp: int, tmp_path: Path) -> None:
     expected = make_pretrained(family, source)
     ranks = run_distributed(round_trip, tp, tp, str(source), str(out), make_tokens())
     logits = torch.cat([part for part, _ in ranks], dim=-1)
-    assert logits.shape[-1] == 56  # 53 padded to a multiple of 8
+    # The 53 tokens are padded to a multiple of 8.
+    assert logits.shape[-1] == 56
     assert relative_error(logits[..., :53], expected) <= 1e-5
     assert relative_error(transformers_logits(out, make_tokens()), expected) <= 1e-6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -357,7 +358,8 @@ def save_refusals(mesh: Mesh, folder: str) -> list[str]:
         pretrained = read_config(folder)
         model = Backbone(pretrained.config, pretrained.vocab_size, 64, initialize=False)
         load_weights(model, folder)
-        blocked = Path(folder) / "config.json" / "out"  # A file stands where a folder should.
+        # A file stands where a folder should.
+        blocked = Path(folder) / "config.json" / "out"
         messages = []
         for out in (folder, str(blocked)):
             with pytest.raises(UserError) as caught:

@@ -80,7 +80,8 @@ def step(mesh: Mesh, config: BackboneConfig) -> dict:
 def test_tp_agrees_with_one_process(config: BackboneConfig) -> None:
     (one,) = run_distributed(step, 1, 1, config)
     two = run_distributed(step, 2, 2, config)
-    assert [rank["range"] for rank in two] == [(0, 24), (24, 48)]  # 45 padded to a multiple of 8
+    # The 45 tokens are padded to a multiple of 8.
+    assert [rank["range"] for rank in two] == [(0, 24), (24, 48)]
     assert torch.equal(two[0]["hidden"], two[1]["hidden"])
     for rank in two:
         assert rank["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -171,9 +172,8 @@ def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> No
 
 
 def test_decoding_in_bf16() -> None:
-    assert (
-        max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
-    )  # hidden states of size 1, 8 bits
+    # Hidden states are of size 1, with 8 bits of precision.
+    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
 
 
 def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
@@ -240,9 +240,8 @@ def taps_and_padding(mesh: Mesh) -> None:
         norm = model.gpt.decoder.final_layernorm
         for mine, hooked in zip((out.final, *out.layers), reversed(seen), strict=True):
             assert torch.equal(mine, norm(hooked).flatten(0, 1)[rows])
-        longer = torch.cat(
-            (tokens, torch.zeros(5, 3, dtype=torch.long)), dim=1
-        )  # padded on the right
+        # Samples are padded on the right.
+        longer = torch.cat((tokens, torch.zeros(5, 3, dtype=torch.long)), dim=1)
         again = model(longer, rows // 12 * 15 + rows % 12, 2)
         torch.testing.assert_close(again.final, out.final)
         assert model(tokens, rows[:0], 1).layers[0].shape == (0, 32)

@@ -55,7 +55,8 @@ def test_remaining_time_is_that_of_the_present_run():
     for step in range(10, 110, 10):
         state.see(line(step, step * 0.5, **{"loss/total": 3.0}))
     assert state.seconds_left() == pytest.approx(900 * 0.5)
-    state.see({"step": 60, "time": 5000.0, RESUMED: 40})  # resumed hours later from step 60
+    # The training is resumed hours later from step 60.
+    state.see({"step": 60, "time": 5000.0, RESUMED: 40})
     assert state.seconds_left() is None
     state.see(line(70, 5002.0))
     assert state.seconds_left() == pytest.approx(930 * 0.2)

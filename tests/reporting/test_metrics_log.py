@@ -32,7 +32,8 @@ def write(folder, numbers, resume_step=None):
 def test_lines_are_flat_and_in_order(tmp_path):
     with MetricsLog(tmp_path / "a" / "b") as log:
         log.write(3, 0.5, {"loss": {"cpo": 1.5, "cpd": {"pos0": np.float32(0.25)}}, "p_target": 1})
-        lines = read_metrics(log.folder)  # flushed before the log is closed
+        # Lines are flushed before the log is closed.
+        lines = read_metrics(log.folder)
     assert [list(line) for line in lines] == [
         ["step", "epoch", "time", "loss/cpo", "loss/cpd/pos0", "p_target"]
     ]
@@ -96,7 +97,8 @@ def test_no_file_is_no_lines(tmp_path):
 def test_every_line_survives_sigkill(tmp_path):
     code = (
         "import sys, types\n"
-        "class Writer:\n"  # the import of TensorBoard is seconds long and beside the point here
+        # The import of TensorBoard takes seconds and is not tested here.
+        "class Writer:\n"
         "    def __init__(self, *a, **k): pass\n"
         "    def add_scalar(self, *a): pass\n"
         "sys.modules['torch.utils.tensorboard'] = types.SimpleNamespace(SummaryWriter=Writer)\n"

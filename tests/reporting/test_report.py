@@ -120,9 +120,8 @@ def test_the_page_is_well_formed_alone_and_without_scripts(html):
 
 def test_hostile_titles_are_shown_as_they_are(html):
     text = "".join(Page(html).text)
-    assert (
-        text.count(HOSTILE) >= 7
-    )  # title, heading, subtitle, stage, target, beams, report and configuration
+    # It stands in title, heading, subtitle, stage, target, beams, report and configuration.
+    assert text.count(HOSTILE) >= 7
     assert HOSTILE not in html
 
 
@@ -139,7 +138,8 @@ def test_everything_is_on_the_page(html):
         "max_negatives: 64", "collisions · before",
     ):  # fmt: skip
         assert title in text, title
-    assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text  # nothing to show
+    # SFT has nothing to show here.
+    assert "Mean |H|, sft" not in text and "CPD by position, sft" not in text
     assert text.count("✓ hit") >= 5 and "target at rank" in text and "… 4 earlier" in text
     assert "paired 95% interval [+0.0021, +0.0058]" in text
 

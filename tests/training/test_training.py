@@ -26,7 +26,8 @@ from ilrec_dist.training import checkpoint
 from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]  # world size, tp, accumulation
+# Each layout is (world size, tp, accumulation).
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
 
 
 def train_here(
@@ -111,9 +112,8 @@ def test_the_layout_of_the_step_changes_neither_losses_nor_weights(trained, layo
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     weights = load_file(other / "final.safetensors")
     for name, tensor in load_file(alone / "final.safetensors").items():
-        if not name.endswith(
-            "linear_qkv.bias"
-        ):  # key biases have no true gradient: Adam walks them by rounding alone
+        # Key biases have no true gradient: Adam walks them by rounding alone.
+        if not name.endswith("linear_qkv.bias"):
             torch.testing.assert_close(weights[name], tensor, rtol=0, atol=5e-3)
 
 

@@ -7,9 +7,9 @@ import threading
 
 import torch
 
+from ilrec_dist.cf.sasrec.checkpoint import read_report
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.config_fields import stage_settings
-from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
@@ -39,7 +39,7 @@ def train_cf_models(config: Config) -> str | None:
         train_by_workers(config)
     else:
         train_here(config)
-    models = read_json_object(RunFolders(config.run_dir).cf / "report.json")["models"]
+    models = read_report(RunFolders(config.run_dir).cf)["models"]
     full = models["full"]
     return (
         f"{len(models)} models; the full one: {full['users']:,} users, validation NDCG@10 "

@@ -42,7 +42,9 @@ def index(config: Config) -> str | None:
         _language_model(config),
     )
     if report["warning"]:
-        console.print(f"index: warning: {report['warning']}", highlight=False, markup=False)
+        console.print(
+            f"index: warning: {report['warning']}", highlight=False, markup=False, soft_wrap=True
+        )
     return index_summary(report)
 
 

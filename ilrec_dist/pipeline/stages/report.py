@@ -55,4 +55,5 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )

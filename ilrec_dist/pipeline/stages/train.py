@@ -136,7 +136,7 @@ def _announce(trainings: Sequence[TrainingSpec]) -> None:
         checkpoint, damaged = latest(training.folder / "checkpoints", training.fingerprint)
         for line in damaged:
             warning = f"warning: {line}; the checkpoint before it is used"
-            console.print(warning, highlight=False, markup=False)
+            console.print(warning, highlight=False, markup=False, soft_wrap=True)
         if checkpoint is not None:
             line = f"{training.title}: goes on from step {checkpoint.step}"
             console.print(line, highlight=False)
@@ -150,7 +150,7 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
     )
     steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
     if trainings and (warning := warmup_warning(config.train, steps)) is not None:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     stop = threading.Event()
 
     def follow() -> None:
