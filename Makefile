@@ -4,8 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
-# Test files run side by side in so many processes.
-WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart test test-fast lint format clean
@@ -31,10 +29,10 @@ quickstart: $(STAMP)
 	$(BIN)/ilrec run configs/quickstart.yaml $(if $(filter 1,$(GPUS)),launch.workers=1 launch.tp=1)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-fast: $(STAMP) lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow" --durations=5
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

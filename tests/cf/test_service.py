@@ -33,11 +33,7 @@ from tests.cf.conftest import (
     training_targets,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

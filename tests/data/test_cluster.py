@@ -29,11 +29,7 @@ from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 # Before the fixture that connects this process to a cluster, after which no address is looked at.

@@ -24,7 +24,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.training.conftest import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 CHECKPOINT_STEPS = 10
 # 420 steps: the worker of a killed driver trains on for some seconds, and must not reach the end
 # in them.

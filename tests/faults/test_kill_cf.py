@@ -24,7 +24,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.training.conftest import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 120
 
 

@@ -13,7 +13,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
 from tests.training.conftest import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240
 
 
