@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.run_layout import BEST
@@ -66,7 +68,7 @@ def open_trained_model(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
     )
-    device = resolve_device(config.launch)
+    device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
         set_cpu_threads(config.launch)
     parallel = initialize_parallel(1, device)
@@ -76,6 +78,8 @@ def open_trained_model(
         yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
     finally:
         destroy_parallel()
+        # What runs in this process later computes as if no model had been opened.
+        torch.set_num_threads(threads)
 
 
 def run_config(run: Path) -> Config:
