@@ -1,4 +1,4 @@
-"""The wheel holds both packages, the licence and the command, and nothing else."""
+"""The wheel holds both packages with their data, the licence and the command, and nothing else."""
 
 import shutil
 import subprocess
@@ -22,7 +22,8 @@ def test_a_wheel_holds_both_packages_and_the_command(tmp_path):
     modules = {
         str(path.relative_to(package.parent))
         for package in packages
-        for path in package.rglob("*.py")
+        for pattern in ("*.py", "*.yaml")
+        for path in package.rglob(pattern)
     }
     subprocess.run(
         [
@@ -46,7 +47,7 @@ def test_a_wheel_holds_both_packages_and_the_command(tmp_path):
         (entry_points,) = (
             archive.read(name).decode() for name in names if name.endswith("entry_points.txt")
         )
-    assert "ilrec_dist/cli.py" in modules and "ilrec_kernels/api.py" in modules
+    assert "ilrec_dist/cli/main.py" in modules and "ilrec_kernels/api.py" in modules
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert any(name.endswith("LICENSE") for name in names)
     assert "ilrec = ilrec_dist.cli.main:main" in entry_points
