@@ -29,7 +29,7 @@ CHECKPOINT_STEPS = 10
 # 420 steps: the worker of a killed driver trains on for some seconds, and must not reach the end
 # in them.
 EPOCHS = 60
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 480
 
 
 @pytest.fixture(scope="module")
