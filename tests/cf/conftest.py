@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards
@@ -23,11 +22,6 @@ from ilrec_dist.items.trie import Trie
 CONFIG = CFConfig(
     hidden_size=16, num_layers=1, num_heads=2, max_history=6, epochs=2, patience=2, batch_size=32
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

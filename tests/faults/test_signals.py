@@ -31,7 +31,11 @@ def prepared(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
+def default_signals() -> None:
+    """Undo the ignored SIGINT that a shell gives to its background jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("engine", "number", "code", "word"),
     [
@@ -49,6 +53,7 @@ def test_a_signal_ends_the_command_with_one_line(prepared, engine, number, code,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
     until = time.monotonic() + PATIENCE_SECONDS
     while not (log.exists() and log.stat().st_size > before):
