@@ -94,3 +94,19 @@ class ObjectiveConfig:
     def is_cross_entropy(self) -> bool:
         """Whether β = μ = λ = 0, so that only the cross-entropy remains (METHOD.md §6)."""
         return self.beta == 0 and self.cpd_mu == 0 and self.crr_lambda == 0
+
+
+@section(affects="train")
+class PreferenceConfig:
+    """Preference methods (METHOD.md §11)."""
+
+    # β, how steep the preference is; None: the method's own default.
+    beta: Optional[PositiveFloat] = None
+    # γ, the margin by which the target's mean log p is to lead.
+    gamma: NonNegativeFloat = 1.0
+    # Negatives of a target, where the method takes several.
+    negatives: Annotated[Int, Interval(ge=1, le=64)] = 3
+    # None: train.epochs.
+    epochs: Optional[Positive] = None
+    # None: a tenth of train.learning_rate.
+    learning_rate: Optional[PositiveFloat] = None

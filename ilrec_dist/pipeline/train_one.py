@@ -8,9 +8,8 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
-from ilrec_dist.samples.collate import BatchMaker
-from ilrec_dist.samples.windows import training_windows
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.preference import batch_maker, first_weights, training_settings
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
@@ -35,7 +34,14 @@ def train_one(
             return
         method = get_method(spec.method)
         objective = method.objective(config.objective)
-        backbone = build_backbone(config, artifacts, spec.seed)
+        backbone = first_weights(config, artifacts, method, spec.seed)
+        module = method.module(
+            backbone,
+            objective,
+            method.preference(config.preference),
+            artifacts.catalogue,
+            parallel,
+        )
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(
@@ -55,15 +61,12 @@ def train_one(
             }
             return {name: metrics[name] for name in VALIDATION_METRICS}
 
-        windows = training_windows(
-            artifacts.training, config.train.max_history, config.train.targets
-        )
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0
         Trainer(
             spec,
-            config.train,
-            method.module(backbone, objective, artifacts.catalogue, parallel),
-            BatchMaker(artifacts.training, artifacts.catalogue, artifacts.trie, windows),
+            training_settings(config, method),
+            module,
+            batch_maker(config, artifacts, method, spec, module, parallel),
             artifacts.catalogue,
             parallel,
             validate,
