@@ -176,7 +176,9 @@ class PreferenceObjective(Objective):
         """
         scores = self.scores(*inputs)
         losses = self.loss(scores) if scores.negatives.shape[1] else -scores.target
-        return PreferenceOutput(losses.sum() * loss_scale, _target_stats(losses, scores))
+        return PreferenceOutput(
+            losses.sum() * loss_scale, _target_stats(losses, scores, inputs[1].numel())
+        )
 
 
 def pair_scores(
@@ -202,7 +204,7 @@ def pair_scores(
     )
 
 
-def _target_stats(losses: Tensor, scores: PairScores) -> TargetStats:
+def _target_stats(losses: Tensor, scores: PairScores, num_rows: int) -> TargetStats:
     margins, count = scores.margins.detach(), max(scores.negatives.shape[1], 1)
     return TargetStats(
         loss=losses.detach(),
@@ -210,4 +212,5 @@ def _target_stats(losses: Tensor, scores: PairScores) -> TargetStats:
         preferred=(margins > 0).to(margins.dtype).sum(1) / count,
         log_p_target=scores.target.detach(),
         log_p_negative=scores.negatives.detach().sum(1) / count,
+        num_rows=num_rows,
     )

@@ -22,6 +22,8 @@ class TargetStats:
     preferred: Tensor
     log_p_target: Tensor
     log_p_negative: Tensor
+    # Response rows of all continuations.
+    num_rows: int
 
 
 class PreferenceStatistics:
@@ -37,12 +39,14 @@ class PreferenceStatistics:
     }
 
     def __init__(self, device: torch.device) -> None:
-        # The last two are the numbers of targets and of input tokens.
-        self._sums = torch.zeros(len(self.NAMES) + 2, dtype=torch.float64, device=device)
+        # The last three are the numbers of targets, of rows and of input tokens.
+        self._sums = torch.zeros(len(self.NAMES) + 3, dtype=torch.float64, device=device)
 
     def add(self, rows: TargetStats, num_tokens: int, grid_index: Tensor | None = None) -> None:
         sums = [getattr(rows, name).sum(dtype=torch.float64) for name in self.NAMES]
-        counts = [sums[0].new_tensor(float(n)) for n in (rows.loss.numel(), num_tokens)]
+        counts = [
+            sums[0].new_tensor(float(n)) for n in (rows.loss.numel(), rows.num_rows, num_tokens)
+        ]
         self._sums += torch.stack([*sums, *counts])
 
     def is_finite(self, group: dist.ProcessGroup | None) -> bool:
@@ -55,16 +59,16 @@ class PreferenceStatistics:
     def report(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The means over the targets of all ranks since the last report; starts anew.
 
-        `rows` counts targets. Collective over the group.
+        Collective over the group.
         """
         packed = self._sums.clone()
         if group is not None and dist.get_world_size(group) > 1:
             dist.all_reduce(packed, group=group)
         self._sums.zero_()
-        *sums, targets, tokens = packed.tolist()
+        *sums, targets, rows, tokens = packed.tolist()
         means = (value / max(targets, 1.0) for value in sums)
         return {
             "tokens": tokens,
-            "rows": targets,
+            "rows": rows,
             **dict(zip(self.NAMES.values(), means, strict=True)),
         }

@@ -42,6 +42,12 @@ def test_methods_are_in_the_results_and_the_report(run):
         rows = [row for row in results["rows"] if row["method"] == method]
         assert len(rows) == 2 and all(0 < row["hit@10"] <= 1 for row in rows)
         assert title in report and (method, "sft") in versus
+    cost = {
+        row["method"]: row["training_flops"] for row in results["rows"] if row["method"] in METHODS
+    }
+    # Each has the supervised training behind it, one epoch with branches, and its reference.
+    assert cost["sft"] < cost["simpo"] < cost["dpo"] < cost["sdpo"] < 6 * cost["sft"]
+    assert "Training FLOPs" in report
 
 
 @pytest.mark.slow

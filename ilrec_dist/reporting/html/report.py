@@ -20,6 +20,7 @@ from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.reporting.html.facts import facts_table
 from ilrec_dist.reporting.html.results_table import (
     beyond_accuracy_section,
+    cost_section,
     header_tiles,
     results_section,
 )
@@ -58,6 +59,7 @@ def write_report(
     sections = [
         ("results", "Results", results_section(summaries, intervals)),
         ("beyond-accuracy", "Beyond accuracy", beyond_accuracy_section(summaries)),
+        ("cost", "Cost of training", cost_section(summaries)),
         *((slug, title, _charts(make(runs))) for slug, title, make in _CURVES),
         ("examples", "Examples", examples_section(examples)),
         ("times", "Time by stage", _stages(results["stage_seconds"], results["seconds"])),
