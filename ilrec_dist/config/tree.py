@@ -148,12 +148,33 @@ def _training_problems(config: Config) -> Iterator[Problem]:
             f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = "
             f"{per_step}",
         )
+    if config.objective.negatives_from == "random":
+        for key, value, expected in (
+            ("objective.negative_scope", config.objective.negative_scope, "valid_next"),
+            ("launch.tp", config.launch.tp, 1),
+        ):
+            if value != expected:
+                yield key, f"objective.negatives_from random needs {expected}, found {value}"
+        if config.objective.backend == "triton":
+            yield (
+                "objective.backend",
+                "objective.negatives_from random needs torch or reference, found triton",
+            )
     if len(set(train.seeds)) != len(train.seeds):
         yield "train.seeds", f"expected distinct seeds, found {train.seeds}"
     if len(set(train.methods)) != len(train.methods):
         yield "train.methods", f"expected distinct methods, found {train.methods}"
     for name in train.methods:
-        start = get_method(name).starts_from
+        method = get_method(name)
+        own = method.preference(config.preference)
+        epochs = own.epochs or train.epochs
+        if method.samples == "self_play_pairs" and epochs < 2 * own.rounds:
+            yield (
+                "preference.rounds",
+                f"{own.rounds} rounds of {name} need two epochs each, one of them supervised, and "
+                f"there are {epochs}; lower preference.rounds or raise preference.epochs",
+            )
+        start = method.starts_from
         if start is not None and start not in train.methods:
             yield (
                 "train.methods",

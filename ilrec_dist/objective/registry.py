@@ -22,6 +22,7 @@ from ilrec_dist.objective.preference import (
     PreferenceLoss,
     PreferenceObjective,
     SimPO,
+    SmoothedDPO,
     SoftmaxDPO,
 )
 
@@ -29,8 +30,9 @@ from ilrec_dist.objective.preference import (
 ModuleFactory = Callable[
     [Backbone, ObjectiveConfig, PreferenceConfig, Catalogue, ParallelState], Objective
 ]
-# What a method's batches hold: targets alone, or pairs with uniformly drawn negatives.
-Samples = Literal["targets", "uniform_pairs"]
+# What a method's batches hold: targets alone, or pairs with negatives that are drawn uniformly,
+# that are near the target in text and popular, or that the model itself would recommend.
+Samples = Literal["targets", "uniform_pairs", "hard_pairs", "self_play_pairs"]
 
 
 def _cross_layer(
@@ -94,6 +96,9 @@ class Method:
     starts_from: str | None = None
     # Whether the loss reads log π_ref, that of the weights that the training begins with.
     needs_reference: bool = False
+    # Whether the loss reads ε, how likely the collaborative model gives the negative above the
+    # target.
+    needs_flips: bool = False
     # Methods and baselines that the paired intervals compare this one with, where the run
     # has them.
     compared_with: tuple[str, ...] = ()
@@ -202,6 +207,33 @@ register(
         preference=_reads("gamma", beta=2.0),
         samples="uniform_pairs",
         starts_from="sft",
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "rosepo",
+        "RosePO",
+        _cross_entropy,
+        module=_preference(SmoothedDPO),
+        preference=_reads(beta=0.1),
+        samples="hard_pairs",
+        starts_from="sft",
+        needs_reference=True,
+        needs_flips=True,
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "sprec",
+        "SPRec",
+        _cross_entropy,
+        module=_preference(DPO),
+        preference=_reads("rounds", beta=0.1),
+        samples="self_play_pairs",
+        starts_from="sft",
+        needs_reference=True,
         compared_with=("sft",),
     )
 )

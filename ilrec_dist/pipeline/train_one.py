@@ -9,7 +9,7 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.preference import batch_maker, first_weights, training_settings
+from ilrec_dist.pipeline.preference import first_weights, sample_source, training_settings
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
@@ -61,16 +61,18 @@ def train_one(
             }
             return {name: metrics[name] for name in VALIDATION_METRICS}
 
+        batch_maker, phases = sample_source(config, artifacts, method, spec, module, parallel)
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0
         Trainer(
             spec,
             training_settings(config, method),
             module,
-            batch_maker(config, artifacts, method, spec, module, parallel),
+            batch_maker,
             artifacts.catalogue,
             parallel,
             validate,
             artifacts.reward_source() if reads_rewards else None,
+            phases=phases,
             log_steps=log_steps,
             on_checkpoint=on_checkpoint,
         ).train()

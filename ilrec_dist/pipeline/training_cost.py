@@ -67,7 +67,7 @@ def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) ->
     if config.cpd_mu > 0:
         intermediate = size[config.distill_scope]
     reads_negatives = config.beta > 0 or config.crr_lambda > 0
-    if reads_negatives and config.negatives_from == "intermediate":
+    if reads_negatives and config.negatives_from != "final":
         intermediate = max(intermediate, size[config.negative_scope])
     layers = num_intermediate_layers(config, num_layers)
     return [size[config.softmax_scope], *[intermediate] * layers]
@@ -103,7 +103,10 @@ def training_cost(
     work = Work(tokens, tokens / (len(windows) * epochs) / 2, rows)
     cost = training_flops(backbone, work, columns)
     if method.needs_reference:
-        cost += forward_flops(backbone, work, columns) / epochs
+        # Each round of self-play has a reference of its own.
+        self_play = method.samples == "self_play_pairs"
+        passes = method.preference(config.preference).rounds if self_play else 1
+        cost += passes * forward_flops(backbone, work, columns) / epochs
     if method.starts_from is not None:
         cost += training_cost(config, artifacts, sizes, method.starts_from, seed)
     return cost

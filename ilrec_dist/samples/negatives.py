@@ -6,6 +6,7 @@ training, and any number of ranks, draw the same ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -80,6 +81,42 @@ class UniformNegatives:
         rest = rest if len(rest) else others
         key = hashed(self.seed, self.stream, len(drawn), ATTEMPTS, user, position)
         return int(rest[int(key) % len(rest)])
+
+
+class NoNegatives:
+    """Targets alone."""
+
+    count = 0
+
+    def draw(self, users: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.zeros((len(users), 0), np.int64)
+
+
+class KeptNegatives:
+    """One negative of each target, found before.
+
+    items: int [all targets], in the order of `index`, which numbers (users, positions); -1
+    where nothing was found, and a uniform negative takes its place.
+    """
+
+    count = 1
+
+    def __init__(
+        self,
+        items: np.ndarray,
+        index: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        otherwise: UniformNegatives,
+    ) -> None:
+        self.items, self.index, self.otherwise = items, index, otherwise
+
+    def draw(self, users: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        drawn = self.items[self.index(users, positions)].astype(np.int64)[:, None]
+        missing = np.flatnonzero(drawn[:, 0] < 0)
+        if len(missing):
+            drawn[missing] = self.otherwise.draw(
+                users[missing], positions[missing], targets[missing]
+            )
+        return drawn
 
 
 class HardNegatives:

@@ -35,8 +35,9 @@ class PreferenceBatch(Batch):
 
     # int64 [N]: the continuation of each row.
     continuation: torch.Tensor
-    # n
-    num_negatives: int
+    # The items of the targets, int64 [T], and of their negatives, int64 [T, n].
+    items: np.ndarray
+    negatives: np.ndarray
     # None where no continuation has a token of its own besides those of the trunk.
     branches: BranchedSequences | None
     # What is known of each target: float32 [T, 1 + n] log π_ref of target and negatives, and
@@ -49,7 +50,7 @@ class PreferenceBatch(Batch):
             *super().model_inputs(device),
             self.continuation.to(device, non_blocking=True),
             len(self.users),
-            self.num_negatives,
+            self.negatives.shape[1],
             None if self.branches is None else self.branches.to(device),
             None if self.known is None else self.known.to(device, non_blocking=True),
         )
@@ -86,13 +87,18 @@ class PreferenceBatchMaker(BatchMaker):
         return index
 
     def num_rows(self, window_ids: np.ndarray) -> int:
-        """The targets of these windows: the loss is a mean over them."""
+        """The targets of these windows: the loss is a mean over them.
+
+        Without negatives it is the mean over the targets' tokens.
+        """
+        if self.negatives.count == 0:
+            return super().num_rows(window_ids)
         return self.windows.slices(window_ids).num_targets
 
     def make(self, window_ids: np.ndarray, step_rows: int) -> PreferenceBatch:
         base = super().make(window_ids, step_rows)
         offsets = self.dataset.offsets[base.users]
-        items = np.asarray(self.dataset.items[offsets + base.positions])
+        items = np.asarray(self.dataset.items[offsets + base.positions], np.int64)
         negatives = self.negatives.draw(base.users, base.positions, items)
         return self._with_branches(base, items, negatives)
 
@@ -148,7 +154,8 @@ class PreferenceBatchMaker(BatchMaker):
                 "num_tokens": base.num_tokens + int((lengths - 1).sum()),
             },
             continuation=torch.from_numpy(continuation),
-            num_negatives=count,
+            items=items,
+            negatives=negatives,
             branches=None
             if branches * depth == 0
             else BranchedSequences(

@@ -14,17 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ilrec_dist.common.files import (
-    atomic_file,
-    map_array,
-    read_json_object,
-    sha256_file,
-    write_json,
-)
-from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.common.files import atomic_file
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
+from ilrec_dist.training.kept_arrays import kept_array
 
 # Windows whose targets are one file.
 SHARD_WINDOWS = 4096
@@ -44,30 +38,19 @@ def known_of_targets(
 ) -> np.ndarray:
     """float32 [all targets, 1 + n + c]: log π of each target and its negatives, then `more`.
 
-    The objective's weights as they are now are the reference. The array is mapped, of the file
-    `name`.npy in the folder, with its SHA-256 in `name`.json; it is computed where there is none
-    of this fingerprint. Collective over all ranks. Raises UserError where the file is damaged.
+    The objective's weights as they are now are the reference. The array is the folder's kept
+    array `name`: computed where there is none of this fingerprint. Collective over all ranks.
+    Raises UserError where the file is damaged.
     """
-    path, note = folder / f"{name}.npy", folder / f"{name}.json"
-    if not _is_whole(note, fingerprint):
+
+    def write(path: Path) -> None:
         shards = folder / f"{name}.shards"
         _compute_shards(objective, maker, shards, fingerprint, batch_size, parallel, more)
         dist.barrier()
         if dist.get_rank() == 0:
-            _join(shards, path, note, fingerprint)
-        dist.barrier()
-    repair = f"delete {folder} and run `ilrec run` again"
-    check_hashes(folder, {path.name: read_json_object(note).get("sha256")}, note.name, repair)
-    return map_array(path)
+            _join(shards, path)
 
-
-def _is_whole(note: Path, fingerprint: str) -> bool:
-    """Whether the finished file is there; rank 0 looks, so that all ranks agree."""
-    answer = [False]
-    if dist.get_rank() == 0:
-        answer = [note.exists() and read_json_object(note).get("fingerprint") == fingerprint]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return kept_array(folder, name, fingerprint, write)
 
 
 @torch.no_grad()
@@ -132,19 +115,12 @@ def _rows_of(
     return table
 
 
-def _join(shards: Path, path: Path, note: Path, fingerprint: str) -> None:
-    files = sorted(shards.glob("*.npy"))
-    arrays = [np.load(file, mmap_mode="r") for file in files]
-    rows = sum(map(len, arrays))
+def _join(shards: Path, path: Path) -> None:
+    """Write the shards as one file and remove them."""
+    arrays = [np.load(file, mmap_mode="r") for file in sorted(shards.glob("*.npy"))]
+    shape = sum(map(len, arrays)), arrays[0].shape[1]
     with atomic_file(path) as staged:
-        joined = np.lib.format.open_memmap(
-            staged, mode="w+", dtype=np.float32, shape=(rows, arrays[0].shape[1])
-        )
-        start = 0
-        for array in arrays:
-            joined[start : start + len(array)] = array
-            start += len(array)
+        joined = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
+        np.concatenate(arrays, out=joined)
         joined.flush()
-        sha256 = sha256_file(staged)
-    write_json(note, {"fingerprint": fingerprint, "targets": rows, "sha256": sha256})
     shutil.rmtree(shards)

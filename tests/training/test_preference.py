@@ -16,7 +16,8 @@ from ilrec_dist.testing.distributed import run_distributed
 from tests.training.conftest import tiny_config
 from tests.training.test_training import losses_of, train_here
 
-METHODS = ["sft", "dpo", "sdpo", "simpo"]
+METHODS = ["sft", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
+TITLES = {"dpo": "DPO", "sdpo": "S-DPO", "simpo": "SimPO", "rosepo": "RosePO", "sprec": "SPRec"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def run(tiny, tmp_path_factory):
 
 
 def preference_config(root: Path, **sections):
-    sections = {"train": {"methods": METHODS}, "preference": {"epochs": 1}} | sections
+    sections = {"train": {"methods": METHODS}, "preference": {"epochs": 2, "rounds": 1}} | sections
     return tiny_config(root, **sections)
 
 
@@ -38,7 +39,7 @@ def test_methods_are_in_the_results_and_the_report(run):
     results = json.loads((run / "results.json").read_text())
     versus = {(one["method"], one["versus"]) for one in results["paired_bootstrap"]}
     report = (run / "report.html").read_text()
-    for method, title in (("dpo", "DPO"), ("sdpo", "S-DPO"), ("simpo", "SimPO")):
+    for method, title in TITLES.items():
         rows = [row for row in results["rows"] if row["method"] == method]
         assert len(rows) == 2 and all(0 < row["hit@10"] <= 1 for row in rows)
         assert title in report and (method, "sft") in versus

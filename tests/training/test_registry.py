@@ -74,11 +74,11 @@ def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
 def test_a_name_that_is_not_registered_is_refused_with_those_that_are():
     with pytest.raises(UserError, match="unknown method 'dqo'; expected 'sft', 'ilrec', 'dpo'"):
         get_method("dqo")
-    with pytest.raises(ConfigError, match="train.methods.*'sft', 'ilrec', .* or 'simpo'.*'dqo'"):
+    with pytest.raises(ConfigError, match="train.methods.*'sft', 'ilrec', .* or 'sprec'.*'dqo'"):
         config_from_dict({"train": {"methods": ["dqo"]}})
     with pytest.raises(ValueError, match="'sft' is registered already"):
         register(Method("sft", "", lambda config: config))
-    assert list(METHODS) == ["sft", "ilrec", "dpo", "sdpo", "simpo"]
+    assert list(METHODS) == ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
 
 
 def test_settings_without_an_effect_on_a_method_are_not_part_of_its_objective():
@@ -99,6 +99,9 @@ def test_a_method_that_starts_from_another_needs_it_and_comes_after_it():
     stages = {stage.name: stage.after for stage in training_stages(config)}
     assert list(stages)[:2] == ["train sft seed 3", "train sft seed 4"]
     assert stages["train dpo seed 4"] == ("index", "train sft seed 4")
+    two = {"train": {"methods": ["sft", "sprec"]}, "preference": {"epochs": 3}}
+    with pytest.raises(ConfigError, match="2 rounds of sprec need two epochs each.*there are 3"):
+        config_from_dict(two)
 
 
 def test_settings_of_preference_methods_reach_those_that_read_them():

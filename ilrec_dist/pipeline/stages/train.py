@@ -67,6 +67,8 @@ def _training_stage(config: Config, name: str, seed: int) -> Stage:
     after = ["index"]
     if method.needs_rewards(config.objective):
         after.append("rewards")
+    if method.needs_flips:
+        after.append("cf")
     if method.starts_from is not None:
         after.append(training_name(method.starts_from, seed))
     return Stage(
