@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
@@ -16,7 +17,7 @@ from ilrec_dist.testing.distributed import run_distributed
 from tests.training.conftest import tiny_config
 from tests.training.test_training import losses_of, train_here
 
-METHODS = ["sft", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
+METHODS = ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
 TITLES = {"dpo": "DPO", "sdpo": "S-DPO", "simpo": "SimPO", "rosepo": "RosePO", "sprec": "SPRec"}
 
 
@@ -109,3 +110,31 @@ def test_a_damaged_reference_is_refused_by_name(run, tmp_path):
     (folder / "reference.npy").write_bytes(data)
     with pytest.raises(RuntimeError, match="reference.npy: damaged"):
         run_distributed(train_here, 1, 1, tree, "dpo", str(folder))
+
+
+@pytest.mark.slow
+def test_analyze_says_what_the_negatives_are_and_who_gains(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "tiny")
+    folder = tmp_path / "tiny"
+    assert main(["analyze", str(folder), "--users", "30"]) == 0
+    analysis = json.loads((folder / "analysis.json").read_text())
+    assert analysis["method"] == "ilrec" and len(analysis["positions"]) == 2
+    for row in analysis["positions"]:
+        assert row["rows"] == 30 and 0 <= row["plausible"] <= 1 and 0 <= row["in_beams"] <= 1
+        assert 0 <= row["agreement/layer2"] <= 1 and row["mean_negatives"] > 0
+    whole = analysis["gradients"]["all"]
+    assert whole["cross_entropy"] > 0 and min(whole[term] for term in ("cpo", "cpd", "crr")) > 0
+    gains = analysis["gains"]
+    assert {gain["versus"] for gain in gains} == {"sft"}
+    assert {gain["split"] for gain in gains} == {"popularity", "history", "collisions"}
+    report = (folder / "report.html").read_text()
+    assert "by position in the item, over validation targets" in report
+    assert "relative to that of the" in capsys.readouterr().out
+    # An analysis of other weights is not shown.
+    (folder / "analysis.json").write_text(json.dumps(analysis | {"weights": "0" * 64}))
+    assert main(["evaluate", str(folder / "config.yaml"), f"runs_dir={tmp_path}"]) == 0
+    assert "over validation targets" not in (folder / "report.html").read_text()
+    # A method without negatives is analysed as far as that goes.
+    assert main(["analyze", str(folder), "--users", "30", "--method", "dpo"]) == 0
+    analysis = json.loads((folder / "analysis.json").read_text())
+    assert "gradients" not in analysis and "in_beams" not in analysis["positions"][0]
