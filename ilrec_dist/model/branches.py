@@ -47,6 +47,8 @@ class BranchedSequences:
         return int(self.positions.shape[1])
 
     def to(self, device: torch.device) -> BranchedSequences:
-        """The same branches on another device."""
+        """The same branches on a device."""
+        if self.anchors.device == device:
+            return self
         last = self.num_positions - 1
         return BranchedSequences(self.trunk, self.anchors.to(device), self.length, last)

@@ -121,7 +121,7 @@ class PreferenceObjective(Objective):
         parallel: ParallelState,
     ) -> None:
         super().__init__(backbone, config.softmax_scope, parallel)
-        self.loss = loss
+        self.loss, self.depth = loss, catalogue.depth
         plain = dataclasses.replace(config, cpo_beta=0.0, cpd_mu=0.0, crr_lambda=0.0)
         self.options = loss_options(plain, catalogue.vocab_size, catalogue.used_tokens())
 
@@ -135,7 +135,7 @@ class PreferenceObjective(Objective):
         targets: Tensor,
         indptr: Tensor,
         candidates: Tensor,
-        continuation: Tensor,
+        cell: Tensor,
         num_targets: int,
         num_negatives: int,
         branches: BranchedSequences | None,
@@ -143,10 +143,11 @@ class PreferenceObjective(Objective):
     ) -> PairScores:
         """log π of every target and negative, differentiable, and what is known of them.
 
-        tokens int64 [B, S]; rows, targets and continuation int64 [N]; candidates in CSR form,
-        indptr int64 [N + 1]. Of T · (1 + n) continuations the targets come first, then each
-        target's negatives side by side. known float32 [T, 1 + n + …]: log π_ref of the target
-        and its negatives, then ε where the loss reads it.
+        tokens int64 [B, S]; rows, targets and cell int64 [N]; candidates in CSR form, indptr
+        int64 [N + 1]. Of T · (1 + n) continuations the targets come first, then each target's
+        negatives side by side; a row's cell is continuation · C + position in the item. known
+        float32 [T, 1 + n + …]: log π_ref of the target and its negatives, then ε where the
+        loss reads it.
 
         The operator gives each row's −log p over the vocabulary's shards, without a tensor of
         rows × vocabulary, and makes its gradients in backward.
@@ -164,10 +165,11 @@ class PreferenceObjective(Objective):
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
             reduction="none",
         ).loss
-        empty = negative_log_p.new_zeros(num_targets * (1 + num_negatives))
-        log_pi = empty.index_add(0, continuation, -negative_log_p)
-        lengths = empty.index_add(0, continuation, torch.ones_like(negative_log_p))
-        return pair_scores(log_pi, lengths, num_targets, num_negatives, known)
+        # Each cell is written once, so that the sums have the same bits on every device.
+        grid = negative_log_p.new_zeros(num_targets * (1 + num_negatives) * self.depth)
+        log_p = grid.index_copy(0, cell, -negative_log_p).view(-1, self.depth)
+        exists = grid.index_copy(0, cell, torch.ones_like(negative_log_p)).view(-1, self.depth)
+        return pair_scores(log_p.sum(1), exists.sum(1), num_targets, num_negatives, known)
 
     def forward(self, *inputs: Any, rewards: Tensor | None, loss_scale: float) -> PreferenceOutput:
         """The loss of a micro-batch, whose inputs are those of `scores`.

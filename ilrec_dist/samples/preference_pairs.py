@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ilrec_dist.common.ragged import ragged_ranges
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
@@ -33,8 +34,8 @@ class PreferenceBatch(Batch):
     `step_rows` counts the targets of the optimizer step.
     """
 
-    # int64 [N]: the continuation of each row.
-    continuation: torch.Tensor
+    # int64 [N]: each row's continuation · C + position in the item.
+    cell: torch.Tensor
     # The items of the targets, int64 [T], and of their negatives, int64 [T, n].
     items: np.ndarray
     negatives: np.ndarray
@@ -45,10 +46,10 @@ class PreferenceBatch(Batch):
     known: torch.Tensor | None
 
     def model_inputs(self, device: torch.device) -> tuple[Any, ...]:
-        """Those of the rows, then continuation, T, n, branches and known."""
+        """Those of the rows, then cell, T, n, branches and known."""
         return (
             *super().model_inputs(device),
-            self.continuation.to(device, non_blocking=True),
+            self.cell.to(device, non_blocking=True),
             len(self.users),
             self.negatives.shape[1],
             None if self.branches is None else self.branches.to(device),
@@ -134,12 +135,8 @@ class PreferenceBatchMaker(BatchMaker):
         indptr, candidates = self._candidates(negatives.reshape(-1))
         anchors = np.zeros((sequences, branches), np.int64)
         anchors[sequence[:, None], branch] = anchor[:, None]
-        continuation = np.concatenate(
-            [
-                np.repeat(np.arange(targets), item_lengths),
-                targets + np.repeat(np.arange(targets * count), lengths.reshape(-1)),
-            ]
-        )
+        of_continuation = np.concatenate([item_lengths, lengths.reshape(-1)])
+        cells = np.arange(len(of_continuation)) * self.catalogue.depth
         shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(Batch)}
         return PreferenceBatch(
             **shared
@@ -153,7 +150,7 @@ class PreferenceBatchMaker(BatchMaker):
                 "candidate_tokens": _joined(base.candidate_tokens.numpy(), candidates),
                 "num_tokens": base.num_tokens + int((lengths - 1).sum()),
             },
-            continuation=torch.from_numpy(continuation),
+            cell=torch.from_numpy(ragged_ranges(cells, of_continuation)),
             items=items,
             negatives=negatives,
             branches=None

@@ -68,16 +68,19 @@ def test_trainings_begin_with_the_supervised_weights_which_are_the_reference(run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_an_interrupted_training_ends_with_the_same_bits(run, tmp_path, accumulation):
-    sections = {"train": {"methods": METHODS, "accumulation_steps": accumulation}}
-    tree = config_to_dict(preference_config(run.parent, **sections))
-    run_distributed(train_here, 1, 1, tree, "sdpo", str(tmp_path / "whole"))
-    run_distributed(train_here, 1, 1, tree, "sdpo", str(tmp_path / "cut"), 3)
-    # The reference is not computed again.
-    before = (tmp_path / "cut/reference.npy").stat().st_mtime_ns
-    run_distributed(train_here, 1, 1, tree, "sdpo", str(tmp_path / "cut"))
-    assert (tmp_path / "cut/reference.npy").stat().st_mtime_ns == before
+@pytest.mark.parametrize(
+    ("method", "stop_after", "kept"),
+    [("sdpo", 3, ["reference"]), ("sprec", 9, ["self-play-0", "reference-0"])],
+)
+def test_an_interrupted_training_ends_with_the_same_bits(run, tmp_path, method, stop_after, kept):
+    tree = config_to_dict(preference_config(run.parent))
+    run_distributed(train_here, 1, 1, tree, method, str(tmp_path / "whole"))
+    run_distributed(train_here, 1, 1, tree, method, str(tmp_path / "cut"), stop_after)
+    # What was computed once is not computed again.
+    files = [tmp_path / f"cut/{name}.npy" for name in kept]
+    before = [file.stat().st_mtime_ns for file in files]
+    run_distributed(train_here, 1, 1, tree, method, str(tmp_path / "cut"))
+    assert [file.stat().st_mtime_ns for file in files] == before
     whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
