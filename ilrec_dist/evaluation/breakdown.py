@@ -66,7 +66,8 @@ def shared_tokens(catalogue: Catalogue) -> np.ndarray:
     in_order = np.zeros(catalogue.num_items, bool)
     in_order[1:] |= same
     in_order[:-1] |= same
-    return in_order[catalogue.position]
+    shared: np.ndarray = in_order[catalogue.position]
+    return shared
 
 
 def _bins(values: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:

@@ -53,8 +53,8 @@ def negatives_of_rows(objective: CrossLayerObjective, batch: Batch) -> Pairs:
         chosen, _ = select_negatives(ensemble, scope, objective.options)
         row, token = chosen.nonzero(as_tuple=True)
         found.append((row + first, token))
-    row, token = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-    return Pairs(row, token)
+    rows_found, tokens_found = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Pairs(rows_found.cpu().numpy(), tokens_found.cpu().numpy())
 
 
 def is_below(trie: Trie, batch_items: np.ndarray, pairs: Pairs, lists: np.ndarray) -> np.ndarray:

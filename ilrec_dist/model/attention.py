@@ -137,8 +137,8 @@ class CoreAttention(torch.nn.Module):
         if isinstance(context, PackedSequences):
             return self._packed(query, key, value, context)
         if isinstance(context, BranchedSequences):
-            parts = (part.transpose(1, 2) for part in (query, key, value))
-            return self._attend(*parts, context.mask).transpose(1, 2).flatten(2)
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            return self._attend(query, key, value, context.mask).transpose(1, 2).flatten(2)
         if context is not None and len(context.layers) > self.index:
             return self._decode(query, key, value, context.layers[self.index])
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

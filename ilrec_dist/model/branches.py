@@ -35,9 +35,9 @@ class BranchedSequences:
             [index.expand(rows, -1), anchors.repeat_interleave(length, dim=1)], dim=1
         )
         sees_trunk = index <= last_seen[:, :, None]  # [B, S, W]
-        own = torch.block_diag(
-            *[torch.ones(length, length, device=device).tril() for _ in range(branches)]
-        ).bool()
+        of = torch.arange(branches, device=device).repeat_interleave(length)
+        order = within.repeat(branches)
+        own = (of[:, None] == of) & (order <= order[:, None])  # [K · D, K · D]
         own = torch.cat([own.new_zeros(trunk, branches * length), own])  # [S, K · D]
         self.mask = torch.cat([sees_trunk, own.expand(rows, -1, -1)], dim=2)[:, None]
 

@@ -110,7 +110,7 @@ class KeptNegatives:
         self.items, self.index, self.otherwise = items, index, otherwise
 
     def draw(self, users: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        drawn = self.items[self.index(users, positions)].astype(np.int64)[:, None]
+        drawn: np.ndarray = self.items[self.index(users, positions)].astype(np.int64)[:, None]
         missing = np.flatnonzero(drawn[:, 0] < 0)
         if len(missing):
             drawn[missing] = self.otherwise.draw(
@@ -151,7 +151,7 @@ class HardNegatives:
         uniform = (keys.astype(np.float64) + 0.5) / 2.0**64
         scores = np.log1p(self.popularity[pool]) - np.log(-np.log(uniform))
         best = np.where(free, scores, -np.inf).argmax(axis=1)
-        drawn = pool[np.arange(len(pool)), best]
+        drawn: np.ndarray = pool[np.arange(len(pool)), best]
         nowhere = np.flatnonzero(~free.any(axis=1))
         if len(nowhere):
             drawn[nowhere] = self._otherwise.draw(
@@ -170,7 +170,8 @@ def is_free(
 ) -> np.ndarray:
     """bool [T, n]: which items int64 [T, n] may be negatives of their row's target."""
     seen = in_history(dataset, users, positions, items)
-    return ~seen & ~same_tokens(trie, items, targets[:, None])
+    free: np.ndarray = ~seen & ~same_tokens(trie, items, targets[:, None])
+    return free
 
 
 def same_tokens(trie: Trie, items: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -204,7 +205,7 @@ def in_history(
 
 def hashed(*parts: int | np.ndarray) -> np.ndarray:
     """uint64, broadcast over the parts: splitmix64 of one after the other."""
-    state = np.uint64(0)
+    state: np.ndarray = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
             state = _splitmix64(np.asarray(part).astype(np.uint64) ^ state)
