@@ -18,7 +18,6 @@ from tests.training.conftest import tiny_config
 from tests.training.test_training import losses_of, train_here
 
 METHODS = ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
-TITLES = {"dpo": "DPO", "sdpo": "S-DPO", "simpo": "SimPO", "rosepo": "RosePO", "sprec": "SPRec"}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,10 @@ def test_methods_are_in_the_results_and_the_report(run):
     results = json.loads((run / "results.json").read_text())
     versus = {(one["method"], one["versus"]) for one in results["paired_bootstrap"]}
     report = (run / "report.html").read_text()
-    for method, title in TITLES.items():
+    for method in METHODS[2:]:
         rows = [row for row in results["rows"] if row["method"] == method]
         assert len(rows) == 2 and all(0 < row["hit@10"] <= 1 for row in rows)
-        assert title in report and (method, "sft") in versus
+        assert f">{method}</th>" in report and (method, "sft") in versus
     cost = {
         row["method"]: row["training_flops"] for row in results["rows"] if row["method"] in METHODS
     }
