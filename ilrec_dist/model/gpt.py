@@ -144,14 +144,21 @@ class Backbone(nn.Module):
         return HiddenRows(final, layers)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, KVCache]:
-        """Run equally long prefixes, int64 [B, S] without padding.
+    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Run prefixes, int64 [B, S], of `lengths` tokens each, padded on the right.
 
-        Returns n^L of the last position, [B, d], and the cache for `decode`.
+        lengths int64 [B], all positive; None: all prefixes have S tokens. Returns n^L
+        of each prefix's last token, [B, d], and the cache for `decode`.
         """
         cache = KVCache(prefix=tokens.shape[1])
         hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
-        return self._norm(self._run(hidden, cache, rotary)[:, -1]), cache
+        hidden = self._run(hidden, cache, rotary)
+        if lengths is None:
+            return self._norm(hidden[:, -1]), cache
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cache.lengths, cache.padding = lengths, positions >= lengths[:, None]
+        users = torch.arange(len(tokens), device=tokens.device)
+        return self._norm(hidden[users, lengths - 1]), cache
 
     @torch.no_grad()
     def decode(self, cache: KVCache, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -165,7 +172,8 @@ class Backbone(nn.Module):
         if parents is not None:
             cache.reorder(parents)
         position = cache.prefix + cache.suffix
-        hidden, rotary = self._embed(tokens, position, position + 1)
+        positions = None if cache.lengths is None else cache.lengths[:, None] + cache.suffix
+        hidden, rotary = self._embed(tokens, position, position + 1, positions)
         hidden = self._run(hidden, cache, rotary)
         cache.suffix += 1
         return self._norm(hidden)
@@ -218,15 +226,18 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Embed tokens [B, S] at positions start … stop-1, or at one position.
 
-        positions [S], below stop, replaces the range. Returns the start of the residual
-        stream [B, S, d] and, with rope, the rotary angles [1, S or 1, 1, head_dim].
+        positions [S] or [B, 1], below stop, replaces the range. Returns the start of
+        the residual stream [B, S, d] and, with rope, the rotary angles
+        [1 or B, S or 1, 1, head_dim].
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
         hidden = embedding.word_embeddings(tokens)
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
-            return embedding.embedding_dropout(hidden), angles[None, :, None]
+            # By token, or by user and token.
+            angles = angles[None] if angles.dim() == 2 else angles
+            return embedding.embedding_dropout(hidden), angles[:, :, None]
         if stop > self.max_positions:
             raise UserError(
                 f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "
