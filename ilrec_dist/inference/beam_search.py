@@ -72,12 +72,12 @@ def beam_search(
 ) -> Beams:
     """The `beam` best leaves after each prefix by Σ log p, without a length penalty.
 
-    log p is over the scope that the model was trained with: `all`, the true vocabulary (vocab_size, without padded columns), or
-    `valid_next`, the trie's children of the prefix, whatever is excluded. A prefix is a candidate
-    while an item below it is allowed and not in the row's `excluded` set, so exclusion costs no
-    beam. With tp_group the head is a vocabulary shard, and every rank of the group must call with
-    the same arguments and gets the same beams. The model is expected in eval mode. Raises
-    UserError with `model_name` where a log p is not finite.
+    log p is over the scope that the model was trained with: `all`, the true vocabulary
+    (vocab_size, without padded columns), or `valid_next`, the trie's children of the prefix,
+    whatever is excluded. A prefix is a candidate while an item below it is allowed and not in the
+    row's `excluded` set, so exclusion costs no beam. With tp_group the head is a vocabulary shard,
+    and every rank of the group must call with the same arguments and gets the same beams. The
+    model is expected in eval mode. Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
     tokens = prefixes.tokens

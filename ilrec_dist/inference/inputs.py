@@ -44,7 +44,9 @@ class HistoryRanges:
             raise ValueError("expected histories of at least one item each")
         return counts
 
-    def sums(self, max_history: int, of_items: np.ndarray | None, catalogue: Catalogue) -> np.ndarray:
+    def sums(
+        self, max_history: int, of_items: np.ndarray | None, catalogue: Catalogue
+    ) -> np.ndarray:
         """int64 [n]: a number of each item, summed over the last max_history items of each row.
 
         of_items int [num_items]; None takes the items' numbers of tokens.

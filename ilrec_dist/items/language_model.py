@@ -99,6 +99,9 @@ class ExtendedTokenizer:
         tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise UserError(f"{self.model.folder}: its tokenizer has no {TOKENIZER} form")
+        # A model's file may ask for both; padding would be spelt as part of a title.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         return tokenizer
 
     @property

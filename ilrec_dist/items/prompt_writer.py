@@ -55,13 +55,17 @@ def make_prompt_writer(
     )
 
 
+def token_texts(folder: Path) -> Callable[[int], str]:
+    """The text of each token of the tokenizer in `folder`, special ones included."""
+    tokenizer = load_tokenizer(folder / TOKENIZER, "prompts.templates")
+    return lambda token: str(tokenizer.decode([token], skip_special_tokens=False))
+
+
 def _encoder(
     tokenizer: Tokenizer, add_special_tokens: bool
 ) -> Callable[[Sequence[str]], list[list[int]]]:
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        encodings = tokenizer.encode_batch_fast(
-            list(texts), add_special_tokens=add_special_tokens
-        )
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     return encode

@@ -9,8 +9,7 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
-from ilrec_dist.samples.collate import BatchMaker
-from ilrec_dist.samples.windows import training_windows
+from ilrec_dist.pipeline.prompting import batch_source, input_form, served_prompt
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
@@ -36,6 +35,8 @@ def train_one(
         method = get_method(spec.method)
         objective = method.objective(config.objective)
         backbone = build_backbone(config, artifacts, spec.seed)
+        prompt = served_prompt(config)
+        inputs = input_form(config, artifacts, prompt)
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(
@@ -47,7 +48,7 @@ def train_one(
                 split="validation",
                 config=config.evaluation,
                 softmax_scope=objective.softmax_scope,
-                max_history=config.train.max_history,
+                inputs=inputs,
                 parallel=parallel,
             )
             metrics = predictions.metrics() | {
@@ -55,19 +56,17 @@ def train_one(
             }
             return {name: metrics[name] for name in VALIDATION_METRICS}
 
-        windows = training_windows(
-            artifacts.training, config.train.max_history, config.train.targets
-        )
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0
         Trainer(
             spec,
             config.train,
             method.module(backbone, objective, artifacts.catalogue, parallel),
-            BatchMaker(artifacts.training, artifacts.catalogue, artifacts.trie, windows),
+            batch_source(config, artifacts, spec.seed),
             artifacts.catalogue,
             parallel,
             validate,
             artifacts.reward_source() if reads_rewards else None,
+            prompts=prompt,
             log_steps=log_steps,
             on_checkpoint=on_checkpoint,
         ).train()

@@ -146,7 +146,7 @@ class PromptWriter:
             for text, ids, items, count in zip(texts, tokens, written, kept, strict=True)
         ]
 
-    def responses(self, items: Sequence[int]) -> list[list[int]]:
+    def responses(self, items: Sequence[int] | np.ndarray) -> list[list[int]]:
         """The tokens of responses in words: the items' titles and the end token.
 
         Raises UserError where the model has no end token.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ class RowGroups:
     unrewarded: int
     # Words: plain cross-entropy over the whole vocabulary.
     text: int
+    # Candidates of the rows with rewards.
+    num_rewards: int
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,10 @@ class Batch:
     @property
     def num_rewards(self) -> int:
         """The candidates that have a reward: the first ones."""
-        if self.groups is None:
-            return self.candidate_tokens.numel()
-        return int(self.candidate_indptr[self.groups.rewarded])
+        return self.candidate_tokens.numel() if self.groups is None else self.groups.num_rewards
 
-    def model_inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """tokens, rows, targets, candidate_indptr and candidate_tokens on the device."""
+    def model_inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """What the objective takes: tensors on the device, and the groups where there are any."""
         inputs = (
             self.tokens,
             self.rows,
@@ -117,7 +118,8 @@ class Batch:
             self.candidate_indptr,
             self.candidate_tokens,
         )
-        return tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+        on_device = tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+        return on_device if self.groups is None else (*on_device, astuple(self.groups))
 
 
 class BatchMaker:
@@ -127,6 +129,7 @@ class BatchMaker:
         self, dataset: InteractionDataset, catalogue: Catalogue, trie: Trie, windows: Windows
     ):
         self.dataset, self.catalogue, self.trie, self.windows = dataset, catalogue, trie, windows
+        self.samples = windows
 
     def make(self, window_ids: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of these windows (int64 [B]).

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.samples.collate import Batch, micro_batches
-from ilrec_dist.samples.windows import StepOrder
+from ilrec_dist.samples.windows import SampleSet, StepOrder
 
 # How long the thread that makes batches may keep the interpreter from the training thread, in
 # seconds. Python's default of 5 ms delays the training.
@@ -28,6 +28,11 @@ JOIN_SECONDS = 10
 
 class BatchSource(Protocol):
     """Makes batches of samples: `collate.BatchMaker`, `prompt_batches.PromptBatchMaker`."""
+
+    @property
+    def samples(self) -> SampleSet:
+        """What an epoch goes through."""
+        ...
 
     def make(self, sample_ids: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of these samples (int64 [B]), possibly none of them."""

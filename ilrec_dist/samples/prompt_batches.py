@@ -53,6 +53,7 @@ class PromptBatchMaker:
         items = np.array([sample.item for sample in samples], np.int64)[groups < 2]
         rewarded = groups == 0
         found = ItemRows.of(self.catalogue, self.trie, items)
+        history, item, text = (int(lengths[groups == group].sum()) for group in range(3))
         return Batch(
             tokens=torch.from_numpy(tokens),
             rows=torch.from_numpy(ragged_ranges(first_row, lengths)),
@@ -65,7 +66,7 @@ class PromptBatchMaker:
             positions=np.array([sample.position for sample in samples], np.int64)[rewarded],
             step_rows=step_rows,
             num_tokens=sum(map(len, sequences)),
-            groups=RowGroups(*(int(lengths[groups == group].sum()) for group in range(3))),
+            groups=RowGroups(history, item, text, int(found.indptr[history])),
         )
 
     def num_rows(self, sample_ids: np.ndarray) -> int:

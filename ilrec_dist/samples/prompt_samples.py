@@ -66,9 +66,7 @@ class PromptSamples:
             task.name: [template for template in templates if template.task is task]
             for task in self.tasks
         }
-        counts = [
-            round(len(windows) * shares[task.name] / shares[NEXT_ITEM]) for task in self.tasks
-        ]
+        counts = [_count(len(windows), shares, task.name) for task in self.tasks]
         # The samples of task t of an epoch are numbered from first[t] on.
         self.first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
@@ -143,6 +141,15 @@ class PromptSamples:
             slices.user,
             slices.target,
         )
+
+
+def epoch_length(num_windows: int, shares: Mapping[str, float]) -> int:
+    """The samples of an epoch, of all tasks."""
+    return sum(_count(num_windows, shares, name) for name in shares)
+
+
+def _count(num_windows: int, shares: Mapping[str, float], name: str) -> int:
+    return round(num_windows * shares[name] / shares[NEXT_ITEM])
 
 
 def _spread(ordinals: np.ndarray, total: int, seed: int, task: int) -> np.ndarray:

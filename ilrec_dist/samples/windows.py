@@ -10,7 +10,7 @@ shared by all processes of a machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
@@ -131,7 +131,7 @@ def _window_size(max_history: int) -> tuple[int, int]:
     return max_history + 1, max(max_history // 2, 1)
 
 
-def steps_per_epoch(samples: SampleSet, batch_size: int) -> int:
+def steps_per_epoch(samples: Sized, batch_size: int) -> int:
     return -(-len(samples) // batch_size)
 
 
