@@ -125,15 +125,16 @@ def test_recommendations_are_those_of_the_validated_form(finished, tmp_path: Pat
         np.testing.assert_allclose([line["score"] for line in own], row["scores"][:10], atol=1e-4)
 
 
-@pytest.mark.parametrize("run", ["finished", "titles_run"])
-def test_generate_finds_what_recommend_finds(run: str, request, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("run", "top"), [("finished", 10), ("titles_run", 60)])
+def test_generate_finds_what_recommend_finds(run: str, top: int, request, tmp_path: Path) -> None:
+    """Titles in a beam of the whole catalogue: beams of generate that have ended take no place."""
     config = request.getfixturevalue(run)
     out = tmp_path / "exported"
     assert main(["export", str(config.run_dir), str(out), "--method", "ilrec"]) == 0
     catalogue = pq.read_table(out / "catalogue.parquet")
     ids = catalogue.column("item").to_pylist()
     history = [ids[3], ids[40], ids[7]]
-    expected = recommend(config, {"u": history}, tmp_path)
+    expected = recommend(config, {"u": history}, tmp_path, top=top)
     asked = json.loads((out / "prompt.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(out)
     form = "title" if asked["history"] == "titles" else "codes"
@@ -147,8 +148,8 @@ def test_generate_finds_what_recommend_finds(run: str, request, tmp_path: Path) 
     beams = AutoModelForCausalLM.from_pretrained(out).generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        num_beams=10,
-        num_return_sequences=10,
+        num_beams=top,
+        num_return_sequences=top,
         output_scores=True,
         return_dict_in_generate=True,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompt.shape[1]),
@@ -158,17 +159,19 @@ def test_generate_finds_what_recommend_finds(run: str, request, tmp_path: Path) 
         for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True)
         for row in trie.items(sequence[prompt.shape[1] :].tolist())
     ]
-    assert [item for item, _ in found[:10]] == [row["item"] for row in expected]
+    assert [item for item, _ in found[:top]] == [row["item"] for row in expected]
     np.testing.assert_allclose(
-        [score for _, score in found[:10]], [row["score"] for row in expected], atol=1e-4
+        [score for _, score in found[:top]], [row["score"] for row in expected], atol=1e-4
     )
 
 
-def recommend(config: Config, histories: dict[str, list[str]], folder: Path, *flags) -> list[dict]:
+def recommend(
+    config: Config, histories: dict[str, list[str]], folder: Path, *flags: str, top: int = 10
+) -> list[dict]:
     table = {"user": list(histories), "items": pa.array(list(histories.values()))}
     pq.write_table(pa.table(table), folder / "histories.parquet")
     out = folder / "out.parquet"
-    words = ["recommend", str(config.run_dir), "--method", "ilrec", "--top", "10", *flags]
+    words = ["recommend", str(config.run_dir), "--method", "ilrec", "--top", str(top), *flags]
     words += ["--histories", str(folder / "histories.parquet"), "--out", str(out)]
     assert main(words) == 0
     return pq.read_table(out).to_pylist()
