@@ -79,11 +79,25 @@ class CrossLayerObjective(Objective):
         self.terms = tuple(self.weights)
         self.num_layers = num_layers
         self.num_intermediate = num_intermediate_layers(config, num_layers)
-        self.options = loss_options(config, vocab_size, item_tokens)
+        self.options = self.full_options = loss_options(config, vocab_size, item_tokens)
+        self.ramp = config.ramp
         # Words compete with the whole vocabulary, without negatives or distillation.
         self.words = dataclasses.replace(
             self.options, beta=0.0, mu=0.0, crr_lambda=0.0, softmax_scope="all"
         )
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Let β, μ and λ rise from 0 over the first share `ramp` of the steps (METHOD.md §11)."""
+        if self.ramp == 0:
+            return
+        share, full = min(1.0, step / (self.ramp * total_steps)), self.full_options
+        self.options = dataclasses.replace(
+            full,
+            beta=share * full.beta,
+            mu=share * full.mu,
+            crr_lambda=share * full.crr_lambda,
+        )
+        self.weights |= {"cpd": self.options.mu, "crr": self.options.crr_lambda}
 
     @classmethod
     def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.inference.inputs import InputForm, PlainSequences, Prompts
 from ilrec_dist.items.prompt_writer import make_prompt_writer
 from ilrec_dist.model.hf.checkpoint import read_config
@@ -22,7 +23,7 @@ from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import BatchSource
 from ilrec_dist.samples.prompt_batches import PromptBatchMaker
 from ilrec_dist.samples.prompt_samples import PromptSamples, epoch_length
-from ilrec_dist.samples.windows import steps_per_epoch, training_windows
+from ilrec_dist.samples.windows import Windows, steps_per_epoch, training_windows
 
 # Prompts that are written at a time where all are checked.
 CHUNK_ITEMS = 10_000
@@ -69,8 +70,12 @@ def served_prompt(config: Config) -> dict[str, Any] | None:
     """
     if config.prompts.templates is None:
         return None
-    first = next(t for t in used_templates(config) if t.task.name == NEXT_ITEM)
-    return {"settings": config_to_dict(config.prompts), "template": first.as_dict()}
+    template = _first_template(config).as_dict()
+    return {"settings": config_to_dict(config.prompts), "template": template}
+
+
+def _first_template(config: Config) -> Template:
+    return next(t for t in used_templates(config) if t.task.name == NEXT_ITEM)
 
 
 def input_form(config: Config, artifacts: RunArtifacts, prompt: dict[str, Any] | None) -> InputForm:
@@ -98,15 +103,29 @@ def batch_source(config: Config, artifacts: RunArtifacts, seed: int) -> BatchSou
     return PromptBatchMaker(artifacts.catalogue, artifacts.trie, samples, writer)
 
 
-def epoch_steps(config: Config, artifacts: RunArtifacts) -> int:
-    """Optimizer steps of an epoch."""
+def target_batches(
+    config: Config, artifacts: RunArtifacts, dataset: InteractionDataset, windows: Windows
+) -> BatchSource:
+    """What makes batches of the targets of `windows` alone, asked as a trained model is."""
+    if config.prompts.templates is None:
+        return BatchMaker(dataset, artifacts.catalogue, artifacts.trie, windows)
+    writer, template = prompt_writer(config, artifacts), _first_template(config)
+    samples = PromptSamples(dataset, windows, [template], {NEXT_ITEM: 1.0}, writer, 0)
+    return PromptBatchMaker(artifacts.catalogue, artifacts.trie, samples, writer)
+
+
+def epoch_samples(config: Config, artifacts: RunArtifacts) -> int:
+    """Samples of an epoch."""
     train = config.train
     windows = training_windows(artifacts.training, train.max_history, train.targets)
-    samples: Sized = windows
-    if config.prompts.templates is not None:
-        shares = config_to_dict(config.prompts.shares)
-        samples = range(epoch_length(len(windows), shares))
-    return steps_per_epoch(samples, train.batch_size)
+    if config.prompts.templates is None:
+        return len(windows)
+    return epoch_length(len(windows), config_to_dict(config.prompts.shares))
+
+
+def epoch_steps(config: Config, artifacts: RunArtifacts) -> int:
+    """Optimizer steps of an epoch."""
+    return steps_per_epoch(range(epoch_samples(config, artifacts)), config.train.batch_size)
 
 
 def check_prompts(config: Config, artifacts: RunArtifacts) -> None:

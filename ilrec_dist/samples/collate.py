@@ -102,7 +102,7 @@ class Batch:
     num_tokens: int
     # None where all rows are item tokens with rewards. Candidates are those of item tokens, the
     # mask, users and positions of those with rewards.
-    groups: RowGroups | None = None
+    groups: RowGroups | None
 
     @property
     def num_rewards(self) -> int:
@@ -176,6 +176,7 @@ class BatchMaker:
             positions=(slices.start[sequence] + ordinal).astype(np.int64),
             step_rows=step_rows,
             num_tokens=int((sequence_lengths - 1).sum()),
+            groups=None,
         )
 
     def num_rows(self, window_ids: np.ndarray) -> int:

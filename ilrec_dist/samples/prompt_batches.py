@@ -66,7 +66,9 @@ class PromptBatchMaker:
             positions=np.array([sample.position for sample in samples], np.int64)[rewarded],
             step_rows=step_rows,
             num_tokens=sum(map(len, sequences)),
-            groups=RowGroups(history, item, text, int(found.indptr[history])),
+            groups=RowGroups(history, item, text, int(found.indptr[history]))
+            if item or text
+            else None,
         )
 
     def num_rows(self, sample_ids: np.ndarray) -> int:

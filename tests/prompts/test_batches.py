@@ -146,7 +146,7 @@ def test_rows_candidates_and_groups_match_the_definition(maker) -> None:
 def test_no_samples_give_one_padded_sequence_without_rows(maker) -> None:
     batch = maker.make(np.array([], dtype=np.int64), step_rows=3)
     assert batch.tokens.shape == (1, 1) and len(batch.rows) == len(batch.targets) == 0
-    assert batch.groups is not None and batch.groups.num_rewards == 0
+    assert batch.num_rewards == 0
 
 
 def test_titles_end_with_the_end_token_and_have_rewards_up_to_it() -> None:
@@ -164,7 +164,8 @@ def test_titles_end_with_the_end_token_and_have_rewards_up_to_it() -> None:
     grid = [place * depth + step for place, t in enumerate(targets) for step in range(len(t))]
     assert batch.grid_index is not None and batch.grid_index.tolist() == grid
     assert batch.reward_mask is not None and batch.reward_mask.sum() == batch.num_rewards
-    assert batch.groups is not None and batch.groups.rewarded == len(batch.rows)
+    # All rows are items with rewards.
+    assert batch.groups is None
 
 
 def test_steps_hold_prompts_of_like_lengths_and_each_sample_once(maker) -> None:

@@ -90,10 +90,11 @@ def test_a_long_prompt_loses_its_oldest_items_whole_and_no_more_than_it_must(
 
 
 def test_a_prompt_that_cannot_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"t/1.1: the prompt without any history .* limit is 20 "):
-        letters(20).write([PromptRequest(next_item(), [1], 5)])
-    with pytest.raises(UserError, match=r"t/1.1: the prompt without any history .* limit is 20 "):
-        letters(20).write([PromptRequest(next_item(), [], 5)])
+    # Without any history the prompt has 15 letters.
+    for items in ([1], []):
+        assert letters(20).write([PromptRequest(next_item(), items, 5)])
+        with pytest.raises(UserError, match=r"t/1.1: the prompt without any .* limit is 20 "):
+            letters(20).write([PromptRequest(next_item(), items, 6)])
     task = next_item(task=TASKS["title_to_codes"], prompt="Index of {item}: ", history="titles")
     with pytest.raises(UserError, match=r"t/1.1: the prompt and its response have 34 tokens"):
         letters(20).write([PromptRequest(task, [1], 2)])
