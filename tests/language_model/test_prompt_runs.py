@@ -196,7 +196,7 @@ def test_show_prompts_prints_text_and_tokens(finished, tmp_path: Path, capsys) -
     shown = capsys.readouterr().out
     for name in SHARES:
         assert shown.count(f"{name}, ") == 2
-    assert "next_item, user u0, item " in shown and "template lcrec/1." in shown
+    assert "next_item, user 0, item " in shown and "template lcrec/1." in shown
     (line,) = [line for line in shown.splitlines() if "The index of the product" in line][:1]
     assert line.startswith('  text: The index of the product called "') and "[[<a_" in line
     assert shown.count(" [[ ") == 10 and shown.count(" ]]\n") == 10

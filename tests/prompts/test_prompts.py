@@ -96,7 +96,7 @@ def test_a_prompt_that_cannot_fit_is_refused() -> None:
         with pytest.raises(UserError, match=r"t/1.1: the prompt without any .* limit is 20 "):
             letters(20).write([PromptRequest(next_item(), items, 6)])
     task = next_item(task=TASKS["title_to_codes"], prompt="Index of {item}: ", history="titles")
-    with pytest.raises(UserError, match=r"t/1.1: the prompt and its response have 34 tokens"):
+    with pytest.raises(UserError, match=r"t/1.1: the prompt and its response have 33 tokens"):
         letters(20).write([PromptRequest(task, [1], 2)])
 
 
