@@ -78,11 +78,15 @@ def training(root: Path, name: str) -> Path:
     return root / "runs" / name / "train" / "ilrec-seed0"
 
 
-def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen) -> None:
+def end_of(log: Path) -> str:
+    return log.read_text()[-2000:]
+
+
+def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while not ready():
-        assert process.poll() is None, f"the run ended (exit {process.returncode}) before {what}"
-        assert time.monotonic() < until, f"no {what} within {PATIENCE_SECONDS} s"
+        assert process.poll() is None, f"exit {process.returncode} before {what}: {end_of(log)}"
+        assert time.monotonic() < until, f"no {what} within {PATIENCE_SECONDS} s: {end_of(log)}"
         time.sleep(0.05)
 
 
@@ -104,30 +108,30 @@ def test_a_killed_actor_worker_and_driver_change_nothing(root):
     whole = run(root, "whole")
     process = run(root, "faulty")
     folder, log = training(root, "faulty"), root / "faulty.log"
-    wait_for("step 20", lambda: steps_logged(folder) >= 20, process)
+    wait_for("step 20", lambda: steps_logged(folder) >= 20, process, log)
     (actor,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
         if "RewardActor" in " ".join(child.cmdline())
     ]
     actor.kill()
-    wait_for("step 40 after the actor's death", lambda: steps_logged(folder) >= 40, process)
+    wait_for("step 40 after the actor's death", lambda: steps_logged(folder) >= 40, process, log)
     assert not resumptions(folder)
     worker = int((folder / ".lock").read_text())
     os.kill(worker, signal.SIGKILL)
-    wait_for("step 80 after the worker's death", lambda: steps_logged(folder) >= 80, process)
+    wait_for("step 80 after the worker's death", lambda: steps_logged(folder) >= 80, process, log)
     assert int((folder / ".lock").read_text()) != worker
     process.kill()
     process.wait()
     assert steps_logged(folder) < 200
     again = run(root, "faulty", "--resume")
-    assert again.wait(PATIENCE_SECONDS) == 0, log.read_text()[-2000:]
+    assert again.wait(PATIENCE_SECONDS) == 0, end_of(log)
     # The worker's death was resumed from without a command, the driver's by the command.
     (after_worker, dropped_first), (after_driver, dropped_second) = resumptions(folder)
     assert after_worker >= 30 and dropped_first <= CHECKPOINT_STEPS
     assert after_driver >= 70 and dropped_second <= CHECKPOINT_STEPS
 
-    assert whole.wait(PATIENCE_SECONDS) == 0, (root / "whole.log").read_text()[-2000:]
+    assert whole.wait(PATIENCE_SECONDS) == 0, end_of(root / "whole.log")
     expected, found = (
         load_file(training(root, name) / "final.safetensors") for name in ("whole", "faulty")
     )
@@ -140,7 +144,7 @@ def test_a_killed_actor_worker_and_driver_change_nothing(root):
 def test_torchrun_workers_end_with_a_killed_driver(root):
     process = run(root, "torchrun")
     folder = training(root, "torchrun")
-    wait_for("step 10", lambda: steps_logged(folder) >= 10, process)
+    wait_for("step 10", lambda: steps_logged(folder) >= 10, process, root / "torchrun.log")
     worker = psutil.Process(int((folder / ".lock").read_text()))
     process.kill()
     process.wait()
