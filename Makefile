@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
+# Two processes, each of which runs whole groups of tests (tests/conftest.py).
+IN_TWO := -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart test test-fast lint format clean
@@ -29,10 +31,10 @@ quickstart: $(STAMP)
 	$(BIN)/ilrec run configs/quickstart.yaml $(if $(filter 1,$(GPUS)),launch.workers=1 launch.tp=1)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 test-fast: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=5
+	$(BIN)/python -m pytest -q -m "not slow" $(IN_TWO) --durations=5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

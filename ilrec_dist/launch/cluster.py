@@ -52,7 +52,9 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
         options = {"num_cpus": cores, "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
+        )
     except ConnectionError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: {NO_HEAD} ({reason}); {START_ONE}") from None

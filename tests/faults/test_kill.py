@@ -67,7 +67,7 @@ def root(tmp_path_factory) -> Path:
 def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
     log = open(root / f"{name}.log", "a")
     return subprocess.Popen(
-        [sys.executable, "-m", "ilrec_dist.cli.main", "train", root / f"{name}.yaml", *flags],
+        [sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags],
         stdout=log,
         stderr=log,
         start_new_session=True,
