@@ -30,6 +30,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
+from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 
 # The fixed sample of validation users is drawn with this.
@@ -148,20 +149,34 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     source = config.backbone.from_
     if source is None:
         return _from_scratch(config, artifacts, seed, initialize=True)
-    backbone = empty_backbone(config, artifacts, seed)
+    backbone = _unfilled(config, artifacts, seed)
     vocabulary, counts = artifacts.catalogue.vocabulary, None
     if config.backbone.new_tokens == "text":
         counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
-    first = vocabulary.base_size
-    stop = first + len(vocabulary.item_tokens)
-    build.load_pretrained(backbone, source, NewRows(first, stop, counts))
+    build.load_pretrained(backbone, source, NewRows(*vocabulary.added_tokens, counts))
+    if config.train.trainable != "full":
+        _train_partially(config, artifacts, backbone)
+    elif config.train.new_rows_learning_rate is not None:
+        separate_rows(backbone, vocabulary.added_tokens)
     return backbone
 
 
 def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone for trained weights: its own are undefined until those are loaded."""
+    """The run's backbone for trained weights: its own are undefined until those are loaded.
+
+    Where a training left most of a model's weights as they are, they are read from
+    `backbone.from`.
+    """
     if config.backbone.from_ is None:
         return _from_scratch(config, artifacts, seed, initialize=False)
+    backbone = _unfilled(config, artifacts, seed)
+    if config.train.trainable != "full":
+        build.load_pretrained(backbone, config.backbone.from_)
+        _train_partially(config, artifacts, backbone)
+    return backbone
+
+
+def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
     return build.build_pretrained(
         config.backbone,
         read_config(artifacts.language_model),
@@ -169,6 +184,18 @@ def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
         build.max_positions(config.train.max_history, artifacts.catalogue.depth),
         config.train.precision,
         seed,
+    )
+
+
+def _train_partially(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
+    assert config.backbone.from_ is not None
+    train_partially(
+        backbone,
+        config.train.trainable,
+        config.train.lora,
+        config.backbone.from_,
+        artifacts.catalogue.vocabulary.added_tokens,
+        backbone.seed,
     )
 
 
