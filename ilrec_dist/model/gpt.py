@@ -8,12 +8,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
 from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequences
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
+from ilrec_dist.model.packing import pack
 from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
 
 # Positions of the first table of rotary angles, or max_positions where that is less.
@@ -84,6 +86,10 @@ class Backbone(nn.Module):
         # What model/partial.py says of a training that leaves most weights as they are.
         self.base_sha256: str | None = None
         self.added_rows = (0, 0)
+        # Whether batches with padding are packed before the first layer.
+        self.packs = False
+        # Whether training keeps only the layers' inputs, and computes the rest again in backward.
+        self.recompute = False
         self._angles: Tensor | None = None
 
     @torch.no_grad()
@@ -156,6 +162,8 @@ class Backbone(nn.Module):
                 f"packed samples of {packed.num_tokens} tokens need tokens [1, "
                 f"{packed.num_tokens}], not {list(tokens.shape)}"
             )
+        if packed is None and self.packs:
+            tokens, rows, packed = pack(tokens, rows) or (tokens, rows, None)
         if packed is None:
             hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
         else:
@@ -163,7 +171,10 @@ class Backbone(nn.Module):
         first = self.config.num_layers - num_intermediate
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            hidden = layer(hidden, packed, rotary)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, packed, rotary, use_reentrant=False)
+            else:
+                hidden = layer(hidden, packed, rotary)
             if number >= first:
                 taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
         final, *layers = reversed(taps)

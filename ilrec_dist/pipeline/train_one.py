@@ -36,6 +36,7 @@ def train_one(
         method = get_method(spec.method)
         objective = method.objective(config.objective)
         backbone = build_backbone(config, artifacts, spec.seed)
+        backbone.recompute = config.train.recompute
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from ilrec_dist.common.config_fields import (
     Affects,
+    Bool,
     Float,
     Int,
     NonNegative,
@@ -96,6 +97,17 @@ class TrainConfig:
     # The largest norm of the gradient; 0: no clipping.
     clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    # Keep only the layers' inputs in memory, and compute the rest of a layer again in backward.
+    recompute: Annotated[Bool, Affects()] = False
+    # DeepSpeed's ZeRO: 1 cuts the optimizer's state over the data-parallel ranks, 2 the
+    # gradients as well.
+    zero_stage: Annotated[
+        Literal[1, 2],
+        OnlyIf(
+            "several data-parallel processes (launch.workers above launch.tp)",
+            lambda config: config.launch.dp > 1,
+        ),
+    ] = 1
     # Steps between checkpoints.
     checkpoint_steps: Annotated[Positive, Affects()] = 200
     keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1 and AdamW under the Megatron groups."""
+"""DeepSpeed's ZeRO and AdamW under the Megatron groups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.trained_rows import TrainedRows
 from ilrec_dist.training.config import TrainConfig
 
@@ -25,7 +26,7 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (dp * config.accumulation_steps),
         "gradient_accumulation_steps": config.accumulation_steps,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -55,8 +56,10 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose weight decay applies to matrices, not to vectors (norms, biases).
 
-    Rows of the vocabulary that are parameters of their own are a group of their own.
+    Rows of the vocabulary that are parameters of their own are a group of their own. With a
+    pretrained model the step is fused; decoders from scratch keep the bits that they have had.
     """
+    pretrained = any(isinstance(m, Backbone) and m.checkpoint_family for m in module.modules())
     rows = [p for m in module.modules() if isinstance(m, TrainedRows) for p in m.parameters()]
     among_rows = set(map(id, rows))
     others = [p for p in module.parameters() if p.requires_grad and id(p) not in among_rows]
@@ -67,7 +70,10 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": rows, "weight_decay": config.weight_decay, RATE_RATIO: rows_rate / rate},
     ]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=rate, betas=(0.9, config.adam_beta2)
+        [g for g in groups if g["params"]],
+        lr=rate,
+        betas=(0.9, config.adam_beta2),
+        fused=pretrained or None,
     )
 
 
