@@ -262,11 +262,11 @@ def train_peft(spec: Spec, drawn: Drawn) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=DTYPES[spec.precision])
     model.resize_token_embeddings(drawn.catalogue.vocab_size, mean_resizing=False)
     lora = LoraConfig()
-    model = peft.get_peft_model(
+    adapted = peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=int(lora.alpha),
             target_modules=list(lora.target_modules),
             trainable_token_indices=list(range(*drawn.catalogue.vocabulary.added_tokens)),
             task_type="CAUSAL_LM",
@@ -304,7 +304,7 @@ def train_peft(spec: Spec, drawn: Drawn) -> dict[str, Any]:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        Trainer(model, arguments, train_dataset=samples, callbacks=[Clock()]).train()
+        Trainer(adapted, arguments, train_dataset=samples, callbacks=[Clock()]).train()
     return {"cpu_s": seconds[1:], "wall_s": wall[1:], "peak_mib": peak_mib()}
 
 

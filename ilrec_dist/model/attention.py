@@ -145,9 +145,13 @@ class CoreAttention(torch.nn.Module):
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention on [B, heads, S, head_dim]."""
         grouped = query.shape[1] != key.shape[1]
+        dtype = query.dtype
+        if dtype == torch.bfloat16 and not query.is_cuda and query.requires_grad:
+            # On a CPU the backward pass in bf16 takes several times as long as the one in fp32.
+            query, key, value = query.float(), key.float(), value.float()
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
-        )
+        ).to(dtype)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Causal attention within each sample of a row, [1, T, heads, head_dim]."""

@@ -162,7 +162,7 @@ class Backbone(nn.Module):
                 f"packed samples of {packed.num_tokens} tokens need tokens [1, "
                 f"{packed.num_tokens}], not {list(tokens.shape)}"
             )
-        if packed is None and self.packs:
+        if packed is None and self.packs and self.training:
             tokens, rows, packed = pack(tokens, rows) or (tokens, rows, None)
         if packed is None:
             hidden, rotary = self._embed(tokens, 0, tokens.shape[1])

@@ -94,7 +94,9 @@ class _TableWithRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         ctx.low, ctx.high, ctx.num_rows = low, high, len(rows)
-        table[low:high] = rows[: high - low]
+        # Through `data`, because autograd would take the copy for a change of what an earlier
+        # call's graph still needs, though the values are the same until the optimizer's step.
+        table.data[low:high] = rows[: high - low]
         return table.detach()
 
     @staticmethod

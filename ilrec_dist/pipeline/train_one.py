@@ -37,6 +37,8 @@ def train_one(
         objective = method.objective(config.objective)
         backbone = build_backbone(config, artifacts, spec.seed)
         backbone.recompute = config.train.recompute
+        # A decoder from scratch keeps the bits that it has had.
+        backbone.packs = config.backbone.from_ is not None
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(

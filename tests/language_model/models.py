@@ -60,5 +60,8 @@ def model_config(
     runs_dir: Path, source: Path | str, backbone: dict[str, Any] | None = None, **sections: Any
 ) -> Config:
     """The tiny run with the model at `source` in place of its own decoder."""
+    train = sections.pop("train", {})
     tree = config_to_dict(tiny_config(runs_dir, **sections))
-    return config_from_dict(tree | {"backbone": {"from": str(source)} | (backbone or {})})
+    # Some settings of training are refused without a model.
+    tree |= {"backbone": {"from": str(source)} | (backbone or {}), "train": tree["train"] | train}
+    return config_from_dict(tree)

@@ -10,6 +10,7 @@ from ilrec_kernels import cross_layer_loss
 
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.model import packing
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import loss_options
@@ -20,7 +21,11 @@ from ilrec_dist.training.spec import TrainingSpec
 
 
 def train(
-    mesh: Mesh, tree: dict[str, Any], folder: str, stop_after: int | None = None
+    mesh: Mesh,
+    tree: dict[str, Any],
+    folder: str,
+    stop_after: int | None = None,
+    least_padding: float = packing.LEAST_PADDING,
 ) -> dict[str, int]:
     """Train with cross-entropy; the number of the decoder's values that were changed, by name."""
 
@@ -38,6 +43,7 @@ def train(
 
     parallel = initialize_parallel(mesh.tp, "cpu")
     original, train_one.build_backbone = train_one.build_backbone, build
+    usual, packing.LEAST_PADDING = packing.LEAST_PADDING, least_padding
     try:
         spec = TrainingSpec("sft", 0, Path(folder), "test")
         train_one.train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
@@ -50,7 +56,7 @@ def train(
     except InterruptedError:
         return {}
     finally:
-        train_one.build_backbone = original
+        train_one.build_backbone, packing.LEAST_PADDING = original, usual
         destroy_parallel()
 
 

@@ -132,6 +132,16 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+def test_packing_changes_no_loss(shop: Shop, tmp_path: Path) -> None:
+    tree = shop.tree(trainable="lora+new_rows", lora=LORA)
+    run_distributed(train, 1, 1, tree, str(tmp_path / "packed"))
+    run_distributed(train, 1, 1, tree, str(tmp_path / "padded"), None, 1.0)
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "packed"), losses_of(tmp_path / "padded"), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.slow
 def test_full_training_may_give_new_rows_a_rate_of_their_own(shop: Shop, tmp_path: Path) -> None:
     frozen = shop.tree(False, learning_rate=1e-30, new_rows_learning_rate=5e-3)
     ((changed),) = run_distributed(train, 1, 1, frozen, str(tmp_path / "frozen"))

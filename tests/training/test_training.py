@@ -175,6 +175,30 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     ]
 
 
+def test_recomputed_activations_give_the_same_bits(tiny, tmp_path):
+    """Dropout is drawn again as it was."""
+    for name, recompute in (("kept", False), ("again", True)):
+        train = {"epochs": 1, "recompute": recompute}
+        config = config_to_dict(tiny_config(tiny, train=train))
+        run_distributed(train_here, 1, 1, config, "sft", str(tmp_path / name))
+    kept, again = (load_file(tmp_path / name / "final.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_2_trains_as_zero_1_does(tiny, tmp_path, precision):
+    for stage in (1, 2):
+        sections = {
+            "launch": {"workers": 2},
+            "train": {"zero_stage": stage, "accumulation_steps": 2, "precision": precision},
+            "backbone": {"dropout": 0.0},
+        }
+        config = config_to_dict(tiny_config(tiny, **sections))
+        run_distributed(train_here, 2, 1, config, "sft", str(tmp_path / str(stage)))
+    losses = [losses_of(tmp_path / str(stage)) for stage in (1, 2)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-4 if precision == "fp32" else 1e-2)
+
+
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
     """The norm of the gradient of three micro-batches: the first, and twice its 512th part."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
