@@ -154,10 +154,7 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     if config.backbone.new_tokens == "text":
         counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
     build.load_pretrained(backbone, source, NewRows(*vocabulary.added_tokens, counts))
-    if config.train.trainable != "full":
-        _train_partially(config, artifacts, backbone)
-    elif config.train.new_rows_learning_rate is not None:
-        separate_rows(backbone, vocabulary.added_tokens)
+    _choose_trained(config, artifacts, backbone)
     return backbone
 
 
@@ -172,7 +169,7 @@ def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     backbone = _unfilled(config, artifacts, seed)
     if config.train.trainable != "full":
         build.load_pretrained(backbone, config.backbone.from_)
-        _train_partially(config, artifacts, backbone)
+    _choose_trained(config, artifacts, backbone)
     return backbone
 
 
@@ -187,16 +184,15 @@ def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
     )
 
 
-def _train_partially(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
-    assert config.backbone.from_ is not None
-    train_partially(
-        backbone,
-        config.train.trainable,
-        config.train.lora,
-        config.backbone.from_,
-        artifacts.catalogue.vocabulary.added_tokens,
-        backbone.seed,
-    )
+def _choose_trained(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
+    """Freeze what is not trained, and attach what `train.trainable` asks for."""
+    train, source = config.train, config.backbone.from_
+    added = artifacts.catalogue.vocabulary.added_tokens
+    if train.trainable != "full":
+        assert source is not None
+        train_partially(backbone, train.trainable, train.lora, source, added, backbone.seed)
+    elif train.new_rows_learning_rate is not None:
+        separate_rows(backbone, added)
 
 
 def item_titles(artifacts: RunArtifacts) -> Sequence[str]:
