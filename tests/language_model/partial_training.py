@@ -38,11 +38,11 @@ def train(
     artifacts, trained = RunArtifacts(config), []
 
     def build(*arguments: Any) -> Backbone:
-        trained.append(build_backbone(*arguments))
+        trained.append(original(*arguments))
         return trained[0]
 
     parallel = initialize_parallel(mesh.tp, "cpu")
-    original, train_one.build_backbone = train_one.build_backbone, build
+    original, train_one.first_weights = train_one.first_weights, build
     usual, packing.LEAST_PADDING = packing.LEAST_PADDING, least_padding
     try:
         spec = TrainingSpec("sft", 0, Path(folder), "test")
@@ -56,7 +56,7 @@ def train(
     except InterruptedError:
         return {}
     finally:
-        train_one.build_backbone, packing.LEAST_PADDING = original, usual
+        train_one.first_weights, packing.LEAST_PADDING = original, usual
         destroy_parallel()
 
 
