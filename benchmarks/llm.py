@@ -62,6 +62,7 @@ from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.partial import train_partially
 from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.samples.collate import Batch, BatchMaker
 from ilrec_dist.samples.windows import StepOrder, training_windows
@@ -187,10 +188,10 @@ class OurTraining:
         )
         # Rewards come from another model, whose cost benchmarks/rewards.py measures.
         section = ObjectiveConfig(crr_lambda=0.0)
-        chosen = get_method(method)
+        objective = get_method(method).objective(section)
         backbone = open_backbone(spec, drawn)
         backbone.packs = True
-        module = chosen.module(backbone, chosen.objective(section), drawn.catalogue, parallel)
+        module = CrossLayerObjective.build(backbone, objective, drawn.catalogue, parallel)
         self.engine, self.parallel = build_engine(module, config, parallel), parallel
         module.train()
         if spec.prompt:
