@@ -124,7 +124,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     (kept,) = (tmp_path / "cut/checkpoints").iterdir()
     # A checkpoint has no frozen weights.
     states = [torch.load(p, weights_only=False) for p in kept.rglob("*model_states.pt")]
-    assert not any(".gpt." in name for state in states for name in state["module"])
+    names = [name for state in states for name in state["module"] if name.endswith(".weight")]
+    assert not any(".gpt." in name for name in names)
     run_distributed(train, 1, 1, tree, str(tmp_path / "cut"))
     whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
@@ -283,7 +284,10 @@ def test_another_base_and_a_base_that_is_gone_are_refused(
     ("overrides", "message"),
     [
         (["train.trainable=lora"], "'train.trainable': has no effect here: .* backbone.from"),
-        (["backbone.from=m", "train.lora.rank=4"], "'train.lora': has no effect .* trainable lora"),
+        (
+            ["backbone.from=m", "train.lora.rank=4"],
+            "'train.lora': has no effect .* train.trainable lora",
+        ),
         (["backbone.from=m", "train.trainable=adapters"], "'train.trainable'"),
         (
             ["backbone.from=m", "train.trainable=lora", "train.lora.target_modules=[query]"],
