@@ -157,6 +157,7 @@ class PromptBatches:
             positions=np.zeros(count, np.int64),
             step_rows=count * LEVELS,
             num_tokens=tokens[:, :-1].size,
+            groups=None,
         )
 
 
@@ -203,7 +204,7 @@ class OurTraining:
             parts = iter(range(order.total_steps))
 
             def make() -> Batch:
-                ids = order.window_ids(next(parts))
+                ids = order.sample_ids(next(parts))
                 return maker.make(ids, maker.num_rows(ids))
 
             self.batches = make

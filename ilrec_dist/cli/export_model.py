@@ -11,7 +11,7 @@ from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.export.hf_model import export_adapter, export_model
 from ilrec_dist.export.merge import merge_rounded
-from ilrec_dist.items.vocabulary import NO_TOKEN
+from ilrec_dist.inference.inputs import HistoryRanges
 from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
 
 # Histories of validation users whose logits tell how far rounding moves them.
@@ -35,23 +35,26 @@ def run(arguments: argparse.Namespace) -> None:
         language_model = None if base is None else artifacts.language_model
         if backbone.lora is not None and not arguments.merge:
             assert base is not None and language_model is not None
-            export_adapter(out, backbone, *items, dtype, language_model, base)
+            export_adapter(out, backbone, *items, dtype, language_model, base, trained.prompt)
         else:
             if arguments.merge:
                 _merge(trained, dtype)
-            export_model(out, backbone, *items, dtype, language_model)
+            export_model(out, backbone, *items, dtype, language_model, trained.prompt)
     console.print(f"exported: {out}", highlight=False, markup=False)
 
 
 def _merge(trained: TrainedModel, dtype: torch.dtype) -> None:
     """Merge the adapters, and print what the rounding costs."""
-    artifacts = trained.artifacts
-    histories = [
-        artifacts.dataset.sequence(user)[-trained.config.train.max_history :]
-        for user in artifacts.validation_users(SAMPLE_USERS)
-    ]
-    tokens = [artifacts.catalogue.item_tokens(items) for items in histories]
-    sequences = [torch.from_numpy(row[row != NO_TOKEN]).long() for row in tokens]
+    dataset = trained.artifacts.dataset
+    users = trained.artifacts.validation_users(SAMPLE_USERS)
+    histories = HistoryRanges(dataset.items, dataset.offsets[users], dataset.offsets[users + 1])
+    sequences: list[torch.Tensor] = []
+    for rows in trained.inputs.batches(histories, SAMPLE_USERS):
+        prefixes = trained.inputs.prefixes(histories, rows)
+        lengths = [prefixes.tokens.shape[1]] * len(rows)
+        if prefixes.lengths is not None:
+            lengths = prefixes.lengths.tolist()
+        sequences += [row[:n] for row, n in zip(prefixes.tokens, lengths, strict=True)]
     shift = merge_rounded(trained.backbone, dtype, sequences)
     if shift is not None:
         console.print(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,24 @@ def export_model(
     trie: Trie,
     dtype: torch.dtype,
     language_model: Path | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
 
     language_model: the folder with the extended tokenizer and the config.json of the
     pretrained model that the training began with; None for one trained from scratch.
+    prompt: what is written to prompt.json, where the model answers prompts in words.
     Weights are written in `dtype`; one that training left alone and that the pretrained
     model has in that dtype comes out byte for byte. Adapters are merged before.
 
     Raises UserError when `out` exists, when no Hugging Face family has the backbone's
-    architecture, and for items that are titles.
+    architecture, and for items that are titles in a vocabulary of their own.
     """
     vocabulary = catalogue.vocabulary
     token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
     if language_model is not None:
         token_ids |= read_config(language_model).token_ids
-    with _new_folder(out, dataset, catalogue, trie, language_model) as weights:
+    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
         save_weights(backbone, weights, dtype, token_ids)
 
 
@@ -86,12 +88,13 @@ def export_adapter(
     dtype: torch.dtype,
     language_model: Path,
     base: str,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters for PEFT in place of the weights, otherwise as `export_model` does.
 
     base: the folder or name of the pretrained model, as PEFT's configuration records it.
     """
-    with _new_folder(out, dataset, catalogue, trie, language_model) as weights:
+    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
         save_adapter(backbone, weights, base, dtype)
 
 
@@ -102,11 +105,12 @@ def _new_folder(
     catalogue: Catalogue,
     trie: Trie,
     language_model: Path | None,
+    prompt: Mapping[str, Any] | None,
 ) -> Iterator[Path]:
     """A path for the folder of the weights' files, whose content joins all the others in `out`."""
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
-    if catalogue.pieces is not None:
+    if catalogue.pieces is not None and language_model is None:
         raise UserError(
             "items.form titles: a model whose vocabulary was learned from the titles has no "
             "Hugging Face tokenizer; expected items.form semantic or atomic"
@@ -124,6 +128,8 @@ def _new_folder(
             else:
                 _copy_tokenizer(language_model, staged)
             write_item_files(staged, dataset, catalogue, trie)
+            if prompt is not None:
+                write_json(staged / "prompt.json", prompt)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 

@@ -34,6 +34,10 @@ def _is_pretrained(config: Any) -> bool:
     return config.backbone.from_ is not None
 
 
+def _has_new_tokens(config: Any) -> bool:
+    return bool(config.items.form != "titles")
+
+
 # Fields that say something of a pretrained model.
 PRETRAINED = OnlyIf("a model in backbone.from", _is_pretrained)
 
@@ -51,7 +55,11 @@ class BackboneConfig:
     # The stages read its bytes as an input, so that the path itself does not matter.
     from_: Annotated[Optional[Annotated[str, MinLen(1)]], Affects()] = None
     # What the rows of added item tokens begin with (METHOD.md §10).
-    new_tokens: Annotated[Literal["moments", "text"], PRETRAINED] = "moments"
+    new_tokens: Annotated[
+        Literal["moments", "text"],
+        PRETRAINED,
+        OnlyIf("items.form semantic or atomic, whose items are new tokens", _has_new_tokens),
+    ] = "moments"
     num_layers: Annotated[Positive, FROM_SCRATCH] = 4
     hidden_size: Annotated[Positive, FROM_SCRATCH] = 128
     num_heads: Annotated[Positive, FROM_SCRATCH] = 4

@@ -21,6 +21,7 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
+from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.model.config import BackboneConfig, LoraConfig
@@ -28,6 +29,8 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone, with_local_model
+from ilrec_dist.pipeline.prompting import input_form
+from ilrec_dist.prompts.config import PromptsConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class TrainedModel:
     weights: Path
     softmax_scope: SoftmaxScope
     parallel: ParallelState
+    # What the model reads of a history.
+    inputs: InputForm
+    # What is to be known to ask it in words elsewhere; None for plain sequences.
+    prompt: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -64,6 +71,8 @@ def open_trained_model(
     artifacts = RunArtifacts(config)
     weights = artifacts.folders.training(method, seed) / BEST
     model = artifacts.trained_model(method, seed)["model"]
+    # Trainings of earlier versions had none.
+    prompt = model.get("prompts")
     config = _as_trained(config, model, weights)
     if exact and config.train.trainable != "full":
         config = dataclasses.replace(
@@ -76,7 +85,10 @@ def open_trained_model(
     try:
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
-        yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
+        inputs = input_form(config, artifacts, prompt)
+        scope = model["softmax_scope"]
+        asked = None if prompt is None else prompt["template"] | {"chat": config.prompts.chat}
+        yield TrainedModel(config, artifacts, backbone, weights, scope, parallel, inputs, asked)
     finally:
         destroy_parallel()
         # What runs in this process later computes as if no model had been opened.
@@ -96,7 +108,9 @@ def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Conf
         trainable=model.get("trainable", "full"),
         lora=section_from_dict(LoraConfig, model.get("lora", {})),
     )
-    trained = dataclasses.replace(config, backbone=backbone, train=train)
+    prompt = model.get("prompts")
+    prompts = section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig()
+    trained = dataclasses.replace(config, backbone=backbone, train=train, prompts=prompts)
     if train.trainable == "full" or Path(str(backbone.from_)).is_dir():
         return trained
     # The model may have moved with the run, whose configuration then says where it is.
