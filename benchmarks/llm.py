@@ -50,6 +50,7 @@ from ilrec_dist.distributed.process_groups import ParallelState, initialize_para
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.export.hf_model import write_item_files
 from ilrec_dist.inference.beam_search import beam_search
+from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
@@ -317,7 +318,8 @@ def beams_ours(spec: Spec, drawn: Drawn) -> dict[str, Any]:
 
     def step() -> int:
         tokens = torch.from_numpy(next(prompts)[0][:, : spec.prompt].copy())
-        beam_search(backbone, constraint, tokens, vocab_size=drawn.catalogue.vocab_size, beam=BEAM)
+        vocab_size = drawn.catalogue.vocab_size
+        beam_search(backbone, constraint, Prefixes(tokens), vocab_size=vocab_size, beam=BEAM)
         return len(tokens)
 
     return measured(step, spec.steps)
