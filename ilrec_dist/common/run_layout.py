@@ -7,6 +7,8 @@ from pathlib import Path
 
 # In a training's folder when it is finished.
 RESULT = "result.json"
+# In a training's folder: what it took.
+USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
 # The weights of the best validation and those after the last step, in a training's folder.
