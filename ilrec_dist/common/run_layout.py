@@ -52,6 +52,9 @@ class RunFolders:
     def rewards(self) -> Path:
         return self.cf / CODE_ORDER
 
+    def baseline(self, name: str) -> Path:
+        return self.root / "baselines" / name
+
     @property
     def evaluation(self) -> Path:
         return self.root / "evaluation"

@@ -15,7 +15,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from ilrec_dist.common.config_fields import NonNegative, section
+from ilrec_dist.common.config_fields import NonNegative, distinct, section
 from ilrec_dist.config.load import apply_override, read_yaml, validated
 from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.training.config import MethodName
@@ -32,15 +32,9 @@ def _folder_name(name: str) -> str:
     return name
 
 
-def _distinct(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
-        raise PydanticCustomError("distinct", "input should be distinct values")
-    return values
-
-
 Name = Annotated[str, AfterValidator(_folder_name)]
-Seeds = Annotated[list[NonNegative], MinLen(1), AfterValidator(_distinct)]
-Methods = Annotated[list[MethodName], MinLen(1), AfterValidator(_distinct)]
+Seeds = Annotated[list[NonNegative], MinLen(1), AfterValidator(distinct)]
+Methods = Annotated[list[MethodName], MinLen(1), AfterValidator(distinct)]
 Settings = dict[str, Any]
 
 
@@ -78,7 +72,7 @@ class StudyConfig:
     seeds: Seeds = field(default_factory=lambda: [0])
     settings: dict[Name, SettingConfig] = field(default_factory=dict)
     # Rows that every other row is compared with; empty: the first of the methods.
-    against: Annotated[list[str], AfterValidator(_distinct)] = field(default_factory=list)
+    against: Annotated[list[str], AfterValidator(distinct)] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
