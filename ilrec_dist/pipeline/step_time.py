@@ -50,7 +50,7 @@ class TrainingTime:
 
 
 def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime | None]:
-    """Time the first method and seed of each configuration, in one worker group.
+    """Time the last method and first seed of each configuration, in one worker group.
 
     The configurations have one section `launch` and run folders with data, codes and CF models.
     `folder` is for what the trainings write, and is left to the caller. None for a training that
@@ -103,7 +103,7 @@ def _stop(step: int) -> None:
 def _time_training(
     config: Config, folder: Path, parallel: ParallelState
 ) -> dict[str, float] | None:
-    method, seed = config.train.methods[0], config.train.seeds[0]
+    method, seed = config.train.methods[-1], config.train.seeds[0]
     artifacts = RunArtifacts(config)
     short = dataclasses.replace(
         config, train=dataclasses.replace(config.train, checkpoint_steps=STEPS)

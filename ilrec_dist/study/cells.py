@@ -21,6 +21,7 @@ from ilrec_dist.config.load import (
     validated,
 )
 from ilrec_dist.config.tree import Config, ConfigError, check_together
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.study.config import StudyConfig
@@ -101,9 +102,9 @@ def make_cells(study: StudyConfig, source: str | Path, overrides: Sequence[str] 
         _set(tree, base.set)
         for override in overrides:
             apply_override(tree, override)
-        seeds = base.seeds or study.seeds
-        _check_base(study, name, tree, f"{source}: configuration {name} ({path})")
-        for method, setting, seed, values in _grid(study, name, seeds):
+        methods, seeds = base.methods or study.methods, base.seeds or study.seeds
+        _check_base(methods, name, tree, f"{source}: configuration {name} ({path})")
+        for method, setting, seed, values in _grid(study, name, methods, seeds):
             where = f"{source}: cell {name}/{row_name(method, setting)}"
             config = _cell_config(study, name, tree, method, setting, seed, values, where)
             cells.append(Cell(name, method, setting, seed, config))
@@ -113,11 +114,11 @@ def make_cells(study: StudyConfig, source: str | Path, overrides: Sequence[str] 
 
 
 def _grid(
-    study: StudyConfig, configuration: str, seeds: Sequence[int]
+    study: StudyConfig, configuration: str, methods: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[tuple[str, str, int, Mapping[str, Any]]]:
     """(method, setting, seed, values) of each cell: first the methods, seed by seed."""
     for seed in seeds:
-        for method in study.methods:
+        for method in methods:
             yield method, DEFAULT, seed, {}
     settings = {
         name: setting
@@ -128,15 +129,16 @@ def _grid(
         seed for setting in settings.values() for seed in setting.seeds or seeds
     ):
         for name, setting in settings.items():
-            for method in setting.methods or study.methods:
-                if seed in (setting.seeds or seeds):
+            for method in setting.methods or methods:
+                if method in methods and seed in (setting.seeds or seeds):
                     yield method, name, seed, setting.set
 
 
-def _check_base(study: StudyConfig, name: str, tree: dict[str, Any], source: str) -> None:
-    """A key that none of the study's methods reads is refused, as in a run of all of them."""
+def _check_base(methods: Sequence[str], name: str, tree: dict[str, Any], source: str) -> None:
+    """Refuse a key that none of the configuration's methods reads, as a run of them all does."""
+    trained = dict.fromkeys(one for method in methods for one in _with_starts(method))
     with_methods = _copy(tree)
-    _set(with_methods, {"train.methods": study.methods, "name": name})
+    _set(with_methods, {"train.methods": list(trained), "name": name})
     config_from_dict(with_methods, source)
 
 
@@ -156,7 +158,7 @@ def _cell_config(
     own = {
         "name": "-".join(part for part in parts if part),
         "runs_dir": str(study.folder / configuration),
-        "train.methods": [method],
+        "train.methods": _with_starts(method),
         "train.seeds": [seed],
     }
     for key in values:
@@ -173,6 +175,14 @@ def _cell_config(
             )
     check_together(config, source)
     return config
+
+
+def _with_starts(method: str) -> list[str]:
+    """The method after those whose weights it begins with."""
+    chain = [method]
+    while (start := get_method(chain[0]).starts_from) is not None:
+        chain.insert(0, start)
+    return chain
 
 
 def _copy(tree: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class BaseConfig:
     # The file, relative to the study's.
     config: str
     set: Settings = field(default_factory=dict)
-    # The seeds of its cells, instead of the study's.
+    # The methods and seeds of its cells, instead of the study's.
+    methods: Optional[Methods] = None
     seeds: Optional[Seeds] = None
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.preference import training_settings
 from ilrec_dist.pipeline.step_time import TrainingTime, time_trainings
 from ilrec_dist.reporting.progress import clock
 from ilrec_dist.samples.windows import steps_per_epoch, training_windows
@@ -66,7 +68,7 @@ def cell_steps(cells: Sequence[Cell], shared: Sequence[SharedRun]) -> dict[str, 
     artifacts = _artifacts(shared)
     steps = {}
     for cell in cells:
-        train = cell.config.train
+        train = training_settings(cell.config, get_method(cell.method))
         windows = training_windows(artifacts[cell.title].training, train.max_history, train.targets)
         steps[cell.title] = max(1, steps_per_epoch(windows, train.batch_size) * train.epochs)
     return steps

@@ -20,6 +20,7 @@ from ilrec_dist.pipeline.usage import read_peak_memory
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.reporting.results import (
     RESULTS_FILE,
+    TRAINING_FLOPS,
     Figure,
     Interval,
     MethodLabel,
@@ -31,8 +32,6 @@ from ilrec_dist.study.config import StudyConfig
 from ilrec_dist.study.state import CellState, is_done, read_state
 
 SELECTION = "validation NDCG@10"
-# The key of results.json.
-FLOPS = "training_flops"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Row:
         return _figure(one.validation for one in self.cells)
 
     def flops(self) -> Figure | None:
-        return self.summary.figures.get(FLOPS) if self.cells else None
+        return self.summary.figures.get(TRAINING_FLOPS) if self.cells else None
 
     def seconds(self) -> Figure | None:
         return _figure(one.seconds for one in self.cells)

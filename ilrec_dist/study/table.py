@@ -57,8 +57,9 @@ def origin(figures: StudyFigures) -> str:
         f"Study `{figures.study.name}`, {len(done)} of {len(figures.cells)} cells; commit "
         f"{', '.join(commits)}; {'; '.join(machines)}. Test split, full ranking; mean ± standard "
         "deviation over seeds; differences with paired 95 % intervals over users, each user's "
-        "value the mean over seeds. Time and memory are those of one training, with its "
-        "validations, and of its largest worker."
+        "value the mean over seeds. FLOPs, time and memory are those of one training: FLOPs with "
+        "those of the training that it starts from, time with its validations, memory of its "
+        "largest worker."
     )
 
 
