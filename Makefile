@@ -31,6 +31,7 @@ quickstart: $(STAMP)
 
 # SCIENTIFIC=PATH and INSTRUMENTS=PATH name the folders of these data sets; without them their studies are left out.
 results: $(STAMP)
+	-$(BIN)/ilrec study configs/study-quick.yaml --low-priority --into docs/results.md
 	-$(BIN)/ilrec study configs/study-shop.yaml --low-priority --into docs/results.md
 	$(if $(SCIENTIFIC),-$(BIN)/ilrec study configs/study-scientific.yaml data.path=$(SCIENTIFIC) \
 	    items.index=$(SCIENTIFIC)/Scientific.index.json --low-priority --into docs/results.md)

@@ -300,7 +300,9 @@ def _add_study(commands: Commands) -> None:
         "--retry", action="store_true", help="run cells again that were refused, as by divergence"
     )
     command.add_argument(
-        "--estimate", action="store_true", help="say how long it will take, and end"
+        "--estimate",
+        action="store_true",
+        help="make what cells share, say how long the cells will take, and end",
     )
     command.add_argument(
         "--no-timing",
@@ -311,7 +313,7 @@ def _add_study(commands: Commands) -> None:
         "--into",
         metavar="FILE.md",
         help="also write the table into this file, between <!-- study NAME --> and "
-        "<!-- end of study NAME -->",
+        "<!-- end of study NAME -->, or at its end",
     )
     command.set_defaults(call="ilrec_dist.cli.study:run", command="study")
 

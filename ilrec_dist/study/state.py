@@ -12,6 +12,8 @@ from ilrec_dist.reporting.results import RESULTS_FILE
 from ilrec_dist.study.cells import Cell
 from ilrec_dist.study.provenance import commit, machine
 
+# What the command line's errors begin with.
+ERROR = "ilrec: error: "
 # refused: the command ended with the user's own error, such as a loss that is not finite, which
 # it would meet again. failed: its workers failed. killed: a signal ended the command.
 Outcome = Literal["done", "refused", "failed", "killed", "interrupted"]
@@ -61,14 +63,14 @@ def exit_outcome(code: int, log: Path) -> tuple[Outcome, str]:
     if code == 0:
         return "done", ""
     if code < 0:
-        return "killed", f"killed by signal {-code}" + (
+        return "killed", f"by signal {-code}" + (
             " (the system ends a process so when memory runs out)" if code == -9 else ""
         )
     last = _last_line(log)
     if code == 2:
         return "refused", last
     if code in (130, 143):
-        return "interrupted", "interrupted"
+        return "interrupted", "the same command goes on"
     return "failed", last or f"exit code {code}"
 
 
@@ -77,4 +79,6 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return lines[-1].removeprefix("ilrec: error: ") if lines else ""
+    # Libraries may have said something after it.
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    return (errors or lines or [""])[-1]

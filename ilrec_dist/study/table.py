@@ -205,18 +205,16 @@ def _cell_record(one: CellFigures) -> dict[str, Any]:
 def write_into(path: Path, name: str, text: str) -> None:
     """Put the text into a Markdown file, between the marks of the study of that name.
 
-    Raises UserError where the file has no such marks.
+    Where the file has no such marks they are added at its end, under a heading. Raises UserError
+    where there is no such file.
     """
     begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
     try:
         page = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--into {path}: cannot be read ({error})") from None
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UserError(
-            f"--into {path}: no place for this study; add the lines {begin} and {end} where its "
-            "tables belong"
-        )
+        raise UserError(f"--into {path}: cannot be read ({error}); name a Markdown file") from None
+    if begin not in page or end not in page.partition(begin)[2]:
+        page = f"{page.rstrip()}\n\n## Study `{name}`\n\n{begin}\n{end}\n"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
     write_text(path, f"{before}{begin}\n\n{text}\n{end}{after}")

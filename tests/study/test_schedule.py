@@ -54,8 +54,9 @@ def test_the_room_of_a_ray_cluster_is_what_its_nodes_have():
         (2, "ilrec: error: no such file", ("refused", "no such file")),
         (1, "ilrec: error: the workers failed", ("failed", "the workers failed")),
         (1, "", ("failed", "exit code 1")),
-        (143, "ilrec: terminated", ("interrupted", "interrupted")),
-        (-15, "", ("killed", "killed by signal 15")),
+        (2, "ilrec: error: loss is nan\nsome library ends", ("refused", "loss is nan")),
+        (143, "ilrec: terminated", ("interrupted", "the same command goes on")),
+        (-15, "", ("killed", "by signal 15")),
     ],
 )
 def test_the_end_of_a_cell_is_told_by_its_exit_code_and_its_last_words(

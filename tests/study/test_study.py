@@ -102,7 +102,7 @@ def test_what_it_will_take_is_said_before_it_starts(finished):
 def test_cells_that_diverge_or_are_killed_are_missing_with_their_reasons(finished):
     cells = {cell["cell"]: cell for cell in results(finished)["cells"]}
     assert "the training has diverged" in cells["shop/sft-hot-seed0"]["missing"]
-    assert cells["shop/sft-long-seed0"]["missing"].startswith("killed: killed by signal 9")
+    assert cells["shop/sft-long-seed0"]["missing"].startswith("killed: by signal 9")
     done = {name for name, cell in cells.items() if cell["done"]}
     assert done == {"shop/sft-seed0", "shop/sft-seed1"}
     text = (finished / "runs/tiny-study/results.md").read_text()
