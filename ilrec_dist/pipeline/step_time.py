@@ -27,6 +27,7 @@ from ilrec_dist.pipeline.artifacts import (
     config_for_workers,
     with_local_model,
 )
+from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.worker_tasks import worker_session
 from ilrec_dist.reporting.metrics_log import read_metrics
@@ -128,7 +129,7 @@ def _time_training(
         split="validation",
         config=config.evaluation,
         softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-        max_history=config.train.max_history,
+        inputs=input_form(config, artifacts, served_prompt(config)),
         parallel=parallel,
     )
     return {

@@ -17,9 +17,9 @@ from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.preference import training_settings
+from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.pipeline.step_time import TrainingTime, time_trainings
 from ilrec_dist.reporting.progress import clock
-from ilrec_dist.samples.windows import steps_per_epoch, training_windows
 from ilrec_dist.study.cells import Cell
 from ilrec_dist.study.shared import SharedRun
 from ilrec_dist.study.state import read_state
@@ -68,9 +68,8 @@ def cell_steps(cells: Sequence[Cell], shared: Sequence[SharedRun]) -> dict[str, 
     artifacts = _artifacts(shared)
     steps = {}
     for cell in cells:
-        train = training_settings(cell.config, get_method(cell.method))
-        windows = training_windows(artifacts[cell.title].training, train.max_history, train.targets)
-        steps[cell.title] = max(1, steps_per_epoch(windows, train.batch_size) * train.epochs)
+        epochs = training_settings(cell.config, get_method(cell.method)).epochs
+        steps[cell.title] = max(1, epoch_steps(cell.config, artifacts[cell.title]) * epochs)
     return steps
 
 
