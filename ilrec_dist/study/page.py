@@ -14,16 +14,7 @@ from ilrec_dist.reporting.html.page import Section, html_page
 from ilrec_dist.reporting.html.results_table import beyond_accuracy_section
 from ilrec_dist.reporting.results import Figure, metric_title, seen_title
 from ilrec_dist.study.figures import Row, StudyFigures
-from ilrec_dist.study.table import (
-    COMPARED,
-    METRICS,
-    flops_text,
-    interval_of,
-    interval_text,
-    memory_text,
-    origin,
-    time_text,
-)
+from ilrec_dist.study.table import COMPARED, origin, table_columns
 
 # Of the bars of training FLOPs.
 PETA = 1e15
@@ -83,26 +74,16 @@ def _configuration_sections(name: str, rows: Sequence[Row]) -> list[Section]:
 
 
 def _table(rows: Sequence[Row], with_costs: bool) -> str:
-    against = list(dict.fromkeys(one.versus for row in rows for one in row.intervals))
-    head = ["row", "seeds", *(["validation NDCG@10"] if with_costs else [])]
-    head += [metric_title(metric) for metric in METRICS]
-    head += [f"{metric_title(COMPARED)} − {name}" for name in against]
-    head += ["FLOPs", "time", "memory"] if with_costs else []
+    columns = table_columns(rows, with_costs, _figure)
     lines = []
-    for row in rows:
-        cells = [str(len(row.cells)) if row.cells else ""]
-        cells += [_figure(row.validation())] if with_costs else []
-        cells += [_figure(row.summary.figures.get(metric)) for metric in METRICS]
-        cells += [interval_text(interval_of(row, name)) for name in against]
-        if with_costs:
-            cells += [flops_text(row.flops()), time_text(row.seconds())]
-            cells.append(memory_text(row.peak_memory()))
+    for number, row in enumerate(rows):
         kind = ' class="highlighted"' if row.summary.label.highlighted else ""
-        body = "".join(f"<td>{cell}</td>" for cell in cells)
+        body = "".join(f"<td>{texts[number]}</td>" for _, texts in columns)
         lines.append(f'<tr{kind}><th scope="row">{escape(row.name)}</th>{body}</tr>')
     users = max(row.summary.users for row in rows)
     caption = f"{seen_title(rows[0].summary.exclude_seen)}, {users:,} users"
-    heads = "".join(f'<th scope="col">{escape(one)}</th>' for one in head)
+    titles = ["row", *(title for title, _ in columns)]
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     return (
         f'<div class="scroll"><table><caption>{caption[0].upper()}{caption[1:]}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

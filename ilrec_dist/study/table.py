@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,23 +63,37 @@ def origin(figures: StudyFigures) -> str:
     )
 
 
+def table_columns(
+    rows: Sequence[Row], with_costs: bool, number: Callable[[Figure | None], str]
+) -> list[tuple[str, list[str]]]:
+    """(title, a text for each row) of the columns after the rows' names that are not empty.
+
+    `number` writes a metric.
+    """
+    against = dict.fromkeys(one.versus for row in rows for one in row.intervals)
+    columns = {"seeds": [str(len(row.cells)) if row.cells else "" for row in rows]}
+    if with_costs:
+        columns["validation NDCG@10"] = [number(row.validation()) for row in rows]
+    for metric in METRICS:
+        columns[metric_title(metric)] = [number(row.summary.figures.get(metric)) for row in rows]
+    for name in against:
+        title = f"{metric_title(COMPARED)} − {name}"
+        columns[title] = [interval_text(interval_of(row, name)) for row in rows]
+    if with_costs:
+        columns["FLOPs"] = [flops_text(row.flops()) for row in rows]
+        columns["time"] = [time_text(row.seconds()) for row in rows]
+        columns["memory"] = [memory_text(row.peak_memory()) for row in rows]
+    return [(title, texts) for title, texts in columns.items() if any(texts)]
+
+
 def _table(rows: Sequence[Row], with_costs: bool) -> str:
-    against = list(dict.fromkeys(one.versus for row in rows for one in row.intervals))
-    head = ["row", "seeds"]
-    head += ["validation NDCG@10"] if with_costs else []
-    head += [metric_title(metric) for metric in METRICS]
-    head += [f"{metric_title(COMPARED)} − {name}" for name in against]
-    head += ["FLOPs", "time", "memory"] if with_costs else []
+    columns = table_columns(rows, with_costs, _metric)
+    head = ["row", *(title for title, _ in columns)]
     lines = [_line(head), _line("---" for _ in head)]
-    for row in rows:
-        cells = [row.name, str(len(row.cells)) if row.cells else ""]
-        cells += [_metric(row.validation())] if with_costs else []
-        cells += [_metric(row.summary.figures.get(metric)) for metric in METRICS]
-        cells += [_difference(row, name) for name in against]
-        if with_costs:
-            cells += [flops_text(row.flops()), time_text(row.seconds())]
-            cells.append(memory_text(row.peak_memory()))
-        lines.append(_line(cells))
+    lines += [
+        _line([row.name, *(texts[number] for _, texts in columns)])
+        for number, row in enumerate(rows)
+    ]
     return "\n".join(lines)
 
 
@@ -92,10 +106,6 @@ def _metric(figure: Figure | None) -> str:
         return ""
     mean = f"{figure.mean:.4f}".lstrip("0")
     return mean if figure.std is None else f"{mean} ± {figure.std:.4f}".replace("± 0", "± ")
-
-
-def _difference(row: Row, versus: str) -> str:
-    return interval_text(interval_of(row, versus))
 
 
 def interval_of(row: Row, versus: str, metric: str = COMPARED) -> Interval | None:
