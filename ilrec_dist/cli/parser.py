@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_export(commands)
     _add_export_data(commands)
+    _add_study(commands)
     _add_config_command(commands)
     return parser
 
@@ -286,6 +287,65 @@ def _add_export_data(commands: Commands) -> None:
         help="a new folder; its name is the NAME of the files",
     )
     command.set_defaults(call="ilrec_dist.cli.export_data:run", command="export-data")
+
+
+def _add_study(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "study",
+        "run a grid of methods, settings, seeds and data sets, and make one table of them",
+        "examples:\n  ilrec study configs/study-quick.yaml\n"
+        "  ilrec study configs/study-shop.yaml --low-priority\n"
+        "  ilrec study configs/study-scientific.yaml data.path=PATH/scientific "
+        "items.index=PATH/scientific/Scientific.index.json --estimate\n"
+        "Cells that are done are not run again, interrupted ones go on. docs/studies.md says more.",
+    )
+    command.add_argument(
+        "study", metavar="STUDY", help="a YAML file, such as configs/study-quick.yaml"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="with a point (key.sub=value) a setting of every cell, otherwise a key of the study "
+        "such as seeds=[0]",
+    )
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="cells at once (default: as many as the cluster or this machine has room for)",
+    )
+    command.add_argument(
+        "--low-priority", action="store_true", help="leave the machine to other work (niceness 19)"
+    )
+    command.add_argument(
+        "--retry", action="store_true", help="run cells again that were refused, as by divergence"
+    )
+    command.add_argument(
+        "--estimate",
+        action="store_true",
+        help="make what cells share, say how long the cells will take, and end",
+    )
+    command.add_argument(
+        "--no-timing",
+        action="store_true",
+        help="do not time steps for the estimate where no cell is finished",
+    )
+    command.add_argument(
+        "--into",
+        metavar="FILE.md",
+        help="also write the table into this file, between <!-- study NAME --> and "
+        "<!-- end of study NAME -->, or at its end",
+    )
+    command.set_defaults(call="ilrec_dist.cli.study:run", command="study")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, found {text!r}")
+    return int(text)
 
 
 def _add_config_command(commands: Commands) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # In a training's folder when it is finished.
 RESULT = "result.json"
+# In a training's folder: what it took.
+USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
 # The weights of the best validation and those after the last step, in a training's folder.
@@ -51,6 +53,9 @@ class RunFolders:
     @property
     def rewards(self) -> Path:
         return self.cf / CODE_ORDER
+
+    def baseline(self, name: str) -> Path:
+        return self.root / "baselines" / name
 
     @property
     def evaluation(self) -> Path:

@@ -287,6 +287,11 @@ def _prompt_problems(config: Config) -> Iterator[Problem]:
             )
 
 
+def idle_keys(config: Config) -> Iterator[str]:
+    """Every key that is set to another value than its default and that nothing reads."""
+    return (key for key, _ in _idle_keys(config))
+
+
 def _idle_keys(config: Config) -> Iterator[Problem]:
     """Keys that the user set, to another value than the default, and that nothing reads."""
     yield from ineffective_settings(config.data)

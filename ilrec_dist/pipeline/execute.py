@@ -22,6 +22,7 @@ from ilrec_dist.pipeline.preserved import Preserved
 from ilrec_dist.pipeline.records import read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.baselines import baseline_stages
 from ilrec_dist.pipeline.stages.cf import cf_stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_stage
 from ilrec_dist.pipeline.stages.index import index_stage
@@ -41,6 +42,7 @@ def stages(config: Config) -> list[Stage]:
         prepare_stage(config),
         *models,
         rewards_stage(config),
+        *baseline_stages(config),
         *trainings,
         evaluate_stage(config, [training.name for training in trainings]),
     ]

@@ -92,10 +92,11 @@ class Preserved:
 def _link_tree(source: Path, target: Path) -> None:
     """Copy a folder by hard links: its files are replaced when they change, never written to."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=_link, symlinks=True)
+    shutil.copytree(source, target, copy_function=link_file, symlinks=True)
 
 
-def _link(source: str, target: str) -> None:
+def link_file(source: str, target: str) -> None:
+    """Make `target` another name of the file `source`; a copy where there are no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

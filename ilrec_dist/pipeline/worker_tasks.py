@@ -26,6 +26,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
 from ilrec_dist.pipeline.train_one import train_one
+from ilrec_dist.pipeline.usage import note_peak_memory
 from ilrec_dist.reporting.progress import write_counter
 from ilrec_dist.training.spec import TrainingSpec
 
@@ -40,6 +41,7 @@ def train_and_evaluate(
         for training in trainings:
             spec = TrainingSpec(**(training | {"folder": Path(training["folder"])}))
             train_one(tree, spec, artifacts, parallel)
+            note_peak_memory(spec.folder, parallel)
         if evaluate:
             evaluate_trained(tree, artifacts, parallel)
 

@@ -17,7 +17,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation import comparison, examples
 from ilrec_dist.evaluation.baselines.counting import count_training
-from ilrec_dist.evaluation.baselines.table import BASELINES, baselines_of
+from ilrec_dist.evaluation.baselines.table import BASELINES, Baseline, baselines_of
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
 from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transitions_source
@@ -29,6 +29,7 @@ from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.baselines import baseline_stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
@@ -39,10 +40,11 @@ FUSIONS = (("cf",), ("cf", "transitions"))
 
 
 def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
+    wanted = config.evaluation.baselines
     return Stage(
         "evaluate",
         "evaluate",
-        after=("prepare", "cf", *trainings),
+        after=("prepare", "cf", *(baseline_stage(name) for name in wanted), *trainings),
         settings=stage_settings(config, "evaluate"),
         output=RunFolders(config.run_dir).evaluation,
     )
@@ -64,9 +66,14 @@ def predictions_file(config: Config, method: str, seed: int | None, exclude_seen
     return RunFolders(config.run_dir).evaluation / folder / name
 
 
+def baselines_in(config: Config) -> list[Baseline]:
+    """The baselines of the run's table."""
+    return baselines_of(config.data.format, config.evaluation.baselines)
+
+
 def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
     """Every (method, training seed) of the table of results; None for baselines."""
-    yield from ((baseline.name, None) for baseline in baselines_of(config.data.format))
+    yield from ((baseline.name, None) for baseline in baselines_in(config))
     for method in config.train.methods:
         names = [method, *(fused_name(method, sources) for sources in fusions(config))]
         yield from ((name, seed) for name in names for seed in config.train.seeds)
@@ -86,7 +93,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
     users = artifacts.dataset.evaluated("test")
     work = [
         (baseline.name, exclude)
-        for baseline in baselines_of(config.data.format)
+        for baseline in baselines_in(config)
         for exclude in treatments(config)
     ]
     with stage_progress("baselines", len(work), "rankings") as show:
@@ -101,6 +108,10 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                 exclude_seen=exclude,
                 cf_folder=artifacts.folders.cf,
                 data_folder=artifacts.folders.data,
+                trained={
+                    wanted: artifacts.folders.baseline(wanted)
+                    for wanted in config.evaluation.baselines
+                },
             ).save(path)
             show(done, name)
 
