@@ -24,7 +24,8 @@ from ilrec_dist.items.collisions import (
     tuple_groups,
 )
 from ilrec_dist.items.index_report import catalogue_report, collision_warning, read_report
-from ilrec_dist.items.lcrec_index import stored_ids
+from ilrec_dist.items.language_model import LANGUAGE_MODEL, extend_tokenizer
+from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 from ilrec_dist.items.residual_quantizer import CODEBOOKS, Codebooks, centroid_codebooks
 from ilrec_dist.items.text_embeddings import check_finite, item_documents, text_vectors
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
@@ -78,13 +79,12 @@ def add_items(
     )
     if not scratch.is_dir():
         raise UserError(f"index add: {scratch} is a file, expected a folder (--out {out})")
-    old_ids = list(stored_ids(folder, old, dataset.item_ids))
+    old_ids = list(stored_ids(folder, dataset.item_ids))
     known = set(old_ids)
     for item in new_ids:
         if item in known:
             raise UserError(
-                f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; "
-                "leave it out"
+                f"index add: item {item!r} is in {Path(folder) / INDEX} already; leave it out"
             )
         known.add(item)
     before = read_report(folder)
@@ -106,10 +106,20 @@ def add_items(
     }
     report["warning"] = collision_warning(report)
     with committed_folder(out) as work:
-        for name in {TOKENIZER, CODEBOOKS} & manifest_hashes(folder).keys():
-            shutil.copy(verified(folder, name, REPAIR), work / name)
+        for name in manifest_hashes(folder, REPAIR):
+            if name in (TOKENIZER, CODEBOOKS) or name.startswith(f"{LANGUAGE_MODEL}/"):
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copy(verified(folder, name, REPAIR), work / name)
+        if (work / LANGUAGE_MODEL).is_dir():
+            extend_tokenizer(work / LANGUAGE_MODEL, added_tokens(old, catalogue))
         write_items(work, catalogue, [*old_ids, *new_ids], report)
     return report
+
+
+def added_tokens(old: Catalogue, new: Catalogue) -> dict[int, str]:
+    """Token id → name of the item tokens that only the longer catalogue has."""
+    before = old.token_names()
+    return {token: name for token, name in new.token_names().items() if token not in before}
 
 
 def _with_titles(
