@@ -147,7 +147,9 @@ def worker_group(
     raised. The processes are waited for at the end.
     """
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(worker, (*arguments, free_port(), queue), nprocs=world_size, join=False)
+    context = mp.spawn(  # type: ignore[no-untyped-call]
+        worker, (*arguments, free_port(), queue), nprocs=world_size, join=False
+    )
 
     def receive() -> Any:
         while queue.empty():

@@ -129,7 +129,8 @@ def main() -> None:
 
     def measure(part: str, items: int) -> dict[str, Any]:
         words = ("--one", part, str(items), "--threads", str(arguments.threads))
-        return in_own_process(__file__, *words, threads=arguments.threads)
+        measured: dict[str, Any] = in_own_process(__file__, *words, threads=arguments.threads)
+        return measured
 
     build = measure("build", arguments.items or (100_000 if arguments.quick else 1_000_000))
     print(

@@ -99,7 +99,8 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        fed: Tensor = self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return x + fed
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
@@ -182,7 +183,7 @@ def batches(
     order = rng.permutation(len(rows))
     order = order[np.argsort(lengths[order], kind="stable")]
     groups = [order[start : start + size] for start in range(0, len(order), size)]
-    rng.shuffle(groups)  # type: ignore[arg-type]
+    rng.shuffle(groups)
     return groups
 
 
@@ -348,7 +349,7 @@ def train(
         for group in batches(rows, args.batch, rng):
             loss = batch_loss(model, data, [rows[row] for row in group], args.softmax)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -407,7 +408,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ Targets = tuple[np.ndarray, np.ndarray]
 def first_code_shares() -> np.ndarray:
     """How the items are spread over the first codes, float64 [CODES]."""
     popularity = 1 / np.arange(1, CODES + 1) ** 0.5
-    return popularity / popularity.sum()
+    return np.asarray(popularity / popularity.sum())
 
 
 def draw(
