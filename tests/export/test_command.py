@@ -124,16 +124,7 @@ def test_the_local_backend_serves_what_recommend_writes(exported, tmp_path: Path
     words = ["recommend", str(run), "--histories", str(tmp_path / "histories.parquet")]
     assert main([*words, "--top", "5", "--exclude-seen", "--out", str(out)]) == 0
     with open_trained_model(run) as trained:
-        backend = LocalBackend(
-            trained.backbone,
-            trained.artifacts.dataset,
-            trained.artifacts.trie,
-            beam=trained.config.evaluation.beam,
-            batch_size=trained.config.evaluation.batch_size,
-            softmax_scope=trained.softmax_scope,
-            max_history=trained.config.train.max_history,
-            parallel=trained.parallel,
-        )
+        backend = LocalBackend(trained.ranker, trained.artifacts.dataset)
         lists = backend.recommend(histories, 5, True)
         with pytest.raises(UserError, match="history 1 has the item 'none'"):
             backend.recommend([[ids[0]], ["none"]], 5, False)
