@@ -73,10 +73,19 @@ def write_manifest(
     return manifest
 
 
-def manifest_hashes(folder: str | Path) -> dict[str, str]:
-    """Path below `folder` -> SHA-256, as its manifest.json has them."""
-    manifest = read_json_object(Path(folder) / MANIFEST)
-    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+def manifest_hashes(folder: str | Path, repair: str = REPAIR) -> dict[str, str]:
+    """Path below `folder` -> SHA-256, as its manifest.json has them.
+
+    Raises UserError that names the manifest where it is missing, or is none.
+    """
+    path = Path(folder) / MANIFEST
+    manifest = read_json_object(path, repair)
+    try:
+        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: damaged (it names no files with their SHA-256); {repair}"
+        ) from None
 
 
 def verified(folder: str | Path, name: str, repair: str = REPAIR) -> Path:
@@ -93,7 +102,7 @@ def verify(folder: str | Path, names: Iterable[str] | None = None, repair: str =
 
     Raises UserError that names the first file that is missing, damaged or not in the manifest.
     """
-    hashes = manifest_hashes(folder)
+    hashes = manifest_hashes(folder, repair)
     names = list(hashes if names is None else names)
     check_hashes(folder, {name: hashes.get(name) for name in names}, MANIFEST, repair)
 

@@ -134,7 +134,7 @@ class Catalogue:
             raise UserError(
                 f"{folder}: not a catalogue folder (no catalogue.json); run `ilrec index` first"
             )
-        meta = read_json_object(path)
+        meta = read_json_object(path, REPAIR)
         if meta.get("version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; "

@@ -75,7 +75,7 @@ class Trie:
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             verified(folder, "trie.json", REPAIR)
-        meta = read_json_object(folder / "trie.json")
+        meta = read_json_object(folder / "trie.json", REPAIR)
         check_hashes(folder, {"trie.npy": meta.get("sha256")}, "trie.json", REPAIR)
         stored, starts = map_array(folder / "trie.npy"), [count + 1 for count in meta["nodes"]]
         *arrays, labels = _cut(

@@ -39,8 +39,8 @@ def read_training_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
     in the result.json beside it.
     """
-    hashes = read_json_object(path.with_name(RESULT)).get(WEIGHTS_SHA256, {})
     repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
+    hashes = read_json_object(path.with_name(RESULT), repair).get(WEIGHTS_SHA256, {})
     check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
     return load_file(path)
 

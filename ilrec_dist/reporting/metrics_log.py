@@ -16,6 +16,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+# The key of a training's result.json that has the SHA-256 of its complete log.
+METRICS_SHA256 = "metrics_sha256"
 TENSORBOARD_FOLDER = "tensorboard"
 # Written on resume: the number of logged steps that the checkpoint did not cover.
 RESUMED = "resumed/dropped_steps"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, write_json
+from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
@@ -30,7 +30,7 @@ from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import Objective
 from ilrec_dist.objective.metrics import LossStatistics
-from ilrec_dist.reporting.metrics_log import MetricsLog
+from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import (
     PrefetchedBatch,
@@ -347,6 +347,7 @@ class Trainer:
                 "precision": self.config.precision,
             },
             WEIGHTS_SHA256: {BEST: best_sha256, FINAL: final_sha256},
+            METRICS_SHA256: sha256_file(self.spec.folder / METRICS_FILE),
             **progress,
         }
 

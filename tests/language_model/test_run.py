@@ -20,9 +20,11 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from tests.language_model.models import SPARE_ROWS, make_language_model, model_config
+from tests.support.shop import damage
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -162,6 +164,15 @@ def test_generate_finds_what_recommend_finds(finished, exported, tmp_path: Path)
     np.testing.assert_allclose(
         [score for _, score in found[:10]], [row["score"] for row in expected], atol=1e-4
     )
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(finished, tmp_path: Path, capsys) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    damage(tmp_path / f"run/items/{LANGUAGE_MODEL}/tokenizer.json", keep_time=True)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert "tokenizer.json: damaged" in line and "ilrec index" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_training_left_alone_come_out_byte_for_byte(shop, tmp_path: Path) -> None:
