@@ -117,7 +117,7 @@ class Executor:
                 self.run.state_folder.rmdir()
                 self.run.folder.rmdir()
             raise
-        if self._begun:
+        if self._begun or not self.preserved.outputs:
             self.preserved.drop()
 
     def _is_new_training(self, name: str) -> bool:
