@@ -30,7 +30,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import CONFIG, World, copy_models, training_targets
+from tests.support.cf_world import CONFIG, World, copy_models, training_targets
 
 ITEMS, WIDTH, LIMIT = 6000, 16, 200
 

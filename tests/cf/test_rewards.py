@@ -21,7 +21,7 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import Vocabulary
-from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+from tests.support.cf_world import CONFIG, World, training_targets, with_sequence
 
 
 def brute_force(world: World, users: np.ndarray, positions: np.ndarray) -> np.ndarray:

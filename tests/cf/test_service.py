@@ -25,7 +25,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import (
+from tests.support.cf_world import (
     CONFIG,
     World,
     documented_metrics,

@@ -24,7 +24,7 @@ from ilrec_dist.data.synthetic.generate import (
 from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
-from tests.data.masks import train_mask, user_of_interaction
+from tests.support.masks import train_mask, user_of_interaction
 
 SMALL = SyntheticConfig(users=300, items=120, categories=6)
 

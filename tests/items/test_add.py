@@ -18,7 +18,7 @@ from ilrec_dist.items.collisions import collision_report
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_plot import plot_code_use
 from ilrec_dist.items.index_report import open_index, report_table
-from tests.items.test_build import words
+from tests.support.item_words import words
 
 
 def built(tmp_path, n=96, **settings):

@@ -16,8 +16,8 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, LanguageModel
 from ilrec_dist.model.hf.checkpoint import read_config
-from tests.items.test_build import words
 from tests.language_model.models import make_language_model
+from tests.support.item_words import words
 
 pytestmark = pytest.mark.slow
 CODES = {"levels": 2, "codes_per_level": 16, "collisions": "resolve", "embedding_dim": 16}
