@@ -93,7 +93,7 @@ def moment_cells(items: int, prefix_items: int) -> int:
     They are all first codes, and the children of those with more than `prefix_items` items.
     """
     split = int((items * first_code_shares() > prefix_items).sum())
-    return CODES * (1 + split)
+    return int(CODES * (1 + split))
 
 
 def measure(items: int) -> dict[str, Any]:
