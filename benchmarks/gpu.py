@@ -36,7 +36,9 @@ LISTED: dict[str, Any] = {"negative_scope": "valid_next"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """N x d x V x m of the figures, and the workspaces in bytes that they are given for."""
+    """N x d x V x m of the figures, and the workspaces in bytes that they are given
+    for.
+    """
 
     dense: str = "8192x4096x131072x3"
     few_rows: str = "512x4096x131072x3"

@@ -43,8 +43,9 @@ WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
 
 
 def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
-    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first unevenly
-    filled, and noise."""
+    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first
+    unevenly filled, and noise.
+    """
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((items, WIDTH), dtype=np.float32)
     vectors *= 0.3

@@ -1,4 +1,5 @@
-"""What does the cross-layer loss cost against its own matrix products, forward and backward?
+"""What does the cross-layer loss cost against its own matrix products, forward and
+backward?
 
     python benchmarks/loss.py [--quick] [--json FILE] [--logits random]
 
@@ -38,7 +39,9 @@ PLAIN: dict[str, Any] = {"beta": 0.0, "crr_lambda": 0.0}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves that need gradients, the target, and per row 256 candidate tokens with rewards."""
+    """Leaves that need gradients, the target, and per row 256 candidate tokens with
+    rewards.
+    """
 
     hidden: list[Tensor]
     head: Tensor
@@ -302,7 +305,9 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
 def measure(
     table: dict[str, Provider], x: Inputs, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """(median milliseconds, extra bytes) by provider; one that has no memory left is dropped."""
+    """(median milliseconds, extra bytes) by provider; one that has no memory left is
+    dropped.
+    """
     memory: dict[str, int] = {}
     for name, (fn, _) in list(table.items()):
         began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""A plain single-process decoder over semantic IDs checks the system's numbers and its speed.
+"""A plain single-process decoder over semantic IDs checks the system's numbers and its
+speed.
 
     OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15
 
@@ -143,7 +144,9 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """int64 [B, S] -> final-normed hidden states [B, S, d], every block's keys and values."""
+        """int64 [B, S] -> final-normed hidden states [B, S, d], every block's keys and
+        values.
+        """
         x = self.dropout(self.embed(tokens) + self.position.weight[: tokens.shape[1]])
         cache = []
         for block in self.blocks:
@@ -178,7 +181,9 @@ def training_rows(data: Triple, history: int) -> list[tuple[np.ndarray, int]]:
 def batches(
     rows: list[tuple[np.ndarray, int]], size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Rows of like length together (random within a length), batches in random order."""
+    """Rows of like length together (random within a length), batches in
+    random order.
+    """
     lengths = np.array([len(items) for items, _ in rows])
     order = rng.permutation(len(rows))
     order = order[np.argsort(lengths[order], kind="stable")]
@@ -336,7 +341,9 @@ def cosine_schedule(
 def train(
     model: Decoder, data: Triple, validation_users: np.ndarray, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Train all epochs; the printed record of each, with the validation where there are users."""
+    """Train all epochs; the printed record of each, with the validation where there are
+    users.
+    """
     rng = np.random.default_rng(args.seed)
     rows = training_rows(data, args.history)
     steps_per_epoch = math.ceil(len(rows) / args.batch)

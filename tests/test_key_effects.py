@@ -1,4 +1,5 @@
-"""A key of the configuration that has no effect beside the others is refused, for every key.
+"""A key of the configuration that has no effect beside the others is refused, for every
+key.
 
 The two tables below hold every key of the tree, so that a new key cannot be forgotten: it has an
 effect in every configuration, or it is refused where it has none.

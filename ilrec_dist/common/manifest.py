@@ -1,4 +1,5 @@
-"""Manifests: the SHA-256 of every file of a folder, written by its stage, checked by readers.
+"""Manifests: the SHA-256 of every file of a folder, written by its stage, checked by
+readers.
 
 `write_manifest` is called last, when a folder's files are complete; `verified` and `verify` before
 a file is read. A file that has not changed since it was hashed in this process, by its size and
@@ -24,7 +25,9 @@ _hashes: dict[tuple[str, int, int], str] = {}
 
 
 def cached_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file, computed once a process unless its size or time changes."""
+    """Hex SHA-256 of a file, computed once a process unless its size or
+    time changes.
+    """
     path = Path(path).resolve()
     status = path.stat()
     key = (str(path), status.st_size, status.st_mtime_ns)
@@ -46,7 +49,9 @@ def hash_files(folder: str | Path, names: Iterable[str] | None = None) -> dict[s
 
 
 def folder_files(folder: str | Path) -> list[str]:
-    """Paths below `folder` of its files, without hidden ones and the folder's own manifest."""
+    """Paths below `folder` of its files, without hidden ones and the folder's own
+    manifest.
+    """
     folder = Path(folder)
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(
@@ -59,7 +64,8 @@ def folder_files(folder: str | Path) -> list[str]:
 def write_manifest(
     folder: str | Path, entries: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """Write manifest.json: `entries`, and under "files" the bytes and SHA-256 of each file.
+    """Write manifest.json: `entries`, and under "files" the bytes and SHA-256 of each
+    file.
 
     To be called last. Returns what was written.
     """
@@ -89,7 +95,8 @@ def manifest_hashes(folder: str | Path, repair: str = REPAIR) -> dict[str, str]:
 
 
 def verified(folder: str | Path, name: str, repair: str = REPAIR) -> Path:
-    """The path of one file of the folder, after its bytes were compared with the manifest.
+    """The path of one file of the folder, after its bytes were compared with the
+    manifest.
 
     Raises UserError when the file is missing, damaged or not in the manifest.
     """

@@ -164,7 +164,9 @@ def _books_and_vectors(
     item_vectors: GivenVectors | None,
     scratch: Path,
 ) -> tuple[Codebooks, np.ndarray]:
-    """(codebooks of the old codes, the new items' vectors float32 [m, d] in their space)."""
+    """(codebooks of the old codes, the new items' vectors float32 [m, d] in their
+    space).
+    """
     stored = CODEBOOKS in manifest_hashes(folder)
     if item_vectors is not None:
         old_vectors, new_vectors = item_vectors.old, np.asarray(item_vectors.new, np.float32)
@@ -189,7 +191,9 @@ def _books_and_vectors(
 def _check_vectors(
     folder: str | Path, old: Catalogue, num_new: int, item_vectors: GivenVectors, stored: bool
 ) -> None:
-    """Raise UserError unless the vectors' counts, and the old ones' order, fit the index."""
+    """Raise UserError unless the vectors' counts, and the old ones' order, fit the
+    index.
+    """
     if item_vectors.old is None:
         kind = read_report(folder)["vectors"]["kind"]
         if not stored or "+" in kind:
@@ -210,7 +214,8 @@ def _check_vectors(
 
 
 def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> None:
-    """Raise UserError where the old vectors tell no more of the codes than in a random order.
+    """Raise UserError where the old vectors tell no more of the codes than in a random
+    order.
 
     Items of one first code have like vectors where both are in item-index order.
     Vectors in code order have the same shape, and every new item would get the codes of
@@ -241,7 +246,9 @@ def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> Non
 
 
 def _explained(vectors: np.ndarray, codes: np.ndarray) -> float:
-    """The sum of squares between the codes' means: the larger, the more alike are their items."""
+    """The sum of squares between the codes' means: the larger, the more alike are their
+    items.
+    """
     order = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
     counts = np.diff(np.append(starts, len(codes)))

@@ -1,4 +1,6 @@
-"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read and written back."""
+"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read and
+written back.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class IndexFile:
 
 
 def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> IndexFile:
-    """Read the codes of `item_ids` in that order (None: of all items, as the file has them).
+    """Read the codes of `item_ids` in that order (None: of all items, as the file has
+    them).
 
     Items of the file that are not among `item_ids` are passed over, but count towards
     the level sizes. Raises UserError naming file and item for an item without a code, a

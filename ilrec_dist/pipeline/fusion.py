@@ -1,4 +1,6 @@
-"""Opens a fusion that the evaluation of a run made: `ilrec recommend --fusion` (METHOD.md §12)."""
+"""Opens a fusion that the evaluation of a run made: `ilrec recommend --fusion`
+(METHOD.md §12).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ WIDEST = "widest"
 
 
 def open_fusion(trained: TrainedModel, fusion: str = WIDEST) -> FusedRanker:
-    """The mixture of a trained model with the sources that `fusion` names, such as "cf".
+    """The mixture of a trained model with the sources that `fusion` names, such as
+    "cf".
 
     Its weights were chosen on validation by the run's evaluation, for lists with and without seen
     items. Raises UserError where that made no such fusion, and where it stands on other data or

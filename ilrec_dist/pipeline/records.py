@@ -1,4 +1,5 @@
-"""The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage wrote.
+"""The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage
+wrote.
 
 It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its output, the hash of
 the outputs that the stage stands on, and a checksum of all this.
@@ -35,7 +36,9 @@ CHECKSUM = "checksum"
 
 
 def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it is written: a byte that is changed later is found by its checksum."""
+    """The record as it is written: a byte that is changed later is found by its
+    checksum.
+    """
     return {**record, CHECKSUM: _checksum(record)}
 
 
@@ -44,7 +47,9 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record's content; None where there is none, and where it is damaged or of old form."""
+    """A record's content; None where there is none, and where it is damaged or of old
+    form.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
@@ -90,7 +95,8 @@ def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, di
 
 
 def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) -> str | None:
-    """The first file of a stage's output that is not what its record says; None if all are whole.
+    """The first file of a stage's output that is not what its record says; None if all
+    are whole.
 
     Size and time are compared, and the hash where only the time differs, as after a copy. With
     `verify` all hashes are compared, in parallel.
@@ -114,7 +120,9 @@ def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) 
 
 
 def content_hash(record: Mapping[str, Any]) -> str:
-    """SHA-256 that identifies what a stage wrote; equal outputs made at other times have one."""
+    """SHA-256 that identifies what a stage wrote; equal outputs made at other times
+    have one.
+    """
     files = [
         (name, entry["sha256"])
         for name, entry in sorted(record["files"].items())
@@ -153,7 +161,8 @@ def verify_descriptions(folders: RunFolders, name: str) -> None:
 
 
 def check_stands_on(folders: RunFolders, name: str, wanted: Sequence[str]) -> None:
-    """What stage `name` stands on, among `wanted` stages, must be what lies in the folder now.
+    """What stage `name` stands on, among `wanted` stages, must be what lies in the
+    folder now.
 
     Follows the chain, and compares the records' hashes only. Raises UserError that names both.
     """
@@ -179,7 +188,8 @@ def record_output(name: str, record: Mapping[str, Any] | None) -> str:
 
 
 def verify_output(folders: RunFolders, name: str, files: Sequence[str] | None = None) -> None:
-    """Compare files of a finished stage, or all, with the hashes in its record, in parallel.
+    """Compare files of a finished stage, or all, with the hashes in its record, in
+    parallel.
 
     Raises UserError that names the first one that is missing or damaged.
     """

@@ -1,4 +1,6 @@
-"""Damaged files and numbers that are not finite are refused by name, where they arise."""
+"""Damaged files and numbers that are not finite are refused by name, where
+they arise.
+"""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ def large() -> Large:
 
 @pytest.fixture(scope="module")
 def scorer_folder(large: Large, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of both folds' scorers, written once for all tests that want the same."""
+    """The folder of both folds' scorers, written once for all tests that
+    want the same.
+    """
 
     @functools.cache
     def write(kind: str, shards: int = 1, prefix_items: int = LIMIT) -> Path:

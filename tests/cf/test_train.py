@@ -1,4 +1,6 @@
-"""The CF stage: folds, cross-fitting, determinism, the report and the folder's hashes."""
+"""The CF stage: folds, cross-fitting, determinism, the report and the
+folder's hashes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Damage to any file of a finished run that a command reads is refused by name, or repaired.
+"""Damage to any file of a finished run that a command reads is refused by name, or
+repaired.
 
 For each command: which files of the run it opens, found by an audit hook; that it needs no other,
 by removing all others; and then, for each of these files, a flipped bit that leaves size and time,
@@ -57,7 +58,9 @@ def digest(folder: Path) -> str:
 
 
 def answer_in_files(*words: str) -> Callable[[Path], str]:
-    """Run a command of the command line, with OUT for a new folder that it writes to."""
+    """Run a command of the command line, with OUT for a new folder that it
+    writes to.
+    """
 
     def run(root: Path) -> str:
         out = root / "out"
@@ -77,7 +80,8 @@ def config(root: Path) -> Config:
 
 
 def again(command: str) -> Callable[[Path], str]:
-    """Run a stage's command again; the results without the times, of which some are new.
+    """Run a stage's command again; the results without the times, of which some are
+    new.
 
     Where a file is found to be damaged, the stage would be made again from the beginning;
     test_finished_run.py follows that to its end.

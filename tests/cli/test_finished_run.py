@@ -1,4 +1,6 @@
-"""A finished run: refused commands leave it, its hashes identify it, damage is repaired."""
+"""A finished run: refused commands leave it, its hashes identify it, damage is
+repaired.
+"""
 
 import json
 import shutil

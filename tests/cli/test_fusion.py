@@ -1,4 +1,6 @@
-"""`ilrec recommend --fusion` serves the mixtures that the run's evaluation chose and saved."""
+"""`ilrec recommend --fusion` serves the mixtures that the run's evaluation chose and
+saved.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""RecBole, MovieLens, sequences and MiniOneRec on samples as their publishers write them."""
+"""RecBole, MovieLens, sequences and MiniOneRec on samples as their publishers write
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files that could be read in a wrong way: they are read right, or refused in one line."""
+"""Files that could be read in a wrong way: they are read right, or refused
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ def test_a_table_of_users_with_one_row_each_is_not_read_as_sequences(tmp_path, t
 @settings(max_examples=60)
 @given(data=st.data())
 def test_sequences_of_any_kind_of_ids_are_not_taken_for_a_table(data):
-    """Small integers, ids as large as times, names; users with few items and with many."""
+    """Small integers, ids as large as times, names; users with few items
+    and with many.
+    """
     kinds = {
         "small": st.integers(0, 10),
         "middle": st.integers(1, 5000),

@@ -1,4 +1,6 @@
-"""The counting baselines, by hand on a toy and against the published rows of the real data."""
+"""The counting baselines, by hand on a toy and against the published rows of the real
+data.
+"""
 
 from __future__ import annotations
 

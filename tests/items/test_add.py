@@ -1,4 +1,6 @@
-"""New items get codes of their own and old ones keep theirs; the report as table and picture."""
+"""New items get codes of their own and old ones keep theirs; the report as table and
+picture.
+"""
 
 from __future__ import annotations
 

@@ -385,7 +385,9 @@ def test_characters_are_taken_only_where_words_say_little():
 
 
 def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
-    """Every third text is fitted, by its beginning; all items get vectors near their kind."""
+    """Every third text is fitted, by its beginning; all items get vectors near their
+    kind.
+    """
     monkeypatch.setattr(tfidf, "FIT_CHARACTERS", 25)
     titles = [chinese(item) + "尾" * 200 + str(item) for item in range(60)]
     vectorizer, terms = fit_terms(lambda: iter(titles), 2)

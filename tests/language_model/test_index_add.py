@@ -1,4 +1,6 @@
-"""`ilrec index add` takes a language model's tokenizer along, with the tokens that are new."""
+"""`ilrec index add` takes a language model's tokenizer along, with the tokens that are
+new.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> tuple[Path, Path]:
-    """(the folder of runs with one whose data are prepared, a language model's folder)."""
+    """(the folder of runs with one whose data are prepared, a language
+    model's folder).
+    """
     root = tmp_path_factory.mktemp("shop")
     config = tiny_config(root)
     execute(config, "prepare")

@@ -1,4 +1,6 @@
-"""The lists of a run, and those that transformers makes of what the run was exported to."""
+"""The lists of a run, and those that transformers makes of what the run was exported
+to.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,9 @@ def save_model(path: Path, model: SASRec) -> None:
 
 
 def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
-    """The header of a safetensors file of these tensors, and how many bytes follow it."""
+    """The header of a safetensors file of these tensors, and how many bytes
+    follow it.
+    """
     entries: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

@@ -1,4 +1,5 @@
-"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item a line).
+"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item
+a line).
 
 Both are in chronological order.
 """
@@ -25,7 +26,9 @@ from ilrec_dist.data.reading.table_signs import TABLE, TableSigns
 
 
 def sequences_files(config: DataConfig) -> list[Path]:
-    """The sequences and the item table (`data.items_path`), which these formats lack."""
+    """The sequences and the item table (`data.items_path`), which these
+    formats lack.
+    """
     return [require_file(config.path or "", "data.path"), *item_files(config)]
 
 

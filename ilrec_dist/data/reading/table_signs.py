@@ -1,4 +1,5 @@
-"""Signs that lines of blank-separated fields are rows of a table, not users with their items.
+"""Signs that lines of blank-separated fields are rows of a table, not users with their
+items.
 
 A user and all its items a line (S3Rec's form) cannot be told from `user item rating time` by
 repeated users where each user has one row. What tells them apart is that items are of one kind:
@@ -53,7 +54,9 @@ class TableSigns:
         self.first: tuple[int, list[str]] = (0, [])
 
     def add(self, fields: pa.Array, numbers: np.ndarray) -> None:
-        """Take lines as lists of at least two fields, with their numbers; there is at least one."""
+        """Take lines as lists of at least two fields, with their numbers; there is at
+        least one.
+        """
         if self.width == 0 and not self.commas:
             return
         if self.width < 0 and _is_header(fields[0].as_py()) and len(fields) > 1:
@@ -122,7 +125,9 @@ def _end_with_commas(fields: pa.Array) -> bool:
 
 
 def _look_like_times(values: pa.Array) -> pa.Array:
-    """Whether each is a date, or a number that is a Unix time in seconds or milliseconds."""
+    """Whether each is a date, or a number that is a Unix time in seconds or
+    milliseconds.
+    """
     is_number = pc.match_substring_regex(values, NUMBER)
     numbers = pc.if_else(is_number, values, pa.scalar(None, values.type)).cast(pa.float64())
     first, last = SECONDS
