@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stages(commands)
     _add_index_commands(commands)
+    _add_analyze(commands)
     _add_recommend(commands)
     _add_serve(commands)
     _add_export(commands)
@@ -130,6 +131,25 @@ def _add_index_commands(commands: Commands) -> None:
         "index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json"
     )
     command.add_argument("--plot", metavar="X.svg", help="write a picture of the codes' use here")
+
+
+def _add_analyze(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "analyze",
+        "say why a trained method gains or not: its negatives, its terms' gradients, who gains",
+        "example:\n  ilrec analyze runs/quickstart --users 1000",
+    )
+    command.add_argument("run", metavar="RUN", help="the folder of an evaluated run")
+    _add_model_choice(command)
+    command.add_argument(
+        "--users",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="validation users whose negatives and beams are looked at (default 1000)",
+    )
+    command.set_defaults(call="ilrec_dist.cli.analyze:run", command="analyze")
 
 
 def _add_recommend(commands: Commands) -> None:
