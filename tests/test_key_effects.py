@@ -233,6 +233,30 @@ SOMETIMES: dict[str, Case] = {
     "objective.distill_scope": ("all", [], [(["objective.cpd_mu=0"], "cpd_mu"), (SFT, ONLY_SFT)]),
     "objective.crr_lambda": ("0.3", [], [(SFT, ONLY_SFT)]),
     "objective.reward_floor": ("0.1", [], [(NO_REWARDS, "crr_lambda"), (SFT, ONLY_SFT)]),
+    "objective.ramp": (
+        "0.1",
+        [],
+        [
+            (["objective.cpo_beta=0", "objective.cpd_mu=0", *NO_REWARDS], "cpd_mu or .* above 0"),
+            (SFT, ONLY_SFT),
+        ],
+    ),
+    **{
+        f"preference.{key}": (
+            value,
+            [f"train.methods=[sft, {method}]"],
+            [([], "none of train.methods"), ([f"train.methods=[sft, {other}]"], "train.methods")],
+        )
+        for key, value, method, other in (
+            ("gamma", "0.5", "simpo", "dpo"),
+            ("negatives", "5", "sdpo", "dpo"),
+            ("rounds", "3", "sprec", "dpo"),
+        )
+    },
+    **{
+        f"preference.{key}": (value, ["train.methods=[sft, dpo]"], [([], "none of train.methods")])
+        for key, value in (("beta", "0.5"), ("epochs", "4"), ("learning_rate", "0.1"))
+    },
     "objective.workspace_mib": ("9", [], [(["objective.backend=reference"], "torch or triton")]),
     "evaluation.fusion_candidates": (
         "9",
