@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
+from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
@@ -28,7 +30,9 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.prompting import input_form
 from ilrec_dist.pipeline.run import config_problem
+from ilrec_dist.prompts.config import PromptsConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class TrainedModel:
     weights: Path
     softmax_scope: SoftmaxScope
     parallel: ParallelState
+    # What the model reads of a history.
+    inputs: InputForm
+    # What is to be known to ask it in words elsewhere; None for plain sequences.
+    prompt: dict[str, Any] | None = None
 
     @property
     def ranker(self) -> ModelRanker:
@@ -56,7 +64,7 @@ class TrainedModel:
             beam=self.config.evaluation.beam,
             batch_size=self.config.evaluation.batch_size,
             softmax_scope=self.softmax_scope,
-            max_history=self.config.train.max_history,
+            inputs=self.inputs,
             parallel=self.parallel,
             model_name=str(self.weights),
         )
@@ -79,12 +87,15 @@ def open_trained_model(
     artifacts = RunArtifacts(config)
     weights = artifacts.folders.training(method, seed) / BEST
     model = artifacts.trained_model(method, seed)["model"]
+    # Trainings of earlier versions had none.
+    prompt = model.get("prompts")
     config = dataclasses.replace(
         config,
         backbone=section_from_dict(BackboneConfig, model["backbone"]),
         train=dataclasses.replace(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
+        prompts=section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig(),
     )
     device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
@@ -94,7 +105,16 @@ def open_trained_model(
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
         yield TrainedModel(
-            config, artifacts, method, seed, backbone, weights, model["softmax_scope"], parallel
+            config,
+            artifacts,
+            method,
+            seed,
+            backbone,
+            weights,
+            model["softmax_scope"],
+            parallel,
+            input_form(config, artifacts, prompt),
+            None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
         )
     finally:
         destroy_parallel()

@@ -10,7 +10,8 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.inference.ranker import HistoryRanges, Ranker
+from ilrec_dist.inference.inputs import HistoryRanges
+from ilrec_dist.inference.ranker import Ranker
 
 
 @dataclass(frozen=True)

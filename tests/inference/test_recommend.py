@@ -16,6 +16,7 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
+from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.inference.recommend import Recommendations, recommend_items
 from ilrec_dist.items.trie import Trie
@@ -47,7 +48,7 @@ def ranker(parallel: ParallelState, **settings) -> ModelRanker:
         "beam": 20,
         "batch_size": 64,
         "softmax_scope": "all",
-        "max_history": MAX_HISTORY,
+        "inputs": PlainSequences(CATALOGUE, MAX_HISTORY),
     }
     return ModelRanker(toy_backbone(CATALOGUE), TRIE, parallel=parallel, **(defaults | settings))
 

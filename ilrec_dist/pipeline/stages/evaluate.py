@@ -32,6 +32,7 @@ from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
@@ -122,6 +123,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     Runs in every worker. Predictions that an interrupted evaluation saved are not made again.
     """
     users = artifacts.dataset.evaluated("test")
+    inputs = input_form(config, artifacts, served_prompt(config))
     is_rank0 = dist.get_rank() == 0
     work = [
         (method, seed, exclude)
@@ -146,7 +148,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             split="test",
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            max_history=config.train.max_history,
+            inputs=inputs,
             parallel=parallel,
             progress=_counter(artifacts, parallel.dp, done, total) if is_rank0 else None,
             model_name=str(weights),
@@ -166,6 +168,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
     Each is saved like a method's predictions, with its weights in a .fusion.json beside them.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
+    inputs = input_form(config, artifacts, served_prompt(config))
     work = itertools.product(
         config.train.methods, config.train.seeds, treatments(config), fusions(config)
     )
@@ -187,7 +190,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
             test_users=artifacts.dataset.evaluated("test"),
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            max_history=config.train.max_history,
+            inputs=inputs,
             parallel=parallel,
             model_name=str(weights_file),
         )
