@@ -77,6 +77,8 @@ NO_REWARDS = ["objective.crr_lambda=0"]
 SFT = ["train.methods=[sft]"]
 ONLY_SFT = "train.methods"
 PRETRAINED = ["backbone.from=no/such/model"]
+PROMPTED = [*PRETRAINED, "prompts.templates=no-such.yaml", "train.targets=last"]
+HALF = "prompts.shares.next_item=0.5"
 INDEXED = ["cf.reward_index=flat"]
 
 # key → (a value, settings beside which it has an effect, and pairs of settings beside which it has
@@ -134,13 +136,18 @@ SOMETIMES: dict[str, Case] = {
     ),
     "items.levels": ("2", [], [(GIVEN, "without items.index"), (TITLES, "semantic")]),
     "items.codes_per_level": ("8", [], [(["items.form=atomic"], "semantic"), (GIVEN, "semantic")]),
-    "items.tokenizer": ("t.json", TITLES, [([], "items.form titles")]),
+    "items.tokenizer": (
+        "t.json",
+        TITLES,
+        [([], "items.form titles"), ([*TITLES, *PRETRAINED], "backbone.from null")],
+    ),
     "items.title_vocab_size": (
         "999",
         TITLES,
         [
             ([], "items.form titles"),
-            ([*TITLES, "items.tokenizer=t.json"], "without items.tokenizer"),
+            ([*TITLES, "items.tokenizer=t.json"], "items.tokenizer null"),
+            ([*TITLES, *PRETRAINED], "backbone.from and items.tokenizer null"),
         ],
     ),
     "items.title_tokens": ("8", TITLES, [([], "items.form titles")]),
@@ -168,7 +175,36 @@ SOMETIMES: dict[str, Case] = {
     "cf.reward_replicas": ("2", ["cf.rewards=actor"], [([], "cf.rewards actor")]),
     "cf.reward_retries": ("2", ["cf.rewards=actor"], [([], "cf.rewards actor")]),
     "cf.reward_cache": ("true", [], [(SFT, "reads rewards"), (NO_REWARDS, "crr_lambda")]),
-    "backbone.new_tokens": ("text", PRETRAINED, [([], "a model in backbone.from")]),
+    "backbone.new_tokens": (
+        "text",
+        PRETRAINED,
+        [([], "a model in backbone.from"), ([*TITLES, *PRETRAINED], "semantic or atomic")],
+    ),
+    "prompts.templates": (
+        "no-such.yaml",
+        [*PRETRAINED, "train.targets=last"],
+        [(["train.targets=last"], "a model in backbone.from")],
+    ),
+    "prompts.chat": ("true", PROMPTED, [([], "prompts.templates")]),
+    "prompts.max_tokens": ("99", PROMPTED, [([], "prompts.templates")]),
+    "prompts.shares.next_item": (
+        "0.5",
+        [*PROMPTED, "prompts.shares.title_to_codes=0.5"],
+        [([], "prompts.templates")],
+    ),
+    **{
+        f"prompts.shares.{key}": (
+            "0.5",
+            [*PROMPTED, HALF],
+            [([], "prompts.templates"), ([*PROMPTED, HALF, *TITLES], "semantic or atomic")],
+        )
+        for key in (
+            "titles_to_next_codes",
+            "codes_to_next_title",
+            "title_to_codes",
+            "codes_to_title",
+        )
+    },
     **{
         f"backbone.{key}": (value, beside, [(PRETRAINED, "backbone.from null")])
         for key, value, beside in (
@@ -326,8 +362,10 @@ def empty(tmp_path: Path) -> Path:
 def test_a_key_without_effect_is_refused_with_what_would_give_it_one(
     overrides: list[str], key: str, needed: str, empty: Path
 ) -> None:
-    named = key if not key.startswith("data.synthetic.") else "data.synthetic"
-    with pytest.raises(ConfigError, match=f"'{named}': has no effect .*{needed}") as error:
+    # Where a whole section has none, the section is named.
+    section, _, leaf = key.rpartition(".")
+    pattern = rf"'{section}(\.{leaf})?': has no effect .*{needed}"
+    with pytest.raises(ConfigError, match=pattern) as error:
         load_config(empty, overrides)
     assert "\n" not in str(error.value)
 
@@ -335,8 +373,11 @@ def test_a_key_without_effect_is_refused_with_what_would_give_it_one(
 @pytest.mark.parametrize("key", SOMETIMES)
 def test_a_key_with_an_effect_is_taken(key: str, empty: Path) -> None:
     value, beside, refusals = SOMETIMES[key]
-    config = load_config(empty, settings(key, value, beside))
-    assert config != load_config(empty, beside if key != "data.path" else [])
+    found, default = load_config(empty, settings(key, value, beside)), Config()
+    for name in key.split("."):
+        field = "from_" if name == "from" else name
+        found, default = getattr(found, field), getattr(default, field)
+    assert found != default
     assert refusals or key in REFUSED_OTHERWISE
 
 
