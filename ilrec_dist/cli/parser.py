@@ -59,7 +59,7 @@ def _add_stages(commands: Commands) -> None:
                 "\nsee also:\n  ilrec index build --help    ilrec index add --help"
                 "    ilrec index report --help"
             )
-        command = _command(commands, name, what, example, "stages:run_stage")
+        command = _command(commands, name, what, example)
         _add_config(command)
         if name in ("run", "train"):
             command.add_argument(
@@ -80,7 +80,9 @@ def _add_stages(commands: Commands) -> None:
                 help="skip up to N malformed rows and list them in rejects.jsonl "
                 "(data.max_bad_rows)",
             )
-        command.set_defaults(resume=False, max_bad_rows=None)
+        command.set_defaults(
+            call="ilrec_dist.cli.stages:run_stage", command=name, resume=False, max_bad_rows=None
+        )
 
 
 def _add_index_commands(commands: Commands) -> None:
@@ -93,15 +95,16 @@ def _add_index_commands(commands: Commands) -> None:
         "index build",
         what,
         "example:\n  ilrec index build configs/quickstart.yaml items.collisions=resolve",
-        "stages:build_index",
     )
     _add_config(command)
+    command.set_defaults(call="ilrec_dist.cli.stages:build_index", command="index build")
     example = (
         "example:\n  ilrec index add runs/quickstart --items new-items.csv "
         "--out runs/quickstart-index-2\n  ilrec run CONFIG items.index=FOLDER/index.json"
     )
     what = "give new items codes without changing an old one"
-    command = _run_command(commands, "index add", what, example, "index_commands:run_add")
+    command = _run_command(commands, "index add", what, example)
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_add", command="index add")
     command.add_argument(
         "--items",
         required=True,
@@ -127,7 +130,8 @@ def _add_index_commands(commands: Commands) -> None:
         "  ilrec index report PATH/Scientific.index.json"
     )
     what = "show an index as a table and a picture"
-    command = _command(commands, "index report", what, example, "index_commands:run_report")
+    command = _command(commands, "index report", what, example)
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_report", command="index report")
     command.add_argument(
         "index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json"
     )
@@ -178,8 +182,8 @@ def _add_recommend(commands: Commands) -> None:
         "recommend items for new histories with a trained run",
         "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 "
         "--exclude-seen --out recommendations.parquet",
-        "recommend:run",
     )
+    command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
     command.add_argument(
         "--histories",
         required=True,
@@ -213,8 +217,8 @@ def _add_serve(commands: Commands) -> None:
         "example:\n  ilrec serve runs/quickstart --port 8080\n"
         '  curl -d \'{"histories": [["item1", "item2"]], "top": 5}\' '
         "http://127.0.0.1:8080/recommend",
-        "serve:run",
     )
+    command.set_defaults(call="ilrec_dist.cli.serve:run", command="serve")
     command.add_argument(
         "--host", default="127.0.0.1", help="the address to listen on (default: this machine only)"
     )
@@ -252,8 +256,8 @@ def _add_export(commands: Commands) -> None:
         "write a trained model, its tokenizer and its catalogue "
         "as a folder that transformers loads",
         "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
-        "export_model:run",
     )
+    command.set_defaults(call="ilrec_dist.cli.export_model:run", command="export")
     command.add_argument("out", metavar="DIR", help="a new folder")
     _add_model_choice(command)
     command.add_argument(
@@ -271,8 +275,8 @@ def _add_export_data(commands: Commands) -> None:
         "write a run's interactions and items in the files of other systems, so that they run on "
         "the same split",
         "example:\n  ilrec export-data runs/quickstart --format recbole --out exported/Shop",
-        "export_data:run",
     )
+    command.set_defaults(call="ilrec_dist.cli.export_data:run", command="export-data")
     command.add_argument(
         "--format",
         required=True,
@@ -293,31 +297,24 @@ def _add_config_command(commands: Commands) -> None:
         "config",
         "print the resolved configuration",
         "example:\n  ilrec config configs/quickstart.yaml train.epochs=3",
-        "stages:print_config",
     )
     _add_config(command)
+    command.set_defaults(call="ilrec_dist.cli.stages:print_config", command="config")
 
 
-def _command(
-    commands: Commands, name: str, what: str, example: str, call: str
-) -> argparse.ArgumentParser:
-    """A command whose work `call`, a "file:function" of this package, does."""
-    command = commands.add_parser(
+def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
         name,
         help=what,
         description=what[0].upper() + what[1:] + ".",
-        epilog=example,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(call=f"{__package__}.{call}", command=name)
-    return command
 
 
-def _run_command(
-    commands: Commands, name: str, what: str, example: str, call: str
-) -> argparse.ArgumentParser:
+def _run_command(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
     """A command on a finished run."""
-    command = _command(commands, name, what, example, call)
+    command = _command(commands, name, what, epilog)
     command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
     return command
 
