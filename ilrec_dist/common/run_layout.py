@@ -19,7 +19,8 @@ CODE_ORDER = "code-order"
 ANALYSIS = "analysis.json"
 # Within a run's folder: the records of its stages, and what a command under way has replaced.
 STAGES, PREVIOUS = ".stages", ".previous"
-
+# The configuration of the last command that began a stage; among the records, its SHA-256.
+CONFIG, CONFIG_SHA256 = "config.yaml", "config.sha256"
 
 # Within the folder of runs: dequantised models, which all its runs share.
 MODELS = ".models"

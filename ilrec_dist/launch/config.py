@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from ilrec_dist.common.config_fields import Affects, NonNegative, OnlyIf, Positive, section
+
+
+def _sets_threads(config: Any) -> bool:
+    launch = config.launch
+    return bool(launch.device != "cuda" or launch.engine == "torchrun")
 
 
 @section()
@@ -18,8 +23,13 @@ class LaunchConfig:
     tp: Annotated[Positive, Affects("train")] = 1
     # The device of the workers; auto: the GPUs, where every worker can have one.
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"
-    # CPU threads per worker; None: the cores shared evenly.
-    threads: Annotated[Optional[Positive], Affects()] = None
+    # CPU threads per worker; None: the cores shared evenly. Under torchrun also those that a
+    # worker has beside its GPU.
+    threads: Annotated[
+        Optional[Positive],
+        Affects(),
+        OnlyIf("launch.device cpu or auto, or launch.engine torchrun", _sets_threads),
+    ] = None
     # Restarts of the worker group before the run gives up.
     max_failures: Annotated[NonNegative, Affects()] = 3
     # The Ray cluster to use; None: RAY_ADDRESS, or a local Ray that is started for the run.

@@ -72,8 +72,8 @@ def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
 
 def _check_file(path: Path) -> dict[str, Any]:
     """The result.json beside a weights file, whose hash it has."""
-    result = read_json_object(path.with_name(RESULT))
-    hashes = result.get(WEIGHTS_SHA256, {})
     repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
+    result = read_json_object(path.with_name(RESULT), repair)
+    hashes = result.get(WEIGHTS_SHA256, {})
     check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
     return result

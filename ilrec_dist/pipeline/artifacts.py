@@ -18,11 +18,12 @@ from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import manifest_hashes, verify
 from ilrec_dist.common.run_layout import BEST, MODELS, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
-from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
+from ilrec_dist.items.catalogue import REPAIR, Catalogue, catalogue_hash
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, title_counts
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model import build
@@ -65,9 +66,19 @@ class RunArtifacts:
     def trie(self) -> Trie:
         return Trie.load(self.folders.items, self.catalogue)
 
-    @property
+    @cached_property
     def language_model(self) -> Path:
-        """The extended tokenizer and the config.json of the model in `backbone.from`."""
+        """The extended tokenizer and the config.json of the model in `backbone.from`.
+
+        Raises UserError that names the first of these files that is missing or damaged.
+        """
+        verify_descriptions(self.folders, "index")
+        files = manifest_hashes(self.folders.items, REPAIR)
+        verify(
+            self.folders.items,
+            [name for name in files if name.startswith(f"{LANGUAGE_MODEL}/")],
+            REPAIR,
+        )
         return self.folders.items / LANGUAGE_MODEL
 
     def reward_source(self) -> RewardSource:

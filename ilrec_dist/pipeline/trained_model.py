@@ -13,7 +13,7 @@ import torch
 
 from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.run_layout import BEST
+from ilrec_dist.common.run_layout import BEST, CONFIG
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import (
@@ -23,6 +23,7 @@ from ilrec_dist.distributed.process_groups import (
 )
 from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
@@ -30,6 +31,7 @@ from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone, with_local_model
 from ilrec_dist.pipeline.prompting import input_form
+from ilrec_dist.pipeline.run import config_problem
 from ilrec_dist.prompts.config import PromptsConfig
 
 
@@ -41,6 +43,8 @@ class TrainedModel:
     # command may have left another configuration in the folder.
     config: Config
     artifacts: RunArtifacts
+    method: str
+    seed: int
     backbone: Backbone
     # The file that the weights come from.
     weights: Path
@@ -50,6 +54,20 @@ class TrainedModel:
     inputs: InputForm
     # What is to be known to ask it in words elsewhere; None for plain sequences.
     prompt: dict[str, Any] | None = None
+
+    @property
+    def ranker(self) -> ModelRanker:
+        """Beam search as the run evaluates."""
+        return ModelRanker(
+            self.backbone,
+            self.artifacts.trie,
+            beam=self.config.evaluation.beam,
+            batch_size=self.config.evaluation.batch_size,
+            softmax_scope=self.softmax_scope,
+            inputs=self.inputs,
+            parallel=self.parallel,
+            model_name=str(self.weights),
+        )
 
 
 @contextmanager
@@ -85,10 +103,18 @@ def open_trained_model(
     try:
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
-        inputs = input_form(config, artifacts, prompt)
-        scope = model["softmax_scope"]
-        asked = None if prompt is None else prompt["template"] | {"chat": config.prompts.chat}
-        yield TrainedModel(config, artifacts, backbone, weights, scope, parallel, inputs, asked)
+        yield TrainedModel(
+            config,
+            artifacts,
+            method,
+            seed,
+            backbone,
+            weights,
+            model["softmax_scope"],
+            parallel,
+            input_form(config, artifacts, prompt),
+            None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
+        )
     finally:
         destroy_parallel()
         # What runs in this process later computes as if no model had been opened.
@@ -128,14 +154,20 @@ def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Conf
 def run_config(run: Path) -> Config:
     """The configuration in a run's folder, pointed at where the folder is now.
 
-    Raises UserError for a folder that is no run's.
+    Raises UserError for a folder that is no run's, and for a file that is not as it was written.
     """
-    if not (run / "config.yaml").exists():
+    if not (run / CONFIG).exists():
         raise UserError(
-            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, "
+            f"{run}: not a run folder (no {CONFIG}); name the folder of a finished `ilrec run`, "
             "such as runs/quickstart"
+        )
+    problem = config_problem(run)
+    if problem is not None:
+        raise UserError(
+            f"{problem}; `ilrec run CONFIG` writes it again, from this file itself where its "
+            "settings are meant"
         )
     folder = run.resolve()
     return dataclasses.replace(
-        load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name
+        load_config(run / CONFIG), runs_dir=str(folder.parent), name=folder.name
     )

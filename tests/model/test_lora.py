@@ -1,4 +1,6 @@
-"""LoRA on tensor-parallel layers: as PEFT, the same for every tp, merged, saved and loaded."""
+"""LoRA on tensor-parallel layers: as PEFT, the same for every tp, merged, saved and
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ needs_peft = pytest.mark.skipif(
 
 
 def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-    """A function of the final hidden states [..., 32] whose gradient reaches every layer."""
+    """A function of the final hidden states [..., 32] whose gradient reaches every
+    layer.
+    """
     return ((hidden * WEIGHT).sum(-1) - 1).square().mean()
 
 
@@ -63,7 +67,9 @@ def logits_of(model: Backbone) -> torch.Tensor:
 
 
 def train(mesh: Mesh, base: str, start: str | None, config: LoraConfig, out: str) -> dict:
-    """Some steps of the adapters from a PEFT folder or a seed; saves them and the merged model."""
+    """Some steps of the adapters from a PEFT folder or a seed; saves them and the
+    merged model.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = load_backbone(base)

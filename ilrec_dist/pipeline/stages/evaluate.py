@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +20,12 @@ from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.baselines.table import BASELINES, Baseline, baselines_of
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
-from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transitions_source
+from ilrec_dist.evaluation.fusion_ranking import (
+    FusionSource,
+    cf_source,
+    fuse_model,
+    transitions_source,
+)
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
@@ -35,8 +40,15 @@ from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import TRAINING_FLOPS, Interval, MethodLabel
 
-# Sources of each fusion besides the language model.
+# What a fusion may mix with the language model.
+FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
+    "cf": lambda artifacts: cf_source(load_cf(artifacts.folders.cf)),
+    "transitions": lambda artifacts: transitions_source(count_training(artifacts.dataset)),
+}
+# Sources of each fusion besides the language model, the widest last.
 FUSIONS = (("cf",), ("cf", "transitions"))
+# Ends the name of the file beside a fusion's predictions that has its weights.
+FUSION_SUFFIX = ".fusion.json"
 
 
 def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
@@ -166,13 +178,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
 
     Each is saved like a method's predictions, with its weights in a .fusion.json beside them.
     """
-    sources = {
-        source.name: source
-        for source in (
-            cf_source(load_cf(artifacts.folders.cf)),
-            transitions_source(count_training(artifacts.dataset)),
-        )
-    }
+    sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     inputs = input_form(config, artifacts, served_prompt(config))
     work = itertools.product(
         config.train.methods, config.train.seeds, treatments(config), fusions(config)
@@ -202,10 +208,13 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
         if dist.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(
-                path.with_suffix(".fusion.json"),
+                path.with_suffix(FUSION_SUFFIX),
                 {
                     "weights": dict(zip([method, *names], fusion.weights.tolist(), strict=True)),
                     "validation_ndcg@10": fusion.validation_ndcg,
+                    "exclude_seen": exclude,
+                    "beam": config.evaluation.beam,
+                    "candidates": config.evaluation.fusion_candidates,
                 },
             )
             fusion.predictions.save(path)
