@@ -256,6 +256,11 @@ def _add_export(commands: Commands) -> None:
         default="float32",
         help="of the weights' file (default float32)",
     )
+    command.add_argument(
+        "--merge",
+        action="store_true",
+        help="add LoRA adapters to the weights; otherwise they are written for PEFT",
+    )
     command.set_defaults(call="ilrec_dist.cli.export_model:run", command="export")
 
 

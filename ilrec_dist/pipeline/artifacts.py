@@ -30,6 +30,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
+from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
 
@@ -153,21 +154,31 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     source = config.backbone.from_
     if source is None:
         return _from_scratch(config, artifacts, seed, initialize=True)
-    backbone = empty_backbone(config, artifacts, seed)
+    backbone = _unfilled(config, artifacts, seed)
     vocabulary, counts = artifacts.catalogue.vocabulary, None
     if config.backbone.new_tokens == "text":
         counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
-    first = vocabulary.base_size
-    # Titles are spelt in the model's own tokens.
-    added = 0 if artifacts.catalogue.pieces is not None else len(vocabulary.item_tokens)
-    build.load_pretrained(backbone, source, NewRows(first, first + added, counts))
+    build.load_pretrained(backbone, source, NewRows(*vocabulary.added_tokens, counts))
+    _choose_trained(config, artifacts, backbone)
     return backbone
 
 
 def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone for trained weights: its own are undefined until those are loaded."""
+    """The run's backbone for trained weights: its own are undefined until those are loaded.
+
+    Where a training left most of a model's weights as they are, they are read from
+    `backbone.from`.
+    """
     if config.backbone.from_ is None:
         return _from_scratch(config, artifacts, seed, initialize=False)
+    backbone = _unfilled(config, artifacts, seed)
+    if config.train.trainable != "full":
+        build.load_pretrained(backbone, config.backbone.from_)
+    _choose_trained(config, artifacts, backbone)
+    return backbone
+
+
+def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
     return build.build_pretrained(
         config.backbone,
         read_config(artifacts.language_model),
@@ -183,6 +194,17 @@ def longest_input(config: Config, catalogue: Catalogue) -> int:
     if config.prompts.templates is not None:
         return config.prompts.max_tokens or 1
     return build.max_positions(config.train.max_history, catalogue.depth)
+
+
+def _choose_trained(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
+    """Freeze what is not trained, and attach what `train.trainable` asks for."""
+    train, source = config.train, config.backbone.from_
+    added = artifacts.catalogue.vocabulary.added_tokens
+    if train.trainable != "full":
+        assert source is not None
+        train_partially(backbone, train.trainable, train.lora, source, added, backbone.seed)
+    elif train.new_rows_learning_rate is not None:
+        separate_rows(backbone, added)
 
 
 def item_titles(artifacts: RunArtifacts) -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ from ilrec_dist.distributed.process_groups import (
 from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone, with_local_model
 from ilrec_dist.pipeline.prompting import input_form
 from ilrec_dist.prompts.config import PromptsConfig
 
@@ -54,13 +54,15 @@ class TrainedModel:
 
 @contextmanager
 def open_trained_model(
-    run: Path, method: str | None = None, seed: int | None = None
+    run: Path, method: str | None = None, seed: int | None = None, *, exact: bool = False
 ) -> Iterator[TrainedModel]:
     """The model of the run in folder `run`, in eval mode, while the block lasts.
 
     method: a name of train.methods; None takes the project's own where it was trained. seed: None
-    takes the run's first. Raises UserError for a folder without such a finished training, and
-    where data, codes or weights are not those of the training.
+    takes the run's first. exact: where the training left most of a model's weights as they are,
+    all weights are held in fp32, without the rounding of train.precision. Raises UserError for a
+    folder without such a finished training, and where data, codes or weights are not those of the
+    training.
     """
     config = run_config(run)
     method = get_method(method or default_method(config.train.methods)).name
@@ -71,14 +73,11 @@ def open_trained_model(
     model = artifacts.trained_model(method, seed)["model"]
     # Trainings of earlier versions had none.
     prompt = model.get("prompts")
-    config = dataclasses.replace(
-        config,
-        backbone=section_from_dict(BackboneConfig, model["backbone"]),
-        train=dataclasses.replace(
-            config.train, max_history=model["max_history"], precision=model["precision"]
-        ),
-        prompts=section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig(),
-    )
+    config = _as_trained(config, model, weights)
+    if exact and config.train.trainable != "full":
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, precision="fp32")
+        )
     device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
         set_cpu_threads(config.launch)
@@ -94,6 +93,36 @@ def open_trained_model(
         destroy_parallel()
         # What runs in this process later computes as if no model had been opened.
         torch.set_num_threads(threads)
+
+
+def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Config:
+    """The configuration with the model's settings of its training, the entry "model" of the result.
+
+    Raises UserError where most weights are those of a pretrained model that is no longer there.
+    """
+    backbone = section_from_dict(BackboneConfig, model["backbone"])
+    train = dataclasses.replace(
+        config.train,
+        max_history=model["max_history"],
+        precision=model["precision"],
+        trainable=model.get("trainable", "full"),
+        lora=section_from_dict(LoraConfig, model.get("lora", {})),
+    )
+    prompt = model.get("prompts")
+    prompts = section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig()
+    trained = dataclasses.replace(config, backbone=backbone, train=train, prompts=prompts)
+    if train.trainable == "full" or Path(str(backbone.from_)).is_dir():
+        return trained
+    # The model may have moved with the run, whose configuration then says where it is.
+    try:
+        moved = with_local_model(config).backbone.from_
+    except UserError as error:
+        raise UserError(
+            f"{weights}: stands on the model that its training began with, {backbone.from_}, which "
+            f"is not there; restore it, or set backbone.from in {config.run_dir / 'config.yaml'} "
+            f"to where it is ({error})"
+        ) from None
+    return dataclasses.replace(trained, backbone=dataclasses.replace(backbone, from_=moved))
 
 
 def run_config(run: Path) -> Config:

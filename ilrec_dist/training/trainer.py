@@ -23,7 +23,7 @@ from ilrec_dist.common.files import file_lock, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
+from ilrec_dist.model.weights import BASE_SHA256, WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.samples.prefetch import (
@@ -35,7 +35,7 @@ from ilrec_dist.samples.prefetch import (
 from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.config import TrainConfig
-from ilrec_dist.training.engine import build_engine
+from ilrec_dist.training.engine import build_engine, load_state, save_state, set_learning_rate
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
 from ilrec_dist.training.spec import TrainingSpec
@@ -190,8 +190,7 @@ class Trainer:
 
     def _set_learning_rate(self, rate: float) -> None:
         self.rate = rate
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.engine, rate)
 
     def _seed_dropout(self, micro: int) -> None:
         """Make dropout a function of (seed, step, micro-batch, data-parallel rank).
@@ -283,7 +282,7 @@ class Trainer:
                 print(f"warning: {line}; the checkpoint before it is used", flush=True)
         newest = from_rank0(newest)
         if newest is not None:
-            self.engine.load_checkpoint(str(newest.path), tag="state")
+            load_state(self.engine, newest.path)
             self.progress = TrainingProgress(**newest.state)
         if is_rank0():
             self.log = MetricsLog(self.spec.folder, resume_step=self.progress.step)
@@ -303,7 +302,7 @@ class Trainer:
         if is_rank0():
             checkpoint.make_staging_folder(staged)
         dist.barrier()
-        self.engine.save_checkpoint(str(staged), tag="state", save_latest=False)
+        save_state(self.engine, staged)
         dist.barrier()
         if is_rank0():
             checkpoint.commit(
@@ -332,6 +331,11 @@ class Trainer:
     def _result(self, final_sha256: str) -> dict[str, Any]:
         progress = asdict(self.progress)
         best_sha256 = progress.pop("best_sha256")
+        trained: dict[str, Any] = {"trainable": self.config.trainable}
+        if self.backbone.lora is not None:
+            trained["lora"] = config_to_dict(self.config.lora)
+        if self.backbone.base_sha256 is not None:
+            trained[BASE_SHA256] = self.backbone.base_sha256
         return {
             "method": self.spec.method,
             "seed": self.spec.seed,
@@ -342,6 +346,7 @@ class Trainer:
                 "max_history": self.config.max_history,
                 "precision": self.config.precision,
                 "prompts": self.prompts,
+                **trained,
             },
             WEIGHTS_SHA256: {BEST: best_sha256, FINAL: final_sha256},
             **progress,

@@ -98,8 +98,9 @@ def train_and_evaluate(
     Returns the seconds that each training took, the group's start counted to the first, and last
     those of the evaluation.
     """
-    if trainings:
+    if trainings or config.train.trainable != "full":
         config = with_local_model(config)
+    if trainings:
         _check_model(config)
     _announce(trainings)
     folders = RunFolders(config.run_dir)
