@@ -151,6 +151,8 @@ def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path, capsys) -
     weights.write_bytes(weights.read_bytes()[:-1])
     config = model_config(tmp_path, model, train={"methods": ["sft"]})
     (tmp_path / "c.yaml").write_text(dump_config(config))
+    # What making the model and the stages before wrote.
+    capsys.readouterr()
     assert main(["train", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
     assert f"{weights}: cannot be read as safetensors" in error and error.count("\n") == 1
