@@ -52,6 +52,7 @@ ALWAYS = {
     ),
     "evaluation.beam",
     "evaluation.exclude_seen",
+    "evaluation.baselines",
     "evaluation.batch_size",
     "evaluation.fusion",
     "evaluation.examples",
