@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -15,6 +16,9 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.config import LaunchConfig
 
 CONNECT_SECONDS = 10.0
+# How long Ray may take to answer a driver; without a limit it would try for minutes.
+ANSWER_SECONDS = 30
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 NO_HEAD = "no Ray head answers there"
 START_ONE = (
     "start one with `ray start --head` and give the address that it prints, or none for a local Ray"
@@ -51,18 +55,35 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
         cores = max(len(os.sched_getaffinity(0)), launch.workers)
         options = {"num_cpus": cores, "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: {NO_HEAD} ({reason}); {START_ONE}") from None
-    # Ray's own handler exits in the middle of its C++ code.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)
+    with contextlib.nullcontext() if address else _token_of_its_own():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UserError(f"{source}: {NO_HEAD} ({error}); {START_ONE}") from None
+        # Ray's own handler exits in the middle of its C++ code.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """A token for a local Ray that is gone with it.
+
+    Ray would write one to the home, for which every later `ray start` there would ask. What
+    the user says about tokens stays.
+    """
+    if any(name in os.environ for name in TOKEN_VARIABLES):
+        yield
+        return
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     try:
         yield
     finally:
-        ray.shutdown()
+        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
 
 def _check_head(address: str, source: str) -> None:

@@ -58,7 +58,7 @@ def commit(folder: Path, step: int, state: dict[str, Any], fingerprint: str, kee
         shutil.rmtree(final)
     os.replace(staged, final)
     _sync(folder)
-    for old in _committed(folder)[:-keep]:
+    for old in committed(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -70,7 +70,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     checkpoint belongs to another configuration.
     """
     damaged: list[str] = []
-    for path in reversed(_committed(folder)):
+    for path in reversed(committed(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             damaged_file = next(
@@ -103,7 +103,8 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     return None, damaged
 
 
-def _committed(folder: Path) -> list[Path]:
+def committed(folder: Path) -> list[Path]:
+    """The folders of the committed checkpoints, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 

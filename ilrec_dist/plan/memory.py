@@ -1,0 +1,124 @@
+"""Memory of one GPU by part, while it trains and while it validates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
+from ilrec_dist.plan.decoder import DecoderSizes
+
+MIB = 1 << 20
+# The loss's workspace on a GPU where objective.workspace_mib is null (ilrec_kernels.plan).
+LOSS_WORKSPACE = 1024 * MIB
+# DeepSpeed's reduce_bucket_size, in gradients; its buffer has this size whatever the model's is.
+BUCKET_GRADIENTS = 500_000_000
+# Adam's two moments, in fp32.
+MOMENTS_BYTES = 8
+# CUDA's context, cuBLAS and NCCL's channels of the tp and dp groups: about what an H100 shows.
+RESERVED = 1536 * MIB
+# The share of the rest that the allocator loses to fragments.
+FRAGMENTS = 0.05
+# Logits and candidates of a beam search in memory at once (inference.beam_search), fp32, and the
+# copies that its softmax and top-k make of them.
+BEAM_ELEMENTS, BEAM_COPIES = 1 << 27, 3
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A batch of a validation's beam search."""
+
+    users: int
+    beams: int
+    prefix: int
+    depth: int
+
+
+def state_bytes(
+    parameters: int, trainable: int, layout: StepLayout, zero_stage: int
+) -> dict[str, float]:
+    """Weights, gradients and optimizer state of a rank, from its own parameters' numbers.
+
+    The optimizer state is divided over the dp ranks. With one micro-batch a step gradients
+    go through DeepSpeed's bucket, and each rank keeps those that it updates; with several, or
+    in bf16, every rank keeps the whole sum of its gradients in fp32, except in ZeRO 2.
+    """
+    share = trainable / layout.dp
+    keeps_sum = zero_stage == 1 and (layout.accumulation_steps > 1 or layout.element < FP32)
+    gradients = layout.element * trainable if zero_stage == 1 or layout.element < FP32 else 0.0
+    return {
+        "weights": layout.element * parameters,
+        "gradients": FP32 * (trainable if keeps_sum else share) + gradients,
+        "master weights": FP32 * share,
+        "moments": MOMENTS_BYTES * share,
+    }
+
+
+def activation_bytes(
+    sizes: DecoderSizes, batch: MicroBatch, layout: StepLayout, recompute: bool = False
+) -> float:
+    """What autograd keeps of a micro-batch's layers until backward.
+
+    With `recompute` only the layers' inputs, and everything of one layer at a time.
+    """
+    layer = _layer_activations(sizes, layout) * batch.tokens
+    if recompute:
+        return sizes.layers * sizes.hidden * layout.element * batch.tokens + layer
+    return sizes.layers * layer
+
+
+def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
+    """Bytes a token that one layer keeps; the projections' are divided over tp."""
+    element = layout.element
+    # The residual stream before each of the two norms, and what each norm gives.
+    whole = 4 * sizes.hidden * element
+    if sizes.config.dropout > 0:
+        # A mask of one byte for each of the two outputs.
+        whole += 2 * sizes.hidden
+    # The joint projection, which holds the values; the output of the attention.
+    cut = (sizes.qkv_width + sizes.query_width) * element
+    if sizes.config.position_embedding == "rope":
+        # Queries and keys after the rotation.
+        cut += (sizes.query_width + sizes.kv_heads * sizes.head_dim) * element
+    # Before and after the activation; a gated one keeps its gate too.
+    cut += (sizes.fc1_width + sizes.ffn * (2 if sizes.gated else 1)) * element
+    return whole + cut / layout.tp
+
+
+def loss_bytes(
+    sizes: DecoderSizes,
+    objective: ObjectiveConfig,
+    batch: MicroBatch,
+    layout: StepLayout,
+    head_is_trained: bool = True,
+) -> float:
+    """The loss's workspace, the head's gradient in fp32, and the hidden rows of all streams."""
+    workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
+    streams = 1
+    if streams_take_part(objective):
+        streams += num_intermediate_layers(objective, sizes.layers)
+    # Each stream's rows before and after the norm, and their gradient.
+    rows = 3 * streams * batch.rows * sizes.hidden * layout.element
+    head = FP32 * sizes.hidden * sizes.vocab // layout.tp if head_is_trained else 0
+    return workspace + rows + head
+
+
+def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) -> dict[str, float]:
+    """The caches of a validation's beam search, and its logits."""
+    heads = max(1, sizes.kv_heads // layout.tp)
+    token = 2 * sizes.layers * heads * sizes.head_dim * layout.element
+    # Beams share their user's prefix; a step's new suffix stands beside the old one.
+    positions = decoding.users * (decoding.prefix + 2 * decoding.beams * decoding.depth)
+    return {
+        "key/value caches": token * positions,
+        "beam search": float(FP32 * BEAM_ELEMENTS * BEAM_COPIES),
+    }
+
+
+def checkpoint_bytes(parameters: int, trainable: int, element: int) -> int:
+    """On disk: the weights in the model's precision, master weights and moments in fp32.
+
+    parameters and trainable are the whole model's.
+    """
+    return element * parameters + (FP32 + MOMENTS_BYTES) * trainable
