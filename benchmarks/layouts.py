@@ -32,7 +32,7 @@ from ilrec_dist.config.load import config_from_dict, load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.launch.device import quiet
-from ilrec_dist.objective.ilrec import Objective
+from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import PrefetchedBatch
@@ -58,14 +58,8 @@ def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queu
     parallel = initialize_parallel(tp, "cpu")
     artifacts = RunArtifacts(config)
     catalogue = artifacts.catalogue
-    module = Objective(
-        build_backbone(config, artifacts, seed=0),
-        config.objective,
-        config.backbone.num_layers,
-        catalogue.vocab_size,
-        catalogue.used_tokens(),
-        parallel,
-    )
+    backbone = build_backbone(config, artifacts, seed=0)
+    module = CrossLayerObjective.build(backbone, config.objective, catalogue, parallel)
     engine = build_engine(module, config.train, parallel)
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     order = StepOrder(windows, config.train.batch_size, config.train.epochs, seed=0)
@@ -83,8 +77,8 @@ def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queu
         torch.manual_seed(step)
         output = engine(
             *batch.model_inputs(parallel.device),
-            PrefetchedBatch(batch, future).reward_tensor(parallel),
-            1 / batch.step_rows,
+            rewards=PrefetchedBatch(batch, future).reward_tensor(parallel),
+            loss_scale=1 / batch.step_rows,
         )
         engine.backward(output.loss)
         engine.step()

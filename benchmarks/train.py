@@ -48,8 +48,7 @@ from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.launch.device import default_threads, quiet
 from ilrec_dist.model.build import build_backbone, max_positions
-from ilrec_dist.objective.ilrec import Objective
-from ilrec_dist.objective.metrics import LossStatistics
+from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.samples.collate import Batch, BatchMaker
 from ilrec_dist.samples.prefetch import micro_batch_plan, prefetch
@@ -209,7 +208,7 @@ class MeasuredTraining:
         backbone = build_backbone(
             config.backbone, self.vocab, positions, config.train.precision, seed=0
         )
-        module = Objective(
+        module = CrossLayerObjective(
             backbone,
             self.objective,
             config.backbone.num_layers,
@@ -232,10 +231,7 @@ class MeasuredTraining:
         self.needs_rewards = self.objective.crr_lambda > 0
         asks = self.needs_rewards and parallel.tp_rank == 0
         self.rewards = data.rewards if asks else None
-        layers = list(range(module.num_intermediate))
-        self.statistics = LossStatistics(
-            catalogue.depth, layers, self.objective.term_weights, parallel.device
-        )
+        self.statistics = module.make_statistics(catalogue.depth)
         self.last_batch: Batch | None = None
 
     def run(self, steps: int) -> Iterator[Step]:
@@ -254,7 +250,9 @@ class MeasuredTraining:
                 rewards = prefetched.reward_tensor(self.parallel) if self.needs_rewards else None
                 clock.mark("rewards")
                 scale = self.parallel.dp * accumulation / batch.step_rows
-                output = self.engine(*batch.model_inputs(self.parallel.device), rewards, scale)
+                output = self.engine(
+                    *batch.model_inputs(self.parallel.device), rewards=rewards, loss_scale=scale
+                )
                 clock.mark("loss")
                 self.engine.backward(output.loss)
                 clock.mark("backward")

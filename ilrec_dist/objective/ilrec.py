@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
-from torch import nn
 
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.metrics import LossStatistics
+from ilrec_dist.objective.objective import Objective
 
 
 def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
@@ -55,8 +57,8 @@ def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarr
     )
 
 
-class Objective(nn.Module):
-    """Backbone and loss as one module, so that the engine wraps a single forward."""
+class CrossLayerObjective(Objective):
+    """The backbone and the cross-layer loss: SFT, ILRec and what lies between them."""
 
     def __init__(
         self,
@@ -67,11 +69,30 @@ class Objective(nn.Module):
         item_tokens: np.ndarray,
         parallel: ParallelState,
     ):
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, config.softmax_scope, parallel)
+        self.needs_rewards = config.crr_lambda > 0
+        self.weights = config.term_weights
+        self.terms = tuple(self.weights)
+        self.num_layers = num_layers
         self.num_intermediate = num_intermediate_layers(config, num_layers)
         self.options = loss_options(config, vocab_size, item_tokens)
-        self.parallel = parallel
+
+    @classmethod
+    def build(
+        cls,
+        backbone: Backbone,
+        config: ObjectiveConfig,
+        catalogue: Catalogue,
+        parallel: ParallelState,
+    ) -> CrossLayerObjective:
+        """The objective of a run's backbone and catalogue."""
+        layers, tokens = backbone.config.num_layers, catalogue.used_tokens()
+        return cls(backbone, config, layers, catalogue.vocab_size, tokens, parallel)
+
+    def make_statistics(self, depth: int) -> LossStatistics:
+        last = self.num_layers - 1
+        layers = [last - i for i in range(self.num_intermediate)]
+        return LossStatistics(depth, layers, self.weights, self.parallel.device)
 
     def forward(
         self,
@@ -80,6 +101,7 @@ class Objective(nn.Module):
         targets: torch.Tensor,
         indptr: torch.Tensor,
         candidates: torch.Tensor,
+        *,
         rewards: torch.Tensor | None,
         loss_scale: float,
     ) -> LossOutput:

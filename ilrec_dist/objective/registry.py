@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.ilrec import CrossLayerObjective
+from ilrec_dist.objective.objective import Objective
+
+# Makes the module that is trained, from the method's own objective.
+ModuleFactory = Callable[[Backbone, ObjectiveConfig, Catalogue, ParallelState], Objective]
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Method:
     # effect on the method are at their defaults there, so that changing them does not
     # change the training's fingerprint.
     objective: Callable[[ObjectiveConfig], ObjectiveConfig]
+    # Makes the module that is trained.
+    module: ModuleFactory = CrossLayerObjective.build
     # Methods and baselines that the paired intervals compare this one with, where the run
     # has them.
     compared_with: tuple[str, ...] = ()

@@ -9,6 +9,8 @@ from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.samples.collate import BatchMaker
+from ilrec_dist.samples.windows import training_windows
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
@@ -53,15 +55,16 @@ def train_one(
             }
             return {name: metrics[name] for name in VALIDATION_METRICS}
 
+        windows = training_windows(
+            artifacts.training, config.train.max_history, config.train.targets
+        )
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0
         Trainer(
             spec,
             config.train,
-            objective,
-            backbone,
-            artifacts.training,
+            method.module(backbone, objective, artifacts.catalogue, parallel),
+            BatchMaker(artifacts.training, artifacts.catalogue, artifacts.trie, windows),
             artifacts.catalogue,
-            artifacts.trie,
             parallel,
             validate,
             artifacts.reward_source() if reads_rewards else None,

@@ -21,15 +21,10 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
-from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import Objective
-from ilrec_dist.objective.metrics import LossStatistics
+from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import (
@@ -37,7 +32,7 @@ from ilrec_dist.samples.prefetch import (
     micro_batch_plan,
     prefetch,
 )
-from ilrec_dist.samples.windows import StepOrder, training_windows
+from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
@@ -70,22 +65,21 @@ class TrainingProgress:
 class Trainer:
     """Trains one method with one seed; every rank has one, and all call `train`.
 
-    `config` is the section `train`, `objective` the method's own, and `dataset` holds the
-    training sequences. `validate` returns the validation metrics of the backbone, the same on
-    every rank, SELECTION_METRIC among them. `rewards` is read on the first rank of each
-    tensor-parallel group and may be None elsewhere, or where the objective needs none.
-    `on_checkpoint` is called with the step after each checkpoint.
+    `config` is the section `train`. `objective` is the module that is trained, and takes the
+    batches that `batch_maker` makes of the training's windows. `validate` returns the
+    validation metrics of the backbone, the same on every rank, SELECTION_METRIC among them.
+    `rewards` is read on the first rank of each tensor-parallel group and may be None elsewhere,
+    or where the objective needs none. `on_checkpoint` is called with the step after each
+    checkpoint.
     """
 
     def __init__(
         self,
         spec: TrainingSpec,
         config: TrainConfig,
-        objective: ObjectiveConfig,
-        backbone: Backbone,
-        dataset: InteractionDataset,
+        objective: Objective,
+        batch_maker: BatchMaker,
         catalogue: Catalogue,
-        trie: Trie,
         parallel: ParallelState,
         validate: Callable[[], Mapping[str, float]],
         rewards: RewardSource | None = None,
@@ -93,28 +87,15 @@ class Trainer:
         log_steps: int = LOG_STEPS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
-        self.spec, self.config, self.objective = spec, config, objective
+        self.spec, self.config, self.batch_maker = spec, config, batch_maker
         self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
         self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
-        self.backbone = backbone
-        self.module = Objective(
-            backbone,
-            objective,
-            backbone.config.num_layers,
-            catalogue.vocab_size,
-            catalogue.used_tokens(),
-            parallel,
-        ).to(parallel.device)
-        self.engine = build_engine(self.module, config, parallel)
-        windows = training_windows(dataset, config.max_history, config.targets)
-        self.order = StepOrder(windows, config.batch_size, config.epochs, spec.seed)
+        self.objective = objective.to(parallel.device)
+        self.backbone = objective.backbone
+        self.engine = build_engine(objective, config, parallel)
+        self.order = StepOrder(batch_maker.windows, config.batch_size, config.epochs, spec.seed)
         self.total_steps = self.order.total_steps
-        self.batch_maker = BatchMaker(dataset, catalogue, trie, windows)
-        last_layer = backbone.config.num_layers - 1
-        layers = [last_layer - i for i in range(self.module.num_intermediate)]
-        self.statistics = LossStatistics(
-            catalogue.depth, layers, objective.term_weights, parallel.device
-        )
+        self.statistics = objective.make_statistics(catalogue.depth)
         self.progress = TrainingProgress()
         self.log: MetricsLog | None = None
         self.timer = StepTimer()
@@ -132,7 +113,7 @@ class Trainer:
             )
         self._resume()
         batches = self._batches()
-        self.module.train()
+        self.objective.train()
         self._since = time.monotonic()
         while not self._is_done():
             self.train_step(batches)
@@ -165,8 +146,8 @@ class Trainer:
             with self.timer.part("forward"):
                 output = self.engine(
                     *batch.model_inputs(self.parallel.device),
-                    rewards,
-                    self.parallel.dp * micro_batches / batch.step_rows,
+                    rewards=rewards,
+                    loss_scale=self.parallel.dp * micro_batches / batch.step_rows,
                 )
             with self.timer.part("backward"):
                 self.engine.backward(output.loss)
@@ -188,7 +169,7 @@ class Trainer:
         return prefetch(plan, self.batch_maker.make, self.rewards)
 
     def _rewards_of(self, prefetched: PrefetchedBatch) -> torch.Tensor | None:
-        if self.objective.crr_lambda == 0:
+        if not self.objective.needs_rewards:
             return None
         return prefetched.reward_tensor(self.parallel)
 
@@ -229,7 +210,7 @@ class Trainer:
         values |= self.timer.report(values["tokens"], values["rows"])
         if self.log is not None:
             self.log.write(self.progress.step, self._epoch, values)
-        for term in (*self.objective.term_weights, "total"):
+        for term in (*self.objective.terms, "total"):
             self._require_finite(f"the loss term {term}", values[f"loss/{term}"])
 
     def _validation_is_due(self) -> bool:

@@ -21,7 +21,7 @@ from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import Objective
+from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
 from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
@@ -107,15 +107,15 @@ def losses(
     batch = maker.make(numbers, maker.num_rows(numbers))
     candidates = catalogue.vocabulary.numbers(batch.candidate_tokens.numpy())
     rewards = torch.from_numpy(np.random.default_rng(1).random(1000)[candidates]).float()
-    module = Objective(backbone, config, 2, catalogue.vocab_size, catalogue.used_tokens(), parallel)
+    module = CrossLayerObjective.build(backbone, config, catalogue, parallel)
     output = module(
         batch.tokens,
         batch.rows,
         batch.targets,
         batch.candidate_indptr,
         batch.candidate_tokens,
-        rewards,
-        1.0,
+        rewards=rewards,
+        loss_scale=1.0,
     )
     names = ("cpo", "cpd", "crr", "p_target", "num_negatives", "capped", "covered")
     return output.loss.detach(), {name: getattr(output.rows, name) for name in names}
