@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.layers import padded_vocab_size
 
+# DeepSpeed's ZeRO pads each of its flat groups to a multiple of this for each dp rank.
+ALIGNMENT = 2
+
 
 @dataclass(frozen=True)
 class Count:
@@ -90,6 +93,13 @@ class DecoderSizes:
         """The parameters of one dimension, to which no weight decay applies."""
         parts = self.parameters()
         return summed({name: parts[name] for name in ("biases", "norms") if name in parts})
+
+    def flat_parameters(self, tp: int, dp: int) -> int:
+        """A rank's parameters as DeepSpeed lays them out: matrices and vectors, each padded."""
+        vectors = self.vectors().per_rank(tp)
+        matrices = summed(self.parameters()).per_rank(tp) - vectors
+        step = ALIGNMENT * dp
+        return sum(-(-count // step) * step for count in (matrices, vectors))
 
     @property
     def _norm(self) -> int:

@@ -108,7 +108,7 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
     batch = micro_batch(config, tokens, data)
     method, objective = _heaviest(config, sizes)
     count = summed(parameters)
-    per_rank = count.per_rank(layout.tp)
+    per_rank = sizes.flat_parameters(layout.tp, layout.dp)
     collectives = step_collectives(sizes, objective, batch, layout, per_rank)
     streams = 1
     if streams_take_part(objective):

@@ -19,7 +19,11 @@ from ilrec_dist.launch.device import quiet
 from ilrec_dist.model.build import build_backbone
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import Objective
+from ilrec_dist.objective.ilrec import CrossLayerObjective
+from ilrec_dist.plan.communication import MicroBatch, StepLayout, step_collectives
+from ilrec_dist.plan.decoder import DecoderSizes
+from ilrec_dist.plan.memory import activation_bytes, state_bytes
+from ilrec_dist.plan.plan import ELEMENT_BYTES
 from ilrec_dist.testing.accounting import counted_collectives, saved_for_backward, storage_bytes
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.config import TrainConfig
@@ -63,7 +67,7 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
     parallel = initialize_parallel(mesh.tp)
     train, vocab = spec.train, spec.vocab_size
     backbone = build_backbone(spec.backbone, vocab, spec.length, train.precision, 0)
-    objective = Objective(
+    objective = CrossLayerObjective(
         backbone,
         spec.objective,
         spec.backbone.num_layers,
@@ -79,10 +83,10 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
     for _ in range(2):
         with counted_collectives() as collectives:
             for _ in range(train.accumulation_steps):
-                batch = next(batches)
+                *batch, rewards = next(batches)
                 with saved_for_backward() as saved:
                     scale = parallel.dp * train.accumulation_steps / len(batch[1])
-                    output = engine(*batch, scale)
+                    output = engine(*batch, rewards=rewards, loss_scale=scale)
                 activations = storage_bytes(saved)
                 saved.clear()
                 engine.backward(output.loss)
@@ -143,4 +147,28 @@ def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
         tensor
         for tensor in tensors
         if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in buckets
+    )
+
+
+def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> MeasuredStep:
+    """What the plan says of the same step."""
+    train = spec.train
+    sizes = DecoderSizes.of(spec.backbone, spec.vocab_size, spec.length)
+    layout = StepLayout(tp, dp, train.accumulation_steps, ELEMENT_BYTES[train.precision])
+    sequences = train.batch_size // (dp * train.accumulation_steps)
+    batch = MicroBatch(sequences, spec.length, rows, entries)
+    flat = sizes.flat_parameters(tp, dp)
+    state = state_bytes(flat, flat, layout, zero_stage=1)
+    collectives: Counter[str] = Counter()
+    for item in step_collectives(sizes, spec.objective, batch, layout, flat):
+        collectives[item.operation] += item.bytes
+    return MeasuredStep(
+        weights=int(state["weights"]),
+        gradients=int(state["gradients"]),
+        master_weights=int(state["master weights"]),
+        moments=int(state["moments"]),
+        activations=int(activation_bytes(sizes, batch, layout)),
+        collectives=collectives,
+        rows=rows,
+        entries=entries,
     )

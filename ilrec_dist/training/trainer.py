@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from ilrec_dist.samples.prefetch import (
     prefetch,
 )
 from ilrec_dist.samples.windows import StepOrder
-from ilrec_dist.training import checkpoint
+from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
 from ilrec_dist.training.schedule import learning_rate
@@ -101,6 +101,8 @@ class Trainer:
         self.timer = StepTimer()
         # The learning rate of the step at hand.
         self.rate = 0.0
+        # The steps that were left out since the last good one.
+        self.bad_steps: list[int] = []
         # When the seconds of the progress were last counted.
         self._since = time.monotonic()
 
@@ -124,7 +126,8 @@ class Trainer:
                 with self.timer.pause():
                     self._validate()
             at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
-            if at_checkpoint or end_of_epoch:
+            # What stands between a good step and a bad one is not worth going on from.
+            if (at_checkpoint or end_of_epoch) and not self.bad_steps:
                 with self.timer.pause():
                     self._save_checkpoint()
         batches.close()
@@ -134,9 +137,11 @@ class Trainer:
         """One optimizer step on the next micro-batches: L = L_CPO + μ·L_CPD + λ·L_CRR.
 
         Each term is a sum over the rows of the step divided by their number N, over all ranks
-        and micro-batches. The engine averages over both, hence the scale.
+        and micro-batches. The engine averages over both, hence the scale. A step whose loss or
+        gradient is not finite on any rank is left out by all.
         """
         step, micro_batches = self.progress.step, self.config.accumulation_steps
+        statistics: list[tuple[Any, int, torch.Tensor | None]] = []
         self._set_learning_rate(learning_rate(self.config, step, self.total_steps))
         for micro in range(micro_batches):
             with self.timer.part("data"):
@@ -150,11 +155,29 @@ class Trainer:
                     loss_scale=self.parallel.dp * micro_batches / batch.step_rows,
                 )
             with self.timer.part("backward"):
-                self.engine.backward(output.loss)
-            self.statistics.add(output.rows, batch.num_tokens, batch.grid_index)
+                self.engine.backward(bad_steps.poisoned(output.loss))
+            statistics.append((output.rows, batch.num_tokens, batch.grid_index))
             with self.timer.part("step"):
                 self.engine.step()
         self.progress.step = step + 1
+        if self.engine.optimizer.overflow:
+            self._skip_bad_step([rows for rows, *_ in statistics])
+            return
+        self.bad_steps.clear()
+        for parts in statistics:
+            self.statistics.add(*parts)
+
+    def _skip_bad_step(self, rows: Sequence[Any]) -> None:
+        """Count a step that every rank left out. Raises UserError after too many in a row."""
+        term = bad_steps.term_in_words(rows)
+        self.bad_steps.append(self.progress.step)
+        most = self.config.max_bad_steps
+        if len(self.bad_steps) > most:
+            which = "" if most == 0 else f", as in each of the {most} steps before"
+            raise UserError(f"{self._where()}: {term}{which}: {DIVERGED}")
+        if is_rank0():
+            line = f"warning: {self._where()}: {term}; the step is left out"
+            print(f"{line} ({len(self.bad_steps)} in a row of at most {most})", flush=True)
 
     def _batches(self) -> Any:
         """A generator of this rank's micro-batches from the current step on."""
@@ -202,6 +225,9 @@ class Trainer:
     def _log_step(self) -> None:
         """Log the means since the last line. Raises UserError where a loss is not finite."""
         values = self.statistics.report(self.parallel.dp_group)
+        if values["rows"] == 0 and self.bad_steps:
+            # Nothing was learned since the last line.
+            return
         if self.rewards is not None:
             summary = self.rewards.meter.summary()
             values |= {f"rewards/{name}": value for name, value in summary.items()}

@@ -228,7 +228,7 @@ def _flip(path: Path) -> None:
 
 @pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2)])
 def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, world, tp):
-    train = {"learning_rate": 1e30, "checkpoint_steps": 1}
+    train = {"learning_rate": 1e30, "max_bad_steps": 0}
     tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": world, "tp": tp}))
     lines = run_distributed(refusal_here, world, tp, tree, "ilrec", str(tmp_path))
     assert len(set(lines)) == 1
