@@ -21,9 +21,9 @@ class LaunchConfig:
 
     engine: Annotated[Literal["ray", "torchrun"], Affects()] = "ray"
     # Processes over all machines, one per GPU: tp × dp.
-    workers: Annotated[Positive, Affects("train")] = 1
+    workers: Annotated[Positive, Affects()] = 1
     # Processes that share one copy of the model.
-    tp: Annotated[Positive, Affects("train")] = 1
+    tp: Annotated[Positive, Affects()] = 1
     # Whether a tensor-parallel group may lie on several nodes, whose links are slow for it.
     tp_across_nodes: Annotated[
         Bool, Affects(), OnlyIf("launch.tp above 1", lambda config: config.launch.tp > 1)

@@ -104,9 +104,7 @@ def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequ
     optimizer.update_lp_params()
 
 
-def _fragments(
-    optimizer: Any, module: nn.Module, only: int | None = None
-) -> Iterator[Fragment]:
+def _fragments(optimizer: Any, module: nn.Module, only: int | None = None) -> Iterator[Fragment]:
     """The fragments of this rank's ranges, of all of DeepSpeed's groups or one."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for group, parameters in enumerate(optimizer.round_robin_bit16_groups):

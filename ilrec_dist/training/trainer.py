@@ -21,7 +21,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS, ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.objective import Objective
@@ -36,6 +36,7 @@ from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
+from ilrec_dist.training.optimizer_state import restore, take_part
 from ilrec_dist.training.schedule import learning_rate
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.timer import StepTimer
@@ -69,8 +70,8 @@ class Trainer:
     batches that `batch_maker` makes of the training's windows. `validate` returns the
     validation metrics of the backbone, the same on every rank, SELECTION_METRIC among them.
     `rewards` is read on the first rank of each tensor-parallel group and may be None elsewhere,
-    or where the objective needs none. `on_checkpoint` is called with the step after each
-    checkpoint.
+    or where the objective needs none. A checkpoint may take `timeout_seconds` to be written.
+    `on_checkpoint` is called with the step after each checkpoint is committed.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer:
         rewards: RewardSource | None = None,
         *,
         log_steps: int = LOG_STEPS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
@@ -97,6 +99,14 @@ class Trainer:
         self.total_steps = self.order.total_steps
         self.statistics = objective.make_statistics(catalogue.depth)
         self.progress = TrainingProgress()
+        self.writer = checkpoint.CheckpointWriter(
+            self._checkpoints,
+            spec.fingerprint,
+            config.keep_checkpoints,
+            dist.get_rank(),
+            dist.get_world_size(),
+            timeout_seconds,
+        )
         self.log: MetricsLog | None = None
         self.timer = StepTimer()
         # The learning rate of the step at hand.
@@ -119,6 +129,7 @@ class Trainer:
         self._since = time.monotonic()
         while not self._is_done():
             self.train_step(batches)
+            self.writer.check()
             end_of_epoch = self.progress.step % self.order.steps_per_epoch == 0
             if self.progress.step % self.log_steps == 0 or end_of_epoch:
                 self._log_step()
@@ -294,7 +305,7 @@ class Trainer:
                 print(f"warning: {line}; the checkpoint before it is used", flush=True)
         newest = from_rank0(newest)
         if newest is not None:
-            self.engine.load_checkpoint(str(newest.path), tag="state")
+            restore(self.engine, self.objective, self.parallel, newest.parts)
             self.progress = TrainingProgress(**newest.state)
         if is_rank0():
             self.log = MetricsLog(self.spec.folder, resume_step=self.progress.step)
@@ -304,32 +315,32 @@ class Trainer:
         return self.spec.folder / "checkpoints"
 
     def _save_checkpoint(self) -> None:
-        """Commit a checkpoint of this step. Raises UserError where the loss is not finite."""
+        """Copy this rank's part of a checkpoint of this step, to be written beside the training.
+
+        Raises UserError where the loss is not finite, and what the one before has met.
+        """
         if not self.statistics.is_finite(self.parallel.dp_group):
             self._log_step()
         now = time.monotonic()
         self.progress.seconds += now - self._since
         self._since = now
-        staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
+        # The one before must be committed on every rank before its leftovers may go.
+        self.writer.wait()
+        dist.barrier()
         if is_rank0():
+            staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
             checkpoint.make_staging_folder(staged)
+        part = take_part(self.engine, self.objective, self.parallel)
         dist.barrier()
-        self.engine.save_checkpoint(str(staged), tag="state", save_latest=False)
-        dist.barrier()
-        if is_rank0():
-            checkpoint.commit(
-                self._checkpoints,
-                self.progress.step,
-                asdict(self.progress),
-                self.spec.fingerprint,
-                self.config.keep_checkpoints,
-            )
-        dist.barrier()
+        self.writer.start(self.progress.step, asdict(self.progress), part)
         if self.on_checkpoint is not None:
+            self.writer.wait()
+            dist.barrier()
             self.on_checkpoint(self.progress.step)
 
     def _finish(self) -> None:
         """Write the final weights and result.json, which marks the training as finished."""
+        self.writer.wait()
         self._require_finite_weights()
         final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
         if self.log is not None:
