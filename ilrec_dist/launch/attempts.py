@@ -47,7 +47,8 @@ def begin_attempt(folder: Path, failures: Path) -> None:
         return
     begun = failures / "begun"
     is_restart = begun.exists()
-    reason = _reason(failures) if is_restart else ""
+    before = read_attempts(folder)
+    reason = _reason(failures, before[-1].time) if is_restart and before else ""
     failures.mkdir(exist_ok=True)
     begun.touch()
     attempt = Attempt(round(time.time(), 3), world_size, is_restart, reason)
@@ -55,9 +56,10 @@ def begin_attempt(folder: Path, failures: Path) -> None:
         file.write(json.dumps(asdict(attempt)) + "\n")
 
 
-def _reason(failures: Path) -> str:
-    """What the ranks noted, the first that does not merely say that another one is gone."""
-    notes = [read_json_object(path) for path in sorted(failures.glob("rank-*.json"))]
+def _reason(failures: Path, since: float) -> str:
+    """What the ranks noted since then, if it does not merely say that another one is gone."""
+    paths = sorted(failures.glob("rank-*.json"))
+    notes = [read_json_object(path) for path in paths if path.stat().st_mtime >= since]
     own = [note["error"] for note in notes if not note.get("of_another_rank")]
     return own[0] if own else LOST
 

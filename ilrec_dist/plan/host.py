@@ -18,6 +18,7 @@ def host_bytes(
     tokens: ItemTokens,
     cf: CFConfig,
     parameters: int,
+    checkpoint_part: int,
     gpus_per_node: int,
     needs_rewards: bool,
 ) -> dict[str, float] | None:
@@ -35,6 +36,7 @@ def host_bytes(
         "whole weights in fp32 for best and final, each worker": (
             FP32 * parameters * gpus_per_node
         ),
+        "copy of a checkpoint's part, each worker": checkpoint_part * gpus_per_node,
     }
     if needs_rewards:
         rows = data.items * cf.cf_folds

@@ -116,9 +116,6 @@ def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) 
     }
 
 
-def checkpoint_bytes(parameters: int, trainable: int, element: int) -> int:
-    """On disk: the weights in the model's precision, master weights and moments in fp32.
-
-    parameters and trainable are the whole model's.
-    """
-    return element * parameters + (FP32 + MOMENTS_BYTES) * trainable
+def checkpoint_bytes(trainable: int) -> int:
+    """Of a checkpoint's parts: master weights and moments in fp32, from which weights follow."""
+    return (FP32 + MOMENTS_BYTES) * trainable

@@ -148,10 +148,12 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
             tokens,
             config.cf,
             count.total,
+            checkpoint_bytes(per_rank // layout.dp),
             hardware.gpus_per_node,
             get_method(method).needs_rewards(config.objective),
         ),
-        checkpoint=checkpoint_bytes(count.total, count.total, layout.element),
+        # What tensor parallelism does not cut is written by every rank of a group.
+        checkpoint=checkpoint_bytes(layout.tp * per_rank),
     )
 
 

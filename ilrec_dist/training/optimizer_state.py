@@ -90,7 +90,10 @@ def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequ
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
         if saved.step > 0:
             state = optimizer.optimizer.state[master]
-            state["step"] = torch.tensor(saved.step, dtype=torch.float32)
+            # A fused step reads its number on the device.
+            is_fused = optimizer.param_groups[group].get("fused")
+            device = master.device if is_fused else torch.device("cpu")
+            state["step"] = torch.tensor(saved.step, dtype=torch.float32, device=device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(master)
         for fragment in _fragments(optimizer, module, group):
