@@ -39,17 +39,17 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(describe(plan))
     sys.stdout.flush()
     if not plan.fits:
-        raise UserError(_refusal(plan, given))
+        raise UserError(_refusal(plan))
 
 
-def _refusal(plan: Plan, given: DataSizes) -> str:
+def _refusal(plan: Plan) -> str:
     largest = max(plan.training, plan.validation, key=lambda parts: sum(parts.values()))
     part = max(largest, key=lambda name: largest[name])
     text = (
         f"it does not fit: a GPU needs {size(plan.needed)} of {size(plan.hardware.gpu_memory)}, "
         f"most of it {part} ({size(largest[part])}); "
     )
-    nearest = nearest_fitting(plan, given)
+    nearest = nearest_fitting(plan)
     if nearest is None:
         return text + "nothing up to 8 times the nodes fits; take a smaller model or larger GPUs"
     change, other = nearest

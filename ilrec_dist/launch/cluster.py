@@ -16,12 +16,16 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.config import LaunchConfig
 
 CONNECT_SECONDS = 10.0
-# How long Ray may take to answer a driver; without a limit it would try for minutes.
-ANSWER_SECONDS = 30
+# How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
+ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 NO_HEAD = "no Ray head answers there"
 START_ONE = (
     "start one with `ray start --head` and give the address that it prints, or none for a local Ray"
+)
+GIVE_TOKEN = (
+    "the cluster asks for a Ray token, and this process has none or another; set "
+    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the token of the cluster's nodes"
 )
 
 
@@ -55,11 +59,15 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
         cores = max(len(os.sched_getaffinity(0)), launch.workers)
         options = {"num_cpus": cores, "include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with contextlib.nullcontext() if address else _token_of_its_own():
+    with _environment(ATTEMPTS if address else _token_of_its_own()):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UserError(f"{source}: {NO_HEAD} ({error}); {START_ONE}") from None
+        except ray.exceptions.AuthenticationError:
+            raise UserError(f"{source}: {GIVE_TOKEN}") from None
+        except (ConnectionError, RuntimeError) as error:
+            if not address:
+                raise
+            raise UserError(f"{source}: {_reason(error)}") from None
         # Ray's own handler exits in the middle of its C++ code.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
@@ -69,21 +77,37 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _token_of_its_own() -> Iterator[None]:
+def _reason(error: BaseException) -> str:
+    """Why there is no connection: in what Ray was handling stands whether a token was refused."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if "Unauthenticated" in str(seen) or "AuthenticationError" in str(seen):
+            return GIVE_TOKEN
+        seen = seen.__cause__ or seen.__context__
+    return f"{NO_HEAD} ({' '.join(str(error).split())}); {START_ONE}"
+
+
+def _token_of_its_own() -> dict[str, str]:
     """A token for a local Ray that is gone with it.
 
     Ray would write one to the home, for which every later `ray start` there would ask. What
     the user says about tokens stays.
     """
     if any(name in os.environ for name in TOKEN_VARIABLES):
-        yield
-        return
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that are not set yet, for the length of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _check_head(address: str, source: str) -> None:

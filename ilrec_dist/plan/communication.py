@@ -66,6 +66,12 @@ class StepLayout:
     accumulation_steps: int
     # Bytes of a weight and of an activation.
     element: int
+    zero_stage: int = 1
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether DeepSpeed keeps buffers of all gradients from step to step."""
+        return self.element < FP32 and self.zero_stage == 1
 
 
 def step_collectives(

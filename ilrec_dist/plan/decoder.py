@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ilrec_dist.model.config import BackboneConfig
@@ -71,53 +72,89 @@ class DecoderSizes:
     def fc1_width(self) -> int:
         return self.ffn * (2 if self.gated else 1)
 
-    def parameters(self) -> dict[str, Count]:
-        """The parameters of each part; together exactly those of `model.gpt.Backbone`."""
+    def tensors(self) -> Iterator[tuple[str, int, Count]]:
+        """(part, dimensions, elements) of every parameter, in the order of the module's.
+
+        Together they are exactly the parameters of `model.gpt.Backbone`.
+        """
         config, hidden = self.config, self.hidden
-        is_learned = config.position_embedding == "learned"
-        biases = self._layer_biases()
-        head_norms = 2 * self.head_dim if config.qk_norm else 0
-        attention = (self.qkv_width + self.query_width) * hidden
-        feed_forward = (self.fc1_width + self.ffn) * hidden
-        parts = {
-            "embedding": Count(self.positions * hidden if is_learned else 0, self.vocab * hidden),
-            "attention": _times(Count(0, attention), self.layers),
-            "feed-forward": _times(Count(0, feed_forward), self.layers),
-            "biases": _times(biases, self.layers),
-            "norms": Count((2 * self.layers + 1) * self._norm + self.layers * head_norms, 0),
-            "head": Count(0, 0 if config.tie_embeddings else self.vocab * hidden),
-        }
-        return {name: count for name, count in parts.items() if count.total}
+        whole, cut = (lambda size: Count(size, 0)), (lambda size: Count(0, size))
+        yield "embedding", 2, cut(self.vocab * hidden)
+        if config.position_embedding == "learned":
+            yield "embedding", 2, whole(self.positions * hidden)
+        for _ in range(self.layers):
+            yield from self._norm()
+            yield "attention", 2, cut(self.query_width * hidden)
+            if config.bias:
+                yield "biases", 1, whole(hidden)
+            yield "attention", 2, cut(self.qkv_width * hidden)
+            if config.bias or config.qkv_bias:
+                yield "biases", 1, cut(self.qkv_width)
+            for _ in range(2 if config.qk_norm else 0):
+                yield "norms", 1, whole(self.head_dim)
+            yield from self._norm()
+            yield "feed-forward", 2, cut(self.fc1_width * hidden)
+            if config.bias:
+                yield "biases", 1, cut(self.fc1_width)
+            yield "feed-forward", 2, cut(self.ffn * hidden)
+            if config.bias:
+                yield "biases", 1, whole(hidden)
+        yield from self._norm()
+        if not config.tie_embeddings:
+            yield "head", 2, cut(self.vocab * hidden)
 
-    def vectors(self) -> Count:
-        """The parameters of one dimension, to which no weight decay applies."""
-        parts = self.parameters()
-        return summed({name: parts[name] for name in ("biases", "norms") if name in parts})
+    def _norm(self) -> Iterator[tuple[str, int, Count]]:
+        for _ in range(2 if self.config.normalization == "LayerNorm" else 1):
+            yield "norms", 1, Count(self.hidden, 0)
 
-    def flat_parameters(self, tp: int, dp: int) -> int:
-        """A rank's parameters as DeepSpeed lays them out: matrices and vectors, each padded."""
-        vectors = self.vectors().per_rank(tp)
-        matrices = summed(self.parameters()).per_rank(tp) - vectors
-        step = ALIGNMENT * dp
-        return sum(-(-count // step) * step for count in (matrices, vectors))
+    def parameters(self) -> dict[str, Count]:
+        """The parameters of each part."""
+        parts: dict[str, Count] = {}
+        for part, _, count in self.tensors():
+            parts[part] = summed([parts.get(part, Count(0, 0)), count])
+        return parts
+
+
+def summed(counts: Iterable[Count]) -> Count:
+    counts = list(counts)
+    return Count(sum(count.whole for count in counts), sum(count.cut for count in counts))
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Trainable parameters of a rank as DeepSpeed's ZeRO lays them end to end, padded.
+
+    Matrices are one group and vectors another, because no weight decay applies to these.
+    """
+
+    # Elements of each parameter.
+    sizes: tuple[int, ...]
+    dp: int
 
     @property
-    def _norm(self) -> int:
-        return self.hidden * (2 if self.config.normalization == "LayerNorm" else 1)
+    def padded(self) -> int:
+        step = ALIGNMENT * self.dp
+        return -(-sum(self.sizes) // step) * step
 
-    def _layer_biases(self) -> Count:
-        """Of one layer: those of the projections that end in the residual stream are not cut."""
-        config = self.config
-        qkv = self.qkv_width if config.bias or config.qkv_bias else 0
-        fc1 = self.fc1_width if config.bias else 0
-        return Count(2 * self.hidden if config.bias else 0, qkv + fc1)
+    def touched(self) -> int:
+        """The most elements of whole parameters of which a rank's range has a part."""
+        size = self.padded // self.dp
+        stops = list(itertools.accumulate(self.sizes))
+        found = []
+        for rank in range(self.dp):
+            low, high = rank * size, (rank + 1) * size
+            inside = (
+                count
+                for count, stop in zip(self.sizes, stops, strict=True)
+                if stop > low and stop - count < high
+            )
+            found.append(sum(inside))
+        return max(found)
 
 
-def _times(count: Count, factor: int) -> Count:
-    return Count(count.whole * factor, count.cut * factor)
-
-
-def summed(parts: Mapping[str, Count]) -> Count:
-    return Count(
-        sum(count.whole for count in parts.values()), sum(count.cut for count in parts.values())
-    )
+def flat_groups(tensors: Iterable[tuple[int, int]], dp: int) -> list[FlatGroup]:
+    """The groups of a rank's trainable parameters, given as (dimensions, elements)."""
+    by_kind: dict[bool, list[int]] = {True: [], False: []}
+    for dimensions, size in tensors:
+        by_kind[dimensions >= 2].append(size)
+    return [FlatGroup(tuple(sizes), dp) for sizes in by_kind.values() if sizes]

@@ -51,7 +51,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 def _parameters(plan: Plan) -> Iterator[str]:
     tp = plan.layout.tp
     yield from ("", f"{'parameters':38}{'whole model':>16}{'a GPU':>18}")
-    for name, count in {**plan.parameters, "all": summed(plan.parameters)}.items():
+    for name, count in {**plan.parameters, "all": summed(plan.parameters.values())}.items():
         yield f"  {name:36}{count.total:>16,}{count.per_rank(tp):>18,}"
 
 
@@ -87,7 +87,7 @@ def _host(plan: Plan) -> Iterator[str]:
 
 def _checkpoint(plan: Plan) -> Iterator[str]:
     kept = plan.config.train.keep_checkpoints
-    weights = 4 * summed(plan.parameters).total
+    weights = 4 * summed(plan.parameters.values()).total
     yield from (
         "",
         f"a checkpoint: {size(plan.checkpoint)}, {plan.checkpoint_seconds:.0f} s at "

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import num_intermediate_layers
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
-from ilrec_dist.plan.decoder import DecoderSizes
+from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 
 MIB = 1 << 20
 # The loss's workspace on a GPU where objective.workspace_mib is null (ilrec_kernels.plan).
 LOSS_WORKSPACE = 1024 * MIB
 # DeepSpeed's reduce_bucket_size, in gradients; its buffer has this size whatever the model's is.
 BUCKET_GRADIENTS = 500_000_000
+GRADIENTS = "gradients"
 # Adam's two moments, in fp32.
 MOMENTS_BYTES = 8
 # CUDA's context, cuBLAS and NCCL's channels of the tp and dp groups: about what an H100 shows.
@@ -36,23 +38,42 @@ class Decoding:
 
 
 def state_bytes(
-    parameters: int, trainable: int, layout: StepLayout, zero_stage: int
+    parameters: int, groups: Sequence[FlatGroup], layout: StepLayout
 ) -> dict[str, float]:
-    """Weights, gradients and optimizer state of a rank, from its own parameters' numbers.
+    """Weights, gradients and optimizer state of a rank.
 
-    The optimizer state is divided over the dp ranks. With one micro-batch a step gradients
-    go through DeepSpeed's bucket, and each rank keeps those that it updates; with several, or
-    in bf16, every rank keeps the whole sum of its gradients in fp32, except in ZeRO 2.
+    parameters: all of the rank's, and groups: those that it trains. The optimizer state is
+    divided over the dp ranks. Gradients in fp32 with one micro-batch a step, or under ZeRO 2,
+    go through DeepSpeed's bucket, and a rank keeps those of the parameters of which it updates
+    a part. With more micro-batches it keeps all until the last one. In bf16 under ZeRO 1 it
+    keeps all in bf16 and their sum in fp32.
     """
+    trainable = sum(group.padded for group in groups)
     share = trainable / layout.dp
-    keeps_sum = zero_stage == 1 and (layout.accumulation_steps > 1 or layout.element < FP32)
-    gradients = layout.element * trainable if zero_stage == 1 or layout.element < FP32 else 0.0
+    if layout.keeps_gradients:
+        gradients = (FP32 + layout.element) * trainable
+    elif layout.accumulation_steps > 1 and layout.zero_stage == 1:
+        gradients = FP32 * trainable
+    else:
+        gradients = FP32 * sum(group.touched() for group in groups)
+    padding = trainable - sum(sum(group.sizes) for group in groups)
     return {
-        "weights": layout.element * parameters,
-        "gradients": FP32 * (trainable if keeps_sum else share) + gradients,
+        "weights": layout.element * (parameters + padding),
+        GRADIENTS: gradients,
         "master weights": FP32 * share,
         "moments": MOMENTS_BYTES * share,
     }
+
+
+def bucket_bytes(trainable: int, layout: StepLayout) -> float:
+    """The buffer through which gradients go to be summed over the dp ranks.
+
+    In bf16 under ZeRO 1 they are copied into one as large as they need; otherwise DeepSpeed
+    allocates it whatever the model's size is, under ZeRO 2 in the precision of the weights.
+    """
+    if layout.keeps_gradients:
+        return float(FP32 * min(trainable, BUCKET_GRADIENTS))
+    return float((FP32 if layout.zero_stage == 1 else layout.element) * BUCKET_GRADIENTS)
 
 
 def activation_bytes(
@@ -72,7 +93,7 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
     """Bytes a token that one layer keeps; the projections' are divided over tp."""
     element = layout.element
     # The residual stream before each of the two norms, and what each norm gives.
-    whole = 4 * sizes.hidden * element
+    whole = 4 * sizes.hidden * element + 2 * _norm_statistics(sizes)
     if sizes.config.dropout > 0:
         # A mask of one byte for each of the two outputs.
         whole += 2 * sizes.hidden
@@ -81,6 +102,8 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
     if sizes.config.position_embedding == "rope":
         # Queries and keys after the rotation.
         cut += (sizes.query_width + sizes.kv_heads * sizes.head_dim) * element
+    # What the backward pass of the attention needs of each head's softmax.
+    cut += FP32 * sizes.heads
     # Before and after the activation; a gated one keeps its gate too.
     cut += (sizes.fc1_width + sizes.ffn * (2 if sizes.gated else 1)) * element
     return whole + cut / layout.tp
@@ -92,16 +115,24 @@ def loss_bytes(
     batch: MicroBatch,
     layout: StepLayout,
     head_is_trained: bool = True,
-) -> float:
+) -> dict[str, float]:
     """The loss's workspace, the head's gradient in fp32, and the hidden rows of all streams."""
     workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
-    # Each stream's rows before and after the norm, and their gradient.
-    rows = 3 * streams * batch.rows * sizes.hidden * layout.element
-    head = FP32 * sizes.hidden * sizes.vocab // layout.tp if head_is_trained else 0
-    return workspace + rows + head
+    # Each stream's rows before the norm, with its statistics, and their gradient.
+    row = 2 * sizes.hidden * layout.element + _norm_statistics(sizes)
+    return {
+        "workspace": workspace,
+        "hidden rows": streams * batch.rows * row,
+        "head's gradient": FP32 * sizes.hidden * sizes.vocab // layout.tp * head_is_trained,
+    }
+
+
+def _norm_statistics(sizes: DecoderSizes) -> int:
+    """Of a row: the inverse deviation, and the mean that only LayerNorm has."""
+    return FP32 * (2 if sizes.config.normalization == "LayerNorm" else 1)
 
 
 def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) -> dict[str, float]:

@@ -20,15 +20,16 @@ from ilrec_dist.plan.communication import (
     step_collectives,
     streams_take_part,
 )
-from ilrec_dist.plan.decoder import Count, DecoderSizes, summed
+from ilrec_dist.plan.decoder import Count, DecoderSizes, flat_groups, summed
 from ilrec_dist.plan.hardware import Hardware
 from ilrec_dist.plan.host import host_bytes
 from ilrec_dist.plan.memory import (
-    BUCKET_GRADIENTS,
     FRAGMENTS,
+    GRADIENTS,
     RESERVED,
     Decoding,
     activation_bytes,
+    bucket_bytes,
     checkpoint_bytes,
     decoding_bytes,
     loss_bytes,
@@ -93,10 +94,14 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
     launch.workers is taken to be one for each GPU. Raises UserError where the sizes are not
     known, and where the configuration is impossible on this hardware.
     """
-    config = _on(config, hardware, config.launch.tp)
-    _check_node(config, hardware)
     data = data_sizes(config, given)
-    tokens = item_tokens(config, data)
+    return plan_for(config, hardware, data, item_tokens(config, data))
+
+
+def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTokens) -> Plan:
+    """As `make_plan`, for data and items that are known already."""
+    config = _on(config, hardware)
+    _check_node(config, hardware)
     sizes = decoder_sizes(config, tokens)
     parameters = sizes.parameters()
     layout = StepLayout(
@@ -107,14 +112,19 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
     )
     batch = micro_batch(config, tokens, data)
     method, objective = _heaviest(config, sizes)
-    count = summed(parameters)
-    per_rank = sizes.flat_parameters(layout.tp, layout.dp)
+    count = summed(parameters.values())
+    groups = flat_groups(
+        ((dimensions, size.per_rank(layout.tp)) for _, dimensions, size in sizes.tensors()),
+        layout.dp,
+    )
+    per_rank = sum(group.padded for group in groups)
     collectives = step_collectives(sizes, objective, batch, layout, per_rank)
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
-    state = state_bytes(per_rank, per_rank, layout, zero_stage=1)
-    gradients = state.pop("gradients")
+    state = state_bytes(count.per_rank(layout.tp), groups, layout)
+    kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
+    loss = loss_bytes(sizes, objective, batch, layout)
     decoding = Decoding(
         config.evaluation.batch_size,
         config.evaluation.beam,
@@ -134,13 +144,12 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
         training=_with_reserve(
             {
                 **state,
-                "gradients": gradients,
-                "gradient bucket": float(4 * BUCKET_GRADIENTS),
+                "gradient bucket": bucket_bytes(per_rank, layout),
                 "activations": activation_bytes(sizes, batch, layout),
-                "loss": loss_bytes(sizes, objective, batch, layout),
+                **{f"loss: {name}": size for name, size in loss.items()},
             }
         ),
-        validation=_with_reserve({**state, **decoding_bytes(sizes, decoding, layout)}),
+        validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
         collectives=collectives,
         time=step_time(sizes, batch, layout, hardware, collectives, per_rank, streams),
         host=host_bytes(
@@ -157,11 +166,11 @@ def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
     )
 
 
-def nearest_fitting(plan: Plan, given: DataSizes) -> tuple[str, Plan] | None:
+def nearest_fitting(plan: Plan) -> tuple[str, Plan] | None:
     """The first of the alternatives that fits, and what to change; None where none does."""
     for change, config, hardware in _alternatives(plan.config, plan.hardware):
         try:
-            other = make_plan(config, hardware, given)
+            other = plan_for(config, hardware, plan.data, plan.tokens)
         except UserError:
             continue
         if other.fits:
@@ -195,9 +204,9 @@ def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Con
                 yield words, changed, larger
 
 
-def _on(config: Config, hardware: Hardware, tp: int) -> Config:
-    launch = replace(config.launch, workers=hardware.gpus, tp=tp)
-    config = replace(config, launch=launch)
+def _on(config: Config, hardware: Hardware) -> Config:
+    """The configuration with a worker for each GPU. Raises UserError where it is impossible."""
+    config = replace(config, launch=replace(config.launch, workers=hardware.gpus))
     check_together(config, f"{hardware.nodes} × {hardware.gpus_per_node} GPUs")
     return config
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,8 +21,9 @@ _WHOLE_TENSOR = {"all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 0, "
 def counted_collectives() -> Iterator[Counter[str]]:
     """Bytes of the collectives that this process calls in the block, by operation.
 
-    Groups of one process are left out. A tensor counts once, whatever the algorithm sends
-    for it; a gathering counts all that a rank holds afterwards.
+    After DeepSpeed's engine is built. Groups of one process are left out. A tensor counts
+    once, whatever the algorithm sends for it; a gathering counts all that a rank holds
+    afterwards.
     """
     counter: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in (*_WHOLE_TENSOR, "all_gather")}
@@ -30,16 +32,22 @@ def counted_collectives() -> Iterator[Counter[str]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group")
             if dist.get_world_size(group) > 1:
-                counter[name] += _whole_bytes(name, args, kwargs)
+                operation = "all_gather" if name.startswith("all_gather") else name
+                counter[operation] += _whole_bytes(name, args, kwargs)
             return original(*args, **kwargs)
 
         return call
 
+    # DeepSpeed has kept a function of its own from the time when it was imported.
+    backend = deepspeed.comm.comm.cdb
+    gather = backend.all_gather_function
     try:
         for name, original in originals.items():
             setattr(dist, name, counting(name, original))
+        backend.all_gather_function = counting("all_gather_into_tensor", gather)
         yield counter
     finally:
+        backend.all_gather_function = gather
         for name, original in originals.items():
             setattr(dist, name, original)
 

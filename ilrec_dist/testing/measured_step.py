@@ -22,12 +22,14 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.plan.communication import MicroBatch, StepLayout, step_collectives
 from ilrec_dist.plan.decoder import DecoderSizes
-from ilrec_dist.plan.memory import activation_bytes, state_bytes
+from ilrec_dist.plan.decoder import flat_groups as laid_out
+from ilrec_dist.plan.memory import activation_bytes, loss_bytes, state_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
 from ilrec_dist.testing.accounting import counted_collectives, saved_for_backward, storage_bytes
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
+from ilrec_dist.training.optimizer_state import flat_groups
 
 CANDIDATES = 2
 
@@ -90,7 +92,7 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
                 activations = storage_bytes(saved)
                 saved.clear()
                 engine.backward(output.loss)
-                gradients = _gradient_bytes(backbone, engine.optimizer)
+                gradients = max(gradients, _gradient_bytes(backbone, engine.optimizer))
                 del output
                 engine.step()
     optimizer = engine.optimizer
@@ -98,7 +100,7 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
     measured = MeasuredStep(
         weights=storage_bytes(backbone.parameters()),
         gradients=gradients,
-        master_weights=storage_bytes(optimizer.single_partition_of_fp32_groups),
+        master_weights=storage_bytes(group.master for group in flat_groups(optimizer)),
         moments=storage_bytes(v for v in states if torch.is_tensor(v) and v.dim() > 0),
         activations=activations,
         collectives=collectives,
@@ -134,13 +136,12 @@ def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
     """Gradients of the parameters, and what DeepSpeed keeps of them, its bucket left out."""
     buckets = {
         buffer.untyped_storage().data_ptr()
-        for bucket in optimizer.ipg_buckets.values()
+        for bucket in getattr(optimizer, "ipg_buckets", {}).values()
         for buffer in bucket.buffer
     }
     averaged: Mapping[int, Any] = getattr(optimizer, "averaged_gradients", {})
-    tensors: list[Tensor | None] = []
-    for parameter in backbone.parameters():
-        tensors += [parameter.grad, getattr(parameter, "grad_accum", None)]
+    tensors: list[Tensor | None] = [p.grad for p in backbone.parameters()]
+    tensors += getattr(optimizer, "fp32_groups_gradients_flat", [])
     for value in averaged.values():
         tensors += value if isinstance(value, list | tuple) else [value]
     return storage_bytes(
@@ -157,8 +158,13 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
     layout = StepLayout(tp, dp, train.accumulation_steps, ELEMENT_BYTES[train.precision])
     sequences = train.batch_size // (dp * train.accumulation_steps)
     batch = MicroBatch(sequences, spec.length, rows, entries)
-    flat = sizes.flat_parameters(tp, dp)
-    state = state_bytes(flat, flat, layout, zero_stage=1)
+    tensors = [(dimensions, count.per_rank(tp)) for _, dimensions, count in sizes.tensors()]
+    groups = laid_out(tensors, dp)
+    flat = sum(group.padded for group in groups)
+    state = state_bytes(sum(size for _, size in tensors), groups, layout)
+    # The measured ones hold what the loss keeps as well.
+    kept_by_loss = sum(loss_bytes(sizes, spec.objective, batch, layout).values())
+    kept_by_loss -= loss_bytes(sizes, spec.objective, batch, layout)["workspace"]
     collectives: Counter[str] = Counter()
     for item in step_collectives(sizes, spec.objective, batch, layout, flat):
         collectives[item.operation] += item.bytes
@@ -167,7 +173,7 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
         gradients=int(state["gradients"]),
         master_weights=int(state["master weights"]),
         moments=int(state["moments"]),
-        activations=int(activation_bytes(sizes, batch, layout)),
+        activations=int(activation_bytes(sizes, batch, layout) + kept_by_loss),
         collectives=collectives,
         rows=rows,
         entries=entries,

@@ -9,6 +9,7 @@ training began with.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -40,6 +42,19 @@ class Fragment:
 
 
 @dataclass(frozen=True)
+class FlatGroup:
+    """Parameters that DeepSpeed lays end to end, and this rank's range of them."""
+
+    parameters: list[nn.Parameter]
+    # Where each parameter begins.
+    offsets: list[int]
+    low: int
+    high: int
+    # The range's master weights, one parameter of the optimizer inside.
+    master: Tensor
+
+
+@dataclass(frozen=True)
 class Part:
     """What one rank writes: copies in host memory, and what they are, as JSON values."""
 
@@ -53,8 +68,9 @@ def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
     tensors: dict[str, Tensor] = {}
     described = {}
     shapes = {name: list(p.shape) for name, p in module.named_parameters()}
+    groups = flat_groups(optimizer)
     for fragment in _fragments(optimizer, module):
-        master = optimizer.single_partition_of_fp32_groups[fragment.group]
+        master = groups[fragment.group].master
         state = optimizer.optimizer.state.get(master, {})
         place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
         kept = {WEIGHT: master, **{moment: state[moment] for moment in MOMENTS if moment in state}}
@@ -87,41 +103,57 @@ def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequ
     optimizer = engine.optimizer
     saved = SavedState.open(files)
     parameters = dict(module.named_parameters())
-    for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
+    states = []
+    for group, options in zip(flat_groups(optimizer), optimizer.param_groups, strict=True):
+        kept = {WEIGHT: group.master.detach()}
         if saved.step > 0:
-            state = optimizer.optimizer.state[master]
+            state = optimizer.optimizer.state[group.master]
             # A fused step reads its number on the device.
-            is_fused = optimizer.param_groups[group].get("fused")
-            device = master.device if is_fused else torch.device("cpu")
+            device = group.master.device if options.get("fused") else torch.device("cpu")
             state["step"] = torch.tensor(saved.step, dtype=torch.float32, device=device)
             for moment in MOMENTS:
-                state[moment] = torch.zeros_like(master)
-        for fragment in _fragments(optimizer, module, group):
-            place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
-            targets = {WEIGHT: master.detach()}
-            if saved.step > 0:
-                targets |= {moment: optimizer.optimizer.state[master][moment] for moment in MOMENTS}
-            for kind, target in targets.items():
-                values = saved.read(kind, fragment, parameters[fragment.name], parallel)
-                target[place].copy_(values)
+                state[moment] = kept[moment] = torch.zeros_like(group.master)
+        states.append(kept)
+    for fragment in _fragments(optimizer, module):
+        place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
+        for kind, target in states[fragment.group].items():
+            values = saved.read(kind, fragment, parameters[fragment.name], parallel)
+            target[place].copy_(values)
     optimizer.update_lp_params()
 
 
-def _fragments(optimizer: Any, module: nn.Module, only: int | None = None) -> Iterator[Fragment]:
-    """The fragments of this rank's ranges, of all of DeepSpeed's groups or one."""
+def _fragments(optimizer: Any, module: nn.Module) -> Iterator[Fragment]:
+    """The fragments of this rank's ranges."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
-        if only is not None and group != only:
-            continue
-        size = optimizer.partition_size[group]
-        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[group])
-        low, high = rank * size, (rank + 1) * size
-        offsets = optimizer.round_robin_bit16_offsets[group]
-        for parameter, offset in zip(parameters, offsets, strict=True):
-            start = max(low, offset) - offset
-            stop = min(high, offset + parameter.numel()) - offset
+    for number, group in enumerate(flat_groups(optimizer)):
+        for parameter, offset in zip(group.parameters, group.offsets, strict=True):
+            start = max(group.low, offset) - offset
+            stop = min(group.high, offset + parameter.numel()) - offset
             if start < stop:
-                yield Fragment(names[id(parameter)], group, start, stop, offset + start - low)
+                at = offset + start - group.low
+                yield Fragment(names[id(parameter)], number, start, stop, at)
+
+
+def flat_groups(optimizer: Any) -> list[FlatGroup]:
+    """The layout of either of DeepSpeed's optimizers: in bf16 under ZeRO 1 it is another one."""
+    is_bf16 = hasattr(optimizer, "bf16_groups")
+    groups = optimizer.bf16_groups if is_bf16 else optimizer.round_robin_bit16_groups
+    masters = (
+        optimizer.fp32_groups_flat_partition
+        if is_bf16
+        else optimizer.single_partition_of_fp32_groups
+    )
+    found = []
+    for number, parameters in enumerate(groups):
+        if is_bf16:
+            sizes = [parameter.numel() for parameter in parameters]
+            offsets = [0, *itertools.accumulate(sizes)][:-1]
+        else:
+            offsets = optimizer.round_robin_bit16_offsets[number]
+        master, rank = masters[number], dist.get_rank(optimizer.real_dp_process_group[number])
+        size = master.numel()
+        found.append(FlatGroup(parameters, offsets, rank * size, (rank + 1) * size, master))
+    return found
 
 
 class SavedState:
