@@ -58,8 +58,9 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
     else:
         cores = max(len(os.sched_getaffinity(0)), launch.workers)
         options = {"num_cpus": cores, "include_dashboard": False}
+        _set_token()
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with _environment(ATTEMPTS if address else _token_of_its_own()):
+    with _environment(ATTEMPTS if address else {}):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except ray.exceptions.AuthenticationError:
@@ -87,15 +88,15 @@ def _reason(error: BaseException) -> str:
     return f"{NO_HEAD} ({' '.join(str(error).split())}); {START_ONE}"
 
 
-def _token_of_its_own() -> dict[str, str]:
-    """A token for a local Ray that is gone with it.
+def _set_token() -> None:
+    """Give this process's local Ray a token that is gone with the process.
 
     Ray would write one to the home, for which every later `ray start` there would ask. What
-    the user says about tokens stays.
+    the user says about tokens stays. Ray reads RAY_AUTH_MODE when it is loaded, and sets it
+    itself for a local session.
     """
-    if any(name in os.environ for name in TOKEN_VARIABLES):
-        return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not any(name in os.environ for name in TOKEN_VARIABLES):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextlib.contextmanager

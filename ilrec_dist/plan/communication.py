@@ -6,13 +6,13 @@ a gathering. `Collective.wire_bytes` is what a rank sends for it in a ring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import num_intermediate_layers
-from ilrec_dist.plan.decoder import DecoderSizes
+from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 
 Operation = Literal["all_reduce", "all_gather", "broadcast"]
 FP32 = 4
@@ -67,6 +67,8 @@ class StepLayout:
     # Bytes of a weight and of an activation.
     element: int
     zero_stage: int = 1
+    # Some operations keep less for backward on a GPU.
+    is_cuda: bool = True
 
     @property
     def keeps_gradients(self) -> bool:
@@ -79,24 +81,25 @@ def step_collectives(
     objective: ObjectiveConfig,
     batch: MicroBatch,
     layout: StepLayout,
-    flat_parameters: int,
+    groups: Sequence[FlatGroup],
 ) -> list[Collective]:
-    """The collectives of one optimizer step.
-
-    flat_parameters: the trainable parameters of a rank as DeepSpeed lays them out, padded.
-    """
+    """The collectives of one optimizer step; `groups` are the parameters that a rank trains."""
     found = []
+    # One sum of squares a group; where every rank has all gradients, one of all.
+    norms = FP32 * (1 if layout.keeps_gradients else len(groups))
     if layout.tp > 1:
         for what, operation, size in _of_micro_batch(sizes, objective, batch, layout):
             total = size * layout.accumulation_steps
             found.append(Collective("tp", what, operation, layout.tp, total))
+        found.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
     if layout.dp > 1:
+        flat = sum(group.padded for group in groups)
         found += [
-            Collective("dp", "gradients", "all_reduce", layout.dp, FP32 * flat_parameters),
-            Collective(
-                "dp", "updated weights", "all_gather", layout.dp, layout.element * flat_parameters
-            ),
+            Collective("dp", "gradients", "all_reduce", layout.dp, FP32 * flat),
+            Collective("dp", "updated weights", "all_gather", layout.dp, layout.element * flat),
         ]
+        if not layout.keeps_gradients:
+            found.append(Collective("dp", "norm of the gradient", "all_reduce", layout.dp, norms))
     return found
 
 

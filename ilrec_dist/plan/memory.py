@@ -84,29 +84,53 @@ def activation_bytes(
     With `recompute` only the layers' inputs, and everything of one layer at a time.
     """
     layer = _layer_activations(sizes, layout) * batch.tokens
+    embedding = 0
+    if sizes.config.dropout > 0:
+        # The mask of the embeddings.
+        embedding = batch.tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
+    if sizes.config.position_embedding == "rope":
+        # Cosines and sines of the queries' and the keys' angles.
+        layer += 4 * batch.tokens_per_sequence * sizes.head_dim * layout.element
     if recompute:
-        return sizes.layers * sizes.hidden * layout.element * batch.tokens + layer
-    return sizes.layers * layer
+        kept = sizes.layers * sizes.hidden * layout.element * batch.tokens
+        return embedding + kept + layer
+    return embedding + sizes.layers * layer
 
 
 def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
     """Bytes a token that one layer keeps; the projections' are divided over tp."""
     element = layout.element
-    # The residual stream before each of the two norms, and what each norm gives.
-    whole = 4 * sizes.hidden * element + 2 * _norm_statistics(sizes)
+    # What goes into each of the two norms, which is the residual stream, and what comes out.
+    whole = 2 * (_norm_input(sizes, layout) + sizes.hidden * element)
     if sizes.config.dropout > 0:
-        # A mask of one byte for each of the two outputs.
-        whole += 2 * sizes.hidden
-    # The joint projection, which holds the values; the output of the attention.
-    cut = (sizes.qkv_width + sizes.query_width) * element
+        # The masks of the two outputs.
+        whole += 2 * sizes.hidden * (1 if layout.is_cuda else element)
+    # The joint projection, which holds the values; the output of the attention; what its
+    # backward pass needs of each head's softmax.
+    cut = (sizes.qkv_width + sizes.query_width) * element + FP32 * sizes.heads
+    queries_and_keys = sizes.query_width + sizes.kv_heads * sizes.head_dim
     if sizes.config.position_embedding == "rope":
-        # Queries and keys after the rotation.
-        cut += (sizes.query_width + sizes.kv_heads * sizes.head_dim) * element
-    # What the backward pass of the attention needs of each head's softmax.
-    cut += FP32 * sizes.heads
-    # Before and after the activation; a gated one keeps its gate too.
-    cut += (sizes.fc1_width + sizes.ffn * (2 if sizes.gated else 1)) * element
+        # After the rotation.
+        cut += queries_and_keys * element
+    if sizes.config.qk_norm:
+        # Normalised, and on a CPU in bf16 also as fp32 copies.
+        copies = 1 if layout.is_cuda or element == FP32 else 2
+        cut += copies * queries_and_keys * (element if layout.is_cuda else FP32)
+        cut += FP32 * (sizes.heads + sizes.kv_heads)
+    # Before and after the activation; of a gated one also its two factors.
+    cut += (sizes.fc1_width + sizes.ffn * (3 if sizes.gated else 1)) * element
     return whole + cut / layout.tp
+
+
+def _norm_input(sizes: DecoderSizes, layout: StepLayout) -> int:
+    """Bytes a row that a norm keeps of its input, with the statistics.
+
+    torch computes an RMS norm in one kernel on GPUs only; on CPUs it keeps the row in fp32
+    and the normalised row before the weight.
+    """
+    if sizes.config.normalization == "LayerNorm":
+        return sizes.hidden * layout.element + 2 * FP32
+    return sizes.hidden * (layout.element if layout.is_cuda else 2 * FP32) + FP32
 
 
 def loss_bytes(
@@ -121,18 +145,13 @@ def loss_bytes(
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
-    # Each stream's rows before the norm, with its statistics, and their gradient.
-    row = 2 * sizes.hidden * layout.element + _norm_statistics(sizes)
+    # What each stream's norm keeps, and the gradient of what comes out of it.
+    row = _norm_input(sizes, layout) + sizes.hidden * layout.element
     return {
         "workspace": workspace,
         "hidden rows": streams * batch.rows * row,
         "head's gradient": FP32 * sizes.hidden * sizes.vocab // layout.tp * head_is_trained,
     }
-
-
-def _norm_statistics(sizes: DecoderSizes) -> int:
-    """Of a row: the inverse deviation, and the mean that only LayerNorm has."""
-    return FP32 * (2 if sizes.config.normalization == "LayerNorm" else 1)
 
 
 def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) -> dict[str, float]:

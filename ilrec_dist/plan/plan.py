@@ -118,7 +118,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         layout.dp,
     )
     per_rank = sum(group.padded for group in groups)
-    collectives = step_collectives(sizes, objective, batch, layout, per_rank)
+    collectives = step_collectives(sizes, objective, batch, layout, groups)
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)

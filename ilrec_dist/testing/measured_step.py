@@ -155,19 +155,21 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
     """What the plan says of the same step."""
     train = spec.train
     sizes = DecoderSizes.of(spec.backbone, spec.vocab_size, spec.length)
-    layout = StepLayout(tp, dp, train.accumulation_steps, ELEMENT_BYTES[train.precision])
+    element = ELEMENT_BYTES[train.precision]
+    layout = StepLayout(tp, dp, train.accumulation_steps, element, is_cuda=False)
     sequences = train.batch_size // (dp * train.accumulation_steps)
     batch = MicroBatch(sequences, spec.length, rows, entries)
     tensors = [(dimensions, count.per_rank(tp)) for _, dimensions, count in sizes.tensors()]
     groups = laid_out(tensors, dp)
-    flat = sum(group.padded for group in groups)
     state = state_bytes(sum(size for _, size in tensors), groups, layout)
     # The measured ones hold what the loss keeps as well.
     kept_by_loss = sum(loss_bytes(sizes, spec.objective, batch, layout).values())
     kept_by_loss -= loss_bytes(sizes, spec.objective, batch, layout)["workspace"]
     collectives: Counter[str] = Counter()
-    for item in step_collectives(sizes, spec.objective, batch, layout, flat):
-        collectives[item.operation] += item.bytes
+    for item in step_collectives(sizes, spec.objective, batch, layout, groups):
+        # The batches that are measured come with their rewards.
+        if item.what != "rewards":
+            collectives[item.operation] += item.bytes
     return MeasuredStep(
         weights=int(state["weights"]),
         gradients=int(state["gradients"]),
