@@ -11,7 +11,7 @@ import torch
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.distributed.process_groups import initialize_parallel
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.train_one import train_one
@@ -54,6 +54,8 @@ def train_with_bad_steps(mesh: Mesh, tree: dict, folder: str, value: float) -> d
             train_one(config, spec, RunArtifacts(config), parallel, log_steps=1)
         except UserError as refused:
             error = str(refused)
+        finally:
+            destroy_parallel()
     return {"sums": sums, "error": error}
 
 
