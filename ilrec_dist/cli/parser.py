@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_index_commands(commands)
     _add_plan(commands)
     _add_status(commands)
+    _add_analyze(commands)
     _add_recommend(commands)
     _add_serve(commands)
     _add_export(commands)
@@ -181,6 +182,25 @@ def _add_status(commands: Commands) -> None:
     )
     command.add_argument("run", metavar="RUN", help="the run's folder, on any machine that sees it")
     command.set_defaults(call="ilrec_dist.cli.status:run", command="status")
+
+
+def _add_analyze(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "analyze",
+        "say why a trained method gains or not: its negatives, its terms' gradients, who gains",
+        "example:\n  ilrec analyze runs/quickstart --users 1000",
+    )
+    command.add_argument("run", metavar="RUN", help="the folder of an evaluated run")
+    _add_model_choice(command)
+    command.add_argument(
+        "--users",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="validation users whose negatives and beams are looked at (default 1000)",
+    )
+    command.set_defaults(call="ilrec_dist.cli.analyze:run", command="analyze")
 
 
 def _add_recommend(commands: Commands) -> None:

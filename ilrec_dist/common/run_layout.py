@@ -13,6 +13,8 @@ COUNTER = ".progress.json"
 BEST, FINAL = "best.safetensors", "final.safetensors"
 # Within the CF folder: what is made of the models for one catalogue.
 CODE_ORDER = "code-order"
+# Within a run's folder: what `ilrec analyze` found.
+ANALYSIS = "analysis.json"
 # Within a run's folder: the records of its stages, and what a command under way has replaced.
 STAGES, PREVIOUS = ".stages", ".previous"
 

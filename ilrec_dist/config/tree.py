@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from annotated_types import MinLen
 
@@ -20,8 +20,8 @@ from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.model.build import known_decoder
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.registry import get_method
+from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
+from ilrec_dist.objective.registry import Method, get_method
 from ilrec_dist.training.config import TrainConfig
 
 
@@ -42,6 +42,7 @@ class Config:
     cf: CFConfig = field(default_factory=CFConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -53,6 +54,7 @@ class Config:
 
 # A key and what is wrong with its value.
 Problem = tuple[str, str]
+T = TypeVar("T")
 
 
 def check_together(config: Config, source: str) -> None:
@@ -146,10 +148,39 @@ def _training_problems(config: Config) -> Iterator[Problem]:
             f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = "
             f"{per_step}",
         )
+    if config.objective.negatives_from == "random":
+        for key, value, expected in (
+            ("objective.negative_scope", config.objective.negative_scope, "valid_next"),
+            ("launch.tp", config.launch.tp, 1),
+        ):
+            if value != expected:
+                yield key, f"objective.negatives_from random needs {expected}, found {value}"
+        if config.objective.backend == "triton":
+            yield (
+                "objective.backend",
+                "objective.negatives_from random needs torch or reference, found triton",
+            )
     if len(set(train.seeds)) != len(train.seeds):
         yield "train.seeds", f"expected distinct seeds, found {train.seeds}"
     if len(set(train.methods)) != len(train.methods):
         yield "train.methods", f"expected distinct methods, found {train.methods}"
+    for name in train.methods:
+        method = get_method(name)
+        own = method.preference(config.preference)
+        epochs = own.epochs or train.epochs
+        if method.samples == "self_play_pairs" and epochs < 2 * own.rounds:
+            yield (
+                "preference.rounds",
+                f"{own.rounds} rounds of {name} need two epochs each, one of them supervised, and "
+                f"there are {epochs}; lower preference.rounds or raise preference.epochs",
+            )
+        start = method.starts_from
+        if start is not None and start not in train.methods:
+            yield (
+                "train.methods",
+                f"{name} begins with the best weights of {start}, which is not among "
+                f"{train.methods}; add {start}",
+            )
 
 
 def _items_problems(config: Config) -> Iterator[Problem]:
@@ -200,17 +231,28 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
                     "rewards; add one that does (with objective.crr_lambda above 0), or leave "
                     f"cf.{name} out",
                 )
-    defaults = ObjectiveConfig()
-    for item in dataclasses.fields(ObjectiveConfig):
-        default = getattr(defaults, item.name)
-        if getattr(config.objective, item.name) == default:
+    yield from _unread_settings(
+        "objective", config.objective, methods, lambda method, own: method.objective(own)
+    )
+    yield from _unread_settings(
+        "preference", config.preference, methods, lambda method, own: method.preference(own)
+    )
+
+
+def _unread_settings(
+    section: str, config: T, methods: Sequence[Method], own: Callable[[Method, T], T]
+) -> Iterator[Problem]:
+    """Settings of a section that do not change what any of the methods takes from it."""
+    names = [method.name for method in methods]
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        default = getattr(type(config)(), item.name)
+        if getattr(config, item.name) == default:
             continue
-        without = dataclasses.replace(config.objective, **{item.name: default})
-        if all(
-            method.objective(without) == method.objective(config.objective) for method in methods
-        ):
+        without = dataclasses.replace(config, **{item.name: default})  # type: ignore[type-var]
+        if all(own(method, without) == own(method, config) for method in methods):
+            key = f"{section}.{key_of(item.name)}"
             yield (
-                f"objective.{key_of(item.name)}",
-                f"has no effect here: none of train.methods {config.train.methods} reads it; add "
-                f"a method that does, or leave objective.{key_of(item.name)} out",
+                key,
+                f"has no effect here: none of train.methods {names} reads it; add a method that "
+                f"does, or leave {key} out",
             )

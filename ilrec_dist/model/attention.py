@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ilrec_dist.model.branches import BranchedSequences
+
 
 @dataclass
 class LayerKVCache:
@@ -106,7 +108,7 @@ class PackedSequences:
 
 
 # What an attention layer is told besides queries, keys and values: None is plain causal attention.
-AttentionContext = KVCache | PackedSequences | None
+AttentionContext = KVCache | PackedSequences | BranchedSequences | None
 
 
 class CoreAttention(torch.nn.Module):
@@ -134,6 +136,9 @@ class CoreAttention(torch.nn.Module):
         """
         if isinstance(context, PackedSequences):
             return self._packed(query, key, value, context)
+        if isinstance(context, BranchedSequences):
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            return self._attend(query, key, value, context.mask).transpose(1, 2).flatten(2)
         if context is not None and len(context.layers) > self.index:
             return self._decode(query, key, value, context.layers[self.index])
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -144,9 +149,18 @@ class CoreAttention(torch.nn.Module):
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention on [B, heads, S, head_dim]."""
-        grouped = query.shape[1] != key.shape[1]
+        return self._attend(query, key, value, None)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention on [B, heads, S, head_dim]: causal, or as the mask [B, 1, S, S] says."""
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
 from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequences
+from ilrec_dist.model.branches import BranchedSequences
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
 
@@ -111,12 +112,14 @@ class Backbone(nn.Module):
         rows: Tensor,
         num_intermediate: int = 0,
         packed: PackedSequences | None = None,
+        branches: BranchedSequences | None = None,
     ) -> HiddenRows:
         """Hidden states of the rows: final, and of num_intermediate layers under it.
 
         METHOD.md §1. tokens is int64 [B, S], the same on every tensor-parallel rank,
         padded on the right (attention is causal, so padding is never seen); with
-        `packed` [1, T], samples back to back. rows is int64 [N], flat indices into B ·
+        `packed` [1, T], samples back to back; with `branches` [B, S], trunks with the
+        branches that continue them. rows is int64 [N], flat indices into B ·
         S. Only the rows are gathered and normed. UserError when a sequence exceeds the
         learned positions.
         """
@@ -130,14 +133,17 @@ class Backbone(nn.Module):
                 f"packed samples of {packed.num_tokens} tokens need tokens [1, "
                 f"{packed.num_tokens}], not {list(tokens.shape)}"
             )
-        if packed is None:
-            hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
-        else:
+        context: AttentionContext = packed or branches
+        if packed is not None:
             hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions)
+        elif branches is not None:
+            hidden, rotary = self._embed(tokens, 0, branches.num_positions, branches.positions)
+        else:
+            hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
         first = self.config.num_layers - num_intermediate
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            hidden = layer(hidden, packed, rotary)
+            hidden = layer(hidden, context, rotary)
             if number >= first:
                 taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
         final, *layers = reversed(taps)
@@ -218,15 +224,19 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Embed tokens [B, S] at positions start … stop-1, or at one position.
 
-        positions [S], below stop, replaces the range. Returns the start of the residual
-        stream [B, S, d] and, with rope, the rotary angles [1, S or 1, 1, head_dim].
+        positions [S] or [B, S], below stop, replace the range. Returns the start of the
+        residual stream [B, S, d] and, with rope, the rotary angles [1 or B, S or 1, 1,
+        head_dim].
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
         hidden = embedding.word_embeddings(tokens)
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
-            return embedding.embedding_dropout(hidden), angles[None, :, None]
+            angles = angles.unsqueeze(-2)
+            return embedding.embedding_dropout(hidden), angles if angles.dim() == 4 else angles[
+                None
+            ]
         if stop > self.max_positions:
             raise UserError(
                 f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "

@@ -8,6 +8,7 @@ from annotated_types import Interval
 
 from ilrec_dist.common.config_fields import (
     Affects,
+    Float,
     Int,
     NonNegativeFloat,
     OnlyIf,
@@ -23,7 +24,7 @@ def _reads_negatives(config: Any) -> bool:
 
 def _reads_layers(config: Any) -> bool:
     objective = config.objective
-    from_layers = objective.negatives_from == "intermediate" and _reads_negatives(config)
+    from_layers = objective.negatives_from != "final" and _reads_negatives(config)
     return bool(objective.cpd_mu > 0 or from_layers)
 
 
@@ -40,7 +41,10 @@ class ObjectiveConfig:
 
     # m, the intermediate layers that are read; None: min(3, L // 2).
     num_intermediate_layers: Annotated[Optional[Positive], _IF_LAYERS] = None
-    negatives_from: Annotated[Literal["intermediate", "final"], _IF_NEGATIVES] = "intermediate"
+    # `random` is the ablation that draws as many as the intermediate layers find.
+    negatives_from: Annotated[Literal["intermediate", "final", "random"], _IF_NEGATIVES] = (
+        "intermediate"
+    )
     # φ of the threshold on p̄(v) relative to p̄(y).
     negative_threshold: Annotated[PositiveFloat, _IF_NEGATIVES] = 1.0
     # k, the largest number of negatives of a row.
@@ -68,6 +72,15 @@ class ObjectiveConfig:
         PositiveFloat,
         OnlyIf("objective.crr_lambda above 0", lambda config: config.objective.crr_lambda > 0),
     ] = 1e-4
+    # β, μ and λ rise from 0 over this share of the optimizer steps.
+    ramp: Annotated[
+        Float,
+        Interval(ge=0, le=1),
+        OnlyIf(
+            "objective.cpo_beta, objective.cpd_mu or objective.crr_lambda above 0",
+            lambda config: not config.objective.is_cross_entropy,
+        ),
+    ] = 0.0
     backend: Literal["torch", "reference", "triton"] = "torch"
     # Memory for the loss besides its inputs and gradients; None: 64 on CPU, 1024 on GPU.
     workspace_mib: Annotated[
@@ -94,3 +107,21 @@ class ObjectiveConfig:
     def is_cross_entropy(self) -> bool:
         """Whether β = μ = λ = 0, so that only the cross-entropy remains (METHOD.md §6)."""
         return self.beta == 0 and self.cpd_mu == 0 and self.crr_lambda == 0
+
+
+@section(affects="train")
+class PreferenceConfig:
+    """Preference methods (METHOD.md §11)."""
+
+    # β, how steep the preference is; None: the method's own default.
+    beta: Optional[PositiveFloat] = None
+    # γ, the margin by which the target's mean log p is to lead.
+    gamma: NonNegativeFloat = 1.0
+    # Negatives of a target, where the method takes several.
+    negatives: Annotated[Int, Interval(ge=1, le=64)] = 3
+    # Rounds of self-play, where the method plays against itself.
+    rounds: Positive = 2
+    # None: train.epochs.
+    epochs: Optional[Positive] = None
+    # None: a tenth of train.learning_rate.
+    learning_rate: Optional[PositiveFloat] = None

@@ -5,6 +5,8 @@ The response rows of the backbone go through the loss operator (METHOD.md §§2-
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
@@ -75,7 +77,21 @@ class CrossLayerObjective(Objective):
         self.terms = tuple(self.weights)
         self.num_layers = num_layers
         self.num_intermediate = num_intermediate_layers(config, num_layers)
-        self.options = loss_options(config, vocab_size, item_tokens)
+        self.options = self.full_options = loss_options(config, vocab_size, item_tokens)
+        self.ramp = config.ramp
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Let β, μ and λ rise from 0 over the first share `ramp` of the steps (METHOD.md §11)."""
+        if self.ramp == 0:
+            return
+        share, full = min(1.0, step / (self.ramp * total_steps)), self.full_options
+        self.options = dataclasses.replace(
+            full,
+            beta=share * full.beta,
+            mu=share * full.mu,
+            crr_lambda=share * full.crr_lambda,
+        )
+        self.weights |= {"cpd": self.options.mu, "crr": self.options.crr_lambda}
 
     @classmethod
     def build(

@@ -28,7 +28,8 @@ class LossStatistics:
         weights: Mapping[str, float],
         device: torch.device,
     ) -> None:
-        self.depth, self.weights = depth, dict(weights)
+        # Not copied: the weights of the last step count in the total.
+        self.depth, self.weights = depth, weights
         # Logged as their mean over all rows, under these names.
         self._means = (
             *(f"loss/{term}" for term in weights),

@@ -63,6 +63,9 @@ class Objective(nn.Module):
         super().__init__()
         self.backbone, self.softmax_scope, self.parallel = backbone, softmax_scope, parallel
 
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called before each optimizer step, from 0, of those of the whole training."""
+
     def make_statistics(self, depth: int) -> Statistics:
         """Empty sums for items of up to `depth` tokens."""
         raise NotImplementedError

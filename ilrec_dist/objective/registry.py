@@ -7,18 +7,72 @@ methods from METHODS, in its order, and ask their fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.objective import Objective
+from ilrec_dist.objective.preference import (
+    DPO,
+    PreferenceLoss,
+    PreferenceObjective,
+    SimPO,
+    SmoothedDPO,
+    SoftmaxDPO,
+)
 
-# Makes the module that is trained, from the method's own objective.
-ModuleFactory = Callable[[Backbone, ObjectiveConfig, Catalogue, ParallelState], Objective]
+# Makes the module that is trained, from the method's own settings.
+ModuleFactory = Callable[
+    [Backbone, ObjectiveConfig, PreferenceConfig, Catalogue, ParallelState], Objective
+]
+# What a method's batches hold: targets alone, or pairs with negatives that are drawn uniformly,
+# that are near the target in text and popular, or that the model itself would recommend.
+Samples = Literal["targets", "uniform_pairs", "hard_pairs", "self_play_pairs"]
+
+
+def _cross_layer(
+    backbone: Backbone,
+    objective: ObjectiveConfig,
+    _: PreferenceConfig,
+    catalogue: Catalogue,
+    parallel: ParallelState,
+) -> Objective:
+    return CrossLayerObjective.build(backbone, objective, catalogue, parallel)
+
+
+def _preference(loss: type[PreferenceLoss]) -> ModuleFactory:
+    def module(
+        backbone: Backbone,
+        objective: ObjectiveConfig,
+        preference: PreferenceConfig,
+        catalogue: Catalogue,
+        parallel: ParallelState,
+    ) -> Objective:
+        return PreferenceObjective(backbone, objective, loss(preference), catalogue, parallel)
+
+    return module
+
+
+def _reads_nothing(_: PreferenceConfig) -> PreferenceConfig:
+    return PreferenceConfig()
+
+
+def _reads(
+    *names: str, beta: float, negatives: int = 1
+) -> Callable[[PreferenceConfig], PreferenceConfig]:
+    """The schedule and β, whose default is the method's own, and the named settings."""
+
+    def own(config: PreferenceConfig) -> PreferenceConfig:
+        read = {"epochs", "learning_rate", *names}
+        values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in read}
+        return PreferenceConfig(**{"negatives": negatives} | values | {"beta": config.beta or beta})
+
+    return own
 
 
 @dataclass(frozen=True)
@@ -34,7 +88,17 @@ class Method:
     # change the training's fingerprint.
     objective: Callable[[ObjectiveConfig], ObjectiveConfig]
     # Makes the module that is trained.
-    module: ModuleFactory = CrossLayerObjective.build
+    module: ModuleFactory = _cross_layer
+    # The method's own section `preference`, like `objective`.
+    preference: Callable[[PreferenceConfig], PreferenceConfig] = _reads_nothing
+    samples: Samples = "targets"
+    # The method whose best weights of the same seed this one begins with; None: none.
+    starts_from: str | None = None
+    # Whether the loss reads log π_ref, that of the weights that the training begins with.
+    needs_reference: bool = False
+    # Whether the loss reads ε, how likely the collaborative model gives the negative above the
+    # target.
+    needs_flips: bool = False
     # Methods and baselines that the paired intervals compare this one with, where the run
     # has them.
     compared_with: tuple[str, ...] = ()
@@ -106,6 +170,70 @@ register(
         highlighted=True,
     )
 )
-
 # The methods of a run that names none.
 DEFAULT_METHODS = tuple(METHODS)
+register(
+    Method(
+        "dpo",
+        "DPO",
+        _cross_entropy,
+        module=_preference(DPO),
+        preference=_reads(beta=0.1),
+        samples="uniform_pairs",
+        starts_from="sft",
+        needs_reference=True,
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "sdpo",
+        "S-DPO",
+        _cross_entropy,
+        module=_preference(SoftmaxDPO),
+        preference=_reads("negatives", beta=0.1),
+        samples="uniform_pairs",
+        starts_from="sft",
+        needs_reference=True,
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "simpo",
+        "SimPO",
+        _cross_entropy,
+        module=_preference(SimPO),
+        preference=_reads("gamma", beta=2.0),
+        samples="uniform_pairs",
+        starts_from="sft",
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "rosepo",
+        "RosePO",
+        _cross_entropy,
+        module=_preference(SmoothedDPO),
+        preference=_reads(beta=0.1),
+        samples="hard_pairs",
+        starts_from="sft",
+        needs_reference=True,
+        needs_flips=True,
+        compared_with=("sft",),
+    )
+)
+register(
+    Method(
+        "sprec",
+        "SPRec",
+        _cross_entropy,
+        module=_preference(DPO),
+        preference=_reads("rounds", beta=0.1),
+        samples="self_play_pairs",
+        starts_from="sft",
+        needs_reference=True,
+        compared_with=("sft",),
+    )
+)

@@ -7,7 +7,9 @@ from typing import Any, TypedDict
 from ilrec_dist.cf.sasrec.checkpoint import read_report
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.manifest import MANIFEST, verified
+from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
+from ilrec_dist.model.weights import WEIGHTS_SHA256
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.records import verify_descriptions
 from ilrec_dist.samples.windows import steps_per_epoch, training_windows
@@ -24,6 +26,7 @@ class ReportMaterial(TypedDict):
     index_report: dict[str, Any]
     cf_report: dict[str, Any]
     warnings: list[str]
+    analysis: dict[str, Any] | None
 
 
 def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
@@ -41,4 +44,18 @@ def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
         "index_report": index_report,
         "cf_report": read_report(folders.cf),
         "warnings": [warning for warning in warnings if warning],
+        "analysis": _analysis(folders),
     }
+
+
+def _analysis(folders: RunFolders) -> dict[str, Any] | None:
+    """What `ilrec analyze` found, where it is of the weights that the run has now."""
+    path = folders.root / ANALYSIS
+    if not path.exists():
+        return None
+    analysis = read_json_object(path)
+    result = folders.training(analysis["method"], analysis["seed"]) / RESULT
+    if not result.exists():
+        return None
+    weights = read_json_object(result)[WEIGHTS_SHA256][BEST]
+    return analysis if weights == analysis["weights"] else None

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.evaluation.layer_agreement import layer_agreement
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
-from ilrec_dist.samples.collate import BatchMaker
-from ilrec_dist.samples.windows import training_windows
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.preference import first_weights, sample_source, training_settings
+from ilrec_dist.samples.collate import Batch, BatchMaker
+from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
 
 VALIDATION_METRICS = ("ndcg@10", "hit@10", "users_without_items")
+# Validation users on whose targets the layers are compared.
+AGREEMENT_USERS = 64
 
 
 def train_one(
@@ -35,7 +41,16 @@ def train_one(
             return
         method = get_method(spec.method)
         objective = method.objective(config.objective)
-        backbone = build_backbone(config, artifacts, spec.seed)
+        backbone = first_weights(config, artifacts, method, spec.seed)
+        module = method.module(
+            backbone,
+            objective,
+            method.preference(config.preference),
+            artifacts.catalogue,
+            parallel,
+        )
+
+        sample = _agreement_sample(config, artifacts)
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(
@@ -53,21 +68,35 @@ def train_one(
             metrics = predictions.metrics() | {
                 "users_without_items": float(predictions.num_users_without_items)
             }
-            return {name: metrics[name] for name in VALIDATION_METRICS}
+            agreement = {
+                f"agreement/layer{layer}": float(same.float().mean())
+                for layer, same in layer_agreement(backbone, sample, parallel).items()
+            }
+            return {name: metrics[name] for name in VALIDATION_METRICS} | agreement
 
-        windows = training_windows(
-            artifacts.training, config.train.max_history, config.train.targets
-        )
+        batch_maker, phases = sample_source(config, artifacts, method, spec, module, parallel)
         reads_rewards = method.needs_rewards(config.objective) and parallel.tp_rank == 0
         Trainer(
             spec,
-            config.train,
-            method.module(backbone, objective, artifacts.catalogue, parallel),
-            BatchMaker(artifacts.training, artifacts.catalogue, artifacts.trie, windows),
+            training_settings(config, method),
+            module,
+            batch_maker,
             artifacts.catalogue,
             parallel,
             validate,
             artifacts.reward_source() if reads_rewards else None,
+            phases=phases,
             log_steps=log_steps,
+            timeout_seconds=config.launch.timeout_seconds,
             on_checkpoint=on_checkpoint,
         ).train()
+
+
+def _agreement_sample(config: Config, artifacts: RunArtifacts) -> Batch:
+    """The validation targets on which the layers are compared; the same for every training."""
+    users = artifacts.validation_users(AGREEMENT_USERS)
+    chosen = ChosenTargets.of_split(
+        artifacts.dataset, users, "validation", config.train.max_history
+    )
+    maker = BatchMaker(artifacts.dataset, artifacts.catalogue, artifacts.trie, chosen)
+    return maker.make(np.arange(len(users)), 1)

@@ -28,6 +28,15 @@ BEYOND_ACCURACY = {
     "diversity@10": ("Diversity@10", "1 − shared code prefix of two items of a list"),
     "calibration_error": ("Calibration error", "of exp(score) as the probability of a hit"),
 }
+# What a trained row cost, with its title and what it means.
+TRAINING_FLOPS = "training_flops"
+COST = {
+    TRAINING_FLOPS: (
+        "Training FLOPs",
+        "of the matrix products of all forward and backward passes, with those of the training "
+        "that the method starts from and of its reference",
+    ),
+}
 # Prefix of a row's expected-rank figures, such as expected_ndcg@10.
 EXPECTED = "expected_"
 # The standard error over users.
@@ -268,7 +277,7 @@ def seen_title(exclude_seen: bool) -> str:
 def _summary(label: MethodLabel, exclude_seen: bool, rows: Sequence[Row]) -> Summary:
     figures: dict[str, Figure] = {}
     expected = (EXPECTED + name for name in METRICS)
-    for metric in (*METRICS, STANDARD_ERROR, *expected, *BEYOND_ACCURACY):
+    for metric in (*METRICS, STANDARD_ERROR, *expected, *BEYOND_ACCURACY, *COST):
         values = [float(row[metric]) for row in rows if row.get(metric) is not None]
         if len(values) == len(rows):
             figures[metric] = Figure(

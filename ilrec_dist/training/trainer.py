@@ -37,6 +37,7 @@ from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
 from ilrec_dist.training.optimizer_state import restore, take_part
+from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.timer import StepTimer
@@ -70,8 +71,9 @@ class Trainer:
     batches that `batch_maker` makes of the training's windows. `validate` returns the
     validation metrics of the backbone, the same on every rank, SELECTION_METRIC among them.
     `rewards` is read on the first rank of each tensor-parallel group and may be None elsewhere,
-    or where the objective needs none. A checkpoint may take `timeout_seconds` to be written.
-    `on_checkpoint` is called with the step after each checkpoint is committed.
+    or where the objective needs none. With `phases` the batches of each phase come from its own
+    batch maker. A checkpoint may take `timeout_seconds` to be written, and `on_checkpoint` is
+    called with the step after each one is committed.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class Trainer:
         validate: Callable[[], Mapping[str, float]],
         rewards: RewardSource | None = None,
         *,
+        phases: Phases | None = None,
         log_steps: int = LOG_STEPS,
         timeout_seconds: float = TIMEOUT_SECONDS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
         self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
+        self.phases, self.phase_end = phases, 0
         self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
         self.objective = objective.to(parallel.device)
         self.backbone = objective.backbone
@@ -124,10 +128,13 @@ class Trainer:
                 "train on; lower data.min_user_interactions or bring more data"
             )
         self._resume()
-        batches = self._batches()
         self.objective.train()
         self._since = time.monotonic()
+        batches = self._begin_phase()
         while not self._is_done():
+            if self.progress.step == self.phase_end:
+                batches.close()
+                batches = self._begin_phase()
             self.train_step(batches)
             self.writer.check()
             end_of_epoch = self.progress.step % self.order.steps_per_epoch == 0
@@ -154,6 +161,7 @@ class Trainer:
         step, micro_batches = self.progress.step, self.config.accumulation_steps
         statistics: list[tuple[Any, int, torch.Tensor | None]] = []
         self._set_learning_rate(learning_rate(self.config, step, self.total_steps))
+        self.objective.begin_step(step, self.total_steps)
         for micro in range(micro_batches):
             with self.timer.part("data"):
                 prefetched = next(batches)
@@ -190,13 +198,18 @@ class Trainer:
             line = f"warning: {self._where()}: {term}; the step is left out"
             print(f"{line} ({len(self.bad_steps)} in a row of at most {most})", flush=True)
 
-    def _batches(self) -> Any:
-        """A generator of this rank's micro-batches from the current step on."""
+    def _begin_phase(self) -> Any:
+        """A generator of this rank's micro-batches from the current step to the phase's end."""
+        self.phase_end = self.total_steps
+        if self.phases is not None and not self._is_done():
+            with self.timer.pause():
+                self.batch_maker = self.phases.begin(self.progress.step)
+            self.phase_end = self.phases.end(self.progress.step)
         plan = micro_batch_plan(
             self.order,
             self.batch_maker,
             self.progress.step,
-            self.total_steps,
+            self.phase_end,
             self.config.accumulation_steps,
             self.parallel,
         )

@@ -209,7 +209,7 @@ def _check_inputs(
                 f"layer_hidden[{i}]: expected shape {tuple(final_hidden.shape)} as final_hidden,"
                 f" got {tuple(hidden.shape)}"
             )
-    from_layers = options.needs_negatives and options.negatives_from == "intermediate"
+    from_layers = options.needs_negatives and options.negatives_from != "final"
     if not layer_hidden and (options.mu > 0 or from_layers):
         raise ValueError("layer_hidden: expected at least one intermediate layer")
     if head.dim() != 2 or head.shape[1] != d or head.shape[0] < stop - start or stop < start:
@@ -279,6 +279,8 @@ def _make_problem(
     start, stop = vocab if vocab is not None else (0, head.shape[0])
     if group is not None and dist.get_world_size(group) == 1:
         group = None
+    if group is not None and options.negatives_from == "random":
+        raise ValueError("negatives_from: random needs a whole vocabulary, got a tp_group")
     if group is None and stop - start < options.vocab_size:
         raise ValueError(
             f"vocab: expected all of the {options.vocab_size} tokens without a tp_group,"

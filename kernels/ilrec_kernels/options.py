@@ -44,6 +44,9 @@ class LossOptions:
                         ascending int64 tensor of distinct ids, or None for all tokens
     negative_threshold  φ > 0
     max_negatives       k, 1 to 128
+    negatives_from      what makes H: the intermediate layers' ensemble, the final layer, or,
+                        of as many as the ensemble finds, a random choice among the
+                        valid_next candidates (torch and reference, one rank)
     penalty, beta       how negatives are made harder (§3), and β
     mu                  μ, the weight of the distillation (§4)
     crr_lambda          λ, the weight of the soft label (§5)
@@ -59,7 +62,7 @@ class LossOptions:
     negative_threshold: float = 1.0
     max_negatives: int = 64
     negative_scope: Literal["valid_next", "item_tokens", "all"] = "valid_next"
-    negatives_from: Literal["intermediate", "final"] = "intermediate"
+    negatives_from: Literal["intermediate", "final", "random"] = "intermediate"
     penalty: Literal["additive", "multiplicative"] = "additive"
     beta: float = 1.0
     softmax_scope: Literal["all", "valid_next"] = "all"
@@ -73,7 +76,7 @@ class LossOptions:
     def __post_init__(self) -> None:
         allowed = {
             "negative_scope": ("valid_next", "item_tokens", "all"),
-            "negatives_from": ("intermediate", "final"),
+            "negatives_from": ("intermediate", "final", "random"),
             "penalty": ("additive", "multiplicative"),
             "softmax_scope": ("all", "valid_next"),
             "distill_scope": ("item_tokens", "valid_next", "all"),
@@ -84,6 +87,8 @@ class LossOptions:
                     f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}"
                 )
         object.__setattr__(self, "backend", Backend(self.backend))
+        if self.negatives_from == "random":
+            self._check_random()
         if not 1 <= self.max_negatives <= 128:
             raise ValueError(f"max_negatives: expected 1 to 128, got {self.max_negatives}")
         if self.vocab_size < 1:
@@ -96,6 +101,17 @@ class LossOptions:
                 raise ValueError(
                     f"{name}: expected a number that is not negative, got {getattr(self, name)}"
                 )
+
+    def _check_random(self) -> None:
+        if self.negative_scope != "valid_next":
+            raise ValueError(
+                "negatives_from: random chooses among valid_next candidates, got negative_scope "
+                f"{self.negative_scope!r}"
+            )
+        if self.backend is Backend.TRITON:
+            raise ValueError(
+                "negatives_from: random is for the torch and reference backends, got triton"
+            )
 
     @property
     def needs_negatives(self) -> bool:

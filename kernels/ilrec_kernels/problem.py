@@ -170,7 +170,7 @@ def call_terms(p: Problem) -> Terms:
         "item_tokens": Scope(ScopeKind.DENSE, items),
         "valid_next": LISTS,
     }
-    from_layers = o.needs_negatives and o.negatives_from == "intermediate"
+    from_layers = o.needs_negatives and o.negatives_from != "final"
     streams = len(p.hidden) if o.mu > 0 or from_layers else 1
     softmax = scopes[o.softmax_scope]
     distill = scopes[o.distill_scope] if o.mu > 0 else NO_SCOPE

@@ -85,6 +85,8 @@ def constants(z: list[Tensor], scope: Scopes, rewards: Tensor, options: LossOpti
     if options.needs_negatives:
         ensemble = final if options.negatives_from == "final" else torch.stack(layers).mean(0)
         negatives, capped = select_negatives(ensemble, scope, options)
+        if options.negatives_from == "random":
+            negatives = random_negatives(negatives.sum(1), scope)
         # §3: w is the softmax over H of z̄.
         weight = ensemble.masked_fill(~negatives, -math.inf).softmax(1).nan_to_num()
     if options.crr_lambda > 0:
@@ -112,6 +114,16 @@ def select_negatives(
     largest = order.indices[:, : options.max_negatives]
     negatives = passed & torch.zeros_like(passed).scatter(1, largest, True)
     return negatives, passed.sum(1) > options.max_negatives
+
+
+def random_negatives(counts: Tensor, scope: Scopes) -> Tensor:
+    """Return `counts` [N] tokens of each row, drawn from its candidates without y, bool [N, V].
+
+    torch's generator draws them: no two calls agree unless it is seeded.
+    """
+    draws = torch.rand(scope.target.shape, dtype=torch.float64, device=counts.device)
+    draws = draws.masked_fill(~scope.negatives | scope.target, math.inf)
+    return draws.argsort(1).argsort(1) < counts[:, None]
 
 
 def row_losses(

@@ -15,8 +15,9 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import ConfigError, config_from_dict
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import METHODS, Method, default_method, get_method, register
+from ilrec_dist.pipeline.stages.train import training_stages
 from tests.training.conftest import tiny_config
 
 # Every process of a run imports sitecustomize at its start, so that all know the method, as if
@@ -71,13 +72,13 @@ def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
 
 
 def test_a_name_that_is_not_registered_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match="unknown method 'dqo'; expected 'sft' or 'ilrec'"):
+    with pytest.raises(UserError, match="unknown method 'dqo'; expected 'sft', 'ilrec', 'dpo'"):
         get_method("dqo")
-    with pytest.raises(ConfigError, match="train.methods.*'sft' or 'ilrec'.*'dqo'"):
+    with pytest.raises(ConfigError, match="train.methods.*'sft', 'ilrec', .* or 'sprec'.*'dqo'"):
         config_from_dict({"train": {"methods": ["dqo"]}})
     with pytest.raises(ValueError, match="'sft' is registered already"):
         register(Method("sft", "", lambda config: config))
-    assert list(METHODS) == ["sft", "ilrec"]
+    assert list(METHODS) == ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
 
 
 def test_settings_without_an_effect_on_a_method_are_not_part_of_its_objective():
@@ -89,6 +90,37 @@ def test_settings_without_an_effect_on_a_method_are_not_part_of_its_objective():
     ilrec = get_method("ilrec")
     assert ilrec.needs_rewards(ObjectiveConfig())
     assert not ilrec.needs_rewards(ObjectiveConfig(crr_lambda=0.0))
+
+
+def test_a_method_that_starts_from_another_needs_it_and_comes_after_it():
+    with pytest.raises(ConfigError, match="dpo begins with the best weights of sft.*; add sft"):
+        config_from_dict({"train": {"methods": ["dpo"]}})
+    config = config_from_dict({"train": {"methods": ["dpo", "sft"], "seeds": [3, 4]}})
+    stages = {stage.name: stage.after for stage in training_stages(config)}
+    assert list(stages)[:2] == ["train sft seed 3", "train sft seed 4"]
+    assert stages["train dpo seed 4"] == ("index", "train sft seed 4")
+    two = {"train": {"methods": ["sft", "sprec"]}, "preference": {"epochs": 3}}
+    with pytest.raises(ConfigError, match="2 rounds of sprec need two epochs each.*there are 3"):
+        config_from_dict(two)
+
+
+def test_settings_of_preference_methods_reach_those_that_read_them():
+    base = {"train": {"methods": ["sft", "dpo"]}}
+    for key, value in {"gamma": 2.0, "negatives": 5}.items():
+        with pytest.raises(ConfigError, match=f"preference.{key}.*has no effect"):
+            config_from_dict(base | {"preference": {key: value}})
+    with pytest.raises(ConfigError, match="preference.beta.*has no effect"):
+        config_from_dict({"preference": {"beta": 0.3}})
+    own = [get_method(name).preference(PreferenceConfig(epochs=2)) for name in ("dpo", "simpo")]
+    assert [(one.beta, one.negatives, one.epochs) for one in own] == [(0.1, 1, 2), (2.0, 1, 2)]
+    sft, _, dpo = (
+        stage.settings
+        for stage in training_stages(
+            config_from_dict({"train": {"methods": ["sft", "ilrec", "dpo"]}})
+        )
+    )
+    # The settings of the methods without pairs are what they were before there was a section.
+    assert "preference" not in sft and dpo["preference"]["beta"] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
 from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
-from ilrec_dist.reporting.results import Interval, MethodLabel
+from ilrec_dist.reporting.results import TRAINING_FLOPS, Interval, MethodLabel
 
 # Sources of each fusion besides the language model.
 FUSIONS = (("cf",), ("cf", "transitions"))
@@ -214,12 +215,15 @@ def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigur
     """The figures of every method, seed and treatment, from the saved predictions."""
     popularity = count_training(artifacts.dataset).popularity
     facts = ItemFacts.of(popularity, artifacts.catalogue)
+    costs = training_costs(config, artifacts)
     collected = []
     for exclude in treatments(config):
         for method, seed in evaluated(config):
             predictions = Predictions.load(predictions_file(config, method, seed, exclude))
             is_cf = method in BASELINES and BASELINES[method].is_cf
             more = beyond_accuracy(predictions, facts, scores_are_log_p=method in METHODS)
+            if (method, seed) in costs:
+                more[TRAINING_FLOPS] = costs[method, seed]
             collected.append(
                 MethodFigures.of(predictions, method, config.cf.seed if is_cf else seed or 0, more)
             )

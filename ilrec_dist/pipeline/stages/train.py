@@ -29,6 +29,7 @@ from ilrec_dist.pipeline.artifacts import (
     item_titles,
     with_local_model,
 )
+from ilrec_dist.pipeline.preference import training_settings
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter
@@ -39,25 +40,41 @@ from ilrec_dist.training.spec import TrainingSpec
 
 
 def training_stages(config: Config) -> list[Stage]:
+    # Those that begin with another method's weights come after it.
+    methods = sorted(config.train.methods, key=lambda name: bool(get_method(name).starts_from))
     return [
-        _training_stage(config, method, seed)
-        for method in config.train.methods
-        for seed in config.train.seeds
+        _training_stage(config, method, seed) for method in methods for seed in config.train.seeds
     ]
+
+
+def training_name(method: str, seed: int) -> str:
+    """The name of the stage that trains one method with one seed."""
+    return f"train {method} seed {seed}"
 
 
 def _training_stage(config: Config, name: str, seed: int) -> Stage:
     method = get_method(name)
     # The method's own objective: a setting that does not reach it does not run it again.
-    settings = stage_settings(
-        dataclasses.replace(config, objective=method.objective(config.objective)), "train"
+    own = dataclasses.replace(
+        config,
+        objective=method.objective(config.objective),
+        preference=method.preference(config.preference),
     )
+    settings = stage_settings(own, "train")
+    if method.samples == "targets":
+        del settings["preference"]
     folder = RunFolders(config.run_dir).training(name, seed)
-    reads_rewards = method.needs_rewards(config.objective)
+    after = ["index"]
+    if method.needs_rewards(config.objective):
+        after.append("rewards")
+    if method.needs_flips:
+        after.append("cf")
+    if method.starts_from is not None:
+        after.append(training_name(method.starts_from, seed))
     return Stage(
-        f"train {name} seed {seed}",
+        training_name(name, seed),
         "train",
-        after=("index", "rewards") if reads_rewards else ("index",),
+        after=tuple(after),
         settings=settings | {"method": name, "seed": seed},
         inputs=lambda: [] if config.backbone.from_ is None else weight_files(config.backbone.from_),
         output=folder,
@@ -148,13 +165,19 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
     windows = training_windows(
         RunArtifacts(config).training, config.train.max_history, config.train.targets
     )
-    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    steps_of = {
+        training.method: steps_per_epoch(windows, config.train.batch_size)
+        * training_settings(config, get_method(training.method)).epochs
+        for training in trainings
+    }
+    steps = min(steps_of.values(), default=0)
     if trainings and (warning := warmup_warning(config.train, steps)) is not None:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     stop = threading.Event()
 
     def follow() -> None:
         for training in trainings:
+            steps = steps_of[training.method]
             with LiveProgress(training.folder, steps, training.title) as progress:
                 while not (training.folder / RESULT).exists():
                     if stop.wait(0.3):

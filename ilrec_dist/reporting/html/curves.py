@@ -12,6 +12,7 @@ from ilrec_dist.reporting.html.charts import Chart, Series
 
 POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
+AGREEMENT = re.compile(r"^validation/agreement/layer(?P<number>\d+)$")
 
 # What the report says of the loss terms that it knows. Any other term is drawn by its name.
 LOSS_NOTES = {
@@ -126,6 +127,7 @@ def signal_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
         runs,
         lambda method, of: [
             _per_layer(of, f"KL to the final layer, {method}"),
+            _agreement(of, f"Agreement with the final layer, {method}"),
             *_layers_by_position(of, method),
         ],
     )
@@ -234,6 +236,24 @@ def _per_layer(runs: Sequence[MethodMetrics], title: str) -> Chart:
         for index, number in enumerate(numbers)
     ]
     return Chart(title, series, "KL(final ‖ layer), mean over rows")
+
+
+def _agreement(runs: Sequence[MethodMetrics], title: str) -> Chart:
+    numbers = sorted(
+        {
+            int(match["number"])
+            for run in runs
+            for key in _keys(run)
+            if (match := AGREEMENT.match(key))
+        },
+        reverse=True,
+    )
+    series = [
+        Series(f"layer {number}", _mean(runs, f"validation/agreement/layer{number}"), index)
+        for index, number in enumerate(numbers)
+    ]
+    note = "share of validation rows in which the layer's best continuation is the final one's"
+    return Chart(title, series, note, share=True, marks=True)
 
 
 def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:

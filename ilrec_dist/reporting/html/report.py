@@ -13,6 +13,7 @@ from typing import Any
 
 from ilrec_dist import __version__
 from ilrec_dist.common.files import atomic_file
+from ilrec_dist.reporting.analysis import analysis_section
 from ilrec_dist.reporting.html import curves
 from ilrec_dist.reporting.html.charts import Chart, line_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
@@ -20,6 +21,7 @@ from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.reporting.html.facts import facts_table
 from ilrec_dist.reporting.html.results_table import (
     beyond_accuracy_section,
+    cost_section,
     header_tiles,
     results_section,
 )
@@ -44,12 +46,14 @@ def write_report(
     index_report: Mapping[str, Any] | None = None,
     cf_report: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    analysis: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write run_dir/report.html whole or not at all and return its path.
 
     `results` is what write_results returned; `labels` give the order and the emphasis of methods;
     `data_report`, `index_report` and `cf_report` are what the stages wrote about their work, and
-    `warnings` stand at the top. Parts without material are left out.
+    `warnings` stand at the top; `analysis` is what `ilrec analyze` found. Parts without material
+    are left out.
     """
     summaries = summarise_rows(results["rows"], labels)
     intervals = intervals_of(results)
@@ -58,7 +62,9 @@ def write_report(
     sections = [
         ("results", "Results", results_section(summaries, intervals)),
         ("beyond-accuracy", "Beyond accuracy", beyond_accuracy_section(summaries)),
+        ("cost", "Cost of training", cost_section(summaries)),
         *((slug, title, _charts(make(runs))) for slug, title, make in _CURVES),
+        ("why", "Why", analysis_section(analysis)),
         ("examples", "Examples", examples_section(examples)),
         ("times", "Time by stage", _stages(results["stage_seconds"], results["seconds"])),
         (

@@ -9,6 +9,8 @@ from ilrec_dist.reporting.html.charts import bar_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.results import (
     BEYOND_ACCURACY,
+    COST,
+    TRAINING_FLOPS,
     Figure,
     Interval,
     Summary,
@@ -132,6 +134,32 @@ def beyond_accuracy_section(summaries: Sequence[Summary]) -> str:
         f"{seen_title(first[0].exclude_seen)}; mean over seeds.</caption><thead><tr>"
         f'<th scope="col">method</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
         f'<ul class="note">{notes}</ul></div>'
+    )
+
+
+def cost_section(summaries: Sequence[Summary]) -> str:
+    """The table of what the trained methods cost, beside their quality."""
+    first = [
+        summary
+        for summary in summaries
+        if summary.exclude_seen == summaries[0].exclude_seen and TRAINING_FLOPS in summary.figures
+    ]
+    if not first:
+        return ""
+    title, meaning = COST[TRAINING_FLOPS]
+    least = min(summary.figures[TRAINING_FLOPS].mean for summary in first)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(summary.method)}</th>'
+        f"<td>{_figure(summary.figures.get('ndcg@10'))}</td>"
+        f"<td>{summary.figures[TRAINING_FLOPS].mean:.2e}</td>"
+        f"<td>{summary.figures[TRAINING_FLOPS].mean / least:.2f} ×</td></tr>"
+        for summary in first
+    )
+    return (
+        f'<div class="card"><div class="scroll"><table><caption>{title}: {escape(meaning)}; mean '
+        f'over seeds.</caption><thead><tr><th scope="col">method</th><th scope="col">NDCG@10</th>'
+        f'<th scope="col">{title}</th><th scope="col">of the cheapest</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></div>"
     )
 
 

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_kernels.chunk import Chunk
+from ilrec_kernels.layout.segments import row_counts
 from ilrec_kernels.layout.vocab_columns import VocabColumns, select_columns
 from ilrec_kernels.plan import CANDIDATE_TILES, Plan
 from ilrec_kernels.problem import DenseSource, Problem
 from ilrec_kernels.steps.logits import DenseLogits
-from ilrec_kernels.steps.topk import dense_candidates, keep_largest
+from ilrec_kernels.steps.topk import dense_candidates, draw_entries, keep_largest
 from ilrec_kernels.steps.tp_exchange import Candidates, Selection
 from ilrec_kernels.triton.candidate_buffer import CandidateBuffer, CandidateFilter
 
@@ -181,6 +182,11 @@ def propose_listed(
     keep, capped = keep_largest(row, ensemble.take(entry), chunk.n, k, plan.budget)
     if keep is not None:
         entry, row = entry.take(keep), row.take(keep)
+    if p.options.negatives_from == "random":
+        others = local.has_target.take(local.row)
+        others[local.target] = False
+        entry = draw_entries(local.row, others, row_counts(row, chunk.n))
+        row = local.row.take(entry)
     return entry, row, Selection(None, capped) if alone else None
 
 

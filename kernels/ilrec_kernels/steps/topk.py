@@ -42,6 +42,21 @@ def keep_largest(
     return keep.nonzero().flatten(), capped
 
 
+def draw_entries(row: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Draw counts [n] entries of every row from the eligible ones, bool [P].
+
+    Rows [P] ascend. Returns the entries, int64 and ascending; torch's generator draws them.
+    """
+    entry = eligible.nonzero().flatten()
+    of = row.take(entry)
+    draws = torch.rand(entry.shape, dtype=torch.float64, device=row.device)
+    # Within a row the entries are now in a random order.
+    order = torch.argsort(of + draws)
+    present = row_counts(of, counts.numel())
+    place = torch.arange(entry.numel(), device=row.device) - (present.cumsum(0) - present).take(of)
+    return entry.take(order[place < counts.take(of)]).sort().values
+
+
 def largest(values: Tensor, k: int) -> Tensor:
     """Return where the k largest of each row of values [n, c] are, bool [n, c].
 

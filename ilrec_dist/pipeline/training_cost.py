@@ -1,0 +1,112 @@
+"""What each training of a run cost in FLOPs, from what its log counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ilrec_dist.common.config_fields import section_from_dict
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.run_layout import RESULT
+from ilrec_dist.config.tree import Config
+from ilrec_dist.evaluation.baselines.counting import count_training
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.flops import Work, forward_flops, training_flops
+from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.registry import get_method
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.samples.windows import training_windows
+
+# Items whose candidates are counted at once.
+CHUNK_ITEMS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ScopeSizes:
+    """How many columns of the head each scope of METHOD.md §2 has for a row, on average."""
+
+    all: float
+    item_tokens: float
+    valid_next: float
+
+    @staticmethod
+    def of(artifacts: RunArtifacts) -> ScopeSizes:
+        """Counted over the training's interactions."""
+        catalogue = artifacts.catalogue
+        popularity = count_training(artifacts.dataset).popularity
+        return ScopeSizes(
+            catalogue.vocab_size,
+            len(catalogue.used_tokens()),
+            mean_candidates(artifacts.trie, popularity),
+        )
+
+
+def mean_candidates(trie: Trie, popularity: np.ndarray) -> float:
+    """The mean number of valid_next candidates of a row, with items weighted by popularity."""
+    total = rows = 0.0
+    for first in range(0, len(popularity), CHUNK_ITEMS):
+        items = np.arange(first, min(first + CHUNK_ITEMS, len(popularity)))
+        lengths = trie.catalogue.item_lengths(items)
+        weights = popularity[items]
+        rows += float((weights * lengths).sum())
+        for p in range(trie.depth):
+            nodes = trie.item_node(p, items)
+            children = trie.child_start[p][nodes + 1] - trie.child_start[p][nodes]
+            total += float((weights * children * (p < lengths)).sum())
+    return total / max(rows, 1.0)
+
+
+def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) -> list[float]:
+    """Columns of the head for a row of each stream: the final layer's, then the others'."""
+    size = {"all": sizes.all, "item_tokens": sizes.item_tokens, "valid_next": sizes.valid_next}
+    intermediate = 0.0
+    if config.cpd_mu > 0:
+        intermediate = size[config.distill_scope]
+    reads_negatives = config.beta > 0 or config.crr_lambda > 0
+    if reads_negatives and config.negatives_from != "final":
+        intermediate = max(intermediate, size[config.negative_scope])
+    layers = num_intermediate_layers(config, num_layers)
+    return [size[config.softmax_scope], *[intermediate] * layers]
+
+
+def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, int | None], float]:
+    """`training_cost` of every training of the run, by (method, seed)."""
+    sizes = ScopeSizes.of(artifacts)
+    return {
+        (method, seed): training_cost(config, artifacts, sizes, method, seed)
+        for method in config.train.methods
+        for seed in config.train.seeds
+    }
+
+
+def training_cost(
+    config: Config, artifacts: RunArtifacts, sizes: ScopeSizes, name: str, seed: int
+) -> float:
+    """FLOPs of the finished training of one method and seed, and of those that it stands on.
+
+    Those are the training of the method that it starts from, and the forward pass of its
+    reference. The collaborative model's training is no part of it.
+    """
+    method, folder = get_method(name), artifacts.folders.training(name, seed)
+    result = read_json_object(folder / RESULT)
+    backbone = section_from_dict(BackboneConfig, result["model"]["backbone"])
+    columns = head_columns(method.objective(config.objective), backbone.num_layers, sizes)
+    lines = [line for line in read_metrics(folder) if "tokens" in line]
+    tokens, rows = (sum(line[key] for line in lines) for key in ("tokens", "rows"))
+    epochs = lines[-1]["epoch"]
+    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
+    # A token of a sequence attends to half of it on average.
+    work = Work(tokens, tokens / (len(windows) * epochs) / 2, rows)
+    cost = training_flops(backbone, work, columns)
+    if method.needs_reference:
+        # Each round of self-play has a reference of its own.
+        self_play = method.samples == "self_play_pairs"
+        passes = method.preference(config.preference).rounds if self_play else 1
+        cost += passes * forward_flops(backbone, work, columns) / epochs
+    if method.starts_from is not None:
+        cost += training_cost(config, artifacts, sizes, method.starts_from, seed)
+    return cost
