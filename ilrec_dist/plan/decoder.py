@@ -78,30 +78,29 @@ class DecoderSizes:
         Together they are exactly the parameters of `model.gpt.Backbone`.
         """
         config, hidden = self.config, self.hidden
-        whole, cut = (lambda size: Count(size, 0)), (lambda size: Count(0, size))
-        yield "embedding", 2, cut(self.vocab * hidden)
+        yield "embedding", 2, Count(0, self.vocab * hidden)
         if config.position_embedding == "learned":
-            yield "embedding", 2, whole(self.positions * hidden)
+            yield "embedding", 2, Count(self.positions * hidden, 0)
         for _ in range(self.layers):
             yield from self._norm()
-            yield "attention", 2, cut(self.query_width * hidden)
+            yield "attention", 2, Count(0, self.query_width * hidden)
             if config.bias:
-                yield "biases", 1, whole(hidden)
-            yield "attention", 2, cut(self.qkv_width * hidden)
+                yield "biases", 1, Count(hidden, 0)
+            yield "attention", 2, Count(0, self.qkv_width * hidden)
             if config.bias or config.qkv_bias:
-                yield "biases", 1, cut(self.qkv_width)
+                yield "biases", 1, Count(0, self.qkv_width)
             for _ in range(2 if config.qk_norm else 0):
-                yield "norms", 1, whole(self.head_dim)
+                yield "norms", 1, Count(self.head_dim, 0)
             yield from self._norm()
-            yield "feed-forward", 2, cut(self.fc1_width * hidden)
+            yield "feed-forward", 2, Count(0, self.fc1_width * hidden)
             if config.bias:
-                yield "biases", 1, cut(self.fc1_width)
-            yield "feed-forward", 2, cut(self.ffn * hidden)
+                yield "biases", 1, Count(0, self.fc1_width)
+            yield "feed-forward", 2, Count(0, self.ffn * hidden)
             if config.bias:
-                yield "biases", 1, whole(hidden)
+                yield "biases", 1, Count(hidden, 0)
         yield from self._norm()
         if not config.tie_embeddings:
-            yield "head", 2, cut(self.vocab * hidden)
+            yield "head", 2, Count(0, self.vocab * hidden)
 
     def _norm(self) -> Iterator[tuple[str, int, Count]]:
         for _ in range(2 if self.config.normalization == "LayerNorm" else 1):
