@@ -174,7 +174,7 @@ class SavedState:
 
     @classmethod
     def open(cls, files: Sequence[Path]) -> SavedState:
-        readers = [safe_open(path, framework="pt") for path in files]
+        readers: list[Any] = [safe_open(path, framework="pt") for path in files]
         return cls(readers, [json.loads(reader.metadata()["part"]) for reader in readers])
 
     def read(
@@ -213,7 +213,7 @@ class SavedState:
         return values
 
 
-def spec_of(parameter: nn.Parameter) -> ShardSpec | None:
+def spec_of(parameter: Any) -> ShardSpec | None:
     """How a parameter is cut over tp, as `sharding.mark_parallel` has noted it."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None

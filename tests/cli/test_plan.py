@@ -83,8 +83,8 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
         (["--interconnect", "0Gb/s"], "--interconnect: expected a positive number"),
         (["launch.tp=3"], "launch.tp"),
         (["--gpus-per-node", "4"], "tp does not divide --gpus-per-node 4"),
-        (["train.batch_size=100"], "train.batch_size"),
-        (["items.form=atomic"], "--items N"),
+        (["train.batch_size=102"], "train.batch_size"),
+        (["items.form=atomic", "items.levels=3"], "--items N"),
         (["--nodes", "0"], "--nodes: expected at least 1"),
     ],
 )
