@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from harness import command_line, describe_machine, machine_line, write_figures
 
@@ -38,6 +38,9 @@ SIZES = {
     "medium": (8, 512, 8, 4, 1_408, 8_193),
 }
 
+# Precision, and micro-batches a step.
+STEPS: tuple[tuple[Literal["fp32", "bf16"], int], ...] = (("fp32", 1), ("fp32", 2), ("bf16", 1))
+
 
 def specs(quick: bool) -> dict[str, StepSpec]:
     found = {}
@@ -52,7 +55,7 @@ def specs(quick: bool) -> dict[str, StepSpec]:
             num_kv_heads=kv_heads,
             ffn_hidden_size=ffn,
         )
-        for precision, accumulation in (("fp32", 1), ("fp32", 2), ("bf16", 1)):
+        for precision, accumulation in STEPS:
             train = TrainConfig(
                 batch_size=8 * accumulation, accumulation_steps=accumulation, precision=precision
             )
