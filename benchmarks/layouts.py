@@ -68,8 +68,8 @@ def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queu
     module.train()
     started = time.monotonic()
     for step in range(steps):
-        window_ids = order.window_ids(step)
-        batch = maker.make(window_ids, maker.num_rows(window_ids))
+        sample_ids = order.sample_ids(step)
+        batch = maker.make(sample_ids, maker.num_rows(sample_ids))
         future = rewards.fetch_async(batch.users, batch.positions) if rewards is not None else None
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(config.train, step, order.total_steps)

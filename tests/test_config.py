@@ -142,7 +142,7 @@ def test_malformed_files_are_one_line(text, part, tmp_path):
                 "items.title_vocab_size=999",
             ],
             "items.title_vocab_size",
-            "without items.tokenizer",
+            "items.tokenizer null",
         ),
         (
             ["objective.cpo_beta=0", "objective.penalty=multiplicative"],

@@ -24,5 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
             artifacts.trie,
             getattr(torch, arguments.dtype),
             None if trained.config.backbone.from_ is None else artifacts.language_model,
+            trained.prompt,
         )
     console.print(f"exported: {out}", highlight=False, markup=False)

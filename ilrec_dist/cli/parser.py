@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_status(commands)
     _add_analyze(commands)
+    _add_show_prompts(commands)
     _add_recommend(commands)
     _add_serve(commands)
     _add_export(commands)
@@ -182,6 +183,24 @@ def _add_status(commands: Commands) -> None:
     )
     command.add_argument("run", metavar="RUN", help="the run's folder, on any machine that sees it")
     command.set_defaults(call="ilrec_dist.cli.status:run", command="status")
+
+
+def _add_show_prompts(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "show-prompts",
+        "show samples of a training on prompts as text and tokens, with the response marked",
+        "example:\n  ilrec index CONFIG && ilrec show-prompts CONFIG --users 3",
+    )
+    _add_config(command)
+    command.add_argument(
+        "--users",
+        type=int,
+        default=3,
+        metavar="N",
+        help="users whose last sample is shown, and samples of every other task (default 3)",
+    )
+    command.set_defaults(call="ilrec_dist.cli.show_prompts:run", command="show-prompts")
 
 
 def _add_analyze(commands: Commands) -> None:

@@ -60,7 +60,7 @@ def recommend(
             beam=trained.config.evaluation.beam,
             batch_size=trained.config.evaluation.batch_size,
             softmax_scope=trained.softmax_scope,
-            max_history=trained.config.train.max_history,
+            inputs=trained.inputs,
             parallel=trained.parallel,
             exclude_seen=exclude_seen,
             allowed=allowed,

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
             beam=trained.config.evaluation.beam,
             batch_size=trained.config.evaluation.batch_size,
             softmax_scope=trained.softmax_scope,
-            max_history=trained.config.train.max_history,
+            inputs=trained.inputs,
             parallel=trained.parallel,
         )
         with make_server(backend, arguments.host, arguments.port) as server:

@@ -11,7 +11,13 @@ from typing import Annotated, TypeVar
 from annotated_types import MinLen
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.common.config_fields import Affects, fields_without_effect, key_of, section
+from ilrec_dist.common.config_fields import (
+    Affects,
+    config_to_dict,
+    fields_without_effect,
+    key_of,
+    section,
+)
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.settings import ineffective_settings
@@ -22,6 +28,8 @@ from ilrec_dist.model.build import known_decoder
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import Method, get_method
+from ilrec_dist.prompts.config import PromptsConfig
+from ilrec_dist.prompts.template import read_templates, template_file
 from ilrec_dist.training.config import TrainConfig
 
 
@@ -41,6 +49,7 @@ class Config:
     items: ItemsConfig = field(default_factory=ItemsConfig)
     cf: CFConfig = field(default_factory=CFConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -62,7 +71,15 @@ def check_together(config: Config, source: str) -> None:
 
     `source` is named in the error. Raises ConfigError.
     """
-    for check in (_run_problems, _mesh_problems, _training_problems, _items_problems, _idle_keys):
+    checks = (
+        _run_problems,
+        _mesh_problems,
+        _training_problems,
+        _items_problems,
+        _prompt_problems,
+        _idle_keys,
+    )
+    for check in checks:
         for key, why in check(config):
             raise ConfigError(f"{source}: key {key!r}: {why}")
 
@@ -203,17 +220,54 @@ def _items_problems(config: Config) -> Iterator[Problem]:
             "items of one title cannot be told apart by other tokens (items.form titles); "
             "expected keep or refuse",
         )
-    if items.form == "titles" and config.backbone.from_ is not None:
-        yield (
-            "items.form",
-            "titles are for decoders trained from scratch; with backbone.from choose semantic or "
-            "atomic",
-        )
     if items.form == "titles" and config.train.targets != "last":
         yield (
             "train.targets",
             "items.form titles takes one target a sequence; expected last",
         )
+
+
+def _prompt_problems(config: Config) -> Iterator[Problem]:
+    prompts, own_form = config.prompts, "titles" if config.items.form == "titles" else "codes"
+    if prompts.templates is None:
+        return
+    shares = config_to_dict(prompts.shares)
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        yield "prompts.shares", f"the shares add up to {sum(shares.values()):g}, expected 1"
+    if config.train.targets != "last":
+        yield "train.targets", "a prompt has one target (prompts.templates); expected last"
+    for name in config.train.methods:
+        if get_method(name).samples != "targets":
+            yield (
+                "train.methods",
+                f"{name} compares items behind plain sequences; leave it or prompts.templates out",
+            )
+    if not template_file(prompts.templates).is_file():
+        # The stage that reads it says so.
+        return
+    templates = [t for t in read_templates(prompts.templates) if shares[t.task.name] > 0]
+    missing = [
+        name
+        for name, share in shares.items()
+        if share and name not in {t.task.name for t in templates}
+    ]
+    if missing:
+        yield (
+            f"prompts.shares.{missing[0]}",
+            f"{prompts.templates} has no template of that task; set the share to 0 or add one",
+        )
+    for template in templates:
+        if template.response != own_form and not template.task.is_text:
+            yield (
+                "prompts.templates",
+                f"template {template.name} answers with {template.response}, and items are "
+                f"{own_form} (items.form {config.items.form})",
+            )
+        if own_form == "titles" and template.history != "titles":
+            yield (
+                "prompts.templates",
+                f"template {template.name} writes codes, which items.form titles has none of",
+            )
 
 
 def _idle_keys(config: Config) -> Iterator[Problem]:

@@ -31,9 +31,9 @@ from ilrec_dist.evaluation.ranking import (
     history_ranges,
     top_items,
 )
+from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import HistoryRanges
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
@@ -78,7 +78,7 @@ def score_candidates(
     num_candidates: int,
     batch_size: int,
     softmax_scope: SoftmaxScope,
-    max_history: int,
+    inputs: InputForm,
     exclude_seen: bool,
     parallel: ParallelState,
     model_name: str = "the model",
@@ -90,7 +90,7 @@ def score_candidates(
     `parallel`; the same on every rank.
     """
     catalogue = constraint.trie.catalogue
-    batches = histories.batches(max_history, batch_size, catalogue)[parallel.dp_rank :: parallel.dp]
+    batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     was_training = backbone.training
     backbone.eval()
@@ -104,11 +104,10 @@ def score_candidates(
                 ranked[seen.rows, seen.items] = -np.inf
             lists.append(top_items(ranked, num_candidates)[0])
         items = candidate_union(lists)
-        tokens = torch.from_numpy(histories.input_tokens(rows, max_history, catalogue))
         by_model = score_items(
             backbone,
             constraint,
-            tokens.to(parallel.device),
+            inputs.prefixes(histories, rows).to(parallel.device),
             torch.from_numpy(items).to(parallel.device),
             vocab_size=catalogue.vocab_size,
             softmax_scope=softmax_scope,
@@ -156,7 +155,7 @@ def fuse_model(
     test_users: np.ndarray,
     config: EvaluationConfig,
     softmax_scope: SoftmaxScope,
-    max_history: int,
+    inputs: InputForm,
     parallel: ParallelState,
     model_name: str = "the model",
 ) -> Fusion:
@@ -176,7 +175,7 @@ def fuse_model(
             split=split,
             config=config,
             softmax_scope=softmax_scope,
-            max_history=max_history,
+            inputs=inputs,
             parallel=parallel,
             model_name=model_name,
         )
@@ -190,7 +189,7 @@ def fuse_model(
             num_candidates=config.fusion_candidates,
             batch_size=config.batch_size,
             softmax_scope=softmax_scope,
-            max_history=max_history,
+            inputs=inputs,
             exclude_seen=config.exclude_seen,
             parallel=parallel,
             model_name=model_name,

@@ -16,8 +16,9 @@ from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import first_column, ranks_of_scores
 from ilrec_dist.evaluation.predictions import Predictions, concatenate_predictions
 from ilrec_dist.inference.beam_search import RankedItems
+from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import HistoryRanges, RankingProgress, rank_histories
+from ilrec_dist.inference.ranker import RankingProgress, rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
@@ -39,14 +40,14 @@ def evaluate_model(
     split: str,
     config: EvaluationConfig,
     softmax_scope: SoftmaxScope,
-    max_history: int,
+    inputs: InputForm,
     parallel: ParallelState,
     progress: RankingProgress | None = None,
     model_name: str = "the model",
 ) -> Predictions:
     """Beam search for `users` (distinct, int [n]) on `split` ("validation" or "test").
 
-    The input is the last `max_history` items of the history, all of which counts as seen.
+    `inputs` makes the model's input of the history, all of which counts as seen.
     Collective over `parallel`: users are spread over the data-parallel ranks, and the ranks of a
     tensor-parallel group work on the same ones; every rank returns all users' predictions. Raises
     UserError with `model_name` where a score is not finite.
@@ -59,7 +60,7 @@ def evaluate_model(
         beam=config.beam,
         batch_size=config.batch_size,
         softmax_scope=softmax_scope,
-        max_history=max_history,
+        inputs=inputs,
         exclude_seen=config.exclude_seen,
         parallel=parallel,
         progress=progress,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,22 @@ def export_model(
     trie: Trie,
     dtype: torch.dtype,
     language_model: Path | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
 
     language_model: the folder with the extended tokenizer and the config.json of the
     pretrained model that the training began with; None for one trained from scratch.
+    prompt: what is written to prompt.json, where the model answers prompts in words.
     Weights are written in `dtype`; one that training left alone and that the pretrained
     model has in that dtype comes out byte for byte.
 
     Raises UserError when `out` exists, when no Hugging Face family has the backbone's
-    architecture, and for items that are titles.
+    architecture, and for items that are titles in a vocabulary of their own.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
-    if catalogue.pieces is not None:
+    if catalogue.pieces is not None and language_model is None:
         raise UserError(
             "items.form titles: a model whose vocabulary was learned from the titles has no "
             "Hugging Face tokenizer; expected items.form semantic or atomic"
@@ -89,6 +92,8 @@ def export_model(
             else:
                 _copy_tokenizer(language_model, staged)
             write_item_files(staged, dataset, catalogue, trie)
+            if prompt is not None:
+                write_json(staged / "prompt.json", prompt)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 

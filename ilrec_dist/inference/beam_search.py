@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.parallel_head import ParallelHead, SoftmaxScope
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 
@@ -27,7 +28,7 @@ class Decoder(Protocol):
     @property
     def head_weight(self) -> Tensor: ...
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]: ...
+    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Any]: ...
 
     def decode(self, cache: Any, tokens: Tensor, parents: Tensor | None = None) -> Tensor: ...
 
@@ -60,7 +61,7 @@ class RankedItems:
 def beam_search(
     model: Decoder,
     constraint: TrieConstraint,
-    tokens: Tensor,
+    prefixes: Prefixes,
     *,
     vocab_size: int,
     beam: int = 20,
@@ -71,17 +72,17 @@ def beam_search(
 ) -> Beams:
     """The `beam` best leaves after each prefix by Σ log p, without a length penalty.
 
-    tokens int64 [B, S] are prefixes of equal lengths without padding. log p is over the scope that
-    the model was trained with: `all`, the true vocabulary (vocab_size, without padded columns), or
-    `valid_next`, the trie's children of the prefix, whatever is excluded. A prefix is a candidate
-    while an item below it is allowed and not in the row's `excluded` set, so exclusion costs no
-    beam. With tp_group the head is a vocabulary shard, and every rank of the group must call with
-    the same arguments and gets the same beams. The model is expected in eval mode. Raises
-    UserError with `model_name` where a log p is not finite.
+    log p is over the scope that the model was trained with: `all`, the true vocabulary
+    (vocab_size, without padded columns), or `valid_next`, the trie's children of the prefix,
+    whatever is excluded. A prefix is a candidate while an item below it is allowed and not in the
+    row's `excluded` set, so exclusion costs no beam. With tp_group the head is a vocabulary shard,
+    and every rank of the group must call with the same arguments and gets the same beams. The
+    model is expected in eval mode. Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
+    tokens = prefixes.tokens
     exhausted = None if excluded is None else constraint.exhausted_nodes(excluded, tokens.device)
-    hidden, cache = model.prefill(tokens)
+    hidden, cache = model.prefill(tokens, prefixes.lengths)
     hidden = hidden[:, None]
     nodes = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
     scores = torch.zeros(len(tokens), 1, device=tokens.device)

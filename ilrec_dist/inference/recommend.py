@@ -11,6 +11,7 @@ import pyarrow as pa
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import RankingProgress, rank_histories
 from ilrec_dist.inference.request_files import read_allowed_items, read_histories
@@ -50,7 +51,7 @@ def recommend_items(
     beam: int,
     batch_size: int,
     softmax_scope: SoftmaxScope,
-    max_history: int,
+    inputs: InputForm,
     parallel: ParallelState,
     exclude_seen: bool = False,
     allowed: str | Path | None = None,
@@ -78,7 +79,7 @@ def recommend_items(
         beam=max(beam, top),
         batch_size=batch_size,
         softmax_scope=softmax_scope,
-        max_history=max_history,
+        inputs=inputs,
         exclude_seen=exclude_seen,
         parallel=parallel,
         progress=progress,

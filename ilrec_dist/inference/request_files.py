@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_columns, require_file
 from ilrec_dist.data.reading.columns import strip_blanks
-from ilrec_dist.inference.ranker import HistoryRanges
+from ilrec_dist.inference.inputs import HistoryRanges
 
 # The Arrow types of a column of lists: `pa.types.is_NAME`.
 LIST_TYPES = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")

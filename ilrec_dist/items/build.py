@@ -33,7 +33,13 @@ from ilrec_dist.items.text_embeddings import (
     item_documents,
     quantizer_vectors,
 )
-from ilrec_dist.items.titles import TOKENIZER, build_title_catalogue
+from ilrec_dist.items.titles import (
+    TOKENIZER,
+    load_tokenizer,
+    required_titles,
+    title_catalogue,
+    train_tokenizer,
+)
 from ilrec_dist.items.trie import Trie
 
 # The name of the one level of a catalogue whose items are a token each.
@@ -75,10 +81,11 @@ def build_catalogue(
     built codes the codebooks, for titles the tokenizer. Collisions follow
     `items.collisions`: keep; refuse (UserError naming two items); resolve (see
     collisions.resolve_collisions). With `model` the codes are added to its tokenizer,
-    which is stored as well, and have the ids that this gives them; titles take none.
+    which is stored as well, and have the ids that this gives them; titles are spelt in
+    its own tokens.
     """
     if config.form == "titles":
-        return _build_titles(config, dataset, out)
+        return _build_titles(config, dataset, out, model)
     scratch = Path(out).parent
     item_codes = _codes(config, dataset, cf_embeddings, scratch)
     before = collision_report(item_codes.codes)
@@ -145,11 +152,21 @@ def write_items(
 
 
 def _build_titles(
-    config: ItemsConfig, dataset: InteractionDataset, out: str | Path
+    config: ItemsConfig,
+    dataset: InteractionDataset,
+    out: str | Path,
+    model: LanguageModel | None,
 ) -> dict[str, Any]:
-    catalogue, tokenizer = build_title_catalogue(
-        dataset, config.title_tokens, config.title_vocab_size, config.tokenizer
-    )
+    titles, extended, vocabulary = required_titles(dataset), None, None
+    if model is not None:
+        extended = ExtendedTokenizer(model, ())
+        tokenizer, vocabulary = extended.backend, extended.title_vocabulary
+    elif config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer, "items.tokenizer")
+    else:
+        tokenizer = train_tokenizer(titles, config.title_vocab_size)
+    catalogue = title_catalogue(titles, tokenizer, config.title_tokens, vocabulary)
+    _refuse_early_end(dataset, catalogue)
     codes = catalogue.codes()
     if config.collisions == "refuse" and (pair := first_collision(codes)) is not None:
         one, other = (dataset.item_ids[item] for item in pair)
@@ -174,8 +191,23 @@ def _build_titles(
     report["warning"] = collision_warning(report)
     with committed_folder(out) as folder:
         tokenizer.save(str(folder / TOKENIZER))
+        if extended is not None:
+            extended.save(folder)
         write_items(folder, catalogue, dataset.item_ids, report)
     return report
+
+
+def _refuse_early_end(dataset: InteractionDataset, catalogue: Catalogue) -> None:
+    """Raise UserError for a title that has the end token among its words."""
+    items = np.arange(catalogue.num_items)
+    ends = (catalogue.item_tokens(items) == catalogue.vocabulary.end).sum(axis=1)
+    if (ends > 1).any():
+        item = int(np.flatnonzero(ends > 1)[0])
+        end = catalogue.token_names()[int(catalogue.vocabulary.item_tokens[0])]
+        raise UserError(
+            f"items.form titles: the title of item {dataset.item_ids[item]!r} has the token {end} "
+            "in it, which is where titles end; mend the title"
+        )
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,12 @@ def _are_titles(config: Any) -> bool:
     return bool(config.items.form == "titles")
 
 
+def _have_own_pieces(config: Any) -> bool:
+    return _are_titles(config) and config.backbone.from_ is None
+
+
 def _learns_pieces(config: Any) -> bool:
-    return _are_titles(config) and config.items.tokenizer is None
+    return _have_own_pieces(config) and config.items.tokenizer is None
 
 
 _CODES_OF_VECTORS = (
@@ -85,10 +89,17 @@ class ItemsConfig:
         OnlyIf("items.form semantic without items.index", _builds_codes),
     ] = 256
     # Titles: a tokenizer.json; null: byte-pair encoding learned from the titles.
-    tokenizer: Annotated[Optional[str], Affects(), OnlyIf("items.form titles", _are_titles)] = None
+    # With a model in backbone.from its own tokenizer spells them.
+    tokenizer: Annotated[
+        Optional[str],
+        Affects(),
+        OnlyIf("items.form titles with backbone.from null", _have_own_pieces),
+    ] = None
     # Titles: tokens that are learned, at most. The 256 bytes are among them.
     title_vocab_size: Annotated[
-        Int, Ge(512), OnlyIf("items.form titles without items.tokenizer", _learns_pieces)
+        Int,
+        Ge(512),
+        OnlyIf("items.form titles with backbone.from and items.tokenizer null", _learns_pieces),
     ] = 8192
     # Titles: longer ones are cut at so many tokens.
     title_tokens: Annotated[

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, single_spaced
 from ilrec_dist.items.vocabulary import Vocabulary
@@ -68,12 +69,45 @@ class ExtendedTokenizer:
                 f"{model.folder}: the tokenizer does not give added tokens the ids from "
                 f"{base_size} on"
             )
-        padding = self.tokenizer.pad_token_id
-        if padding is None:
-            padding = self.tokenizer.eos_token_id
-        self.vocabulary = Vocabulary.added_to(
-            base_size, model.embedding_rows, len(names), 0 if padding is None else padding
+        self.base_size, self.num_added = base_size, len(names)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of codes, which are the added tokens."""
+        return Vocabulary.added_to(
+            self.base_size, self.model.embedding_rows, self.num_added, self._padding
         )
+
+    @property
+    def title_vocabulary(self) -> Vocabulary:
+        """Of titles, which are spelt in the model's own tokens and closed by its end of text.
+
+        Raises UserError where the tokenizer has no end of text.
+        """
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise UserError(
+                f"{self.model.folder}: its tokenizer has no end-of-text token (eos_token), which "
+                "closes every title (items.form titles)"
+            )
+        rows = self.model.embedding_rows
+        return Vocabulary.for_titles(self.base_size, rows, end, self._padding)
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The tokenizer itself, as the library of that name has it."""
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(tokenizer, Tokenizer):
+            raise UserError(f"{self.model.folder}: its tokenizer has no {TOKENIZER} form")
+        # A model's file may ask for both; padding would be spelt as part of a title.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @property
+    def _padding(self) -> int:
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in tokens if token is not None)
 
     def save(self, folder: Path) -> None:
         """Write the folder LANGUAGE_MODEL into `folder`."""
@@ -108,6 +142,39 @@ def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> c
         (len(vocabulary.item_tokens), catalogue.num_items),
     )
     return csr_matrix(carried @ by_item)
+
+
+def end_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The end of text of the tokenizer in `folder`, None where it has none."""
+    token = read_json_object(folder / "tokenizer_config.json").get("eos_token")
+    # Older files describe the token by an object.
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+
+def chat_format(folder: Path) -> Callable[[str, str | None], str]:
+    """The chat template of the tokenizer in `folder`, up to where the assistant's answer begins.
+
+    Takes the user's message and the system message, if there is one. Raises UserError
+    where there is no template.
+    """
+    tokenizer = _load(folder)
+    if not tokenizer.chat_template:
+        raise UserError(
+            "prompts.chat: the model's tokenizer has no chat template; leave prompts.chat out, or "
+            "take a model that was tuned to chat"
+        )
+
+    def chat(text: str, system: str | None) -> str:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return str(rendered)
+
+    return chat
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:

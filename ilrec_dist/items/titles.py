@@ -1,4 +1,4 @@
-"""Items as their titles: the tokens of a byte-pair vocabulary and an end token (METHOD.md §1)."""
+"""Items as their titles: the tokens of a tokenizer and an end token (METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
+from ilrec_dist.items.vocabulary import Vocabulary
 
 # The tokenizer's file lies beside the catalogue's.
 TOKENIZER = "tokenizer.json"
@@ -75,10 +76,8 @@ def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.
     return numbers
 
 
-def build_title_catalogue(
-    dataset: InteractionDataset, title_tokens: int, vocab_size: int, tokenizer_path: str | None
-) -> tuple[Catalogue, Tokenizer]:
-    """The catalogue of a data set's titles and the tokenizer: a file's, or one learned from them.
+def required_titles(dataset: InteractionDataset) -> list[str]:
+    """The titles by item index, with single spaces.
 
     Raises UserError naming the first item without a title.
     """
@@ -90,16 +89,27 @@ def build_title_catalogue(
             f"({len(untitled)} of {len(titles)} items have none); give every item one in the item "
             "table (data.items_path), or choose another items.form"
         )
-    if tokenizer_path:
-        tokenizer = load_tokenizer(tokenizer_path, "items.tokenizer")
-    else:
-        tokenizer = train_tokenizer(titles, vocab_size)
+    return titles
+
+
+def title_catalogue(
+    titles: Sequence[str],
+    tokenizer: Tokenizer,
+    title_tokens: int,
+    vocabulary: Vocabulary | None = None,
+) -> Catalogue:
+    """The catalogue of titles, by item index, in the tokens of a tokenizer.
+
+    vocabulary: that of a language model whose tokenizer it is; None for a model trained
+    from scratch.
+    """
     names = {number: piece for piece, number in tokenizer.get_vocab().items()}
     pieces = [
         names.get(number, f"<{number + RESERVED}>") for number in range(max(names, default=-1) + 1)
     ]
+    end = END_NAME if vocabulary is None or vocabulary.end is None else pieces[vocabulary.end]
     numbers = spell(tokenizer, titles, title_tokens)
-    return make_title_catalogue(numbers, [END_NAME, *pieces]), tokenizer
+    return make_title_catalogue(numbers, [end, *pieces], vocabulary)
 
 
 def single_spaced(title: str) -> str:

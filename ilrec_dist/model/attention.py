@@ -31,16 +31,20 @@ class LayerKVCache:
 
 @dataclass
 class KVCache:
-    """The keys and values of a batch of users with equally long prefixes.
+    """The keys and values of a batch of users' prefixes.
 
     `Backbone.prefill` fills it and `Backbone.decode` extends it, both in place.
     """
 
-    # S, the number of tokens of the prefix.
+    # S, the number of tokens of the longest prefix.
     prefix: int
     # T, the number of tokens decoded so far.
     suffix: int = 0
     layers: list[LayerKVCache] = field(default_factory=list)
+    # The tokens of each prefix, int64 [B], and which of the S positions are padding behind it,
+    # bool [B, S]. None where all prefixes have S tokens.
+    lengths: Tensor | None = None
+    padding: Tensor | None = None
 
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of user b continue beam parents[b, k], int64 [B, K'].
@@ -140,7 +144,8 @@ class CoreAttention(torch.nn.Module):
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             return self._attend(query, key, value, context.mask).transpose(1, 2).flatten(2)
         if context is not None and len(context.layers) > self.index:
-            return self._decode(query, key, value, context.layers[self.index])
+            layer = context.layers[self.index]
+            return self._decode(query, key, value, layer, context.padding)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if context is not None:
             # Copies, because the originals are views into one tensor with the queries.
@@ -175,10 +180,18 @@ class CoreAttention(torch.nn.Module):
             outputs.append(self._causal(*parts).transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, packed.position_in_batches)[None]
 
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, layer: LayerKVCache) -> Tensor:
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: LayerKVCache,
+        padding: Tensor | None,
+    ) -> Tensor:
         """Attend from one new token per beam, [B, K, heads, head_dim].
 
-        It sees the user's prefix and its beam's suffix, whose last token it is.
+        It sees the user's prefix and its beam's suffix, whose last token it is. padding
+        bool [B, S] marks what of the prefix is hidden.
         """
         if layer.suffix_key is None or layer.suffix_value is None:
             layer.suffix_key, layer.suffix_value = key.unsqueeze(2), value.unsqueeze(2)
@@ -196,6 +209,9 @@ class CoreAttention(torch.nn.Module):
         by_group = query.permute(0, 2, 1, 3, 4).flatten(2, 3)  # b g kr d
         prefix_scores = by_group @ layer.prefix_key.transpose(2, 3)
         prefix_scores = prefix_scores.view(batch, groups, beams, heads // groups, -1)  # b g k r s
+        if padding is not None:
+            hidden = padding[:, None, None, None]
+            prefix_scores = prefix_scores.masked_fill(hidden, -torch.inf)
         # Suffixes are a few tokens long and differ by beam, so elementwise products beat
         # thousands of tiny matrix products.
         suffix_scores = (query.float().unsqueeze(2) * layer.suffix_key.unsqueeze(4)).sum(-1)

@@ -33,6 +33,10 @@ def _is_pretrained(config: Any) -> bool:
     return config.backbone.from_ is not None
 
 
+def _has_new_tokens(config: Any) -> bool:
+    return bool(config.items.form != "titles")
+
+
 # Fields that the config.json of a pretrained model decides.
 FROM_SCRATCH = OnlyIf(
     "backbone.from null (a pretrained model's config.json decides it)", _is_from_scratch
@@ -48,7 +52,9 @@ class BackboneConfig:
     from_: Annotated[Optional[Annotated[str, MinLen(1)]], Affects()] = None
     # What the rows of added item tokens begin with (METHOD.md §10).
     new_tokens: Annotated[
-        Literal["moments", "text"], OnlyIf("a model in backbone.from", _is_pretrained)
+        Literal["moments", "text"],
+        OnlyIf("a model in backbone.from", _is_pretrained),
+        OnlyIf("items.form semantic or atomic, whose items are new tokens", _has_new_tokens),
     ] = "moments"
     num_layers: Annotated[Positive, FROM_SCRATCH] = 4
     hidden_size: Annotated[Positive, FROM_SCRATCH] = 128

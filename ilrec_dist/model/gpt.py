@@ -150,14 +150,21 @@ class Backbone(nn.Module):
         return HiddenRows(final, layers)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, KVCache]:
-        """Run equally long prefixes, int64 [B, S] without padding.
+    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Run prefixes, int64 [B, S], of `lengths` tokens each, padded on the right.
 
-        Returns n^L of the last position, [B, d], and the cache for `decode`.
+        lengths int64 [B], all positive; None: all prefixes have S tokens. Returns n^L
+        of each prefix's last token, [B, d], and the cache for `decode`.
         """
         cache = KVCache(prefix=tokens.shape[1])
         hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
-        return self._norm(self._run(hidden, cache, rotary)[:, -1]), cache
+        hidden = self._run(hidden, cache, rotary)
+        if lengths is None:
+            return self._norm(hidden[:, -1]), cache
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cache.lengths, cache.padding = lengths, positions >= lengths[:, None]
+        users = torch.arange(len(tokens), device=tokens.device)
+        return self._norm(hidden[users, lengths - 1]), cache
 
     @torch.no_grad()
     def decode(self, cache: KVCache, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -171,7 +178,8 @@ class Backbone(nn.Module):
         if parents is not None:
             cache.reorder(parents)
         position = cache.prefix + cache.suffix
-        hidden, rotary = self._embed(tokens, position, position + 1)
+        positions = None if cache.lengths is None else cache.lengths[:, None] + cache.suffix
+        hidden, rotary = self._embed(tokens, position, position + 1, positions)
         hidden = self._run(hidden, cache, rotary)
         cache.suffix += 1
         return self._norm(hidden)
@@ -233,10 +241,9 @@ class Backbone(nn.Module):
         hidden = embedding.word_embeddings(tokens)
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
-            angles = angles.unsqueeze(-2)
-            return embedding.embedding_dropout(hidden), angles if angles.dim() == 4 else angles[
-                None
-            ]
+            # By token, or by user and token.
+            angles = angles[None] if angles.dim() == 2 else angles
+            return embedding.embedding_dropout(hidden), angles[:, :, None]
         if stop > self.max_positions:
             raise UserError(
                 f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import torch
 from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
+from torch import Tensor
 
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.items.catalogue import Catalogue
@@ -17,6 +18,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.metrics import LossStatistics
 from ilrec_dist.objective.objective import Objective
+from ilrec_dist.objective.rows import GroupedOutput, GroupedRowStats
 
 
 def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
@@ -79,6 +81,10 @@ class CrossLayerObjective(Objective):
         self.num_intermediate = num_intermediate_layers(config, num_layers)
         self.options = self.full_options = loss_options(config, vocab_size, item_tokens)
         self.ramp = config.ramp
+        # Words compete with the whole vocabulary, without negatives or distillation.
+        self.words = dataclasses.replace(
+            self.options, beta=0.0, mu=0.0, crr_lambda=0.0, softmax_scope="all"
+        )
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Let β, μ and λ rise from 0 over the first share `ramp` of the steps (METHOD.md §11)."""
@@ -112,31 +118,79 @@ class CrossLayerObjective(Objective):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        rows: torch.Tensor,
-        targets: torch.Tensor,
-        indptr: torch.Tensor,
-        candidates: torch.Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        indptr: Tensor,
+        candidates: Tensor,
+        groups: tuple[int, int, int, int] | None = None,
         *,
-        rewards: torch.Tensor | None,
+        rewards: Tensor | None,
         loss_scale: float,
-    ) -> LossOutput:
+    ) -> LossOutput | GroupedOutput:
         """The loss of a micro-batch: its sum over rows times `loss_scale`, and its parts.
 
         tokens int64 [B, S]; rows, targets int64 [N]; candidates, in CSR form, indptr int64
-        [N + 1] and candidates int64 [nnz]; rewards float32 [nnz], or None without CRR.
+        [N + 1] and candidates int64 [nnz]; rewards float32 [nnz], or None without CRR. With
+        `groups` the first rows have rewards, the next are item tokens without, and the last,
+        which have no candidates, are words: how many rows each, and last the candidates of the
+        first ones, which `rewards` are of (METHOD.md §10).
         """
         hidden = self.backbone(tokens, rows, self.num_intermediate)
+        lists = TokenLists(indptr, candidates)
+        if groups is None:
+            streams = (hidden.final, *hidden.layers)
+            return self._loss(streams, targets, lists, rewards, self.options, loss_scale)
+        *counts, num_rewards = groups
+        unrewarded, words = None, hidden.final.new_zeros(0)
+        if not self.needs_rewards:
+            # The two kinds of items' rows are trained alike.
+            counts, num_rewards = [counts[0] + counts[1], 0, counts[2]], candidates.numel()
+        streams_of = [torch.split(stream, counts) for stream in (hidden.final, *hidden.layers)]
+        targets_of = torch.split(targets, counts)
+        with_rewards, without_rewards = _split_lists(lists, counts[0], num_rewards)
+        # Every step has this call, so that the head always gets a gradient.
+        streams = tuple(stream[0] for stream in streams_of)
+        output = self._loss(streams, targets_of[0], with_rewards, rewards, self.options, loss_scale)
+        loss, rewarded = output.loss, output.rows
+        if counts[1]:
+            streams = tuple(stream[1] for stream in streams_of)
+            options = dataclasses.replace(self.options, crr_lambda=0.0)
+            output = self._loss(streams, targets_of[1], without_rewards, None, options, loss_scale)
+            loss, unrewarded = loss + output.loss, output.rows
+        if counts[2]:
+            output = self._loss(
+                (streams_of[0][2],), targets_of[2], None, None, self.words, loss_scale
+            )
+            loss, words = loss + output.loss, output.rows.cpo
+        return GroupedOutput(loss, GroupedRowStats(rewarded, unrewarded, words))
+
+    def _loss(
+        self,
+        streams: tuple[Tensor, ...],
+        targets: Tensor,
+        candidates: TokenLists | None,
+        rewards: Tensor | None,
+        options: LossOptions,
+        loss_scale: float,
+    ) -> LossOutput:
+        """One call of the operator; streams are n^L and n^l, [N, d] each."""
         output: LossOutput = cross_layer_loss(
-            hidden.final,
-            hidden.layers,
+            streams[0],
+            streams[1:],
             self.backbone.head_weight,
             targets,
-            TokenLists(indptr, candidates),
+            candidates,
             rewards,
-            self.options,
+            options,
             vocab=self.backbone.vocab_range,
             loss_scale=loss_scale,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
         )
         return output
+
+
+def _split_lists(lists: TokenLists, rows: int, tokens: int) -> tuple[TokenLists, TokenLists]:
+    """The lists of the first `rows` rows, which have `tokens` tokens, and those of the others."""
+    first = TokenLists(lists.indptr[: rows + 1], lists.tokens[:tokens])
+    return first, TokenLists(lists.indptr[rows:] - tokens, lists.tokens[tokens:])

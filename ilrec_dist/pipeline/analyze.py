@@ -32,9 +32,9 @@ from ilrec_dist.model.weights import WEIGHTS_SHA256
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.prompting import target_batches
 from ilrec_dist.pipeline.stages.evaluate import predictions_file
 from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model, run_config
-from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.samples.windows import StepOrder, training_windows
 
@@ -119,7 +119,7 @@ def positions(trained: TrainedModel, name: str, count: int) -> list[dict[str, An
     chosen = ChosenTargets.of_split(
         artifacts.dataset, users, "validation", config.train.max_history
     )
-    maker = BatchMaker(artifacts.dataset, artifacts.catalogue, artifacts.trie, chosen)
+    maker = target_batches(config, artifacts, artifacts.dataset, chosen)
     beams = _beams(trained, users) if reads_negatives else None
     sums: dict[str, np.ndarray] = {}
     for first in range(0, len(users), BATCH_USERS):
@@ -187,7 +187,7 @@ def _beams(trained: TrainedModel, users: np.ndarray) -> np.ndarray:
         split="validation",
         config=config.evaluation,
         softmax_scope=trained.softmax_scope,
-        max_history=config.train.max_history,
+        inputs=trained.inputs,
         parallel=trained.parallel,
         model_name=str(trained.weights),
     )
@@ -218,8 +218,8 @@ def gradients(trained: TrainedModel, name: str, seed: int) -> dict[str, Any]:
     ).eval()
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     order = StepOrder(windows, GRADIENT_WINDOWS, 1, seed)
-    maker = BatchMaker(artifacts.training, artifacts.catalogue, artifacts.trie, windows)
-    batch = maker.make(order.window_ids(0), 1)
+    maker = target_batches(config, artifacts, artifacts.training, windows)
+    batch = maker.make(order.sample_ids(0), 1)
     rewards = None
     if own.crr_lambda > 0:
         future = artifacts.reward_source().fetch_async(batch.users, batch.positions)

@@ -31,6 +31,7 @@ from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
+from ilrec_dist.prompts.template import template_file
 
 # The fixed sample of validation users is drawn with this.
 VALIDATION_SEED = 20
@@ -119,10 +120,14 @@ class RunArtifacts:
 def config_for_workers(config: Config) -> dict[str, Any]:
     """The configuration as the workers read it, who have another working directory."""
     runs_dir = str(Path(config.runs_dir).resolve())
-    source = config.backbone.from_
+    source, templates = config.backbone.from_, config.prompts.templates
     if source is not None:
         backbone = dataclasses.replace(config.backbone, from_=str(Path(source).resolve()))
         config = dataclasses.replace(config, backbone=backbone)
+    if templates is not None:
+        file = str(template_file(templates).resolve())
+        prompts = dataclasses.replace(config.prompts, templates=file)
+        config = dataclasses.replace(config, prompts=prompts)
     return config_to_dict(dataclasses.replace(config, runs_dir=runs_dir))
 
 
@@ -153,8 +158,9 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     if config.backbone.new_tokens == "text":
         counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
     first = vocabulary.base_size
-    stop = first + len(vocabulary.item_tokens)
-    build.load_pretrained(backbone, source, NewRows(first, stop, counts))
+    # Titles are spelt in the model's own tokens.
+    added = 0 if artifacts.catalogue.pieces is not None else len(vocabulary.item_tokens)
+    build.load_pretrained(backbone, source, NewRows(first, first + added, counts))
     return backbone
 
 
@@ -166,10 +172,17 @@ def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
         config.backbone,
         read_config(artifacts.language_model),
         artifacts.catalogue.vocab_size,
-        build.max_positions(config.train.max_history, artifacts.catalogue.depth),
+        longest_input(config, artifacts.catalogue),
         config.train.precision,
         seed,
     )
+
+
+def longest_input(config: Config, catalogue: Catalogue) -> int:
+    """Tokens of the longest input, or the limit of prompts; 1 where the model's own is theirs."""
+    if config.prompts.templates is not None:
+        return config.prompts.max_tokens or 1
+    return build.max_positions(config.train.max_history, catalogue.depth)
 
 
 def item_titles(artifacts: RunArtifacts) -> Sequence[str]:

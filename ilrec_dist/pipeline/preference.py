@@ -23,10 +23,11 @@ from ilrec_dist.objective.objective import Objective
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.objective.registry import Method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, empty_backbone
+from ilrec_dist.pipeline.prompting import batch_source
 from ilrec_dist.pipeline.self_play import SelfPlay
-from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.negatives import HardNegatives, Negatives, NoNegatives, UniformNegatives
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
+from ilrec_dist.samples.prefetch import BatchSource
 from ilrec_dist.samples.windows import training_windows
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.kept_arrays import kept_array
@@ -70,16 +71,16 @@ def sample_source(
     spec: TrainingSpec,
     objective: Objective,
     parallel: ParallelState,
-) -> tuple[BatchMaker, Phases | None]:
+) -> tuple[BatchSource, Phases | None]:
     """What makes the method's batches, and its phases where it has some.
 
     `objective` has the weights that the training begins with: where the loss reads a reference,
     its log-probabilities are computed here, unless they are kept. Collective over all ranks.
     """
     dataset, catalogue, trie = artifacts.training, artifacts.catalogue, artifacts.trie
-    windows = training_windows(dataset, config.train.max_history, config.train.targets)
     if method.samples == "targets":
-        return BatchMaker(dataset, catalogue, trie, windows), None
+        return batch_source(config, artifacts, spec.seed), None
+    windows = training_windows(dataset, config.train.max_history, config.train.targets)
     assert isinstance(objective, PreferenceObjective)
     spec.folder.mkdir(parents=True, exist_ok=True)
     negatives = _negatives(config, artifacts, method, spec, parallel)

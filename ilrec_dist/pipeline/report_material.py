@@ -11,8 +11,8 @@ from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.model.weights import WEIGHTS_SHA256
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.pipeline.records import verify_descriptions
-from ilrec_dist.samples.windows import steps_per_epoch, training_windows
 from ilrec_dist.training.schedule import warmup_warning
 
 # Keys of the data folder's manifest that say how it is stored and nothing about the data.
@@ -36,8 +36,7 @@ def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
         verify_descriptions(folders, stage)
     manifest = read_json_object(folders.data / MANIFEST)
     index_report = read_json_object(verified(folders.items, "report.json"))
-    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
-    steps = steps_per_epoch(windows, config.train.batch_size) * config.train.epochs
+    steps = epoch_steps(config, artifacts) * config.train.epochs
     warnings = [index_report.get("warning"), warmup_warning(config.train, steps)]
     return {
         "data_report": {key: value for key, value in manifest.items() if key not in STORAGE_KEYS},

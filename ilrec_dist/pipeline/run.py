@@ -90,12 +90,17 @@ class Run:
     def check_before(self, name: str, coming: Sequence[str]) -> None:
         """Every stage before this one must be current, unless it is among those `coming`."""
         for before in self.stages[name].after:
-            reason = None if before in coming else self.reason_to_run(before)
-            if reason is not None:
-                raise UserError(
-                    f"{self.folder}: stage {before} {reason}; run "
-                    f"`ilrec {self.stages[before].command} CONFIG` or `ilrec run CONFIG` first"
-                )
+            if before not in coming:
+                self.require_current(before)
+
+    def require_current(self, name: str) -> None:
+        """Raise UserError, which says what to run first, where the stage is not current."""
+        reason = self.reason_to_run(name)
+        if reason is not None:
+            raise UserError(
+                f"{self.folder}: stage {name} {reason}; run "
+                f"`ilrec {self.stages[name].command} CONFIG` or `ilrec run CONFIG` first"
+            )
 
     def check_resumable(self) -> None:
         """`--resume`: there is a run here, and what it finished or began is of these settings."""

@@ -15,7 +15,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation.config import EvaluationConfig
-from ilrec_dist.inference.ranker import HistoryRanges, rank_histories
+from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
+from ilrec_dist.inference.ranker import rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.samples.negatives import KeptNegatives, UniformNegatives, same_tokens
@@ -123,7 +124,7 @@ class SelfPlay:
                 beam=BEAM,
                 batch_size=self.evaluation.batch_size,
                 softmax_scope=self.objective.softmax_scope,
-                max_history=windows.max_history,
+                inputs=PlainSequences(self.supervised.catalogue, windows.max_history),
                 exclude_seen=self.evaluation.exclude_seen,
                 parallel=self.parallel,
                 model_name=self.spec.title,

@@ -13,7 +13,8 @@ from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.preference import first_weights, sample_source, training_settings
-from ilrec_dist.samples.collate import Batch, BatchMaker
+from ilrec_dist.pipeline.prompting import input_form, served_prompt, target_batches
+from ilrec_dist.samples.collate import Batch
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
@@ -50,6 +51,8 @@ def train_one(
             parallel,
         )
 
+        prompt = served_prompt(config)
+        inputs = input_form(config, artifacts, prompt)
         sample = _agreement_sample(config, artifacts)
 
         def validate() -> dict[str, float]:
@@ -62,7 +65,7 @@ def train_one(
                 split="validation",
                 config=config.evaluation,
                 softmax_scope=objective.softmax_scope,
-                max_history=config.train.max_history,
+                inputs=inputs,
                 parallel=parallel,
             )
             metrics = predictions.metrics() | {
@@ -85,6 +88,7 @@ def train_one(
             parallel,
             validate,
             artifacts.reward_source() if reads_rewards else None,
+            prompts=prompt,
             phases=phases,
             log_steps=log_steps,
             timeout_seconds=config.launch.timeout_seconds,
@@ -98,5 +102,5 @@ def _agreement_sample(config: Config, artifacts: RunArtifacts) -> Batch:
     chosen = ChosenTargets.of_split(
         artifacts.dataset, users, "validation", config.train.max_history
     )
-    maker = BatchMaker(artifacts.dataset, artifacts.catalogue, artifacts.trie, chosen)
+    maker = target_batches(config, artifacts, artifacts.dataset, chosen)
     return maker.make(np.arange(len(users)), 1)

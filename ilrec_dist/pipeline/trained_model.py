@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
+from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.model.config import BackboneConfig
@@ -27,6 +29,8 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.prompting import input_form
+from ilrec_dist.prompts.config import PromptsConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class TrainedModel:
     weights: Path
     softmax_scope: SoftmaxScope
     parallel: ParallelState
+    # What the model reads of a history.
+    inputs: InputForm
+    # What is to be known to ask it in words elsewhere; None for plain sequences.
+    prompt: dict[str, Any] | None = None
 
 
 @contextmanager
@@ -61,12 +69,15 @@ def open_trained_model(
     artifacts = RunArtifacts(config)
     weights = artifacts.folders.training(method, seed) / BEST
     model = artifacts.trained_model(method, seed)["model"]
+    # Trainings of earlier versions had none.
+    prompt = model.get("prompts")
     config = dataclasses.replace(
         config,
         backbone=section_from_dict(BackboneConfig, model["backbone"]),
         train=dataclasses.replace(
             config.train, max_history=model["max_history"], precision=model["precision"]
         ),
+        prompts=section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig(),
     )
     device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
@@ -75,7 +86,10 @@ def open_trained_model(
     try:
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
-        yield TrainedModel(config, artifacts, backbone, weights, model["softmax_scope"], parallel)
+        inputs = input_form(config, artifacts, prompt)
+        scope = model["softmax_scope"]
+        asked = None if prompt is None else prompt["template"] | {"chat": config.prompts.chat}
+        yield TrainedModel(config, artifacts, backbone, weights, scope, parallel, inputs, asked)
     finally:
         destroy_parallel()
         # What runs in this process later computes as if no model had been opened.

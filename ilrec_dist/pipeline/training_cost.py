@@ -18,8 +18,8 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.prompting import epoch_samples
 from ilrec_dist.reporting.metrics_log import read_metrics
-from ilrec_dist.samples.windows import training_windows
 
 # Items whose candidates are counted at once.
 CHUNK_ITEMS = 1 << 20
@@ -98,9 +98,8 @@ def training_cost(
     lines = [line for line in read_metrics(folder) if "tokens" in line]
     tokens, rows = (sum(line[key] for line in lines) for key in ("tokens", "rows"))
     epochs = lines[-1]["epoch"]
-    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     # A token of a sequence attends to half of it on average.
-    work = Work(tokens, tokens / (len(windows) * epochs) / 2, rows)
+    work = Work(tokens, tokens / (epoch_samples(config, artifacts) * epochs) / 2, rows)
     cost = training_flops(backbone, work, columns)
     if method.needs_reference:
         # Each round of self-play has a reference of its own.

@@ -10,11 +10,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.prompts.tasks import NEXT_ITEM, TASKS, Form, Task
 
-Form = Literal["codes", "titles", "both"]
-# The tasks that LC-Rec (arXiv 2311.09049) and MiniOneRec train, and what stands in each one's
-# prompt and response.
-TASKS = ("next_item", "title_to_codes", "codes_to_title")
 SHIPPED = Path(__file__).with_name("templates")
 _KEYS = {"task", "history", "response", "separator", "templates", "system"}
 
@@ -23,14 +20,13 @@ _KEYS = {"task", "history", "response", "separator", "templates", "system"}
 class Template:
     """One way to ask.
 
-    `prompt` has the placeholder `{history}` (task next_item) or `{item}` (the other tasks);
+    `prompt` has the placeholder `{history}`, or `{item}` where the task asks about one item;
     the response follows it. `history` says how the items of the prompt are written, `response`
-    how the answer is; both write "title codes". `system` is the system message of a chat
-    template, if any.
+    how the answer is. `system` is the system message of a chat template, if any.
     """
 
     name: str
-    task: str
+    task: Task
     prompt: str
     history: Form
     response: Literal["codes", "titles"]
@@ -40,7 +36,32 @@ class Template:
     @property
     def placeholder(self) -> str:
         """The field that the template's text must have exactly once."""
-        return "history" if self.task == "next_item" else "item"
+        return "history" if self.task.has_history else "item"
+
+    def as_dict(self) -> dict[str, str | None]:
+        """What `template_from_dict` makes the same template of."""
+        return {
+            "name": self.name,
+            "task": self.task.name,
+            "prompt": self.prompt,
+            "history": self.history,
+            "response": self.response,
+            "separator": self.separator,
+            "system": self.system,
+        }
+
+
+def template_from_dict(tree: dict[str, Any]) -> Template:
+    """The inverse of `Template.as_dict`."""
+    return Template(**(tree | {"task": TASKS[tree["task"]]}))
+
+
+def template_file(name: str | Path) -> Path:
+    """The file of templates of that path, or the shipped one of that name (`lcrec`)."""
+    file = Path(name)
+    if not file.suffix and (SHIPPED / f"{name}.yaml").exists():
+        return SHIPPED / f"{name}.yaml"
+    return file
 
 
 def read_templates(path: str | Path) -> list[Template]:
@@ -48,9 +69,7 @@ def read_templates(path: str | Path) -> list[Template]:
 
     Raises UserError that names the file, the template and what was expected.
     """
-    file = Path(path)
-    if not file.suffix and (SHIPPED / f"{path}.yaml").exists():
-        file = SHIPPED / f"{path}.yaml"
+    file = template_file(path)
     try:
         groups = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,32 +95,43 @@ def _read_group(group: Any, where: str, stem: str, number: int) -> list[Template
     unknown = sorted(set(map(str, group)) - _KEYS)
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(sorted(_KEYS))}")
-    task = group.get("task", "next_item")
-    if task not in TASKS:
-        raise UserError(f"{where}: task {task!r}; expected one of {', '.join(TASKS)}")
-    default = "titles" if task == "title_to_codes" else "codes"
-    history = group.get("history", default)
-    if history not in get_args(Form):
-        raise UserError(
-            f"{where}: history {history!r}; expected one of {', '.join(get_args(Form))}"
-        )
-    response = group.get("response", "titles" if task == "codes_to_title" else "codes")
-    if response not in ("codes", "titles"):
-        raise UserError(f"{where}: response {response!r}; expected codes or titles")
+    name = group.get("task", NEXT_ITEM)
+    if not isinstance(name, str) or name not in TASKS:
+        raise UserError(f"{where}: task {name!r}; expected one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    history = _form(group, "history", task.history, get_args(Form), where)
+    response = _form(group, "response", task.response, ("codes", "titles"), where)
+    for key in ("separator", "system"):
+        if not isinstance(group.get(key, ""), str):
+            raise UserError(f"{where}: {key} {group[key]!r}; expected a text")
     templates = []
     for number_in_group, text in enumerate(group["templates"], start=1):
         template = Template(
             name=f"{stem}/{number}.{number_in_group}",
             task=task,
             prompt=text,
-            history=history,
-            response=response,
+            history=history,  # type: ignore[arg-type]
+            response=response,  # type: ignore[arg-type]
             separator=group.get("separator", ", "),
             system=group.get("system"),
         )
         _check(template, f"{where}, template {number_in_group}")
         templates.append(template)
     return templates
+
+
+def _form(
+    group: dict[str, Any], key: str, fixed: str | None, known: tuple[str, ...], where: str
+) -> str:
+    """How a group writes items; `fixed` where its task decides that."""
+    form = group.get(key, fixed or "codes")
+    if form not in known:
+        raise UserError(f"{where}: {key} {form!r}; expected one of {', '.join(known)}")
+    if fixed is not None and form != fixed:
+        raise UserError(
+            f"{where}: {key} {form!r}, but its task writes {fixed} there; leave {key} out"
+        )
+    return str(form)
 
 
 def _check(template: Template, where: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,63 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.samples.windows import Windows
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """How many of a batch's rows are trained in each way (METHOD.md §10), in their order."""
+
+    # Item tokens after a history, which have rewards.
+    rewarded: int
+    # Item tokens of alignment tasks that show no history: they have none.
+    unrewarded: int
+    # Words: plain cross-entropy over the whole vocabulary.
+    text: int
+    # Candidates of the rows with rewards.
+    num_rewards: int
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """The rows of T items' tokens as far as the trie decides them, N' of the T × C grid."""
+
+    targets: torch.Tensor  # int64 [N']
+    # Trie children of each row's prefix, in CSR form.
+    indptr: torch.Tensor  # int64 [N' + 1]
+    tokens: torch.Tensor  # int64 [nnz]
+    # As in Batch, of all T items.
+    reward_mask: np.ndarray | None
+    grid_index: torch.Tensor | None
+    # int64 [T + 1]: where the children of each item's part of the grid begin.
+    item_indptr: np.ndarray
+
+    @staticmethod
+    def of(catalogue: Catalogue, trie: Trie, items: np.ndarray) -> ItemRows:
+        """Of item indices int [T]."""
+        in_target = np.arange(catalogue.depth) < catalogue.item_lengths(items)[:, None]  # [T, C]
+        grid_indptr, tokens = trie.target_candidates(items)
+        indptr, reward_mask, grid_index = grid_indptr, None, None
+        if not in_target.all():
+            counts = np.diff(grid_indptr)
+            reward_mask = np.repeat(in_target.ravel(), counts)
+            grid_index = torch.from_numpy(np.flatnonzero(in_target))
+            indptr = np.append(0, np.cumsum(counts[in_target.ravel()]))
+            tokens = tokens[reward_mask]
+        targets = catalogue.item_tokens(items)[in_target]
+        return ItemRows(
+            _int64(targets),
+            _int64(indptr),
+            _int64(tokens),
+            reward_mask,
+            grid_index,
+            grid_indptr[:: catalogue.depth],
+        )
+
+    def reward_mask_of(self, count: int) -> np.ndarray | None:
+        """The mask of the first `count` items."""
+        if self.reward_mask is None:
+            return None
+        return self.reward_mask[: self.item_indptr[count]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +100,17 @@ class Batch:
     step_rows: int
     # Input tokens without padding.
     num_tokens: int
+    # None where all rows are item tokens with rewards. Candidates are those of item tokens, the
+    # mask, users and positions of those with rewards.
+    groups: RowGroups | None
 
-    def model_inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """tokens, rows, targets, candidate_indptr and candidate_tokens on the device."""
+    @property
+    def num_rewards(self) -> int:
+        """The candidates that have a reward: the first ones."""
+        return self.candidate_tokens.numel() if self.groups is None else self.groups.num_rewards
+
+    def model_inputs(self, device: torch.device) -> tuple[Any, ...]:
+        """What the objective takes: tensors on the device, and the groups where there are any."""
         inputs = (
             self.tokens,
             self.rows,
@@ -52,7 +118,8 @@ class Batch:
             self.candidate_indptr,
             self.candidate_tokens,
         )
-        return tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+        on_device = tuple(tensor.to(device, non_blocking=True) for tensor in inputs)
+        return on_device if self.groups is None else (*on_device, astuple(self.groups))
 
 
 class BatchMaker:
@@ -62,6 +129,7 @@ class BatchMaker:
         self, dataset: InteractionDataset, catalogue: Catalogue, trie: Trie, windows: Windows
     ):
         self.dataset, self.catalogue, self.trie, self.windows = dataset, catalogue, trie, windows
+        self.samples = windows
 
     def make(self, window_ids: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of these windows (int64 [B]).
@@ -95,29 +163,20 @@ class BatchMaker:
         sequence, ordinal = np.nonzero(is_target)  # [T]
         target_lengths = item_lengths[sequence, ordinal]
         first_row = sequence * width + ends[sequence, ordinal] - target_lengths - 1
-        target_items = items[sequence, ordinal]
-        in_target = np.arange(depth) < target_lengths[:, None]  # [T, C]
-
-        indptr, candidates = self.trie.target_candidates(target_items)
-        reward_mask = grid_index = None
-        if not in_target.all():
-            counts = np.diff(indptr)
-            reward_mask = np.repeat(in_target.ravel(), counts)
-            grid_index = torch.from_numpy(np.flatnonzero(in_target))
-            indptr = np.append(0, np.cumsum(counts[in_target.ravel()]))
-            candidates = candidates[reward_mask]
+        found = ItemRows.of(self.catalogue, self.trie, items[sequence, ordinal])
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :width])),
             rows=torch.from_numpy(ragged_ranges(first_row, target_lengths)),
-            targets=_int64(self.catalogue.item_tokens(target_items)[in_target]),
-            candidate_indptr=_int64(indptr),
-            candidate_tokens=_int64(candidates),
-            reward_mask=reward_mask,
-            grid_index=grid_index,
+            targets=found.targets,
+            candidate_indptr=found.indptr,
+            candidate_tokens=found.tokens,
+            reward_mask=found.reward_mask,
+            grid_index=found.grid_index,
             users=slices.user[sequence],
             positions=(slices.start[sequence] + ordinal).astype(np.int64),
             step_rows=step_rows,
             num_tokens=int((sequence_lengths - 1).sum()),
+            groups=None,
         )
 
     def num_rows(self, window_ids: np.ndarray) -> int:
@@ -136,11 +195,11 @@ def _int64(array: np.ndarray) -> torch.Tensor:
 
 
 def micro_batches(
-    window_ids: np.ndarray, dp_rank: int, dp: int, accumulation: int
+    sample_ids: np.ndarray, dp_rank: int, dp: int, accumulation: int
 ) -> list[np.ndarray]:
-    """The windows of each of this rank's micro-batches of a step.
+    """The samples of each of this rank's micro-batches of a step.
 
     They are dealt round-robin, so that sequence lengths are even over ranks.
     """
     stride = dp * accumulation
-    return [window_ids[(dp_rank * accumulation + i) :: stride] for i in range(accumulation)]
+    return [sample_ids[(dp_rank * accumulation + i) :: stride] for i in range(accumulation)]

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.samples.collate import Batch, BatchMaker, micro_batches
-from ilrec_dist.samples.windows import StepOrder
+from ilrec_dist.samples.collate import Batch, micro_batches
+from ilrec_dist.samples.windows import SampleSet, StepOrder
 
 # How long the thread that makes batches may keep the interpreter from the training thread, in
 # seconds. Python's default of 5 ms delays the training.
@@ -23,6 +24,23 @@ SWITCH_SECONDS = 2e-4
 # How long the thread waits for room in the queue before it looks whether it is to stop.
 PUT_SECONDS = 0.2
 JOIN_SECONDS = 10
+
+
+class BatchSource(Protocol):
+    """Makes batches of samples: `collate.BatchMaker`, `prompt_batches.PromptBatchMaker`."""
+
+    @property
+    def samples(self) -> SampleSet:
+        """What an epoch goes through."""
+        ...
+
+    def make(self, sample_ids: np.ndarray, step_rows: int) -> Batch:
+        """The micro-batch of these samples (int64 [B]), possibly none of them."""
+        ...
+
+    def num_rows(self, sample_ids: np.ndarray) -> int:
+        """Response rows of these samples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,12 +51,12 @@ class PrefetchedBatch:
     rewards: RewardFuture | None
 
     def reward_tensor(self, parallel: ParallelState) -> torch.Tensor:
-        """The rewards of the batch's candidates, float32 [nnz], on every rank of the tp group.
+        """The rewards of candidates, float32 [num_rewards], on every rank of the tp group.
 
         The group's first rank waits for them and broadcasts them to the others.
         """
         if self.rewards is None:
-            values = torch.empty(self.batch.candidate_tokens.numel())
+            values = torch.empty(self.batch.num_rewards)
         else:
             answer = np.asarray(self.rewards.result(), dtype=np.float32)
             mask = self.batch.reward_mask
@@ -51,17 +69,17 @@ class PrefetchedBatch:
 
 def micro_batch_plan(
     order: StepOrder,
-    maker: BatchMaker,
+    maker: BatchSource,
     first_step: int,
     last_step: int,
     accumulation: int,
     parallel: ParallelState,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(windows, N of the whole step) of this rank's micro-batches of steps [first, last)."""
+    """(samples, N of the whole step) of this rank's micro-batches of steps [first, last)."""
     for step in range(first_step, last_step):
-        window_ids = order.window_ids(step)
-        step_rows = maker.num_rows(window_ids)
-        for part in micro_batches(window_ids, parallel.dp_rank, parallel.dp, accumulation):
+        sample_ids = order.sample_ids(step)
+        step_rows = maker.num_rows(sample_ids)
+        for part in micro_batches(sample_ids, parallel.dp_rank, parallel.dp, accumulation):
             yield part, step_rows
 
 
@@ -88,10 +106,10 @@ def prefetch(
 
     def work() -> None:
         try:
-            for window_ids, step_rows in plan:
+            for sample_ids, step_rows in plan:
                 if stop.is_set():
                     return
-                batch = make(window_ids, step_rows)
+                batch = make(sample_ids, step_rows)
                 future = None
                 if rewards is not None:
                     future = rewards.fetch_async(batch.users, batch.positions)

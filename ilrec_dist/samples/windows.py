@@ -1,4 +1,4 @@
-"""Cuts users' training histories into windows and orders them into optimizer steps.
+"""Cuts users' training histories into windows and orders samples into optimizer steps.
 
 The order is the same on every rank and on every resume. Nothing here is as long as the
 interactions: a process holds 8 bytes a user (the number of each user's first window) and,
@@ -10,9 +10,9 @@ shared by all processes of a machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import numpy as np
 
@@ -23,6 +23,22 @@ from ilrec_dist.data.dataset import InteractionDataset
 BUCKET_STEPS = 16
 
 Targets = Literal["all", "last"]
+
+
+class SampleSet(Protocol):
+    """The samples that an epoch goes through."""
+
+    def __len__(self) -> int:
+        """The samples of one epoch."""
+        ...
+
+    def of_epoch(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        """int64 [n]: the ids of an epoch's samples, which are numbered from 0 in each epoch."""
+        ...
+
+    def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: how long the samples with these ids are; those of a step are made alike."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,14 @@ class Windows:
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    def of_epoch(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        """The windows themselves: they are the same in every epoch."""
+        return numbers
+
+    def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [n] items of each window."""
+        return self.slices(sample_ids).lengths
+
     def slices(self, window_ids: np.ndarray) -> WindowSlices:
         """Where the windows with these numbers (int [n]) lie."""
         user = np.searchsorted(self.first, window_ids, side="right") - 1
@@ -107,24 +131,24 @@ def _window_size(max_history: int) -> tuple[int, int]:
     return max_history + 1, max(max_history // 2, 1)
 
 
-def steps_per_epoch(windows: Windows, batch_size: int) -> int:
-    return -(-len(windows) // batch_size)
+def steps_per_epoch(samples: Sized, batch_size: int) -> int:
+    return -(-len(samples) // batch_size)
 
 
 class EpochSteps(Sequence[np.ndarray]):
-    """The window numbers (int64) of each optimizer step of an epoch.
+    """The sample numbers (int64) of each optimizer step of an epoch.
 
-    They are a function of (seed, epoch) alone: windows are permuted, sorted by length within
+    They are a function of (seed, epoch) alone: samples are permuted, sorted by length within
     buckets of BUCKET_STEPS steps, cut into steps, and the steps permuted. A step is worked out
     from its bucket when it is asked for.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, epoch: int) -> None:
-        self.windows, self.batch_size = windows, batch_size
+    def __init__(self, samples: SampleSet, batch_size: int, seed: int, epoch: int) -> None:
+        self.samples, self.batch_size, self.epoch = samples, batch_size, epoch
         rng = np.random.default_rng([seed, epoch])
-        dtype = np.int32 if len(windows) < 2**31 else np.int64
-        self.order = rng.permutation(np.arange(len(windows), dtype=dtype))
-        self.steps = rng.permutation(steps_per_epoch(windows, batch_size))
+        dtype = np.int32 if len(samples) < 2**31 else np.int64
+        self.order = rng.permutation(np.arange(len(samples), dtype=dtype))
+        self.steps = rng.permutation(steps_per_epoch(samples, batch_size))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -138,26 +162,27 @@ class EpochSteps(Sequence[np.ndarray]):
             return [self[i] for i in range(*index.indices(len(self)))]
         bucket, step = divmod(int(self.steps[index]), BUCKET_STEPS)
         low = bucket * BUCKET_STEPS * self.batch_size
-        window_ids = self.order[low : low + BUCKET_STEPS * self.batch_size].astype(np.int64)
-        lengths = self.windows.slices(window_ids).lengths
-        window_ids = window_ids[np.argsort(lengths, kind="stable")]
-        return window_ids[step * self.batch_size : (step + 1) * self.batch_size]
+        sample_ids = self.order[low : low + BUCKET_STEPS * self.batch_size].astype(np.int64)
+        sample_ids = self.samples.of_epoch(sample_ids, self.epoch)
+        sizes = self.samples.sizes(sample_ids)
+        sample_ids = sample_ids[np.argsort(sizes, kind="stable")]
+        return sample_ids[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 class StepOrder:
-    """The window numbers of every optimizer step of a training, epoch after epoch."""
+    """The samples of every optimizer step of a training, epoch after epoch."""
 
-    def __init__(self, windows: Windows, batch_size: int, epochs: int, seed: int) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.steps_per_epoch = steps_per_epoch(windows, batch_size)
+    def __init__(self, samples: SampleSet, batch_size: int, epochs: int, seed: int) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(samples, batch_size)
         self.total_steps = self.steps_per_epoch * epochs
         self._epoch = -1
         self._epoch_steps: Sequence[np.ndarray] = ()
 
-    def window_ids(self, step: int) -> np.ndarray:
+    def sample_ids(self, step: int) -> np.ndarray:
         """int64 [≤ batch_size]; steps count from 0. The order of one epoch is kept."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch_steps = EpochSteps(self.windows, self.batch_size, self.seed, epoch)
+            self._epoch_steps = EpochSteps(self.samples, self.batch_size, self.seed, epoch)
             self._epoch = epoch
         return self._epoch_steps[index]

@@ -11,8 +11,9 @@ import numpy as np
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import HistoryRanges, rank_histories
+from ilrec_dist.inference.ranker import rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
@@ -51,13 +52,13 @@ class LocalBackend:
         beam: int,
         batch_size: int,
         softmax_scope: SoftmaxScope,
-        max_history: int,
+        inputs: InputForm,
         parallel: ParallelState,
     ) -> None:
         self.backbone, self.dataset, self.parallel = backbone, dataset, parallel
         self.constraint = TrieConstraint(trie, parallel.device)
         self.beam, self.batch_size = beam, batch_size
-        self.softmax_scope, self.max_history = softmax_scope, max_history
+        self.softmax_scope, self.inputs = softmax_scope, inputs
         self.item_index = {item: number for number, item in enumerate(dataset.item_ids)}
 
     def recommend(
@@ -79,7 +80,7 @@ class LocalBackend:
             beam=max(self.beam, top),
             batch_size=self.batch_size,
             softmax_scope=self.softmax_scope,
-            max_history=self.max_history,
+            inputs=self.inputs,
             exclude_seen=exclude_seen,
             parallel=self.parallel,
         ):

@@ -26,8 +26,8 @@ from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import MetricsLog
-from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import (
+    BatchSource,
     PrefetchedBatch,
     micro_batch_plan,
     prefetch,
@@ -68,12 +68,12 @@ class Trainer:
     """Trains one method with one seed; every rank has one, and all call `train`.
 
     `config` is the section `train`. `objective` is the module that is trained, and takes the
-    batches that `batch_maker` makes of the training's windows. `validate` returns the
-    validation metrics of the backbone, the same on every rank, SELECTION_METRIC among them.
-    `rewards` is read on the first rank of each tensor-parallel group and may be None elsewhere,
-    or where the objective needs none. With `phases` the batches of each phase come from its own
-    batch maker. A checkpoint may take `timeout_seconds` to be written, and `on_checkpoint` is
-    called with the step after each one is committed.
+    batches that `batch_maker` makes of its samples. `validate` returns the validation metrics of
+    the backbone, the same on every rank, SELECTION_METRIC among them. `rewards` is read on the
+    first rank of each tensor-parallel group and may be None elsewhere, or where the objective
+    needs none. `prompts` is what the result keeps of the samples' prompts. With `phases` the
+    batches of each phase come from its own batch maker. A checkpoint may take `timeout_seconds`
+    to be written, and `on_checkpoint` is called with the step after each one is committed.
     """
 
     def __init__(
@@ -81,25 +81,27 @@ class Trainer:
         spec: TrainingSpec,
         config: TrainConfig,
         objective: Objective,
-        batch_maker: BatchMaker,
+        batch_maker: BatchSource,
         catalogue: Catalogue,
         parallel: ParallelState,
         validate: Callable[[], Mapping[str, float]],
         rewards: RewardSource | None = None,
         *,
+        prompts: dict[str, Any] | None = None,
         phases: Phases | None = None,
         log_steps: int = LOG_STEPS,
         timeout_seconds: float = TIMEOUT_SECONDS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
+        self.prompts = prompts
         self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
         self.phases, self.phase_end = phases, 0
         self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
         self.objective = objective.to(parallel.device)
         self.backbone = objective.backbone
         self.engine = build_engine(objective, config, parallel)
-        self.order = StepOrder(batch_maker.windows, config.batch_size, config.epochs, spec.seed)
+        self.order = StepOrder(batch_maker.samples, config.batch_size, config.epochs, spec.seed)
         self.total_steps = self.order.total_steps
         self.statistics = objective.make_statistics(catalogue.depth)
         self.progress = TrainingProgress()
@@ -376,6 +378,7 @@ class Trainer:
                 "softmax_scope": self.objective.softmax_scope,
                 "max_history": self.config.max_history,
                 "precision": self.config.precision,
+                "prompts": self.prompts,
             },
             WEIGHTS_SHA256: {BEST: best_sha256, FINAL: final_sha256},
             **progress,

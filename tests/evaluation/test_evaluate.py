@@ -16,6 +16,7 @@ from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model, rank_all, top_items
+from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -49,7 +50,7 @@ def evaluate(
             split=split,
             config=config,
             softmax_scope=scope,
-            max_history=MAX_HISTORY,
+            inputs=PlainSequences(catalogue, MAX_HISTORY),
             parallel=parallel,
             progress=lambda done, total: told.append((done, total)),
         )
@@ -193,7 +194,7 @@ def evaluate_two_items(mesh: Mesh, sequences: list[list[int]], exclude_seen: boo
             split="test",
             config=EvaluationConfig(exclude_seen=exclude_seen),
             softmax_scope="all",
-            max_history=MAX_HISTORY,
+            inputs=PlainSequences(catalogue, MAX_HISTORY),
             parallel=parallel,
         )
     finally:

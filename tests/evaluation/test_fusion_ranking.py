@@ -18,6 +18,7 @@ from ilrec_dist.evaluation.fusion_ranking import (
     transitions_source,
 )
 from ilrec_dist.evaluation.ranking import history_ranges, top_items
+from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -60,7 +61,7 @@ def score(mesh: Mesh, exclude_seen: bool) -> FusionScores:
             num_candidates=CANDIDATES,
             batch_size=5,
             softmax_scope="valid_next",
-            max_history=MAX_HISTORY,
+            inputs=PlainSequences(catalogue, MAX_HISTORY),
             exclude_seen=exclude_seen,
             parallel=parallel,
         )
@@ -124,7 +125,7 @@ def fuse(mesh: Mesh) -> Fusion:
             test_users=USERS,
             config=EvaluationConfig(beam=10, fusion_candidates=3),
             softmax_scope="all",
-            max_history=MAX_HISTORY,
+            inputs=PlainSequences(catalogue, MAX_HISTORY),
             parallel=parallel,
         )
     finally:

@@ -131,7 +131,7 @@ def test_the_local_backend_serves_what_recommend_writes(exported, tmp_path: Path
             beam=trained.config.evaluation.beam,
             batch_size=trained.config.evaluation.batch_size,
             softmax_scope=trained.softmax_scope,
-            max_history=trained.config.train.max_history,
+            inputs=trained.inputs,
             parallel=trained.parallel,
         )
         lists = backend.recommend(histories, 5, True)

@@ -12,6 +12,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference import beam_search as decoding
 from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
@@ -51,7 +52,7 @@ def search(
     beams = beam_search(
         backbone,
         constraint,
-        tokens,
+        Prefixes(tokens),
         vocab_size=CATALOGUE.vocab_size,
         beam=beam,
         softmax_scope=scope,

@@ -12,6 +12,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference import item_scores
 from ilrec_dist.inference.beam_search import beam_search, expand_beams
+from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
@@ -53,7 +54,7 @@ def test_scores_are_those_of_the_definition(
     found = score_items(
         backbone,
         TrieConstraint(TRIE),
-        torch.from_numpy(tokens),
+        Prefixes(torch.from_numpy(tokens)),
         torch.from_numpy(items),
         vocab_size=CATALOGUE.vocab_size,
         softmax_scope=scope,
@@ -69,13 +70,13 @@ def test_scores_are_those_of_the_definition(
 def test_titles_of_many_lengths_score_as_in_a_beam_of_all(scope: str) -> None:
     catalogue, trie = test_titles.CATALOGUE, test_titles.TRIE
     constraint, model = TrieConstraint(trie), test_titles.backbone()
-    tokens = torch.from_numpy(test_titles.HISTORIES.input_tokens(np.array([1]), 4, catalogue))
+    prefixes = test_titles.PLAIN.prefixes(test_titles.HISTORIES, np.array([1]))
     options = {"vocab_size": catalogue.vocab_size, "softmax_scope": scope}
     ranked = expand_beams(
-        constraint, beam_search(model, constraint, tokens, beam=catalogue.num_items, **options)
+        constraint, beam_search(model, constraint, prefixes, beam=catalogue.num_items, **options)
     )
     found = score_items(
-        model, constraint, tokens, torch.from_numpy(ranked.items.astype(np.int64)), **options
+        model, constraint, prefixes, torch.from_numpy(ranked.items.astype(np.int64)), **options
     )
     np.testing.assert_allclose(found.numpy(), ranked.scores, atol=1e-4)
 
@@ -88,7 +89,7 @@ def test_scores_that_are_not_finite_name_the_model() -> None:
         score_items(
             backbone,
             TrieConstraint(TRIE),
-            torch.ones(1, 3, dtype=torch.int64),
+            Prefixes(torch.ones(1, 3, dtype=torch.int64)),
             torch.zeros(1, 1, dtype=torch.int64),
             vocab_size=CATALOGUE.vocab_size,
             model_name="best.safetensors",

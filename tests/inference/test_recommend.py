@@ -16,6 +16,7 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
+from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.recommend import Recommendations, recommend_items
 from ilrec_dist.items.trie import Trie
 from tests.inference.toy import (
@@ -49,7 +50,7 @@ def run(parallel: ParallelState, path: Path, rows: dict | pa.Table, **options) -
         "beam": 20,
         "batch_size": 64,
         "softmax_scope": "all",
-        "max_history": MAX_HISTORY,
+        "inputs": PlainSequences(CATALOGUE, MAX_HISTORY),
         "parallel": parallel,
     } | options
     return recommend_items(
@@ -172,7 +173,7 @@ def test_bad_files_and_flags(layout: ParallelState, tmp_path: Path) -> None:
         "beam": 20,
         "batch_size": 64,
         "softmax_scope": "all",
-        "max_history": MAX_HISTORY,
+        "inputs": PlainSequences(CATALOGUE, MAX_HISTORY),
         "parallel": layout,
     }
     with pytest.raises(UserError, match="cannot be read as Parquet"):

@@ -10,7 +10,7 @@ import torch
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
-from ilrec_dist.inference.ranker import HistoryRanges
+from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
@@ -44,6 +44,7 @@ OWN = [
 HISTORIES = HistoryRanges(
     np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15])
 )
+PLAIN = PlainSequences(CATALOGUE, 4)
 SCOPES = ["all", "valid_next"]
 
 
@@ -94,27 +95,27 @@ def search(
 ) -> tuple[list[list[int]], list[RankedItems]]:
     histories, found = [], []
     for row in range(len(HISTORIES.start)):
-        tokens = HISTORIES.input_tokens(np.array([row]), 4, CATALOGUE)
+        prefixes = PLAIN.prefixes(HISTORIES, np.array([row]))
         taken = ItemSets.of([excluded[row]])
         beams = beam_search(
             model,
             constraint,
-            torch.from_numpy(tokens),
+            prefixes,
             vocab_size=CATALOGUE.vocab_size,
             beam=beam,
             softmax_scope=scope,
             excluded=taken,
         )  # type: ignore[arg-type]
-        histories.append(tokens[0].tolist())
+        histories.append(prefixes.tokens[0].tolist())
         found.append(expand_beams(constraint, beams, taken))
     return histories, found
 
 
 def test_inputs_are_the_titles_without_padding_and_batches_have_one_length() -> None:
-    batches = HISTORIES.batches(4, 2, CATALOGUE)
+    batches = PLAIN.batches(HISTORIES, 2)
     assert sorted(np.concatenate(batches).tolist()) == list(range(5))
     for rows in batches:
-        tokens = HISTORIES.input_tokens(rows, 4, CATALOGUE)
+        tokens = PLAIN.prefixes(HISTORIES, rows).tokens
         for row, found in zip(rows, tokens.tolist(), strict=True):
             assert found == [
                 token

@@ -13,7 +13,8 @@ from ilrec_dist.distributed.process_groups import (
     destroy_parallel,
     initialize_parallel,
 )
-from ilrec_dist.inference.ranker import HistoryRanges, rank_histories
+from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
+from ilrec_dist.inference.ranker import rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
@@ -167,7 +168,7 @@ def test_ranked_items_do_not_depend_on_where_the_item_tokens_lie(form, own, para
                     beam=7,
                     batch_size=5,
                     softmax_scope=scope,
-                    max_history=4,
+                    inputs=PlainSequences(catalogue, 4),
                     exclude_seen=True,
                     parallel=parallel,
                 ):

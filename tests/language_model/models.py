@@ -21,7 +21,11 @@ SPARE_ROWS = 5
 
 
 def make_language_model(
-    folder: Path, titles: Sequence[str], tied: bool = False, dtype: torch.dtype = torch.float32
+    folder: Path,
+    titles: Sequence[str],
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    positions: int = 128,
 ) -> Path:
     """Save a Llama of 3 layers with 4 heads on 2, and byte-pair encoding with a start token."""
     learned = Tokenizer(models.BPE())
@@ -46,7 +50,7 @@ def make_language_model(
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.1,
         tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
@@ -57,8 +61,14 @@ def make_language_model(
 
 
 def model_config(
-    runs_dir: Path, source: Path | str, backbone: dict[str, Any] | None = None, **sections: Any
+    runs_dir: Path,
+    source: Path | str,
+    backbone: dict[str, Any] | None = None,
+    prompts: dict[str, Any] | None = None,
+    name: str = "tiny",
+    **sections: Any,
 ) -> Config:
     """The tiny run with the model at `source` in place of its own decoder."""
-    tree = config_to_dict(tiny_config(runs_dir, **sections))
-    return config_from_dict(tree | {"backbone": {"from": str(source)} | (backbone or {})})
+    tree = config_to_dict(tiny_config(runs_dir, **sections)) | {"name": name}
+    own = {"backbone": {"from": str(source)} | (backbone or {}), "prompts": prompts or {}}
+    return config_from_dict(tree | own)

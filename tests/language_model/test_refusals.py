@@ -76,8 +76,10 @@ def test_the_layout_is_checked_against_the_model(tmp_path: Path) -> None:
         load("launch.tp=3", "backbone.vocab_multiple=8")
     with pytest.raises(ConfigError, match="below the 3 layers"):
         load("objective.num_intermediate_layers=3")
-    with pytest.raises(ConfigError, match="'items.form': titles"):
-        load("items.form=titles", "train.targets=last")
+    with pytest.raises(ConfigError, match="'items.title_vocab_size': .* backbone.from .* null"):
+        load("items.form=titles", "train.targets=last", "items.title_vocab_size=600")
+    with pytest.raises(ConfigError, match="'backbone.new_tokens': .* items.form semantic"):
+        load("items.form=titles", "train.targets=last", "backbone.new_tokens=text")
     tree = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(tree | {"model_type": "mamba"}))
     with pytest.raises(UserError, match="config.json: model_type 'mamba' is not supported"):

@@ -129,36 +129,44 @@ def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: s
 def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
     """The largest difference of beams decoded with the cache from a full forward of their tokens.
 
-    The beams' parents cross.
+    The beams' parents cross. Prefixes are equally long, or padded on the right.
     """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = Backbone(config, VOCAB, POSITIONS, precision=precision, seed=3).eval()
-        generator = torch.Generator().manual_seed(2)
-        users, prefix = 3, 7
-        tokens = torch.randint(0, VOCAB, (users, prefix), generator=generator)
-        hidden, cache = model.prefill(tokens)
-        rows = torch.arange(users) * prefix + prefix - 1
-        worst = float((hidden - model(tokens, rows).final).abs().max())
-        beams = tokens[:, None, :]
-        for t, width in enumerate((4, 4, 6, 2)):
-            parents = torch.randint(0, beams.shape[1], (users, width), generator=generator)
-            new = torch.randint(0, VOCAB, (users, width), generator=generator)
-            hidden = model.decode(cache, new, None if t == 0 else parents)
-            assert not hidden.requires_grad
-            beams = torch.cat(
-                (
-                    beams.gather(1, parents[:, :, None].expand(-1, -1, beams.shape[2])),
-                    new[:, :, None],
-                ),
-                dim=2,
-            )
-            flat = beams.flatten(0, 1)
-            rows = torch.arange(len(flat)) * flat.shape[1] + flat.shape[1] - 1
-            worst = max(worst, float((hidden.flatten(0, 1) - model(flat, rows).final).abs().max()))
-        return worst
+        return max(
+            decode_error_of(model, torch.tensor(lengths), ragged)
+            for lengths, ragged in (([7, 7, 7], False), ([2, 7, 5], True))
+        )
     finally:
         destroy_parallel()
+
+
+def decode_error_of(model: Backbone, lengths: torch.Tensor, ragged: bool) -> float:
+    generator = torch.Generator().manual_seed(2)
+    users, prefix = len(lengths), int(lengths.max())
+    tokens = torch.randint(0, VOCAB, (users, prefix), generator=generator)
+    hidden, cache = model.prefill(tokens, lengths if ragged else None)
+    rows = torch.arange(users) * prefix + lengths - 1
+    worst = float((hidden - model(tokens, rows).final).abs().max())
+    beams = torch.zeros(users, 1, 0, dtype=torch.int64)
+    for t, width in enumerate((4, 4, 6, 2)):
+        parents = torch.randint(0, beams.shape[1], (users, width), generator=generator)
+        new = torch.randint(0, VOCAB, (users, width), generator=generator)
+        hidden = model.decode(cache, new, None if t == 0 else parents)
+        assert not hidden.requires_grad
+        beams = torch.cat(
+            (
+                beams.gather(1, parents[:, :, None].expand(-1, -1, beams.shape[2])),
+                new[:, :, None],
+            ),
+            dim=2,
+        )
+        for user, length in enumerate(lengths.tolist()):
+            flat = torch.cat((tokens[user, :length].expand(width, -1), beams[user]), dim=1)
+            rows = torch.arange(1, width + 1) * flat.shape[1] - 1
+            worst = max(worst, float((hidden[user] - model(flat, rows).final).abs().max()))
+    return worst
 
 
 @pytest.mark.parametrize("tp", [1, 2])

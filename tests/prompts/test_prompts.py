@@ -1,4 +1,4 @@
-"""Templates are checked when they are read; rendering marks the response and drops whole items."""
+"""Templates are checked when they are read; long prompts lose whole items, the oldest first."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.prompts.render import ItemTexts, choose_template, render
-from ilrec_dist.prompts.template import SHIPPED, Template, read_templates
+from ilrec_dist.prompts.tasks import NEXT_ITEM, TASKS
+from ilrec_dist.prompts.template import SHIPPED, Template, read_templates, template_from_dict
+from ilrec_dist.prompts.writer import ItemTexts, PromptRequest, PromptWriter
 
 TITLES = [f"Blue kettle number {number}" for number in range(12)]
 CODES = [f"<a_{number % 3}><b_{number}>" for number in range(12)]
-TEXTS = ItemTexts(CODES, TITLES)
+TEXTS = ItemTexts(CODES, TITLES, 2)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def tokenizer() -> Tokenizer:
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    trained.train_from_iterator(TITLES, trainer)
+    trained.train_from_iterator([f"Bought {title}; {title}" for title in TITLES], trainer)
     trained.add_tokens([f"<a_{a}>" for a in range(3)] + [f"<b_{b}>" for b in range(12)])
     return trained
 
@@ -34,7 +35,7 @@ def tokenizer() -> Tokenizer:
 def next_item(**changes: object) -> Template:
     fields: dict[str, object] = {
         "name": "t/1.1",
-        "task": "next_item",
+        "task": TASKS[NEXT_ITEM],
         "prompt": "Bought {history}. Next: ",
         "history": "codes",
         "response": "codes",
@@ -43,72 +44,92 @@ def next_item(**changes: object) -> Template:
     return Template(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def test_the_response_is_marked_and_its_tokens_are_those_of_the_item_alone(tokenizer) -> None:
-    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
-    for history in ("codes", "titles", "both"):
-        for response in ("codes", "titles"):
-            template = next_item(history=history, response=response)
-            sample = render(template, [1, 2, 3], 7, TEXTS, encode, max_tokens=999, end_token=2)
-            answer = sample.tokens[sample.response_start :]
-            assert answer.tolist() == [*encode((CODES if response == "codes" else TITLES)[7]), 2]
-            assert np.array_equal(sample.tokens[sample.rows + 1], answer)
-            assert sample.tokens[: sample.response_start].tolist() == encode(sample.text[0])
-    assert (
-        sample.text[0]
-        == "Bought " + ", ".join(TEXTS.write(i, "both") for i in (1, 2, 3)) + ". Next: "
-    )
+def letters(max_tokens: int, texts: ItemTexts = TEXTS, **options: object) -> PromptWriter:
+    """A writer for a model whose tokens are bytes."""
+    encode = lambda texts: [list(text.encode()) for text in texts]  # noqa: E731
+    return PromptWriter(texts, encode, encode, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
 
 
-@given(count=st.integers(0, 12), limit=st.integers(12, 160))
-def test_a_long_prompt_loses_its_oldest_items_whole_and_no_more_than_it_must(count, limit) -> None:
-    encode = lambda text: list(text.encode())  # noqa: E731
-    items = list(range(count))
+def test_prompts_are_tokenized_whole(tokenizer) -> None:
+    encode = lambda texts: [tokenizer.encode(text).ids for text in texts]  # noqa: E731
+    writer = PromptWriter(TEXTS, encode, encode, max_tokens=999, end_token=2)
+    requests = [
+        PromptRequest(next_item(history=form, separator="; "), [1, 2, 3], 2)
+        for form in ("codes", "titles", "both")
+    ]
+    prompts = writer.write(requests)
+    for request, prompt in zip(requests, prompts, strict=True):
+        written = [TEXTS.write(item, request.template.history) for item in (1, 2, 3)]
+        assert prompt.text == "Bought " + "; ".join(written) + ". Next: "
+        assert prompt.tokens == tokenizer.encode(prompt.text).ids and prompt.dropped_items == 0
+    # The tokens of the pieces would be others: blanks belong to the words behind them.
+    pieces = ["Bought ", TITLES[1], "; ", TITLES[2], "; ", TITLES[3], ". Next: "]
+    assert prompts[1].tokens != sum(encode(pieces), [])
+    assert writer.responses([4]) == [[*tokenizer.encode(TITLES[4]).ids, 2]]
+
+
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    limit=st.integers(12, 160),
+    reserve=st.integers(1, 11),
+)
+def test_a_long_prompt_loses_its_oldest_items_whole_and_no_more_than_it_must(
+    counts, limit, reserve
+) -> None:
     template = next_item(prompt="{history}>")
-    full = len(render(template, items, 0, TEXTS, encode, max_tokens=10_000).tokens)
-    sample = render(template, items, 0, TEXTS, encode, max_tokens=limit)
-    kept = items[sample.dropped_items :]
-    assert sample.text[0] == ", ".join(CODES[item] for item in kept) + ">"
-    assert len(sample.tokens) <= limit
-    if sample.dropped_items:
-        assert full > limit
-        longer = (
-            ", ".join(CODES[item] for item in items[sample.dropped_items - 1 :]) + ">" + CODES[0]
-        )
-        assert len(longer) > limit
+    requests = [PromptRequest(template, list(range(count)), reserve) for count in counts]
+    for count, prompt in zip(counts, letters(limit).write(requests), strict=True):
+        kept = list(range(count))[prompt.dropped_items :]
+        assert prompt.text == ", ".join(CODES[item] for item in kept) + ">"
+        assert list(prompt.text.encode()) == prompt.tokens
+        assert len(prompt.tokens) + reserve <= limit
+        if prompt.dropped_items:
+            longer = range(prompt.dropped_items - 1, count)
+            text = ", ".join(CODES[item] for item in longer) + ">"
+            assert len(text) + reserve > limit
 
 
 def test_a_prompt_that_cannot_fit_is_refused() -> None:
-    with pytest.raises(UserError, match=r"t/1.1: the prompt without any history .* the limit is 5"):
-        render(next_item(), [1], 2, TEXTS, lambda text: list(text.encode()), max_tokens=5)
+    # Without any history the prompt has 15 letters.
+    for items in ([1], []):
+        assert letters(20).write([PromptRequest(next_item(), items, 5)])
+        with pytest.raises(UserError, match=r"t/1.1: the prompt without any .* limit is 20 "):
+            letters(20).write([PromptRequest(next_item(), items, 6)])
+    task = next_item(task=TASKS["title_to_codes"], prompt="Index of {item}: ", history="titles")
+    with pytest.raises(UserError, match=r"t/1.1: the prompt and its response have 33 tokens"):
+        letters(20).write([PromptRequest(task, [1], 2)])
 
 
 def test_an_item_without_a_title_is_named() -> None:
-    texts = ItemTexts(CODES, ["", *TITLES[1:]])
+    writer = letters(99, ItemTexts(CODES, [" ", *TITLES[1:]]))
     with pytest.raises(UserError, match="item 0 has no title"):
-        render(next_item(history="titles"), [0], 2, texts, lambda text: [1], max_tokens=9)
+        writer.write([PromptRequest(next_item(history="titles"), [0], 2)])
+    with pytest.raises(UserError, match="no end-of-text token"):
+        writer.responses([1])
 
 
-def test_alignment_tasks_ask_about_the_target(tokenizer) -> None:
-    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
-    for template in read_templates("lcrec"):
-        sample = render(template, [1, 2], 5, TEXTS, encode, max_tokens=999)
-        if template.task == "title_to_codes":
-            assert TITLES[5] in sample.text[0] and sample.text[1] == CODES[5]
-        if template.task == "codes_to_title":
-            assert CODES[5] in sample.text[0] and sample.text[1] == TITLES[5]
+def test_a_chat_template_wraps_the_prompt() -> None:
+    chat = lambda text, system: f"<{system}|{text}|"  # noqa: E731
+    template = next_item(system="Shop")
+    (prompt,) = letters(99, chat=chat).write([PromptRequest(template, [2], 2)])
+    assert prompt.text == "<Shop|Bought <a_2><b_2>. Next: |"
 
 
-def test_every_shipped_file_is_read_and_templates_are_drawn_by_seed() -> None:
+def test_estimated_sizes_order_items_as_their_tokens_do() -> None:
+    texts = ItemTexts(CODES[:3], ["a", "a b c d e f g h", "a" * 40], 2)
+    writer = letters(99, texts)
+    assert (np.diff(writer.item_sizes("titles")) > 0).all()
+    assert writer.item_sizes("codes").tolist() == [3, 3, 3]
+    assert (writer.item_sizes("both") == writer.item_sizes("titles") + 2).all()
+
+
+def test_every_shipped_file_is_read_and_survives_a_round_trip() -> None:
     templates = [t for file in SHIPPED.glob("*.yaml") for t in read_templates(file.stem)]
-    assert {template.task for template in templates} == {
-        "next_item",
-        "title_to_codes",
-        "codes_to_title",
-    }
-    drawn = [choose_template(templates, 0, user, 3).name for user in range(200)]
-    assert set(drawn) == {template.name for template in templates}
-    assert drawn == [choose_template(templates, 0, user, 3).name for user in range(200)]
-    assert drawn != [choose_template(templates, 1, user, 3).name for user in range(200)]
+    assert {template.task for template in templates} == set(TASKS.values())
+    for template in templates:
+        assert template_from_dict(template.as_dict()) == template
+        if not template.task.has_history:
+            assert {template.history, template.response} == {"codes", "titles"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,7 @@ def test_every_shipped_file_is_read_and_templates_are_drawn_by_seed() -> None:
     [
         ("[]", "expected a list of groups"),
         ("- {task: guess, templates: [x]}", "group 1: task 'guess'; expected one of next_item"),
+        ("- {task: [next_item], templates: [x]}", "task \\['next_item'\\]; expected one of"),
         (
             "- {templates: ['no place']}",
             r"group 1, template 1: .* \{history\} exactly once, found none",
@@ -124,6 +146,11 @@ def test_every_shipped_file_is_read_and_templates_are_drawn_by_seed() -> None:
         ("- {templates: ['{history']}", "write a brace itself twice"),
         ("- {templates: ['{history}'], histroy: codes}", "unknown key 'histroy'"),
         ("- {templates: ['{history}'], history: words}", "history 'words'; expected one of codes"),
+        ("- {templates: ['{history}'], separator: 3}", "separator 3; expected a text"),
+        (
+            "- {task: codes_to_title, history: titles, templates: ['{item}']}",
+            "history 'titles', but its task writes codes there; leave history out",
+        ),
         ("- [", "cannot be read as YAML"),
     ],
 )

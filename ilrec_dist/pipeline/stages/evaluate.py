@@ -27,6 +27,7 @@ from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
@@ -110,6 +111,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     Runs in every worker. Predictions that an interrupted evaluation saved are not made again.
     """
     users = artifacts.dataset.evaluated("test")
+    inputs = input_form(config, artifacts, served_prompt(config))
     is_rank0 = dist.get_rank() == 0
     work = [
         (method, seed, exclude)
@@ -134,7 +136,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             split="test",
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            max_history=config.train.max_history,
+            inputs=inputs,
             parallel=parallel,
             progress=_counter(artifacts, parallel.dp, done, total) if is_rank0 else None,
             model_name=str(weights),
@@ -160,6 +162,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
             transitions_source(count_training(artifacts.dataset)),
         )
     }
+    inputs = input_form(config, artifacts, served_prompt(config))
     work = itertools.product(
         config.train.methods, config.train.seeds, treatments(config), fusions(config)
     )
@@ -181,7 +184,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
             test_users=artifacts.dataset.evaluated("test"),
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            max_history=config.train.max_history,
+            inputs=inputs,
             parallel=parallel,
             model_name=str(weights_file),
         )

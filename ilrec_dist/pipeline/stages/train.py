@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from ilrec_dist.cf.rewards.service import reward_actor
 from ilrec_dist.common.config_fields import stage_settings
@@ -27,13 +28,14 @@ from ilrec_dist.pipeline.artifacts import (
     RunArtifacts,
     config_for_workers,
     item_titles,
+    longest_input,
     with_local_model,
 )
 from ilrec_dist.pipeline.preference import training_settings
+from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter
-from ilrec_dist.samples.windows import steps_per_epoch, training_windows
 from ilrec_dist.training.checkpoint import latest
 from ilrec_dist.training.schedule import warmup_warning
 from ilrec_dist.training.spec import TrainingSpec
@@ -76,11 +78,15 @@ def _training_stage(config: Config, name: str, seed: int) -> Stage:
         "train",
         after=tuple(after),
         settings=settings | {"method": name, "seed": seed},
-        inputs=lambda: [] if config.backbone.from_ is None else weight_files(config.backbone.from_),
+        inputs=lambda: _model_files(config) + template_files(config),
         output=folder,
         training=TrainingSpec(name, seed, folder, ""),
         required=(BEST, FINAL, RESULT),
     )
+
+
+def _model_files(config: Config) -> list[Path]:
+    return [] if config.backbone.from_ is None else weight_files(config.backbone.from_)
 
 
 def train_and_evaluate(
@@ -136,10 +142,12 @@ def _check_model(config: Config) -> None:
         return
     check_together(config, f"backbone.from {config.backbone.from_}")
     artifacts = RunArtifacts(config)
-    build.check_positions(
-        read_config(config.backbone.from_),
-        build.max_positions(config.train.max_history, artifacts.catalogue.depth),
-    )
+    if config.prompts.templates is not None:
+        check_prompts(config, artifacts)
+    else:
+        build.check_positions(
+            read_config(config.backbone.from_), longest_input(config, artifacts.catalogue)
+        )
     if config.backbone.new_tokens == "text":
         item_titles(artifacts)
 
@@ -162,12 +170,9 @@ def _announce(trainings: Sequence[TrainingSpec]) -> None:
 @contextmanager
 def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool) -> Iterator[None]:
     """Show the progress of each training in turn, then of the evaluation, during the block."""
-    windows = training_windows(
-        RunArtifacts(config).training, config.train.max_history, config.train.targets
-    )
+    per_epoch = epoch_steps(config, RunArtifacts(config))
     steps_of = {
-        training.method: steps_per_epoch(windows, config.train.batch_size)
-        * training_settings(config, get_method(training.method)).epochs
+        training.method: per_epoch * training_settings(config, get_method(training.method)).epochs
         for training in trainings
     }
     steps = min(steps_of.values(), default=0)
