@@ -78,6 +78,10 @@ def item_tokens(config: Config, data: DataSizes) -> ItemTokens:
         catalogue = RunArtifacts(config).catalogue
         count = len(catalogue.vocabulary.item_tokens)
         return ItemTokens(catalogue.level_sizes, count, f"the index in {config.run_dir}")
+    if items.form == "titles" and config.backbone.from_ is not None:
+        # Titles are spelt in the model's own tokens.
+        count = read_config(config.backbone.from_).vocab_size
+        return ItemTokens((count,) * (items.title_tokens + 1), 0, "titles of the longest kind")
     if items.form == "titles":
         count = items.title_vocab_size - RESERVED
         if items.tokenizer is not None:
@@ -103,7 +107,7 @@ def decoder_sizes(config: Config, tokens: ItemTokens) -> DecoderSizes:
 
     Raises UserError where `backbone.from` has no config.json.
     """
-    positions = build.max_positions(config.train.max_history, tokens.depth)
+    positions = sequence_length(config, tokens)
     source = config.backbone.from_
     if source is None:
         return DecoderSizes.of(config.backbone, tokens.new_tokens + 1, positions)
@@ -120,14 +124,29 @@ def _tokenizer_size(folder: Path) -> int | None:
     return Tokenizer.from_file(str(path)).get_vocab_size() if path.is_file() else None
 
 
+def sequence_length(config: Config, tokens: ItemTokens) -> int:
+    """Tokens of the longest input. Raises UserError for prompts without a limit."""
+    if config.prompts.templates is None:
+        return build.max_positions(config.train.max_history, tokens.depth)
+    if config.prompts.max_tokens is None:
+        raise UserError(
+            "prompts.max_tokens: a plan needs the limit of prompts and their responses; set it"
+        )
+    return config.prompts.max_tokens
+
+
 def micro_batch(config: Config, tokens: ItemTokens, data: DataSizes) -> MicroBatch:
-    """The largest micro-batch of a rank: every sequence has train.max_history items before one."""
+    """The largest micro-batch of a rank: all sequences are as long as they may be.
+
+    A prompt has one item as its response, and so has a sequence with train.targets last.
+    """
     train = config.train
     sequences = train.batch_size // (config.launch.dp * train.accumulation_steps)
-    targets = 1 if train.targets == "last" else train.max_history
+    one_target = train.targets == "last" or config.prompts.templates is not None
+    targets = 1 if one_target else train.max_history
     return MicroBatch(
         sequences,
-        build.max_positions(train.max_history, tokens.depth),
+        sequence_length(config, tokens),
         sequences * targets * tokens.depth,
         sequences * targets * tokens.candidates(data.items),
     )
