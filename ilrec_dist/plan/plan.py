@@ -130,7 +130,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     decoding = Decoding(
         config.evaluation.batch_size,
         config.evaluation.beam,
-        config.train.max_history * tokens.depth,
+        batch.tokens_per_sequence,
         tokens.depth,
     )
     return Plan(
