@@ -18,6 +18,11 @@ from ilrec_dist.launch.config import LaunchConfig
 CONNECT_SECONDS = 10.0
 # How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
 ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
+# How a client of HTTP/2 begins, with an empty frame of settings, and the head of such a frame.
+HTTP2_FRAME_BYTES, HTTP2_SETTINGS = 9, 4
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0]
+)
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 NO_HEAD = "no Ray head answers there"
 START_ONE = (
@@ -121,6 +126,21 @@ def _check_head(address: str, source: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as link:
+                speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(link)
         except (OSError, OverflowError, ValueError) as error:
             raise UserError(f"{source}: {NO_HEAD} ({error}); {START_ONE}") from None
+        if not speaks:
+            raise UserError(f"{source}: {NO_HEAD}, but another program; {START_ONE}")
+
+
+def _speaks_http2(link: socket.socket) -> bool:
+    """Whether a gRPC server listens, such as Ray's head: it answers this with its own settings."""
+    link.sendall(HTTP2_PREFACE)
+    answer = b""
+    while len(answer) < HTTP2_FRAME_BYTES:
+        received = link.recv(HTTP2_FRAME_BYTES - len(answer))
+        if not received:
+            return False
+        answer += received
+    return answer[3] == HTTP2_SETTINGS
