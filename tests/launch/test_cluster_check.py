@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -39,9 +38,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         head_node_args={"num_cpus": 3, "include_dashboard": False},
     )
     start = f"{sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=3"
+    hide = f"mount -t tmpfs none {hidden}"
+    replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist"
     node = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {hidden} && exec {start} --block"],
-        env={**os.environ, "PYTHONPATH": str(copy)},
+        ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
