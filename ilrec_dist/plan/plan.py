@@ -123,8 +123,6 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
     state = state_bytes(count.per_rank(layout.tp), groups, layout)
-    if any(get_method(name).needs_reference for name in config.train.methods):
-        state["reference model"] = float(layout.element * count.per_rank(layout.tp))
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout)
     decoding = Decoding(
