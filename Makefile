@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
+# Two processes, each of which runs whole groups of tests (tests/conftest.py).
+IN_TWO := -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help install quickstart test test-fast lint launchers format clean
+.PHONY: help install quickstart results test test-fast lint launchers format clean
 help:
 	@echo "make quickstart  train SFT and ILRec on a generated catalogue under Ray with tp=2, and show the results"
+	@echo "make results     run the studies and write their tables into docs/results.md: many hours"
 	@echo "make test        lint, types and all tests"
 	@echo "make test-fast   lint and the quick tests, under 90 seconds: before each commit"
 	@echo "make lint        ruff, the import contract, mypy"
@@ -29,11 +32,20 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/ilrec run configs/quickstart.yaml $(if $(filter 1,$(GPUS)),launch.workers=1 launch.tp=1)
 
+# SCIENTIFIC=PATH and INSTRUMENTS=PATH name the folders of these data sets; without them their studies are left out.
+results: $(STAMP)
+	-$(BIN)/ilrec study configs/study-quick.yaml --low-priority --into docs/results.md
+	-$(BIN)/ilrec study configs/study-shop.yaml --low-priority --into docs/results.md
+	$(if $(SCIENTIFIC),-$(BIN)/ilrec study configs/study-scientific.yaml data.path=$(SCIENTIFIC) \
+	    items.index=$(SCIENTIFIC)/Scientific.index.json --low-priority --into docs/results.md)
+	$(if $(INSTRUMENTS),-$(BIN)/ilrec study configs/study-instruments.yaml data.path=$(INSTRUMENTS) \
+	    items.index=$(INSTRUMENTS)/Instruments.index.json --low-priority --into docs/results.md)
+
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 test-fast: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=5
+	$(BIN)/python -m pytest -q -m "not slow" $(IN_TWO) --durations=5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

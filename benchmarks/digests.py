@@ -100,7 +100,7 @@ def operator_digest(options: LossOptions, dtype: torch.dtype) -> str:
     )
     rewards = torch.tensor(rng.random(len(candidates.tokens)), dtype=torch.float32)
     output = cross_layer_loss(hidden[0], hidden[1:], head, targets, candidates, rewards, options)
-    output.loss.backward()
+    torch.autograd.backward(output.loss)
     tensors = [output.loss, output.cpo, output.cpd, output.crr, *vars(output.rows).values()]
     return digest([*tensors, *(value.grad for value in (*hidden, head))])
 

@@ -36,7 +36,9 @@ LISTED: dict[str, Any] = {"negative_scope": "valid_next"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """N x d x V x m of the figures, and the workspaces in bytes that they are given for."""
+    """N x d x V x m of the figures, and the workspaces in bytes that they are given
+    for.
+    """
 
     dense: str = "8192x4096x131072x3"
     few_rows: str = "512x4096x131072x3"
@@ -90,8 +92,8 @@ def gradients(x: loss.Inputs, o: LossOptions) -> list[Tensor]:
         o,
         loss_scale=1 / len(x.targets),
     )
-    out.loss.backward()
-    return [out.loss.detach().double(), *(leaf.grad.double() for leaf in x.leaves())]  # type: ignore[union-attr]
+    torch.autograd.backward(out.loss)
+    return [out.loss.detach().double(), *(leaf.grad.double() for leaf in x.leaves())]
 
 
 def distances(
@@ -264,9 +266,10 @@ def medians(
     calls: dict[str, Callable[[], Any]], x: loss.Inputs, device: str, repeats: int
 ) -> dict[str, float]:
     """Milliseconds."""
-    return loss.measure(
-        {name: (call, 1) for name, call in calls.items()}, x, namespace(device, repeats)
-    )[0]
+    providers = {name: (call, 1) for name, call in calls.items()}
+    milliseconds: dict[str, float]
+    milliseconds, _ = loss.measure(providers, x, namespace(device, repeats))
+    return milliseconds
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the command line, the machine's description, worker processes, memory.
+"""What the benchmarks share: the command line, the machine's description, worker
+processes, memory.
 
 Nothing but the standard library and torch is imported, so that `gpu.py` runs without installation.
 """
@@ -61,7 +62,9 @@ def command_line(
 
 
 def describe_machine(**more: Any) -> dict[str, Any]:
-    """CPU model, cores, versions and commit of this measurement, and whatever `more` adds."""
+    """CPU model, cores, versions and commit of this measurement, and whatever `more`
+    adds.
+    """
     models = [
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -104,7 +107,8 @@ def write_figures(path: Path | None, figures: Any) -> None:
 def in_own_process(
     script: str, *arguments: str, threads: int | None = None, **environment: str
 ) -> dict[str, Any]:
-    """Run `script` with hidden arguments; its last line of output is the JSON that is returned.
+    """Run `script` with hidden arguments; its last line of output is the JSON that is
+    returned.
 
     What a process holds and has held is its own then, and so is its peak of memory.
     """
@@ -127,7 +131,9 @@ def free_port() -> int:
 
 
 def set_rank(rank: int, world_size: int, port: int) -> None:
-    """What torch.distributed's env:// reads, for processes that `worker_group` started."""
+    """What torch.distributed's env:// reads, for processes that
+    `worker_group` started.
+    """
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -147,7 +153,9 @@ def worker_group(
     raised. The processes are waited for at the end.
     """
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(worker, (*arguments, free_port(), queue), nprocs=world_size, join=False)
+    context = mp.spawn(  # type: ignore[no-untyped-call]
+        worker, (*arguments, free_port(), queue), nprocs=world_size, join=False
+    )
 
     def receive() -> Any:
         while queue.empty():
@@ -180,7 +188,9 @@ def anonymous_mib() -> float:
 
 
 class PeakMemory:
-    """The most anonymous memory that this process held within the block, sampled every 5 ms."""
+    """The most anonymous memory that this process held within the block, sampled every
+    5 ms.
+    """
 
     def __init__(self) -> None:
         self.mib = 0.0

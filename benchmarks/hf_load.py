@@ -68,7 +68,9 @@ def main() -> None:
 
 
 def write_random_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
-    """Write a sharded bf16 checkpoint, layer by layer; returns the number of parameters."""
+    """Write a sharded bf16 checkpoint, layer by layer; returns the number of
+    parameters.
+    """
     folder.mkdir(parents=True)
     d, ffn, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     kv = d // sizes["num_attention_heads"] * sizes["num_key_value_heads"]

@@ -43,8 +43,9 @@ WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
 
 
 def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
-    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first unevenly
-    filled, and noise."""
+    """float32 [items, WIDTH]: three levels of clusters of falling spread, the first
+    unevenly filled, and noise.
+    """
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((items, WIDTH), dtype=np.float32)
     vectors *= 0.3
@@ -129,7 +130,8 @@ def main() -> None:
 
     def measure(part: str, items: int) -> dict[str, Any]:
         words = ("--one", part, str(items), "--threads", str(arguments.threads))
-        return in_own_process(__file__, *words, threads=arguments.threads)
+        measured: dict[str, Any] = in_own_process(__file__, *words, threads=arguments.threads)
+        return measured
 
     build = measure("build", arguments.items or (100_000 if arguments.quick else 1_000_000))
     print(

@@ -1,4 +1,5 @@
-"""What does the cross-layer loss cost against its own matrix products, forward and backward?
+"""What does the cross-layer loss cost against its own matrix products, forward and
+backward?
 
     python benchmarks/loss.py [--quick] [--json FILE] [--logits random]
 
@@ -38,7 +39,9 @@ PLAIN: dict[str, Any] = {"beta": 0.0, "crr_lambda": 0.0}
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves that need gradients, the target, and per row 256 candidate tokens with rewards."""
+    """Leaves that need gradients, the target, and per row 256 candidate tokens with
+    rewards.
+    """
 
     hidden: list[Tensor]
     head: Tensor
@@ -98,7 +101,7 @@ def options(v: int, backend: str, workspace: int | None, **changes: Any) -> Loss
     )
     return LossOptions(
         vocab_size=v, backend=backend, workspace_bytes=workspace, **{**values, **changes}
-    )  # type: ignore[arg-type]
+    )
 
 
 def ours(x: Inputs, o: LossOptions) -> None:
@@ -112,7 +115,7 @@ def ours(x: Inputs, o: LossOptions) -> None:
         o,
         loss_scale=1 / len(x.targets),
     )
-    out.loss.backward()
+    torch.autograd.backward(out.loss)
 
 
 def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ def row_loop(x: Inputs, rows: int) -> None:
             total = total + MU / len(z[1:]) * F.kl_div(
                 s.log_softmax(0), z[0].detach().log_softmax(0), reduction="sum", log_target=True
             )
-    total.backward()
+    torch.autograd.backward(total)
 
 
 def bare(x: Inputs, chunk: int) -> None:
@@ -212,11 +215,11 @@ def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
         found[f"ilrec_kernels {backend}, CE + CPD only"] = (partial(ours, x, plain), 1)
     compiled = torch.compile(materialised)
     found["eager torch, materialised"] = (
-        lambda: materialised(x.hidden, x.head, x.targets, dense).backward(),
+        lambda: torch.autograd.backward(materialised(x.hidden, x.head, x.targets, dense)),
         1,
     )
     found["torch.compile, materialised"] = (
-        lambda: compiled(x.hidden, x.head, x.targets, dense).backward(),
+        lambda: torch.autograd.backward(compiled(x.hidden, x.head, x.targets, dense)),
         1,
     )
     few = min(n, 8)
@@ -229,8 +232,8 @@ def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
     found: dict[str, Provider] = {}
     teacher, head = x.hidden[0].detach(), x.head.detach()
     if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD  # type: ignore[import-not-found]
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
         cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)
         chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
@@ -253,7 +256,7 @@ def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
             1,
         )
     if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+        from cut_cross_entropy import linear_cross_entropy
 
         found["cut-cross-entropy, CE alone"] = (
             lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(),
@@ -265,12 +268,15 @@ def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
 def timed(fn: Callable[[], Any], device: str) -> float:
     """Milliseconds."""
     if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
         begin.record()
         fn()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
     start = time.perf_counter()
     fn()
     return (time.perf_counter() - start) * 1e3
@@ -299,7 +305,9 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
 def measure(
     table: dict[str, Provider], x: Inputs, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """(median milliseconds, extra bytes) by provider; one that has no memory left is dropped."""
+    """(median milliseconds, extra bytes) by provider; one that has no memory left is
+    dropped.
+    """
     memory: dict[str, int] = {}
     for name, (fn, _) in list(table.items()):
         began = time.perf_counter()
@@ -363,8 +371,10 @@ def run_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measured_machine(device: str) -> dict[str, Any]:
     if device == "cuda":
-        return describe_machine(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
-    return describe_machine(threads=torch.get_num_threads())
+        machine = describe_machine(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    else:
+        machine = describe_machine(threads=torch.get_num_threads())
+    return dict(machine)
 
 
 def main() -> None:

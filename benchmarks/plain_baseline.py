@@ -1,4 +1,5 @@
-"""A plain single-process decoder over semantic IDs checks the system's numbers and its speed.
+"""A plain single-process decoder over semantic IDs checks the system's numbers and its
+speed.
 
     OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15
 
@@ -99,7 +100,8 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        fed: Tensor = self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return x + fed
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
@@ -142,7 +144,9 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """int64 [B, S] -> final-normed hidden states [B, S, d], every block's keys and values."""
+        """int64 [B, S] -> final-normed hidden states [B, S, d], every block's keys and
+        values.
+        """
         x = self.dropout(self.embed(tokens) + self.position.weight[: tokens.shape[1]])
         cache = []
         for block in self.blocks:
@@ -177,12 +181,14 @@ def training_rows(data: Triple, history: int) -> list[tuple[np.ndarray, int]]:
 def batches(
     rows: list[tuple[np.ndarray, int]], size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Rows of like length together (random within a length), batches in random order."""
+    """Rows of like length together (random within a length), batches in
+    random order.
+    """
     lengths = np.array([len(items) for items, _ in rows])
     order = rng.permutation(len(rows))
     order = order[np.argsort(lengths[order], kind="stable")]
     groups = [order[start : start + size] for start in range(0, len(order), size)]
-    rng.shuffle(groups)  # type: ignore[arg-type]
+    rng.shuffle(groups)
     return groups
 
 
@@ -335,7 +341,9 @@ def cosine_schedule(
 def train(
     model: Decoder, data: Triple, validation_users: np.ndarray, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Train all epochs; the printed record of each, with the validation where there are users."""
+    """Train all epochs; the printed record of each, with the validation where there are
+    users.
+    """
     rng = np.random.default_rng(args.seed)
     rows = training_rows(data, args.history)
     steps_per_epoch = math.ceil(len(rows) / args.batch)
@@ -348,7 +356,7 @@ def train(
         for group in batches(rows, args.batch, rng):
             loss = batch_loss(model, data, [rows[row] for row in group], args.softmax)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -407,7 +415,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
 
 
 def main() -> None:

@@ -46,8 +46,9 @@ CHUNK = 2_000_000
 
 
 def draw(rows: int, users: int, items: int, text: bool) -> Iterator[pa.Table]:
-    """The interactions, a chunk at a time: user, item (int64, or text such as U00000017) and
-    timestamp (seconds over three years)."""
+    """The interactions, a chunk at a time: user, item (int64, or text such as
+    U00000017) and timestamp (seconds over three years).
+    """
     rng = np.random.default_rng(0)
     for start in range(0, rows, CHUNK):
         size = min(CHUNK, rows - start)

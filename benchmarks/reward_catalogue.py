@@ -1,4 +1,5 @@
-"""Draws the catalogues that `rewards.py` and `scaling.py` measure, and serves their token rewards.
+"""Draws the catalogues that `rewards.py` and `scaling.py` measure, and serves their
+token rewards.
 
     python benchmarks/reward_catalogue.py FOLDER ITEMS USERS
 
@@ -38,7 +39,7 @@ Targets = tuple[np.ndarray, np.ndarray]
 def first_code_shares() -> np.ndarray:
     """How the items are spread over the first codes, float64 [CODES]."""
     popularity = 1 / np.arange(1, CODES + 1) ** 0.5
-    return popularity / popularity.sum()
+    return np.asarray(popularity / popularity.sum())
 
 
 def draw(
@@ -91,7 +92,9 @@ def _item_vectors(rng: np.random.Generator, codes: np.ndarray) -> torch.Tensor:
 def _save_histories(
     rng: np.random.Generator, folder: Path, catalogue: Catalogue, users: int
 ) -> None:
-    """Write histories.npy and offsets.npy: 3 to 19 items a user, 70 % of them near one item."""
+    """Write histories.npy and offsets.npy: 3 to 19 items a user, 70 % of them near one
+    item.
+    """
     items = catalogue.num_items
     lengths = rng.integers(3, 20, users)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -135,7 +138,9 @@ class UnstoredRewards(TokenRewards):
 
 
 def load(folder: Path) -> TokenRewards:
-    """The rewards of what `draw` wrote. An actor finds this function by its module's name."""
+    """The rewards of what `draw` wrote. An actor finds this function by its module's
+    name.
+    """
     catalogue = Catalogue.load(folder)
     trie, items = Trie.load(folder, catalogue), catalogue.num_items
     offsets = np.load(folder / "offsets.npy")

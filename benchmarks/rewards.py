@@ -70,7 +70,7 @@ def brute_force(rewards: TokenRewards, users: np.ndarray, positions: np.ndarray)
         scores = row.numpy()[0].astype(np.float64)
         masses.append(np.add.reduceat(np.exp(scores - scores.max()), node_start[:-1]))
     mass = np.array(masses)
-    return mass / mass.sum(1, keepdims=True)
+    return np.asarray(mass / mass.sum(1, keepdims=True))
 
 
 def first_code_rewards(
@@ -82,7 +82,7 @@ def first_code_rewards(
     )
     codes = rewards.trie.num_nodes(1)
     starts = np.arange(len(users)) * codes + layout.indptr[:: LEVELS - 1][:-1]
-    return rewards.fetch(users, positions)[starts[:, None] + np.arange(codes)]
+    return np.asarray(rewards.fetch(users, positions)[starts[:, None] + np.arange(codes)])
 
 
 def measure(items: int, targets: int, threads: int) -> dict[str, float]:

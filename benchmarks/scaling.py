@@ -92,7 +92,8 @@ def moment_cells(items: int, prefix_items: int) -> int:
 
     They are all first codes, and the children of those with more than `prefix_items` items.
     """
-    return CODES + CODES * int((items * first_code_shares() > prefix_items).sum())
+    split = int((items * first_code_shares() > prefix_items).sum())
+    return int(CODES * (1 + split))
 
 
 def measure(items: int) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def predict(
 
 def measure_in_own_process(items: int) -> dict[str, Any]:
     print(f"measuring {items:,} items …", file=sys.stderr, flush=True)
-    return in_own_process(__file__, "--one", str(items), threads=1)
+    measured: dict[str, Any] = in_own_process(__file__, "--one", str(items), threads=1)
+    return measured
 
 
 def print_row(row: dict[str, Any]) -> None:

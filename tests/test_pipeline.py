@@ -108,6 +108,7 @@ def test_moving_the_input_changes_nothing(source):
         ("evaluation.beam=30", {"train sft seed 0", "train ilrec seed 1", "evaluate"}),
         ("evaluation.batch_size=2", set()),
         ("evaluation.examples=2", set()),
+        ("evaluation.baselines=[caser]", {"evaluate"}),
         (
             "data.max_bad_rows=3",
             {

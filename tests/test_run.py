@@ -135,16 +135,17 @@ def test_recommend_decodes_as_the_model_was_trained_whatever_came_into_the_folde
     found = []
     for runs in (finished / "runs", tmp_path / "runs"):
         if runs != finished / "runs":
-            other = [
-                "objective.softmax_scope=valid_next",
-                "train.max_history=3",
-                "backbone.hidden_size=16",
-            ]
-            assert main(["prepare", str(finished / "c.yaml"), f"runs_dir={runs}", *other]) == 0
             config = load_config(runs / "tiny/config.yaml")
+            sections = {
+                "backbone": {"hidden_size": 16},
+                "objective": {"softmax_scope": "valid_next"},
+                "train": {"max_history": 3},
+                "runs_dir": str(runs),
+            }
             (runs / "tiny/config.yaml").write_text(
-                yaml.safe_dump(config_to_dict(config) | {"backbone": {"hidden_size": 16}})
+                yaml.safe_dump(config_to_dict(config) | sections)
             )
+            assert main(["prepare", str(runs / "tiny/config.yaml")]) == 0
         assert (
             main(
                 [

@@ -1,4 +1,6 @@
-"""The wheel holds both packages with their data, the licence and the command, and nothing else."""
+"""The wheel holds both packages with their data, the licence and the command, and
+nothing else.
+"""
 
 import shutil
 import subprocess

@@ -52,7 +52,14 @@ class CFConfig:
         Literal["auto", "scan", "flat", "ivf_pq", "hnsw"], Affects("rewards")
     ] = "auto"
     # Ranges of the catalogue that separate reward actors may hold.
-    reward_shards: Annotated[Positive, Affects("rewards")] = 1
+    reward_shards: Annotated[
+        Positive,
+        Affects("rewards"),
+        OnlyIf(
+            "cf.reward_index flat, ivf_pq or hnsw, or auto above 65,536 items",
+            lambda config: config.cf.reward_index != "scan",
+        ),
+    ] = 1
     # Reward actors (of each shard) that share the requests.
     reward_replicas: Annotated[Positive, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 1
     # Times that a request is sent again after an actor's death or silence.

@@ -1,4 +1,6 @@
-"""`ilrec index build`, `ilrec index add` and `ilrec index report`: what the command line calls."""
+"""`ilrec index build`, `ilrec index add` and `ilrec index report`: what the command
+line calls.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def report_index(path: Path, plot: Path | None = None) -> str:
 
 
 def add_to_index(run: Path, items: Path, out: Path, vectors: Sequence[Path] = ()) -> str:
-    """Extend the index of a run by the items of a table (item, title and, if wanted, text).
+    """Extend the index of a run by the items of a table (item, title and, if wanted,
+    text).
 
     The longer index is written to the folder `out`; returns its table. vectors: .npy
     files that stand in for texts: the new items' vectors, of the kind that the index

@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_export(commands)
     _add_export_data(commands)
+    _add_study(commands)
     _add_config_command(commands)
     return parser
 
@@ -104,10 +105,9 @@ def _add_index_commands(commands: Commands) -> None:
         "example:\n  ilrec index add runs/quickstart --items new-items.csv "
         "--out runs/quickstart-index-2\n  ilrec run CONFIG items.index=FOLDER/index.json"
     )
-    command = _command(
-        commands, "index add", "give new items codes without changing an old one", example
-    )
-    command.add_argument("run", metavar="RUN", help="the run whose index is extended")
+    what = "give new items codes without changing an old one"
+    command = _run_command(commands, "index add", what, example)
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_add", command="index add")
     command.add_argument(
         "--items",
         required=True,
@@ -128,17 +128,17 @@ def _add_index_commands(commands: Commands) -> None:
         help="in place of texts, the new items' vectors, of the kind that the index was built "
         "from; or two files: the old items' vectors (in the order of index.json) and the new ones'",
     )
-    command.set_defaults(call="ilrec_dist.cli.index_commands:run_add", command="index add")
     example = (
         "example:\n  ilrec index report runs/quickstart --plot use.svg\n"
         "  ilrec index report PATH/Scientific.index.json"
     )
-    command = _command(commands, "index report", "show an index as a table and a picture", example)
+    what = "show an index as a table and a picture"
+    command = _command(commands, "index report", what, example)
+    command.set_defaults(call="ilrec_dist.cli.index_commands:run_report", command="index report")
     command.add_argument(
         "index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json"
     )
     command.add_argument("--plot", metavar="X.svg", help="write a picture of the codes' use here")
-    command.set_defaults(call="ilrec_dist.cli.index_commands:run_report", command="index report")
 
 
 def _add_plan(commands: Commands) -> None:
@@ -223,14 +223,14 @@ def _add_analyze(commands: Commands) -> None:
 
 
 def _add_recommend(commands: Commands) -> None:
-    command = _command(
+    command = _run_command(
         commands,
         "recommend",
         "recommend items for new histories with a trained run",
         "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 "
         "--exclude-seen --out recommendations.parquet",
     )
-    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
     command.add_argument(
         "--histories",
         required=True,
@@ -245,6 +245,7 @@ def _add_recommend(commands: Commands) -> None:
         "--out", metavar="OUT.parquet", help="where to write; without it a table is printed"
     )
     _add_model_choice(command)
+    _add_fusion(command)
     command.add_argument(
         "--exclude-seen",
         action="store_true",
@@ -253,11 +254,10 @@ def _add_recommend(commands: Commands) -> None:
     command.add_argument(
         "--allowed", metavar="items.txt", help="recommend only these items: one item id a line"
     )
-    command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
 
 
 def _add_serve(commands: Commands) -> None:
-    command = _command(
+    command = _run_command(
         commands,
         "serve",
         "answer requests for recommendations over HTTP with a trained run",
@@ -265,13 +265,24 @@ def _add_serve(commands: Commands) -> None:
         '  curl -d \'{"histories": [["item1", "item2"]], "top": 5}\' '
         "http://127.0.0.1:8080/recommend",
     )
-    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.set_defaults(call="ilrec_dist.cli.serve:run", command="serve")
     command.add_argument(
         "--host", default="127.0.0.1", help="the address to listen on (default: this machine only)"
     )
     command.add_argument("--port", type=int, default=8080, help="default 8080; 0 takes a free one")
     _add_model_choice(command)
-    command.set_defaults(call="ilrec_dist.cli.serve:run", command="serve")
+    _add_fusion(command)
+
+
+def _add_fusion(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fusion",
+        nargs="?",
+        const="widest",
+        metavar="SOURCES",
+        help="mix the model with cf, or with cf+transitions, by the weights that the run's "
+        "evaluation chose (evaluation.fusion); without a value with as many as it has",
+    )
 
 
 def _add_model_choice(command: argparse.ArgumentParser) -> None:
@@ -286,14 +297,14 @@ def _add_model_choice(command: argparse.ArgumentParser) -> None:
 
 
 def _add_export(commands: Commands) -> None:
-    command = _command(
+    command = _run_command(
         commands,
         "export",
         "write a trained model, its tokenizer and its catalogue "
         "as a folder that transformers loads",
         "example:\n  ilrec export runs/quickstart exported/model --dtype bfloat16",
     )
-    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.set_defaults(call="ilrec_dist.cli.export_model:run", command="export")
     command.add_argument("out", metavar="DIR", help="a new folder")
     _add_model_choice(command)
     command.add_argument(
@@ -302,18 +313,22 @@ def _add_export(commands: Commands) -> None:
         default="float32",
         help="of the weights' file (default float32)",
     )
-    command.set_defaults(call="ilrec_dist.cli.export_model:run", command="export")
+    command.add_argument(
+        "--merge",
+        action="store_true",
+        help="add LoRA adapters to the weights; otherwise they are written for PEFT",
+    )
 
 
 def _add_export_data(commands: Commands) -> None:
-    command = _command(
+    command = _run_command(
         commands,
         "export-data",
         "write a run's interactions and items in the files of other systems, so that they run on "
         "the same split",
         "example:\n  ilrec export-data runs/quickstart --format recbole --out exported/Shop",
     )
-    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    command.set_defaults(call="ilrec_dist.cli.export_data:run", command="export-data")
     command.add_argument(
         "--format",
         required=True,
@@ -326,7 +341,65 @@ def _add_export_data(commands: Commands) -> None:
         metavar="FOLDER",
         help="a new folder; its name is the NAME of the files",
     )
-    command.set_defaults(call="ilrec_dist.cli.export_data:run", command="export-data")
+
+
+def _add_study(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "study",
+        "run a grid of methods, settings, seeds and data sets, and make one table of them",
+        "examples:\n  ilrec study configs/study-quick.yaml\n"
+        "  ilrec study configs/study-shop.yaml --low-priority\n"
+        "  ilrec study configs/study-scientific.yaml data.path=PATH/scientific "
+        "items.index=PATH/scientific/Scientific.index.json --estimate\n"
+        "Cells that are done are not run again, interrupted ones go on. docs/studies.md says more.",
+    )
+    command.add_argument(
+        "study", metavar="STUDY", help="a YAML file, such as configs/study-quick.yaml"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="with a point (key.sub=value) a setting of every cell, otherwise a key of the study "
+        "such as seeds=[0]",
+    )
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="cells at once (default: as many as the cluster or this machine has room for)",
+    )
+    command.add_argument(
+        "--low-priority", action="store_true", help="leave the machine to other work (niceness 19)"
+    )
+    command.add_argument(
+        "--retry", action="store_true", help="run cells again that were refused, as by divergence"
+    )
+    command.add_argument(
+        "--estimate",
+        action="store_true",
+        help="make what cells share, say how long the cells will take, and end",
+    )
+    command.add_argument(
+        "--no-timing",
+        action="store_true",
+        help="do not time steps for the estimate where no cell is finished",
+    )
+    command.add_argument(
+        "--into",
+        metavar="FILE.md",
+        help="also write the table into this file, between <!-- study NAME --> and "
+        "<!-- end of study NAME -->, or at its end",
+    )
+    command.set_defaults(call="ilrec_dist.cli.study:run", command="study")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, found {text!r}")
+    return int(text)
 
 
 def _add_config_command(commands: Commands) -> None:
@@ -348,6 +421,13 @@ def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _run_command(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    """A command on a finished run."""
+    command = _command(commands, name, what, epilog)
+    command.add_argument("run", metavar="RUN", help="the run's folder, such as runs/quickstart")
+    return command
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

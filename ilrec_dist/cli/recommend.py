@@ -15,6 +15,7 @@ from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
 from ilrec_dist.inference.recommend import Recommendations, recommend_items
+from ilrec_dist.pipeline.fusion import open_fusion
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.reporting.progress import stage_progress
 
@@ -29,14 +30,15 @@ def recommend(
     out: Path | None,
     method: str | None,
     seed: int | None,
+    fusion: str | None,
     exclude_seen: bool,
     allowed: Path | None,
 ) -> None:
     """Recommend with the run in folder `run`.
 
-    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users. Raises
-    UserError for a folder that holds no such trained model, for bad histories and for an unknown
-    allowed item.
+    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users. fusion:
+    what the model is mixed with (see `open_fusion`); None: nothing. Raises UserError for a folder
+    that holds no such trained model or fusion, for bad histories and for an unknown allowed item.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(
@@ -52,20 +54,13 @@ def recommend(
         stage_progress("recommend", None, "users") as show_progress,
     ):
         recommendations = recommend_items(
-            trained.backbone,
+            trained.ranker if fusion is None else open_fusion(trained, fusion),
             trained.artifacts.dataset,
-            trained.artifacts.trie,
             histories=histories,
             top=top,
-            beam=trained.config.evaluation.beam,
-            batch_size=trained.config.evaluation.batch_size,
-            softmax_scope=trained.softmax_scope,
-            inputs=trained.inputs,
-            parallel=trained.parallel,
             exclude_seen=exclude_seen,
             allowed=allowed,
             progress=lambda done, _total: show_progress(done),
-            model_name=str(trained.weights),
         )
     table = recommendations.table
     if recommendations.num_users_without_items:
@@ -125,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         out=Path(arguments.out) if arguments.out else None,
         method=arguments.method,
         seed=arguments.seed,
+        fusion=arguments.fusion,
         exclude_seen=arguments.exclude_seen,
         allowed=Path(arguments.allowed) if arguments.allowed else None,
     )

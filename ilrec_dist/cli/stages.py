@@ -1,4 +1,6 @@
-"""`ilrec run` and the commands of single stages, `ilrec index build`, `ilrec config`."""
+"""`ilrec run` and the commands of single stages, `ilrec index build`,
+`ilrec config`.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Interval
 from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter
+from pydantic_core import PydanticCustomError
 
 
 def _number(value: Any) -> Any:
@@ -32,6 +33,13 @@ Fraction = Annotated[Float, Interval(ge=0, lt=1)]
 # YAML makes dates of 2018-10-01.
 Text = Annotated[str, BeforeValidator(str)]
 T = TypeVar("T")
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    """For AfterValidator: refuse a list in which a value occurs twice."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "input should be distinct values")
+    return values
 
 
 class Affects:

@@ -10,4 +10,6 @@ class UserError(Exception):
 
 
 class WorkersFailed(RuntimeError):
-    """The worker group failed more often than launch.max_failures allows: exit code 1."""
+    """The worker group failed more often than launch.max_failures allows:
+    exit code 1.
+    """

@@ -186,12 +186,22 @@ def file_lock(path: str | Path, wait: bool = True) -> Iterator[int]:
 # Reading inputs
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, repair: str | None = None) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     A repeated key is an error, because one of its two values would be lost in silence.
-    Raises UserError naming the file and, for malformed JSON, line and column.
+    Raises UserError naming the file and, for malformed JSON, line and column; where the
+    file is the project's own, `repair` says what to do about it.
     """
+    try:
+        return _read_json_object(path)
+    except UserError as error:
+        if repair is None:
+            raise
+        raise UserError(f"{error}; {repair}") from None
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

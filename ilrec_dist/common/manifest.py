@@ -1,4 +1,5 @@
-"""Manifests: the SHA-256 of every file of a folder, written by its stage, checked by readers.
+"""Manifests: the SHA-256 of every file of a folder, written by its stage, checked by
+readers.
 
 `write_manifest` is called last, when a folder's files are complete; `verified` and `verify` before
 a file is read. A file that has not changed since it was hashed in this process, by its size and
@@ -24,7 +25,9 @@ _hashes: dict[tuple[str, int, int], str] = {}
 
 
 def cached_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file, computed once a process unless its size or time changes."""
+    """Hex SHA-256 of a file, computed once a process unless its size or
+    time changes.
+    """
     path = Path(path).resolve()
     status = path.stat()
     key = (str(path), status.st_size, status.st_mtime_ns)
@@ -46,7 +49,9 @@ def hash_files(folder: str | Path, names: Iterable[str] | None = None) -> dict[s
 
 
 def folder_files(folder: str | Path) -> list[str]:
-    """Paths below `folder` of its files, without hidden ones and the folder's own manifest."""
+    """Paths below `folder` of its files, without hidden ones and the folder's own
+    manifest.
+    """
     folder = Path(folder)
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(
@@ -59,7 +64,8 @@ def folder_files(folder: str | Path) -> list[str]:
 def write_manifest(
     folder: str | Path, entries: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """Write manifest.json: `entries`, and under "files" the bytes and SHA-256 of each file.
+    """Write manifest.json: `entries`, and under "files" the bytes and SHA-256 of each
+    file.
 
     To be called last. Returns what was written.
     """
@@ -73,14 +79,24 @@ def write_manifest(
     return manifest
 
 
-def manifest_hashes(folder: str | Path) -> dict[str, str]:
-    """Path below `folder` -> SHA-256, as its manifest.json has them."""
-    manifest = read_json_object(Path(folder) / MANIFEST)
-    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+def manifest_hashes(folder: str | Path, repair: str = REPAIR) -> dict[str, str]:
+    """Path below `folder` -> SHA-256, as its manifest.json has them.
+
+    Raises UserError that names the manifest where it is missing, or is none.
+    """
+    path = Path(folder) / MANIFEST
+    manifest = read_json_object(path, repair)
+    try:
+        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: damaged (it names no files with their SHA-256); {repair}"
+        ) from None
 
 
 def verified(folder: str | Path, name: str, repair: str = REPAIR) -> Path:
-    """The path of one file of the folder, after its bytes were compared with the manifest.
+    """The path of one file of the folder, after its bytes were compared with the
+    manifest.
 
     Raises UserError when the file is missing, damaged or not in the manifest.
     """
@@ -93,7 +109,7 @@ def verify(folder: str | Path, names: Iterable[str] | None = None, repair: str =
 
     Raises UserError that names the first file that is missing, damaged or not in the manifest.
     """
-    hashes = manifest_hashes(folder)
+    hashes = manifest_hashes(folder, repair)
     names = list(hashes if names is None else names)
     check_hashes(folder, {name: hashes.get(name) for name in names}, MANIFEST, repair)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # In a training's folder when it is finished.
 RESULT = "result.json"
+# In a training's folder: what it took.
+USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
 # The weights of the best validation and those after the last step, in a training's folder.
@@ -17,7 +19,8 @@ CODE_ORDER = "code-order"
 ANALYSIS = "analysis.json"
 # Within a run's folder: the records of its stages, and what a command under way has replaced.
 STAGES, PREVIOUS = ".stages", ".previous"
-
+# The configuration of the last command that began a stage; among the records, its SHA-256.
+CONFIG, CONFIG_SHA256 = "config.yaml", "config.sha256"
 
 # Within the folder of runs: dequantised models, which all its runs share.
 MODELS = ".models"
@@ -51,6 +54,9 @@ class RunFolders:
     @property
     def rewards(self) -> Path:
         return self.cf / CODE_ORDER
+
+    def baseline(self, name: str) -> Path:
+        return self.root / "baselines" / name
 
     @property
     def evaluation(self) -> Path:

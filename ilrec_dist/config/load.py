@@ -9,13 +9,15 @@ import dataclasses
 import difflib
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ilrec_dist.common.config_fields import config_to_dict, key_of
-from ilrec_dist.config.tree import Config, ConfigError, check_together
+from ilrec_dist.config.tree import Config, ConfigError, check_together, idle_keys
+
+T = TypeVar("T")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -23,6 +25,14 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
     Raises ConfigError with one line that names the file and the key.
     """
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return config_from_dict(tree, " ".join([str(path), *overrides]))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError that names the file and the place."""
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -43,19 +53,42 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ConfigError(
             f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}"
         )
-    for override in overrides:
-        _apply_override(tree, override)
-    return config_from_dict(tree, " ".join([str(path), *overrides]))
+    return tree
 
 
 def config_from_dict(tree: dict[str, Any], source: str = "configuration") -> Config:
     """Validate a plain dict against the tree; `source` is named in errors."""
-    try:
-        config = TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_one_line(error, tree)}") from None
+    config = validated(Config, tree, source)
     check_together(config, source)
     return config
+
+
+def validated(
+    cls: type[T], tree: dict[str, Any], source: str, page: str = "docs/configuration.md"
+) -> T:
+    """A tree of sections from plain values; `page` lists its keys.
+
+    Raises ConfigError that names `source` and the key.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_one_line(error, tree, cls, page)}") from None
+
+
+def drop_idle_keys(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with every key that nothing reads at its default, and those keys."""
+    dropped: list[str] = []
+    while key := next(idle_keys(config), None):
+        tree = config_to_dict(config)
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            node = node[name]
+        del node[leaf]
+        config = validated(Config, tree, key)
+        dropped.append(key)
+    return config, dropped
 
 
 def dump_config(config: Config) -> str:
@@ -77,7 +110,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in a plain tree. Raises ConfigError that names the override."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.sub=value, such as train.epochs=3")
@@ -97,20 +131,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _one_line(error: ValidationError, tree: dict[str, Any]) -> str:
-    first = error.errors()[0]
+def _one_line(error: ValidationError, tree: dict[str, Any], cls: type, page: str) -> str:
+    first, all_keys = error.errors()[0], _all_keys(cls)
+    all_names = {part for key in all_keys for part in key.split(".")}
     parts = [
         str(part)
         for part in first["loc"]
-        if isinstance(part, int) or str(part) in _all_names() or _in_tree(tree, first["loc"])
+        if isinstance(part, int) or str(part) in all_names or _in_tree(tree, first["loc"])
     ]
     key = ".".join(parts) or "top level"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        nearest = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.0)
-        return (
-            f"unknown key {key!r}; the nearest key is {nearest[0]!r} "
-            "(docs/configuration.md lists all)"
-        )
+        nearest = difflib.get_close_matches(key, all_keys, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest key is {nearest[0]!r} ({page} lists all)"
     expected = first["msg"][0].lower() + first["msg"][1:]
     return f"key {key!r}: {expected}, found {first['input']!r}"
 
@@ -123,7 +155,7 @@ def _in_tree(tree: Any, loc: tuple[Any, ...]) -> bool:
     return True
 
 
-def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
     hints: dict[str, Any] = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
@@ -132,7 +164,3 @@ def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hints[item.name]):
             keys += _all_keys(hints[item.name], f"{key}.")
     return keys
-
-
-def _all_names() -> set[str]:
-    return {part for key in _all_keys() for part in key.split(".")}

@@ -165,6 +165,23 @@ def _training_problems(config: Config) -> Iterator[Problem]:
             f"{train.batch_size} must be a multiple of launch.dp × train.accumulation_steps = "
             f"{per_step}",
         )
+    if train.lora.dropout > 0 and config.launch.tp > 1:
+        yield (
+            "train.lora.dropout",
+            f"{train.lora.dropout} needs launch.tp 1, not {config.launch.tp}: the input of "
+            "row-parallel layers is cut over the ranks; set it to 0",
+        )
+    if config.items.form == "titles" and train.trainable.endswith("new_rows"):
+        yield (
+            "train.trainable",
+            f"{train.trainable} needs item tokens that are added to the model's, and items.form "
+            "titles adds none; expected full or lora",
+        )
+    if config.items.form == "titles" and train.new_rows_learning_rate is not None:
+        yield (
+            "train.new_rows_learning_rate",
+            "has no effect here: items.form titles adds no rows to the model; leave it out",
+        )
     if config.objective.negatives_from == "random":
         for key, value, expected in (
             ("objective.negative_scope", config.objective.negative_scope, "valid_next"),
@@ -268,6 +285,11 @@ def _prompt_problems(config: Config) -> Iterator[Problem]:
                 "prompts.templates",
                 f"template {template.name} writes codes, which items.form titles has none of",
             )
+
+
+def idle_keys(config: Config) -> Iterator[str]:
+    """Every key that is set to another value than its default and that nothing reads."""
+    return (key for key, _ in _idle_keys(config))
 
 
 def _idle_keys(config: Config) -> Iterator[Problem]:

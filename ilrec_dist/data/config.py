@@ -39,7 +39,9 @@ class SyntheticConfig:
 
 @section(affects="prepare")
 class DataConfig:
-    """Which data set is read, and how it is filtered and split (docs/data-formats.md)."""
+    """Which data set is read, and how it is filtered and split
+    (docs/data-formats.md).
+    """
 
     format: FormatName = "synthetic"
     # The interactions: a file, or the folder that holds them.

@@ -182,7 +182,7 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
         raise UserError(
             f"{folder}: not a prepared data folder (no {MANIFEST}); run `ilrec prepare` first"
         )
-    manifest = read_json_object(manifest_file)
+    manifest = read_json_object(manifest_file, REPAIR)
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{manifest_file}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; "

@@ -18,7 +18,8 @@ from ilrec_dist.data.reading.source import Source
 def match_items(
     item_ids: pa.Array, kept: np.ndarray, table: pa.Table | None, source: Source
 ) -> tuple[pa.Table, dict[str, Any] | None]:
-    """(id, title, text) of the kept items, null where unknown, and how ids and rows match.
+    """(id, title, text) of the kept items, null where unknown, and how ids and rows
+    match.
 
     item_ids: of all items that were read; kept: bool, those that the k-core leaves.
     Raises UserError when no kept item has a row.

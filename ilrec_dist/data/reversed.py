@@ -16,7 +16,8 @@ from ilrec_dist.data.dataset import SPLITS, InteractionDataset, ItemArray
 
 
 def both_directions(dataset: InteractionDataset) -> InteractionDataset:
-    """The same data with as many users again, whose training items are in reversed order.
+    """The same data with as many users again, whose training items are in reversed
+    order.
 
     User num_users + u has the training items of user u, latest first, all of them for
     training. Neither validation nor test items are read backwards, and the added users

@@ -1,4 +1,6 @@
-"""`data.split: chronological`: two points in time cut all users' interactions in three parts."""
+"""`data.split: chronological`: two points in time cut all users' interactions in three
+parts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ BIN_BITS = 16
 
 @dataclass(frozen=True)
 class Cuts:
-    """Interactions before `validation` train, those before `test` validate, the rest test.
+    """Interactions before `validation` train, those before `test` validate, the rest
+    test.
 
     Both are in the unit of the times that are kept.
     """
@@ -99,7 +102,8 @@ def split_positions(
 
 
 def time_at(times: Times, rank: int, low: int, high: int) -> int:
-    """The value at `rank` (from 0) when all values, which lie in [low, high], are in order.
+    """The value at `rank` (from 0) when all values, which lie in [low, high], are in
+    order.
 
     It is found by histograms, in passes of BIN_BITS bits each.
     """

@@ -1,4 +1,5 @@
-"""Properties of recommended lists beside accuracy: coverage, Gini, novelty, diversity, calibration.
+"""Properties of recommended lists beside accuracy: coverage, Gini, novelty, diversity,
+calibration.
 
 All are of the first LIST_LENGTH items of each user's list. Lists that are empty count for nothing.
 """
@@ -50,7 +51,9 @@ def beyond_accuracy(
 
 
 def coverage(items: np.ndarray, num_items: int) -> float:
-    """The share of the catalogue that occurs in some list, int [n, W] padded with -1."""
+    """The share of the catalogue that occurs in some list, int [n, W]
+    padded with -1.
+    """
     return len(np.unique(items[items >= 0])) / num_items
 
 

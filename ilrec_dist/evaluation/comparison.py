@@ -1,4 +1,6 @@
-"""Methods against each other over the same users: paired bootstrap intervals (METHOD.md §9)."""
+"""Methods against each other over the same users: paired bootstrap intervals (METHOD.md
+§9).
+"""
 
 from __future__ import annotations
 

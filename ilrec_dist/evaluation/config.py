@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Literal
 
 from annotated_types import Ge
+from pydantic import AfterValidator
 
 from ilrec_dist.common.config_fields import (
     Affects,
@@ -13,6 +15,7 @@ from ilrec_dist.common.config_fields import (
     NonNegative,
     OnlyIf,
     Positive,
+    distinct,
     section,
 )
 
@@ -31,5 +34,9 @@ class EvaluationConfig:
     fusion_candidates: Annotated[
         Positive, OnlyIf("evaluation.fusion true", lambda config: bool(config.evaluation.fusion))
     ] = 100
+    # Sequence models that are trained as further baselines, like the CF model.
+    baselines: Annotated[list[Literal["gru4rec", "caser"]], AfterValidator(distinct), Affects()] = (
+        field(default_factory=list)
+    )
     # Users whose lists the report shows.
     examples: Annotated[NonNegative, Affects()] = 5

@@ -18,7 +18,9 @@ SHOWN_ITEMS = 10
 def collect_examples(
     dataset: InteractionDataset, predictions: Mapping[str, Predictions], count: int
 ) -> list[Example]:
-    """`count` users of the test split, drawn with a fixed seed, with the lists of each model."""
+    """`count` users of the test split, drawn with a fixed seed, with the lists of each
+    model.
+    """
     evaluated = dataset.evaluated("test")
     order = np.random.default_rng(EXAMPLE_SEED).permutation(len(evaluated))
     users = np.sort(evaluated[order[:count]])

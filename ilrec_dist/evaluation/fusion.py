@@ -1,4 +1,5 @@
-"""Fusion: lists by a mixture of the language model, the CF model and transitions (METHOD.md §12).
+"""Fusion: lists by a mixture of the language model, the CF model and transitions
+(METHOD.md §12).
 
 score(i) = Σ_s α_s · log p_s(i | history) over a union of candidates. A source's normaliser is one
 number a user for the language model, whose log p is used as it is: it changes no order.
@@ -27,7 +28,9 @@ class FusionScores:
 
 
 def candidate_union(lists: list[np.ndarray]) -> np.ndarray:
-    """The distinct items of several lists int [n, W_s], padded with -1: int64 [n, K], ascending."""
+    """The distinct items of several lists int [n, W_s], padded with -1: int64 [n, K],
+    ascending.
+    """
     stacked = np.sort(np.concatenate(lists, axis=1).astype(np.int64), axis=1)
     stacked[:, 1:][stacked[:, 1:] == stacked[:, :-1]] = -1
     # Descending by the negated key: padding moves to the end, items stay ascending.
@@ -44,14 +47,18 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def log_of_counts(scores: np.ndarray) -> np.ndarray:
-    """log p of scores ≥ 0 float [n, num_items], to each of which 1/n is added, over n items."""
+    """log p of scores ≥ 0 float [n, num_items], to each of which 1/n is added, over n
+    items.
+    """
     smoothed = scores + 1.0 / scores.shape[1]
     result: np.ndarray = np.log(smoothed / smoothed.sum(axis=1, keepdims=True))
     return result
 
 
 def simplex(num_sources: int, steps: int = SIMPLEX_STEPS) -> np.ndarray:
-    """float64 [m, num_sources]: all weights ≥ 0 in steps of 1 / steps whose sum is 1."""
+    """float64 [m, num_sources]: all weights ≥ 0 in steps of 1 / steps whose
+    sum is 1.
+    """
     grid = [
         weights
         for weights in product(range(steps + 1), repeat=num_sources)
@@ -61,7 +68,9 @@ def simplex(num_sources: int, steps: int = SIMPLEX_STEPS) -> np.ndarray:
 
 
 def fused_scores(scores: FusionScores, weights: np.ndarray) -> np.ndarray:
-    """float64 [n, K] Σ_s α_s · log p_s; -inf at padding. A source of weight 0 has no say."""
+    """float64 [n, K] Σ_s α_s · log p_s; -inf at padding. A source of weight 0 has no
+    say.
+    """
     used = np.flatnonzero(weights)
     fused: np.ndarray = scores.log_p[:, :, used] @ weights[used]
     return np.where(scores.items >= 0, fused, -np.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +31,17 @@ from ilrec_dist.evaluation.ranking import (
     history_ranges,
     top_items,
 )
+from ilrec_dist.inference.beam_search import RankedItems
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
+
+# Histories whose candidates are in memory at once.
+CHUNK_HISTORIES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,14 @@ def score_candidates(
     inputs: InputForm,
     exclude_seen: bool,
     parallel: ParallelState,
+    allowed: np.ndarray | None = None,
     model_name: str = "the model",
 ) -> FusionScores:
     """The candidates of n histories with log p of the language model, then of the `sources`.
 
     Candidates are the items of the beams, int [n, W] padded with -1, and the top `num_candidates`
-    of each source, without the items of the history where exclude_seen. Collective over
-    `parallel`; the same on every rank.
+    of each source, without the items of the history where exclude_seen, and of `allowed`, bool
+    [num_items], alone. Collective over `parallel`; the same on every rank.
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
@@ -102,6 +108,8 @@ def score_candidates(
             ranked = log_p.copy()
             if seen is not None:
                 ranked[seen.rows, seen.items] = -np.inf
+            if allowed is not None:
+                ranked[:, ~allowed] = -np.inf
             lists.append(top_items(ranked, num_candidates)[0])
         items = candidate_union(lists)
         by_model = score_items(
@@ -214,15 +222,87 @@ def fused_predictions(
     exclude_seen: bool,
 ) -> Predictions:
     """The best KEPT_ITEMS candidates of each user, ascending by user; equal ones in item order."""
-    columns, top = top_items(fused_scores(scores, weights), KEPT_ITEMS)
-    items = np.take_along_axis(scores.items, np.maximum(columns, 0), axis=1)
+    items, best = fused_lists(scores, weights, KEPT_ITEMS)
     ranks = ranks_of_fused(scores, weights, targets)
     return Predictions(
         users,
         targets,
-        np.where(columns >= 0, items, -1).astype(np.int32),
-        top,
+        items,
+        best,
         ranks.first,
         ranks.tied,
         exclude_seen,
     )
+
+
+def fused_lists(
+    scores: FusionScores, weights: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best candidates of each history, equal ones in item order.
+
+    Returns (items int32 [n, top or fewer] padded with -1, scores float32 padded with -inf).
+    """
+    columns, best = top_items(fused_scores(scores, weights), top)
+    items = np.take_along_axis(scores.items, np.maximum(columns, 0), axis=1)
+    return np.where(columns >= 0, items, -1).astype(np.int32), best
+
+
+@dataclass(frozen=True)
+class FusedRanker:
+    """A `Ranker` by the mixture of a language model and other sources."""
+
+    model: ModelRanker
+    sources: Sequence[FusionSource]
+    # By exclude_seen: float64 [1 + sources], the language model's weight first.
+    weights: Mapping[bool, np.ndarray]
+    # Items of each source that are candidates, or `top` where that is more.
+    num_candidates: int
+
+    def rank(
+        self,
+        histories: HistoryRanges,
+        *,
+        top: int,
+        exclude_seen: bool,
+        allowed: np.ndarray | None = None,
+        progress: RankingProgress | None = None,
+    ) -> list[tuple[np.ndarray, RankedItems]]:
+        """As the protocol has it."""
+        ranked, total = [], len(histories.start)
+        # The candidates of all histories would take kilobytes each.
+        for first in range(0, total, CHUNK_HISTORIES):
+            rows = np.arange(first, min(first + CHUNK_HISTORIES, total))
+            part = HistoryRanges(histories.items, histories.start[rows], histories.stop[rows])
+            ranked.append((rows, self._rank(part, top, exclude_seen, allowed)))
+            if progress is not None:
+                progress(int(rows[-1]) + 1, total)
+        return ranked
+
+    def _rank(
+        self, histories: HistoryRanges, top: int, exclude_seen: bool, allowed: np.ndarray | None
+    ) -> RankedItems:
+        model = self.model
+        beams = model.rank(histories, top=top, exclude_seen=exclude_seen, allowed=allowed)
+        width = max(part.items.shape[1] for _, part in beams)
+        beam_items = np.full((len(histories.start), width), -1, np.int64)
+        for rows, part in beams:
+            beam_items[rows, : part.items.shape[1]] = part.items
+        scores = score_candidates(
+            model.backbone,
+            model.constraint,
+            histories,
+            beam_items,
+            self.sources,
+            num_candidates=max(self.num_candidates, top),
+            batch_size=model.batch_size,
+            softmax_scope=model.softmax_scope,
+            inputs=model.inputs,
+            exclude_seen=exclude_seen,
+            parallel=model.parallel,
+            allowed=allowed,
+            model_name=model.model_name,
+        )
+        items, best = fused_lists(scores, self.weights[exclude_seen], top)
+        # Every item stands for itself.
+        alone = np.where(items >= 0, np.arange(items.shape[1], dtype=np.int32), -1)
+        return RankedItems(items, best, alone.astype(np.int32))

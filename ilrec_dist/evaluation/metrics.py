@@ -1,4 +1,6 @@
-"""Metrics of one relevant item per user: ranks, Hit@k, NDCG@k, paired bootstrap (METHOD.md §9)."""
+"""Metrics of one relevant item per user: ranks, Hit@k, NDCG@k, paired bootstrap
+(METHOD.md §9).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def ranks_of_lists(items: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def first_column(mask: np.ndarray) -> np.ndarray:
-    """int64 [n]: the first column of mask bool [n, W] that is True, UNRANKED where none is."""
+    """int64 [n]: the first column of mask bool [n, W] that is True, UNRANKED where none
+    is.
+    """
     if mask.shape[1] == 0:
         return np.full(len(mask), UNRANKED)
     return np.where(mask.any(axis=1), mask.argmax(axis=1), UNRANKED)

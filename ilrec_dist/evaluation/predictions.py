@@ -1,4 +1,6 @@
-"""A method's predictions for all users; the table can be recomputed from them (METHOD.md §9)."""
+"""A method's predictions for all users; the table can be recomputed from them
+(METHOD.md §9).
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,16 @@ class Predictions:
         return Ranks(rank, self.tie_start, self.tie_size)
 
     def metrics(self) -> dict[str, float]:
-        """Means over users: hit@k, ndcg@k, their standard errors `…_se`, and `expected_…`."""
+        """Means over users: hit@k, ndcg@k, their standard errors `…_se`, and
+        `expected_…`.
+        """
         return mean_metrics(self.ranks)
 
     @property
     def num_users_without_items(self) -> int:
-        """Users with an empty list, which counts as a miss: their history holds every item."""
+        """Users with an empty list, which counts as a miss: their history holds every
+        item.
+        """
         return int((self.items < 0).all(axis=1).sum())
 
     def per_user(self) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +89,14 @@ def baseline_predictions(
     exclude_seen: bool,
     cf_folder: str | Path | None = None,
     data_folder: str | Path | None = None,
+    trained: Mapping[str, Path] | None = None,
 ) -> Predictions:
     """One of BASELINES by full ranking over the catalogue.
 
-    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic data; ValueError
-    where it is missing.
+    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic data, a sequence
+    model its own in `trained`; ValueError where it is missing.
     """
-    inputs = BaselineInputs(dataset, split, cf_folder, data_folder)
+    inputs = BaselineInputs(dataset, split, cf_folder, data_folder, trained or {})
     return rank_all(
         BASELINES[name].make_scorer(inputs),
         dataset,

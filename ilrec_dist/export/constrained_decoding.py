@@ -36,7 +36,9 @@ class ItemTrie:
         self.depth, self.padding = int(arrays["depth"]), int(arrays["padding"])
 
     def node(self, generated: Sequence[int]) -> int:
-        """The node that a sequence of tokens leads to, -1 where no item begins with it."""
+        """The node that a sequence of tokens leads to, -1 where no item
+        begins with it.
+        """
         node = 0
         for token in generated:
             begin, end = self.indptr[node], self.indptr[node + 1]
@@ -47,7 +49,9 @@ class ItemTrie:
         return node
 
     def allowed(self, generated: Sequence[int], excluded_rows: Sequence[int] = ()) -> list[int]:
-        """Tokens that lead to an item which is not excluded; the padding token behind an item."""
+        """Tokens that lead to an item which is not excluded; the padding token behind
+        an item.
+        """
         node = self.node(generated)
         edges = slice(self.indptr[node], self.indptr[node + 1]) if node >= 0 else slice(0, 0)
         children = self.children[edges]
@@ -60,7 +64,9 @@ class ItemTrie:
         return tokens or [self.padding]
 
     def items(self, generated: Sequence[int]) -> range:
-        """Rows of catalogue.parquet of a whole generated sequence; padding behind it is ignored."""
+        """Rows of catalogue.parquet of a whole generated sequence; padding behind it is
+        ignored.
+        """
         length = len(generated)
         while (
             length and generated[length - 1] == self.padding and self.node(generated[:length]) < 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import read_config, save_weights
+from ilrec_dist.model.hf.peft import save_adapter
 
 # What `generate` does unless it is told otherwise. Every field is written: an unset one would be
 # filled from defaults of the library, and a repetition penalty acts on the codes of the history.
@@ -64,11 +66,48 @@ def export_model(
     pretrained model that the training began with; None for one trained from scratch.
     prompt: what is written to prompt.json, where the model answers prompts in words.
     Weights are written in `dtype`; one that training left alone and that the pretrained
-    model has in that dtype comes out byte for byte.
+    model has in that dtype comes out byte for byte. Adapters are merged before.
 
     Raises UserError when `out` exists, when no Hugging Face family has the backbone's
     architecture, and for items that are titles in a vocabulary of their own.
     """
+    vocabulary = catalogue.vocabulary
+    token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
+    if language_model is not None:
+        token_ids |= read_config(language_model).token_ids
+    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
+        save_weights(backbone, weights, dtype, token_ids)
+
+
+def export_adapter(
+    out: Path,
+    backbone: Backbone,
+    dataset: InteractionDataset,
+    catalogue: Catalogue,
+    trie: Trie,
+    dtype: torch.dtype,
+    language_model: Path,
+    base: str,
+    prompt: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapters for PEFT in place of the weights, otherwise as `export_model` does.
+
+    base: the folder or name of the pretrained model, as PEFT's configuration records it.
+    """
+    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
+        save_adapter(backbone, weights, base, dtype)
+
+
+@contextmanager
+def _new_folder(
+    out: Path,
+    dataset: InteractionDataset,
+    catalogue: Catalogue,
+    trie: Trie,
+    language_model: Path | None,
+    prompt: Mapping[str, Any] | None,
+) -> Iterator[Path]:
+    """A path for the folder of the weights' files, whose content joins all the others in `out`."""
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
     if catalogue.pieces is not None and language_model is None:
@@ -76,16 +115,13 @@ def export_model(
             "items.form titles: a model whose vocabulary was learned from the titles has no "
             "Hugging Face tokenizer; expected items.form semantic or atomic"
         )
-    vocabulary = catalogue.vocabulary
-    token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
-    if language_model is not None:
-        token_ids |= read_config(language_model).token_ids
     try:
         with committed_folder(out) as staged:
-            save_weights(backbone, staged / "model", dtype, token_ids)
-            for path in (staged / "model").iterdir():
+            weights = staged / "weights"
+            yield weights
+            for path in weights.iterdir():
                 path.rename(staged / path.name)
-            (staged / "model").rmdir()
+            weights.rmdir()
             if language_model is None:
                 own_tokenizer(catalogue).save(str(staged / "tokenizer.json"))
                 write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)

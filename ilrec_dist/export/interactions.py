@@ -10,8 +10,7 @@ from ilrec_dist.common.files import committed_folder
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.formats import NAMES, load_format
-from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.items.lcrec_index import stored_ids
+from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 
 
 def export_run(run: Path, form: str, out: Path) -> None:
@@ -24,7 +23,7 @@ def export_run(run: Path, form: str, out: Path) -> None:
     folders = RunFolders(run)
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose a new folder, or remove this one")
-    index = folders.items / "index.json"
+    index = folders.items / INDEX
     name = out.absolute().name
     files = export_data(folders.data, form, out, name, index if index.exists() else None)
     console.print(f"{out}: {', '.join(files)}", highlight=False, markup=False)
@@ -50,7 +49,7 @@ def export_data(
         if form == "lcrec" and index is not None:
             items = Path(index).parent
             # The first id that does not fit raises.
-            for _ in stored_ids(items, Catalogue.load(items), dataset.item_ids):
+            for _ in stored_ids(items, dataset.item_ids):
                 pass
             (work / f"{name}.index.json").write_bytes(Path(index).read_bytes())
         return sorted(path.name for path in work.iterdir())

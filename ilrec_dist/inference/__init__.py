@@ -1,1 +1,3 @@
-"""Ranking with a trained backbone: beam search over the trie, batches of histories, new users."""
+"""Ranking with a trained backbone: beam search over the trie, batches of histories, new
+users.
+"""

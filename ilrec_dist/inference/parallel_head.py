@@ -1,4 +1,6 @@
-"""log p of candidate tokens from a vocabulary shard of the output head (METHOD.md §7)."""
+"""log p of candidate tokens from a vocabulary shard of the output head
+(METHOD.md §7).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ SoftmaxScope = Literal["all", "valid_next"]
 
 
 class ParallelHead:
-    """log p of candidate tokens; logits are fp32 and exist on one slice of rows at a time.
+    """log p of candidate tokens; logits are fp32 and exist on one slice of rows at a
+    time.
 
     `weight` [V_local, d] holds the rows [start, stop) of the padded vocabulary. With `group` every
     rank calls `log_probabilities` with the same arguments and gets the same values.
@@ -31,7 +34,9 @@ class ParallelHead:
         self.group = group if group is not None and group.size() > 1 else None
 
     def num_columns(self, token_range: tuple[int, int]) -> int:
-        """The number of logits that a row needs where its candidates lie in `token_range`."""
+        """The number of logits that a row needs where its candidates lie in
+        `token_range`.
+        """
         low, high = self._columns(token_range)
         return high - low
 
@@ -66,7 +71,9 @@ class ParallelHead:
         return chosen - chosen.masked_fill(~exists, -torch.inf).logsumexp(1, keepdim=True)
 
     def _columns(self, token_range: tuple[int, int]) -> tuple[int, int]:
-        """The vocabulary range of a step's logits: all of it, or where its candidates lie."""
+        """The vocabulary range of a step's logits: all of it, or where its candidates
+        lie.
+        """
         return (0, self.vocab_size) if self.scope == "all" else token_range
 
     def _log_sum_exp(self, logits: Tensor) -> Tensor:

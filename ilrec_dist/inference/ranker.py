@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_be
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.trie_constraint import TrieConstraint
+from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
 
 # Called with (histories ranked, histories in all) of this data-parallel rank.
@@ -70,3 +73,73 @@ def rank_histories(
         dist.all_gather_object(gathered, ranked, group=parallel.dp_group)
         ranked = [part for rank in gathered for part in rank]
     return ranked
+
+
+class Ranker(Protocol):
+    """Makes lists for histories, with all that this needs: a model, or several sources."""
+
+    def rank(
+        self,
+        histories: HistoryRanges,
+        *,
+        top: int,
+        exclude_seen: bool,
+        allowed: np.ndarray | None = None,
+        progress: RankingProgress | None = None,
+    ) -> list[tuple[np.ndarray, RankedItems]]:
+        """(rows of `histories`, their lists of at least `top` items), every row once.
+
+        A list is shorter where fewer items are left. With exclude_seen no item of the history is
+        listed; with `allowed`, bool [num_items], no other item. Raises UserError where a score is
+        not finite.
+        """
+
+
+@dataclass(frozen=True)
+class ModelRanker:
+    """Beam search with one model; collective over `parallel`."""
+
+    backbone: Backbone
+    trie: Trie
+    # Beams that are kept, or `top` where that is more.
+    beam: int
+    # Histories whose beams are searched together.
+    batch_size: int
+    softmax_scope: SoftmaxScope
+    # What the model reads of a history.
+    inputs: InputForm
+    parallel: ParallelState
+    # Errors name the model so.
+    model_name: str = "the model"
+
+    @cached_property
+    def constraint(self) -> TrieConstraint:
+        """The whole catalogue's."""
+        return TrieConstraint(self.trie, self.parallel.device)
+
+    def rank(
+        self,
+        histories: HistoryRanges,
+        *,
+        top: int,
+        exclude_seen: bool,
+        allowed: np.ndarray | None = None,
+        progress: RankingProgress | None = None,
+    ) -> list[tuple[np.ndarray, RankedItems]]:
+        """As the protocol has it."""
+        constraint = self.constraint
+        if allowed is not None:
+            constraint = TrieConstraint(self.trie, self.parallel.device, allowed)
+        return rank_histories(
+            self.backbone,
+            constraint,
+            histories,
+            beam=max(self.beam, top),
+            batch_size=self.batch_size,
+            softmax_scope=self.softmax_scope,
+            inputs=self.inputs,
+            exclude_seen=exclude_seen,
+            parallel=self.parallel,
+            progress=progress,
+            model_name=self.model_name,
+        )

@@ -1,4 +1,4 @@
-"""Recommendations for new histories with a trained backbone: the work of `ilrec recommend`."""
+"""Recommendations for new histories by a ranker: the work of `ilrec recommend`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.inference.inputs import InputForm
-from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import RankingProgress, rank_histories
+from ilrec_dist.inference.ranker import Ranker, RankingProgress
 from ilrec_dist.inference.request_files import read_allowed_items, read_histories
-from ilrec_dist.inference.trie_constraint import TrieConstraint
-from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 
 SCHEMA = pa.schema(
     [
@@ -34,7 +28,7 @@ SCHEMA = pa.schema(
 class Recommendations:
     """Items for every user of a file of histories, in the file's order."""
 
-    # The columns of SCHEMA, best first within a user; ranks count from 1, a score is Σ log p.
+    # The columns of SCHEMA, best first within a user; ranks count from 1, a score is the ranker's.
     table: pa.Table
     num_users: int
     # Users with an empty list: every item that may be recommended stands in their history.
@@ -42,49 +36,29 @@ class Recommendations:
 
 
 def recommend_items(
-    backbone: Backbone,
+    ranker: Ranker,
     dataset: InteractionDataset,
-    trie: Trie,
     *,
     histories: str | Path,
     top: int,
-    beam: int,
-    batch_size: int,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
-    parallel: ParallelState,
     exclude_seen: bool = False,
     allowed: str | Path | None = None,
     progress: RankingProgress | None = None,
-    model_name: str = "the model",
 ) -> Recommendations:
     """The `top` items after each history.
 
     `histories` is a Parquet file with the columns user and items (see `read_histories`); the items
     are those of the training data, by their ids. With exclude_seen no item of the user's own
     history is returned; with `allowed`, a text file of one item id a line, no other item. A user
-    gets fewer rows where fewer items are left. At least `top` beams are kept. Collective over
-    `parallel`; the same on every rank. Raises UserError for bad input, and with `model_name` where
-    a score is not finite.
+    gets fewer rows where fewer items are left. Raises UserError for bad input, and where a score
+    is not finite.
     """
     if top < 1:
         raise UserError(f"--top {top}: expected at least 1")
     item_index = {item: number for number, item in enumerate(dataset.item_ids)}
     users, ranges = read_histories(histories, item_index)
     mask = None if allowed is None else read_allowed_items(allowed, item_index)
-    parts = rank_histories(
-        backbone,
-        TrieConstraint(trie, parallel.device, mask),
-        ranges,
-        beam=max(beam, top),
-        batch_size=batch_size,
-        softmax_scope=softmax_scope,
-        inputs=inputs,
-        exclude_seen=exclude_seen,
-        parallel=parallel,
-        progress=progress,
-        model_name=model_name,
-    )
+    parts = ranker.rank(ranges, top=top, exclude_seen=exclude_seen, allowed=mask, progress=progress)
     items = np.full((len(users), top), -1, np.int64)
     scores = np.full((len(users), top), -np.inf, np.float32)
     for rows, ranked in parts:

@@ -1,4 +1,6 @@
-"""The trie as the constraint of a beam search: which tokens may follow, and for whom."""
+"""The trie as the constraint of a beam search: which tokens may follow, and
+for whom.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from ilrec_dist.items.vocabulary import NO_TOKEN
 
 @dataclass(frozen=True)
 class ItemSets:
-    """One set of items for each row of a batch, as distinct pairs in ascending order."""
+    """One set of items for each row of a batch, as distinct pairs in
+    ascending order.
+    """
 
     rows: np.ndarray  # int64 [nnz]
     items: np.ndarray  # int64 [nnz]
@@ -34,7 +38,8 @@ class ItemSets:
 
 
 class TrieConstraint:
-    """The trie on the model's device, narrowed to `allowed` items (bool [num_items], None: all).
+    """The trie on the model's device, narrowed to `allowed` items (bool [num_items],
+    None: all).
 
     It is made once and used for every batch. Nodes are those of `Trie`: numbered in code order at
     each depth 0 … C, where -1 stands for a beam that has died.
@@ -92,17 +97,22 @@ class TrieConstraint:
         return (self._child_start[p][alive + 1] - self._child_start[p][alive]).long() * (nodes >= 0)
 
     def has_ended(self, p: int, nodes: Tensor) -> Tensor:
-        """bool [B, K]: whether the titles of nodes int64 [B, K] at depth p have ended."""
+        """bool [B, K]: whether the titles of nodes int64 [B, K] at depth p
+        have ended.
+        """
         return self._ended[p][nodes.clamp(min=0)]
 
     def leaves(self, p: int, nodes: Tensor) -> Tensor:
-        """int64 [B, K]: nodes at depth C below nodes at depth p that do not branch; -1 for -1."""
+        """int64 [B, K]: nodes at depth C below nodes at depth p that do not branch; -1
+        for -1.
+        """
         for start in self._child_start[p:]:
             nodes = torch.where(nodes >= 0, start[nodes.clamp(min=0)].long(), -1)
         return nodes
 
     def exhausted_nodes(self, excluded: ItemSets, device: torch.device | str) -> list[Tensor]:
-        """The nodes below which a row has no allowed item left outside its `excluded` set.
+        """The nodes below which a row has no allowed item left outside its `excluded`
+        set.
 
         One entry per depth 1 … C: an ascending int64 list of keys row · num_nodes(depth) + node.
         """
@@ -123,7 +133,8 @@ class TrieConstraint:
     def has_item_left(
         self, p: int, child: Tensor, exists: Tensor, first_row: int, exhausted: list[Tensor] | None
     ) -> Tensor:
-        """bool [B, K, c]: the children at depth p + 1 that lead to an item which the row may get.
+        """bool [B, K, c]: the children at depth p + 1 that lead to an item which the
+        row may get.
 
         `child` and `exists` are those of `children`, `exhausted` that of `exhausted_nodes`, and
         `first_row` is the batch row of child[0].

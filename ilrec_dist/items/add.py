@@ -24,7 +24,8 @@ from ilrec_dist.items.collisions import (
     tuple_groups,
 )
 from ilrec_dist.items.index_report import catalogue_report, collision_warning, read_report
-from ilrec_dist.items.lcrec_index import stored_ids
+from ilrec_dist.items.language_model import LANGUAGE_MODEL, extend_tokenizer
+from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 from ilrec_dist.items.residual_quantizer import CODEBOOKS, Codebooks, centroid_codebooks
 from ilrec_dist.items.text_embeddings import check_finite, item_documents, text_vectors
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
@@ -78,13 +79,12 @@ def add_items(
     )
     if not scratch.is_dir():
         raise UserError(f"index add: {scratch} is a file, expected a folder (--out {out})")
-    old_ids = list(stored_ids(folder, old, dataset.item_ids))
+    old_ids = list(stored_ids(folder, dataset.item_ids))
     known = set(old_ids)
     for item in new_ids:
         if item in known:
             raise UserError(
-                f"index add: item {item!r} is in {Path(folder) / 'index.json'} already; "
-                "leave it out"
+                f"index add: item {item!r} is in {Path(folder) / INDEX} already; leave it out"
             )
         known.add(item)
     before = read_report(folder)
@@ -106,10 +106,20 @@ def add_items(
     }
     report["warning"] = collision_warning(report)
     with committed_folder(out) as work:
-        for name in {TOKENIZER, CODEBOOKS} & manifest_hashes(folder).keys():
-            shutil.copy(verified(folder, name, REPAIR), work / name)
+        for name in manifest_hashes(folder, REPAIR):
+            if name in (TOKENIZER, CODEBOOKS) or name.startswith(f"{LANGUAGE_MODEL}/"):
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copy(verified(folder, name, REPAIR), work / name)
+        if (work / LANGUAGE_MODEL).is_dir():
+            extend_tokenizer(work / LANGUAGE_MODEL, added_tokens(old, catalogue))
         write_items(work, catalogue, [*old_ids, *new_ids], report)
     return report
+
+
+def added_tokens(old: Catalogue, new: Catalogue) -> dict[int, str]:
+    """Token id → name of the item tokens that only the longer catalogue has."""
+    before = old.token_names()
+    return {token: name for token, name in new.token_names().items() if token not in before}
 
 
 def _with_titles(
@@ -154,7 +164,9 @@ def _books_and_vectors(
     item_vectors: GivenVectors | None,
     scratch: Path,
 ) -> tuple[Codebooks, np.ndarray]:
-    """(codebooks of the old codes, the new items' vectors float32 [m, d] in their space)."""
+    """(codebooks of the old codes, the new items' vectors float32 [m, d] in their
+    space).
+    """
     stored = CODEBOOKS in manifest_hashes(folder)
     if item_vectors is not None:
         old_vectors, new_vectors = item_vectors.old, np.asarray(item_vectors.new, np.float32)
@@ -179,7 +191,9 @@ def _books_and_vectors(
 def _check_vectors(
     folder: str | Path, old: Catalogue, num_new: int, item_vectors: GivenVectors, stored: bool
 ) -> None:
-    """Raise UserError unless the vectors' counts, and the old ones' order, fit the index."""
+    """Raise UserError unless the vectors' counts, and the old ones' order, fit the
+    index.
+    """
     if item_vectors.old is None:
         kind = read_report(folder)["vectors"]["kind"]
         if not stored or "+" in kind:
@@ -200,7 +214,8 @@ def _check_vectors(
 
 
 def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> None:
-    """Raise UserError where the old vectors tell no more of the codes than in a random order.
+    """Raise UserError where the old vectors tell no more of the codes than in a random
+    order.
 
     Items of one first code have like vectors where both are in item-index order.
     Vectors in code order have the same shape, and every new item would get the codes of
@@ -231,7 +246,9 @@ def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> Non
 
 
 def _explained(vectors: np.ndarray, codes: np.ndarray) -> float:
-    """The sum of squares between the codes' means: the larger, the more alike are their items."""
+    """The sum of squares between the codes' means: the larger, the more alike are their
+    items.
+    """
     order = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
     counts = np.diff(np.append(starts, len(codes)))

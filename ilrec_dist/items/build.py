@@ -25,7 +25,7 @@ from ilrec_dist.items.collisions import (
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_report import catalogue_report, collision_warning
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
-from ilrec_dist.items.lcrec_index import read_index, write_index
+from ilrec_dist.items.lcrec_index import INDEX, read_index, write_index
 from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks, residual_codes
 from ilrec_dist.items.text_embeddings import (
     check_cf_vectors,
@@ -146,7 +146,7 @@ def write_items(
     """Write the catalogue's files, its trie, index.json and report.json, and record all files."""
     catalogue.save(folder)
     Trie(catalogue).save(folder)
-    write_index(folder / "index.json", catalogue, item_ids)
+    write_index(folder / INDEX, catalogue, item_ids)
     write_json(folder / "report.json", report)
     write_manifest(folder, {})
 

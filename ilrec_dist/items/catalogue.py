@@ -1,4 +1,6 @@
-"""Every item's token sequence, in code order: the items below any prefix are one range."""
+"""Every item's token sequence, in code order: the items below any prefix
+are one range.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ FILES = ("tokens.npy", "items.npy", "position.npy", "item_tokens.npy")
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items in code order: sorted by their token ids, items that share a sequence by item index.
+    """Items in code order: sorted by their token ids, items that share a sequence by
+    item index.
 
     Where items are titles (`pieces`), all levels share the item tokens, a title ends
     with the vocabulary's end token, and NO_TOKEN stands behind that up to C.
@@ -52,7 +55,9 @@ class Catalogue:
 
     @property
     def vocab_size(self) -> int:
-        """V, the size of the language model's vocabulary without rows that pad it for tp."""
+        """V, the size of the language model's vocabulary without rows that pad it for
+        tp.
+        """
         return self.vocabulary.size
 
     def level_starts(self) -> np.ndarray:
@@ -66,12 +71,16 @@ class Catalogue:
         return np.setdiff1d(self.tokens, [NO_TOKEN])
 
     def item_tokens(self, items: np.ndarray) -> np.ndarray:
-        """int32 [..., C] token ids of item indices [...]; NO_TOKEN behind the end of a title."""
+        """int32 [..., C] token ids of item indices [...]; NO_TOKEN behind the end of a
+        title.
+        """
         tokens: np.ndarray = self.tokens[self.position[items]]
         return tokens
 
     def item_lengths(self, items: np.ndarray) -> np.ndarray:
-        """int64 [...]: tokens of each of the item indices [...]; C unless items are titles."""
+        """int64 [...]: tokens of each of the item indices [...]; C unless items are
+        titles.
+        """
         if self.pieces is None:
             return np.full(np.shape(items), self.depth, np.int64)
         return np.asarray(np.count_nonzero(self.item_tokens(items) != NO_TOKEN, axis=-1))
@@ -83,7 +92,9 @@ class Catalogue:
         return codes
 
     def token_names(self) -> dict[int, str]:
-        """The text of each item token by its id: <a_0>, <a_1>, …, or the pieces of titles."""
+        """The text of each item token by its id: <a_0>, <a_1>, …, or the pieces of
+        titles.
+        """
         names = self.pieces or [
             f"<{name}_{code}>"
             for name, size in zip(self.level_names, self.level_sizes, strict=True)
@@ -93,13 +104,17 @@ class Catalogue:
         return dict(zip(self.vocabulary.item_tokens.tolist()[::-1], names[::-1], strict=True))
 
     def in_vocabulary(self, vocabulary: Vocabulary) -> Catalogue:
-        """The same items with the token ids of another vocabulary, in the order of these ids."""
+        """The same items with the token ids of another vocabulary, in the order of
+        these ids.
+        """
         if self.pieces is not None:
             return make_title_catalogue(self.codes(), self.pieces, vocabulary)
         return make_catalogue(self.codes(), self.level_sizes, self.level_names, vocabulary)
 
     def save(self, folder: str | Path) -> None:
-        """Write FILES and catalogue.json (with their SHA-256) into an existing folder."""
+        """Write FILES and catalogue.json (with their SHA-256) into an
+        existing folder.
+        """
         folder = Path(folder)
         arrays = (self.tokens, self.items, self.position, self.vocabulary.item_tokens)
         for name, array in zip(FILES, arrays, strict=True):
@@ -134,7 +149,7 @@ class Catalogue:
             raise UserError(
                 f"{folder}: not a catalogue folder (no catalogue.json); run `ilrec index` first"
             )
-        meta = read_json_object(path)
+        meta = read_json_object(path, REPAIR)
         if meta.get("version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: version {meta.get('version')!r}, expected {FORMAT_VERSION}; "
@@ -156,7 +171,9 @@ class Catalogue:
 
 
 def catalogue_hash(catalogue: Catalogue) -> str:
-    """SHA-256 of the catalogue's tokens and item order, by which a model knows its codes."""
+    """SHA-256 of the catalogue's tokens and item order, by which a model knows its
+    codes.
+    """
     digest = hashlib.sha256(np.ascontiguousarray(catalogue.tokens, dtype="<i4").tobytes())
     digest.update(np.ascontiguousarray(catalogue.items, dtype="<i4").tobytes())
     return digest.hexdigest()
@@ -201,7 +218,8 @@ def make_catalogue(
 def make_title_catalogue(
     codes: np.ndarray, pieces: Sequence[str], vocabulary: Vocabulary | None = None
 ) -> Catalogue:
-    """Catalogue of titles: item token numbers int [num_items, C], 0 at the end and -1 behind it.
+    """Catalogue of titles: item token numbers int [num_items, C], 0 at the end and -1
+    behind it.
 
     pieces: the text of each item token. The vocabulary defaults to that of a model
     trained from scratch. Raises ValueError when it is none for titles of that many

@@ -13,7 +13,9 @@ from ilrec_dist.items.residual_quantizer import CHUNK_ROWS, Codebooks
 
 @dataclass(frozen=True)
 class Resolution:
-    """Codes without collisions and how they came about: "none", "last level" or "extra level"."""
+    """Codes without collisions and how they came about: "none", "last level" or "extra
+    level".
+    """
 
     codes: np.ndarray  # int32 [n, C or C + 1]
     level_sizes: list[int]
@@ -23,7 +25,9 @@ class Resolution:
 
 
 def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(group int32 [n] of each row's code tuple, size int64 [groups]), groups in code order."""
+    """(group int32 [n] of each row's code tuple, size int64 [groups]), groups in code
+    order.
+    """
     if codes.shape[1] == 0:
         return np.zeros(len(codes), np.int32), np.array([len(codes)])
     order = np.lexsort(codes.T[::-1])
@@ -40,7 +44,9 @@ def tuple_groups(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collision_report(codes: np.ndarray) -> dict[str, int | float]:
-    """Items that share their tuple, shared tuples, items beyond one a tuple, the largest group."""
+    """Items that share their tuple, shared tuples, items beyond one a tuple, the
+    largest group.
+    """
     _, sizes = tuple_groups(codes)
     shared = sizes[sizes > 1]
     return {
@@ -53,7 +59,8 @@ def collision_report(codes: np.ndarray) -> dict[str, int | float]:
 
 
 def resolution_preview(codes: np.ndarray, level_sizes: list[int]) -> dict[str, Any]:
-    """What `resolve_collisions` would do, without the assignment: {"how", "items" or "codes"}.
+    """What `resolve_collisions` would do, without the assignment: {"how", "items" or
+    "codes"}.
 
     "last level": at least `items` items get another last code. "extra level": of
     `codes` codes.
@@ -139,7 +146,8 @@ def resolve_collisions(
 def _move_cost(
     residuals: np.ndarray, book: np.ndarray, current: np.ndarray, free: np.ndarray
 ) -> np.ndarray:
-    """float64 [items, free codes]: the increase in squared distance over the item's current code.
+    """float64 [items, free codes]: the increase in squared distance over the item's
+    current code.
 
     It is at least a trifle, so that staying is preferred.
     """
@@ -149,7 +157,9 @@ def _move_cost(
 
 
 def known_distances(vectors: np.ndarray, book: np.ndarray) -> np.ndarray:
-    """float64 [n, codes] squared distances; a code without a centroid is as far as the farthest."""
+    """float64 [n, codes] squared distances; a code without a centroid is as far as the
+    farthest.
+    """
     distance = squared_distances(vectors, book)
     unknown = np.isnan(distance)
     if unknown.all():

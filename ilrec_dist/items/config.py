@@ -26,6 +26,11 @@ def _embeds_by_tfidf(config: Any) -> bool:
     return _embeds_texts(config) and config.items.text_model is None
 
 
+def _draws_numbers(config: Any) -> bool:
+    """Quantisation draws the points that it begins with, TF-IDF + SVD a projection."""
+    return _builds_codes(config) or _embeds_by_tfidf(config)
+
+
 def _may_collide(config: Any) -> bool:
     return bool(config.items.form != "atomic")
 
@@ -110,7 +115,16 @@ class ItemsConfig:
         Literal["keep", "refuse", "resolve"],
         OnlyIf("items.form semantic or titles", _may_collide),
     ] = "keep"
-    seed: Annotated[NonNegative, OnlyIf(_CODES_OF_VECTORS, _needs_vectors)] = 0
+    # Of the quantisation and of the SVD.
+    seed: Annotated[
+        NonNegative,
+        OnlyIf(_CODES_OF_VECTORS, _needs_vectors),
+        OnlyIf(
+            "codes that are built, or resolved without items.text_model, whose vectors take no "
+            "random number",
+            _draws_numbers,
+        ),
+    ] = 0
 
     @property
     def from_cf(self) -> bool:

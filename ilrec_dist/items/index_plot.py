@@ -1,4 +1,6 @@
-"""`ilrec index report --plot`: a picture of how evenly the codes of a catalogue are used."""
+"""`ilrec index report --plot`: a picture of how evenly the codes of a catalogue are
+used.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ COLOURS = (
 
 
 def plot_code_use(catalogue: Catalogue, path: str | Path) -> None:
-    """Write an SVG with one curve a level: items per code, codes sorted by use (log scale)."""
+    """Write an SVG with one curve a level: items per code, codes sorted by use (log
+    scale).
+    """
     curves = [np.sort(code_use(catalogue, level))[::-1] for level in range(catalogue.depth)]
     top = np.log10(max(curve.max() for curve in curves) + 1)
     inner_width, inner_height, base = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN, HEIGHT - MARGIN

@@ -1,4 +1,6 @@
-"""`ilrec index report`: what a catalogue's codes look like, as numbers, a line and a table."""
+"""`ilrec index report`: what a catalogue's codes look like, as numbers, a line and a
+table.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ WARN_SHARE = 0.1
 
 
 def code_use(catalogue: Catalogue, level: int) -> np.ndarray:
-    """int64 [codes of the level]: items that have each code there; ended titles have none."""
+    """int64 [codes of the level]: items that have each code there; ended titles have
+    none.
+    """
     numbers = catalogue.vocabulary.numbers(catalogue.tokens[:, level])
     codes = numbers[numbers >= 0] - catalogue.level_starts()[level]
     return np.bincount(codes, minlength=catalogue.level_sizes[level])
@@ -49,7 +53,9 @@ def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """The report.json that `ilrec index` wrote into `folder`; UserError when it is damaged."""
+    """The report.json that `ilrec index` wrote into `folder`; UserError when it is
+    damaged.
+    """
     return read_json_object(verified(folder, "report.json", REPAIR))
 
 
@@ -83,7 +89,9 @@ def open_index(path: str | Path) -> tuple[dict[str, Any], Catalogue]:
 
 
 def collision_warning(report: Mapping[str, Any]) -> str | None:
-    """One line with what to do, where more than WARN_SHARE of the items share their tokens."""
+    """One line with what to do, where more than WARN_SHARE of the items share their
+    tokens.
+    """
     shared = report["collisions"]["after"]
     if shared["share"] <= WARN_SHARE:
         return None
@@ -98,7 +106,9 @@ def collision_warning(report: Mapping[str, Any]) -> str | None:
 
 
 def index_summary(report: Mapping[str, Any]) -> str:
-    """One line: how many items, of how many codes, what was left out, and the collisions."""
+    """One line: how many items, of how many codes, what was left out, and the
+    collisions.
+    """
     levels, collisions = report["levels"], report["collisions"]
     if "title_tokens" in report:
         parts = [f"{report['items']:,} items, {report['source']}"]
@@ -134,7 +144,9 @@ def index_summary(report: Mapping[str, Any]) -> str:
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """An index's report as plain text: a line a level, then the collisions and their resolution."""
+    """An index's report as plain text: a line a level, then the collisions and their
+    resolution.
+    """
     lines = [
         f"{report['items']} items, {report['vocab_size']} tokens with padding, "
         f"from {report['source']}",

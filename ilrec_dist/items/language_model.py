@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,14 +61,7 @@ class ExtendedTokenizer:
                 f"{model.folder}: the tokenizer's largest id is {base_size - 1}, and the model has "
                 f"{model.embedding_rows} embedding rows; the tokenizer is of another model"
             )
-        # Matched as they are written, and kept when special tokens are left out of a text.
-        self.tokenizer.add_tokens([AddedToken(n, normalized=False, special=False) for n in names])
-        ids = self.tokenizer.convert_tokens_to_ids(list(names))
-        if ids != list(range(base_size, base_size + len(names))):
-            raise UserError(
-                f"{model.folder}: the tokenizer does not give added tokens the ids from "
-                f"{base_size} on"
-            )
+        _add_tokens(self.tokenizer, names, base_size, model.folder)
         self.base_size, self.num_added = base_size, len(names)
 
     @property
@@ -116,6 +109,30 @@ class ExtendedTokenizer:
         if not (out / TOKENIZER).is_file():
             raise UserError(f"{self.model.folder}: its tokenizer has no {TOKENIZER} form")
         shutil.copyfile(self.model.folder / "config.json", out / "config.json")
+
+
+def extend_tokenizer(folder: Path, added: Mapping[int, str]) -> None:
+    """Add item tokens, id → name, to the tokenizer that `ExtendedTokenizer.save` wrote.
+
+    `folder` is LANGUAGE_MODEL's. Raises UserError where the tokenizer gives them other ids.
+    """
+    if not added:
+        return
+    tokenizer = _load(folder)
+    _add_tokens(tokenizer, [added[token] for token in sorted(added)], min(added), folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _add_tokens(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], first: int, source: Path
+) -> None:
+    """Add all tokens in one call; their ids must be `first` and those that follow."""
+    # Matched as they are written, and kept when special tokens are left out of a text.
+    tokenizer.add_tokens([AddedToken(n, normalized=False, special=False) for n in names])
+    if tokenizer.convert_tokens_to_ids(list(names)) != list(range(first, first + len(names))):
+        raise UserError(
+            f"{source}: the tokenizer does not give added tokens the ids from {first} on"
+        )
 
 
 def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> csr_matrix:

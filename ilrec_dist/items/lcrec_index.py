@@ -1,4 +1,6 @@
-"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read and written back."""
+"""NAME.index.json: item id → code tokens such as ["<a_128>", "<b_241>"]; read and
+written back.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.json_stream import stream_json_object
-from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.common.manifest import verified
+from ilrec_dist.items.catalogue import REPAIR, Catalogue
 from ilrec_dist.items.vocabulary import NO_TOKEN
 
+# Beside the catalogue's files.
+INDEX = "index.json"
 TOKEN = re.compile(r"<([A-Za-z]+)_([0-9]{1,7})>")
 
 
@@ -32,7 +37,8 @@ class IndexFile:
 
 
 def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> IndexFile:
-    """Read the codes of `item_ids` in that order (None: of all items, as the file has them).
+    """Read the codes of `item_ids` in that order (None: of all items, as the file has
+    them).
 
     Items of the file that are not among `item_ids` are passed over, but count towards
     the level sizes. Raises UserError naming file and item for an item without a code, a
@@ -89,28 +95,14 @@ def read_index(path: str | Path, item_ids: Iterable[str] | None = None) -> Index
     return IndexFile(codes[rows], sizes, names, len(row_of) - len(rows))
 
 
-def stored_ids(folder: str | Path, catalogue: Catalogue, item_ids: Iterable[str]) -> Iterator[str]:
+def stored_ids(folder: str | Path, item_ids: Iterable[str]) -> Iterator[str]:
     """The items of the index.json beside a catalogue, one at a time.
 
-    They are `item_ids`, in that order, with the catalogue's codes. Raises UserError,
-    when it gets there, where the items are others or the codes of the file are not
-    those of the catalogue.
+    They are `item_ids`, in that order. Raises UserError where the file is not what the
+    index stage wrote and, when it gets there, where its items are others.
     """
-    path, names = Path(folder) / "index.json", catalogue.token_names()
-    for number, (entry, item) in enumerate(zip_longest(stream_json_object(path), item_ids)):
-        if number < catalogue.num_items:
-            tokens = catalogue.tokens[catalogue.position[number]].tolist()
-            codes = [names[token] for token in tokens if token != NO_TOKEN]
-            if entry is None or entry[1] != codes:
-                raise UserError(
-                    f"{path}: damaged or changed: item {number + 1} does not have the catalogue's "
-                    f"codes; remove {folder} and run `ilrec index` again"
-                )
-        elif entry is not None:
-            raise UserError(
-                f"{path}: damaged or changed: more items than the catalogue's {number}; "
-                f"remove {folder} and run `ilrec index` again"
-            )
+    path = verified(folder, INDEX, REPAIR)
+    for entry, item in zip_longest(stream_json_object(path), item_ids):
         if entry is None or item is None or entry[0] != item:
             raise UserError(
                 f"{folder}: the index was made for other items than the run's prepared data holds; "

@@ -1,4 +1,6 @@
-"""Vectors → code tuples by FAISS residual quantisation; centroids for codes that were given."""
+"""Vectors → code tuples by FAISS residual quantisation; centroids for codes that were
+given.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,18 @@ class Codebooks:
         return int(self.levels[0].shape[1])
 
     def residual(self, vectors: np.ndarray, codes: np.ndarray, level: int) -> np.ndarray:
-        """float32 [n, d]: what is left of the vectors after the codes of the levels before."""
+        """float32 [n, d]: what is left of the vectors after the codes of the levels
+        before.
+        """
         residual = np.array(vectors, np.float32)
         for earlier in range(level):
             residual -= np.nan_to_num(self.levels[earlier][codes[:, earlier]])
         return residual
 
     def save(self, folder: Path) -> None:
-        """Write CODEBOOKS: the levels' centroids one after another, float32 [codes, d]."""
+        """Write CODEBOOKS: the levels' centroids one after another, float32
+        [codes, d].
+        """
         np.save(folder / CODEBOOKS, np.vstack(self.levels))
 
     @staticmethod
@@ -99,7 +105,9 @@ def residual_codes(
 
 
 def centroid_codebooks(vectors: np.ndarray, codes: np.ndarray, level_sizes: list[int]) -> Codebooks:
-    """Codebooks for given codes: per code the mean residual of the items that carry it."""
+    """Codebooks for given codes: per code the mean residual of the items
+    that carry it.
+    """
     books = Codebooks([])
     for level, size in enumerate(level_sizes):
         count = np.bincount(codes[:, level], minlength=size)

@@ -1,4 +1,6 @@
-"""Item vectors for quantisation: of titles and texts, of the CF model, or both side by side."""
+"""Item vectors for quantisation: of titles and texts, of the CF model, or both side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def quantizer_vectors(
     cf_embeddings: np.ndarray | None,
     scratch: Path,
 ) -> np.ndarray:
-    """float32 [num_items, d] by item index, as `items.embedding` says: text, cf or text+cf.
+    """float32 [num_items, d] by item index, as `items.embedding` says: text, cf or
+    text+cf.
 
     cf_embeddings: float [num_items, d'] by item index. The array is mapped, of a file
     in the folder `scratch`. Raises UserError when texts or CF vectors that are needed
@@ -105,7 +108,9 @@ def check_cf_vectors(vectors: np.ndarray, item_ids: Sequence[str]) -> np.ndarray
 
 
 def check_finite(vectors: np.ndarray, item_ids: Sequence[str], source: str, advice: str) -> None:
-    """Raise UserError that names the first item whose vector has a NaN or an infinity."""
+    """Raise UserError that names the first item whose vector has a NaN or
+    an infinity.
+    """
     for start in range(0, len(vectors), CHUNK_ROWS):
         finite = np.isfinite(vectors[start : start + CHUNK_ROWS]).all(axis=1)
         if not finite.all():
@@ -114,7 +119,9 @@ def check_finite(vectors: np.ndarray, item_ids: Sequence[str], source: str, advi
 
 
 def _side_by_side(parts: list[np.ndarray], scratch: Path) -> np.ndarray:
-    """Vectors of several kinds with the same mean square length: neither drowns the other."""
+    """Vectors of several kinds with the same mean square length: neither drowns the
+    other.
+    """
     rows = len(parts[0])
     blocks = [slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS)]
     squares = [

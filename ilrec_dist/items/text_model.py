@@ -18,7 +18,8 @@ MAX_TOKENS = 256
 
 
 class TextModel:
-    """An encoder, a decoder, or the encoder of both, whose token states are pooled per text.
+    """An encoder, a decoder, or the encoder of both, whose token states are pooled per
+    text.
 
     Texts are cut at MAX_TOKENS, or the fewer that the model takes. They are pooled as
     the folder's 1_Pooling/config.json says (first, last or maximum over tokens), by the

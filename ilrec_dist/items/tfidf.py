@@ -1,4 +1,6 @@
-"""Texts as vectors without any download: TF-IDF of words or characters, then a truncated SVD."""
+"""Texts as vectors without any download: TF-IDF of words or characters, then a
+truncated SVD.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class TfidfSpace:
         self.fitted = unit_rows(fitted) if terms.shape[0] == len(texts) else None
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit-length vectors float32 [n, dim] of n texts; zeros for a text without known terms."""
+        """Unit-length vectors float32 [n, dim] of n texts; zeros for a text without
+        known terms.
+        """
         if not len(texts):
             return np.zeros((0, self.dim), np.float32)
         return unit_rows(self._svd.transform(self._vectorizer.transform(texts)))

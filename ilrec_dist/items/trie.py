@@ -1,4 +1,6 @@
-"""A catalogue's prefix trie as ranges: a prefix's next tokens and its items are array slices."""
+"""A catalogue's prefix trie as ranges: a prefix's next tokens and its items are array
+slices.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from ilrec_dist.items.catalogue import REPAIR, Catalogue
 
 
 class Trie:
-    """Nodes at depth p (0 … C) are numbered in code order; node 0 at depth 0 is the root.
+    """Nodes at depth p (0 … C) are numbered in code order; node 0 at depth 0 is the
+    root.
 
     node_start[p]  int32 [nodes_p + 1]: node j covers the code-order positions
                    [node_start[p][j], node_start[p][j + 1])
@@ -58,7 +61,9 @@ class Trie:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write trie.npy and trie.json (with its SHA-256) beside the catalogue's files."""
+        """Write trie.npy and trie.json (with its SHA-256) beside the
+        catalogue's files.
+        """
         path, arrays = Path(folder) / "trie.npy", self._arrays()
         stored = np.lib.format.open_memmap(
             path, mode="w+", dtype=np.int32, shape=(sum(map(len, arrays)),)
@@ -71,11 +76,13 @@ class Trie:
 
     @staticmethod
     def load(folder: str | Path, catalogue: Catalogue) -> Trie:
-        """Map what `save` wrote beside this catalogue. Raises UserError when it is damaged."""
+        """Map what `save` wrote beside this catalogue. Raises UserError when it is
+        damaged.
+        """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             verified(folder, "trie.json", REPAIR)
-        meta = read_json_object(folder / "trie.json")
+        meta = read_json_object(folder / "trie.json", REPAIR)
         check_hashes(folder, {"trie.npy": meta.get("sha256")}, "trie.json", REPAIR)
         stored, starts = map_array(folder / "trie.npy"), [count + 1 for count in meta["nodes"]]
         *arrays, labels = _cut(
@@ -97,7 +104,9 @@ class Trie:
         return sum(array.nbytes for array in self._arrays())
 
     def item_node(self, p: int, items: np.ndarray) -> np.ndarray:
-        """int64 nodes at depth p whose range holds the items (item indices, any shape)."""
+        """int64 nodes at depth p whose range holds the items (item indices,
+        any shape).
+        """
         position = self.catalogue.position[items]
         return np.asarray(np.searchsorted(self.node_start[p], position, side="right") - 1)
 
@@ -136,7 +145,8 @@ class Trie:
         return indptr, rows[np.arange(width) < counts[:, None]]
 
     def step(self, p: int, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same shape).
+        """int64 nodes at depth p + 1 reached from nodes at depth p by tokens (same
+        shape).
 
         -1 where there is none, or where the node is -1.
         """
@@ -159,7 +169,8 @@ class Trie:
         return np.where(has_child, low, -1)
 
     def leaf_items(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices int64).
+        """CSR of the items of R nodes at depth C: (indptr int64 [R+1], item indices
+        int64).
 
         Items that share a tuple are in item-id order.
         """
@@ -176,7 +187,8 @@ class Trie:
         return indptr, self.catalogue.items[where].astype(np.int64)
 
     def target_candidates(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The continuations at every step of T target items (METHOD.md §2, `valid_next`).
+        """The continuations at every step of T target items (METHOD.md §2,
+        `valid_next`).
 
         Rows are target-major, then depth: t0d0, t0d1, …, t0d(C-1), t1d0, … Returns
         (indptr int64 [T·C+1], tokens int64 [nnz], ascending in a row).
@@ -198,7 +210,9 @@ def _cut(array: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indptr int64 [R+1], the ranges [starts[r], starts[r] + counts[r]) concatenated, int64)."""
+    """(indptr int64 [R+1], the ranges [starts[r], starts[r] + counts[r]) concatenated,
+    int64).
+    """
     indptr = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(counts, out=indptr[1:])
     return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)

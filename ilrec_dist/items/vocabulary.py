@@ -76,6 +76,12 @@ class Vocabulary:
         ids = np.concatenate([[end], np.arange(base_size)]).astype(np.int32)
         return Vocabulary(ids, max(embedding_rows, base_size), padding, end, base_size)
 
+    @property
+    def added_tokens(self) -> tuple[int, int]:
+        """The range of ids of the item tokens that are no tokens of the tokenizer itself."""
+        stop = 1 + int(self.item_tokens.max(initial=self.base_size - 1))
+        return self.base_size, max(stop, self.base_size)
+
     def extended(self, count: int) -> Vocabulary:
         """With `count` more item tokens, whose ids follow the largest one of an item token."""
         last = int(self.item_tokens.max(initial=self.base_size - 1 if self.base_size else 0))

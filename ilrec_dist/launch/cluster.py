@@ -40,20 +40,21 @@ def cluster_address(launch: LaunchConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def ray_session(launch: LaunchConfig) -> Iterator[None]:
+def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
     """Connect to the named cluster, or start a local Ray, for the length of the block.
 
-    Nothing happens under torchrun, and where this process is connected already.
+    Yields what the cluster has, such as {"CPU": 64, "GPU": 8}. Nothing happens under torchrun,
+    and no new connection is made where this process has one.
     """
     if launch.engine != "ray":
-        yield
+        yield {}
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Ray takes a second to load, which commands without workers need not wait for.
     import ray
 
     if ray.is_initialized():
-        yield
+        yield ray.cluster_resources()  # type: ignore[no-untyped-call]
         return
     address = cluster_address(launch)
     source = f"launch.ray_address {address}" if launch.ray_address else f"RAY_ADDRESS={address}"
@@ -67,7 +68,12 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     with _environment(ATTEMPTS if address else {}):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
         except ray.exceptions.AuthenticationError:
             raise UserError(f"{source}: {GIVE_TOKEN}") from None
         except (ConnectionError, RuntimeError) as error:
@@ -78,7 +84,7 @@ def ray_session(launch: LaunchConfig) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
         try:
-            yield
+            yield ray.cluster_resources()  # type: ignore[no-untyped-call]
         finally:
             ray.shutdown()
 

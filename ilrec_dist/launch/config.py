@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from ilrec_dist.common.config_fields import (
     Affects,
@@ -13,6 +13,11 @@ from ilrec_dist.common.config_fields import (
     PositiveFloat,
     section,
 )
+
+
+def _sets_threads(config: Any) -> bool:
+    launch = config.launch
+    return bool(launch.device != "cuda" or launch.engine == "torchrun")
 
 
 @section()
@@ -30,8 +35,13 @@ class LaunchConfig:
     ] = False
     # The device of the workers; auto: the GPUs, where every worker can have one.
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"
-    # CPU threads per worker; None: the cores shared evenly.
-    threads: Annotated[Optional[Positive], Affects()] = None
+    # CPU threads per worker; None: the cores shared evenly. Under torchrun also those that a
+    # worker has beside its GPU.
+    threads: Annotated[
+        Optional[Positive],
+        Affects(),
+        OnlyIf("launch.device cpu or auto, or launch.engine torchrun", _sets_threads),
+    ] = None
     # Restarts of the worker group before the run gives up.
     max_failures: Annotated[NonNegative, Affects()] = 3
     # After so many seconds a collective, a worker that does not answer and a lost node that

@@ -1,4 +1,6 @@
-"""What a process runs on: CPU or GPU, how many threads, and how much its libraries print."""
+"""What a process runs on: CPU or GPU, how many threads, and how much its libraries
+print.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from ilrec_dist.launch.config import LaunchConfig
 
 
 def resolve_device(launch: LaunchConfig) -> Literal["cpu", "cuda"]:
-    """The device that `launch.device` names; for auto, the GPUs where every worker here has one.
+    """The device that `launch.device` names; for auto, the GPUs where every worker here
+    has one.
 
     Ray hides the GPUs from workers to which it gave none.
     """
@@ -29,12 +32,16 @@ def set_cpu_threads(launch: LaunchConfig, workers_here: int = 1) -> None:
 
 
 def default_threads(workers_here: int) -> int:
-    """The cores that this process may use, shared evenly by the workers of this machine."""
+    """The cores that this process may use, shared evenly by the workers of this
+    machine.
+    """
     return max(1, len(os.sched_getaffinity(0)) // workers_here)
 
 
 def quiet() -> None:
-    """Silence what DeepSpeed and Megatron print at start-up; keep what a user can act on."""
+    """Silence what DeepSpeed and Megatron print at start-up; keep what a user can act
+    on.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     accelerator = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"

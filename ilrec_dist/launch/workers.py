@@ -58,7 +58,7 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         process = subprocess.Popen(
             command,
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
         try:
             status = process.wait()
@@ -73,7 +73,7 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         raise WorkersFailed(f"torchrun ended with exit status {status}; its output above says why")
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent() -> Callable[[], None] | None:
     """What a new process calls so that the kernel ends it when this one dies, even of SIGKILL.
 
     torchrun then ends its workers. Linux only.

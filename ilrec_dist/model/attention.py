@@ -158,6 +158,10 @@ class CoreAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention on [B, heads, S, head_dim]: causal, or as the mask [B, 1, S, S] says."""
+        dtype = query.dtype
+        if dtype == torch.bfloat16 and not query.is_cuda and query.requires_grad:
+            # On a CPU the backward pass in bf16 takes several times as long as the one in fp32.
+            query, key, value = query.float(), key.float(), value.float()
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -166,7 +170,7 @@ class CoreAttention(torch.nn.Module):
             is_causal=mask is None,
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
-        )
+        ).to(dtype)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Causal attention within each sample of a row, [1, T, heads, head_dim]."""

@@ -61,7 +61,9 @@ def build_pretrained(
     )
 
 
-def load_pretrained(backbone: Backbone, folder: str | Path, new_rows: NewRows) -> None:
+def load_pretrained(
+    backbone: Backbone, folder: str | Path, new_rows: NewRows | None = None
+) -> None:
     """Fill what `build_pretrained` built from the model's folder, and draw its new rows."""
     load_weights(backbone, folder, new_rows)
 

@@ -1,8 +1,9 @@
-"""The configuration section `backbone`: the decoder."""
+"""The configuration sections `backbone`, the decoder, and `train.lora`, its adapters."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional
+from dataclasses import field
+from typing import Annotated, Any, Literal, Optional, get_args
 
 from annotated_types import MinLen
 
@@ -37,6 +38,9 @@ def _has_new_tokens(config: Any) -> bool:
     return bool(config.items.form != "titles")
 
 
+# Fields that say something of a pretrained model.
+PRETRAINED = OnlyIf("a model in backbone.from", _is_pretrained)
+
 # Fields that the config.json of a pretrained model decides.
 FROM_SCRATCH = OnlyIf(
     "backbone.from null (a pretrained model's config.json decides it)", _is_from_scratch
@@ -53,7 +57,7 @@ class BackboneConfig:
     # What the rows of added item tokens begin with (METHOD.md §10).
     new_tokens: Annotated[
         Literal["moments", "text"],
-        OnlyIf("a model in backbone.from", _is_pretrained),
+        PRETRAINED,
         OnlyIf("items.form semantic or atomic, whose items are new tokens", _has_new_tokens),
     ] = "moments"
     num_layers: Annotated[Positive, FROM_SCRATCH] = 4
@@ -93,6 +97,33 @@ class BackboneConfig:
     init_std: Annotated[PositiveFloat, FROM_SCRATCH] = 0.02
     # The vocabulary is padded to a multiple of this, whatever tp is.
     vocab_multiple: Positive = 8
+
+
+# The linear layers that may have adapters, by their names in the checkpoint.
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGET_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)
+
+# What of a pretrained model is trained: all weights, LoRA adapters, the rows of the added item
+# tokens, or both of these.
+Trainable = Literal["full", "lora", "lora+new_rows", "new_rows"]
+
+
+@section(affects="train")
+class LoraConfig:
+    """Which linear layers get adapters of which size (METHOD.md §10)."""
+
+    rank: Positive = 16
+    # The adapter's output is scaled by alpha / rank.
+    alpha: PositiveFloat = 32.0
+    target_modules: Annotated[list[TargetModule], MinLen(1)] = field(
+        default_factory=lambda: list(TARGET_MODULES)
+    )
+    # On the adapter's input; only without tensor parallelism, where activations are whole.
+    dropout: Fraction = 0.0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
 
 
 def tensor_parallel_problem(config: BackboneConfig, tp: int) -> str | None:

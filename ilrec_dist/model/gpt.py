@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
@@ -15,6 +16,8 @@ from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequence
 from ilrec_dist.model.branches import BranchedSequences
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
+from ilrec_dist.model.packing import pack
+from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
 
 # Positions of the first table of rotary angles, or max_positions where that is less.
 ROTARY_TABLE_POSITIONS = 4096
@@ -77,8 +80,17 @@ class Backbone(nn.Module):
             sharding.mark_parallel(parameter, sharding.shard_spec(name, config))
         if initialize:
             self._initialize()
-        # Adapters that model/lora.py attaches; their parameters are not part of `gpt`.
+        # Adapters that model/lora.py attaches, and rows of the vocabulary that are parameters of
+        # their own; these parameters are not part of `gpt`.
         self.lora: nn.Module | None = None
+        self.trained_rows: TrainedRows | None = None
+        # What model/partial.py says of a training that leaves most weights as they are.
+        self.base_sha256: str | None = None
+        self.added_rows = (0, 0)
+        # Whether batches with padding are packed before the first layer.
+        self.packs = False
+        # Whether training keeps only the layers' inputs, and computes the rest again in backward.
+        self.recompute = False
         self._angles: Tensor | None = None
 
     @torch.no_grad()
@@ -97,14 +109,34 @@ class Backbone(nn.Module):
         return self.tp_group.rank() * size, (self.tp_group.rank() + 1) * size
 
     @property
-    def head_weight(self) -> nn.Parameter:
+    def vocabulary_tables(self) -> dict[str, nn.Parameter]:
+        """This rank's rows of the embedding and, where it is not tied to it, of the head."""
+        tables = {EMBEDDING: self.gpt.embedding.word_embeddings.weight}
+        if not self.config.tie_embeddings:
+            tables[HEAD] = self.gpt.output_layer.weight
+        return tables
+
+    @property
+    def head_weight(self) -> Tensor:
         """The output head's shard [V_local, d]; the embedding's weight when tied."""
-        weight: nn.Parameter = (
-            self.gpt.embedding.word_embeddings.weight
-            if self.config.tie_embeddings
-            else self.gpt.output_layer.weight
-        )
-        return weight
+        tables = self.vocabulary_tables
+        weight = tables.get(HEAD, tables[EMBEDDING])
+        return weight if self.trained_rows is None else self.trained_rows.head(weight)
+
+    @property
+    def trainable_head_rows(self) -> tuple[int, int] | None:
+        """The range of tokens whose head rows are trained; None stands for all.
+
+        Where no row is, `head_weight` needs no gradient.
+        """
+        if self.trained_rows is None or self.base_sha256 is None:
+            return None
+        return self.trained_rows.start, self.trained_rows.stop
+
+    def write_trained_rows(self) -> None:
+        """Bring the rows that are parameters of their own into the tables."""
+        if self.trained_rows is not None:
+            self.trained_rows.write_to(self.vocabulary_tables)
 
     def forward(
         self,
@@ -133,6 +165,8 @@ class Backbone(nn.Module):
                 f"packed samples of {packed.num_tokens} tokens need tokens [1, "
                 f"{packed.num_tokens}], not {list(tokens.shape)}"
             )
+        if packed is None and branches is None and self.packs and self.training:
+            tokens, rows, packed = pack(tokens, rows) or (tokens, rows, None)
         context: AttentionContext = packed or branches
         if packed is not None:
             hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions)
@@ -143,7 +177,10 @@ class Backbone(nn.Module):
         first = self.config.num_layers - num_intermediate
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            hidden = layer(hidden, context, rotary)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, context, rotary, use_reentrant=False)
+            else:
+                hidden = layer(hidden, context, rotary)
             if number >= first:
                 taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
         final, *layers = reversed(taps)
@@ -188,7 +225,9 @@ class Backbone(nn.Module):
         """All weights unsharded, fp32 on the CPU, under the same names for every tp.
 
         A collective over the tensor-parallel group; every rank holds the whole model.
+        Adapters are not part of it.
         """
+        self.write_trained_rows()
         return {
             name: sharding.gather(parameter, sharding.shard_spec(name, self.config), self.tp_group)
             for name, parameter in self.gpt.named_parameters()
@@ -216,6 +255,8 @@ class Backbone(nn.Module):
                     f"{shape}; is it of another configuration?"
                 )
             parameter.copy_(state[name] if spec is None else spec.slice(state[name], rank, tp))
+        if self.trained_rows is not None:
+            self.trained_rows.read_from(self.vocabulary_tables)
 
     def _run(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
         """The residual stream after the last layer, [B, S, d]."""
@@ -238,7 +279,11 @@ class Backbone(nn.Module):
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
-        hidden = embedding.word_embeddings(tokens)
+        if self.trained_rows is None:
+            hidden = embedding.word_embeddings(tokens)
+        else:
+            table = embedding.word_embeddings.weight
+            hidden = self.trained_rows.embed(table, tokens, self.tp_group)
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
             # By token, or by user and token.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +18,17 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
+from ilrec_dist.model.config import LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import Family, checkpoint_names, family_of_config
 from ilrec_dist.model.hf.slices import Slice, shard_slices, tensor_shapes
 
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 COLUMN_PARALLEL = ("linear_qkv.weight", "linear_fc1.weight")
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Which linear layers, by the checkpoint's names, get adapters of which size."""
-
-    rank: int = 16
-    # The adapter's output is scaled by alpha / rank.
-    alpha: float = 32.0
-    target_modules: tuple[str, ...] = TARGET_MODULES
-    # On the adapter's input; only without tensor parallelism, where activations are whole.
-    dropout: float = 0.0
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
 
 
 class LoraLinear(nn.Module):
@@ -157,16 +141,25 @@ class Lora(nn.Module):
         super().__init__()
         self.config = lora
         self.layers = nn.ModuleDict()
-        self.hooks = []
         for name, weight in list(backbone.gpt.named_parameters()):
             if not name.endswith(ROW_PARALLEL + COLUMN_PARALLEL):
                 continue
             layer = LoraLinear(name, weight, backbone, lora, seed)
-            if not layer.a:
-                continue
-            self.layers[_key(name)] = layer
-            linear = backbone.gpt.get_submodule(name.removesuffix(".weight"))
-            self.hooks.append(linear.register_forward_hook(_adding(layer)))
+            if layer.a:
+                self.layers[_key(name)] = layer
+        self._hooks: list[RemovableHandle] = []
+        self.attach(backbone)
+
+    def attach(self, backbone: Backbone) -> None:
+        """Let the layers add the adapters' output to theirs."""
+        for name, layer in self.layers.items():
+            linear = backbone.gpt.get_submodule(name.replace("/", ".").removesuffix(".weight"))
+            self._hooks.append(linear.register_forward_hook(_adding(layer)))
+
+    def detach(self) -> None:
+        """Let the layers be what they are without adapters."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def linears(self) -> Iterator[LoraLinear]:
         """The adapters of each layer, in the order of the backbone."""
@@ -204,12 +197,11 @@ def merge_lora(backbone: Backbone) -> None:
             layer = adapters.layers[_key(name)]
             assert isinstance(layer, LoraLinear)
             weight.copy_(weight.float() + layer.weight_delta())
-    for hook in adapters.hooks:
-        hook.remove()
+    adapters.detach()
     backbone.lora = None
 
 
-def _adding(layer: LoraLinear):  # type: ignore[no-untyped-def]
+def _adding(layer: nn.Module):  # type: ignore[no-untyped-def]
     """A forward hook that adds the adapters' output to the linear layer's."""
 
     def hook(

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file, read_json_object, sha256_file
 from ilrec_dist.common.manifest import check_hashes
 from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.partial import load_partial, partial_state_dict
 
 # The key of a training's result.json that maps the names of weights files to their SHA-256.
 WEIGHTS_SHA256 = "weights_sha256"
+# The key, in its entry "model", of the SHA-256 of the weights that a partial training stands on.
+BASE_SHA256 = "base_sha256"
 
 
 def save_training_weights(backbone: Backbone, path: Path) -> str:
-    """Write all weights, unsharded, as one safetensors file; collective over all ranks.
+    """Write what was trained, unsharded, as one safetensors file; collective over all ranks.
 
+    That is all weights, or what `train_partially` attached and the rows of added tokens.
     Returns the file's SHA-256 on rank 0, where it is written, and "" elsewhere. The file
     appears whole or not at all.
     """
-    state = backbone.full_state_dict()
+    is_partial = backbone.base_sha256 is not None
+    state = partial_state_dict(backbone) if is_partial else backbone.full_state_dict()
     sha256 = ""
     if dist.get_rank() == 0:
         with atomic_file(path) as staged:
@@ -39,17 +46,34 @@ def read_training_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
     in the result.json beside it.
     """
-    hashes = read_json_object(path.with_name(RESULT)).get(WEIGHTS_SHA256, {})
-    repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
-    check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
+    _check_file(path)
     return load_file(path)
 
 
 def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
     """Load a finished training's weights file under any tp; the backbone in eval mode.
 
-    Raises UserError as `read_training_weights` does, and naming a tensor that is missing,
-    left over or of another shape.
+    Raises UserError as `read_training_weights` does, naming a tensor that is missing, left
+    over or of another shape, and where a partial training began with other weights than
+    the backbone's.
     """
-    backbone.load_full_state_dict(read_training_weights(path))
+    if backbone.base_sha256 is None:
+        backbone.load_full_state_dict(read_training_weights(path))
+        return backbone.eval()
+    model = _check_file(path)["model"]
+    if model[BASE_SHA256] != backbone.base_sha256:
+        raise UserError(
+            f"{path}: trained on a model whose weights have the SHA-256 {model[BASE_SHA256]}, and "
+            f"those in backbone.from have {backbone.base_sha256}; restore that model"
+        )
+    load_partial(backbone, path)
     return backbone.eval()
+
+
+def _check_file(path: Path) -> dict[str, Any]:
+    """The result.json beside a weights file, whose hash it has."""
+    repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
+    result = read_json_object(path.with_name(RESULT), repair)
+    hashes = result.get(WEIGHTS_SHA256, {})
+    check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
+    return result

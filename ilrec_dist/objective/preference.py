@@ -162,6 +162,7 @@ class PreferenceObjective(Objective):
             None,
             self.options,
             vocab=self.backbone.vocab_range,
+            trainable_rows=self.backbone.trainable_head_rows,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
             reduction="none",
         ).loss

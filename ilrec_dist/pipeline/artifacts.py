@@ -18,11 +18,12 @@ from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import manifest_hashes, verify
 from ilrec_dist.common.run_layout import BEST, MODELS, RESULT, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
-from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
+from ilrec_dist.items.catalogue import REPAIR, Catalogue, catalogue_hash
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, title_counts
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model import build
@@ -30,6 +31,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
+from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
 
@@ -64,9 +66,19 @@ class RunArtifacts:
     def trie(self) -> Trie:
         return Trie.load(self.folders.items, self.catalogue)
 
-    @property
+    @cached_property
     def language_model(self) -> Path:
-        """The extended tokenizer and the config.json of the model in `backbone.from`."""
+        """The extended tokenizer and the config.json of the model in `backbone.from`.
+
+        Raises UserError that names the first of these files that is missing or damaged.
+        """
+        verify_descriptions(self.folders, "index")
+        files = manifest_hashes(self.folders.items, REPAIR)
+        verify(
+            self.folders.items,
+            [name for name in files if name.startswith(f"{LANGUAGE_MODEL}/")],
+            REPAIR,
+        )
         return self.folders.items / LANGUAGE_MODEL
 
     def reward_source(self) -> RewardSource:
@@ -153,21 +165,31 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
     source = config.backbone.from_
     if source is None:
         return _from_scratch(config, artifacts, seed, initialize=True)
-    backbone = empty_backbone(config, artifacts, seed)
+    backbone = _unfilled(config, artifacts, seed)
     vocabulary, counts = artifacts.catalogue.vocabulary, None
     if config.backbone.new_tokens == "text":
         counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
-    first = vocabulary.base_size
-    # Titles are spelt in the model's own tokens.
-    added = 0 if artifacts.catalogue.pieces is not None else len(vocabulary.item_tokens)
-    build.load_pretrained(backbone, source, NewRows(first, first + added, counts))
+    build.load_pretrained(backbone, source, NewRows(*vocabulary.added_tokens, counts))
+    _choose_trained(config, artifacts, backbone)
     return backbone
 
 
 def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone for trained weights: its own are undefined until those are loaded."""
+    """The run's backbone for trained weights: its own are undefined until those are loaded.
+
+    Where a training left most of a model's weights as they are, they are read from
+    `backbone.from`.
+    """
     if config.backbone.from_ is None:
         return _from_scratch(config, artifacts, seed, initialize=False)
+    backbone = _unfilled(config, artifacts, seed)
+    if config.train.trainable != "full":
+        build.load_pretrained(backbone, config.backbone.from_)
+    _choose_trained(config, artifacts, backbone)
+    return backbone
+
+
+def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
     return build.build_pretrained(
         config.backbone,
         read_config(artifacts.language_model),
@@ -183,6 +205,17 @@ def longest_input(config: Config, catalogue: Catalogue) -> int:
     if config.prompts.templates is not None:
         return config.prompts.max_tokens or 1
     return build.max_positions(config.train.max_history, catalogue.depth)
+
+
+def _choose_trained(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
+    """Freeze what is not trained, and attach what `train.trainable` asks for."""
+    train, source = config.train, config.backbone.from_
+    added = artifacts.catalogue.vocabulary.added_tokens
+    if train.trainable != "full":
+        assert source is not None
+        train_partially(backbone, train.trainable, train.lora, source, added, backbone.seed)
+    elif train.new_rows_learning_rate is not None:
+        separate_rows(backbone, added)
 
 
 def item_titles(artifacts: RunArtifacts) -> Sequence[str]:

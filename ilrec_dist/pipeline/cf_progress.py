@@ -9,12 +9,16 @@ from ilrec_dist.cf.config import CFConfig
 
 
 def cf_epochs(cf: CFConfig) -> int:
-    """Epochs of all models together: the full one and, under cross-fitting, one a fold."""
+    """Epochs of all models together: the full one and, under cross-fitting,
+    one a fold.
+    """
     return (1 + (cf.cf_folds if cf.cf_folds > 1 else 0)) * cf.epochs
 
 
 def epochs_so_far(show: Callable[[float, str], None]) -> Callable[[dict[str, Any]], None]:
-    """What `train_cf` calls after every epoch: shows the epochs so far and the last one's loss."""
+    """What `train_cf` calls after every epoch: shows the epochs so far and the last
+    one's loss.
+    """
     epochs: dict[str, float] = {}
 
     def progress(event: dict[str, Any]) -> None:

@@ -11,10 +11,11 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
@@ -22,6 +23,7 @@ from ilrec_dist.pipeline.preserved import Preserved
 from ilrec_dist.pipeline.records import read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.baselines import baseline_stages
 from ilrec_dist.pipeline.stages.cf import cf_stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_stage
 from ilrec_dist.pipeline.stages.index import index_stage
@@ -41,6 +43,7 @@ def stages(config: Config) -> list[Stage]:
         prepare_stage(config),
         *models,
         rewards_stage(config),
+        *baseline_stages(config),
         *trainings,
         evaluate_stage(config, [training.name for training in trainings]),
     ]
@@ -69,6 +72,7 @@ def execute(config: Config, command: str, resume: bool = False, verify: bool = F
         executor = Executor(run, config)
         with executor.unchanged_if_refused():
             executor.execute(names)
+            run.mend_config()
             if command in ("run", "evaluate"):
                 report(config, run.stage_seconds())
 
@@ -79,8 +83,9 @@ class Executor:
     def __init__(self, run: Run, config: Config) -> None:
         self.run, self.config = run, config
         self.preserved = Preserved(run.folder)
-        # Stages that were begun, in order.
+        # Stages that were begun, in order, and those of them that go on with unfinished work.
         self._begun: list[str] = []
+        self._continued: set[str] = set()
 
     def execute(self, names: Sequence[str]) -> None:
         self._put_back_what_is_wanted()
@@ -103,15 +108,36 @@ class Executor:
             yield
         except UserError:
             if self.preserved.outputs:
-                written = [self.run.stages[name].output for name in self._begun]
-                self.preserved.put_back(written)
+                new = [name for name in self._begun if self._is_new_training(name)]
+                staying = self._continued | set(new)
+                written = [name for name in self._begun if name not in staying]
+                self.preserved.put_back([self.run.stages[name].output for name in written], new)
+            else:
+                self.preserved.drop()
             # A folder in which nothing was finished vanishes again.
             with suppress(OSError):
                 self.run.state_folder.rmdir()
                 self.run.folder.rmdir()
             raise
-        if self._begun:
+        if self._begun or not self.preserved.outputs:
             self.preserved.drop()
+
+    def _is_new_training(self, name: str) -> bool:
+        """Whether a stage's work of this command stays although a later stage is refused.
+
+        It is a training that replaced nothing and stands on nothing that is put back. What goes
+        on with unfinished work stays too.
+        """
+        stage = self.run.stages[name]
+        is_kept = stage.output.relative_to(self.run.folder).as_posix() in self.preserved.outputs
+        is_new = name not in self._continued and not is_kept
+        return stage.training is not None and is_new and not self._stands_on_begun(name)
+
+    def _stands_on_begun(self, name: str) -> bool:
+        return any(
+            before in self._begun or self._stands_on_begun(before)
+            for before in self.run.stages[name].after
+        )
 
     def _execute_here(self, name: str) -> None:
         self.run.check_before(name, [])
@@ -169,9 +195,16 @@ class Executor:
             self._verify_before(before, coming)
 
     def _begin(self, name: str) -> None:
-        """Keep the stage's finished output, if there is one, and note that an attempt begins."""
+        """Keep the stage's finished output, if there is one, and note that an attempt begins.
+
+        The checkpoints of an unfinished training are kept too, unless it goes on from them.
+        """
+        if not self._begun:
+            self.preserved.note()
         stage = self.run.stages[name]
-        if read_record(self.run.record_file(name)) is not None and stage.output.exists():
+        is_finished = read_record(self.run.record_file(name)) is not None
+        is_dropped = name not in self._continued and _has_checkpoints(stage.output)
+        if stage.output.exists() and (is_finished or is_dropped):
             self.preserved.keep(stage.output)
         self._begun.append(name)
         self.run.begin(name)
@@ -185,7 +218,11 @@ class Executor:
     @contextmanager
     def _as_before_if_refused(self, name: str) -> Iterator[None]:
         """Where the stage refuses its input, take back what was noted about this attempt."""
-        files = [self.run.folder / "config.yaml", self.run.begun_file(name)]
+        files = [
+            self.run.folder / CONFIG,
+            self.run.state_folder / CONFIG_SHA256,
+            self.run.begun_file(name),
+        ]
         before = {path: path.read_bytes() if path.exists() else None for path in files}
         try:
             yield
@@ -207,10 +244,12 @@ class Executor:
         finished = self.run.record_file(name).exists()
         continues = begun is not None and begun["fingerprint"] == self.run.fingerprint(name)
         changed = self.run.changed_settings(name)
-        self._begin(name)
         if continues and not finished:
+            self._continued.add(name)
+        self._begin(name)
+        if name in self._continued:
             return
-        if not finished and any(output.glob("checkpoints/step-*")):
+        if not finished and _has_checkpoints(output):
             console.print(
                 f"warning: {name}: the checkpoints of its unfinished work are dropped, which was "
                 f"of another configuration or other input{changed}; --resume refuses instead",
@@ -229,13 +268,20 @@ class Executor:
         root = RunFolders(self.run.folder).root
         for name, stage in self.run.stages.items():
             if stage.output.relative_to(root).as_posix() in kept:
-                record = read_record(self.preserved.records / f"{name}.json")
+                # Unfinished work has only the record of its beginning.
+                record = read_record(self.preserved.records / f"{name}.json") or read_record(
+                    self.preserved.records / f"{name}.begun.json"
+                )
                 if record is None or record["fingerprint"] != self.run.fingerprint(name):
                     return
                 kept.remove(stage.output.relative_to(root).as_posix())
         if not kept:
             self.preserved.put_back([])
             console.print("the finished work of this configuration is put back", highlight=False)
+
+
+def _has_checkpoints(output: Path) -> bool:
+    return any(output.glob("checkpoints/step-*"))
 
 
 def _say_unchanged(name: str) -> None:

@@ -1,9 +1,9 @@
 """Keeps what a command is about to replace, so that a command that is refused changes nothing.
 
-The outputs of finished stages, their records, the configuration and the results are linked (or
-copied, where the file system has no links) into `.previous/` before they are replaced. A refused
-command puts them back; a command that ends well drops them. An interrupted command leaves them,
-for the next one to do either.
+The outputs of finished stages and of unfinished trainings, their records, the configuration and
+the results are linked (or copied, where the file system has no links) into `.previous/` before they
+are replaced. A refused command puts them back; a command that ends well drops them. An interrupted
+command leaves them, for the next one to do either.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ilrec_dist.common.files import read_json_object, write_json
-from ilrec_dist.common.run_layout import PREVIOUS, STAGES
+from ilrec_dist.common.run_layout import CONFIG, PREVIOUS, STAGES
 
 # Files of the run's folder itself that a command may replace.
-FILES = ("config.yaml", "results.json", "report.html")
+FILES = (CONFIG, "results.json", "report.html")
 CONTENTS = "contents.json"
 
 
@@ -34,36 +34,49 @@ class Preserved:
 
     def _contents(self) -> dict[str, list[str]]:
         path = self.folder / CONTENTS
-        return read_json_object(path) if path.exists() else {"outputs": [], "files": []}
+        if not path.exists():
+            return {"outputs": [], "files": []}
+        return read_json_object(path, f"remove {self.folder}, which an interrupted command left")
 
     @property
     def records(self) -> Path:
         return self.folder / STAGES
 
-    def keep(self, output: Path) -> None:
-        """Keep the output of a finished stage, unless an earlier state of it is kept already.
+    def note(self) -> None:
+        """Keep the records, the configuration and the results; to be called before any change.
 
-        To be called before anything about the stage is changed.
+        Where an interrupted command has left outputs here, what it kept is still wanted.
+        """
+        if self.outputs:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        if (self.root / STAGES).is_dir():
+            _link_tree(self.root / STAGES, self.records)
+        files = [file for file in FILES if (self.root / file).exists()]
+        for file in files:
+            shutil.copy2(self.root / file, self.folder / file)
+        write_json(self.folder / CONTENTS, {"outputs": [], "files": files})
+
+    def keep(self, output: Path) -> None:
+        """Keep the output of a stage, unless an earlier state of it is kept already.
+
+        To be called after `note`, before anything about the stage is changed.
         """
         name = output.relative_to(self.root).as_posix()
         contents = self._contents()
         kept = contents["outputs"]
         if any(name == other or name.startswith(f"{other}/") for other in kept):
             return
-        if not kept:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            _link_tree(self.root / STAGES, self.records)
-            contents["files"] = [file for file in FILES if (self.root / file).exists()]
-            for file in contents["files"]:
-                shutil.copy2(self.root / file, self.folder / file)
         _link_tree(output, self.folder / "outputs" / name)
         # Last, so that a process that is killed leaves either all of an output or none.
         write_json(self.folder / CONTENTS, contents | {"outputs": [*kept, name]})
 
-    def put_back(self, written: Sequence[Path]) -> None:
-        """Restore all that is kept; `written` are the outputs that the command wrote.
+    def put_back(self, written: Sequence[Path], new: Sequence[str] = ()) -> None:
+        """Restore all that is kept, and remove `written`, outputs that the command wrote.
 
-        Killed in the middle, it can be called again.
+        new: stages whose records of this command stay. Killed in the middle, it can be called
+        again.
         """
         for output in written:
             shutil.rmtree(output, ignore_errors=True)
@@ -80,6 +93,10 @@ class Preserved:
             elif (self.folder / file).exists():
                 os.replace(self.folder / file, self.root / file)
         if self.records.exists():
+            for name in new:
+                for file in (f"{name}.json", f"{name}.begun.json"):
+                    if (self.root / STAGES / file).exists():
+                        shutil.copy2(self.root / STAGES / file, self.records / file)
             shutil.rmtree(self.root / STAGES, ignore_errors=True)
             os.replace(self.records, self.root / STAGES)
         self.drop()
@@ -92,10 +109,11 @@ class Preserved:
 def _link_tree(source: Path, target: Path) -> None:
     """Copy a folder by hard links: its files are replaced when they change, never written to."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=_link, symlinks=True)
+    shutil.copytree(source, target, copy_function=link_file, symlinks=True)
 
 
-def _link(source: str, target: str) -> None:
+def link_file(source: str, target: str) -> None:
+    """Make `target` another name of the file `source`; a copy where there are no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

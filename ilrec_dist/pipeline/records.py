@@ -1,7 +1,8 @@
-"""The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage wrote.
+"""The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage
+wrote.
 
-It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its output, and the hash
-of the outputs that the stage stands on.
+It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its output, the hash of
+the outputs that the stage stands on, and a checksum of all this.
 """
 
 from __future__ import annotations
@@ -30,15 +31,33 @@ UNSTABLE = frozenset(
 
 # Files of an output that describe the others.
 DESCRIPTIONS = (MANIFEST, RESULT)
+# The key of a record's own checksum.
+CHECKSUM = "checksum"
+
+
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as it is written: a byte that is changed later is found by its
+    checksum.
+    """
+    return {**record, CHECKSUM: _checksum(record)}
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record's content; None where there is none, and where it is cut off or of old form."""
+    """A record's content; None where there is none, and where it is damaged or of old
+    form.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     if not isinstance(record, dict) or "fingerprint" not in record:
+        return None
+    checksum = record.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(record):
         return None
     is_begun = path.name.endswith(".begun.json")
     return record if is_begun or _describes_a_stage(record) else None
@@ -76,7 +95,8 @@ def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, di
 
 
 def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) -> str | None:
-    """The first file of a stage's output that is not what its record says; None if all are whole.
+    """The first file of a stage's output that is not what its record says; None if all
+    are whole.
 
     Size and time are compared, and the hash where only the time differs, as after a copy. With
     `verify` all hashes are compared, in parallel.
@@ -100,7 +120,9 @@ def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) 
 
 
 def content_hash(record: Mapping[str, Any]) -> str:
-    """SHA-256 that identifies what a stage wrote; equal outputs made at other times have one."""
+    """SHA-256 that identifies what a stage wrote; equal outputs made at other times
+    have one.
+    """
     files = [
         (name, entry["sha256"])
         for name, entry in sorted(record["files"].items())
@@ -117,7 +139,7 @@ def usable_record(folders: RunFolders, name: str) -> dict[str, Any] | None:
     path = folders.stages / f"{name}.json"
     record = read_record(path)
     if record is None and path.exists():
-        raise UserError(f"{path}: damaged (no record of a finished stage); {REPAIR}")
+        raise UserError(f"{path}: damaged (no whole record of a finished stage); {REPAIR}")
     return record
 
 
@@ -139,7 +161,8 @@ def verify_descriptions(folders: RunFolders, name: str) -> None:
 
 
 def check_stands_on(folders: RunFolders, name: str, wanted: Sequence[str]) -> None:
-    """What stage `name` stands on, among `wanted` stages, must be what lies in the folder now.
+    """What stage `name` stands on, among `wanted` stages, must be what lies in the
+    folder now.
 
     Follows the chain, and compares the records' hashes only. Raises UserError that names both.
     """
@@ -164,8 +187,9 @@ def record_output(name: str, record: Mapping[str, Any] | None) -> str:
     return record["output"] if record is not None else name
 
 
-def verify_output(folders: RunFolders, name: str) -> None:
-    """Compare all files of a finished stage with the hashes in its record, in parallel.
+def verify_output(folders: RunFolders, name: str, files: Sequence[str] | None = None) -> None:
+    """Compare files of a finished stage, or all, with the hashes in its record, in
+    parallel.
 
     Raises UserError that names the first one that is missing or damaged.
     """
@@ -173,6 +197,10 @@ def verify_output(folders: RunFolders, name: str) -> None:
     if record is not None:
         check_hashes(
             folders.root / record["output"],
-            {file: entry["sha256"] for file, entry in record["files"].items()},
+            {
+                file: entry["sha256"]
+                for file, entry in record["files"].items()
+                if files is None or file in files
+            },
             f".stages/{name}.json",
         )

@@ -1,4 +1,6 @@
-"""Where a run's token rewards come from: its Ray actors or this process, and its disk cache."""
+"""Where a run's token rewards come from: its Ray actors or this process, and its disk
+cache.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def open_reward_source(
     catalogue: Catalogue,
     trie: Trie,
 ) -> RewardSource:
-    """The source that `cf.rewards` names, behind the disk cache where `cf.reward_cache` is set.
+    """The source that `cf.rewards` names, behind the disk cache where `cf.reward_cache`
+    is set.
 
     `training` is what the CF models were trained on.
     """

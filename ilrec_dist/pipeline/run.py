@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, write_json, write_text
+from ilrec_dist.common.files import file_lock, sha256_file, write_json, write_text
 from ilrec_dist.common.manifest import cached_sha256
-from ilrec_dist.common.run_layout import STAGES
-from ilrec_dist.pipeline.records import content_hash, damaged_file, describe_files, read_record
+from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, STAGES
+from ilrec_dist.pipeline.records import (
+    content_hash,
+    damaged_file,
+    describe_files,
+    read_record,
+    with_checksum,
+)
 from ilrec_dist.pipeline.stage import Stage
 
 # Raised when a stage's output changes for the same settings.
@@ -112,7 +118,7 @@ class Run:
                 raise UserError(
                     f"{self.folder}: stage {name} in this run folder is of another configuration "
                     f"or other input{self.changed_settings(name)}; resume with the configuration "
-                    f"in {self.folder / 'config.yaml'}, or leave --resume out to run what changed "
+                    f"in {self.folder / CONFIG}, or leave --resume out to run what changed "
                     "anew"
                 )
 
@@ -134,11 +140,21 @@ class Run:
     def begin(self, name: str) -> None:
         """Note that an attempt begins, and with which configuration."""
         self.state_folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", self.config_text)
+        self._write_config()
         settings = json.loads(json.dumps(self.stages[name].settings))
         write_json(
             self.begun_file(name), {"fingerprint": self.fingerprint(name), "settings": settings}
         )
+
+    def mend_config(self) -> None:
+        """Write config.yaml again where it is not as the last command wrote it."""
+        if self.state_folder.is_dir() and config_problem(self.folder) is not None:
+            self._write_config()
+
+    def _write_config(self) -> None:
+        write_text(self.folder / CONFIG, self.config_text)
+        digest = hashlib.sha256(self.config_text.encode()).hexdigest()
+        write_text(self.state_folder / CONFIG_SHA256, f"{digest}\n")
 
     def finish(self, name: str, seconds: float) -> None:
         """Write the stage's record: what lies in its output now is whole."""
@@ -153,7 +169,7 @@ class Run:
                 before: content_hash(made) for before, made in earlier.items() if made is not None
             },
         }
-        write_json(self.record_file(name), record)
+        write_json(self.record_file(name), with_checksum(record))
 
     def stage_seconds(self) -> dict[str, float]:
         records = {name: self.record(name) for name in self.stages}
@@ -196,6 +212,21 @@ class Run:
             yield
         finally:
             lock.__exit__(None, None, None)
+
+
+def config_problem(folder: Path) -> str | None:
+    """Why a run's config.yaml is not to be read; None where it is as a command wrote it."""
+    config, digest = folder / CONFIG, folder / STAGES / CONFIG_SHA256
+    if not config.is_file():
+        return f"{config}: missing"
+    try:
+        expected = digest.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        # Runs of earlier releases have none.
+        return None
+    if sha256_file(config) == expected:
+        return None
+    return f"{config}: damaged or edited (its SHA-256 is not the one in {digest})"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

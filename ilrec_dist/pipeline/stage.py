@@ -1,4 +1,6 @@
-"""What one stage of a run declares: what it stands on, what it reads and writes, what it does."""
+"""What one stage of a run declares: what it stands on, what it reads and writes, what
+it does.
+"""
 
 from __future__ import annotations
 

@@ -43,6 +43,9 @@ def train_one(
         method = get_method(spec.method)
         objective = method.objective(config.objective)
         backbone = first_weights(config, artifacts, method, spec.seed)
+        backbone.recompute = config.train.recompute
+        # A decoder from scratch keeps the bits that it has had.
+        backbone.packs = config.backbone.from_ is not None
         module = method.module(
             backbone,
             objective,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.run_layout import BEST
+from ilrec_dist.common.run_layout import BEST, CONFIG
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import (
@@ -23,13 +23,15 @@ from ilrec_dist.distributed.process_groups import (
 )
 from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone, with_local_model
 from ilrec_dist.pipeline.prompting import input_form
+from ilrec_dist.pipeline.run import config_problem
 from ilrec_dist.prompts.config import PromptsConfig
 
 
@@ -41,6 +43,8 @@ class TrainedModel:
     # command may have left another configuration in the folder.
     config: Config
     artifacts: RunArtifacts
+    method: str
+    seed: int
     backbone: Backbone
     # The file that the weights come from.
     weights: Path
@@ -51,16 +55,32 @@ class TrainedModel:
     # What is to be known to ask it in words elsewhere; None for plain sequences.
     prompt: dict[str, Any] | None = None
 
+    @property
+    def ranker(self) -> ModelRanker:
+        """Beam search as the run evaluates."""
+        return ModelRanker(
+            self.backbone,
+            self.artifacts.trie,
+            beam=self.config.evaluation.beam,
+            batch_size=self.config.evaluation.batch_size,
+            softmax_scope=self.softmax_scope,
+            inputs=self.inputs,
+            parallel=self.parallel,
+            model_name=str(self.weights),
+        )
+
 
 @contextmanager
 def open_trained_model(
-    run: Path, method: str | None = None, seed: int | None = None
+    run: Path, method: str | None = None, seed: int | None = None, *, exact: bool = False
 ) -> Iterator[TrainedModel]:
     """The model of the run in folder `run`, in eval mode, while the block lasts.
 
     method: a name of train.methods; None takes the project's own where it was trained. seed: None
-    takes the run's first. Raises UserError for a folder without such a finished training, and
-    where data, codes or weights are not those of the training.
+    takes the run's first. exact: where the training left most of a model's weights as they are,
+    all weights are held in fp32, without the rounding of train.precision. Raises UserError for a
+    folder without such a finished training, and where data, codes or weights are not those of the
+    training.
     """
     config = run_config(run)
     method = get_method(method or default_method(config.train.methods)).name
@@ -71,14 +91,11 @@ def open_trained_model(
     model = artifacts.trained_model(method, seed)["model"]
     # Trainings of earlier versions had none.
     prompt = model.get("prompts")
-    config = dataclasses.replace(
-        config,
-        backbone=section_from_dict(BackboneConfig, model["backbone"]),
-        train=dataclasses.replace(
-            config.train, max_history=model["max_history"], precision=model["precision"]
-        ),
-        prompts=section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig(),
-    )
+    config = _as_trained(config, model, weights)
+    if exact and config.train.trainable != "full":
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, precision="fp32")
+        )
     device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
         set_cpu_threads(config.launch)
@@ -86,27 +103,71 @@ def open_trained_model(
     try:
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
         backbone = backbone.to(parallel.device)
-        inputs = input_form(config, artifacts, prompt)
-        scope = model["softmax_scope"]
-        asked = None if prompt is None else prompt["template"] | {"chat": config.prompts.chat}
-        yield TrainedModel(config, artifacts, backbone, weights, scope, parallel, inputs, asked)
+        yield TrainedModel(
+            config,
+            artifacts,
+            method,
+            seed,
+            backbone,
+            weights,
+            model["softmax_scope"],
+            parallel,
+            input_form(config, artifacts, prompt),
+            None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
+        )
     finally:
         destroy_parallel()
         # What runs in this process later computes as if no model had been opened.
         torch.set_num_threads(threads)
 
 
+def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Config:
+    """The configuration with the model's settings of its training, the entry "model" of the result.
+
+    Raises UserError where most weights are those of a pretrained model that is no longer there.
+    """
+    backbone = section_from_dict(BackboneConfig, model["backbone"])
+    train = dataclasses.replace(
+        config.train,
+        max_history=model["max_history"],
+        precision=model["precision"],
+        trainable=model.get("trainable", "full"),
+        lora=section_from_dict(LoraConfig, model.get("lora", {})),
+    )
+    prompt = model.get("prompts")
+    prompts = section_from_dict(PromptsConfig, prompt["settings"]) if prompt else PromptsConfig()
+    trained = dataclasses.replace(config, backbone=backbone, train=train, prompts=prompts)
+    if train.trainable == "full" or Path(str(backbone.from_)).is_dir():
+        return trained
+    # The model may have moved with the run, whose configuration then says where it is.
+    try:
+        moved = with_local_model(config).backbone.from_
+    except UserError as error:
+        raise UserError(
+            f"{weights}: stands on the model that its training began with, {backbone.from_}, which "
+            f"is not there; restore it, or set backbone.from in {config.run_dir / 'config.yaml'} "
+            f"to where it is ({error})"
+        ) from None
+    return dataclasses.replace(trained, backbone=dataclasses.replace(backbone, from_=moved))
+
+
 def run_config(run: Path) -> Config:
     """The configuration in a run's folder, pointed at where the folder is now.
 
-    Raises UserError for a folder that is no run's.
+    Raises UserError for a folder that is no run's, and for a file that is not as it was written.
     """
-    if not (run / "config.yaml").exists():
+    if not (run / CONFIG).exists():
         raise UserError(
-            f"{run}: not a run folder (no config.yaml); name the folder of a finished `ilrec run`, "
+            f"{run}: not a run folder (no {CONFIG}); name the folder of a finished `ilrec run`, "
             "such as runs/quickstart"
+        )
+    problem = config_problem(run)
+    if problem is not None:
+        raise UserError(
+            f"{problem}; `ilrec run CONFIG` writes it again, from this file itself where its "
+            "settings are meant"
         )
     folder = run.resolve()
     return dataclasses.replace(
-        load_config(run / "config.yaml"), runs_dir=str(folder.parent), name=folder.name
+        load_config(run / CONFIG), runs_dir=str(folder.parent), name=folder.name
     )

@@ -27,6 +27,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
 from ilrec_dist.pipeline.train_one import train_one
+from ilrec_dist.pipeline.usage import note_peak_memory
 from ilrec_dist.reporting.progress import write_counter
 from ilrec_dist.training.spec import TrainingSpec
 
@@ -41,6 +42,7 @@ def train_and_evaluate(
         for training in trainings:
             spec = TrainingSpec(**(training | {"folder": Path(training["folder"])}))
             train_one(tree, spec, artifacts, parallel)
+            note_peak_memory(spec.folder, parallel)
         if evaluate:
             evaluate_trained(tree, artifacts, parallel)
 
@@ -73,8 +75,10 @@ def worker_session(config: Config) -> Iterator[ParallelState]:
     """This process's device, threads and process groups, for the length of the block."""
     quiet()
     device = resolve_device(config.launch)
-    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
-    set_cpu_threads(config.launch, workers_here)
+    if device == "cpu":
+        set_cpu_threads(
+            config.launch, int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
+        )
     parallel = initialize_parallel(
         config.launch.tp, device, timeout_seconds=config.launch.timeout_seconds
     )

@@ -94,8 +94,10 @@ def step_collectives(
         found.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
     if layout.dp > 1:
         flat = sum(group.padded for group in groups)
+        # ZeRO 2 sums the gradients of every micro-batch, ZeRO 1 those of the step.
+        sums = layout.accumulation_steps if layout.zero_stage == 2 else 1
         found += [
-            Collective("dp", "gradients", "all_reduce", layout.dp, FP32 * flat),
+            Collective("dp", "gradients", "all_reduce", layout.dp, sums * FP32 * flat),
             Collective("dp", "updated weights", "all_gather", layout.dp, layout.element * flat),
         ]
         if not layout.keeps_gradients:

@@ -109,6 +109,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         config.launch.dp,
         config.train.accumulation_steps,
         ELEMENT_BYTES[config.train.precision],
+        config.train.zero_stage,
     )
     batch = micro_batch(config, tokens, data)
     method, objective = _heaviest(config, sizes)
@@ -145,13 +146,22 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             {
                 **state,
                 "gradient bucket": bucket_bytes(per_rank, layout),
-                "activations": activation_bytes(sizes, batch, layout),
+                "activations": activation_bytes(sizes, batch, layout, config.train.recompute),
                 **{f"loss: {name}": size for name, size in loss.items()},
             }
         ),
         validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
         collectives=collectives,
-        time=step_time(sizes, batch, layout, hardware, collectives, per_rank, streams),
+        time=step_time(
+            sizes,
+            batch,
+            layout,
+            hardware,
+            collectives,
+            per_rank,
+            streams,
+            config.train.recompute,
+        ),
         host=host_bytes(
             data,
             tokens,
@@ -212,6 +222,11 @@ def _on(config: Config, hardware: Hardware) -> Config:
 
 
 def _check_node(config: Config, hardware: Hardware) -> None:
+    if config.train.trainable != "full":
+        raise UserError(
+            f"train.trainable {config.train.trainable}: a plan knows trainings of all weights only; "
+            "plan with train.trainable=full, which takes more"
+        )
     if hardware.gpus_per_node % config.launch.tp:
         raise UserError(
             f"launch.tp {config.launch.tp}: a tensor-parallel group lies on one node, and tp does "

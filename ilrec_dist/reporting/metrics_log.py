@@ -1,4 +1,5 @@
-"""A run's metrics as they happen: JSON lines in metrics.jsonl, and scalars for TensorBoard.
+"""A run's metrics as they happen: JSON lines in metrics.jsonl, and scalars for
+TensorBoard.
 
 Look at a run with `tensorboard --logdir runs`.
 """
@@ -16,6 +17,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+# The key of a training's result.json that has the SHA-256 of its complete log.
+METRICS_SHA256 = "metrics_sha256"
 TENSORBOARD_FOLDER = "tensorboard"
 # Written on resume: the number of logged steps that the checkpoint did not cover.
 RESUMED = "resumed/dropped_steps"
@@ -24,7 +27,8 @@ Nested: TypeAlias = "Mapping[str, float | Nested]"
 
 
 class MetricsLog:
-    """Append-only metrics of one training run, written by rank 0 alone (names: METHOD.md §6).
+    """Append-only metrics of one training run, written by rank 0 alone (names:
+    METHOD.md §6).
 
     `folder` is made when absent. With `resume_step` k, lines of steps after k are dropped first, so
     that a step that is run again is logged once, and a line gives the number of dropped steps.
@@ -86,7 +90,8 @@ def flatten(values: Nested, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of folder/metrics.jsonl in order, without a torn last line; [] without a file.
+    """The lines of folder/metrics.jsonl in order, without a torn last line; [] without
+    a file.
 
     Raises UserError naming file and line when an earlier line is not a JSON object with a step.
     """
@@ -113,7 +118,9 @@ def _whole_lines(text: bytes, path: Path) -> Iterator[tuple[dict[str, Any], byte
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:
-    """One line of metrics.jsonl, or None when it is not a JSON object with an integer step."""
+    """One line of metrics.jsonl, or None when it is not a JSON object with an integer
+    step.
+    """
     try:
         line = json.loads(raw)
     except ValueError:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,24 @@ def stage_progress(
     done = False
     try:
         yield StageProgress(display, total, unit)
+        done = True
+    finally:
+        display.stop(done)
+
+
+@contextmanager
+def live_bar(
+    title: str, total: float, console: Console | None = None
+) -> Iterator[Callable[[float, list[str]], None]]:
+    """A bar whose words are the caller's: `with live_bar("study", 14) as show: show(3, ["3/14"])`.
+
+    At its end it shows the time that the block took.
+    """
+    display = _display(title, total, console or Console())
+    display.start()
+    done = False
+    try:
+        yield display.show
         done = True
     finally:
         display.stop(done)

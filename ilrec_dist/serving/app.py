@@ -1,4 +1,5 @@
-"""The HTTP server: JSON in, JSON out, on the loopback interface unless it is told otherwise.
+"""The HTTP server: JSON in, JSON out, on the loopback interface unless it is told
+otherwise.
 
     POST /recommend  {"histories": [["i1", "i2"], …], "top": 10, "exclude_seen": true}
                      -> {"recommendations": [[{"item": …, "title": …, "score": …}, …], …]}
@@ -84,7 +85,9 @@ def make_server(backend: Backend, host: str, port: int) -> ThreadingHTTPServer:
 
 
 def _parse(body: bytes) -> tuple[list[list[str]], int, bool]:
-    """(histories, top, exclude_seen) of a request. Raises UserError that names the field."""
+    """(histories, top, exclude_seen) of a request. Raises UserError that names the
+    field.
+    """
     try:
         request = json.loads(body)
     except ValueError:

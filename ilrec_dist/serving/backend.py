@@ -10,18 +10,13 @@ import numpy as np
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.inference.inputs import HistoryRanges, InputForm
-from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import rank_histories
-from ilrec_dist.inference.trie_constraint import TrieConstraint
-from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.inference.inputs import HistoryRanges
+from ilrec_dist.inference.ranker import Ranker
 
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """One recommended item; score is Σ log p over the item's tokens."""
+    """One recommended item; score is Σ log p over the item's tokens, or a fusion's mixture."""
 
     item: str
     title: str | None
@@ -41,24 +36,10 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """The model in this process, on its device; one request at a time."""
+    """The ranker's model in this process, on its device; one request at a time."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        dataset: InteractionDataset,
-        trie: Trie,
-        *,
-        beam: int,
-        batch_size: int,
-        softmax_scope: SoftmaxScope,
-        inputs: InputForm,
-        parallel: ParallelState,
-    ) -> None:
-        self.backbone, self.dataset, self.parallel = backbone, dataset, parallel
-        self.constraint = TrieConstraint(trie, parallel.device)
-        self.beam, self.batch_size = beam, batch_size
-        self.softmax_scope, self.inputs = softmax_scope, inputs
+    def __init__(self, ranker: Ranker, dataset: InteractionDataset) -> None:
+        self.ranker, self.dataset = ranker, dataset
         self.item_index = {item: number for number, item in enumerate(dataset.item_ids)}
 
     def recommend(
@@ -73,17 +54,7 @@ class LocalBackend:
             np.concatenate(numbers), stop - [len(history) for history in numbers], stop
         )
         answers: list[list[ScoredItem]] = [[] for _ in histories]
-        for rows, ranked in rank_histories(
-            self.backbone,
-            self.constraint,
-            ranges,
-            beam=max(self.beam, top),
-            batch_size=self.batch_size,
-            softmax_scope=self.softmax_scope,
-            inputs=self.inputs,
-            exclude_seen=exclude_seen,
-            parallel=self.parallel,
-        ):
+        for rows, ranked in self.ranker.rank(ranges, top=top, exclude_seen=exclude_seen):
             for row, items, scores in zip(rows, ranked.items, ranked.scores, strict=True):
                 listed = zip(items[:top].tolist(), scores[:top].tolist(), strict=True)
                 answers[row] = [self._scored(item, score) for item, score in listed if item >= 0]

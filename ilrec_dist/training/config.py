@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 from annotated_types import Ge, Interval, MinLen
 from pydantic import AfterValidator, BeforeValidator
@@ -11,14 +11,17 @@ from pydantic_core import PydanticCustomError
 
 from ilrec_dist.common.config_fields import (
     Affects,
+    Bool,
     Float,
     Int,
     NonNegative,
     NonNegativeFloat,
+    OnlyIf,
     Positive,
     PositiveFloat,
     section,
 )
+from ilrec_dist.model.config import PRETRAINED, LoraConfig, Trainable
 from ilrec_dist.objective.registry import DEFAULT_METHODS, METHODS, known_names
 
 
@@ -46,6 +49,14 @@ def _steps_or_share(value: Any) -> int | float:
     )
 
 
+def _has_adapters(config: Any) -> bool:
+    return bool(config.train.trainable.startswith("lora"))
+
+
+def _has_old_and_new_weights(config: Any) -> bool:
+    return config.backbone.from_ is not None and config.train.trainable in ("full", "lora+new_rows")
+
+
 MethodName = Annotated[str, AfterValidator(_registered)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 
@@ -56,6 +67,11 @@ class TrainConfig:
         default_factory=lambda: list(DEFAULT_METHODS)
     )
     seeds: Annotated[list[NonNegative], MinLen(1), Affects()] = field(default_factory=lambda: [0])
+    # What of a pretrained model is trained; the rest of its weights stays as it is.
+    trainable: Annotated[Trainable, PRETRAINED] = "full"
+    lora: Annotated[LoraConfig, OnlyIf("train.trainable lora or lora+new_rows", _has_adapters)] = (
+        field(default_factory=LoraConfig)
+    )
     targets: Literal["all", "last"] = "all"
     # Items of context.
     max_history: Positive = 20
@@ -64,7 +80,15 @@ class TrainConfig:
     batch_size: Positive = 256
     accumulation_steps: Positive = 1
     learning_rate: PositiveFloat = 2e-3
-    # Where the cosine ends, relative to learning_rate.
+    # Of the rows of item tokens that were added to a pretrained model; None: learning_rate.
+    new_rows_learning_rate: Annotated[
+        Optional[PositiveFloat],
+        OnlyIf(
+            "a model in backbone.from and train.trainable full or lora+new_rows",
+            _has_old_and_new_weights,
+        ),
+    ] = None
+    # Where the cosine ends, relative to the rates.
     min_learning_rate_ratio: Annotated[Float, Interval(ge=0, le=1)] = 0.0
     # The linear warm-up: a number of steps (an integer), or a share of all steps (below 1).
     warmup: StepsOrShare = 0.03
@@ -75,6 +99,17 @@ class TrainConfig:
     # Steps in a row whose loss or gradient may be NaN or infinite, and which are left out.
     max_bad_steps: Annotated[NonNegative, Affects()] = 5
     precision: Literal["fp32", "bf16"] = "fp32"
+    # Keep only the layers' inputs in memory, and compute the rest of a layer again in backward.
+    recompute: Annotated[Bool, Affects()] = False
+    # DeepSpeed's ZeRO: 1 cuts the optimizer's state over the data-parallel ranks, 2 the
+    # gradients as well.
+    zero_stage: Annotated[
+        Literal[1, 2],
+        OnlyIf(
+            "several data-parallel processes (launch.workers above launch.tp)",
+            lambda config: config.launch.dp > 1,
+        ),
+    ] = 1
     # Steps between checkpoints.
     checkpoint_steps: Annotated[Positive, Affects()] = 200
     keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2

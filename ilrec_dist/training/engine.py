@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1 and AdamW under the Megatron groups."""
+"""DeepSpeed's ZeRO and AdamW under the Megatron groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from torch import nn
 
 from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
 from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.trained_rows import TrainedRows
 from ilrec_dist.training.config import TrainConfig
+
+# The key of an optimizer's group with its learning rate as a multiple of train.learning_rate.
+RATE_RATIO = "rate_ratio"
 
 
 def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
@@ -18,7 +23,7 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (dp * config.accumulation_steps),
         "gradient_accumulation_steps": config.accumulation_steps,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -30,7 +35,7 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
 
 
 def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> Any:
-    """Wrap the module for training.
+    """Wrap the module for training, of which the optimizer gets what requires a gradient.
 
     The engine averages gradients over data-parallel ranks and micro-batches, so a loss that is
     a sum over rows must come scaled by dp × accumulation_steps / N (METHOD.md §6).
@@ -46,13 +51,30 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay applies to matrices, not to vectors (norms, biases)."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    """AdamW whose weight decay applies to matrices, not to vectors (norms, biases).
+
+    Rows of the vocabulary that are parameters of their own are a group of their own. With a
+    pretrained model the step is fused; decoders from scratch keep the bits that they have had.
+    """
+    pretrained = any(isinstance(m, Backbone) and m.checkpoint_family for m in module.modules())
+    rows = [p for m in module.modules() if isinstance(m, TrainedRows) for p in m.parameters()]
+    among_rows = set(map(id, rows))
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in among_rows]
+    rate, rows_rate = config.learning_rate, config.new_rows_learning_rate or config.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": rows, "weight_decay": config.weight_decay, RATE_RATIO: rows_rate / rate},
     ]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2)
+        [g for g in groups if g["params"]],
+        lr=rate,
+        betas=(0.9, config.adam_beta2),
+        fused=pretrained or None,
     )
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set every group's learning rate; `rate` is that of the groups without a rate of their own."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE_RATIO, 1.0)

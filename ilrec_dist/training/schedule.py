@@ -34,7 +34,9 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def warmup_warning(config: TrainConfig, total_steps: int) -> str | None:
-    """One line where the warm-up takes more than a third of the steps, otherwise None."""
+    """One line where the warm-up takes more than a third of the steps,
+    otherwise None.
+    """
     if isinstance(config.warmup, int):
         if config.warmup <= LONG_WARMUP * total_steps:
             return None

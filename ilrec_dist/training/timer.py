@@ -34,7 +34,9 @@ class StepTimer:
             self._paused += time.monotonic() - start
 
     def report(self, tokens: float, rows: float) -> dict[str, float]:
-        """tokens/s, rows/s, and the seconds of all steps and of each part; starts anew."""
+        """tokens/s, rows/s, and the seconds of all steps and of each part;
+        starts anew.
+        """
         elapsed = time.monotonic() - self._start - self._paused
         report = {
             "rate/tokens_per_second": tokens / elapsed,

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, write_json
+from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS, ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.model.weights import WEIGHTS_SHA256, save_training_weights
+from ilrec_dist.model.weights import BASE_SHA256, WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.objective import Objective
-from ilrec_dist.reporting.metrics_log import MetricsLog
+from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
 from ilrec_dist.samples.prefetch import (
     BatchSource,
     PrefetchedBatch,
@@ -35,7 +35,7 @@ from ilrec_dist.samples.prefetch import (
 from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.config import TrainConfig
-from ilrec_dist.training.engine import build_engine
+from ilrec_dist.training.engine import build_engine, set_learning_rate
 from ilrec_dist.training.optimizer_state import restore, take_part
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
@@ -224,8 +224,7 @@ class Trainer:
 
     def _set_learning_rate(self, rate: float) -> None:
         self.rate = rate
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.engine, rate)
 
     def _seed_dropout(self, micro: int) -> None:
         """Make dropout a function of (seed, step, micro-batch, data-parallel rank).
@@ -369,6 +368,11 @@ class Trainer:
     def _result(self, final_sha256: str) -> dict[str, Any]:
         progress = asdict(self.progress)
         best_sha256 = progress.pop("best_sha256")
+        trained: dict[str, Any] = {"trainable": self.config.trainable}
+        if self.backbone.lora is not None:
+            trained["lora"] = config_to_dict(self.config.lora)
+        if self.backbone.base_sha256 is not None:
+            trained[BASE_SHA256] = self.backbone.base_sha256
         return {
             "method": self.spec.method,
             "seed": self.spec.seed,
@@ -379,8 +383,10 @@ class Trainer:
                 "max_history": self.config.max_history,
                 "precision": self.config.precision,
                 "prompts": self.prompts,
+                **trained,
             },
             WEIGHTS_SHA256: {BEST: best_sha256, FINAL: final_sha256},
+            METRICS_SHA256: sha256_file(self.spec.folder / METRICS_FILE),
             **progress,
         }
 

@@ -117,7 +117,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class ChunkGradients:
-    """Where a chunk's sources add their gradients; `head` is None where it is frozen."""
+    """Where a chunk's sources add their gradients; `head` is None where it
+    is frozen.
+    """
 
     hidden: Tensor  # [S, n, d]
     head: Tensor | None

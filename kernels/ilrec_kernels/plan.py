@@ -59,12 +59,16 @@ class Plan(Terms):
 
     @property
     def scratch_values(self) -> int:
-        """Values of the memory for a few tiles: z̄ for the candidates, then the teacher."""
+        """Values of the memory for a few tiles: z̄ for the candidates, then the
+        teacher.
+        """
         return _scratch_values(self, self.tile)
 
 
 def make_plan(p: Problem) -> Plan:
-    """Plan a call. With a group it agrees with the other ranks: every rank must call."""
+    """Plan a call. With a group it agrees with the other ranks: every rank
+    must call.
+    """
     terms = call_terms(p)
     size, gpu = torch.finfo(p.dtype).bits // 8, p.head.is_cuda
     total = workspace_bytes(p.options, p.head.device)
@@ -147,7 +151,9 @@ def workspace_bytes(options: LossOptions, device: torch.device) -> int:
 
 
 def _equal_chunks(n: int, rows: int) -> int:
-    """Return the rows of a chunk, at most `rows`, so that all chunks are about equal."""
+    """Return the rows of a chunk, at most `rows`, so that all chunks are
+    about equal.
+    """
     rows = min(max(1, n), rows)
     return -(-n // -(-n // rows)) if n else 1
 
@@ -201,7 +207,9 @@ def _row_bytes(p: Problem, terms: Terms, size: int) -> int:
 
 
 def _buffer_bytes(p: Problem, size: int) -> int:
-    """Return what a row's candidate buffer takes, with its k entries in several forms."""
+    """Return what a row's candidate buffer takes, with its k entries in
+    several forms.
+    """
     return BUFFER_SIZE * (size + 4) + (p.options.max_negatives + 10) * 150
 
 
@@ -215,7 +223,9 @@ def _hidden_bytes(p: Problem, terms: Terms, size: int) -> int:
 
 
 def _entry_bytes(terms: Terms, size: int) -> int:
-    """Return what a list's entry takes: its indices, and its logits in several copies."""
+    """Return what a list's entry takes: its indices, and its logits in
+    several copies.
+    """
     if terms.distill.is_lists or terms.softmax.is_lists:
         return 104 + 4 * terms.streams * size
     return 64 + 3 * terms.streams * size if terms.negatives.is_lists else 48

@@ -15,7 +15,7 @@ from ilrec_dist.cf.rewards.index import write_code_order
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import CONFIG, World, copy_models, training_targets, with_sequence
+from tests.support.cf_world import CONFIG, World, copy_models, training_targets, with_sequence
 
 
 class Nobody:

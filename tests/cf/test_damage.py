@@ -1,4 +1,6 @@
-"""Damaged files and numbers that are not finite are refused by name, where they arise."""
+"""Damaged files and numbers that are not finite are refused by name, where
+they arise.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard, ItemTable
 from ilrec_dist.common import manifest
 from ilrec_dist.common.errors import UserError
-from tests.cf.conftest import CONFIG, World, copy_models, flip_last_byte, training_targets
+from tests.support.cf_world import CONFIG, World, copy_models, flip_last_byte, training_targets
 
 
 def files_that_are_read(cf: Path) -> list[str]:

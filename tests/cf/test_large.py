@@ -30,7 +30,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import CONFIG, World, copy_models, training_targets
+from tests.support.cf_world import CONFIG, World, copy_models, training_targets
 
 ITEMS, WIDTH, LIMIT = 6000, 16, 200
 
@@ -101,7 +101,9 @@ def large() -> Large:
 
 @pytest.fixture(scope="module")
 def scorer_folder(large: Large, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of both folds' scorers, written once for all tests that want the same."""
+    """The folder of both folds' scorers, written once for all tests that
+    want the same.
+    """
 
     @functools.cache
     def write(kind: str, shards: int = 1, prefix_items: int = LIMIT) -> Path:

@@ -42,7 +42,9 @@ def nodes() -> Iterator[Cluster]:
 
 
 def stand_in(name: str, node: str) -> Any:
-    """A reward actor for the client on that node, without CF models that take seconds."""
+    """A reward actor for the client on that node, without CF models that
+    take seconds.
+    """
 
     class Actor:
         def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import Vocabulary
-from tests.cf.conftest import CONFIG, World, training_targets, with_sequence
+from tests.support.cf_world import CONFIG, World, training_targets, with_sequence
 
 
 def brute_force(world: World, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -161,7 +161,9 @@ def test_one_level_and_a_thread(world: World) -> None:
 
 
 def test_rewards_do_not_depend_on_where_the_item_tokens_lie(world: World) -> None:
-    """In a vocabulary of ids in another order a target's tokens get the same rewards."""
+    """In a vocabulary of ids in another order a target's tokens get the
+    same rewards.
+    """
     ids = np.random.default_rng(4).permutation(40)[:12].astype(np.int32)
     catalogue = world.catalogue.in_vocabulary(Vocabulary(ids, 40, padding=int(ids[2])))
     trie, own = Trie(catalogue), world.rewards()

@@ -25,7 +25,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
-from tests.cf.conftest import (
+from tests.support.cf_world import (
     CONFIG,
     World,
     documented_metrics,
@@ -160,7 +160,9 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(
 def test_a_folder_that_does_not_fit_is_refused_at_start_up(
     session: None, world: World, flat_cf: Path, tmp_path: Path
 ) -> None:
-    """One actor shows how a refusal comes out; others are those of what it runs first."""
+    """One actor shows how a refusal comes out; others are those of what it
+    runs first.
+    """
     cf = Path(shutil.copytree(flat_cf, tmp_path / "cf"))
     index = cf / "code-order" / "fold1" / "index-0.faiss"
     flip_last_byte(index)

@@ -24,7 +24,7 @@ from ilrec_dist.cf.sasrec.sharded_table import ItemShard, ItemTable, full_softma
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.cf.conftest import CONFIG, World
+from tests.support.cf_world import CONFIG, World
 
 # Shards of 5 and 6 items.
 ITEMS, WIDTH, ROWS = 23, 6, 40

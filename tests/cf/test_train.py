@@ -1,4 +1,6 @@
-"""The CF stage: folds, cross-fitting, determinism, the report and the folder's hashes."""
+"""The CF stage: folds, cross-fitting, determinism, the report and the
+folder's hashes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from ilrec_dist.cf.sasrec.cross_fit import train_cf, user_folds
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
-from tests.cf.conftest import CONFIG, World, copy_models, training_targets, with_sequence
+from tests.support.cf_world import CONFIG, World, copy_models, training_targets, with_sequence
 
 
 def changed(world: World, user: int) -> np.ndarray:

@@ -39,7 +39,9 @@ def write(place: Path, kind: str, value) -> Path:
 
 
 def refused(capsys, *argv) -> str:
-    """Run a command that must fail with one line on stderr and exit code 2; returns the line."""
+    """Run a command that must fail with one line on stderr and exit code 2; returns the
+    line.
+    """
     capsys.readouterr()
     assert main([str(part) for part in argv]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

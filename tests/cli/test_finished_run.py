@@ -1,104 +1,25 @@
-"""A finished run: refused commands leave it, its hashes identify it, damage is repaired."""
+"""A finished run: refused commands leave it, its hashes identify it, damage is
+repaired.
+"""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from ilrec_dist.cli.main import main
-
-ITEMS = [str(number) for number in range(20)]
-
-
-def write_shop(folder: Path, rename: dict[str, str], index_too: bool) -> None:
-    """An LC-Rec data set of 20 items; `rename` maps some of their ids to others."""
-    folder.mkdir(exist_ok=True)
-
-    def named(item: str) -> str:
-        return rename.get(item, item)
-
-    sequences = {
-        f"u{user}": [named(ITEMS[(user * 3 + step * (1 + user % 4)) % 20]) for step in range(8)]
-        for user in range(40)
-    }
-    index = {
-        named(item) if index_too else item: [f"<a_{int(item) % 5}>", f"<b_{int(item) // 5}>"]
-        for item in ITEMS
-    }
-    titles = {named(item): {"title": f"Thing {item}"} for item in ITEMS}
-    for kind, value in (("inter", sequences), ("item", titles), ("index", index)):
-        (folder / f"shop.{kind}.json").write_text(json.dumps(value))
-
-
-def config_of(root: Path) -> Path:
-    tree = {
-        "name": "shop",
-        "runs_dir": str(root / "runs"),
-        "data": {"format": "lcrec", "path": str(root / "shop"), "min_item_interactions": 1},
-        "items": {"index": str(root / "shop/shop.index.json")},
-        "cf": {"epochs": 1, "hidden_size": 16, "num_layers": 1},
-        "backbone": {"num_layers": 2, "hidden_size": 16, "num_heads": 2},
-        "train": {"methods": ["sft"], "epochs": 1, "batch_size": 40, "warmup": 0.1},
-        "evaluation": {"beam": 10},
-        "launch": {"engine": "torchrun", "threads": 1, "device": "cpu"},
-    }
-    (root / "c.yaml").write_text(yaml.safe_dump(tree))
-    return root / "c.yaml"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("shop")
-    write_shop(root / "shop", {}, index_too=True)
-    assert main(["run", str(config_of(root))]) == 0
-    return root
-
-
-@pytest.fixture
-def shop(finished, tmp_path) -> Path:
-    """A copy of the finished run with its data, to be changed."""
-    shutil.copytree(finished / "runs", tmp_path / "runs")
-    shutil.copytree(finished / "shop", tmp_path / "shop")
-    config_of(tmp_path)
-    return tmp_path
-
-
-def files(root: Path) -> dict[str, bytes]:
-    folder = root / "runs/shop"
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def refused(capsys, *argv) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in argv]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
-def recommend(root: Path) -> list[str]:
-    histories = pa.table({"user": ["a"], "items": [["1", "2", "3"]]})
-    pq.write_table(histories, root / "h.parquet")
-    argv = ["recommend", root / "runs/shop", "--histories", root / "h.parquet"]
-    assert main([*map(str, argv), "--out", str(root / "out.parquet")]) == 0
-    return pq.read_table(root / "out.parquet").column("item").to_pylist()
+from ilrec_dist.config.load import dump_config, load_config
+from ilrec_dist.pipeline.execute import open_run
+from tests.support.shop import ITEMS, codes_of, damage, files, recommend, refused, write_shop
 
 
 def test_a_refused_run_leaves_a_finished_one_as_it_was(shop, capsys):
     before, answers = files(shop), recommend(shop)
     write_shop(shop / "shop", {"0": "500"}, index_too=False)
-    (shop / "shop/shop.index.json").write_text(
-        json.dumps({item: [f"<a_{int(item) % 5}>", f"<b_{int(item) // 5}>"] for item in ITEMS})
-    )
+    (shop / "shop/shop.index.json").write_text(json.dumps({item: codes_of(item) for item in ITEMS}))
     line = refused(capsys, "run", shop / "c.yaml")
     assert "shop.index.json" in line and "'500'" in line
     assert files(shop) == before and recommend(shop) == answers
@@ -131,14 +52,6 @@ def test_what_was_trained_on_other_data_is_refused_wherever_it_is_used(shop, cap
         line = refused(capsys, *argv)
         assert "prepare" in line or "another configuration or other input" in line
     assert not (shop / "Out").exists() and not (shop / "longer").exists()
-
-
-def damage(path: Path, keep_time: bool = False) -> None:
-    status, content = path.stat(), bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    stamp = status.st_mtime_ns + (0 if keep_time else 1)
-    os.utime(path, ns=(stamp, stamp))
 
 
 def test_a_damaged_run_is_repaired_by_the_command_that_its_refusal_names(shop, capsys):
@@ -259,3 +172,83 @@ def test_dropped_checkpoints_are_announced_with_the_setting_that_changed(shop, c
     output = " ".join(capfd.readouterr().out.split())
     assert "checkpoints of its unfinished work are dropped" in output
     assert "train.epochs: 1 → 2" in output and not folder.exists()
+
+
+def test_a_changed_record_is_refused_by_name_and_the_advice_repairs_it(shop, capsys):
+    record, answers = shop / "runs/shop/.stages/prepare.json", recommend(shop)
+    digest = json.loads(record.read_text())["files"]["users.parquet"]["sha256"]
+    changed = record.read_text().replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1"))
+    record.write_text(changed)
+    line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+    assert "prepare.json: damaged" in line and "ilrec run CONFIG --verify" in line
+    before = files(shop)
+    assert main(["run", str(shop / "c.yaml"), "--verify"]) == 0
+    assert recommend(shop) == answers
+    # Nothing that stands on the data was made again.
+    name = "train/sft-seed0/result.json"
+    assert files(shop)[name] == before[name]
+
+
+def test_a_changed_configuration_is_refused_and_written_again(shop, capsys):
+    config, answers = shop / "runs/shop/config.yaml", recommend(shop)
+    config.write_text(dump_config(load_config(shop / "c.yaml")))
+    whole = config.read_text()
+    assert main(["prepare", str(shop / "c.yaml")]) == 0
+    config.write_text(whole.replace("beam: 10", "beam: 12"))
+    line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+    assert "runs/shop/config.yaml: damaged or edited" in line and "`ilrec run CONFIG`" in line
+    assert main(["run", str(shop / "c.yaml")]) == 0
+    assert config.read_text() == whole and recommend(shop) == answers
+    # Where the change is meant, the file itself is the configuration.
+    config.write_text(whole.replace("batch_size: 64", "batch_size: 32"))
+    assert main(["run", str(config)]) == 0
+    assert "batch_size: 32" in config.read_text() and recommend(shop) == answers
+
+
+def test_damaged_curves_are_refused_and_the_report_does_without_them(shop, capsys):
+    metrics = shop / "runs/shop/train/sft-seed0/metrics.jsonl"
+    damage(metrics, keep_time=True)
+    line = refused(capsys, "evaluate", shop / "c.yaml")
+    assert f"{metrics}: damaged" in line and "delete it" in line
+    metrics.unlink()
+    assert main(["evaluate", str(shop / "c.yaml")]) == 0
+
+
+@pytest.mark.parametrize("setting", ["train.batch_size=40", "train.batch_size=20"])
+def test_a_refusal_leaves_the_checkpoints_of_an_unfinished_training(shop, capfd, setting):
+    """Both where the command would go on from them, and where it would begin anew."""
+    settings = ["train.methods=[sft, ilrec]", "objective.crr_lambda=0"]
+    run = shop / "runs/shop"
+    step = run / "train/ilrec-seed0/checkpoints/step-00000003"
+    step.mkdir(parents=True)
+    (step / "state.pt").write_bytes(b"of the unfinished training")
+    fingerprint = open_run(load_config(shop / "c.yaml", settings)).fingerprint("train ilrec seed 0")
+    state = {"step": 3, "fingerprint": fingerprint, "state": {}, "sha256": {"state.pt": "0" * 64}}
+    (step / "manifest.json").write_text(json.dumps(state))
+    (run / ".stages/train ilrec seed 0.begun.json").write_text(
+        json.dumps({"fingerprint": fingerprint})
+    )
+    before = files(shop)
+    argv = ["run", str(shop / "c.yaml"), *settings, setting, "launch.device=cuda"]
+    assert main(argv) == 2
+    assert files(shop) == before
+
+
+@pytest.mark.slow
+def test_a_late_refusal_leaves_a_new_training_beside_the_finished_ones(shop, capfd):
+    damage(shop / "runs/shop/cf/full.safetensors", keep_time=True)
+    damaged = files(shop)
+    # The baselines read the CF model after all trainings.
+    assert main(["run", str(shop / "c.yaml"), "train.seeds=[0, 1]"]) == 2
+    assert "full.safetensors: damaged" in capfd.readouterr().err.strip().splitlines()[-1]
+    after = files(shop)
+    new = {name for name in after if name not in damaged}
+    assert {name: after[name] for name in damaged} == damaged
+    assert "train/sft-seed1/best.safetensors" in new
+    assert all(name.startswith(("train/sft-seed1/", ".stages/train sft seed 1.")) for name in new)
+    # The next command finds it finished.
+    state = open_run(load_config(shop / "c.yaml", ["train.seeds=[0, 1]"]))
+    name = "train sft seed 1"
+    begun = state.begun(name)
+    assert begun is not None and begun["fingerprint"] == state.fingerprint(name)
+    assert "train/sft-seed1/result.json" in new

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from ilrec_dist.common.errors import UserError
-from tests.data.loading import load
+from tests.support.loading import load
 
 REVIEWS_2018 = [
     {

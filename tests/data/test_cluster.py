@@ -1,4 +1,5 @@
-"""Many files of interactions, read one after the other and by a Ray cluster of two nodes.
+"""Many files of interactions, read one after the other and by a Ray cluster of two
+nodes.
 
 The prepared folder is the same to the byte.
 """
@@ -83,7 +84,9 @@ def cluster() -> Iterator[Cluster]:
 
 
 def write_parts(folder: Path, form: str, bad: bool = False) -> DataConfig:
-    """Six files of one shop's interactions: users are in several of them, some rows in two."""
+    """Six files of one shop's interactions: users are in several of them, some rows in
+    two.
+    """
     folder.mkdir()
     rng = np.random.default_rng(5)
     for part in range(6):

@@ -1,4 +1,6 @@
-"""Delimited text: quoted line breaks, the lines that errors name, and what finding them costs."""
+"""Delimited text: quoted line breaks, the lines that errors name, and what finding them
+costs.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def csv_config(path, **settings) -> DataConfig:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_rows_have_the_lines_that_an_editor_shows(tmp_path, monkeypatch, seed):
-    """Quoted line breaks, empty lines, BOMs and too few fields, in blocks of any size."""
+    """Quoted line breaks, empty lines, BOMs and too few fields, in blocks
+    of any size.
+    """
     rng = random.Random(seed)
     text = rng.choice(["", "\ufeff", "\n\r\n"]) + rng.choice(
         ["user,item,note\n", '"user",item,"a\nnote"\r\n']
@@ -200,7 +204,9 @@ def test_a_quote_left_open_in_a_column_that_is_not_read_loses_no_rows_in_silence
 
 
 def test_each_line_of_a_malformed_row_counts(tmp_path):
-    """A quote that another row's closes may have swallowed good rows: they are not lost as one."""
+    """A quote that another row's closes may have swallowed good rows: they are not lost
+    as one.
+    """
     path = tmp_path / "rows.csv"
     path.write_text('user,item,timestamp\n1,1,1\n1,"2,2\n1,3,3\n1,4,4\n1,5"\n1,6,6\n1,7,7\n')
     message = (

@@ -65,7 +65,9 @@ LENGTHS = st.lists(st.integers(0, 9), max_size=12)
 
 
 def _both_by_definition(dataset: InteractionDataset) -> np.ndarray:
-    """All of it in memory: every user's training items are put, turned round, behind the data."""
+    """All of it in memory: every user's training items are put, turned round, behind
+    the data.
+    """
     turned = [
         dataset.sequence(user)[:length][::-1] for user, length in enumerate(dataset.train_lengths())
     ]
@@ -74,7 +76,8 @@ def _both_by_definition(dataset: InteractionDataset) -> np.ndarray:
 
 @given(lengths=LENGTHS, seed=st.integers(0, 2**32 - 1))
 def test_items_read_as_if_they_lay_in_memory(lengths: list[int], seed: int) -> None:
-    """Users without training items; slices and integers of any shape and sign; the hash.
+    """Users without training items; slices and integers of any shape and sign; the
+    hash.
 
     The hash binds a CF model to what it was trained on.
     """

@@ -17,7 +17,7 @@ from ilrec_dist.data.prepare import prepare
 from ilrec_dist.export.interactions import export_data
 from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.config import ItemsConfig
-from tests.data.loading import load
+from tests.support.loading import load
 
 
 def _toy(tmp_path):

@@ -1,4 +1,6 @@
-"""RecBole, MovieLens, sequences and MiniOneRec on samples as their publishers write them."""
+"""RecBole, MovieLens, sequences and MiniOneRec on samples as their publishers write
+them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 import pytest
 
 from ilrec_dist.common.errors import UserError
-from tests.data.loading import load
+from tests.support.loading import load
 
 RECBOLE_INTER = """user_id:token\titem_id:token\trating:float\ttimestamp:float
 196\t242\t3\t881250949

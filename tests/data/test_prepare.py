@@ -23,18 +23,15 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.formats.lcrec import read_lcrec
 from ilrec_dist.data.prepare import input_files, prepare
 from ilrec_dist.export.interactions import export_data
-from tests.data.masks import train_mask
-from tests.data.shared_data import shared_data
+from tests.support.csv_rows import GOOD, histories_of, unfiltered, write_csv
+from tests.support.masks import train_mask
+from tests.support.shared_data import shared_data
 
 HISTORIES = {"3": [1, 2, 3, 4], "10": [4, 3, 2, 1, 5], "4": [2, 3, 5]}
 ITEMS = {
     str(item): {"title": f"Title {item}", "brand": "B", "categories": ["x", "y"]}
     for item in range(1, 6)
 }
-
-
-def unfiltered(**settings) -> DataConfig:
-    return DataConfig(min_user_interactions=1, min_item_interactions=1, **settings)
 
 
 def write_lcrec(folder, histories=HISTORIES, items=ITEMS):
@@ -52,18 +49,6 @@ def rows_of(histories):
         for user, items in histories.items()
         for time, item in enumerate(items)
     ]
-
-
-def write_csv(path, rows, names=("user", "item", "timestamp")):
-    path.write_text("\n".join([",".join(names), *(",".join(map(str, row)) for row in rows)]) + "\n")
-    return unfiltered(format="csv", path=str(path))
-
-
-def histories_of(dataset):
-    return {
-        dataset.user_ids[user]: [int(dataset.item_ids[item]) for item in dataset.sequence(user)]
-        for user in range(dataset.num_users)
-    }
 
 
 def test_lcrec_keeps_every_history_and_orders_ids_by_value(tmp_path):
@@ -385,9 +370,6 @@ def test_short_users_are_fine_when_the_core_drops_them(tmp_path):
         tmp_path / "out",
     )
     assert list(load_dataset(tmp_path / "out").user_ids) == ["1"]
-
-
-GOOD = [("u", item, item) for item in range(4)]
 
 
 @pytest.mark.parametrize(

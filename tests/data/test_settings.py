@@ -1,4 +1,6 @@
-"""Keys of the section `data` that have no effect are named, with what has one instead."""
+"""Keys of the section `data` that have no effect are named, with what has
+one instead.
+"""
 
 from __future__ import annotations
 

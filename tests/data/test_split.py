@@ -28,7 +28,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines, predictions_file
 from ilrec_dist.samples.windows import training_windows
-from tests.data.masks import train_mask
+from tests.support.masks import train_mask
 
 RNG = np.random.default_rng(4)
 ROWS = sorted({tuple(row) for row in RNG.integers(0, [40, 25, 90], (500, 3)).tolist()})

@@ -1,4 +1,6 @@
-"""The generated shop: its law, its speed, and that counting cannot reach the true model."""
+"""The generated shop: its law, its speed, and that counting cannot reach the true
+model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from ilrec_dist.data.synthetic.generate import (
 from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
-from tests.data.masks import train_mask, user_of_interaction
+from tests.support.masks import train_mask, user_of_interaction
 
 SMALL = SyntheticConfig(users=300, items=120, categories=6)
 
@@ -71,7 +73,8 @@ def test_shares_sum_to_one_and_probabilities_too():
 
 
 def test_the_drawn_items_follow_the_stated_law():
-    """Items drawn after one and the same history come as often as next_probabilities says.
+    """Items drawn after one and the same history come as often as next_probabilities
+    says.
 
     Chi-square, 4 standard deviations.
     """
@@ -98,7 +101,9 @@ def test_a_kind_with_nothing_left_gives_way_to_anything():
 
 
 def _ndcg(dataset, scores):
-    """NDCG@10 per user on the test targets, history excluded, ties in item order (METHOD.md §9)."""
+    """NDCG@10 per user on the test targets, history excluded, ties in item order
+    (METHOD.md §9).
+    """
     stops, targets = dataset.history_stop("test"), dataset.targets("test")
     for user in range(dataset.num_users):
         scores[user, dataset.items[dataset.offsets[user] : stops[user]]] = -np.inf
@@ -110,7 +115,9 @@ def _ndcg(dataset, scores):
 
 
 def _transitions(dataset):
-    """METHOD.md §9: score(v) = Σ over the last 6 history items i of T[i, v] / (rank_i · √pop_i)."""
+    """METHOD.md §9: score(v) = Σ over the last 6 history items i of T[i, v] / (rank_i ·
+    √pop_i).
+    """
     mask, users = train_mask(dataset), user_of_interaction(dataset)
     follows = mask[1:] & mask[:-1] & (users[1:] == users[:-1])
     counts = np.zeros((dataset.num_items, dataset.num_items))

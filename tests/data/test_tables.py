@@ -17,7 +17,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.reading.parquet_file import open_parquet
-from tests.data.test_prepare import GOOD, histories_of, unfiltered, write_csv
+from tests.support.csv_rows import GOOD, histories_of, unfiltered, write_csv
 
 
 def test_bad_parquet_rows_are_named_by_row(tmp_path):

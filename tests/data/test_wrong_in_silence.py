@@ -1,15 +1,21 @@
-"""Files that could be read in a wrong way: they are read right, or refused in one line."""
+"""Files that could be read in a wrong way: they are read right, or refused
+in one line.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
@@ -17,13 +23,14 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.reading.columns import UniqueIds
 from ilrec_dist.data.reading.python_literal import MAX_CHARACTERS, parse_literal
+from ilrec_dist.data.reading.table_signs import TableSigns
 from ilrec_dist.export.interactions import export_data
 
 
-def read(tmp_path: Path, form: str, path: Path, **settings: Any) -> tuple[dict[str, Any], Any]:
+def read(tmp_path: Path, form: str, path: Path, **options: Any) -> tuple[dict[str, Any], Any]:
     """(manifest, data set) of a file without a k-core."""
-    settings = {"min_user_interactions": 1, "min_item_interactions": 1} | settings
-    manifest = prepare(DataConfig(format=form, path=str(path), **settings), tmp_path / "out")
+    options = {"min_user_interactions": 1, "min_item_interactions": 1} | options
+    manifest = prepare(DataConfig(format=form, path=str(path), **options), tmp_path / "out")
     return manifest, load_dataset(tmp_path / "out")
 
 
@@ -66,6 +73,80 @@ def test_a_table_is_not_read_as_sequences(tmp_path, text, lines, allowed):
     (tmp_path / "rows.txt").write_text(text)
     with pytest.raises(UserError, match=rf"rows\.txt: {lines} .*data.format (movielens|csv)"):
         read(tmp_path, "sequences", tmp_path / "rows.txt", max_bad_rows=allowed)
+
+
+def rows_of(*columns: Callable[[int], object], separator: str = "\t", count: int = 40) -> str:
+    """Lines of a user of their own and the columns' fields."""
+    lines = ([f"u{row}", *(str(column(row)) for column in columns)] for row in range(count))
+    return "".join(separator.join(line) + "\n" for line in lines)
+
+
+def item(row: int) -> int:
+    return row * 7919 % 1682 + 1
+
+
+def stars(row: int) -> int:
+    return row % 5 + 1
+
+
+def seconds(row: int) -> int:
+    return 881250949 + row * row
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        (rows_of(item, stars, seconds), r"line 1: field 4 \(881250949\) .*time.* movielens"),
+        (rows_of(item, stars, seconds, separator="   "), "field 4 .* time"),
+        ("user\titem\trating\ttime\n" + rows_of(item, stars, seconds), "line 2: field 4 .*time"),
+        (rows_of(item, stars, lambda row: seconds(row) * 1000), "field 4 .* time"),
+        (rows_of(item, stars, lambda row: f"{seconds(row)}.5", count=3), "field 4 .* time"),
+        (rows_of(item, stars, lambda row: f"2018-10-0{row % 9 + 1}"), "field 4 .* time"),
+        (rows_of(item, stars, lambda row: f"2018-10-0{row % 9 + 1} 12:00:00"), "field 4 .* time"),
+        (rows_of(item, seconds, stars), "field 3 .* time"),
+        (rows_of(item, seconds), "field 3 .* time"),
+        (rows_of(item, lambda row: f"{row % 5}.5"), r"field 3 \(0.5\) looks like a rating"),
+        (rows_of(item, stars, lambda row: f"shop{row % 3}"), "field 3 .* looks like a rating"),
+        (rows_of(item, stars, seconds, separator=", "), "line 1: its fields end with commas"),
+        (rows_of(item, separator=", "), "line 1: its fields end with commas"),
+    ],
+)
+def test_a_table_of_users_with_one_row_each_is_not_read_as_sequences(tmp_path, text, sign):
+    (tmp_path / "rows.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"rows\.txt: .*{sign}.*data\.format csv"):
+        read(tmp_path, "sequences", tmp_path / "rows.txt")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_sequences_of_any_kind_of_ids_are_not_taken_for_a_table(data):
+    """Small integers, ids as large as times, names; users with few items
+    and with many.
+    """
+    kinds = {
+        "small": st.integers(0, 10),
+        "middle": st.integers(1, 5000),
+        "large": st.integers(10**9, 4 * 10**9),
+        "name": st.text("abc,.", min_size=1, max_size=3),
+    }
+    ids = kinds[data.draw(st.sampled_from(sorted(kinds)))].map(str)
+    count = data.draw(st.sampled_from([st.just(2), st.just(3), st.integers(2, 6)]))
+    lines = [
+        [f"u{row}", *data.draw(count.flatmap(lambda n: st.lists(ids, min_size=n, max_size=n)))]
+        for row in range(data.draw(st.integers(2, 25)))
+    ]
+    signs, cut = TableSigns(), data.draw(st.integers(1, len(lines) - 1))
+    signs.add(pa.array(lines[:cut]), np.arange(cut))
+    signs.add(pa.array(lines[cut:]), np.arange(cut, len(lines)))
+    signs.check(Path("sequences.txt"))
+
+
+def test_what_is_taken_for_a_table_can_be_said_in_sasrecs_form(tmp_path):
+    rows = [line.split() for line in rows_of(item, stars, seconds).splitlines()]
+    lines = [f"{user} {field}\n" for user, *fields in rows for field in fields]
+    (tmp_path / "rows.txt").write_text("".join(lines))
+    _, dataset = read(tmp_path, "sequences", tmp_path / "rows.txt")
+    assert histories(dataset) == {user: fields for user, *fields in rows}
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1000])

@@ -1,4 +1,6 @@
-"""The distributed helper: groups, results in rank order, failures that name the rank."""
+"""The distributed helper: groups, results in rank order, failures that name
+the rank.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The counting baselines, by hand on a toy and against the published rows of the real data."""
+"""The counting baselines, by hand on a toy and against the published rows of the real
+data.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from ilrec_dist.evaluation.baselines.counting import (
     transition_scores,
 )
 from ilrec_dist.evaluation.ranking import baseline_predictions
-from tests.evaluation.shared_data import real_data
+from tests.support.real_histories import real_data
 
 # HR@5, HR@10, NDCG@5, NDCG@10, items of the history excluded
 PUBLISHED = {

@@ -33,7 +33,9 @@ def ndcg(rank: int, k: int) -> float:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=6), st.data())
 def test_ranks_and_expectations(levels: list[int], data: st.DataObject) -> None:
-    """Few score levels make ties; the expectation is the mean over all orders of tied items."""
+    """Few score levels make ties; the expectation is the mean over all orders of tied
+    items.
+    """
     target = data.draw(st.integers(0, len(levels) - 1))
     ranks = ranks_of_scores(np.array([levels], np.float64), np.array([target]))
     order = sorted(range(len(levels)), key=lambda item: (-levels[item], item))

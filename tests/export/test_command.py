@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ilrec_dist.cli import main
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.serving.backend import LocalBackend
+from tests.support.exported import catalogue_ids, generated, recommended
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -57,37 +55,13 @@ def test_transformers_gives_our_logits(exported) -> None:
 
 def test_generate_finds_what_recommend_finds(exported, tmp_path: Path) -> None:
     run, folder = exported
-    catalogue = pq.read_table(folder / "catalogue.parquet")
-    ids = catalogue.column("item").to_pylist()
+    ids = catalogue_ids(folder)
     history = [ids[3], ids[40], ids[7]]
-    table = pa.table({"user": ["u"], "items": pa.array([history], pa.list_(pa.string()))})
-    pq.write_table(table, tmp_path / "histories.parquet")
-    out = tmp_path / "out.parquet"
-    words = ["recommend", str(run), "--histories", str(tmp_path / "histories.parquet")]
-    assert main([*words, "--top", "10", "--out", str(out)]) == 0
-    expected = pq.read_table(out).to_pylist()
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    codes = dict(zip(ids, catalogue.column("codes").to_pylist(), strict=True))
-    prompt = tokenizer("".join(codes[item] for item in history), return_tensors="pt").input_ids
-    trie = ItemTrie(folder)
-    beams = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        num_return_sequences=20,
-        output_scores=True,
-        return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompt.shape[1]),
-    )
-    found = [
-        (ids[row], float(score))
-        for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True)
-        for row in trie.items(sequence[prompt.shape[1] :].tolist())
-    ]
-    assert [item for item, _ in found[:10]] == [row["item"] for row in expected]
+    expected = recommended(run, [history], tmp_path, "--top", "10")
+    found = generated(folder, history, beams=20)[:10]
+    assert [item for item, _ in found] == [item for item, _ in expected]
     np.testing.assert_allclose(
-        [score for _, score in found[:10]], [row["score"] for row in expected], atol=1e-4
+        [score for _, score in found], [score for _, score in expected], atol=1e-4
     )
 
 
@@ -116,29 +90,15 @@ def test_a_decoder_without_a_hugging_face_form_is_refused(tmp_path: Path, capsys
 
 def test_the_local_backend_serves_what_recommend_writes(exported, tmp_path: Path) -> None:
     run, folder = exported
-    ids = pq.read_table(folder / "catalogue.parquet").column("item").to_pylist()
+    ids = catalogue_ids(folder)
     histories = [[ids[3], ids[40], ids[7]], [ids[1]]]
-    table = pa.table({"user": ["u", "v"], "items": pa.array(histories, pa.list_(pa.string()))})
-    pq.write_table(table, tmp_path / "histories.parquet")
-    out = tmp_path / "out.parquet"
-    words = ["recommend", str(run), "--histories", str(tmp_path / "histories.parquet")]
-    assert main([*words, "--top", "5", "--exclude-seen", "--out", str(out)]) == 0
+    written = recommended(run, histories, tmp_path, "--top", "5", "--exclude-seen")
     with open_trained_model(run) as trained:
-        backend = LocalBackend(
-            trained.backbone,
-            trained.artifacts.dataset,
-            trained.artifacts.trie,
-            beam=trained.config.evaluation.beam,
-            batch_size=trained.config.evaluation.batch_size,
-            softmax_scope=trained.softmax_scope,
-            inputs=trained.inputs,
-            parallel=trained.parallel,
-        )
+        backend = LocalBackend(trained.ranker, trained.artifacts.dataset)
         lists = backend.recommend(histories, 5, True)
         with pytest.raises(UserError, match="history 1 has the item 'none'"):
             backend.recommend([[ids[0]], ["none"]], 5, False)
         with pytest.raises(UserError, match="history 0 is empty"):
             backend.recommend([[]], 5, False)
     served = [(item.item, item.score) for items in lists for item in items]
-    written = [(row["item"], row["score"]) for row in pq.read_table(out).to_pylist()]
     assert served == written and len(served) == 10

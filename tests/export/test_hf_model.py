@@ -1,4 +1,6 @@
-"""An exported catalogue keeps transformers' generate on its items, and finds the true best ones."""
+"""An exported catalogue keeps transformers' generate on its items, and finds the true
+best ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The flat index searched on a GPU finds what the CPU finds. Skipped where faiss has no GPU."""
+"""The flat index searched on a GPU finds what the CPU finds. Skipped where faiss has no
+GPU.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""SASRec trained on a CUDA device: as good as on the CPU. Skipped where there is no device."""
+"""SASRec trained on a CUDA device: as good as on the CPU. Skipped where there is no
+device.
+"""
 
 from pathlib import Path
 

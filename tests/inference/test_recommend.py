@@ -17,6 +17,7 @@ from ilrec_dist.distributed.process_groups import (
     initialize_parallel,
 )
 from ilrec_dist.inference.inputs import PlainSequences
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.inference.recommend import Recommendations, recommend_items
 from ilrec_dist.items.trie import Trie
 from tests.inference.toy import (
@@ -42,19 +43,26 @@ def layout() -> Iterator[ParallelState]:
     destroy_parallel(process_group=True)
 
 
-def run(parallel: ParallelState, path: Path, rows: dict | pa.Table, **options) -> Recommendations:
-    table = rows if isinstance(rows, pa.Table) else pa.table(rows)
-    pq.write_table(table, path / "histories.parquet")
-    settings = {
-        "top": 5,
+def ranker(parallel: ParallelState, **settings) -> ModelRanker:
+    defaults = {
         "beam": 20,
         "batch_size": 64,
         "softmax_scope": "all",
         "inputs": PlainSequences(CATALOGUE, MAX_HISTORY),
-        "parallel": parallel,
-    } | options
+    }
+    return ModelRanker(toy_backbone(CATALOGUE), TRIE, parallel=parallel, **(defaults | settings))
+
+
+def run(
+    parallel: ParallelState, path: Path, rows: dict | pa.Table, *, beam: int = 20, **options
+) -> Recommendations:
+    table = rows if isinstance(rows, pa.Table) else pa.table(rows)
+    pq.write_table(table, path / "histories.parquet")
     return recommend_items(
-        toy_backbone(CATALOGUE), DATA, TRIE, histories=path / "histories.parquet", **settings
+        ranker(parallel, beam=beam),
+        DATA,
+        histories=path / "histories.parquet",
+        **({"top": 5} | options),
     )
 
 
@@ -168,19 +176,5 @@ def test_bad_files_and_flags(layout: ParallelState, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names no item"):
         run(layout, tmp_path, ROWS, allowed=tmp_path / "allowed.txt")
     (tmp_path / "histories.parquet").write_text("user,items\n")
-    settings = {
-        "top": 5,
-        "beam": 20,
-        "batch_size": 64,
-        "softmax_scope": "all",
-        "inputs": PlainSequences(CATALOGUE, MAX_HISTORY),
-        "parallel": layout,
-    }
     with pytest.raises(UserError, match="cannot be read as Parquet"):
-        recommend_items(
-            toy_backbone(CATALOGUE),
-            DATA,
-            TRIE,
-            histories=tmp_path / "histories.parquet",
-            **settings,
-        )
+        recommend_items(ranker(layout), DATA, histories=tmp_path / "histories.parquet", top=5)

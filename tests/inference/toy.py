@@ -1,4 +1,6 @@
-"""A small data set whose catalogue has items that share a code tuple, and a backbone for it."""
+"""A small data set whose catalogue has items that share a code tuple, and a backbone
+for it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ UNTIED = BackboneConfig(**SIZES, tie_embeddings=False, position_embedding="rope"
 
 
 def toy_catalogue() -> Catalogue:
-    """60 items of three codes; several items share a tuple, some prefixes have one child."""
+    """60 items of three codes; several items share a tuple, some prefixes have one
+    child.
+    """
     rng = np.random.default_rng(5)
     codes = np.stack([rng.integers(0, size, NUM_ITEMS) for size in (5, 6, 7)], axis=1)
     codes[[7, 33, 20]] = codes[3]
@@ -56,7 +60,9 @@ def toy_backbone(catalogue: Catalogue, config: BackboneConfig = TIED) -> Backbon
 def exhaustive_scores(
     backbone: Backbone, catalogue: Catalogue, trie: Trie, history: np.ndarray, scope: str
 ) -> np.ndarray:
-    """float64 [num_items] Σ log p of every item after one history, each by a full forward pass."""
+    """float64 [num_items] Σ log p of every item after one history, each by a full
+    forward pass.
+    """
     depth, count = catalogue.depth, catalogue.num_items
     prefix = np.broadcast_to(catalogue.item_tokens(history).ravel(), (count, len(history) * depth))
     own = catalogue.item_tokens(np.arange(count))

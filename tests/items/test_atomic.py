@@ -10,7 +10,7 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
-from tests.cf.conftest import documented_metrics
+from tests.support.cf_world import documented_metrics
 from tests.training.conftest import tiny_config
 from tests.training.test_training import train_here
 

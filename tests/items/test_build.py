@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.dataset import InteractionDataset, load_dataset
+from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.items import text_embeddings as embeddings
 from ilrec_dist.items import tfidf
@@ -31,26 +31,8 @@ from ilrec_dist.items.index_report import index_summary, report_table
 from ilrec_dist.items.residual_quantizer import centroid_codebooks, residual_codes
 from ilrec_dist.items.text_embeddings import quantizer_vectors, text_vectors
 from ilrec_dist.items.tfidf import fit_terms
-from tests.data.shared_data import shared_data
-
-
-def toy(num_items=4, titles=None) -> InteractionDataset:
-    return InteractionDataset(
-        np.arange(num_items, dtype=np.int32),
-        np.array([0, num_items]),
-        ["u"],
-        [str(10 * item) for item in range(num_items)],
-        titles,
-    )
-
-
-def words(num_items, seed=0):
-    random = np.random.default_rng(seed)
-    return [
-        f"group{item % 8} shared{item % 8} kind{item % 24} "
-        + " ".join(f"w{w}" for w in random.integers(200, size=3))
-        for item in range(num_items)
-    ]
+from tests.support.item_words import toy, words
+from tests.support.shared_data import shared_data
 
 
 def write_index_file(path, codes):
@@ -403,7 +385,9 @@ def test_characters_are_taken_only_where_words_say_little():
 
 
 def test_the_work_for_characters_is_bounded(tmp_path, monkeypatch):
-    """Every third text is fitted, by its beginning; all items get vectors near their kind."""
+    """Every third text is fitted, by its beginning; all items get vectors near their
+    kind.
+    """
     monkeypatch.setattr(tfidf, "FIT_CHARACTERS", 25)
     titles = [chinese(item) + "尾" * 200 + str(item) for item in range(60)]
     vectorizer, terms = fit_terms(lambda: iter(titles), 2)

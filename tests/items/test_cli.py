@@ -1,4 +1,6 @@
-"""`ilrec index`, `index build`, `index add` and `index report` through the command line."""
+"""`ilrec index`, `index build`, `index add` and `index report` through the command
+line.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.text_model import TextModel
-from tests.items.test_build import toy
+from tests.support.item_words import toy
 
 TEXTS = ["oak table", "oak", "elm chair and table", "ash"]
 

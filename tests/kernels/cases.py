@@ -113,7 +113,8 @@ def split_rows(case: Case, begin: int, end: int) -> Case:
 
 
 def reference_by_rows(case: Case, elements: int = 4_000_000, **kwargs: Any) -> Outcome:
-    """Run the reference on so many rows at a time that their logits are `elements` at most.
+    """Run the reference on so many rows at a time that their logits are `elements` at
+    most.
 
     Losses and gradients are sums over rows.
     """

@@ -1,4 +1,6 @@
-"""What benchmarks/loss.py compares is the same loss, materialised and by the operator."""
+"""What benchmarks/loss.py compares is the same loss, materialised and by
+the operator.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_the_materialised_form_is_the_same_loss(peaked):
 
 
 def test_the_gpu_benchmark_s_parts_run_and_see_a_wrong_gradient(monkeypatch):
-    """On the CPU and small: all comparisons and figures that need no further package."""
+    """On the CPU and small: all comparisons and figures that need no
+    further package.
+    """
     shape = (60, 16, 400, 2)
     found = list(gpu.distances("cpu", "torch", shape))
     assert len(found) == 8 and all(distance_ <= bound for _, distance_, bound in found)

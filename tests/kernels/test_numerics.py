@@ -1,4 +1,6 @@
-"""Rounding: what bf16 inputs cost in loss and gradients, with a variant that must fail."""
+"""Rounding: what bf16 inputs cost in loss and gradients, with a variant
+that must fail.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_losses_and_gradients_against_torch_in_bf16(std, terms, bf16_products):
 
 
 def test_the_heads_gradient_accumulates_in_fp32(bf16_products):
-    """Many chunks each add little to a row that is large: a bf16 sum would stop growing."""
+    """Many chunks each add little to a row that is large: a bf16 sum would stop
+    growing.
+    """
     n, d = 2048, 8
     hidden = torch.ones(n, d, dtype=torch.bfloat16)
     head = torch.zeros(64, d, dtype=torch.bfloat16)
@@ -157,7 +161,9 @@ def test_a_wide_gradient_buffer_keeps_fp32(bf16_products):
 
 @pytest.mark.parametrize("settings", [dict(), dict(distill_scope="all", negative_scope="all")])
 def test_bf16_products_over_several_blocks_of_a_wide_head(settings, monkeypatch):
-    """Half-precision blocks are summed in fp32, for hidden rows, head and workspace alike."""
+    """Half-precision blocks are summed in fp32, for hidden rows, head and workspace
+    alike.
+    """
     case = make_case(
         n=40, d=64, v=9000, dtype=torch.bfloat16, mu=0.5, crr_lambda=0.3, longest=30, **settings
     )

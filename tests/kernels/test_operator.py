@@ -429,7 +429,9 @@ def test_tied_frozen_and_partly_trainable_heads():
 
 
 def test_it_is_a_library_of_its_own():
-    """torch and Triton alone, nothing of ilrec_dist, wherever in a module the import stands."""
+    """torch and Triton alone, nothing of ilrec_dist, wherever in a module the import
+    stands.
+    """
     used = set()
     for file in Path(ilrec_kernels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

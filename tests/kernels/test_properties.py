@@ -82,7 +82,9 @@ def test_dense_candidates_are_those_of_a_stable_sort(budget):
     assert torch.equal(value, values[row, column])
 
 
-ROWS, VOCABULARIES = (0, 1, 15, 26, 128, 513), (507, 32_000, 50_264, 128_256)
+ROWS, VOCABULARIES = (0, 1, 26, 128, 513), (507, 50_264, 128_256)
+# Logits of a case; the largest vocabulary is tested with fewer rows.
+LARGEST_CASE = 30_000_000
 
 
 @cache
@@ -99,7 +101,9 @@ def sized(v: int) -> tuple[list[Case], list[Outcome]]:
         crr_lambda=0.3,
         workspace_bytes=4 << 20,
     )
-    cases = [make_case(n=n, d=8, v=v, m=1, seed=n, **settings) for n in ROWS]
+    cases = [
+        make_case(n=n, d=8, v=v, m=1, seed=n, **settings) for n in ROWS if n * v < LARGEST_CASE
+    ]
     cases = [
         replace(
             c, hidden=[(16 * h).round() / 16 for h in c.hidden], head=(16 * c.head).round() / 16

@@ -110,7 +110,9 @@ def test_nothing_exceeds_the_workspace(settings):
 
 @pytest.mark.parametrize("trainable", [None, SCATTERED])
 def test_bf16_products_on_a_cpu_keep_to_the_workspace(trainable, monkeypatch):
-    """They make blocks of the head's gradient, which may not be as large as the head."""
+    """They make blocks of the head's gradient, which may not be as large as
+    the head.
+    """
     monkeypatch.setattr(gemm, "cpu_multiplies_bf16", lambda: True)
     n, v, workspace = 256, 3000, 600_000
     scopes = dict(negative_scope="all", distill_scope="all", item_tokens=(0, v))

@@ -18,6 +18,7 @@ from tests.training.conftest import tiny_config
 END, BEGIN = "<|end|>", "<|begin|>"
 # Rows of the embedding beyond the tokenizer's tokens.
 SPARE_ROWS = 5
+MODEL_SETTINGS = {"trainable", "lora", "new_rows_learning_rate"}
 
 
 def make_language_model(
@@ -69,6 +70,10 @@ def model_config(
     **sections: Any,
 ) -> Config:
     """The tiny run with the model at `source` in place of its own decoder."""
+    train = sections.pop("train", {})
+    # Settings that are refused without a model.
+    of_model = {key: train[key] for key in MODEL_SETTINGS & train.keys()}
+    sections["train"] = {key: value for key, value in train.items() if key not in of_model}
     tree = config_to_dict(tiny_config(runs_dir, **sections)) | {"name": name}
     own = {"backbone": {"from": str(source)} | (backbone or {}), "prompts": prompts or {}}
-    return config_from_dict(tree | own)
+    return config_from_dict(tree | own | {"train": tree["train"] | of_model})

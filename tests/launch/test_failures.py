@@ -1,4 +1,6 @@
-"""Which failures of the workers are tried again: those that another attempt may not meet."""
+"""Which failures of the workers are tried again: those that another attempt may not
+meet.
+"""
 
 import pytest
 
@@ -17,7 +19,9 @@ def attempts(tmp_path) -> int:
 
 
 def run_group(job: Job, restarts: int) -> None:
-    """What Ray and torchrun do: start again until it ends well, `restarts` times at most."""
+    """What Ray and torchrun do: start again until it ends well, `restarts` times at
+    most.
+    """
     for _ in range(1 + restarts):
         try:
             return run_job(job)

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints, in and out under tp: logits as `transformers` gives, and refusals."""
+"""Hugging Face checkpoints, in and out under tp: logits as `transformers` gives, and
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -233,7 +235,9 @@ def test_a_configuration_survives_config_json(family: str) -> None:
 
 
 def round_trip_of_a_new_family(mesh: Mesh, folder: str, out: str) -> None:
-    """A family that is one entry: llama with another type and other names of tensors."""
+    """A family that is one entry: llama with another type and other names
+    of tensors.
+    """
     tensors = {
         "mlp.linear_fc2": ("mlp.c_proj",),
         "self_attention.linear_qkv": ("attn.query", "attn.key", "attn.value"),

@@ -1,4 +1,6 @@
-"""LoRA on tensor-parallel layers: as PEFT, the same for every tp, merged, saved and loaded."""
+"""LoRA on tensor-parallel layers: as PEFT, the same for every tp, merged, saved and
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ from tests.model.test_huggingface import (
 
 STEPS, RATE = 20, 1e-2
 ALL = LoraConfig(rank=4, alpha=8.0)
-SOME = LoraConfig(rank=3, alpha=6.0, target_modules=("q_proj", "v_proj", "up_proj", "o_proj"))
+SOME = LoraConfig(rank=3, alpha=6.0, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"])
 # With tp 4 some ranks have no rows of it.
-QUERY = LoraConfig(rank=2, alpha=2.0, target_modules=("q_proj",))
+QUERY = LoraConfig(rank=2, alpha=2.0, target_modules=["q_proj"])
 WEIGHT = torch.linspace(-1, 1, 32)
 
 needs_peft = pytest.mark.skipif(
@@ -38,7 +40,9 @@ needs_peft = pytest.mark.skipif(
 
 
 def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-    """A function of the final hidden states [..., 32] whose gradient reaches every layer."""
+    """A function of the final hidden states [..., 32] whose gradient reaches every
+    layer.
+    """
     return ((hidden * WEIGHT).sum(-1) - 1).square().mean()
 
 
@@ -63,7 +67,9 @@ def logits_of(model: Backbone) -> torch.Tensor:
 
 
 def train(mesh: Mesh, base: str, start: str | None, config: LoraConfig, out: str) -> dict:
-    """Some steps of the adapters from a PEFT folder or a seed; saves them and the merged model."""
+    """Some steps of the adapters from a PEFT folder or a seed; saves them and the
+    merged model.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = load_backbone(base)
@@ -170,7 +176,7 @@ def refusals(mesh: Mesh, base: str, folders: list[str]) -> list[str]:
                 call()
             messages.append(str(caught.value))
 
-        for config in (LoraConfig(dropout=0.1), LoraConfig(target_modules=("query",))):
+        for config in (LoraConfig(dropout=0.1), LoraConfig(target_modules=["query"])):
             refused(lambda config=config: add_lora(load_backbone(base), config))
         refused(lambda: add_lora(load_backbone(base), LoraConfig(rank=0)))
         for folder in folders:
@@ -209,9 +215,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     for messages in run_distributed(refusals, 2, 2, str(base), folders):
         for message, words in zip(messages, expected, strict=True):
             assert all(word in message for word in words) and "\n" not in message, message
-    assert read_lora_config(good) == LoraConfig(
-        SOME.rank, SOME.alpha, tuple(sorted(SOME.target_modules))
-    )
+    assert read_lora_config(good) == LoraConfig(SOME.rank, SOME.alpha, sorted(SOME.target_modules))
 
 
 def dropout_outputs(mesh: Mesh, base: str) -> list[float]:

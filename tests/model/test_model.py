@@ -221,6 +221,46 @@ def test_a_packed_batch_equals_its_samples_one_by_one(config: BackboneConfig, tp
         assert max(errors) <= 1e-5
 
 
+def padding_errors(mesh: Mesh, config: BackboneConfig) -> tuple[int, list[float]]:
+    """Layers' tokens with packing, and its errors against padded sequences."""
+    initialize_parallel(mesh.tp, "cpu")
+    try:
+        model = Backbone(replace(config, dropout=0.0), VOCAB, POSITIONS, seed=3)
+        generator = torch.Generator().manual_seed(4)
+        tokens = torch.randint(0, VOCAB, (4, 12), generator=generator)
+        # Sequences whose last rows stand at different places, one without any row.
+        rows = torch.tensor([3, 4, 5, 12 + 11, 24, 24 + 7])
+        sizes, found = [], []
+        model.gpt.decoder.layers[0].register_forward_hook(
+            lambda _, inputs, output: sizes.append(output.shape[0] * output.shape[1])
+        )
+        for packs in (False, True):
+            model.packs = packs
+            model.zero_grad()
+            out = model(tokens, rows, 1)
+            weight = torch.linspace(-1, 1, config.hidden_size)
+            (out.final * weight + out.layers[0] * weight.flip(0)).square().sum().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append({"final": out.final.detach()} | gradients)
+        assert sizes[0] == 48
+        plain, packed = found
+        return sizes[1], [
+            float((packed[n] - plain[n]).norm() / (plain[n].norm() + 1e-2)) for n in plain
+        ]
+    finally:
+        destroy_parallel()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=["learned", "rope"])
+def test_a_batch_without_its_padding_gives_the_same_rows_and_gradients(
+    config: BackboneConfig, tp: int
+) -> None:
+    for tokens, errors in run_distributed(padding_errors, tp, tp, config):
+        assert tokens == 6 + 12 + 8 + 1
+        assert max(errors) <= 1e-5
+
+
 @pytest.mark.parametrize("lengths", [[], [3, 0, 2]], ids=["none", "empty sample"])
 def test_packed_sequences_without_tokens_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="at least one"):

@@ -1,4 +1,6 @@
-"""docs/configuration.md lists the keys of the configuration tree with their defaults."""
+"""docs/configuration.md lists the keys of the configuration tree with their
+defaults.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The driver's progress: following a growing log, the remaining time, two ways of showing it."""
+"""The driver's progress: following a growing log, the remaining time, two ways of
+showing it.
+"""
 
 from __future__ import annotations
 

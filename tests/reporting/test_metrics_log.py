@@ -1,4 +1,6 @@
-"""metrics.jsonl: what a killed writer leaves, what a resumed one drops, what readers see."""
+"""metrics.jsonl: what a killed writer leaves, what a resumed one drops, what readers
+see.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ilrec_dist.reporting.html.curves import MethodMetrics, loss_charts, loss_po
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.html.report import write_report
 from ilrec_dist.reporting.results import Interval, write_results
-from tests.reporting.realistic import (
+from tests.support.realistic_report import (
     HOSTILE,
     LABELS,
     examples,

@@ -17,7 +17,7 @@ from ilrec_dist.reporting.results import (
     summarise_rows,
     write_results,
 )
-from tests.reporting.realistic import LABELS, interval, result_rows
+from tests.support.realistic_report import LABELS, interval, result_rows
 
 
 def test_results_json_has_the_documented_form(tmp_path):

@@ -85,21 +85,22 @@ def test_an_interrupted_training_ends_with_the_same_bits(run, tmp_path, method, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(2, 2, 1), (2, 1, 1), (1, 1, 3)], ids=str)
-def test_the_layout_of_the_step_does_not_change_the_losses(run, tmp_path, layout):
+def test_the_layout_of_the_step_does_not_change_the_losses(run, tmp_path):
     found = []
-    for number, (world, tp, accumulation) in enumerate([(1, 1, 1), layout]):
+    for world, tp, accumulation in [(1, 1, 1), (2, 2, 1), (2, 1, 3)]:
         sections = {
             "launch": {"workers": world, "tp": tp},
-            "train": {"methods": METHODS, "accumulation_steps": accumulation},
+            "train": {"methods": ["sft", "dpo"], "accumulation_steps": accumulation},
+            "preference": {"epochs": 1},
             "backbone": {"dropout": 0.0},
         }
         tree = config_to_dict(preference_config(run.parent, **sections))
-        folder = tmp_path / str(number)
+        folder = tmp_path / f"{world}-{tp}"
         run_distributed(train_here, world, tp, tree, "dpo", str(folder))
         found.append(losses_of(folder))
-    assert len(found[0]) == len(found[1]) > 4
-    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
+    assert len(found[0]) > 4
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -191,6 +191,30 @@ def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, train
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+def test_recomputed_activations_give_the_same_bits(tiny, tmp_path):
+    """Dropout is drawn again as it was."""
+    for name, recompute in (("kept", False), ("again", True)):
+        train = {"epochs": 1, "recompute": recompute}
+        config = config_to_dict(tiny_config(tiny, train=train))
+        run_distributed(train_here, 1, 1, config, "sft", str(tmp_path / name))
+    kept, again = (load_file(tmp_path / name / "final.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_2_trains_as_zero_1_does(tiny, tmp_path, precision):
+    for stage in (1, 2):
+        sections = {
+            "launch": {"workers": 2},
+            "train": {"zero_stage": stage, "accumulation_steps": 2, "precision": precision},
+            "backbone": {"dropout": 0.0},
+        }
+        config = config_to_dict(tiny_config(tiny, **sections))
+        run_distributed(train_here, 2, 1, config, "sft", str(tmp_path / str(stage)))
+    losses = [losses_of(tmp_path / str(stage)) for stage in (1, 2)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-4 if precision == "fp32" else 4e-2)
+
+
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
     """The norm of the gradient of three micro-batches: the first, and twice its 512th part."""
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
@@ -208,11 +232,14 @@ def accumulated_norm(mesh: Mesh, tree: dict) -> float:
         destroy_parallel()
 
 
-def test_bf16_gradients_are_summed_over_micro_batches_in_fp32(tiny):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_gradients_are_summed_over_micro_batches_in_fp32(tiny, stage):
     """In bf16 1 + 2⁻⁹ + 2⁻⁹ is 1. The engine divides by the number of micro-batches."""
-    tree = config_to_dict(tiny_config(tiny, train={"precision": "bf16", "accumulation_steps": 3}))
-    (norm,) = run_distributed(accumulated_norm, 1, 1, tree)
-    assert norm == pytest.approx(float(torch.tensor(1 / 3).bfloat16()) * (1 + 2**-8), rel=1e-3)
+    train = {"precision": "bf16", "accumulation_steps": 3, "zero_stage": stage}
+    launch = {"workers": stage}
+    tree = config_to_dict(tiny_config(tiny, train=train, launch=launch))
+    for norm in run_distributed(accumulated_norm, stage, 1, tree):
+        assert norm == pytest.approx(float(torch.tensor(1 / 3).bfloat16()) * (1 + 2**-8), rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capfd):

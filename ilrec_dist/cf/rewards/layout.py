@@ -54,7 +54,9 @@ class RewardLayout:
         return node
 
     def code_ranges(self, depth: int, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Code-order [start, stop) of the targets' prefixes of that depth, int64 each."""
+        """Code-order [start, stop) of the targets' prefixes of that depth,
+        int64 each.
+        """
         start, nodes = self.trie.node_start[depth], self.nodes[depth, targets]
         return start[nodes].astype(np.int64), start[nodes + 1].astype(np.int64)
 

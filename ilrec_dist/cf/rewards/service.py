@@ -167,7 +167,9 @@ class RewardClient:
         timeout: float = 600.0,
         backoff: float = 0.25,
     ) -> None:
-        """timeout and backoff are seconds. Raises UserError where no such actors run."""
+        """timeout and backoff are seconds. Raises UserError where no such
+        actors run.
+        """
         try:
             self.actors = [
                 [ray.get_actor(f"{name}-{replica}-{shard}") for shard in range(shards)]

@@ -62,7 +62,9 @@ class ShardRewards:
 
 
 def merge_shards(shards: Sequence[ShardRewards]) -> np.ndarray:
-    """The rewards float32 [nnz] of targets from what all shards know, in shard order."""
+    """The rewards float32 [nnz] of targets from what all shards know, in
+    shard order.
+    """
     first = softmax_rows(np.concatenate([shard.first_log_mass for shard in shards], axis=1))
     num_targets, codes = first.shape
     lengths = np.zeros(num_targets, np.int64)
@@ -93,7 +95,9 @@ class TokenRewards:
         scorers: list[ItemScorer] | None = None,
         options: RewardOptions | None = None,
     ) -> None:
-        """models and scorers: one of each fold; folds int64 [U]: the fold of each user."""
+        """models and scorers: one of each fold; folds int64 [U]: the fold
+        of each user.
+        """
         self.models, self.folds, self.dataset = models, folds, dataset
         self.catalogue, self.trie = catalogue, trie
         self.scorers = scorers or [
@@ -247,7 +251,9 @@ class TokenRewards:
         first: np.ndarray,
         deeper: np.ndarray,
     ) -> None:
-        """Write the log masses and shares of one fold's targets into first and deeper."""
+        """Write the log masses and shares of one fold's targets into first
+        and deeper.
+        """
         if scorer.large is None:
             scan_catalogue(scorer, queries, targets, layout, first, deeper)
             return

@@ -69,7 +69,9 @@ def save_model(path: Path, model: SASRec) -> None:
 
 
 def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
-    """The header of a safetensors file of these tensors, and how many bytes follow it."""
+    """The header of a safetensors file of these tensors, and how many bytes
+    follow it.
+    """
     entries: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
@@ -135,18 +137,15 @@ def read_code_order(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path, entries: dict[str, type]) -> dict[str, Any]:
-    manifest = read_json_object(path)
+    repair = f"delete {path.parent} and run `ilrec cf` again"
+    manifest = read_json_object(path, repair)
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; "
-            "run `ilrec cf` again"
+            f"{path}: version {manifest.get('version')!r}, expected {FORMAT_VERSION}; {repair}"
         )
     for key, kind in (entries | {"files": dict}).items():
         if not isinstance(manifest.get(key), kind):
-            raise UserError(
-                f"{path}: damaged (no usable {key!r} in it); delete {path.parent} and run "
-                "`ilrec cf` again"
-            )
+            raise UserError(f"{path}: damaged (no usable {key!r} in it); {repair}")
     return manifest
 
 

@@ -18,7 +18,9 @@ INIT_STD = 0.02
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer with causal self-attention; the FFN is 4 d wide."""
+    """One pre-norm transformer layer with causal self-attention; the FFN is
+    4 d wide.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -32,7 +34,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[B, S, d] → [B, S, d]; with rows (int64 [R], flat in B·S) only those, [R, d]."""
+        """[B, S, d] → [B, S, d]; with rows (int64 [R], flat in B·S) only
+        those, [R, d].
+        """
         batch, length, width = x.shape
         heads = (batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = self.qkv(self.attention_norm(x)).view(heads).permute(2, 0, 3, 1, 4)

@@ -125,14 +125,18 @@ class ItemTable(nn.Module):
                 local[low - offset : high - offset] = drawn[low - begin : high - begin]
 
     def forward(self, items: Tensor) -> Tensor:
-        """Item indices int64 [...] → their vectors fp32 [..., d], from whichever shard."""
+        """Item indices int64 [...] → their vectors fp32 [..., d], from
+        whichever shard.
+        """
         if self.shard.world_size == 1:
             return F.embedding(items, self.weight)
         rows, mask = self.shard.local_rows(items)
         return _sum_over_shards(F.embedding(rows, self.weight) * mask[..., None], self.shard)
 
     def logits(self, queries: Tensor) -> Tensor:
-        """Logits fp32 [R, stop − start] of this shard's items for queries fp32 [R, d]."""
+        """Logits fp32 [R, stop − start] of this shard's items for queries
+        fp32 [R, d].
+        """
         return queries @ self.weight.t()
 
     def target_logits(self, targets: Tensor, logits: Tensor) -> Tensor:

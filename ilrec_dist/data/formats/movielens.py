@@ -1,4 +1,6 @@
-"""MovieLens 100K, 1M, 10M, 20M, 25M and 32M, each in the files its archive unpacks to."""
+"""MovieLens 100K, 1M, 10M, 20M, 25M and 32M, each in the files its archive
+unpacks to.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def parquet_files(config: DataConfig) -> list[Path]:
 
 
 def read_parquet(config: DataConfig) -> Source:
-    """Ids are strings or integers, times integers, decimal numbers, dates or timestamps."""
+    """Ids are strings or integers, times integers, decimal numbers, dates or
+    timestamps.
+    """
     files, columns = interaction_files(config, ENDINGS), role_columns(config)
     _check_types(files, list(columns.values()))
     return table_source(config, files, partial(_batches, columns=columns), UNIT)

@@ -63,7 +63,8 @@ def recbole_files(config: DataConfig) -> list[Path]:
 
 
 def read_recbole(config: DataConfig) -> Source:
-    """Columns user_id, item_id and timestamp, or the one `:float` column that looks like a time.
+    """Columns user_id, item_id and timestamp, or the one `:float` column that looks
+    like a time.
 
     Without a time rows are in chronological order.
     """
@@ -204,7 +205,9 @@ def _float_kind(path: Path, column: str) -> str:
 
 
 def _find(names: list[str], wanted: Sequence[str]) -> str | None:
-    """The header field whose name before the colon is the first of `wanted` that occurs."""
+    """The header field whose name before the colon is the first of `wanted` that
+    occurs.
+    """
     by_name = {name.split(":")[0]: name for name in names}
     return next((by_name[name] for name in wanted if name in by_name), None)
 

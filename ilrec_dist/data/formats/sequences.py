@@ -1,4 +1,5 @@
-"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item a line).
+"""The text files of S3Rec (a user and all items a line) and SASRec (a user and one item
+a line).
 
 Both are in chronological order.
 """
@@ -21,10 +22,13 @@ from ilrec_dist.data.reading.lines import line_blocks
 from ilrec_dist.data.reading.source import Format, Rejects, Source
 from ilrec_dist.data.reading.streams import open_text
 from ilrec_dist.data.reading.table_files import item_files
+from ilrec_dist.data.reading.table_signs import TABLE, TableSigns
 
 
 def sequences_files(config: DataConfig) -> list[Path]:
-    """The sequences and the item table (`data.items_path`), which these formats lack."""
+    """The sequences and the item table (`data.items_path`), which these
+    formats lack.
+    """
     return [require_file(config.path or "", "data.path"), *item_files(config)]
 
 
@@ -46,6 +50,7 @@ def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBat
     """The file's interactions. pairs: a line has a user and one item."""
     expected = "a user and " + ("an item, as in the first line" if pairs else "its items")
     users_seen = UniqueIds(lambda *repeat: _is_table(path, *repeat))
+    signs = TableSigns()
     for block, first_line in line_blocks(path):
         lines = _lines(path, block, first_line, rejects)
         spaced = pc.replace_substring_regex(lines, "[ \t\r]+", " ")
@@ -64,6 +69,7 @@ def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBat
         line_users = pc.list_element(fields, 0)
         if not pairs:
             users_seen.add(line_users, first_line + np.flatnonzero(good))
+        signs.add(fields, first_line + np.flatnonzero(good))
         parents = pc.list_parent_indices(fields).to_numpy()
         # The first field of a line is the user, all others are items.
         is_item = np.ones(len(parents), bool)
@@ -72,6 +78,7 @@ def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBat
         items = pc.list_flatten(fields).filter(pa.array(is_item))
         yield pa.record_batch({"user": users, "item": items})
     users_seen.check()
+    signs.check(path)
 
 
 def _is_table(path: Path, user: str, first: int, second: int) -> UserError:
@@ -79,8 +86,7 @@ def _is_table(path: Path, user: str, first: int, second: int) -> UserError:
     return UserError(
         f"{path}: line {second}: user {user!r} begins line {first} too, but S3Rec's form has one "
         f"line a user with all its items; for rows of user, item, rating and time name the file "
-        f"u.data and use data.format movielens (tab-separated), or give it a header line and use "
-        f"data.format csv"
+        f"u.data and use data.format movielens (tab-separated), or {TABLE}"
     )
 
 

@@ -91,7 +91,9 @@ class Encoder:
 
 
 def _parts(column: pa.Array) -> np.ndarray:
-    """uint8 part of every id, from its value (integers) or from all its bytes (strings)."""
+    """uint8 part of every id, from its value (integers) or from all its bytes
+    (strings).
+    """
     if pa.types.is_integer(column.type):
         return _mixed(column.to_numpy(zero_copy_only=False).astype(np.uint64))
     _, offsets, data = column.buffers()

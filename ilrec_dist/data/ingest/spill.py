@@ -1,4 +1,5 @@
-"""Interactions → sorted, filtered integers, in memory that does not grow with their number.
+"""Interactions → sorted, filtered integers, in memory that does not grow with their
+number.
 
 Columns are spilled to disk and streamed. The order of work: ids become dense codes
 while reading; rows are split into ranges of users and sorted by (user, time, file
@@ -223,7 +224,8 @@ def k_core(
     min_item: int,
     chunk: int = CHUNK_ROWS,
 ) -> Core:
-    """The largest set of interactions with `min_user` a user and `min_item` an item at least.
+    """The largest set of interactions with `min_user` a user and `min_item` an item at
+    least.
 
     Repeated interactions of one pair count each time. The rows, which are sorted by
     user, are streamed once a round until nothing more goes.

@@ -91,7 +91,9 @@ def _may_hold_blanks(content: np.ndarray) -> bool:
 
 
 def text_or_null(column: pa.Array) -> pa.Array:
-    """The column, with null for strings that are not UTF-8, which Parquet and JSON may hold."""
+    """The column, with null for strings that are not UTF-8, which Parquet and JSON may
+    hold.
+    """
     if not _is_string(column.type):
         return column
 
@@ -124,7 +126,9 @@ class UniqueIds:
     """
 
     def __init__(self, refuse: Callable[[str, int, int], UserError]) -> None:
-        """refuse: (id, number of its first row, number of its second row) → the error."""
+        """refuse: (id, number of its first row, number of its second row) →
+        the error.
+        """
         self.refuse = refuse
         self.known = pa.array([], pa.large_string())
         self.numbers = np.zeros(0, np.int64)

@@ -158,7 +158,9 @@ class _MalformedRows:
 def read_columns(
     path: Path, columns: list[str], keys: dict[str, str], dialect: Dialect, rejects: Rejects
 ) -> Iterator[tuple[pa.RecordBatch, Lines]]:
-    """Yield batches of the named columns as strings (empty fields are null), with their lines."""
+    """Yield batches of the named columns as strings (empty fields are null), with their
+    lines.
+    """
     names, header = (list(dialect.names), 0) if dialect.names else _header(path, dialect)
     wanted = {column: keys.get(column, "expected by the format") for column in columns}
     require_columns(path, wanted, names)
@@ -306,7 +308,9 @@ def header_names(path: Path, dialect: Dialect) -> list[str]:
 
 
 def _header(path: Path, dialect: Dialect) -> tuple[list[str], int]:
-    """(the fields of the first row that is not empty, the number of lines up to its end)."""
+    """(the fields of the first row that is not empty, the number of lines up to its
+    end).
+    """
     with open_text(path, "utf-8-sig") as file:
         reader = csv.reader(
             file,

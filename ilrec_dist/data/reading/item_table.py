@@ -51,7 +51,9 @@ def first_rows(table: pa.Table) -> pa.Table:
 
 
 def title_and_text(fields: Mapping[str, Any], names: list[str] | None = None) -> tuple[str, str]:
-    """The `title` of a JSON object, and its other fields (or those of `names`) as one text."""
+    """The `title` of a JSON object, and its other fields (or those of `names`) as one
+    text.
+    """
     text_names = names if names is not None else [name for name in fields if name != "title"]
     return text_of(fields.get("title")), text_of([fields.get(name) for name in text_names])
 

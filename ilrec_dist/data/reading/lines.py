@@ -54,7 +54,8 @@ def filled_lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RecordLines:
-    """The lines on which a delimited file's records begin, found in one pass over the file.
+    """The lines on which a delimited file's records begin, found in one pass over the
+    file.
 
     A record ends at a line break outside quotes; a quote opens only at the beginning of
     a field; empty lines are no records. So pyarrow counts.

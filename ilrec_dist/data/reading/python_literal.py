@@ -1,4 +1,6 @@
-"""Python literals, as some published files have them in place of JSON, with bounded work."""
+"""Python literals, as some published files have them in place of JSON, with bounded
+work.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@ class Writer(Protocol):
     """Writes a prepared folder in a format."""
 
     def __call__(self, prepared: Path, dataset: InteractionDataset, out: Path, name: str) -> None:
-        """Write `dataset`, loaded from the folder `prepared`, to NAME.* in the folder `out`.
+        """Write `dataset`, loaded from the folder `prepared`, to NAME.* in the folder
+        `out`.
 
         Raises UserError for what the format cannot hold.
         """

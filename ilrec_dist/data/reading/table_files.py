@@ -28,7 +28,9 @@ SETTINGS = frozenset({"path", "items_path", "user_column", "item_column", "time_
 
 
 def interaction_files(config: DataConfig, endings: tuple[str, ...]) -> list[Path]:
-    """`data.path`; of a folder the files whose names have one of the endings, by name."""
+    """`data.path`; of a folder the files whose names have one of the
+    endings, by name.
+    """
     path = Path(config.path or "")
     if not path.is_dir():
         return [require_file(config.path or "", "data.path")]

@@ -1,4 +1,5 @@
-"""`data.format: synthetic`: a generated shop whose true next-item distribution is known.
+"""`data.format: synthetic`: a generated shop whose true next-item distribution is
+known.
 
 So results can be held against the best possible.
 
@@ -186,7 +187,9 @@ def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarra
 
 
 class _KindSampler:
-    """Items by popularity within a kind, by inverting one cumulative sum that is sorted by kind."""
+    """Items by popularity within a kind, by inverting one cumulative sum that is sorted
+    by kind.
+    """
 
     def __init__(self, model: TrueModel) -> None:
         self.sizes = np.bincount(model.kind, minlength=len(model.mood))

@@ -1,4 +1,6 @@
-"""The counting baselines: popularity, and transitions between consecutive items (METHOD.md §9)."""
+"""The counting baselines: popularity, and transitions between consecutive items
+(METHOD.md §9).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class TrainingCounts:
 
 
 def count_training(dataset: InteractionDataset) -> TrainingCounts:
-    """Count the training split alone: no validation or test item, nor a pair that leads to one."""
+    """Count the training split alone: no validation or test item, nor a pair that leads
+    to one.
+    """
     popularity = np.zeros(dataset.num_items, np.int64)
     transitions = sparse.csr_array((dataset.num_items, dataset.num_items), dtype=np.float64)
     starts = np.arange(0, dataset.num_interactions, CHUNK_INTERACTIONS)
@@ -70,7 +74,9 @@ def transition_scores(
 def history_transition_scores(
     counts: TrainingCounts, items: ItemArray, start: np.ndarray, stop: np.ndarray
 ) -> np.ndarray:
-    """The scores of `transition_scores` after the histories items[start[r] : stop[r]]."""
+    """The scores of `transition_scores` after the histories items[start[r]
+    : stop[r]].
+    """
     position = stop[:, None] - np.arange(1, RECENT_ITEMS + 1)
     row, back = np.nonzero(position >= start[:, None])
     item = items[position[row, back]]

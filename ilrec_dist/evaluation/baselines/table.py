@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from ilrec_dist.evaluation.baselines.counting import (
     popularity_scores,
     transition_scores,
 )
+from ilrec_dist.evaluation.baselines.fit import load_baseline, sequence_scores
 from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
+from ilrec_dist.evaluation.baselines.sequence_models import MODELS
 
 # Maps users int64 [n] to scores float [n, num_items].
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -30,6 +32,8 @@ class BaselineInputs:
     split: str
     cf_folder: str | Path | None = None
     data_folder: str | Path | None = None
+    # By name, the folders of sequence models.
+    trained: Mapping[str, Path] = field(default_factory=dict)
 
 
 def _popularity(inputs: BaselineInputs) -> Scorer:
@@ -56,6 +60,18 @@ def _bayes(inputs: BaselineInputs) -> Scorer:
     return lambda users: bayes_scores(folder, inputs.dataset, users, inputs.split)
 
 
+def _sequence_model(name: str) -> Callable[[BaselineInputs], Scorer]:
+    def make_scorer(inputs: BaselineInputs) -> Scorer:
+        if name not in inputs.trained:
+            raise ValueError(f"the baseline {name} needs its folder in `trained`")
+        model, max_history = load_baseline(inputs.trained[name])
+        return lambda users: sequence_scores(
+            model, inputs.dataset, users, inputs.split, max_history
+        )
+
+    return make_scorer
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One baseline of the table of results."""
@@ -64,8 +80,10 @@ class Baseline:
     make_scorer: Callable[[BaselineInputs], Scorer]
     # Knows the true distribution of synthetic data, so it is a bound and no competitor.
     is_bound: bool = False
-    # Is trained by the CF stage, with its seed.
+    # Is trained, with the seed of the section `cf`.
     is_cf: bool = False
+    # Stands in the table only where evaluation.baselines names it.
+    is_optional: bool = False
 
 
 BASELINES = {
@@ -74,15 +92,20 @@ BASELINES = {
         Baseline("popularity", _popularity),
         Baseline("transitions", _transitions),
         Baseline("sasrec", _sasrec, is_cf=True),
+        *(Baseline(name, _sequence_model(name), is_cf=True, is_optional=True) for name in MODELS),
         Baseline("bayes", _bayes, is_bound=True),
     )
 }
 
 
-def baselines_of(data_format: str) -> list[Baseline]:
-    """The baselines of a run, in the order of its table; bounds need synthetic data."""
+def baselines_of(data_format: str, wanted: Sequence[str] = ()) -> list[Baseline]:
+    """The baselines of a run, in the order of its table.
+
+    Bounds need synthetic data; optional ones are those `wanted`.
+    """
     return [
         baseline
         for baseline in BASELINES.values()
-        if data_format == "synthetic" or not baseline.is_bound
+        if (data_format == "synthetic" or not baseline.is_bound)
+        and (baseline.name in wanted or not baseline.is_optional)
     ]

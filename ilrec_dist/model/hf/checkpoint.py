@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +121,7 @@ def save_weights(
     architecture or the folder cannot be written.
     """
     folder, is_rank0 = Path(folder), dist.get_rank() == 0
+    backbone.write_trained_rows()
     family = family_of_config(backbone.config, backbone.checkpoint_family)
     tree = config_json(backbone.config, family, backbone.vocab_size, backbone.max_positions)
     problem = None
@@ -250,6 +251,19 @@ def gather_to_first(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(data) for _ in range(group.size())] if group.rank() == 0 else None
     dist.gather(data, shards, group=group, group_dst=0)
     return [part.view(shard.dtype) for part in shards or []]
+
+
+def gather_rows_to_first(shard: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows in rank order on the group's first rank, the rank's own on the others.
+
+    counts: the number of rows of each rank, which may differ.
+    """
+    padded = shard.new_zeros((max(counts), shard.shape[1]))
+    padded[: len(shard)] = shard
+    shards = gather_to_first(padded, group)
+    if not shards:
+        return shard
+    return torch.cat([part[:count] for part, count in zip(shards, counts, strict=True)])
 
 
 def _tensor_dtype(

@@ -176,7 +176,9 @@ def family_of_config(config: BackboneConfig, model_type: str | None = None) -> F
 def config_json(
     config: BackboneConfig, family: Family, vocab_size: int, max_positions: int
 ) -> dict[str, Any]:
-    """The config.json of a decoder, for transformers 4 and 5; no dtype, no token ids."""
+    """The config.json of a decoder, for transformers 4 and 5; no dtype, no
+    token ids.
+    """
     resolved = {item.name: getattr(config, item.name) for item in fields(config)}
     resolved["num_kv_heads"] = config.num_kv_heads or config.num_heads
     resolved["ffn_hidden_size"] = config.ffn_hidden_size or 4 * config.hidden_size

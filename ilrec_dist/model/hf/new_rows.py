@@ -22,7 +22,8 @@ TEXT_NOISE = 0.1
 
 @dataclass(frozen=True)
 class NewRows:
-    """The rows [start, stop) of the vocabulary, which are drawn from the rows before them.
+    """The rows [start, stop) of the vocabulary, which are drawn from the rows before
+    them.
 
     Each row is normal with the mean and the variance of each column over rows 0 …
     start-1. With title_counts (float [stop - start, start]: how often the titles of a
@@ -37,7 +38,8 @@ class NewRows:
     def draw(
         self, reader: TensorReader, key: str, name: str, seed: int, first: int, last: int
     ) -> Tensor:
-        """Rows [first, last) of the new ones, fp32 [last - first, d]; the same for every tp.
+        """Rows [first, last) of the new ones, fp32 [last - first, d]; the same for
+        every tp.
 
         Reads the old rows of the checkpoint's tensor `key`, a piece at a time.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,21 @@ from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, write_json
+from ilrec_dist.model.config import LoraConfig, TargetModule
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import gather_to_first, raise_everywhere
+from ilrec_dist.model.hf.checkpoint import (
+    gather_rows_to_first,
+    gather_to_first,
+    raise_everywhere,
+)
 from ilrec_dist.model.hf.tensor_files import TensorReader
-from ilrec_dist.model.lora import Lora, LoraConfig, LoraLinear, add_lora
+from ilrec_dist.model.lora import Lora, LoraLinear, add_lora
+from ilrec_dist.model.trained_rows import EMBEDDING, HEAD
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The modules of the vocabulary tables in the checkpoint.
+TABLES = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}
 
 # Keys of adapter_config.json that change the computation, with what they must be where present.
 REQUIRED: dict[str, Any] = {
@@ -52,7 +60,7 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
         return LoraConfig(
             rank=int(tree["r"]),
             alpha=float(tree["lora_alpha"]),
-            target_modules=tuple(sorted(targets)),
+            target_modules=cast(list[TargetModule], sorted(targets)),
             dropout=float(tree.get("lora_dropout", 0.0)),
         )
     except KeyError as missing:
@@ -73,12 +81,7 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Lora:
     config = read_lora_config(folder)
     reader = TensorReader(Path(folder), WEIGHTS_FILE)
     adapters = add_lora(backbone, config)
-    expected: dict[str, list[int]] = {}
-    for layer in adapters.linears():
-        for part, module in layer.targeted():
-            rows, columns = layer.shapes[part]
-            expected[_tensor_name(module, "A")] = [config.rank, columns]
-            expected[_tensor_name(module, "B")] = [rows, config.rank]
+    expected = adapter_shapes(adapters)
     for name in sorted(expected.keys() | reader.entries.keys()):
         if name not in expected:
             raise UserError(
@@ -91,39 +94,105 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Lora:
                 f"{reader.entry(name).shape}, expected {expected[name]}; is it an adapter for "
                 "another base?"
             )
-    for layer in adapters.linears():
-        for part, module in layer.targeted():
-            a = reader.read(_tensor_name(module, "A"), 0, 0, config.rank)
-            b = reader.read(_tensor_name(module, "B"), 0, 0, layer.shapes[part][0])
-            layer.parameter_a(module).copy_(layer.local_a(a))
-            layer.parameter_b(module).copy_(layer.local_b(part, b))
+    read_adapter(adapters, reader)
     return adapters
 
 
-def save_adapter(backbone: Backbone, folder: str | Path, base: str = "") -> None:
+def adapter_shapes(adapters: Lora) -> dict[str, list[int]]:
+    """The full shapes of the adapters' tensors, by their names in PEFT's files."""
+    shapes: dict[str, list[int]] = {}
+    for layer in adapters.linears():
+        for part, module in layer.targeted():
+            rows, columns = layer.shapes[part]
+            shapes[_tensor_name(module, "A")] = [adapters.config.rank, columns]
+            shapes[_tensor_name(module, "B")] = [rows, adapters.config.rank]
+    return shapes
+
+
+@torch.no_grad()
+def read_adapter(adapters: Lora, reader: TensorReader) -> None:
+    """Fill the adapters with their tensors, of which every rank takes its own part."""
+    for layer in adapters.linears():
+        for part, module in layer.targeted():
+            a = reader.read(_tensor_name(module, "A"), 0, 0, adapters.config.rank)
+            b = reader.read(_tensor_name(module, "B"), 0, 0, layer.shapes[part][0])
+            layer.parameter_a(module).copy_(layer.local_a(a))
+            layer.parameter_b(module).copy_(layer.local_b(part, b))
+
+
+def adapter_tensors(adapters: Lora) -> dict[str, Tensor]:
+    """The whole adapters on the CPU, by PEFT's names; empty but on the tp group's first rank.
+
+    A collective over the tensor-parallel group.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer in adapters.linears():
+        for part, module in layer.targeted():
+            tensors |= _full_adapter(layer, part, module)
+    return tensors
+
+
+def save_adapter(
+    backbone: Backbone, folder: str | Path, base: str = "", dtype: torch.dtype | None = None
+) -> None:
     """Write the adapters as a folder that `PeftModel` loads; a collective.
 
-    base: the base model's folder or name, which PEFT's configuration records. `folder`
-    must not exist; it appears whole or not at all. UserError, on every rank, when it
-    cannot be written.
+    base: the base model's folder or name, which PEFT's configuration records. dtype: of the
+    file; None stands for that of the parameters. The rows of added tokens are PEFT's
+    trainable tokens: the base's embedding must have been resized to the backbone's
+    vocab_size before the adapter is loaded. `folder` must not exist; it appears whole or
+    not at all. UserError, on every rank, when it cannot be written.
     """
     adapters: Lora = backbone.lora  # type: ignore[assignment]
     folder, problem = Path(folder), None
     tensors: dict[str, Tensor] = {}
     if parallel_state.get_data_parallel_rank() == 0:
-        for layer in adapters.linears():
-            for part, module in layer.targeted():
-                tensors |= _full_adapter(layer, part, module)
+        tensors = adapter_tensors(adapters)
+        for name, rows in added_row_tensors(backbone).items():
+            tensors[f"{PREFIX}{TABLES[name]}.token_adapter.trainable_tokens_delta"] = rows
     if dist.get_rank() == 0:
+        tree = _config_json(adapters.config, base)
+        if backbone.added_rows[0] < backbone.added_rows[1]:
+            indices = list(range(*backbone.added_rows))
+            tree["trainable_token_indices"] = {
+                TABLES[name].split(".")[-1]: indices for name in backbone.vocabulary_tables
+            }
         try:
             if folder.exists():
                 raise FileExistsError("already exists; choose a folder to create")
             with committed_folder(folder) as staged:
+                tensors = {
+                    name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()
+                }
                 save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
-                write_json(staged / CONFIG_FILE, _config_json(adapters.config, base))
+                write_json(staged / CONFIG_FILE, tree)
         except (OSError, SafetensorError) as error:
             problem = str(error)
     raise_everywhere(folder, problem)
+
+
+def added_row_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The rows of added tokens of each vocabulary table, whole on the CPU.
+
+    Empty but on the tp group's first rank. A collective over the tensor-parallel group.
+    """
+    backbone.write_trained_rows()
+    group, tensors = backbone.tp_group, {}
+    spans = [local_added_rows(backbone, rank) for rank in range(group.size())]
+    counts = [stop - start for start, stop in spans]
+    low, high = spans[group.rank()]
+    if sum(counts):
+        for name, table in backbone.vocabulary_tables.items():
+            rows = gather_rows_to_first(table.detach()[low:high], counts, group)
+            tensors[name] = rows.cpu().clone()
+    return tensors if group.rank() == 0 else {}
+
+
+def local_added_rows(backbone: Backbone, rank: int) -> tuple[int, int]:
+    """The range of the added tokens' rows in a rank's vocabulary tables."""
+    size = backbone.vocab_range[1] - backbone.vocab_range[0]
+    start, stop = (edge - rank * size for edge in backbone.added_rows)
+    return min(max(start, 0), size), min(max(stop, 0), size)
 
 
 def _full_adapter(layer: LoraLinear, part: int, module: str) -> dict[str, Tensor]:
@@ -133,19 +202,10 @@ def _full_adapter(layer: LoraLinear, part: int, module: str) -> dict[str, Tensor
         shards = gather_to_first(a.contiguous(), layer.group)
         full_a, full_b = torch.cat(shards, dim=1) if shards else a, b
     else:
-        # The ranks' shards of B can differ in size, so each is padded to the largest.
         counts = [
             sum(s.stop - s.start for s in slices if s.tensor == part) for slices in layer.slices
         ]
-        padded = b.new_zeros((max(counts), b.shape[1]))
-        padded[: len(b)] = b
-        shards = gather_to_first(padded, layer.group)
-        full_a = a
-        full_b = (
-            torch.cat([shard[:count] for shard, count in zip(shards, counts, strict=False)])
-            if shards
-            else b
-        )
+        full_a, full_b = a, gather_rows_to_first(b, counts, layer.group)
     if layer.group.rank() != 0:
         return {}
     return {

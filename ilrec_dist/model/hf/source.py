@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import cached_sha256
 from ilrec_dist.model.hf.gguf import dequantised_folder
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE
 
@@ -67,6 +69,15 @@ def weight_files(source: str) -> list[Path]:
                 f"{file}: no such file; backbone.from needs the safetensors of a Hugging Face model"
             )
     return files
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """A SHA-256 over those of the folder's safetensors files, in the order of their names."""
+    files = [path for path in weight_files(str(folder)) if path.suffix == ".safetensors"]
+    digests = [cached_sha256(path) for path in files]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def model_folder(source: str, cache: Path) -> Path:

@@ -1,4 +1,6 @@
-"""The cf stage: the collaborative-filtering models, trained here or by the workers together."""
+"""The cf stage: the collaborative-filtering models, trained here or by the workers
+together.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,10 +17,15 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation import comparison, examples
 from ilrec_dist.evaluation.baselines.counting import count_training
-from ilrec_dist.evaluation.baselines.table import BASELINES, baselines_of
+from ilrec_dist.evaluation.baselines.table import BASELINES, Baseline, baselines_of
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
-from ilrec_dist.evaluation.fusion_ranking import cf_source, fuse_model, transitions_source
+from ilrec_dist.evaluation.fusion_ranking import (
+    FusionSource,
+    cf_source,
+    fuse_model,
+    transitions_source,
+)
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
 from ilrec_dist.inference.ranker import RankingProgress
@@ -29,20 +34,29 @@ from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stages.baselines import baseline_stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
 from ilrec_dist.reporting.progress import stage_progress, write_counter
 from ilrec_dist.reporting.results import TRAINING_FLOPS, Interval, MethodLabel
 
-# Sources of each fusion besides the language model.
+# What a fusion may mix with the language model.
+FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
+    "cf": lambda artifacts: cf_source(load_cf(artifacts.folders.cf)),
+    "transitions": lambda artifacts: transitions_source(count_training(artifacts.dataset)),
+}
+# Sources of each fusion besides the language model, the widest last.
 FUSIONS = (("cf",), ("cf", "transitions"))
+# Ends the name of the file beside a fusion's predictions that has its weights.
+FUSION_SUFFIX = ".fusion.json"
 
 
 def evaluate_stage(config: Config, trainings: Sequence[str]) -> Stage:
+    wanted = config.evaluation.baselines
     return Stage(
         "evaluate",
         "evaluate",
-        after=("prepare", "cf", *trainings),
+        after=("prepare", "cf", *(baseline_stage(name) for name in wanted), *trainings),
         settings=stage_settings(config, "evaluate"),
         output=RunFolders(config.run_dir).evaluation,
     )
@@ -64,9 +78,14 @@ def predictions_file(config: Config, method: str, seed: int | None, exclude_seen
     return RunFolders(config.run_dir).evaluation / folder / name
 
 
+def baselines_in(config: Config) -> list[Baseline]:
+    """The baselines of the run's table."""
+    return baselines_of(config.data.format, config.evaluation.baselines)
+
+
 def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
     """Every (method, training seed) of the table of results; None for baselines."""
-    yield from ((baseline.name, None) for baseline in baselines_of(config.data.format))
+    yield from ((baseline.name, None) for baseline in baselines_in(config))
     for method in config.train.methods:
         names = [method, *(fused_name(method, sources) for sources in fusions(config))]
         yield from ((name, seed) for name in names for seed in config.train.seeds)
@@ -86,7 +105,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
     users = artifacts.dataset.evaluated("test")
     work = [
         (baseline.name, exclude)
-        for baseline in baselines_of(config.data.format)
+        for baseline in baselines_in(config)
         for exclude in treatments(config)
     ]
     with stage_progress("baselines", len(work), "rankings") as show:
@@ -101,6 +120,10 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                 exclude_seen=exclude,
                 cf_folder=artifacts.folders.cf,
                 data_folder=artifacts.folders.data,
+                trained={
+                    wanted: artifacts.folders.baseline(wanted)
+                    for wanted in config.evaluation.baselines
+                },
             ).save(path)
             show(done, name)
 
@@ -155,13 +178,7 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
 
     Each is saved like a method's predictions, with its weights in a .fusion.json beside them.
     """
-    sources = {
-        source.name: source
-        for source in (
-            cf_source(load_cf(artifacts.folders.cf)),
-            transitions_source(count_training(artifacts.dataset)),
-        )
-    }
+    sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     inputs = input_form(config, artifacts, served_prompt(config))
     work = itertools.product(
         config.train.methods, config.train.seeds, treatments(config), fusions(config)
@@ -191,10 +208,13 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
         if dist.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(
-                path.with_suffix(".fusion.json"),
+                path.with_suffix(FUSION_SUFFIX),
                 {
                     "weights": dict(zip([method, *names], fusion.weights.tolist(), strict=True)),
                     "validation_ndcg@10": fusion.validation_ndcg,
+                    "exclude_seen": exclude,
+                    "beam": config.evaluation.beam,
+                    "candidates": config.evaluation.fusion_candidates,
                 },
             )
             fusion.predictions.save(path)

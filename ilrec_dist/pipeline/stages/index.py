@@ -1,4 +1,6 @@
-"""The index stage: every item gets its code tuple; the catalogue is stored in code order."""
+"""The index stage: every item gets its code tuple; the catalogue is stored in code
+order.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +55,8 @@ def _model_files(config: Config) -> list[Path]:
 
 
 def _language_model(config: Config) -> LanguageModel | None:
-    """The model whose tokenizer the codes enter; None for a decoder trained from scratch."""
+    """The model whose tokenizer the codes enter; None for a decoder trained from
+    scratch.
+    """
     folder = with_local_model(config).backbone.from_
     return None if folder is None else LanguageModel(Path(folder), read_config(folder).vocab_size)

@@ -26,7 +26,9 @@ def prepare_stage(config: Config) -> Stage:
 
 
 def prepare(config: Config) -> str | None:
-    """Read, filter and split; the nodes of a named Ray cluster read a folder's files together."""
+    """Read, filter and split; the nodes of a named Ray cluster read a folder's files
+    together.
+    """
     spread = (
         config.launch.engine == "ray"
         and cluster_address(config.launch) is not None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ilrec_dist.common.console import console
+from ilrec_dist.common.files import read_json_object
+from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.common.run_layout import RESULT, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.records import verify_output
+from ilrec_dist.pipeline.records import verify_descriptions, verify_output
 from ilrec_dist.pipeline.report_material import report_material
 from ilrec_dist.pipeline.stages.evaluate import (
     collect_examples,
@@ -18,16 +22,38 @@ from ilrec_dist.pipeline.stages.evaluate import (
 )
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.html.report import write_report
-from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, read_metrics
 from ilrec_dist.reporting.results import RESULTS_FILE, print_table, write_results
+
+
+def training_metrics(folders: RunFolders, method: str, seed: int) -> list[dict[str, Any]]:
+    """The log of a finished training; empty where its file is gone.
+
+    Raises UserError that names the file where it is damaged.
+    """
+    folder = folders.training(method, seed)
+    verify_descriptions(folders, f"train {method} seed {seed}")
+    # Runs of earlier releases have no hash of it.
+    digest = read_json_object(folder / RESULT).get(METRICS_SHA256)
+    if digest is not None and (folder / METRICS_FILE).exists():
+        repair = "restore it, or delete it for a report without this training's curves"
+        check_hashes(folder, {METRICS_FILE: digest}, RESULT, repair)
+    return read_metrics(folder)
 
 
 def report(config: Config, stage_seconds: dict[str, float]) -> None:
     artifacts = RunArtifacts(config)
+    # All that is read is checked before anything is written.
     verify_output(artifacts.folders, "evaluate")
+    material = report_material(config, artifacts)
+    trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
+    metrics = [
+        MethodMetrics(method, seed, training_metrics(artifacts.folders, method, seed))
+        for method, seed in trained
+    ]
+    shown = collect_examples(config, artifacts)
     figures = collect_figures(config, artifacts)
     rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
-    trained = [(method, seed) for method in config.train.methods for seed in config.train.seeds]
     results = write_results(
         config.run_dir / RESULTS_FILE,
         Path(config.data.path).name if config.data.path else "synthetic",
@@ -41,14 +67,11 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         config.run_dir,
         name=config.name,
         results=results,
-        metrics=[
-            MethodMetrics(method, seed, read_metrics(artifacts.folders.training(method, seed)))
-            for method, seed in trained
-        ],
+        metrics=metrics,
         labels=method_labels(),
-        examples=collect_examples(config, artifacts),
+        examples=shown,
         config_yaml=dump_config(config),
-        **report_material(config, artifacts),
+        **material,
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
     console.print(

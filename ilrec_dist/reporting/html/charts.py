@@ -116,7 +116,9 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
         )
         or 1.0
     )
-    row, left, width = 30.0, 92.0, 640.0
+    # Room for the longest name, at about 7 pixels a letter.
+    left = max(92.0, 20.0 + 7.0 * max(len(summary.method) for summary in shown))
+    row, width = 30.0, 548.0 + left
     x = _Scale(0.0, largest, left, width - 150.0)
     parts = []
     for number, summary in enumerate(shown):

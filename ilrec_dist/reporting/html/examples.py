@@ -1,4 +1,6 @@
-"""Examples of the report: a few users with history, target and the lists of each model."""
+"""Examples of the report: a few users with history, target and the lists of
+each model.
+"""
 
 from __future__ import annotations
 

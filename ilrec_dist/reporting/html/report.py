@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist import __version__
 from ilrec_dist.common.files import atomic_file
 from ilrec_dist.reporting.analysis import analysis_section
 from ilrec_dist.reporting.html import curves
@@ -19,18 +18,17 @@ from ilrec_dist.reporting.html.charts import Chart, line_chart
 from ilrec_dist.reporting.html.curves import MethodMetrics
 from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.reporting.html.facts import facts_table
+from ilrec_dist.reporting.html.page import html_page
 from ilrec_dist.reporting.html.results_table import (
     beyond_accuracy_section,
     cost_section,
     header_tiles,
     results_section,
 )
-from ilrec_dist.reporting.html.style import CSS
 from ilrec_dist.reporting.progress import clock
 from ilrec_dist.reporting.results import MethodLabel, Summary, intervals_of, summarise_rows
 
 REPORT_FILE = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(
@@ -74,23 +72,12 @@ def write_report(
         ),
         ("configuration", "Configuration", _configuration(config_yaml)),
     ]
-    shown = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{slug}">{escape(title)}</a>' for slug, title, _ in shown)
-    body = "".join(
-        f'<section aria-labelledby="{slug}"><h2 id="{slug}">{escape(title)}</h2>{html}</section>'
-        for slug, title, html in shown
-    )
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} · ILRec-dist</title><style>{CSS}</style></head><body><main>"
-        f"<header><h1>{escape(name)}</h1><p>{_subtitle(results, summaries)}</p>"
+    header = (
+        f"<p>{_subtitle(results, summaries)}</p>"
         f"{_warnings(warnings)}{header_tiles(summaries, intervals, runs)}"
-        f'<nav aria-label="Sections">{links}</nav></header>{body}'
-        f"<footer>Written by ILRec-dist {escape(__version__)}. Long curves are drawn as means over "
-        "neighbouring steps.</footer></main></body></html>\n"
     )
+    note = "Long curves are drawn as means over neighbouring steps."
+    page = html_page(name, header, sections, note)
     path = Path(run_dir) / REPORT_FILE
     with atomic_file(path) as staged:
         staged.write_text(page, encoding="utf-8", errors="replace")

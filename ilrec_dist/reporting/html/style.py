@@ -1,4 +1,6 @@
-"""The report's style sheet, light and dark; text, so that a report is one file without others."""
+"""The report's style sheet, light and dark; text, so that a report is one file without
+others.
+"""
 
 CSS = """
 :root {

@@ -1,1 +1,3 @@
-"""How tokens lie in memory: columns of the head, ragged lists, and the products over them."""
+"""How tokens lie in memory: columns of the head, ragged lists, and the products over
+them.
+"""

@@ -13,7 +13,9 @@ from ilrec_kernels.options import TokenLists
 
 
 class Span(NamedTuple):
-    """Rows [begin, end) of a call and, where it has lists, their entries [low, high)."""
+    """Rows [begin, end) of a call and, where it has lists, their entries
+    [low, high).
+    """
 
     begin: int
     end: int
@@ -63,12 +65,16 @@ class CandidateEntries:
         return self.row.take(self.target)
 
     def find(self, row: Tensor, token: Tensor) -> Tensor:
-        """Return the index of each (row, token) among the entries, −1 where it is absent."""
+        """Return the index of each (row, token) among the entries, −1 where it is
+        absent.
+        """
         return find_entries(self.row, self.token, row, token)
 
 
 def find_entries(rows: Tensor, tokens: Tensor, row: Tensor, token: Tensor) -> Tensor:
-    """Return where each (row, token) is among (rows, tokens), which ascend; −1: nowhere."""
+    """Return where each (row, token) is among (rows, tokens), which ascend; −1:
+    nowhere.
+    """
     if not rows.numel():
         return torch.full_like(row, -1)
     keys, wanted = (rows << 32) + tokens, (row << 32) + token
@@ -77,7 +83,9 @@ def find_entries(rows: Tensor, tokens: Tensor, row: Tensor, token: Tensor) -> Te
 
 
 def _span_entries(lists: TokenLists, targets: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the span's entries as (row, token), and each row's target among them or −1."""
+    """Return the span's entries as (row, token), and each row's target among them or
+    −1.
+    """
     every_row = torch.arange(span.end - span.begin, device=targets.device)
     token = lists.tokens[span.low : span.high]
     lengths = lists.indptr[span.begin : span.end + 1].diff()

@@ -56,7 +56,9 @@ class RaggedGemm:
         self.entry_index = torch.cat([row.new_zeros(0), *(entries for _, entries in buckets)])
 
     def logits(self, hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return logits [S, P] in `dtype` from hidden [S, n, d] and the rank's head rows."""
+        """Return logits [S, P] in `dtype` from hidden [S, n, d] and the rank's head
+        rows.
+        """
         s, size = hidden.shape[0], self.entry_index.numel()
         # The last element stands for the entries of skipped rows.
         flat = torch.zeros(s, size + 1, dtype=dtype, device=hidden.device)
@@ -77,7 +79,8 @@ class RaggedGemm:
         hidden_grad: Tensor,
         head_grad: Tensor | None,
     ) -> None:
-        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad [V_local, d].
+        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad
+        [V_local, d].
 
         `grad` holds S tensors [P].
         """
@@ -119,7 +122,8 @@ class RaggedGemm:
 def _buckets(
     row: Tensor, column: Tensor, skip: Tensor, streams: int, d: int, budget: int
 ) -> Iterator[tuple[Bucket, Tensor]]:
-    """Group rows by identical list, bucket groups by shape, cut what exceeds the budget.
+    """Group rows by identical list, bucket groups by shape, cut what exceeds the
+    budget.
 
     With each bucket come its entries, flat over [G, R, L]; P stands for padding.
     """

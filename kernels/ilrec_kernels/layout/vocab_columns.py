@@ -67,11 +67,15 @@ class VocabColumns:
         return position.masked_fill_(~mask, 0), mask
 
     def at(self, position: Tensor) -> Tensor:
-        """Map positions within these columns to local column ids; the inverse of find."""
+        """Map positions within these columns to local column ids; the
+        inverse of find.
+        """
         return position + self.start if self.index is None else self.index[position]
 
     def within(self, outer: VocabColumns) -> slice | Tensor:
-        """Return what selects these columns from a matrix over `outer`, which holds them."""
+        """Return what selects these columns from a matrix over `outer`, which holds
+        them.
+        """
         if self.index is None:
             return slice(self.start - outer.start, self.stop - outer.start)
         return self.index - outer.start if outer.index is None else slice(0, len(self))

@@ -91,7 +91,9 @@ class CandidateLists:
 
     @cached_property
     def gemm(self) -> RaggedGemm:
-        """The products at the entries. Grouping the rows asks the device, so only on use."""
+        """The products at the entries. Grouping the rows asks the device, so only on
+        use.
+        """
         streams, _, d = self.chunk.x.shape
         single = self.entries.single
         return RaggedGemm(self.entries.row, self.column, single, streams, d, self.plan.budget)
@@ -118,7 +120,9 @@ class CandidateLists:
         chunk.candidates = Candidates(row, token, ensemble.take(entry), z, index, entry, selection)
 
     def _distill_statistics(self, chunk: Chunk) -> None:
-        """Compute the statistics of METHOD.md §4; the layers' logits become exponentials."""
+        """Compute the statistics of METHOD.md §4; the layers' logits become
+        exponentials.
+        """
         row, stats, n = self.entries.row, chunk.stats, chunk.n
         # A target that its own list lacks is no part of the distill scope.
         outside = self.entries.source < 0
@@ -134,7 +138,9 @@ class CandidateLists:
             stats.layer_sum[i] = segment_sum(student, row, n)
 
     def _softmax_statistics(self, chunk: Chunk) -> None:
-        """Compute the masked softmax's statistics; the final logits become exponentials."""
+        """Compute the masked softmax's statistics; the final logits become
+        exponentials.
+        """
         row, stats = self.entries.row, chunk.stats
         stats.z_target[self.entries.target_row] = self.z_final.take(self.entries.target)
         index = chunk.candidates.logit_index
@@ -153,7 +159,9 @@ class CandidateLists:
         return g.index_add_(0, self.entries.target, at_target)
 
     def _layer_gradients(self, factors: DistillFactors) -> Tensor:
-        """Turn the layers' exponentials [m, P] into gradients, the difference in fp32."""
+        """Turn the layers' exponentials [m, P] into gradients, the
+        difference in fp32.
+        """
         row = self.entries.row
         teacher = self.teacher.mul_(factors.teacher.take(row))
         for student, factor in zip(self.z_layers, factors.layer, strict=True):

@@ -67,7 +67,9 @@ class DenseTorch:
             stats.row_max[rows], stats.sum_exp[rows] = exponentiate(z[rows])
 
     def _distill_statistics(self, chunk: Chunk) -> None:
-        """Compute the statistics of METHOD.md §4; the layers' logits become exponentials."""
+        """Compute the statistics of METHOD.md §4; the layers' logits become
+        exponentials.
+        """
         stats, columns = chunk.stats, self.plan.distill.columns
         students, within = self._students(), columns.within(self.plan.final.columns)
         memory = chunk.scratch.teacher[: chunk.n * len(columns)]
@@ -79,7 +81,8 @@ class DenseTorch:
             self._student_statistics(chunk, rows, z, teacher, students[:, rows])
 
     def _shared_statistics(self, chunk: Chunk) -> None:
-        """Compute both terms' statistics from one set of the final layer's exponentials.
+        """Compute both terms' statistics from one set of the final layer's
+        exponentials.
 
         They become 0 at the candidates once the teacher has been read. Their maximum is
         over all columns: what e^(z − max) then loses is below 10⁻³⁸ of a candidate.
@@ -153,7 +156,9 @@ class DenseTorch:
         g.view(-1).index_add_(0, index, factors.target[owned])
 
     def _layer_gradients(self, factors: DistillFactors) -> Tensor:
-        """Turn the layers' exponentials into gradients [m, n, c], the difference in fp32."""
+        """Turn the layers' exponentials into gradients [m, n, c], the difference in
+        fp32.
+        """
         students = self._students()
         for rows in self.plan.tiles(*self.teacher.shape):
             teacher = self.teacher[rows].mul_(factors.teacher[rows, None])
@@ -177,6 +182,8 @@ class DenseTorch:
 
 
 def _subtract_teacher(students: Tensor, teacher: Tensor, factors: Tensor) -> None:
-    """Compute students [m, r, c] · factors [m, r] + teacher [r, c], which is negative."""
+    """Compute students [m, r, c] · factors [m, r] + teacher [r, c], which
+    is negative.
+    """
     for student, factor in zip(students, factors[..., None], strict=True):
         torch.addcmul(teacher, student, factor, out=student)

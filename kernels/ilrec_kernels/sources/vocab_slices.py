@@ -37,7 +37,8 @@ from ilrec_kernels.triton.launch import (
 
 @dataclass(frozen=True)
 class Slice:
-    """Some columns of a chunk's logits; outside the distill scope the final layer's alone.
+    """Some columns of a chunk's logits; outside the distill scope the final layer's
+    alone.
 
     begin       the first column, within the final layer's columns
     target      the target's column in the slice, −1 where it is in another

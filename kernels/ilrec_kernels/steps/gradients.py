@@ -1,4 +1,6 @@
-"""From merged statistics to gradients of the hidden rows and the head (METHOD.md §§3–5)."""
+"""From merged statistics to gradients of the hidden rows and the head (METHOD.md
+§§3–5).
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class HeadProduct:
 def multiply_with_head(
     p: Problem, plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor, out: Tensor
 ) -> list[HeadProduct]:
-    """Write dense gradients times the head to out [S, n, d]; return what the head is due.
+    """Write dense gradients times the head to out [S, n, d]; return what the head is
+    due.
 
     z.final holds the final layer's gradients where the softmax is dense; `students`
     [m, n, c] are the layers' gradients over the distill columns, m = 0 without dense
@@ -48,7 +49,8 @@ def multiply_with_head(
 
 
 def _stacked(plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor) -> Tensor | None:
-    """Return all streams' gradients as one matrix [S·n, c], where they lie so in memory.
+    """Return all streams' gradients as one matrix [S·n, c], where they lie so in
+    memory.
 
     The layers' columns outside the distill scope become 0; that pays where they are few.
     """

@@ -68,7 +68,9 @@ class DenseLogits:
 
 
 def make_dense_logits(p: Problem, plan: Plan, chunk: Chunk) -> DenseLogits:
-    """Project the chunk's rows into its scratch memory, in one product where possible."""
+    """Project the chunk's rows into its scratch memory, in one product
+    where possible.
+    """
     x, n, m = chunk.x, chunk.n, plan.layer_streams
     final, layers, memory = plan.final.columns, plan.layers.columns, chunk.scratch.logits
     if plan.one_product:

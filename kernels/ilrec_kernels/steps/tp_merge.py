@@ -1,4 +1,5 @@
-"""From every rank's statistics to the rows' losses (METHOD.md §7), with the sparse terms.
+"""From every rank's statistics to the rows' losses (METHOD.md §7), with the sparse
+terms.
 
 Each rank merges in rank order and arrives at the same bits. The corrected normaliser is a
 sum of positive parts, sum_exp + candidates outside H + Σ_H e^ẑ: nothing is subtracted, so
@@ -68,7 +69,9 @@ class Merged:
     log_layer: Tensor  # [m, n]
 
     def candidate_gradient(self, scale: Tensor, options: LossOptions) -> Tensor:
-        """Return the final layer's gradient at this rank's candidates, in their order."""
+        """Return the final layer's gradient at this rank's candidates, in
+        their order.
+        """
         candidates, terms = self.gathered.candidates, self.terms
         everyone = (candidates.row, candidates.z, terms.z_adjusted, terms.slope, terms.label)
         row, z, z_adjusted, slope, label = (self.gathered.take_mine(v) for v in everyone)
@@ -80,7 +83,9 @@ class Merged:
 
 
 def merge(p: Problem, plan: Plan, chunk: Chunk, gathered: Gathered, out: RowStats) -> Merged:
-    """Select H exactly, correct the normalisers, write the rows' statistics to `out`."""
+    """Select H exactly, correct the normalisers, write the rows' statistics
+    to `out`.
+    """
     stats, rows = gathered.stats, slice(chunk.begin, chunk.end)
     z_target = stats.z_target.sum(0)
     log_non_candidates = logsumexp_over_ranks(stats.row_max, stats.sum_exp)
@@ -159,7 +164,9 @@ def merge_candidates(
 
 
 def merge_distillation(stats: RankStats) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the teacher's log-normaliser [n], the layers' [m, n], and the KL [m, n]."""
+    """Return the teacher's log-normaliser [n], the layers' [m, n], and the
+    KL [m, n].
+    """
     log_teacher = logsumexp_over_ranks(stats.teacher_max, stats.teacher_sum)
     log_layer = logsumexp_over_ranks(stats.layer_max, stats.layer_sum)
     is_empty = log_teacher == -torch.inf
@@ -188,7 +195,9 @@ def segment_count(row: Tensor, n: int, member: Tensor | None) -> Tensor:
 def select_negatives(
     p: Problem, plan: Plan, gathered: Gathered, n: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Return which candidates are H, bool [E] or None for all, and the capped rows [n]."""
+    """Return which candidates are H, bool [E] or None for all, and the
+    capped rows [n].
+    """
     candidates, k = gathered.candidates, p.options.max_negatives
     if candidates.selection is not None:
         return candidates.selection.member, candidates.selection.capped
@@ -219,7 +228,9 @@ def adjusted_logits(
 
 
 def penalty_weights(row: Tensor, ensemble: Tensor, n: int) -> Tensor:
-    """Return w [E]: the softmax of z̄ over each row's candidates, where z̄ is −inf off H."""
+    """Return w [E]: the softmax of z̄ over each row's candidates, where z̄ is −inf off
+    H.
+    """
     weight = torch.exp(ensemble - finite(segment_max(ensemble, row, n)).take(row))
     tiny = torch.finfo(weight.dtype).tiny
     return weight.div_(segment_sum(weight, row, n).clamp_(min=tiny).take(row))
@@ -228,7 +239,8 @@ def penalty_weights(row: Tensor, ensemble: Tensor, n: int) -> Tensor:
 def soft_labels(
     p: Problem, chunk: Chunk, row: Tensor, entry: Tensor, member: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q at the candidates [E] and at the target [n], and the covered rows, bool [n].
+    """Return q at the candidates [E] and at the target [n], and the covered rows, bool
+    [n].
 
     METHOD.md §5. `entry` int64 [E] is the candidate's index among the rows' entries, −1
     where it is none.

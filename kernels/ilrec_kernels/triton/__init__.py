@@ -1,1 +1,3 @@
-"""Triton kernels, what they exchange with the host, and the forms in which they are compiled."""
+"""Triton kernels, what they exchange with the host, and the forms in which they are
+compiled.
+"""

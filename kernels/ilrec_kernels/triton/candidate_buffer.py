@@ -72,11 +72,15 @@ class CandidateBuffer:
         return CandidateBuffer(columns, low, low, columns.new_zeros(n))
 
     def kth_values(self) -> Tensor:
-        """Return what z̄ [n] of a higher column must exceed to be among the k largest."""
+        """Return what z̄ [n] of a higher column must exceed to be among the
+        k largest.
+        """
         return self.ensemble.amin(1)
 
     def columns_within(self, begin: int, end: int) -> Tensor:
-        """Return `columns` relative to the slice [begin, end), −1 for those outside it."""
+        """Return `columns` relative to the slice [begin, end), −1 for those
+        outside it.
+        """
         outside = (self.columns < begin) | (self.columns >= end)
         return (self.columns - begin).masked_fill_(outside, -1)
 

@@ -121,7 +121,8 @@ def collect_candidates(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Put the candidates of a block into the row's buffer, a part of the block at a time.
+    """Put the candidates of a block into the row's buffer, a part of the block at a
+    time.
 
     When the buffer is full the k largest stay. What is not put there goes to the
     normaliser. Returns (held, kth_value, row_max, sum_exp).

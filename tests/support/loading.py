@@ -8,7 +8,9 @@ from ilrec_dist.data.prepare import prepare
 
 
 def load(tmp_path, form, path, **settings):
-    """(manifest, user → item ids, item → title, item → text) of a file without a k-core."""
+    """(manifest, user → item ids, item → title, item → text) of a file without a
+    k-core.
+    """
     manifest = prepare(
         DataConfig(
             format=form,

@@ -8,7 +8,7 @@ import numpy as np
 
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.data.dataset import InteractionDataset
-from tests.data.shared_data import shared_data
+from tests.support.shared_data import shared_data
 
 
 @lru_cache

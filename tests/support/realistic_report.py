@@ -1,4 +1,6 @@
-"""Made-up but plausible metrics, rows and examples of a run, for the tests of the report."""
+"""Made-up but plausible metrics, rows and examples of a run, for the tests of the
+report.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Studies: a grid of runs, and the one table that is made from them."""

@@ -1,0 +1,192 @@
+"""A study from the command line: one table, and what is missing from it, and nothing run twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ilrec_dist.cli.main import main
+from ilrec_dist.evaluation.metrics import paired_bootstrap
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.study.cells import make_cells
+from ilrec_dist.study.config import load_study
+from ilrec_dist.study.state import write_state
+from tests.study.tiny import write_study
+
+pytestmark = pytest.mark.slow
+PATIENCE_SECONDS = 480
+SETTINGS = {
+    # The weights are not finite after a few steps.
+    "hot": {"set": {"train.learning_rate": 1.0e30}, "seeds": [0]},
+    "long": {"set": {"train.epochs": 60, "train.validate_epochs": 60}, "seeds": [0]},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a study whose cell `sft hot` diverged and whose cell `sft long` was killed."""
+    root = tmp_path_factory.mktemp("study")
+    path = write_study(root, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
+    command = [sys.executable, "-m", "ilrec_dist.cli", "study", str(path)]
+    with open(root / "study.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    cell = root / "runs/tiny-study/shop/sft-long-seed0"
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not any(cell.glob("train/sft-seed0/checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < until, (root / "study.log").read_text()
+        time.sleep(0.05)
+    os.kill(driver_of(cell), signal.SIGKILL)
+    assert process.wait(PATIENCE_SECONDS) == 1, (root / "study.log").read_text()
+    return root
+
+
+def results(root: Path) -> dict:
+    return json.loads((root / "runs/tiny-study/results.json").read_text())
+
+
+def stamps(root: Path) -> dict[str, int]:
+    """When the weights and predictions of each cell were written."""
+    files = [*root.rglob("best.safetensors"), *root.rglob("predictions*.parquet")]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_the_table_has_every_row_over_its_seeds(finished):
+    rows = {row["row"]: row for row in results(finished)["rows"] if row["exclude_seen"]}
+    assert list(rows) == ["popularity", "transitions", "sasrec", "sft", "bayes"]
+    assert rows["sft"]["seeds"] == "0 1"
+    values = []
+    for seed in (0, 1):
+        folder = finished / f"runs/tiny-study/shop/sft-seed{seed}"
+        run = json.loads((folder / "results.json").read_text())
+        row = next(row for row in run["rows"] if row["method"] == "sft" and row["exclude_seen"])
+        values.append(row["ndcg@10"])
+    assert rows["sft"]["ndcg@10"] == pytest.approx(np.mean(values))
+    assert rows["sft"]["ndcg@10_std"] == pytest.approx(np.std(values, ddof=1))
+    assert rows["sft"]["peak_memory_bytes"] > 2**27 and rows["sft"]["training_seconds"] > 0
+
+
+def test_rows_are_compared_by_user_with_the_first_method(finished):
+    folder = finished / "runs/tiny-study/shop"
+    by_seed = [
+        predictions_of(folder / f"sft-seed{seed}/evaluation/sft-seed{seed}") for seed in (0, 1)
+    ]
+    expected = paired_bootstrap(
+        predictions_of(folder / "sft-seed0/evaluation/transitions"), np.mean(by_seed, axis=0)
+    )
+    rows = {row["row"]: row for row in results(finished)["rows"] if row["exclude_seen"]}
+    found = [rows["transitions"][f"ndcg@10 - sft{end}"] for end in ("", " low", " high")]
+    assert found == pytest.approx(expected)
+
+
+def predictions_of(folder: Path) -> np.ndarray:
+    return Predictions.load(folder / "predictions.parquet").per_user()["ndcg@10"]
+
+
+def test_what_it_will_take_is_said_before_it_starts(finished):
+    log = (finished / "study.log").read_text()
+    estimate = log.index("estimate: 4 cells, ")
+    assert "it rests on: 3 from timed steps, 1 from timed steps of other rows" in log
+    assert estimate < log.index("shop/sft-seed0: done")
+
+
+def test_cells_that_diverge_or_are_killed_are_missing_with_their_reasons(finished):
+    cells = {cell["cell"]: cell for cell in results(finished)["cells"]}
+    assert "the training has diverged" in cells["shop/sft-hot-seed0"]["missing"]
+    assert cells["shop/sft-long-seed0"]["missing"].startswith("killed: by signal 9")
+    done = {name for name, cell in cells.items() if cell["done"]}
+    assert done == {"shop/sft-seed0", "shop/sft-seed1"}
+    text = (finished / "runs/tiny-study/results.md").read_text()
+    assert "Missing are 2 of 4 cells" in text and "has diverged" in text
+
+
+def test_what_was_looked_at_is_kept(finished):
+    cells = {cell["cell"]: cell for cell in results(finished)["cells"]}
+    looked_at = cells["shop/sft-seed1"]["validations"]
+    assert [one["epoch"] for one in looked_at] == [1.0, 2.0]
+    best = max(one["ndcg@10"] for one in looked_at)
+    assert cells["shop/sft-seed1"]["validation_ndcg@10"] == best
+
+
+def test_cells_share_data_codes_and_cf_models(finished):
+    study = finished / "runs/tiny-study/shop"
+    for name in ("data/sequences.npy", "items/trie.npy", "cf/full.safetensors"):
+        files = [study / f"sft-seed{seed}" / name for seed in (0, 1)]
+        assert {file.stat().st_ino for file in files} == {(study / "shared" / name).stat().st_ino}
+    assert not (study / "shared/train").exists()
+
+
+def test_the_files_of_the_table_agree(finished):
+    folder = finished / "runs/tiny-study"
+    with open(folder / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = results(finished)["rows"]
+    assert [line["row"] for line in lines] == [row["row"] for row in found]
+    assert [float(line["hit@10"]) for line in lines] == [row["hit@10"] for row in found]
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") >= 2 and "Missing cells" in page and "sft-hot-seed0" in page
+
+
+def test_the_same_command_goes_on_and_a_changed_file_runs_what_changed(finished, capsys):
+    before = stamps(finished)
+    page = finished / "page.md"
+    page.write_text("# A\n<!-- study tiny-study -->\nold\n<!-- end of study tiny-study -->\nx")
+    settings = {**SETTINGS, "hot": {"set": {"train.learning_rate": 3.0e-3}, "seeds": [0]}}
+    path = write_study(finished, methods=["sft"], seeds=[0, 1], settings=settings)
+    assert main(["study", str(path), "--into", str(page)]) == 0
+    output = capsys.readouterr().out
+    assert "estimate: 2 cells" in output and "2 from finished cells of the same method" in output
+    assert "shop/sft-hot-seed0: done" in output and "shop/sft-long-seed0: done" in output
+    after = stamps(finished)
+    assert {name: after[name] for name in before} == before
+    training = finished / "runs/tiny-study/shop/sft-long-seed0/train/sft-seed0"
+    resumed = [line for line in read_metrics(training) if "resumed/dropped_steps" in line]
+    assert any(line["step"] > 0 for line in resumed)
+    text = page.read_text()
+    assert "| sft long | 1 |" in text and "old" not in text and text.endswith("-->\nx")
+
+    found = results(finished)
+    (choice,) = found["choices"]
+    # Seed 1 has one of the settings only.
+    assert choice["seeds"] == [0] and set(choice["means"]) == {"sft", "sft hot", "sft long"}
+    assert choice["chosen"] == max(choice["means"], key=lambda name: choice["means"][name])
+    cells = {cell["cell"]: cell["validation_ndcg@10"] for cell in found["cells"]}
+    assert choice["means"]["sft hot"] == cells["shop/sft-hot-seed0"]
+    chosen = {row["row"] for row in found["rows"] if row["chosen_on_validation"]}
+    assert chosen == {choice["chosen"]}
+
+    assert main(["study", str(path)]) == 0
+    assert "nothing to run" in capsys.readouterr().out and stamps(finished) == after
+
+
+def test_a_refused_cell_is_tried_again_on_demand_alone(finished, capsys):
+    path = write_study(finished, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
+    (cell,) = (cell for cell in make_cells(*load_study(path)[:1], path) if cell.setting == "hot")
+    write_state(cell, "refused", "the training has diverged", 1.0)
+    assert main(["study", str(path)]) == 1
+    output = capsys.readouterr()
+    assert "nothing to run" in output.out and "with --retry" in output.err
+    assert main(["study", str(path), "--retry", "--estimate"]) == 0
+    assert "estimate: 1 cells" in capsys.readouterr().out
+
+
+def driver_of(cell: Path) -> int:
+    """The process id of the cell's `ilrec run`."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"run" in words and f"{cell}.yaml".encode() in words:
+                return int(folder.name)
+    raise AssertionError(f"no process runs {cell}.yaml")

@@ -1,0 +1,3 @@
+"""What several test files share: small data sets, models, runs, and how to ask for
+them.
+"""

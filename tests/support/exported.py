@@ -1,0 +1,58 @@
+"""The lists of a run, and those that transformers makes of what the run was exported
+to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ilrec_dist.cli.main import main
+from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
+
+
+def catalogue_ids(exported: Path) -> list[str]:
+    ids: list[str] = pq.read_table(exported / "catalogue.parquet").column("item").to_pylist()
+    return ids
+
+
+def recommended(
+    run: Path, histories: list[list[str]], folder: Path, *flags: str
+) -> list[tuple[str, float]]:
+    """(item, score) of `ilrec recommend` with `flags`, one history after the other."""
+    users = [f"user {number}" for number in range(len(histories))]
+    table = pa.table({"user": users, "items": pa.array(histories, pa.list_(pa.string()))})
+    pq.write_table(table, folder / "histories.parquet")
+    out = folder / "out.parquet"
+    words = ["recommend", str(run), "--histories", str(folder / "histories.parquet")]
+    assert main([*words, *flags, "--out", str(out)]) == 0
+    return [(row["item"], row["score"]) for row in pq.read_table(out).to_pylist()]
+
+
+def generated(exported: Path, history: list[str], beams: int) -> list[tuple[str, float]]:
+    """(item, score) of `generate` under the exported constraint, best first."""
+    catalogue = pq.read_table(exported / "catalogue.parquet")
+    ids = catalogue.column("item").to_pylist()
+    codes = dict(zip(ids, catalogue.column("codes").to_pylist(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    text = "".join(codes[item] for item in history)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    trie = ItemTrie(exported)
+    found = AutoModelForCausalLM.from_pretrained(exported).generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        num_beams=beams,
+        num_return_sequences=beams,
+        output_scores=True,
+        return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompt.shape[1]),
+    )
+    return [
+        (ids[row], float(score))
+        for sequence, score in zip(found.sequences, found.sequences_scores, strict=True)
+        for row in trie.items(sequence[prompt.shape[1] :].tolist())
+    ]
