@@ -29,7 +29,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     hardware, layout, batch = plan.hardware, plan.layout, plan.batch
     yield (
         f"{hardware.nodes} × {hardware.gpus_per_node} GPUs of {size(hardware.gpu_memory)}: "
-        f"tp {layout.tp} × dp {layout.dp}, {plan.config.train.precision}, ZeRO {layout.zero_stage}; {plan.method}"
+        f"tp {layout.tp} × dp {layout.dp}, {plan.config.train.precision}, "
+        f"ZeRO {layout.zero_stage}; {plan.method}"
     )
     yield (
         f"a micro-batch: {batch.sequences} sequences of at most {batch.tokens_per_sequence} "

@@ -224,8 +224,8 @@ def _on(config: Config, hardware: Hardware) -> Config:
 def _check_node(config: Config, hardware: Hardware) -> None:
     if config.train.trainable != "full":
         raise UserError(
-            f"train.trainable {config.train.trainable}: a plan knows trainings of all weights only; "
-            "plan with train.trainable=full, which takes more"
+            f"train.trainable {config.train.trainable}: a plan knows trainings of all weights "
+            "only; plan with train.trainable=full, which takes more"
         )
     if hardware.gpus_per_node % config.launch.tp:
         raise UserError(
