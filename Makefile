@@ -8,7 +8,7 @@ EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
 IN_TWO := -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help install quickstart llm results test test-fast lint format clean
+.PHONY: help install quickstart llm results test test-fast lint launchers format clean
 help:
 	@echo "make quickstart  train SFT and ILRec on a generated catalogue under Ray with tp=2, and show the results"
 	@echo "make llm         fine-tune SmolLM2-135M with LoRA on a small generated shop, export it, and let transformers recommend"
@@ -16,6 +16,7 @@ help:
 	@echo "make test        lint, types and all tests"
 	@echo "make test-fast   lint and the quick tests, under 90 seconds: before each commit"
 	@echo "make lint        ruff, the import contract, mypy"
+	@echo "make launchers   the launchers, as far as one machine can try them"
 	@echo "make format      let ruff rewrite the code"
 	@echo "make install     only set up $(VENV)"
 
@@ -61,6 +62,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+launchers: $(STAMP)
+	$(BIN)/shellcheck launchers/*.sbatch
+	$(BIN)/python -m pytest -q tests/launch/test_launchers.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

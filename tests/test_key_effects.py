@@ -47,11 +47,13 @@ ALWAYS = {
         for key in (
             "methods seeds targets max_history epochs batch_size accumulation_steps learning_rate "
             "min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm precision "
-            "checkpoint_steps keep_checkpoints validate_epochs validation_users patience"
+            "checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
+            "max_bad_steps"
         ).split()
     ),
     "evaluation.beam",
     "evaluation.exclude_seen",
+    "evaluation.baselines",
     "evaluation.batch_size",
     "evaluation.fusion",
     "evaluation.examples",
@@ -60,6 +62,7 @@ ALWAYS = {
     "launch.tp",
     "launch.device",
     "launch.max_failures",
+    "launch.timeout_seconds",
 }
 
 # Refused elsewhere, with a message of its own.
@@ -303,6 +306,11 @@ SOMETIMES: dict[str, Case] = {
         "2",
         ["launch.device=cuda", "launch.engine=torchrun"],
         [(["launch.device=cuda"], "launch.device cpu or auto")],
+    ),
+    "launch.tp_across_nodes": (
+        "true",
+        ["launch.workers=2", "launch.tp=2"],
+        [([], "launch.tp above 1")],
     ),
     "launch.ray_address": ("h:1", [], [(["launch.engine=torchrun"], "launch.engine ray")]),
 }

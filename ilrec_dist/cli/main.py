@@ -6,11 +6,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common.errors import UserError, WorkersFailed
-from ilrec_dist.launch.job import load_function
+from ilrec_dist.launch.job import load_function, unwritable
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"
@@ -19,8 +20,8 @@ GOES_ON = "the same command goes on where it stopped"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0, or 2 with one line on stderr for the user's own errors, 1 when the workers failed, 130
-    after Ctrl-C, 143 after SIGTERM.
+    0, or 2 with one line on stderr for the user's own errors, 1 when the workers failed or
+    nothing can be written, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["index"] and words[1:2] and words[1] in INDEX_COMMANDS:
@@ -35,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except WorkersFailed as error:
             print(f"ilrec: error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            line = unwritable(error, Path.cwd())
+            if line is None:
+                raise
+            print(f"ilrec: error: {line}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             if signals:

@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stages(commands)
     _add_index_commands(commands)
+    _add_plan(commands)
+    _add_status(commands)
     _add_analyze(commands)
     _add_show_prompts(commands)
     _add_recommend(commands)
@@ -137,6 +139,50 @@ def _add_index_commands(commands: Commands) -> None:
         "index", metavar="RUN|INDEX", help="a run's folder, an index's folder, or a NAME.index.json"
     )
     command.add_argument("--plot", metavar="X.svg", help="write a picture of the codes' use here")
+
+
+def _add_plan(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "plan",
+        "say what a training takes on a cluster, before anything starts: memory of a GPU by part, "
+        "bytes a step, time; refuse what does not fit",
+        "example:\n  ilrec plan configs/quickstart.yaml --nodes 4 --gpus-per-node 8 "
+        "--gpu-memory 80GiB\nlaunch.workers is one for each GPU; docs/clusters.md explains the "
+        "numbers",
+    )
+    _add_config(command)
+    command.add_argument("--nodes", type=int, required=True, metavar="N")
+    command.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
+    command.add_argument("--gpu-memory", required=True, metavar="80GiB", help="of one GPU")
+    for flag, default, what in (
+        ("--interconnect", "400Gb/s", "of one GPU to another node"),
+        ("--node-link", "450GB/s", "of one GPU within its node"),
+        ("--gemm", "600TFLOP/s", "that one GPU reaches in bare matrix products"),
+        ("--peak", "989TFLOP/s", "of one GPU's datasheet, for the MFU"),
+        ("--memory-bandwidth", "3.3TB/s", "of one GPU"),
+        ("--disk", "2GB/s", "of the run folder's file system, for the whole job"),
+    ):
+        command.add_argument(
+            flag, default=default, metavar="SPEED", help=f"{what} (default {default})"
+        )
+    for flag in ("--items", "--users", "--interactions"):
+        command.add_argument(
+            flag, type=int, metavar="N", help="of the data, before `ilrec prepare` has counted"
+        )
+    command.set_defaults(call="ilrec_dist.cli.plan:run", command="plan")
+
+
+def _add_status(commands: Commands) -> None:
+    command = _command(
+        commands,
+        "status",
+        "say how far a run is: stages, step, rate, remaining time, last checkpoint, workers, "
+        "restarts and why",
+        "example:\n  ilrec status runs/quickstart",
+    )
+    command.add_argument("run", metavar="RUN", help="the run's folder, on any machine that sees it")
+    command.set_defaults(call="ilrec_dist.cli.status:run", command="status")
 
 
 def _add_show_prompts(commands: Commands) -> None:

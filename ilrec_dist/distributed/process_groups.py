@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -16,6 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from ilrec_dist.common.errors import UserError
+
+# Of a collective, where the caller names none.
+TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,19 @@ class ParallelState:
 
 
 def initialize_parallel(
-    tp: int, device: Literal["cpu", "cuda"] = "cpu", seed: int = 0
+    tp: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+    seed: int = 0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> ParallelState:
     """Set up torch.distributed (unless it is), Megatron's groups and the generators.
 
     torch.distributed is read from env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT);
     without RANK it is a world of one process. The global generators are seeded by
     data-parallel rank, so that the ranks of a tensor-parallel group draw the same
-    dropout on activations that they all hold. Raises UserError when tp does not divide
-    the world size or there is no CUDA device.
+    dropout on activations that they all hold. A collective that takes longer than
+    `timeout_seconds` fails. Raises UserError when tp does not divide the world size or
+    there is no CUDA device.
     """
     if device == "cpu":
         # Without this DeepSpeed takes a GPU that it finds.
@@ -63,7 +71,8 @@ def initialize_parallel(
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, init_method="env://")
+            timeout = timedelta(seconds=timeout_seconds)
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
             # DeepSpeed reads it.
             os.environ.setdefault("LOCAL_RANK", "0")
@@ -83,7 +92,9 @@ def initialize_parallel(
             )
     else:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, create_gloo_process_groups=False
+            tensor_model_parallel_size=tp,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
     # Megatron's own tracker keeps CUDA generators. This one makes its forks no-ops, so that the
     # global generator is the only one.

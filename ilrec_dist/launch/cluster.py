@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -15,9 +16,21 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.config import LaunchConfig
 
 CONNECT_SECONDS = 10.0
+# How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
+ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
+# How a client of HTTP/2 begins, with an empty frame of settings, and the head of such a frame.
+HTTP2_FRAME_BYTES, HTTP2_SETTINGS = 9, 4
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0]
+)
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 NO_HEAD = "no Ray head answers there"
 START_ONE = (
     "start one with `ray start --head` and give the address that it prints, or none for a local Ray"
+)
+GIVE_TOKEN = (
+    "the cluster asks for a Ray token, and this process has none or another; set "
+    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the token of the cluster's nodes"
 )
 
 
@@ -51,21 +64,62 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
     else:
         cores = max(len(os.sched_getaffinity(0)), launch.workers)
         options = {"num_cpus": cores, "include_dashboard": False}
+        _set_token()
     on_terminate = signal.getsignal(signal.SIGTERM)
+    with _environment(ATTEMPTS if address else {}):
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+        except ray.exceptions.AuthenticationError:
+            raise UserError(f"{source}: {GIVE_TOKEN}") from None
+        except (ConnectionError, RuntimeError) as error:
+            if not address:
+                raise
+            raise UserError(f"{source}: {_reason(error)}") from None
+        # Ray's own handler exits in the middle of its C++ code.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            yield ray.cluster_resources()  # type: ignore[no-untyped-call]
+        finally:
+            ray.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    """Why there is no connection: in what Ray was handling stands whether a token was refused."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if "Unauthenticated" in str(seen) or "AuthenticationError" in str(seen):
+            return GIVE_TOKEN
+        seen = seen.__cause__ or seen.__context__
+    return f"{NO_HEAD} ({' '.join(str(error).split())}); {START_ONE}"
+
+
+def _set_token() -> None:
+    """Give this process's local Ray a token that is gone with the process.
+
+    Ray would write one to the home, for which every later `ray start` there would ask. What
+    the user says about tokens stays. Ray reads RAY_AUTH_MODE when it is loaded, and sets it
+    itself for a local session.
+    """
+    if not any(name in os.environ for name in TOKEN_VARIABLES):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that are not set yet, for the length of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
-        ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
-        )
-    except ConnectionError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: {NO_HEAD} ({reason}); {START_ONE}") from None
-    # Ray's own handler exits in the middle of its C++ code.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)
-    try:
-        yield ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield
     finally:
-        ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _check_head(address: str, source: str) -> None:
@@ -78,6 +132,21 @@ def _check_head(address: str, source: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as link:
+                speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(link)
         except (OSError, OverflowError, ValueError) as error:
             raise UserError(f"{source}: {NO_HEAD} ({error}); {START_ONE}") from None
+        if not speaks:
+            raise UserError(f"{source}: {NO_HEAD}, but another program; {START_ONE}")
+
+
+def _speaks_http2(link: socket.socket) -> bool:
+    """Whether a gRPC server listens, such as Ray's head: it answers this with its own settings."""
+    link.sendall(HTTP2_PREFACE)
+    answer = b""
+    while len(answer) < HTTP2_FRAME_BYTES:
+        received = link.recv(HTTP2_FRAME_BYTES - len(answer))
+        if not received:
+            return False
+        answer += received
+    return answer[3] == HTTP2_SETTINGS

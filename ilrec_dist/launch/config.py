@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Optional
 
-from ilrec_dist.common.config_fields import Affects, NonNegative, OnlyIf, Positive, section
+from ilrec_dist.common.config_fields import (
+    Affects,
+    Bool,
+    NonNegative,
+    OnlyIf,
+    Positive,
+    PositiveFloat,
+    section,
+)
 
 
 def _sets_threads(config: Any) -> bool:
@@ -18,9 +26,13 @@ class LaunchConfig:
 
     engine: Annotated[Literal["ray", "torchrun"], Affects()] = "ray"
     # Processes over all machines, one per GPU: tp × dp.
-    workers: Annotated[Positive, Affects("train")] = 1
+    workers: Annotated[Positive, Affects()] = 1
     # Processes that share one copy of the model.
-    tp: Annotated[Positive, Affects("train")] = 1
+    tp: Annotated[Positive, Affects()] = 1
+    # Whether a tensor-parallel group may lie on several nodes, whose links are slow for it.
+    tp_across_nodes: Annotated[
+        Bool, Affects(), OnlyIf("launch.tp above 1", lambda config: config.launch.tp > 1)
+    ] = False
     # The device of the workers; auto: the GPUs, where every worker can have one.
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"
     # CPU threads per worker; None: the cores shared evenly. Under torchrun also those that a
@@ -32,6 +44,9 @@ class LaunchConfig:
     ] = None
     # Restarts of the worker group before the run gives up.
     max_failures: Annotated[NonNegative, Affects()] = 3
+    # After so many seconds a collective, a worker that does not answer and a lost node that
+    # nothing replaces are given up.
+    timeout_seconds: Annotated[PositiveFloat, Affects()] = 600.0
     # The Ray cluster to use; None: RAY_ADDRESS, or a local Ray that is started for the run.
     ray_address: Annotated[
         Optional[str],

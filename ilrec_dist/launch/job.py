@@ -5,13 +5,16 @@ Under torchrun: `torchrun --nproc-per-node 2 -m ilrec_dist.launch.job JOB.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import hashlib
 import importlib
 import json
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +23,19 @@ from typing import Any
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, write_json, write_text
+from ilrec_dist.launch.attempts import begin_attempt
 
-# What the system says of a disk on which nothing can be written.
-UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+# What the system says of a full disk, and of a folder in which nothing can be written, and what
+# is to be done about it.
+UNWRITABLE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "give this user access to it",
+}
+GOES_ON = "and the same command goes on from the last checkpoint"
+# What is written to find out whether anything can be written.
+PROBE_BYTES = 1 << 20
 # Parts of the messages by which gloo, NCCL and TCP say that the other side is gone.
 LOST_PEER = (
     "Connection closed by peer",
@@ -54,6 +67,12 @@ class Job:
         return Path(self.folder) / ".failure.json"
 
     @property
+    def other_failure_file(self) -> Path:
+        """In its place where nothing can be written to the job's folder; on this machine only."""
+        name = hashlib.sha256(self.folder.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"ilrec-failure-{os.getuid()}-{name}.json"
+
+    @property
     def failures_folder(self) -> Path:
         """Where each rank notes the failure of its last attempt."""
         return Path(self.folder) / ".failures"
@@ -77,22 +96,79 @@ def run_job(job: Job) -> None:
     UserError, a full or read-only disk, and a failure that is the same as in the attempt before.
     """
     # The group was restarted because the other ranks lost the one that met the error.
-    if job.failure_file.exists():
+    if _left_failure(job) is not None:
         return
     try:
+        begin_attempt(Path(job.folder), job.failures_folder)
         load_function(job.function)(**job.arguments)
     except UserError as error:
-        write_json(job.failure_file, {"error": str(error), "by_user": True})
+        _leave_failure(job, str(error), by_user=True)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            line = f"{error.filename or job.folder}: {error.strerror}; make room, and the same "
-            line += "command goes on from the last checkpoint"
-            write_json(job.failure_file, {"error": line, "by_user": False})
-        elif not _is_of_another_rank(error) and _is_repeated(job, error):
+        line = unwritable(error, Path(job.folder))
+        if line is not None:
+            _leave_failure(job, line, by_user=False)
+        elif _is_repeated(job, error):
             line = f"{_describe(error)}; a second attempt failed in the same way, so no other is "
             line += f"made (the traceback is in {job.traceback_file})"
-            write_json(job.failure_file, {"error": line, "by_user": False})
+            _leave_failure(job, line, by_user=False)
         raise
+
+
+def unwritable(error: BaseException, folder: Path) -> str | None:
+    """One line where the error comes of a full or read-only disk; None for any other error.
+
+    Libraries report that in words of their own, so what they were handling counts as well, and
+    for a failed write whether `folder` can be written to now.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in UNWRITABLE:
+            return _unwritable_line(seen, folder)
+        seen = seen.__cause__ or seen.__context__
+    if any(words in str(error) for words in ("PytorchStreamWriter", "iostream error")):
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder) as probe:
+                probe.write(bytes(PROBE_BYTES))
+                probe.flush()
+        except OSError as refused:
+            if refused.errno in UNWRITABLE:
+                return _unwritable_line(refused, folder)
+    return None
+
+
+def _unwritable_line(error: OSError, folder: Path) -> str:
+    remedy = UNWRITABLE[error.errno or 0]
+    return f"{error.filename or folder}: {error.strerror}; {remedy}, {GOES_ON}"
+
+
+def _leave_failure(job: Job, line: str, by_user: bool) -> None:
+    """Write the line for the driver, to the machine's temporary folder if it must be."""
+    for path in (job.failure_file, job.other_failure_file):
+        try:
+            write_json(path, {"error": line, "by_user": by_user})
+            return
+        except OSError:
+            continue
+
+
+def take_failure(job: Job) -> dict[str, Any] | None:
+    """What a worker left for the driver; None where it left nothing. Leaves nothing behind."""
+    path = _left_failure(job)
+    if path is None:
+        return None
+    failure = read_json_object(path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return failure
+
+
+def _left_failure(job: Job) -> Path | None:
+    """The file in which a worker left a failure. Another user's is none of ours."""
+    for path in (job.failure_file, job.other_failure_file):
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid():
+                return path
+    return None
 
 
 def _is_of_another_rank(error: Exception) -> bool:
@@ -104,15 +180,19 @@ def _is_of_another_rank(error: Exception) -> bool:
 
 
 def _is_repeated(job: Job, error: Exception) -> bool:
-    """Whether this rank met the same failure in an earlier attempt; notes it for the next."""
+    """Whether this rank met the same failure in an earlier attempt; notes it for the next.
+
+    Never where it only says that another rank is gone.
+    """
     folder = job.failures_folder
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-    described = _describe(error)
+    described, of_another_rank = _describe(error), _is_of_another_rank(error)
     repeated = note.exists() and read_json_object(note)["error"] == described
-    write_json(note, {"error": described})
-    write_text(job.traceback_file, "".join(traceback.format_exception(error)))
-    return repeated
+    write_json(note, {"error": described, "of_another_rank": of_another_rank})
+    if not of_another_rank:
+        write_text(job.traceback_file, "".join(traceback.format_exception(error)))
+    return repeated and not of_another_rank
 
 
 def _describe(error: Exception) -> str:

@@ -5,17 +5,29 @@ Only imported where Ray is used, and behind `ray_session`, which sets what Ray r
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ilrec_dist.common.errors import WorkersFailed
+from ilrec_dist.launch.cluster import cluster_address
+from ilrec_dist.launch.cluster_check import (
+    Demand,
+    check_nodes,
+    require_resources,
+    watched_nodes,
+)
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import Job, run_job
+
+# After this long without an answer Ray Train takes a worker for dead: a stopped process too.
+HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class InterruptibleTrainer(TorchTrainer):
@@ -26,16 +38,29 @@ class InterruptibleTrainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
 
+    def end(self) -> None:
+        """End the workers, which end with their controller."""
+        if self.controller is not None:
+            ray.kill(self.controller)
+
 
 def run_ray(launch: LaunchConfig, job: Job) -> None:
     """Run `job` in launch.workers processes of the cluster that this process is connected to.
 
-    Raises WorkersFailed when the retries are used up.
+    Raises UserError where the cluster cannot run it, and WorkersFailed when the retries are
+    used up or a lost node is not replaced.
     """
     gpu = _on_gpus(launch)
+    demand = Demand("GPU" if gpu else "CPU", launch.workers)
+    if cluster_address(launch) is not None:
+        require_resources(launch, demand)
+        check_nodes(Path(job.folder))
+    os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
     trainer = InterruptibleTrainer(
         lambda: run_job(job),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if gpu else "gloo", timeout_s=int(launch.timeout_seconds)
+        ),
         scaling_config=ScalingConfig(
             num_workers=launch.workers,
             use_gpu=gpu,
@@ -47,24 +72,31 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             failure_config=FailureConfig(max_failures=launch.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise WorkersFailed(
-            f"the workers failed more than launch.max_failures = {launch.max_failures} times; "
-            f"the last failure: {lines[-1].strip() if lines else error}"
-        ) from error
-    except KeyboardInterrupt:
-        if trainer.controller is not None:
-            # The workers end with their controller.
-            ray.kill(trainer.controller)
-        raise
+    with watched_nodes(demand, launch.timeout_seconds, trainer.end) as watch:
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise WorkersFailed(
+                f"the workers failed more than launch.max_failures = {launch.max_failures} times; "
+                f"the last failure: {lines[-1].strip() if lines else error}"
+            ) from error
+        except RayActorError:
+            if watch.failure is None:
+                raise
+            raise WorkersFailed(watch.failure) from None
+        except KeyboardInterrupt:
+            trainer.end()
+            raise
 
 
 def _on_gpus(launch: LaunchConfig) -> bool:
-    """Whether each worker gets a GPU; the cluster may have them where this process has none."""
+    """Whether each worker gets a GPU; the cluster may have them where this process has none.
+
+    A named cluster that has some GPUs, but too few, is not taken for one without any.
+    """
     if launch.device != "auto":
         return launch.device == "cuda"
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources.get("GPU", 0) >= launch.workers
+    wanted = 1 if cluster_address(launch) is not None else launch.workers
+    return resources.get("GPU", 0) >= wanted

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
-from ilrec_dist.common.files import read_json_object
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
-from ilrec_dist.launch.job import Job
+from ilrec_dist.launch.job import Job, take_failure
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
@@ -30,7 +29,7 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
     for a failure that a retry would meet again.
     """
     Path(job.folder).mkdir(parents=True, exist_ok=True)
-    job.failure_file.unlink(missing_ok=True)
+    take_failure(job)
     shutil.rmtree(job.failures_folder, ignore_errors=True)
     try:
         if launch.engine == "ray":
@@ -42,9 +41,8 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
             _run_torchrun(launch, job)
     finally:
         # The other ranks fail when the one that met the error leaves, so this comes first.
-        if job.failure_file.exists():
-            failure = read_json_object(job.failure_file)
-            job.failure_file.unlink()
+        failure = take_failure(job)
+        if failure is not None:
             raise (UserError if failure["by_user"] else WorkersFailed)(failure["error"])
     shutil.rmtree(job.failures_folder, ignore_errors=True)
 

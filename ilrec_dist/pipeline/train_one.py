@@ -94,6 +94,7 @@ def train_one(
             prompts=prompt,
             phases=phases,
             log_steps=log_steps,
+            timeout_seconds=config.launch.timeout_seconds,
             on_checkpoint=on_checkpoint,
         ).train()
 

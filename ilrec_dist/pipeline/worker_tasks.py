@@ -22,6 +22,7 @@ from ilrec_dist.distributed.process_groups import (
     initialize_parallel,
 )
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
+from ilrec_dist.launch.placement import check_placement
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
@@ -78,8 +79,11 @@ def worker_session(config: Config) -> Iterator[ParallelState]:
         set_cpu_threads(
             config.launch, int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
         )
-    parallel = initialize_parallel(config.launch.tp, device)
+    parallel = initialize_parallel(
+        config.launch.tp, device, timeout_seconds=config.launch.timeout_seconds
+    )
     try:
+        check_placement(config.launch, parallel)
         yield parallel
     finally:
         destroy_parallel()

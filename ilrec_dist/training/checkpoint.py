@@ -1,7 +1,8 @@
-"""Checkpoints committed atomically with a SHA-256 manifest.
+"""Checkpoints: every rank's part, committed atomically with a SHA-256 manifest.
 
-A damaged checkpoint is passed over with a line that names the file, and the one before it is
-used.
+The parts are written beside the training, each by a thread of its rank; that of rank 0 waits for
+all of them and commits. A damaged checkpoint is passed over with a line that names the file, and
+the one before it is used.
 """
 
 from __future__ import annotations
@@ -9,23 +10,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import sha256_file, sha256_files
+from ilrec_dist.common.files import read_json_object, sha256_file, sha256_files, write_json
+from ilrec_dist.training.optimizer_state import Part
 
 MANIFEST = "manifest.json"
 STAGING = ".writing-"
+# Of what a checkpoint holds; another one cannot be read.
+FORMAT = 2
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
     step: int
-    # What the trainer needs besides the engine's own files.
+    # What the trainer needs besides the parts.
     state: dict[str, Any]
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files of all ranks of the training that wrote it."""
+        return sorted(self.path.glob("part-*.safetensors"))
 
 
 def staging_folder(folder: Path, step: int) -> Path:
@@ -40,27 +54,97 @@ def make_staging_folder(staged: Path) -> None:
     staged.mkdir(parents=True)
 
 
-def commit(folder: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:
-    """Hash every file of the staged checkpoint, write the manifest, rename it into place.
+class CheckpointWriter:
+    """Writes this rank's parts, one after the other, while the training goes on."""
 
-    The oldest checkpoints beyond `keep` are dropped. One process calls this.
-    """
-    staged = staging_folder(folder, step)
-    names = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
-    hashes = sha256_files(staged, sorted(names))
-    manifest = staged / MANIFEST
-    contents = {"step": step, "fingerprint": fingerprint, "state": state, "sha256": hashes}
-    manifest.write_text(json.dumps(contents, indent=1))
-    for path in [staged / name for name in hashes] + [manifest]:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        keep: int,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+    ) -> None:
+        self.folder, self.fingerprint, self.keep = folder, fingerprint, keep
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self, step: int, state: dict[str, Any], part: Part) -> None:
+        """Begin to write; the staging folder is there. `state` is read on rank 0."""
+
+        def work() -> None:
+            try:
+                self._write(step, part)
+                if self.rank == 0:
+                    self._commit(step, state)
+            except BaseException as error:
+                # The training thread raises it.
+                self._failure = error
+
+        self.wait()
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the last part, and on rank 0 for the commit. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong so far."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, step: int, part: Part) -> None:
+        staged = staging_folder(self.folder, step)
+        path = staged / f"part-{self.rank:05d}.safetensors"
+        save_file(part.tensors, path, metadata={"part": json.dumps(part.description)})
         _sync(path)
-    final = folder / f"step-{step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(staged, final)
-    _sync(folder)
-    for old in _committed(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        # It says that the part is whole.
+        write_json(_mark(staged, self.rank), {"sha256": sha256_file(path)})
+
+    def _commit(self, step: int, state: dict[str, Any]) -> None:
+        """Wait for all parts, write the manifest, rename the folder into place."""
+        staged = staging_folder(self.folder, step)
+        until = time.monotonic() + self.timeout_seconds
+        hashes = {}
+        for rank in range(self.world_size):
+            mark = _mark(staged, rank)
+            while not mark.exists():
+                if time.monotonic() > until:
+                    raise TimeoutError(
+                        f"{staged}: rank {rank} did not write its part of the checkpoint within "
+                        f"{self.timeout_seconds:g} s"
+                    )
+                time.sleep(POLL_SECONDS)
+            hashes[f"part-{rank:05d}.safetensors"] = read_json_object(mark)["sha256"]
+            mark.unlink()
+        manifest = staged / MANIFEST
+        contents = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": self.fingerprint,
+            "state": state,
+            "sha256": hashes,
+        }
+        manifest.write_text(json.dumps(contents, indent=1))
+        _sync(manifest)
+        final = self.folder / f"step-{step:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staged, final)
+        _sync(self.folder)
+        for old in committed(self.folder)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _mark(staged: Path, rank: int) -> Path:
+    return staged / f"part-{rank:05d}.json"
 
 
 def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]]:
@@ -70,17 +154,10 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     checkpoint belongs to another configuration.
     """
     damaged: list[str] = []
-    for path in reversed(_committed(folder)):
+    for path in reversed(committed(folder)):
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            damaged_file = next(
-                (
-                    name
-                    for name, expected in manifest["sha256"].items()
-                    if not (path / name).is_file() or sha256_file(path / name) != expected
-                ),
-                None,
-            )
+            damaged_file = _damaged_file(path, manifest["sha256"])
         except (OSError, ValueError, KeyError):
             damaged.append(f"{path / MANIFEST}: the manifest is missing or malformed")
             continue
@@ -94,6 +171,11 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
                 f"{path}: this checkpoint belongs to another configuration; restore that "
                 "configuration, or choose another name or runs_dir"
             )
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: written by another version of this project, which alone can go on from "
+                f"it; delete {folder} to train from the start"
+            )
         return Checkpoint(path, int(manifest["step"]), manifest["state"]), damaged
     if damaged:
         raise UserError(
@@ -103,7 +185,17 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     return None, damaged
 
 
-def _committed(folder: Path) -> list[Path]:
+def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:
+    """The first file that is missing or has another hash; they are hashed in parallel."""
+    missing = next((name for name in expected if not (path / name).is_file()), None)
+    if missing is not None:
+        return missing
+    hashes = sha256_files(path, expected)
+    return next((name for name in expected if hashes[name] != expected[name]), None)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The folders of the committed checkpoints, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 

@@ -96,6 +96,8 @@ class TrainConfig:
     adam_beta2: Annotated[Float, Interval(gt=0, lt=1)] = 0.98
     # The largest norm of the gradient; 0: no clipping.
     clip_norm: NonNegativeFloat = 1.0
+    # Steps in a row whose loss or gradient may be NaN or infinite, and which are left out.
+    max_bad_steps: Annotated[NonNegative, Affects()] = 5
     precision: Literal["fp32", "bf16"] = "fp32"
     # Keep only the layers' inputs in memory, and compute the rest of a layer again in backward.
     recompute: Annotated[Bool, Affects()] = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from ilrec_dist.training.config import TrainConfig
 
 # The key of an optimizer's group with its learning rate as a multiple of train.learning_rate.
 RATE_RATIO = "rate_ratio"
-# The folder of the engine's files within a checkpoint.
-TAG = "state"
 
 
 def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
@@ -81,19 +78,3 @@ def set_learning_rate(engine: Any, rate: float) -> None:
     """Set every group's learning rate; `rate` is that of the groups without a rate of their own."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_RATIO, 1.0)
-
-
-def save_state(engine: Any, folder: Path) -> None:
-    """Write weights that are trained, and the optimizer's state; collective over all ranks."""
-    engine.save_checkpoint(
-        str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-    )
-
-
-def load_state(engine: Any, folder: Path) -> None:
-    """Load what `save_state` wrote; frozen weights stay as they are."""
-    engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not _has_frozen(engine))
-
-
-def _has_frozen(engine: Any) -> bool:
-    return any(not parameter.requires_grad for parameter in engine.module.parameters())

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS, ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.model.weights import BASE_SHA256, WEIGHTS_SHA256, save_training_weights
 from ilrec_dist.objective.objective import Objective
@@ -33,9 +33,10 @@ from ilrec_dist.samples.prefetch import (
     prefetch,
 )
 from ilrec_dist.samples.windows import StepOrder
-from ilrec_dist.training import checkpoint
+from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.config import TrainConfig
-from ilrec_dist.training.engine import build_engine, load_state, save_state, set_learning_rate
+from ilrec_dist.training.engine import build_engine, set_learning_rate
+from ilrec_dist.training.optimizer_state import restore, take_part
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
 from ilrec_dist.training.spec import TrainingSpec
@@ -71,8 +72,8 @@ class Trainer:
     the backbone, the same on every rank, SELECTION_METRIC among them. `rewards` is read on the
     first rank of each tensor-parallel group and may be None elsewhere, or where the objective
     needs none. `prompts` is what the result keeps of the samples' prompts. With `phases` the
-    batches of each phase come from its own batch maker. `on_checkpoint` is called with the step
-    after each checkpoint.
+    batches of each phase come from its own batch maker. A checkpoint may take `timeout_seconds`
+    to be written, and `on_checkpoint` is called with the step after each one is committed.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Trainer:
         prompts: dict[str, Any] | None = None,
         phases: Phases | None = None,
         log_steps: int = LOG_STEPS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
@@ -103,10 +105,20 @@ class Trainer:
         self.total_steps = self.order.total_steps
         self.statistics = objective.make_statistics(catalogue.depth)
         self.progress = TrainingProgress()
+        self.writer = checkpoint.CheckpointWriter(
+            self._checkpoints,
+            spec.fingerprint,
+            config.keep_checkpoints,
+            dist.get_rank(),
+            dist.get_world_size(),
+            timeout_seconds,
+        )
         self.log: MetricsLog | None = None
         self.timer = StepTimer()
         # The learning rate of the step at hand.
         self.rate = 0.0
+        # The steps that were left out since the last good one.
+        self.bad_steps: list[int] = []
         # When the seconds of the progress were last counted.
         self._since = time.monotonic()
 
@@ -126,6 +138,7 @@ class Trainer:
                 batches.close()
                 batches = self._begin_phase()
             self.train_step(batches)
+            self.writer.check()
             end_of_epoch = self.progress.step % self.order.steps_per_epoch == 0
             if self.progress.step % self.log_steps == 0 or end_of_epoch:
                 self._log_step()
@@ -133,7 +146,8 @@ class Trainer:
                 with self.timer.pause():
                     self._validate()
             at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
-            if at_checkpoint or end_of_epoch:
+            # What stands between a good step and a bad one is not worth going on from.
+            if (at_checkpoint or end_of_epoch) and not self.bad_steps:
                 with self.timer.pause():
                     self._save_checkpoint()
         batches.close()
@@ -143,9 +157,11 @@ class Trainer:
         """One optimizer step on the next micro-batches: L = L_CPO + μ·L_CPD + λ·L_CRR.
 
         Each term is a sum over the rows of the step divided by their number N, over all ranks
-        and micro-batches. The engine averages over both, hence the scale.
+        and micro-batches. The engine averages over both, hence the scale. A step whose loss or
+        gradient is not finite on any rank is left out by all.
         """
         step, micro_batches = self.progress.step, self.config.accumulation_steps
+        statistics: list[tuple[Any, int, torch.Tensor | None]] = []
         self._set_learning_rate(learning_rate(self.config, step, self.total_steps))
         self.objective.begin_step(step, self.total_steps)
         for micro in range(micro_batches):
@@ -160,11 +176,29 @@ class Trainer:
                     loss_scale=self.parallel.dp * micro_batches / batch.step_rows,
                 )
             with self.timer.part("backward"):
-                self.engine.backward(output.loss)
-            self.statistics.add(output.rows, batch.num_tokens, batch.grid_index)
+                self.engine.backward(bad_steps.poisoned(output.loss))
+            statistics.append((output.rows, batch.num_tokens, batch.grid_index))
             with self.timer.part("step"):
                 self.engine.step()
         self.progress.step = step + 1
+        if self.engine.optimizer.overflow:
+            self._skip_bad_step([rows for rows, *_ in statistics])
+            return
+        self.bad_steps.clear()
+        for parts in statistics:
+            self.statistics.add(*parts)
+
+    def _skip_bad_step(self, rows: Sequence[Any]) -> None:
+        """Count a step that every rank left out. Raises UserError after too many in a row."""
+        term = bad_steps.term_in_words(rows)
+        self.bad_steps.append(self.progress.step)
+        most = self.config.max_bad_steps
+        if len(self.bad_steps) > most:
+            which = "" if most == 0 else f", as in each of the {most} steps before"
+            raise UserError(f"{self._where()}: {term}{which}: {DIVERGED}")
+        if is_rank0():
+            line = f"warning: {self._where()}: {term}; the step is left out"
+            print(f"{line} ({len(self.bad_steps)} in a row of at most {most})", flush=True)
 
     def _begin_phase(self) -> Any:
         """A generator of this rank's micro-batches from the current step to the phase's end."""
@@ -216,6 +250,9 @@ class Trainer:
     def _log_step(self) -> None:
         """Log the means since the last line. Raises UserError where a loss is not finite."""
         values = self.statistics.report(self.parallel.dp_group)
+        if values["rows"] == 0 and self.bad_steps:
+            # Nothing was learned since the last line.
+            return
         if self.rewards is not None:
             summary = self.rewards.meter.summary()
             values |= {f"rewards/{name}": value for name, value in summary.items()}
@@ -282,7 +319,7 @@ class Trainer:
                 print(f"warning: {line}; the checkpoint before it is used", flush=True)
         newest = from_rank0(newest)
         if newest is not None:
-            load_state(self.engine, newest.path)
+            restore(self.engine, self.objective, self.parallel, newest.parts)
             self.progress = TrainingProgress(**newest.state)
         if is_rank0():
             self.log = MetricsLog(self.spec.folder, resume_step=self.progress.step)
@@ -292,32 +329,32 @@ class Trainer:
         return self.spec.folder / "checkpoints"
 
     def _save_checkpoint(self) -> None:
-        """Commit a checkpoint of this step. Raises UserError where the loss is not finite."""
+        """Copy this rank's part of a checkpoint of this step, to be written beside the training.
+
+        Raises UserError where the loss is not finite, and what the one before has met.
+        """
         if not self.statistics.is_finite(self.parallel.dp_group):
             self._log_step()
         now = time.monotonic()
         self.progress.seconds += now - self._since
         self._since = now
-        staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
+        # The one before must be committed on every rank before its leftovers may go.
+        self.writer.wait()
+        dist.barrier()
         if is_rank0():
+            staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
             checkpoint.make_staging_folder(staged)
+        part = take_part(self.engine, self.objective, self.parallel)
         dist.barrier()
-        save_state(self.engine, staged)
-        dist.barrier()
-        if is_rank0():
-            checkpoint.commit(
-                self._checkpoints,
-                self.progress.step,
-                asdict(self.progress),
-                self.spec.fingerprint,
-                self.config.keep_checkpoints,
-            )
-        dist.barrier()
+        self.writer.start(self.progress.step, asdict(self.progress), part)
         if self.on_checkpoint is not None:
+            self.writer.wait()
+            dist.barrier()
             self.on_checkpoint(self.progress.step)
 
     def _finish(self) -> None:
         """Write the final weights and result.json, which marks the training as finished."""
+        self.writer.wait()
         self._require_finite_weights()
         final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
         if self.log is not None:

@@ -46,5 +46,5 @@ def test_what_another_command_has_begun_to_change_is_not_taken_over(tiny, tmp_pa
     changed = open_run(named("copy", tmp_path, items={"seed": 7}))
     changed.begin("index")
     run = open_run(named("new", tmp_path))
-    # The rewards stand on the index.
-    assert adopt_stages(run, [tmp_path / "copy"]) == ["prepare", "cf"]
+    assert adopt_stages(run, [tmp_path / "copy"]) == ["prepare", "cf", "rewards"]
+    assert not run.is_current("index")

@@ -175,6 +175,22 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     ]
 
 
+def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, trained, tmp_path):
+    """From tp 2 to one process, to four with tp 2 and dp 2, to two with dp 2."""
+    folder = tmp_path / "elastic"
+    for world, tp, stop in ((2, 2, 3), (1, 1, 6), (4, 2, 9), (2, 1, None)):
+        sections = {"launch": {"workers": world, "tp": tp}, "backbone": {"dropout": 0.0}}
+        config = config_to_dict(tiny_config(tiny, **sections))
+        run_distributed(train_here, world, tp, config, "ilrec", str(folder), stop)
+        if stop is not None:
+            # Each rank has written its own part.
+            parts = list((folder / f"checkpoints/step-{stop:08d}").glob("part-*.safetensors"))
+            assert len(parts) == world
+    expected, found = losses_of(trained[LAYOUTS[0]]), losses_of(folder)
+    assert len(expected) == len(found) > 10
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_recomputed_activations_give_the_same_bits(tiny, tmp_path):
     """Dropout is drawn again as it was."""
     for name, recompute in (("kept", False), ("again", True)):
@@ -232,7 +248,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"), 6)
     folder = tmp_path / "cut/checkpoints"
     shutil.copytree(folder, tmp_path / "copy")
-    victim = next(path for path in sorted((folder / "step-00000006").rglob("*.pt")))
+    victim = next(path for path in sorted((folder / "step-00000006").rglob("*.safetensors")))
     _flip(victim)
     found, damaged = checkpoint.latest(folder, "test")
     assert found.step == 3 and str(victim) in damaged[0] and "SHA-256" in damaged[0]
@@ -241,7 +257,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     with pytest.raises(UserError, match="another configuration"):
         checkpoint.latest(tmp_path / "copy", "other")
-    for path in (tmp_path / "copy").rglob("*.pt"):
+    for path in (tmp_path / "copy").rglob("*.safetensors"):
         _flip(path)
     with pytest.raises(UserError, match="no earlier checkpoint"):
         checkpoint.latest(tmp_path / "copy", "test")
@@ -255,7 +271,7 @@ def _flip(path: Path) -> None:
 
 @pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2)])
 def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, world, tp):
-    train = {"learning_rate": 1e30, "checkpoint_steps": 1}
+    train = {"learning_rate": 1e30, "max_bad_steps": 0}
     tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": world, "tp": tp}))
     lines = run_distributed(refusal_here, world, tp, tree, "ilrec", str(tmp_path))
     assert len(set(lines)) == 1

@@ -1,0 +1,86 @@
+"""What a run's folder says of its workers: who they are, and when and why they began again."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ilrec_dist.common.files import read_json_object, write_json
+
+ATTEMPTS, WORKERS = "attempts.jsonl", ".workers"
+LOST = "a worker was lost without a word: killed, or with its node"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the worker group."""
+
+    # Unix seconds.
+    time: float
+    workers: int
+    # Whether it is the launcher's restart of a group that failed, and not a new command.
+    is_restart: bool
+    # Why the group before it ended; "" where nothing failed.
+    reason: str
+
+
+def begin_attempt(folder: Path, failures: Path) -> None:
+    """Note this worker, and in rank 0 the attempt. `failures` has what the ranks met before.
+
+    The driver empties `failures` when a command begins, and leaves its mark there.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    worker = {
+        "host": socket.gethostname(),
+        "node": os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")),
+        "process": os.getpid(),
+    }
+    (folder / WORKERS).mkdir(exist_ok=True)
+    write_json(folder / WORKERS / f"rank-{rank}.json", worker)
+    if rank != 0:
+        return
+    begun = failures / "begun"
+    is_restart = begun.exists()
+    before = read_attempts(folder)
+    reason = _reason(failures, before[-1].time) if is_restart and before else ""
+    failures.mkdir(exist_ok=True)
+    begun.touch()
+    attempt = Attempt(round(time.time(), 3), world_size, is_restart, reason)
+    with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(attempt)) + "\n")
+
+
+def _reason(failures: Path, since: float) -> str:
+    """What the ranks noted since then, if it does not merely say that another one is gone."""
+    paths = sorted(failures.glob("rank-*.json"))
+    notes = [read_json_object(path) for path in paths if path.stat().st_mtime >= since]
+    own = [note["error"] for note in notes if not note.get("of_another_rank")]
+    return own[0] if own else LOST
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """The attempts in the order of their starts; [] where there was none."""
+    path = folder / ATTEMPTS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        try:
+            found.append(Attempt(**json.loads(line)))
+        except (ValueError, TypeError):
+            # A killed worker tore the line.
+            continue
+    return found
+
+
+def read_workers(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The workers of the last attempt by rank, as far as they have begun."""
+    paths = (folder / WORKERS / f"rank-{rank}.json" for rank in range(count))
+    return [read_json_object(path) for path in paths if path.exists()]

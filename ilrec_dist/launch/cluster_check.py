@@ -1,0 +1,244 @@
+"""Whether a Ray cluster can run a job: enough GPUs or CPUs, one code, and the job's files.
+
+Every refusal comes within a minute and says what is needed and what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ilrec_dist.common.console import console
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.launch.config import LaunchConfig
+
+# How long a cluster may take to have enough nodes, and nodes to answer, together under a minute.
+NODES_SECONDS = 30.0
+ANSWER_SECONDS = 25.0
+POLL_SECONDS = 1.0
+# Packages whose versions decide what a worker computes.
+PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "faiss-cpu", "triton")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the workers take: one unit of a resource each."""
+
+    resource: str
+    workers: int
+
+    @property
+    def words(self) -> str:
+        return f"{self.workers} {self.resource}s"
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
+
+
+def cluster_words(nodes: Sequence[Mapping[str, Any]], resource: str) -> str:
+    """`4 GPUs on 2 nodes (10.0.0.1: 2, 10.0.0.2: 2)`."""
+    counts = [(node["NodeManagerAddress"], _amount(node, resource)) for node in nodes]
+    total = sum(count for _, count in counts)
+    each = ", ".join(f"{address}: {count}" for address, count in counts)
+    plural = "node" if len(counts) == 1 else "nodes"
+    return f"{total} {resource}s on {len(counts)} {plural} ({each})"
+
+
+def _amount(node: Mapping[str, Any], resource: str) -> int:
+    return int(node["Resources"].get(resource, 0))
+
+
+def _missing(demand: Demand, nodes: Sequence[Mapping[str, Any]]) -> bool:
+    return sum(_amount(node, demand.resource) for node in nodes) < demand.workers
+
+
+def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NODES_SECONDS) -> None:
+    """Wait until the cluster has what the workers take, and say so.
+
+    Raises UserError after `seconds`, and at once where the nodes are there but cannot hold
+    whole tensor-parallel groups.
+    """
+    until, said = time.monotonic() + seconds, False
+    while _missing(demand, nodes := alive_nodes()):
+        if time.monotonic() > until:
+            raise UserError(
+                f"launch.workers {demand.workers}: the workers need {demand.words}, and after "
+                f"{seconds:.0f} s the cluster has {cluster_words(nodes, demand.resource)}; add "
+                "nodes, or lower launch.workers"
+            )
+        if not said:
+            _say_waiting(demand, nodes, seconds)
+            said = True
+        time.sleep(POLL_SECONDS)
+    groups = sum(_amount(node, demand.resource) // launch.tp for node in nodes)
+    if groups * launch.tp < demand.workers and not launch.tp_across_nodes:
+        raise UserError(
+            f"launch.tp {launch.tp}: a tensor-parallel group lies on one node, and "
+            f"{cluster_words(nodes, demand.resource)} hold {groups} groups of "
+            f"{demand.workers // launch.tp}; choose another launch.tp, give each node a multiple "
+            "of it, or allow slow groups across nodes with launch.tp_across_nodes=true"
+        )
+
+
+def _say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    line = f"waiting up to {seconds:.0f} s for {demand.words}: the cluster has "
+    line += cluster_words(nodes, demand.resource)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+# What nodes see
+
+
+def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
+    """Compare every other node's view of the run folder and its packages with this process's.
+
+    Raises UserError that names the first node that does not see the folder, has another
+    version, or does not answer in `seconds`.
+    """
+    nodes = alive_nodes()
+    if len(nodes) == 1:
+        # It is this one.
+        return
+    mark = folder / f".seen-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        probe = _make_probe()
+        expected = probe(str(mark), PACKAGES)
+        task: Any = ray.remote(probe)
+        asked = {
+            task.options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote(str(mark), PACKAGES): node["NodeManagerAddress"]
+            for node in nodes
+        }
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        if silent:
+            raise UserError(
+                f"node {asked[silent[0]]}: joined the cluster but did not answer within "
+                f"{seconds:.0f} s; is its Python environment the head's?"
+            )
+        for reference in answered:
+            _compare(asked[reference], folder, expected, ray.get(reference))
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _make_probe() -> Callable[[str, Sequence[str]], dict[str, Any]]:
+    """The task that nodes run. A function of its own is sent whole, so that a node without
+    this package, or with another version of it, can run it too."""
+
+    def probe(mark: str, packages: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {"Python": platform.python_version()}
+        for package in packages:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found[package] = None
+        spec = importlib.util.find_spec("ilrec_dist")
+        digest = hashlib.sha256()
+        for root in spec.submodule_search_locations or () if spec else ():
+            for folder, folders, names in os.walk(root):
+                folders.sort()
+                for name in sorted(names):
+                    if name.endswith(".py"):
+                        with open(os.path.join(folder, name), "rb") as file:
+                            digest.update(file.read())
+        found["ilrec-dist"] = digest.hexdigest()[:12] if spec else None
+        return {"sees": os.path.exists(mark), "versions": found}
+
+    return probe
+
+
+def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any) -> None:
+    if not found["sees"]:
+        raise UserError(
+            f"node {address}: does not see {folder}; every node needs the run's folder under the "
+            "same path: set runs_dir to storage that all of them mount"
+        )
+    for package, version in expected["versions"].items():
+        other = found["versions"][package]
+        if other != version:
+            raise UserError(
+                f"node {address}: has {_version(package, other)}, and the node of this command has "
+                f"{_version(package, version)}; install the same on all nodes"
+            )
+
+
+def _version(package: str, version: str | None) -> str:
+    if version is None:
+        return f"no {package}"
+    # The project's own is a hash of its source, which changes more often than its version.
+    return f"ilrec-dist of source {version}" if package == "ilrec-dist" else f"{package} {version}"
+
+
+# While the workers run
+
+
+class LostNodes(threading.Thread):
+    """Watches the cluster while a group runs, says what it waits for, and gives up in time.
+
+    `give_up` is called once, when the cluster has had too little for `seconds`.
+    """
+
+    def __init__(self, demand: Demand, seconds: float, give_up: Callable[[], None]) -> None:
+        super().__init__(name="nodes", daemon=True)
+        self.demand, self.seconds, self.give_up = demand, seconds, give_up
+        self.failure: str | None = None
+        self._stop_asked = threading.Event()
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        self.join()
+
+    def run(self) -> None:
+        since: float | None = None
+        while not self._stop_asked.wait(POLL_SECONDS):
+            nodes = alive_nodes()
+            if not _missing(self.demand, nodes):
+                if since is not None:
+                    console.print(f"the cluster has {self.demand.words} again", highlight=False)
+                since = None
+                continue
+            if since is None:
+                since = time.monotonic()
+                console.print("a node of the cluster is lost", highlight=False)
+                _say_waiting(self.demand, nodes, self.seconds)
+            elif time.monotonic() - since > self.seconds:
+                self.failure = (
+                    f"a node was lost and none took its place within launch.timeout_seconds = "
+                    f"{self.seconds:g}: the workers need {self.demand.words}, the cluster has "
+                    f"{cluster_words(nodes, self.demand.resource)}; add a node, and the same "
+                    "command goes on from the last checkpoint"
+                )
+                self.give_up()
+                return
+
+
+@contextmanager
+def watched_nodes(
+    demand: Demand, seconds: float, give_up: Callable[[], None]
+) -> Iterator[LostNodes]:
+    watch = LostNodes(demand, seconds, give_up)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.stop()

@@ -1,0 +1,84 @@
+"""What `ilrec status` tells of a run, from its folder alone: any machine that sees it can ask."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.config.tree import Config
+from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
+from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.pipeline.trained_model import run_config
+from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.reporting.progress import TrainingState, clock
+from ilrec_dist.training.checkpoint import MANIFEST, committed
+
+# Of the latest restarts, so many are listed.
+SHOWN_RESTARTS = 5
+
+
+def status_lines(folder: Path, now: float | None = None) -> Iterator[str]:
+    """One line a fact. Raises UserError for a folder that is no run's."""
+    config = run_config(folder)
+    now = time.time() if now is None else now
+    run, folders = open_run(config), RunFolders(config.run_dir)
+    for name, stage in run.stages.items():
+        record, begun = run.record(name), run.begun(name)
+        if record is not None:
+            yield f"{name}: done in {clock(record['seconds'])}"
+        elif begun is None:
+            yield f"{name}: not begun"
+        elif stage.training is None:
+            yield f"{name}: begun, not done"
+        else:
+            yield f"{name}: {', '.join(_training(config, stage.output, now))}"
+            yield from _checkpoint(stage.output, now)
+    yield from _workers(folders.trainings, now)
+
+
+def _training(config: Config, folder: Path, now: float) -> Iterator[str]:
+    lines = read_metrics(folder)
+    if not lines:
+        yield "begun, no step logged yet"
+        return
+    last = next((line for line in reversed(lines) if line.get("epoch")), None)
+    total = 0 if last is None else round(last["step"] / last["epoch"] * config.train.epochs)
+    state = TrainingState(total)
+    for line in lines:
+        state.see(line)
+    yield from state.parts()
+    yield f"last line {clock(now - lines[-1]['time'])} ago"
+
+
+def _checkpoint(folder: Path, now: float) -> Iterator[str]:
+    found = committed(folder / "checkpoints")
+    if not found:
+        yield "  no checkpoint yet"
+        return
+    manifest = found[-1] / MANIFEST
+    step = json.loads(manifest.read_text(encoding="utf-8"))["step"]
+    yield f"  last checkpoint: step {step:,}, {clock(now - manifest.stat().st_mtime)} ago"
+
+
+def _workers(folder: Path, now: float) -> Iterator[str]:
+    attempts = read_attempts(folder)
+    if not attempts:
+        return
+    last = attempts[-1]
+    workers = read_workers(folder, last.workers)
+    nodes = {(worker["host"], worker["node"]) for worker in workers}
+    hosts = ", ".join(sorted({host for host, _ in nodes}))
+    yield (
+        f"workers: {last.workers} on {len(nodes)} node{'s' * (len(nodes) != 1)} ({hosts}), begun "
+        f"{clock(now - last.time)} ago"
+    )
+    restarts = [attempt for attempt in attempts if attempt.is_restart]
+    yield f"restarts: {len(restarts)}"
+    yield from (f"  {_restart(attempt, now)}" for attempt in restarts[-SHOWN_RESTARTS:])
+
+
+def _restart(attempt: Attempt, now: float) -> str:
+    return f"{clock(now - attempt.time)} ago: {attempt.reason}"

@@ -1,0 +1,127 @@
+"""The plan as text: what a team reads before it pays for the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ilrec_dist.plan.decoder import summed
+from ilrec_dist.plan.hardware import Hardware
+from ilrec_dist.plan.plan import Plan
+
+BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def describe(plan: Plan) -> str:
+    """All sections, one line a number."""
+    return "\n".join(_lines(plan)) + "\n"
+
+
+def size(value: float) -> str:
+    """`12.3 GiB`."""
+    for unit in BINARY_UNITS[:-1]:
+        if abs(value) < 1024:
+            return f"{value:.3g} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {BINARY_UNITS[-1]}"
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    hardware, layout, batch = plan.hardware, plan.layout, plan.batch
+    yield (
+        f"{hardware.nodes} × {hardware.gpus_per_node} GPUs of {size(hardware.gpu_memory)}: "
+        f"tp {layout.tp} × dp {layout.dp}, {plan.config.train.precision}, "
+        f"ZeRO {layout.zero_stage}; {plan.method}"
+    )
+    yield (
+        f"a micro-batch: {batch.sequences} sequences of at most {batch.tokens_per_sequence} "
+        f"tokens, {batch.rows:,} response rows; {layout.accumulation_steps} a step and rank"
+    )
+    yield (
+        f"vocabulary: {plan.sizes.vocab:,} rows, {plan.tokens.new_tokens:,} of them item tokens "
+        f"({plan.tokens.source}); {plan.tokens.depth} tokens an item"
+    )
+    yield from _parameters(plan)
+    yield from _parts("memory of a GPU in training", plan.training)
+    yield from _parts("memory of a GPU in validation", plan.validation)
+    yield from _communication(plan)
+    yield from _host(plan)
+    yield from _checkpoint(plan)
+    yield from _speed(plan)
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    tp = plan.layout.tp
+    yield from ("", f"{'parameters':38}{'whole model':>16}{'a GPU':>18}")
+    for name, count in {**plan.parameters, "all": summed(plan.parameters.values())}.items():
+        yield f"  {name:36}{count.total:>16,}{count.per_rank(tp):>18,}"
+
+
+def _parts(title: str, parts: Mapping[str, float]) -> Iterator[str]:
+    yield from ("", title)
+    for name, value in parts.items():
+        yield f"  {name:60}{size(value):>12}"
+    yield f"  {'all':60}{size(sum(parts.values())):>12}"
+
+
+def _communication(plan: Plan) -> Iterator[str]:
+    yield from (
+        "",
+        "bytes of a step's collectives" + " " * 19 + f"{'tensor':>12}{'sent by a rank':>16}",
+    )
+    for item in plan.collectives:
+        what = f"{item.group} {item.ranks}: {item.what}, {item.operation.replace('_', '-')}"
+        yield f"  {what:46}{size(item.bytes):>12}{size(item.wire_bytes):>16}"
+    if not plan.collectives:
+        yield "  none: one GPU"
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    if plan.host is None:
+        yield from (
+            "",
+            "memory of a node's host: the size of the data is not known yet; give --items, --users "
+            "and --interactions, or run `ilrec prepare` first",
+        )
+        return
+    yield from _parts("memory of a node's host, libraries left out", plan.host)
+
+
+def _checkpoint(plan: Plan) -> Iterator[str]:
+    kept = plan.config.train.keep_checkpoints
+    weights = 4 * summed(plan.parameters.values()).total
+    yield from (
+        "",
+        f"a checkpoint: {size(plan.checkpoint)}, {plan.checkpoint_seconds:.0f} s at "
+        f"{size(plan.hardware.disk)}/s, every {plan.config.train.checkpoint_steps} steps",
+        f"on disk: {size((kept + 1) * plan.checkpoint + 2 * weights)} a training at its fullest: "
+        f"{kept} checkpoints, one in the making, best and final weights in fp32",
+    )
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    time, hardware = plan.time, plan.hardware
+    yield from ("", "predicted seconds of a step; nothing is taken to overlap")
+    for name, value in (
+        ("matrix products", time.products),
+        ("tensor-parallel collectives", time.tensor_parallel),
+        ("data-parallel collectives", time.data_parallel),
+        ("optimizer's update", time.update),
+        ("all", time.total),
+    ):
+        yield f"  {name:60}{value:>12.4f}"
+    per_second = plan.tokens_per_step / time.total
+    yield (
+        f"  {per_second:,.0f} tokens/s, {per_second / hardware.gpus:,.0f} a GPU, "
+        f"MFU {100 * time.mfu:.1f} %"
+    )
+    yield f"  stated: {_speeds(hardware)}"
+
+
+def _speeds(hardware: Hardware) -> str:
+    tera, giga = 1e12, 1e9
+    return (
+        f"GEMM {hardware.gemm / tera:g} of {hardware.peak / tera:g} TFLOP/s a GPU, memory "
+        f"{hardware.memory_bandwidth / tera:g} TB/s, links {hardware.node_link / giga:g} GB/s in a "
+        f"node and {hardware.interconnect / giga:g} GB/s between nodes, disk "
+        f"{hardware.disk / giga:g} GB/s"
+    )

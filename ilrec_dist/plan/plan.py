@@ -1,0 +1,255 @@
+"""The plan of a training on stated hardware, and the nearest one that fits.
+
+Nothing here starts a process or reads weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.tree import Config, check_together
+from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.registry import get_method
+from ilrec_dist.plan.communication import (
+    Collective,
+    MicroBatch,
+    StepLayout,
+    step_collectives,
+    streams_take_part,
+)
+from ilrec_dist.plan.decoder import Count, DecoderSizes, flat_groups, summed
+from ilrec_dist.plan.hardware import Hardware
+from ilrec_dist.plan.host import host_bytes
+from ilrec_dist.plan.memory import (
+    FRAGMENTS,
+    GRADIENTS,
+    RESERVED,
+    Decoding,
+    activation_bytes,
+    bucket_bytes,
+    checkpoint_bytes,
+    decoding_bytes,
+    loss_bytes,
+    state_bytes,
+)
+from ilrec_dist.plan.speed import StepTime, step_time
+from ilrec_dist.plan.workload import (
+    DataSizes,
+    ItemTokens,
+    data_sizes,
+    decoder_sizes,
+    item_tokens,
+    micro_batch,
+)
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    hardware: Hardware
+    method: str
+    data: DataSizes
+    tokens: ItemTokens
+    sizes: DecoderSizes
+    parameters: dict[str, Count]
+    layout: StepLayout
+    batch: MicroBatch
+    # Bytes of one GPU by part, while it trains and while it validates.
+    training: dict[str, float]
+    validation: dict[str, float]
+    collectives: list[Collective]
+    time: StepTime
+    # Bytes of one node's host by part; None where the data's size is not known.
+    host: dict[str, float] | None
+    # Bytes of one checkpoint on disk.
+    checkpoint: int
+
+    @property
+    def needed(self) -> float:
+        """Bytes of one GPU at the fullest moment."""
+        return max(sum(self.training.values()), sum(self.validation.values()))
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.hardware.gpu_memory
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.tokens * self.layout.accumulation_steps * self.layout.dp
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """It is written once and read once for its hashes."""
+        return 2 * self.checkpoint / self.hardware.disk
+
+
+def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
+    """The plan of the configured method that asks for most.
+
+    launch.workers is taken to be one for each GPU. Raises UserError where the sizes are not
+    known, and where the configuration is impossible on this hardware.
+    """
+    data = data_sizes(config, given)
+    return plan_for(config, hardware, data, item_tokens(config, data))
+
+
+def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTokens) -> Plan:
+    """As `make_plan`, for data and items that are known already."""
+    config = _on(config, hardware)
+    _check_node(config, hardware)
+    sizes = decoder_sizes(config, tokens)
+    parameters = sizes.parameters()
+    layout = StepLayout(
+        config.launch.tp,
+        config.launch.dp,
+        config.train.accumulation_steps,
+        ELEMENT_BYTES[config.train.precision],
+        config.train.zero_stage,
+    )
+    batch = micro_batch(config, tokens, data)
+    method, objective = _heaviest(config, sizes)
+    count = summed(parameters.values())
+    groups = flat_groups(
+        ((dimensions, size.per_rank(layout.tp)) for _, dimensions, size in sizes.tensors()),
+        layout.dp,
+    )
+    per_rank = sum(group.padded for group in groups)
+    collectives = step_collectives(sizes, objective, batch, layout, groups)
+    streams = 1
+    if streams_take_part(objective):
+        streams += num_intermediate_layers(objective, sizes.layers)
+    state = state_bytes(count.per_rank(layout.tp), groups, layout)
+    kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
+    loss = loss_bytes(sizes, objective, batch, layout)
+    decoding = Decoding(
+        config.evaluation.batch_size,
+        config.evaluation.beam,
+        batch.tokens_per_sequence,
+        tokens.depth,
+    )
+    return Plan(
+        config=config,
+        hardware=hardware,
+        method=method,
+        data=data,
+        tokens=tokens,
+        sizes=sizes,
+        parameters=parameters,
+        layout=layout,
+        batch=batch,
+        training=_with_reserve(
+            {
+                **state,
+                "gradient bucket": bucket_bytes(per_rank, layout),
+                "activations": activation_bytes(sizes, batch, layout, config.train.recompute),
+                **{f"loss: {name}": size for name, size in loss.items()},
+            }
+        ),
+        validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
+        collectives=collectives,
+        time=step_time(
+            sizes,
+            batch,
+            layout,
+            hardware,
+            collectives,
+            per_rank,
+            streams,
+            config.train.recompute,
+        ),
+        host=host_bytes(
+            data,
+            tokens,
+            config.cf,
+            count.total,
+            checkpoint_bytes(per_rank // layout.dp),
+            hardware.gpus_per_node,
+            get_method(method).needs_rewards(config.objective),
+        ),
+        # What tensor parallelism does not cut is written by every rank of a group.
+        checkpoint=checkpoint_bytes(layout.tp * per_rank),
+    )
+
+
+def nearest_fitting(plan: Plan) -> tuple[str, Plan] | None:
+    """The first of the alternatives that fits, and what to change; None where none does."""
+    for change, config, hardware in _alternatives(plan.config, plan.hardware):
+        try:
+            other = plan_for(config, hardware, plan.data, plan.tokens)
+        except UserError:
+            continue
+        if other.fits:
+            return change, other
+    return None
+
+
+def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Config, Hardware]]:
+    """(what is changed, configuration, hardware), from the smallest change on.
+
+    First shorter micro-batches on the same GPUs, then more tensor parallelism, both, and then
+    more nodes.
+    """
+    for nodes in (hardware.nodes, 2 * hardware.nodes, 4 * hardware.nodes, 8 * hardware.nodes):
+        larger = replace(hardware, nodes=nodes)
+        for tp in range(config.launch.tp, hardware.gpus_per_node + 1):
+            for times in (1, 2, 4, 8, 16, 32, 64):
+                steps = times * config.train.accumulation_steps
+                changes = [
+                    f"--nodes {nodes}" if nodes != hardware.nodes else "",
+                    f"launch.tp={tp}" if tp != config.launch.tp else "",
+                    f"train.accumulation_steps={steps}" if times > 1 else "",
+                ]
+                words = " ".join(change for change in changes if change)
+                if not words or hardware.gpus_per_node % tp:
+                    continue
+                train = replace(config.train, accumulation_steps=steps)
+                changed = replace(
+                    config, train=train, launch=replace(config.launch, workers=larger.gpus, tp=tp)
+                )
+                yield words, changed, larger
+
+
+def _on(config: Config, hardware: Hardware) -> Config:
+    """The configuration with a worker for each GPU. Raises UserError where it is impossible."""
+    config = replace(config, launch=replace(config.launch, workers=hardware.gpus))
+    check_together(config, f"{hardware.nodes} × {hardware.gpus_per_node} GPUs")
+    return config
+
+
+def _check_node(config: Config, hardware: Hardware) -> None:
+    if config.train.trainable != "full":
+        raise UserError(
+            f"train.trainable {config.train.trainable}: a plan knows trainings of all weights "
+            "only; plan with train.trainable=full, which takes more"
+        )
+    if hardware.gpus_per_node % config.launch.tp:
+        raise UserError(
+            f"launch.tp {config.launch.tp}: a tensor-parallel group lies on one node, and tp does "
+            f"not divide --gpus-per-node {hardware.gpus_per_node}; choose a tp that does"
+        )
+
+
+def _heaviest(config: Config, sizes: DecoderSizes) -> tuple[str, ObjectiveConfig]:
+    """The method whose loss has the most streams, and its objective."""
+
+    def streams(name: str) -> int:
+        objective = get_method(name).objective(config.objective)
+        layers = num_intermediate_layers(objective, sizes.layers)
+        return layers if streams_take_part(objective) else 0
+
+    method = max(config.train.methods, key=streams)
+    return method, get_method(method).objective(config.objective)
+
+
+def _with_reserve(parts: dict[str, float]) -> dict[str, float]:
+    """With what CUDA, NCCL and the allocator's fragments take."""
+    return {
+        **parts,
+        "fragments": FRAGMENTS * sum(parts.values()),
+        "CUDA and NCCL": float(RESERVED),
+    }

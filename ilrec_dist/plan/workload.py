@@ -1,0 +1,152 @@
+"""What a configuration asks of the model: its sizes, and how long sequences and lists are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import require_file
+from ilrec_dist.config.tree import Config
+from ilrec_dist.items.lcrec_index import read_index
+from ilrec_dist.items.titles import FIRST_NUMBER, RESERVED, load_tokenizer
+from ilrec_dist.model import build
+from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.plan.communication import MicroBatch
+from ilrec_dist.plan.decoder import DecoderSizes
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """How much data there are; None where nobody has counted yet."""
+
+    items: int | None = None
+    users: int | None = None
+    interactions: int | None = None
+
+
+@dataclass(frozen=True)
+class ItemTokens:
+    """The token sequences of items: C, and the distinct tokens of each level."""
+
+    level_sizes: tuple[int, ...]
+    # Tokens that the model learns for them.
+    new_tokens: int
+    # Where these numbers come from.
+    source: str
+
+    @property
+    def depth(self) -> int:
+        return len(self.level_sizes)
+
+    def candidates(self, items: int | None) -> int:
+        """The most candidates that the rows of one item have together."""
+        total, nodes = 0, 1
+        for size in self.level_sizes:
+            below = size if items is None else max(1, min(size, -(-items // nodes)))
+            total, nodes = total + below, nodes * size
+        return total
+
+
+def data_sizes(config: Config, given: DataSizes) -> DataSizes:
+    """The sizes of the run's prepared data, else those given, else the generator's."""
+    if open_run(config).record("prepare") is not None:
+        dataset = RunArtifacts(config).dataset
+        return DataSizes(dataset.num_items, dataset.num_users, dataset.num_interactions)
+    if config.data.format != "synthetic":
+        return given
+    synthetic = config.data.synthetic
+    return DataSizes(
+        given.items or synthetic.items,
+        given.users or synthetic.users,
+        given.interactions or int(synthetic.users * synthetic.mean_length),
+    )
+
+
+def item_tokens(config: Config, data: DataSizes) -> ItemTokens:
+    """Those of the run's index, where it has one, else what the configuration says.
+
+    Raises UserError where neither tells.
+    """
+    items = config.items
+    run = open_run(config)
+    if run.record("prepare") is not None and run.record("index") is not None:
+        catalogue = RunArtifacts(config).catalogue
+        count = len(catalogue.vocabulary.item_tokens)
+        return ItemTokens(catalogue.level_sizes, count, f"the index in {config.run_dir}")
+    if items.form == "titles" and config.backbone.from_ is not None:
+        # Titles are spelt in the model's own tokens.
+        count = read_config(config.backbone.from_).vocab_size
+        return ItemTokens((count,) * (items.title_tokens + 1), 0, "titles of the longest kind")
+    if items.form == "titles":
+        count = items.title_vocab_size - RESERVED
+        if items.tokenizer is not None:
+            count = load_tokenizer(items.tokenizer, "items.tokenizer").get_vocab_size()
+        count += FIRST_NUMBER
+        return ItemTokens((count,) * (items.title_tokens + 1), count, "titles of the longest kind")
+    if items.form == "atomic":
+        if data.items is None:
+            raise UserError(
+                "items.form atomic: the vocabulary is as large as the catalogue, whose size is not "
+                "known yet; give --items N, or run `ilrec prepare` first"
+            )
+        return ItemTokens((data.items,), data.items, f"{data.items:,} items")
+    if items.index is not None:
+        sizes = tuple(read_index(require_file(items.index, "items.index")).level_sizes)
+        return ItemTokens(sizes, sum(sizes), items.index)
+    sizes = (items.codes_per_level,) * items.levels
+    return ItemTokens(sizes, sum(sizes), "items.levels × items.codes_per_level")
+
+
+def decoder_sizes(config: Config, tokens: ItemTokens) -> DecoderSizes:
+    """The decoder that the run trains, with the item tokens in its vocabulary.
+
+    Raises UserError where `backbone.from` has no config.json.
+    """
+    positions = sequence_length(config, tokens)
+    source = config.backbone.from_
+    if source is None:
+        return DecoderSizes.of(config.backbone, tokens.new_tokens + 1, positions)
+    pretrained = read_config(source)
+    build.check_positions(pretrained, positions)
+    decoder = build.decoder_of(config.backbone, pretrained)
+    base = _tokenizer_size(Path(source)) or pretrained.vocab_size
+    vocab = max(pretrained.vocab_size, base + tokens.new_tokens)
+    return DecoderSizes.of(decoder, vocab, pretrained.max_positions)
+
+
+def _tokenizer_size(folder: Path) -> int | None:
+    path = folder / "tokenizer.json"
+    return Tokenizer.from_file(str(path)).get_vocab_size() if path.is_file() else None
+
+
+def sequence_length(config: Config, tokens: ItemTokens) -> int:
+    """Tokens of the longest input. Raises UserError for prompts without a limit."""
+    if config.prompts.templates is None:
+        return build.max_positions(config.train.max_history, tokens.depth)
+    if config.prompts.max_tokens is None:
+        raise UserError(
+            "prompts.max_tokens: a plan needs the limit of prompts and their responses; set it"
+        )
+    return config.prompts.max_tokens
+
+
+def micro_batch(config: Config, tokens: ItemTokens, data: DataSizes) -> MicroBatch:
+    """The largest micro-batch of a rank: all sequences are as long as they may be.
+
+    A prompt has one item as its response, and so has a sequence with train.targets last.
+    """
+    train = config.train
+    sequences = train.batch_size // (config.launch.dp * train.accumulation_steps)
+    one_target = train.targets == "last" or config.prompts.templates is not None
+    targets = 1 if one_target else train.max_history
+    return MicroBatch(
+        sequences,
+        sequence_length(config, tokens),
+        sequences * targets * tokens.depth,
+        sequences * targets * tokens.candidates(data.items),
+    )

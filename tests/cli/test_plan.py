@@ -1,0 +1,103 @@
+"""`ilrec plan`: numbers before anything starts, and a refusal that names the nearest that fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ilrec_dist.cli.main import main
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """An 8B model of which only config.json is there."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA))
+    tree = {
+        "runs_dir": str(tmp_path / "runs"),
+        "data": {"format": "csv", "path": "data.csv"},
+        "items": {"levels": 4},
+        "backbone": {"from": str(model)},
+        "train": {"batch_size": 256, "precision": "bf16"},
+        "launch": {"tp": 8},
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def plan(config: Path, *arguments: str) -> int:
+    gpus = ["--nodes", "4", "--gpus-per-node", "8", "--gpu-memory", "80GiB"]
+    return main(["plan", str(config), *gpus, *arguments])
+
+
+def test_a_plan_that_fits_is_printed_and_nothing_is_written(config, capsys):
+    assert plan(config) == 0
+    text = capsys.readouterr().out
+    # 4 × 256 new tokens of 4,096 numbers each, in embedding and head.
+    assert re.search(r"all +8,038,649,856 ", text)
+    assert "tp 8 × dp 4" in text and "129,280 rows, 1,024 of them item tokens" in text
+    assert "dp 4: gradients, all-reduce" in text and "tp 8: activations, forward" in text
+    assert "size of the data is not known yet" in text
+    assert re.search(r"tokens/s, .* a GPU, MFU \d+\.\d %", text)
+    assert not (config.parent / "runs").exists()
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys):
+    small = ["--gpu-memory", "60GiB"]
+    assert plan(config, "launch.tp=1", *small) == 2
+    error = capsys.readouterr().err
+    found = re.search(
+        r"it does not fit: a GPU needs ([\d.]+) GiB of 60.0 GiB, most of it .*; the nearest that "
+        r"fits is (.*) \(([\d.]+) GiB\)",
+        error,
+    )
+    assert found is not None, error
+    assert float(found[1]) > 60 > float(found[3])
+    # What it names is a command that fits.
+    assert plan(config, *found[2].split(), *small) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu-memory", "80"], "--gpu-memory: expected a positive number with its unit"),
+        (["--interconnect", "0Gb/s"], "--interconnect: expected a positive number"),
+        (["launch.tp=3"], "launch.tp"),
+        (["--gpus-per-node", "4"], "tp does not divide --gpus-per-node 4"),
+        (["train.batch_size=102"], "train.batch_size"),
+        (["items.form=atomic", "items.levels=3"], "--items N"),
+        (["--nodes", "0"], "--nodes: expected at least 1"),
+    ],
+)
+def test_impossible_plans_are_one_line(config, capsys, arguments, message):
+    assert plan(config, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):
+    sizes = ["--items", "1000000", "--users", "5000000", "--interactions", "60000000"]
+    assert plan(config, *sizes) == 0
+    text = capsys.readouterr().out
+    # 4 bytes an interaction and 8 a user.
+    assert re.search(r"mapped histories +267\.0 MiB", text)
+    assert "whole weights in fp32 for best and final, each worker" in text

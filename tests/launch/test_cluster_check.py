@@ -1,0 +1,103 @@
+"""A cluster that cannot run a job is refused in time, by one line that says what is missing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.launch.cluster_check import Demand, LostNodes, check_nodes, require_resources
+from ilrec_dist.launch.config import LaunchConfig
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A head and a node of 3 CPUs each. The node sees an empty folder in place of the one given,
+    and has a copy of the project with one line more."""
+    hidden = tmp_path_factory.mktemp("hidden")
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "ilrec_dist", copy / "ilrec_dist")
+    with open(copy / "ilrec_dist/__init__.py", "a") as file:
+        file.write("# another version\n")
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a mount namespace")
+    head = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 3, "include_dashboard": False},
+    )
+    start = f"{sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=3"
+    hide = f"mount -t tmpfs none {hidden}"
+    replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist"
+    node = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    ray.init(address=head.address, log_to_driver=False)
+    try:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while ray.cluster_resources().get("CPU", 0) < 6:
+            assert time.monotonic() < until and node.poll() is None
+            time.sleep(0.2)
+        yield hidden
+    finally:
+        ray.shutdown()
+        node.terminate()
+        node.wait(PATIENCE_SECONDS)
+        head.shutdown()
+
+
+def test_too_few_cpus_are_refused_with_what_is_there(cluster, capsys):
+    began = time.monotonic()
+    with pytest.raises(
+        UserError,
+        match=r"launch.workers 8: the workers need 8 CPUs, and after 1 s the cluster has 6 CPUs on "
+        r"2 nodes \(.*: 3, .*: 3\); add nodes, or lower launch.workers",
+    ):
+        require_resources(LaunchConfig(workers=8), Demand("CPU", 8), seconds=1)
+    assert time.monotonic() - began < 20
+    assert "waiting up to 1 s for 8 CPUs: the cluster has 6" in capsys.readouterr().out
+    with pytest.raises(UserError, match="need 2 GPUs, and after 0 s the cluster has 0 GPUs"):
+        require_resources(LaunchConfig(workers=2), Demand("GPU", 2), seconds=0)
+
+
+def test_nodes_that_cannot_hold_whole_groups_are_refused_unless_allowed(cluster):
+    with pytest.raises(UserError, match=r"launch.tp 2: .* hold 2 groups of 3; .*tp_across_nodes"):
+        require_resources(LaunchConfig(workers=6, tp=2), Demand("CPU", 6))
+    require_resources(LaunchConfig(workers=6, tp=3), Demand("CPU", 6))
+    allowed = LaunchConfig(workers=6, tp=2, tp_across_nodes=True)
+    require_resources(allowed, Demand("CPU", 6))
+
+
+def test_a_run_folder_that_a_node_does_not_see_is_refused(cluster):
+    with pytest.raises(UserError, match=f"node .*: does not see {cluster}; .* set runs_dir"):
+        check_nodes(cluster, PATIENCE_SECONDS)
+    assert list(cluster.iterdir()) == []
+
+
+def test_another_version_of_the_project_on_a_node_is_refused(cluster, tmp_path):
+    with pytest.raises(UserError, match="node .*: has ilrec-dist of source .*; install the same"):
+        check_nodes(tmp_path, PATIENCE_SECONDS)
+
+
+def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
+    given_up = []
+    watch = LostNodes(Demand("CPU", 8), 0.5, lambda: given_up.append(True))
+    watch.start()
+    watch.join(PATIENCE_SECONDS)
+    assert given_up == [True] and watch.failure is not None
+    assert "the workers need 8 CPUs, the cluster has 6 CPUs on 2 nodes" in watch.failure
+    assert "waiting up to 0 s for 8 CPUs" in capsys.readouterr().out

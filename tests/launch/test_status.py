@@ -1,0 +1,69 @@
+"""`ilrec status`: what the run's folder tells, after restarts too."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ilrec_dist.cli.main import main
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
+from ilrec_dist.launch.job import Job, run_job
+from tests.training.conftest import tiny_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder in the middle of a training, as its workers leave it."""
+    config = tiny_config(tmp_path, train={"methods": ["sft"], "epochs": 4})
+    folder = tmp_path / "tiny"
+    training = folder / "train/sft-seed0"
+    kept = training / "checkpoints/step-00000020"
+    kept.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    (folder / ".stages").mkdir()
+    begun = {"fingerprint": "f", "settings": {}}
+    (folder / ".stages/train sft seed 0.begun.json").write_text(json.dumps(begun))
+    (kept / "manifest.json").write_text(json.dumps({"step": 20}))
+    now = time.time()
+    lines = [
+        {"step": step, "epoch": step / 25, "time": now - 100 + step, "loss/total": 3.0}
+        for step in (10, 20, 30)
+    ]
+    (training / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_status_reads_the_folder_alone(run, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        begin_attempt(run / "train", run / "train/.failures")
+    assert main(["status", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "prepare: not begun" in text
+    # Ten steps took ten seconds, and 70 of the 100 are left.
+    assert "train sft seed 0: step 30/100, loss 3.0000, 1:10 left, last line 1:10 ago" in text
+    assert "last checkpoint: step 20, 0:0" in text
+    assert "workers: 2 on 1 node (" in text and "restarts: 0" in text
+
+
+def test_restarts_are_listed_with_what_the_ranks_met(run, tmp_path, capsys, monkeypatch):
+    job = Job("tests.launch.failing:fail_otherwise", {"folder": str(tmp_path)}, str(run / "train"))
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            run_job(job)
+    begin_attempt(run / "train", job.failures_folder)
+    first, second, third = read_attempts(run / "train")
+    assert not first.is_restart and second.is_restart and third.is_restart
+    assert "ValueError: attempt 1" in second.reason and "ValueError: attempt 2" in third.reason
+    # A worker that is killed leaves no word, and the notes are those of attempts before it.
+    begin_attempt(run / "train", job.failures_folder)
+    assert read_attempts(run / "train")[-1].reason == LOST
+    assert main(["status", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "restarts: 3" in text and "ValueError: attempt 2" in text and LOST in text

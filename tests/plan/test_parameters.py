@@ -1,0 +1,71 @@
+"""The plan's parameters are those of the model that is built, for every kind of decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ilrec_dist.distributed.process_groups import initialize_parallel
+from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.plan.decoder import DecoderSizes, summed
+from ilrec_dist.testing.distributed import Mesh, run_distributed
+
+GPT = BackboneConfig(num_layers=2, hidden_size=32, num_heads=4)
+LLAMA = BackboneConfig(
+    num_layers=3,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_hidden_size=48,
+    normalization="RMSNorm",
+    activation="swiglu",
+    position_embedding="rope",
+    bias=False,
+    tie_embeddings=False,
+)
+DECODERS = {
+    "gpt": GPT,
+    "llama": LLAMA,
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, num_kv_heads=1),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=24, tie_embeddings=True),
+}
+VOCAB, POSITIONS = 101, 19
+
+
+def tensors(mesh: Mesh, config: BackboneConfig) -> list[tuple[int, int]]:
+    """(dimensions, elements) of each parameter of this rank."""
+    initialize_parallel(mesh.tp)
+    backbone = Backbone(config, VOCAB, POSITIONS, initialize=False)
+    return [(parameter.dim(), parameter.numel()) for parameter in backbone.parameters()]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_parameters_are_exactly_those_of_the_model(name: str, tp: int) -> None:
+    sizes = DecoderSizes.of(DECODERS[name], VOCAB, POSITIONS)
+    planned = [(dimensions, count.per_rank(tp)) for _, dimensions, count in sizes.tensors()]
+    for found in run_distributed(tensors, tp, tp, DECODERS[name]):
+        assert planned == found
+    total = sum(size for _, size in planned)
+    assert summed(sizes.parameters().values()).per_rank(tp) == total
+
+
+def test_a_published_model_has_the_number_of_its_card() -> None:
+    llama = BackboneConfig(
+        num_layers=32,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn_hidden_size=14336,
+        normalization="RMSNorm",
+        activation="swiglu",
+        position_embedding="rope",
+        bias=False,
+        tie_embeddings=False,
+    )
+    assert (
+        summed(DecoderSizes.of(llama, 128_256, 131_072).parameters().values()).total
+        == 8_030_261_248
+    )
