@@ -48,7 +48,7 @@ ALWAYS = {
             "methods seeds targets max_history epochs batch_size accumulation_steps learning_rate "
             "min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm precision "
             "checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
-            "max_bad_steps"
+            "max_bad_steps recompute"
         ).split()
     ),
     "evaluation.beam",
@@ -178,6 +178,30 @@ SOMETIMES: dict[str, Case] = {
     "cf.reward_replicas": ("2", ["cf.rewards=actor"], [([], "cf.rewards actor")]),
     "cf.reward_retries": ("2", ["cf.rewards=actor"], [([], "cf.rewards actor")]),
     "cf.reward_cache": ("true", [], [(SFT, "reads rewards"), (NO_REWARDS, "crr_lambda")]),
+    "train.trainable": ("lora", PRETRAINED, [([], "a (pretrained )?model")]),
+    **{
+        f"train.lora.{key}": (
+            value,
+            [*PRETRAINED, "train.trainable=lora"],
+            [(PRETRAINED, "train.trainable lora")],
+        )
+        for key, value in (
+            ("rank", "4"),
+            ("alpha", "7"),
+            ("target_modules", "[q_proj]"),
+            ("dropout", "0.1"),
+        )
+    },
+    "train.new_rows_learning_rate": (
+        "0.1",
+        PRETRAINED,
+        [([], "backbone.from"), ([*PRETRAINED, "train.trainable=lora"], "full or lora.new_rows")],
+    ),
+    "train.zero_stage": (
+        "2",
+        ["launch.workers=2", "launch.tp=1"],
+        [([], "several data-parallel processes")],
+    ),
     "backbone.new_tokens": (
         "text",
         PRETRAINED,
