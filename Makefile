@@ -4,8 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
-# Two processes, each of which runs whole groups of tests (tests/conftest.py).
-IN_TWO := -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart llm results test test-fast lint launchers format clean
@@ -52,10 +50,10 @@ llm: $(STAMP)
 	$(BIN)/python examples/recommend_with_transformers.py runs/llm-exported
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest
 
 test-fast: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not slow" $(IN_TWO) --durations=5
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
