@@ -181,7 +181,7 @@ def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> No
 
 def test_decoding_in_bf16() -> None:
     # Hidden states are of size 1, with 8 bits of precision.
-    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
+    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.15
 
 
 def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
