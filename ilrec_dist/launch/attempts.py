@@ -12,7 +12,8 @@ from typing import Any
 
 from ilrec_dist.common.files import read_json_object, write_json
 
-ATTEMPTS, WORKERS = "attempts.jsonl", ".workers"
+# The folder of a job, below the job's own, with a line for each attempt and a file for each worker.
+ATTEMPTS, LINES = ".attempts", "attempts.jsonl"
 LOST = "a worker was lost without a word: killed, or with its node"
 
 
@@ -41,8 +42,8 @@ def begin_attempt(folder: Path, failures: Path) -> None:
         "node": os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")),
         "process": os.getpid(),
     }
-    (folder / WORKERS).mkdir(exist_ok=True)
-    write_json(folder / WORKERS / f"rank-{rank}.json", worker)
+    (folder / ATTEMPTS).mkdir(exist_ok=True)
+    write_json(folder / ATTEMPTS / f"rank-{rank}.json", worker)
     if rank != 0:
         return
     begun = failures / "begun"
@@ -52,7 +53,7 @@ def begin_attempt(folder: Path, failures: Path) -> None:
     failures.mkdir(exist_ok=True)
     begun.touch()
     attempt = Attempt(round(time.time(), 3), world_size, is_restart, reason)
-    with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
+    with open(folder / ATTEMPTS / LINES, "a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(attempt)) + "\n")
 
 
@@ -66,7 +67,7 @@ def _reason(failures: Path, since: float) -> str:
 
 def read_attempts(folder: Path) -> list[Attempt]:
     """The attempts in the order of their starts; [] where there was none."""
-    path = folder / ATTEMPTS
+    path = folder / ATTEMPTS / LINES
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -82,5 +83,5 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 def read_workers(folder: Path, count: int) -> list[dict[str, Any]]:
     """The workers of the last attempt by rank, as far as they have begun."""
-    paths = (folder / WORKERS / f"rank-{rank}.json" for rank in range(count))
+    paths = (folder / ATTEMPTS / f"rank-{rank}.json" for rank in range(count))
     return [read_json_object(path) for path in paths if path.exists()]

@@ -142,11 +142,15 @@ def _check_head(address: str, source: str) -> None:
 
 def _speaks_http2(link: socket.socket) -> bool:
     """Whether a gRPC server listens, such as Ray's head: it answers this with its own settings."""
-    link.sendall(HTTP2_PREFACE)
     answer = b""
-    while len(answer) < HTTP2_FRAME_BYTES:
-        received = link.recv(HTTP2_FRAME_BYTES - len(answer))
-        if not received:
-            return False
-        answer += received
+    try:
+        link.sendall(HTTP2_PREFACE)
+        while len(answer) < HTTP2_FRAME_BYTES:
+            received = link.recv(HTTP2_FRAME_BYTES - len(answer))
+            if not received:
+                return False
+            answer += received
+    except ConnectionError:
+        # The other side has closed the connection with what was sent unread.
+        return False
     return answer[3] == HTTP2_SETTINGS

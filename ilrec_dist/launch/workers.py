@@ -43,6 +43,8 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
         # The other ranks fail when the one that met the error leaves, so this comes first.
         failure = take_failure(job)
         if failure is not None:
+            if failure["by_user"]:
+                shutil.rmtree(job.failures_folder, ignore_errors=True)
             raise (UserError if failure["by_user"] else WorkersFailed)(failure["error"])
     shutil.rmtree(job.failures_folder, ignore_errors=True)
 

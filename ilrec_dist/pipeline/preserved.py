@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ilrec_dist.common.files import read_json_object, write_json
-from ilrec_dist.common.run_layout import CONFIG, PREVIOUS, STAGES
+from ilrec_dist.common.run_layout import CONFIG, PREVIOUS, STAGES, RunFolders
+from ilrec_dist.launch.attempts import ATTEMPTS
 
 # Files of the run's folder itself that a command may replace.
 FILES = (CONFIG, "results.json", "report.html")
@@ -42,6 +43,11 @@ class Preserved:
     def records(self) -> Path:
         return self.folder / STAGES
 
+    @property
+    def attempts(self) -> Path:
+        """What workers note of their attempts; a refused command's is not told."""
+        return RunFolders(self.root).trainings / ATTEMPTS
+
     def note(self) -> None:
         """Keep the records, the configuration and the results; to be called before any change.
 
@@ -53,6 +59,9 @@ class Preserved:
         self.folder.mkdir()
         if (self.root / STAGES).is_dir():
             _link_tree(self.root / STAGES, self.records)
+        if self.attempts.is_dir():
+            # Its lines are added to in place, so links would not keep them.
+            shutil.copytree(self.attempts, self.folder / ATTEMPTS)
         files = [file for file in FILES if (self.root / file).exists()]
         for file in files:
             shutil.copy2(self.root / file, self.folder / file)
@@ -92,6 +101,9 @@ class Preserved:
                 (self.root / file).unlink(missing_ok=True)
             elif (self.folder / file).exists():
                 os.replace(self.folder / file, self.root / file)
+        if (self.folder / ATTEMPTS).exists():
+            shutil.rmtree(self.attempts, ignore_errors=True)
+            os.replace(self.folder / ATTEMPTS, self.attempts)
         if self.records.exists():
             for name in new:
                 for file in (f"{name}.json", f"{name}.begun.json"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
@@ -99,6 +100,7 @@ def open_trained_model(
     device, threads = resolve_device(config.launch), torch.get_num_threads()
     if device == "cpu":
         set_cpu_threads(config.launch)
+    is_own_group = not dist.is_initialized()
     parallel = initialize_parallel(1, device)
     try:
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
@@ -116,7 +118,8 @@ def open_trained_model(
             None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
         )
     finally:
-        destroy_parallel()
+        # Each of Megatron's groups has a thread, which ends with torch.distributed only.
+        destroy_parallel(process_group=is_own_group)
         # What runs in this process later computes as if no model had been opened.
         torch.set_num_threads(threads)
 

@@ -74,28 +74,32 @@ def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) ->
 
 
 def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, int | None], float]:
-    """`training_cost` of every training of the run, by (method, seed)."""
+    """`training_cost` of every training of the run, by (method, seed), where it is known."""
     sizes = ScopeSizes.of(artifacts)
-    return {
+    costs = {
         (method, seed): training_cost(config, artifacts, sizes, method, seed)
         for method in config.train.methods
         for seed in config.train.seeds
     }
+    return {training: cost for training, cost in costs.items() if cost is not None}
 
 
 def training_cost(
     config: Config, artifacts: RunArtifacts, sizes: ScopeSizes, name: str, seed: int
-) -> float:
+) -> float | None:
     """FLOPs of the finished training of one method and seed, and of those that it stands on.
 
-    Those are the training of the method that it starts from, and the forward pass of its
-    reference. The collaborative model's training is no part of it.
+    It stands on the training of the method that it starts from, and on the forward pass of its
+    reference. The collaborative model's training is no part of it. None where the curves that
+    count the tokens were deleted.
     """
     method, folder = get_method(name), artifacts.folders.training(name, seed)
     result = read_json_object(folder / RESULT)
     backbone = section_from_dict(BackboneConfig, result["model"]["backbone"])
     columns = head_columns(method.objective(config.objective), backbone.num_layers, sizes)
     lines = [line for line in read_metrics(folder) if "tokens" in line]
+    if not lines:
+        return None
     tokens, rows = (sum(line[key] for line in lines) for key in ("tokens", "rows"))
     epochs = lines[-1]["epoch"]
     # A token of a sequence attends to half of it on average.
@@ -107,5 +111,6 @@ def training_cost(
         passes = method.preference(config.preference).rounds if self_play else 1
         cost += passes * forward_flops(backbone, work, columns) / epochs
     if method.starts_from is not None:
-        cost += training_cost(config, artifacts, sizes, method.starts_from, seed)
+        start = training_cost(config, artifacts, sizes, method.starts_from, seed)
+        return None if start is None else cost + start
     return cost

@@ -4,6 +4,7 @@ repaired.
 
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,17 @@ def test_so_it_is_when_the_workers_refuse_after_other_stages_have_run(shop, capf
     after = files(shop)
     assert after["data/items.parquet"] != before["data/items.parquet"]
     assert not any(name.startswith(".previous") for name in after)
+
+
+def test_opening_a_model_leaves_no_thread_behind(shop):
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    # The first command starts what stays for the process.
+    recommend(shop)
+    before = threads()
+    recommend(shop)
+    assert threads() == before
 
 
 def test_what_was_trained_on_other_data_is_refused_wherever_it_is_used(shop, capsys):
@@ -212,6 +224,8 @@ def test_damaged_curves_are_refused_and_the_report_does_without_them(shop, capsy
     assert f"{metrics}: damaged" in line and "delete it" in line
     metrics.unlink()
     assert main(["evaluate", str(shop / "c.yaml")]) == 0
+    rows = json.loads((shop / "runs/shop/results.json").read_text())["rows"]
+    assert not any("training_flops" in row for row in rows)
 
 
 @pytest.mark.parametrize("setting", ["train.batch_size=40", "train.batch_size=20"])

@@ -200,7 +200,7 @@ def test_show_prompts_prints_text_and_tokens(finished, tmp_path: Path, capsys) -
     (line,) = [line for line in shown.splitlines() if "The index of the product" in line][:1]
     assert line.startswith('  text: The index of the product called "') and "[[<a_" in line
     assert shown.count(" [[ ") == 10 and shown.count(" ]]\n") == 10
-    short = ["prompts.max_tokens=60"]
+    short = ["prompts.max_tokens=90"]
     assert main(["show-prompts", str(path), *short, "--users", "20"]) == 0
     assert "oldest items are left out" in capsys.readouterr().out
     for overrides, message in (
