@@ -178,14 +178,22 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
                 world_size=world_size,
             )
             answer = (True, fn(_make_mesh(rank, world_size, tp), *args))
-            dist.destroy_process_group()
-            # Engines hold groups in reference cycles.
-            gc.collect()
+            _end_groups()
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
     # Interpreter shutdown with a live gloo group can hang.
     os._exit(0)
+
+
+def _end_groups() -> None:
+    """End the groups of a call, Megatron's too where the function left them."""
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None:
+        megatron.destroy_model_parallel()
+    dist.destroy_process_group()
+    # Engines hold groups in reference cycles.
+    gc.collect()
 
 
 def _make_mesh(rank: int, world_size: int, tp: int) -> Mesh:

@@ -165,7 +165,9 @@ def decode_error_of(model: Backbone, lengths: torch.Tensor, ragged: bool) -> flo
         for user, length in enumerate(lengths.tolist()):
             flat = torch.cat((tokens[user, :length].expand(width, -1), beams[user]), dim=1)
             rows = torch.arange(1, width + 1) * flat.shape[1] - 1
-            worst = max(worst, float((hidden[user] - model(flat, rows).final).abs().max()))
+            with torch.no_grad():
+                expected = model(flat, rows).final
+            worst = max(worst, float((hidden[user] - expected).abs().max()))
     return worst
 
 
@@ -181,7 +183,7 @@ def test_decoding_equals_the_full_forward(config: BackboneConfig, tp: int) -> No
 
 def test_decoding_in_bf16() -> None:
     # Hidden states are of size 1, with 8 bits of precision.
-    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.15
+    assert max(run_distributed(decode_error, 1, 1, LLAMA, "bf16")) < 0.1
 
 
 def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
