@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
@@ -38,3 +40,11 @@ def refuse(folder: str) -> None:
 def fill_disk(folder: str) -> None:
     count(folder)
     raise OSError(errno.ENOSPC, "No space left on device", "/run/best.safetensors")
+
+
+def run_on(folder: str) -> None:
+    """Note that this worker is there, and go on until it is ended."""
+    with open(Path(folder) / f"worker-{os.environ['RANK']}", "a") as file:
+        file.write("x")
+    while True:
+        time.sleep(0.1)

@@ -1,0 +1,143 @@
+"""Ray nodes of one machine: each in a network namespace of its own, where root allows that."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PATIENCE_SECONDS = 120
+
+
+@dataclass
+class Node:
+    number: int
+    address: str
+    process: subprocess.Popen[bytes]
+
+
+class Nodes:
+    """A head, and nodes that join it and are lost. The head's node is number 0."""
+
+    def __init__(self, folder: Path, cpus: int, **environment: str) -> None:
+        self.folder, self.name = folder, f"ilrec-{os.getpid()}-{secrets.token_hex(2)}"
+        self.has_namespaces = self._make_namespace(0)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        # gloo would take the address of the machine's name, which is outside of the namespaces.
+        interface = {"GLOO_SOCKET_IFNAME": "eth0"} if self.has_namespaces else {}
+        cleared = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment = cleared | token | path | interface | environment
+        address = "10.99.0.1" if self.has_namespaces else "127.0.0.1"
+        self.address = f"{address}:{6379 if self.has_namespaces else _free_port()}"
+        self.nodes: list[Node] = []
+        self._start(0, cpus, ["--head", f"--port={self.address.rpartition(':')[2]}"])
+
+    def join(self, cpus: int) -> Node:
+        """Start another node; it is one of the cluster some seconds later."""
+        number = self.nodes[-1].number + 1
+        if self.has_namespaces:
+            self._make_namespace(number)
+        return self._start(number, cpus, [f"--address={self.address}"])
+
+    def _start(self, number: int, cpus: int, words: list[str]) -> Node:
+        address = f"10.99.0.{1 + number}" if self.has_namespaces else "127.0.0.1"
+        options = [f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", "--block"]
+        options += [f"--node-ip-address={address}", "--disable-usage-stats"]
+        with open(self.folder / f"node-{number}.log", "w") as log:
+            process = subprocess.Popen(
+                self._inside(number, [*RAY, "start", *words, *options]),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.nodes.append(Node(number, address, process))
+        return self.nodes[-1]
+
+    def wait_for_head(self) -> None:
+        """Wait until the head answers, for at most PATIENCE_SECONDS."""
+        command = self.on_head([*RAY, "health-check", "--address", self.address])
+        until = time.monotonic() + PATIENCE_SECONDS
+        while subprocess.run(command, env=self.environment, capture_output=True).returncode:
+            log = self.folder / "node-0.log"
+            assert time.monotonic() < until, log.read_text()
+
+    def on_head(self, command: list[str]) -> list[str]:
+        """The command that runs this one on the head's node."""
+        return self._inside(0, command)
+
+    def lose(self, node: Node, silent: bool = False) -> None:
+        """Kill all that runs on it. Silent: as where its power is cut, and nobody is told."""
+        if self.has_namespaces and silent:
+            _ip("-n", self._namespace(0), "link", "set", f"node{node.number}", "down")
+        processes = [node.process.pid]
+        processes += [child.pid for child in psutil.Process(node.process.pid).children(True)]
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        node.process.wait()
+        self.nodes.remove(node)
+
+    def close(self) -> None:
+        for node in list(reversed(self.nodes)):
+            self.lose(node)
+        if self.has_namespaces:
+            names = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split()
+            for name in names:
+                if name.startswith(f"{self.name}-"):
+                    _ip("netns", "delete", name)
+
+    def _namespace(self, number: int) -> str:
+        return f"{self.name}-{number}"
+
+    def _inside(self, number: int, command: list[str]) -> list[str]:
+        if not self.has_namespaces:
+            return command
+        return ["ip", "netns", "exec", self._namespace(number), *command]
+
+    def _make_namespace(self, number: int) -> bool:
+        """A namespace on the bridge of the head's, which is made with number 0. False where
+        this user may not."""
+        name, head = self._namespace(number), self._namespace(0)
+        if not _ip("netns", "add", name):
+            return False
+        if number == 0:
+            made = _ip("-n", head, "link", "add", "eth0", "type", "bridge")
+        else:
+            made = _ip(
+                *("link", "add", "eth0", "netns", name, "type", "veth"),
+                *("peer", "name", f"node{number}", "netns", head),
+            )
+            _ip("-n", head, "link", "set", f"node{number}", "master", "eth0", "up")
+        if not made:
+            _ip("netns", "delete", name)
+            return False
+        _ip("-n", name, "addr", "add", f"10.99.0.{1 + number}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _ip("-n", name, "link", "set", device, "up")
+        return True
+
+
+def _ip(*words: str) -> bool:
+    try:
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
