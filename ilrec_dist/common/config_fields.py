@@ -178,4 +178,12 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def section_from_dict(cls: type[T], tree: dict[str, Any]) -> T:
     """The inverse of config_to_dict; raises pydantic's ValidationError."""
-    return TypeAdapter(cls).validate_python(tree)
+    hashable: Any = cls
+    validated: T = _adapter(hashable).validate_python(tree)
+    return validated
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    """What checks a section; to build it for the whole tree takes a fifth of a second."""
+    return TypeAdapter(cls)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from ilrec_dist.common.config_fields import config_to_dict, key_of
+from ilrec_dist.common.config_fields import config_to_dict, key_of, section_from_dict
 from ilrec_dist.config.tree import Config, ConfigError, check_together, idle_keys
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def validated(
     Raises ConfigError that names `source` and the key.
     """
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return section_from_dict(cls, tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_one_line(error, tree, cls, page)}") from None
 
