@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 PRELOADED = ["ilrec_dist.training.trainer", "ilrec_dist.evaluation.ranking"]
 
 
