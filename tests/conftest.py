@@ -26,7 +26,9 @@ LONGEST = ("cluster", "study", "training", "kernels", "cli")
 
 
 def group_of(nodeid: str) -> str:
-    """The group of tests that one process of pytest-xdist runs: a folder's, or a file's."""
+    """The group of tests that one process of
+    pytest-xdist runs: a folder's, or a file's.
+    """
     path = nodeid.partition("::")[0].removeprefix("tests/")
     return TOGETHER.get(path.partition("/")[0], path)
 
@@ -44,7 +46,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupSc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest groups, so that no process waits for another at the end."""
+    """Begin with the longest groups, so that
+    no process waits for another at the end.
+    """
 
     def place(item: pytest.Item) -> int:
         group = group_of(item.nodeid).partition("/")[0]
@@ -57,8 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread_a_process() -> Iterator[None]:
     """Compute with one thread, here and in processes started from here.
 
-    OpenMP's threads wait for each other by spinning, which takes several times as long where
-    other processes use the cores too. At the end the processes that run_distributed keeps end.
+    OpenMP's threads wait for each other by spinning, which takes
+    several times as long where other processes use the cores
+    too. At the end the processes that run_distributed keeps end.
     """
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
