@@ -4,13 +4,16 @@ It needs numpy, and torch for the logits processor.
 
     from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
     trie = ItemTrie(folder)
-    beams = model.generate(**prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
+    length = prompts["input_ids"].shape[1]
+    beams = model.generate(
+        **prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
         max_new_tokens=trie.depth, output_scores=True, return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompts["input_ids"].shape[1]))
-    items = [trie.items(sequence[prompt_length:].tolist()) for sequence in beams.sequences]
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, length))
+    items = [trie.items(sequence[length:].tolist()) for sequence in beams.sequences]
 
-Prompts of several lengths are padded on the left. With `renormalize_logits=True` scores are
-over the continuations that exist, as a model trained with a masked softmax has them.
+Prompts of several lengths are padded on the left. With
+`renormalize_logits=True` scores are over the continuations
+that exist, as a model trained with a masked softmax has them.
 """
 
 from collections.abc import Callable, Sequence

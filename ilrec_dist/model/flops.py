@@ -1,7 +1,9 @@
-"""The floating-point operations of a training, from its configuration and what was counted.
+"""The floating-point operations of a training,
+from its configuration and what was counted.
 
-Counted are the multiplications and additions of every matrix product: the decoder's layers, its
-attention and the output head. Norms, softmaxes and what is done element by element are not.
+Counted are the multiplications and additions of every matrix
+product: the decoder's layers, its attention and the output head.
+Norms, softmaxes and what is done element by element are not.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ class Work:
 def forward_flops(config: BackboneConfig, work: Work, head_columns: Sequence[float]) -> float:
     """FLOPs of one forward pass.
 
-    head_columns: for each stream of hidden rows that goes through the head, final layer and
-    intermediate ones, how many columns of the vocabulary a row's logits are computed for.
+    head_columns: for each stream of hidden rows that goes
+    through the head, final layer and intermediate ones, how many
+    columns of the vocabulary a row's logits are computed for.
     """
     d, heads = config.hidden_size, config.num_heads
     head_dim = config.head_dim or d // heads
@@ -46,5 +49,7 @@ def forward_flops(config: BackboneConfig, work: Work, head_columns: Sequence[flo
 
 
 def training_flops(config: BackboneConfig, work: Work, head_columns: Sequence[float]) -> float:
-    """FLOPs of forward and backward passes of a training in which all weights are trained."""
+    """FLOPs of forward and backward passes of a
+    training in which all weights are trained.
+    """
     return FORWARD_AND_BACKWARD * forward_flops(config, work, head_columns)

@@ -110,7 +110,9 @@ class Backbone(nn.Module):
 
     @property
     def vocabulary_tables(self) -> dict[str, nn.Parameter]:
-        """This rank's rows of the embedding and, where it is not tied to it, of the head."""
+        """This rank's rows of the embedding and,
+        where it is not tied to it, of the head.
+        """
         tables = {EMBEDDING: self.gpt.embedding.word_embeddings.weight}
         if not self.config.tie_embeddings:
             tables[HEAD] = self.gpt.output_layer.weight
