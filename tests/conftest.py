@@ -15,7 +15,6 @@ from ilrec_dist.testing.distributed import close_pools
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_a_process() -> Iterator[None]:
     """Compute with one thread, here and in processes started from here.
