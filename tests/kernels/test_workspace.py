@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ilrec_kernels import cross_layer_loss
 from ilrec_kernels.layout import gemm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -106,6 +107,28 @@ def test_nothing_exceeds_the_workspace(settings):
     assert mode.largest <= workspace
     assert mode.peak <= 1.1 * workspace + 40 * n * 8, mode.peak / workspace
     assert mode.peak >= workspace / 20
+
+
+@pytest.mark.parametrize("softmax", ["all", "valid_next"])
+def test_no_gradient_of_the_heads_size_is_made_for_a_few_trained_rows(softmax):
+    n, v, d, rows = 16, 2000, 64, (1900, 2000)
+    case = make_case(
+        n=n, v=v, d=d, workspace_bytes=400_000, item_tokens=rows, softmax_scope=softmax
+    )
+    hidden = [h.clone().requires_grad_() for h in case.hidden]
+    largest = []
+    for apart in (case.head[slice(*rows)].clone().requires_grad_(), None):
+        head = case.head.clone().requires_grad_(apart is None)
+        inputs = hidden[0], hidden[1:], head, case.targets, case.lists, case.rewards
+        mode = LiveBytes([])
+        mode.seen.add(head.untyped_storage()._cdata)
+        with mode:
+            output = cross_layer_loss(
+                *inputs, case.options, trainable_rows=rows, trained_rows=apart
+            )
+            output.loss.backward()
+        largest.append(mode.largest)
+    assert largest[0] <= 400_000 < v * d * 4 <= largest[1]
 
 
 @pytest.mark.parametrize("trainable", [None, SCATTERED])
