@@ -85,6 +85,12 @@ COMPARISONS = {
     "beams-100": against_generate(100),
     "beams-300": against_generate(300),
     "lora": Comparison("LoRA and new rows, against full", "target", {}, {"trainable": "full"}),
+    "recompute": Comparison(
+        "full, layers computed again, against kept",
+        "target",
+        {"trainable": "full", "recompute": True},
+        {"trainable": "full"},
+    ),
     "packing": Comparison(
         "packed prompts of 17 to 54 tokens, against padded",
         "target",

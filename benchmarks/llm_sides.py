@@ -63,6 +63,7 @@ class Spec:
     # The longest of the prompts has `prompt` tokens, the others down to a third of them.
     ragged: bool = False
     packs: bool = True
+    recompute: bool = False
     trainable: Trainable = "lora+new_rows"
 
 
@@ -148,7 +149,7 @@ def open_backbone(spec: Spec, drawn: Drawn) -> Backbone:
     load_pretrained(backbone, spec.model, NewRows(*added))
     if spec.trainable != "full":
         train_partially(backbone, spec.trainable, LoraConfig(), spec.model, added, 0)
-    backbone.packs = spec.packs
+    backbone.packs, backbone.recompute = spec.packs, spec.recompute
     return backbone
 
 
