@@ -330,8 +330,9 @@ def beams_generate(spec: Spec, drawn: Drawn) -> Samples:
     # Loaded in this process alone.
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=DTYPES[spec.precision])
-    model.resize_token_embeddings(drawn.catalogue.vocab_size, mean_resizing=False)
+    dtype = DTYPES[spec.precision]
+    model: Any = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype)
+    model.eval().resize_token_embeddings(drawn.catalogue.vocab_size, mean_resizing=False)
     prompts = drawn.prompts(spec)
     with tempfile.TemporaryDirectory() as folder:
         write_item_files(Path(folder), drawn.dataset, drawn.catalogue, drawn.trie, Decoding())

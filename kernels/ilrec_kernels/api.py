@@ -177,7 +177,8 @@ class _Call:
                 row_scale,
             )
             rows = loop.run(p, gradients)
-            return rows, [*gradients.hidden, head_gradient and head_gradient.values]
+            of_head = None if head_gradient is None else head_gradient.values
+            return rows, [*gradients.hidden, of_head]
 
 
 class _CrossLayerLoss(torch.autograd.Function):
