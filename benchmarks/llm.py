@@ -1,13 +1,15 @@
-"""What does training and serving a language model cost, beside Hugging Face's Trainer and PEFT?
+"""What does training and serving a language model cost, beside Hugging Face's Trainer
+and PEFT?
 
-    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER] [--precision bf16]
+    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER]
 
-The model has SmolLM2-135M's shape, with random weights unless --model names a folder; the items
-have 4 × 256 codes, and the histories and prompts are drawn. Every side of a comparison runs in a
-process of its own, the sides by turns, and its figures are medians over steps, in CPU seconds of
-all threads, so that other work on the machine counts little. Memory is the kernel's peak of the
-whole process. Hugging Face's trainings need peft and accelerate (pip install --no-deps peft
-accelerate). The memory of loading a model under tensor parallelism is hf_load.py's question.
+The model has SmolLM2-135M's shape, with random weights unless --model names a folder;
+the items have 4 × 256 codes, and the histories and prompts are drawn. Every side of a
+comparison runs in a process of its own, the sides by turns, and its figures are medians
+over steps, in CPU seconds of all threads, so that other work on the machine counts
+little. Memory is the kernel's peak of the whole process. Hugging Face's trainings need
+peft and accelerate (pip install --no-deps peft accelerate). The memory of loading a
+model under tensor parallelism is hf_load.py's question.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ SMOLLM2: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sides as changes of the common Spec: how many times the second's costs is the first's."""
+    """Two sides, as changes of the common Spec."""
 
     about: str
     unit: str

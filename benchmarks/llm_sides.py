@@ -68,7 +68,7 @@ class Spec:
 
 
 class Drawn:
-    """Items with random codes behind the model's own tokens, and random histories of them."""
+    """Items with random codes behind the model's own tokens, and random histories."""
 
     def __init__(self, model: str) -> None:
         rng = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def open_backbone(spec: Spec, drawn: Drawn) -> Backbone:
 
 
 def training_step(spec: Spec, drawn: Drawn, method: str) -> Callable[[], int]:
-    """The product's training path: batches, objective, engine. A step returns its targets."""
+    """The product's training path. A step returns the number of its targets."""
     parallel = initialize_parallel(1, "cpu")
     config = TrainConfig(learning_rate=1e-5, trainable=spec.trainable, precision=spec.precision)
     # Rewards come from another model, whose cost benchmarks/rewards.py measures.
@@ -176,7 +176,7 @@ def training_step(spec: Spec, drawn: Drawn, method: str) -> Callable[[], int]:
 
 
 def timed(steps: dict[str, Callable[[], int]], count: int) -> Samples:
-    """CPU seconds by unit of `count` rounds of the steps by turns, after one that warms up."""
+    """CPU seconds by unit of `count` rounds of the steps, after one that warms up."""
     seconds: Samples = {name: [] for name in steps}
     for turn in range(count + 1):
         for name, step in steps.items():
@@ -219,7 +219,7 @@ def train_both_methods(spec: Spec, drawn: Drawn) -> Samples:
 
 
 def operator(spec: Spec, drawn: Drawn) -> Samples:
-    """The loss alone on OPERATOR_ROWS rows of the model's own shape, and its bare products."""
+    """The loss alone on rows of the model's own shape, and its bare products."""
     catalogue, generator = drawn.catalogue, torch.Generator().manual_seed(0)
     d, (first, last) = read_config(spec.model).config.hidden_size, catalogue.vocabulary.added_tokens
     items = np.random.default_rng(2).integers(0, ITEMS, OPERATOR_ROWS // LEVELS)

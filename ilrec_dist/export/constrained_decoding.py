@@ -4,15 +4,18 @@ It needs numpy, and torch for the logits processor.
 
     from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
     trie = ItemTrie(folder)
-    beams = model.generate(**prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
+    length = prompts["input_ids"].shape[1]
+    beams = model.generate(
+        **prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
         max_new_tokens=trie.depth, output_scores=True, return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompts["input_ids"].shape[1]))
-    items = [trie.items(sequence[prompt_length:].tolist()) for sequence in beams.sequences]
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, length))
+    items = [trie.items(sequence[length:].tolist()) for sequence in beams.sequences]
 
-Prompts of several lengths are padded on the left. A model that was trained with a masked softmax
-(`ItemTrie.masked_softmax`) has `renormalize_logits` in generation_config.json: its scores are over
-the continuations that exist. With excluded rows that is over those that are left; to have them over
-all, as the model was trained, use `ItemLogitsProcessor` and `renormalize_logits=False`.
+Prompts of several lengths are padded on the left. A model that was trained with a
+masked softmax (`ItemTrie.masked_softmax`) has `renormalize_logits` in
+generation_config.json: its scores are over the continuations that exist. With excluded
+rows that is over those that are left; to have them over all, as the model was trained,
+use `ItemLogitsProcessor` and `renormalize_logits=False`.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
-"""A trained model as a folder of its own: weights, tokenizer, catalogue, trie, decoding.
+"""A trained model as a folder of its own:
+weights, tokenizer, catalogue, trie, decoding.
 
 `transformers` loads the folder. Its files need neither this project nor remote code:
 `constrained_decoding.py` is copied beside them and reads `trie.npz` with numpy alone.
@@ -76,7 +77,8 @@ def export_model(
     language_model: Path | None = None,
     prompt: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
+    """Write the folder `out`, whole or not at
+    all; for a process without tensor parallelism.
 
     language_model: the folder with the extended tokenizer and the config.json of the
     pretrained model that the training began with; None for one trained from scratch.
@@ -108,9 +110,11 @@ def export_adapter(
     base: str,
     prompt: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapters for PEFT in place of the weights, otherwise as `export_model` does.
+    """Write the adapters for PEFT in place of the
+    weights, otherwise as `export_model` does.
 
-    base: the folder or name of the pretrained model, as PEFT's configuration records it.
+    base: the folder or name of the pretrained
+    model, as PEFT's configuration records it.
     """
     items = dataset, catalogue, trie, decoding
     with _new_folder(out, *items, language_model, prompt) as weights:
@@ -127,7 +131,9 @@ def _new_folder(
     language_model: Path | None,
     prompt: Mapping[str, Any] | None,
 ) -> Iterator[Path]:
-    """A path for the folder of the weights' files, whose content joins all the others in `out`."""
+    """A path for the folder of the weights' files,
+    whose content joins all the others in `out`.
+    """
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
     if catalogue.pieces is not None and language_model is None:
@@ -167,7 +173,9 @@ def write_item_files(
     trie: Trie,
     decoding: Decoding,
 ) -> None:
-    """Write catalogue.parquet, trie.npz, generation_config.json and constrained_decoding.py."""
+    """Write catalogue.parquet, trie.npz,
+    generation_config.json and constrained_decoding.py.
+    """
     pq.write_table(catalogue_table(dataset, catalogue), folder / "catalogue.parquet")
     arrays = trie_arrays(trie, catalogue.vocabulary)
     np.savez(folder / "trie.npz", **arrays, masked_softmax=np.bool_(decoding.is_masked))
@@ -236,7 +244,8 @@ def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def own_tokenizer(catalogue: Catalogue) -> Tokenizer:
-    """A tokenizer for a model whose whole vocabulary is item codes: `<a_3><b_7>` is two tokens.
+    """A tokenizer for a model whose whole vocabulary
+    is item codes: `<a_3><b_7>` is two tokens.
 
     Raises ValueError for titles, which have a tokenizer of their own.
     """

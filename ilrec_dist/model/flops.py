@@ -1,7 +1,9 @@
-"""The floating-point operations of a training, from its configuration and what was counted.
+"""The floating-point operations of a training,
+from its configuration and what was counted.
 
-Counted are the multiplications and additions of every matrix product: the decoder's layers, its
-attention and the output head. Norms, softmaxes and what is done element by element are not.
+Counted are the multiplications and additions of every matrix
+product: the decoder's layers, its attention and the output head.
+Norms, softmaxes and what is done element by element are not.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """What of the model is trained: all weights, or adapters and rows of added tokens beside
-    frozen weights.
+    """What of the model is trained: all weights, or adapters and rows of added tokens
+    beside frozen weights.
     """
 
     all_weights: bool = True
@@ -47,8 +49,9 @@ def forward_flops(
 ) -> float:
     """FLOPs of one forward pass.
 
-    head_columns: for each stream of hidden rows that goes through the head, final layer and
-    intermediate ones, how many columns of the vocabulary a row's logits are computed for.
+    head_columns: for each stream of hidden rows that goes
+    through the head, final layer and intermediate ones, how many
+    columns of the vocabulary a row's logits are computed for.
     """
     linear = sum(rows * columns for rows, columns in _linear_shapes(config).values())
     token = linear + _scores(config, work) + _adapters(config, lora)
@@ -64,10 +67,10 @@ def training_flops(
 ) -> float:
     """FLOPs of forward and backward passes of a training.
 
-    A backward pass computes two products for each one of the forward pass, with regard to its
-    two factors. Frozen weights spare the one with regard to them; the head, that of all rows but
-    the trained ones. Where the embedding is frozen, the first layer's query, key and value need
-    no gradient of their input.
+    A backward pass computes two products for each one of the forward pass, with regard
+    to its two factors. Frozen weights spare the one with regard to them; the head, that
+    of all rows but the trained ones. Where the embedding is frozen, the first layer's
+    query, key and value need no gradient of their input.
     """
     forward = forward_flops(config, work, head_columns, trained.lora)
     if trained.all_weights:
@@ -104,7 +107,7 @@ def _linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
 
 
 def _scores(config: BackboneConfig, work: Work) -> float:
-    """Multiplications of a token's queries with keys, and of weights with values, in a layer."""
+    """Multiplications of a token's queries with keys, and of weights with values."""
     head_dim = config.head_dim or config.hidden_size // config.num_heads
     return 2 * work.context * config.num_heads * head_dim
 

@@ -1,7 +1,9 @@
-"""Rows of the vocabulary as parameters of their own, apart from the rest of their tables.
+"""Rows of the vocabulary as parameters of
+their own, apart from the rest of their tables.
 
-The optimizer then holds state for these rows alone, or gives them a learning rate of their own,
-while the other rows of the embedding and the head are frozen or trained as before.
+The optimizer then holds state for these rows alone, or gives
+them a learning rate of their own, while the other rows of
+the embedding and the head are frozen or trained as before.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ EMBEDDING, HEAD = "embedding", "head"
 
 
 class TrainedRows(nn.Module):
-    """This rank's part of the vocabulary rows [start, stop), of the embedding and the head.
+    """This rank's part of the vocabulary rows
+    [start, stop), of the embedding and the head.
 
     tables: EMBEDDING's weight and, where it is not tied to it, HEAD's, this rank's rows
     `vocab_range` of each; their values are the parameters' first ones. The tables
     themselves stay whole: the rows are copied into them before they are used, so that
     lookups and products are the same as without this module. A rank that owns none of
-    the rows has a parameter of one row, which nothing reads: the optimizer takes no empty
-    one.
+    the rows has a parameter of one row, which nothing reads: the optimizer takes no
+    empty one.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class TrainedRows(nn.Module):
         return rows
 
     def head(self, table: Tensor) -> Tensor:
-        """The head's table [V_local, d], whose gradient reaches the rows, and it if it trains.
+        """The head's table [V_local, d], whose gradient reaches the rows and the table.
 
         A frozen table comes without a gradient: that of the rows is asked for apart.
         """
@@ -105,7 +108,9 @@ class TrainedRows(nn.Module):
 
 
 class _TableWithRows(torch.autograd.Function):
-    """The table after the rows were copied into it; its gradient is divided between the two."""
+    """The table after the rows were copied into
+    it; its gradient is divided between the two.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, low: int, high: int) -> Tensor:

@@ -29,7 +29,9 @@ CHUNK_ITEMS = 1 << 20
 
 @dataclass(frozen=True)
 class ScopeSizes:
-    """How many columns of the head each scope of METHOD.md §2 has for a row, on average."""
+    """How many columns of the head each scope
+    of METHOD.md §2 has for a row, on average.
+    """
 
     all: float
     item_tokens: float
@@ -48,7 +50,9 @@ class ScopeSizes:
 
 
 def mean_candidates(trie: Trie, popularity: np.ndarray) -> float:
-    """The mean number of valid_next candidates of a row, with items weighted by popularity."""
+    """The mean number of valid_next candidates
+    of a row, with items weighted by popularity.
+    """
     total = rows = 0.0
     for first in range(0, len(popularity), CHUNK_ITEMS):
         items = np.arange(first, min(first + CHUNK_ITEMS, len(popularity)))
@@ -63,7 +67,9 @@ def mean_candidates(trie: Trie, popularity: np.ndarray) -> float:
 
 
 def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) -> list[float]:
-    """Columns of the head for a row of each stream: the final layer's, then the others'."""
+    """Columns of the head for a row of each
+    stream: the final layer's, then the others'.
+    """
     size = {"all": sizes.all, "item_tokens": sizes.item_tokens, "valid_next": sizes.valid_next}
     intermediate = 0.0
     if config.cpd_mu > 0:
@@ -76,7 +82,9 @@ def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) ->
 
 
 def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, int | None], float]:
-    """`training_cost` of every training of the run, by (method, seed), where it is known."""
+    """`training_cost` of every training of the
+    run, by (method, seed), where it is known.
+    """
     sizes = ScopeSizes.of(artifacts)
     costs = {
         (method, seed): training_cost(config, artifacts, sizes, method, seed)
@@ -89,11 +97,12 @@ def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, i
 def training_cost(
     config: Config, artifacts: RunArtifacts, sizes: ScopeSizes, name: str, seed: int
 ) -> float | None:
-    """FLOPs of the finished training of one method and seed, and of those that it stands on.
+    """FLOPs of the finished training of one method
+    and seed, and of those that it stands on.
 
-    It stands on the training of the method that it starts from, and on the forward pass of its
-    reference. The collaborative model's training is no part of it. None where the curves that
-    count the tokens were deleted.
+    It stands on the training of the method that it starts from, and on the
+    forward pass of its reference. The collaborative model's training is no
+    part of it. None where the curves that count the tokens were deleted.
     """
     method, folder = get_method(name), artifacts.folders.training(name, seed)
     model = read_json_object(folder / RESULT)["model"]

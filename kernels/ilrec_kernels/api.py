@@ -32,7 +32,9 @@ Result = TypeVar("Result")
 
 
 def _outside_compiled_graphs(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let torch.compile break its graph at the call; torch's own decorator is untyped."""
+    """Let torch.compile break its graph at the
+    call; torch's own decorator is untyped.
+    """
     disabled = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     return cast(Callable[Arguments, Result], disabled)
 
@@ -58,34 +60,34 @@ def cross_layer_loss(
 
     final_hidden    [N, d] n^L, after the final norm; fp32, bf16, fp16 or fp64
     layer_hidden    m tensors [N, d], n^{L−1} … n^{L−m}
-    head_weight     [≥ stop − start, d] this rank's rows of the head; with tied embeddings
-                    simply the embedding's weight
+    head_weight     [≥ stop − start, d] this rank's rows of the head; with tied
+                    embeddings simply the embedding's weight
     targets         int64 [N] global token ids
     candidates      the valid_next lists; needed by a valid_next scope and by λ > 0
     rewards         [nnz], aligned with candidates.tokens; needed by λ > 0
     vocab           the global tokens [start, stop) that head_weight's rows stand for;
                     uneven and empty shards are fine. None: all of them
-    loss_scale      multiplies the sum over rows (for a mean over the whole optimizer step:
-                    1 / its number of rows)
-    trainable_rows  global tokens whose head rows get a gradient, a range or an ascending
-                    int64 tensor; the other rows' is 0. None: all
-    trained_rows    [R, d] the rows of head_weight in the range trainable_rows, as a tensor of
-                    its own that gets their gradient in place of head_weight, so that none
-                    of the head's size is made. R may exceed this rank's number of such
-                    rows; the further ones are not read
-    tp_group        the ranks that hold the shards, in token order; hidden rows, targets,
-                    candidates and rewards are the same on each
+    loss_scale      multiplies the sum over rows (for a mean over the whole optimizer
+                    step: 1 / its number of rows)
+    trainable_rows  global tokens whose head rows get a gradient, a range or an
+                    ascending int64 tensor; the other rows' is 0. None: all
+    trained_rows    [R, d] the rows of head_weight in the range trainable_rows, as a
+                    tensor of its own that gets their gradient in place of head_weight,
+                    so that none of the head's size is made. R may exceed this rank's
+                    number of such rows; the further ones are not read
+    tp_group        the ranks that hold the shards, in token order; hidden rows,
+                    targets, candidates and rewards are the same on each
     reduction       "sum": loss_scale · Σ; "mean": the same divided by N; "none":
                     loss_scale · each row's loss [N]
 
-    Hidden gradients are summed over tp_group, so they are the whole gradient and identical
-    on each rank; the head's gradient is the shard's. Logits, normalisers and the head's
-    gradient are fp32 (fp64 for fp64 inputs), also under autocast. On a GPU the factors of
-    the products have the head's dtype, so hidden rows in fp32 are rounded to bf16 for a
-    bf16 head; a CPU with bf16 products does the same in the gradients' two products. For
-    "sum" and "mean" gradients are made in forward and multiplied by the upstream gradient
-    in backward; for "none" they are made in backward. Under no_grad only the loss is
-    computed.
+    Hidden gradients are summed over tp_group, so they are the whole gradient and
+    identical on each rank; the head's gradient is the shard's. Logits, normalisers and
+    the head's gradient are fp32 (fp64 for fp64 inputs), also under autocast. On a GPU
+    the factors of the products have the head's dtype, so hidden rows in fp32 are
+    rounded to bf16 for a bf16 head; a CPU with bf16 products does the same in the
+    gradients' two products. For "sum" and "mean" gradients are made in forward and
+    multiplied by the upstream gradient in backward; for "none" they are made in
+    backward. Under no_grad only the loss is computed.
 
     Raises ValueError, naming the argument, for shapes, dtypes and scopes that do not go
     together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side
@@ -155,9 +157,11 @@ class _Call:
     def compute(
         self, hidden: Sequence[Tensor], head: Tensor, row_scale: Tensor, wanted: Sequence[bool]
     ) -> tuple[RowStats, list[Tensor | None]]:
-        """Return statistics and the wanted gradients, hidden streams first, the head last.
+        """Return statistics and the wanted gradients,
+        hidden streams first, the head last.
 
-        `hidden` and `head`, or its trained rows, are the tensors that autograd hands over.
+        `hidden` and `head`, or its trained rows, are the tensors that autograd hands
+        over.
         """
         p = replace(self.problem, hidden=tuple(hidden))
         columns = p.trainable

@@ -54,11 +54,13 @@ class Chunk:
     y              the target's local column; 0 where another rank owns it
     owned          this rank owns the target
     row            0 … n − 1
-    entries        the rows' lists over the whole vocabulary; empty where none are needed
+    entries        the rows' lists over the whole vocabulary; empty where none are
+                   needed
     local_entries  those of this rank's shard
     ensemble_bound z̄(y) as known to all ranks before the chunk's own logits, for a
                    pre-filter; None: the chunk's own z̄(y) is exact here
-    candidates     set by the source that proposes negatives, before the others' statistics
+    candidates     set by the source that proposes negatives, before the others'
+                   statistics
     """
 
     begin: int

@@ -1,4 +1,6 @@
-"""Evaluation over users: batches, process layouts, predictions as a file, empty lists."""
+"""Evaluation over users: batches, process
+layouts, predictions as a file, empty lists.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Candidates of a fusion: their union, exact scores by every source, and the fused lists."""
+"""Candidates of a fusion: their union, exact
+scores by every source, and the fused lists.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""GRU4Rec and Caser: their formulas written again, what they may see, and that they learn."""
+"""GRU4Rec and Caser: their formulas written
+again, what they may see, and that they learn.
+"""
 
 from __future__ import annotations
 

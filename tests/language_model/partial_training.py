@@ -27,7 +27,9 @@ def train(
     stop_after: int | None = None,
     least_padding: float = packing.LEAST_PADDING,
 ) -> dict[str, int]:
-    """Train with cross-entropy; the number of the decoder's values that were changed, by name."""
+    """Train with cross-entropy; the number of the
+    decoder's values that were changed, by name.
+    """
 
     def stop(step: int) -> None:
         if stop_after is not None and step >= stop_after:

@@ -1,4 +1,6 @@
-"""What ships for language models: configurations that fit their models, and `make llm` in small."""
+"""What ships for language models: configurations
+that fit their models, and `make llm` in small.
+"""
 
 from __future__ import annotations
 

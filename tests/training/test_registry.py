@@ -1,4 +1,6 @@
-"""Methods are a table: one that is registered is trained, evaluated, reported and served."""
+"""Methods are a table: one that is registered
+is trained, evaluated, reported and served.
+"""
 
 import json
 import os

@@ -3,8 +3,8 @@
 The cost is in proportion to the lists. Rows with the same list form a group: one dense
 product with the group's rows of the head (at a semantic-ID trie's root every row is in
 one group). Groups of about the same shape are padded together and run as one batched
-product, so that a thousand short lists are a few calls; a group too large for the budget
-is cut into several.
+product, so that a thousand short lists are a few calls; a group too large for the
+budget is cut into several.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Bucket:
 class RaggedGemm:
     """The head at entries (row [P], local column [P]), rows ascending.
 
-    Rows marked in `skip` [n] are left out: logits 0, no gradient. There are S streams of
-    d columns; `budget` bytes bound the temporaries. Buckets lie one after the other in
-    flat buffers; what goes in or out of these is looked up in one go.
+    Rows marked in `skip` [n] are left out: logits 0, no gradient. There are S
+    streams of d columns; `budget` bytes bound the temporaries. Buckets lie one after
+    the other in flat buffers; what goes in or out of these is looked up in one go.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ def _buckets(
 def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Tensor:
     """Return ids [n] that are equal only for rows whose lists are equal.
 
-    A 62-bit hash finds equal lists; a comparison with the group's first row confirms it.
+    A 62-bit hash finds equal lists; a comparison
+    with the group's first row confirms it.
     """
     n, device = length.numel(), row.device
     distinct = int(column.max()) + 1

@@ -2,9 +2,9 @@
 
 They are made once for the statistics and once for the gradients. This serves a
 vocabulary so large, or a workspace so small, that regime T's chunks would be a few
-hundred rows: there the products would be bound by reading the head again for every chunk.
-Here thousands of rows meet a slice of the head at once, and each chunk writes each slice
-of the head's gradient once.
+hundred rows: there the products would be bound by reading the head again for every
+chunk. Here thousands of rows meet a slice of the head at once, and each chunk writes
+each slice of the head's gradient once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class VocabSlices:
     def _slices(self, chunk: Chunk, accept: CandidateFilter | None) -> Iterator[Slice]:
         """Yield all slices, ascending, one after the other in the same memory.
 
-        The layers' logits are made where they are distilled, or where `accept` needs them.
+        The layers' logits are made where they are
+        distilled, or where `accept` needs them.
         """
         p, plan, n, width = self.p, self.plan, chunk.n, self.plan.slice_columns
         c, first = len(plan.final), plan.final.columns.start

@@ -29,8 +29,8 @@ def add_gradients(
 ) -> None:
     """Add the chunk's gradients to `out`.
 
-    The hidden rows' gradient is summed over ranks while the products with the hidden rows
-    run.
+    The hidden rows' gradient is summed over ranks
+    while the products with the hidden rows run.
     """
     scale = out.scale[chunk.begin : chunk.end].to(p.dtype)
     factors = row_factors(p, plan, chunk, merged, scale)

@@ -53,7 +53,8 @@ def _stacked(plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor) -> Tens
     """Return all streams' gradients as one matrix [S·n, c], where they lie so in
     memory.
 
-    The layers' columns outside the distill scope become 0; that pays where they are few.
+    The layers' columns outside the distill scope
+    become 0; that pays where they are few.
     """
     if not (plan.softmax.is_dense and len(students) and plan.one_product):
         return None
