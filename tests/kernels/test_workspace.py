@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.kernels.cases import Case, make_case, run_case
 
+pytestmark = pytest.mark.slow
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made inside: the `largest`, and the `peak` of all.
@@ -158,7 +160,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.slow
 def test_resident_memory():
     """Three streams' logits would be 469 MiB.
 
