@@ -193,5 +193,7 @@ def section_from_dict(cls: type[T], tree: dict[str, Any]) -> T:
 
 @cache
 def _adapter(cls: Any) -> TypeAdapter[Any]:
-    """What checks a section; to build it for the whole tree takes a fifth of a second."""
+    """What checks a section; to build it for
+    the whole tree takes a fifth of a second.
+    """
     return TypeAdapter(cls)

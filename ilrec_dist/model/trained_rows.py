@@ -70,15 +70,29 @@ class TrainedRows(nn.Module):
         )
         return whole
 
+    @property
+    def head_rows(self) -> nn.Parameter:
+        """The rows of the head: those of the embedding where they are tied."""
+        rows: nn.Parameter = self.weights[HEAD if HEAD in self.weights else EMBEDDING]
+        return rows
+
     def head(self, table: Tensor) -> Tensor:
-        """The head's table [V_local, d], whose
-        gradient reaches the rows, and it if it trains.
+        """The head's table [V_local, d], whose gradient reaches the rows and the table.
+
+        A frozen table comes without a gradient: that of the rows is asked for apart.
         """
-        rows = self.weights[HEAD if HEAD in self.weights else EMBEDDING]
+        if not table.requires_grad:
+            self._copy_into(table, self.head_rows)
+            return table.detach()
         through: Tensor = _TableWithRows.apply(  # type: ignore[no-untyped-call]
-            rows, table, self.low, self.high
+            self.head_rows, table, self.low, self.high
         )
         return through
+
+    def _copy_into(self, table: Tensor, rows: Tensor) -> None:
+        # Through `data`, because autograd would take the copy for a change of what an earlier
+        # call's graph still needs, though the values are the same until the optimizer's step.
+        table.data[self.low : self.high] = rows.detach()[: self.high - self.low]
 
     @torch.no_grad()
     def write_to(self, tables: Mapping[str, Tensor]) -> None:
@@ -101,18 +115,15 @@ class _TableWithRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         ctx.low, ctx.high, ctx.num_rows = low, high, len(rows)
-        # Through `data`, because autograd would take the copy for a change of what an earlier
-        # call's graph still needs, though the values are the same until the optimizer's step.
+        # As in TrainedRows._copy_into.
         table.data[low:high] = rows[: high - low]
         return table.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         of_rows = grad.new_zeros(ctx.num_rows, grad.shape[1])
         of_rows[: ctx.high - ctx.low] = grad[ctx.low : ctx.high]
-        of_table = None
-        if ctx.needs_input_grad[1]:
-            of_table = grad.clone()
-            of_table[ctx.low : ctx.high] = 0
+        of_table = grad.clone()
+        of_table[ctx.low : ctx.high] = 0
         return of_rows, of_table, None, None

@@ -192,6 +192,7 @@ class CrossLayerObjective(Objective):
             vocab=self.backbone.vocab_range,
             loss_scale=loss_scale,
             trainable_rows=self.backbone.trainable_head_rows,
+            trained_rows=self.backbone.trained_head_rows,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
         )
         return output

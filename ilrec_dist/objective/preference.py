@@ -171,6 +171,7 @@ class PreferenceObjective(Objective):
             self.options,
             vocab=self.backbone.vocab_range,
             trainable_rows=self.backbone.trainable_head_rows,
+            trained_rows=self.backbone.trained_head_rows,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
             reduction="none",
         ).loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.config import BackboneConfig
-from ilrec_dist.model.flops import Work, forward_flops, training_flops
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
+from ilrec_dist.model.flops import Trained, Work, forward_flops, training_flops
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
@@ -103,8 +105,9 @@ def training_cost(
     part of it. None where the curves that count the tokens were deleted.
     """
     method, folder = get_method(name), artifacts.folders.training(name, seed)
-    result = read_json_object(folder / RESULT)
-    backbone = section_from_dict(BackboneConfig, result["model"]["backbone"])
+    model = read_json_object(folder / RESULT)["model"]
+    backbone = section_from_dict(BackboneConfig, model["backbone"])
+    trained = trained_parts(model, artifacts)
     columns = head_columns(method.objective(config.objective), backbone.num_layers, sizes)
     lines = [line for line in read_metrics(folder) if "tokens" in line]
     if not lines:
@@ -113,13 +116,24 @@ def training_cost(
     epochs = lines[-1]["epoch"]
     # A token of a sequence attends to half of it on average.
     work = Work(tokens, tokens / (epoch_samples(config, artifacts) * epochs) / 2, rows)
-    cost = training_flops(backbone, work, columns)
+    cost = training_flops(backbone, work, columns, trained)
     if method.needs_reference:
         # Each round of self-play has a reference of its own.
         self_play = method.samples == "self_play_pairs"
         passes = method.preference(config.preference).rounds if self_play else 1
-        cost += passes * forward_flops(backbone, work, columns) / epochs
+        cost += passes * forward_flops(backbone, work, columns, trained.lora) / epochs
     if method.starts_from is not None:
         start = training_cost(config, artifacts, sizes, method.starts_from, seed)
         return None if start is None else cost + start
     return cost
+
+
+def trained_parts(model: Mapping[str, Any], artifacts: RunArtifacts) -> Trained:
+    """What a training trained, from the entry "model" of its result."""
+    trainable = model.get("trainable", "full")
+    first, last = artifacts.catalogue.vocabulary.added_tokens
+    return Trained(
+        all_weights=trainable == "full",
+        lora=section_from_dict(LoraConfig, model["lora"]) if "lora" in model else None,
+        new_rows=last - first if trainable.endswith("new_rows") else 0,
+    )

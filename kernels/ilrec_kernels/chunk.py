@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ilrec_kernels.layout.candidate_entries import CandidateEntries
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.plan import Plan
 from ilrec_kernels.problem import DenseSource, Problem
 from ilrec_kernels.steps.softmax_stats import RankStats
@@ -108,12 +109,11 @@ class Factors:
 class Gradients:
     """Where a call's gradients go; None where none is wanted.
 
-    The head's gradient is fp32 (fp64 for fp64
-    inputs); `scale` [N] multiplies each row's loss.
+    `scale` [N] multiplies each row's loss.
     """
 
     hidden: list[Tensor | None]
-    head: Tensor | None
+    head: HeadGradient | None
     scale: Tensor
 
 
@@ -124,4 +124,4 @@ class ChunkGradients:
     """
 
     hidden: Tensor  # [S, n, d]
-    head: Tensor | None
+    head: HeadGradient | None

@@ -1,8 +1,9 @@
 """No damage to a file of a finished run gives another answer.
 
-A command either refuses the damaged file by name, or does not read it. An audit hook notes which
-files of the run a command opens. Each of these is damaged on its own, by a flipped bit that leaves
-its size and time, and by its second half cut off. All others are damaged together.
+A command either refuses the damaged file by name, or does not read it. An audit hook
+notes which files of the run a command opens. Each of these is damaged on its own, by a
+flipped bit that leaves its size and time, and by its second half cut off. All others
+are damaged together.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _command(root: Path, *words: str) -> str:
 
 
 def _evaluate(root: Path) -> str:
-    """The results without the times; that the report comes of them is the command's work too.
+    """The results without the times; that the
+    report comes of them is the command's work too.
 
     Where the stage would be made again because of the damage, that counts as a refusal.
     """

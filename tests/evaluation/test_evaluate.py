@@ -34,6 +34,8 @@ from tests.inference.toy import (
     toy_data,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def evaluate(
     mesh: Mesh, config: EvaluationConfig, scope: str, tied: bool, split: str = "test"

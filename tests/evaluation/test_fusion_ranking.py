@@ -33,6 +33,8 @@ from tests.inference.toy import (
     toy_data,
 )
 
+pytestmark = pytest.mark.slow
+
 CANDIDATES, USERS = 4, np.arange(12)
 
 

@@ -17,6 +17,8 @@ from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.evaluation.baselines.fit import load_baseline, sequence_scores, train_baseline
 from ilrec_dist.evaluation.baselines.sequence_models import MODELS, Caser, GRU4Rec
 
+pytestmark = pytest.mark.slow
+
 ITEMS, USERS, D = 12, 4, 8
 
 

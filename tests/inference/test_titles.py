@@ -20,6 +20,8 @@ from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
 from tests.inference.toy import TIED, UNTIED
 
+pytestmark = pytest.mark.slow
+
 COUNT, PIECES, DEPTH = 40, 7, 6
 # The token id of the end.
 END = 1

@@ -86,6 +86,7 @@ def gradients(mesh: Mesh, tree: dict[str, Any], trainable: str) -> dict[str, tor
             loss_options(objective, catalogue.vocab_size, catalogue.used_tokens()),
             vocab=backbone.vocab_range,
             trainable_rows=backbone.trainable_head_rows,
+            trained_rows=backbone.trained_head_rows,
             tp_group=mesh.tp_group if mesh.tp > 1 else None,
         ).loss.backward()
         low, high = (

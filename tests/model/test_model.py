@@ -17,6 +17,8 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(num_layers=3, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.2)
 GPT2 = BackboneConfig(**SMALL)
 LLAMA = BackboneConfig(

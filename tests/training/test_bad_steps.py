@@ -23,6 +23,8 @@ from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import Trainer
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 BAD = (3, 4)
 
 

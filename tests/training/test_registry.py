@@ -22,6 +22,8 @@ from ilrec_dist.objective.registry import METHODS, Method, default_method, get_m
 from ilrec_dist.pipeline.stages.train import training_stages
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 # Every process of a run imports sitecustomize at its start, so that all know the method, as if
 # the table itself had it.
 REGISTER = """

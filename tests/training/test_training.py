@@ -27,6 +27,8 @@ from ilrec_dist.training import checkpoint
 from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 # Each layout is (world size, tp, accumulation).
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
 

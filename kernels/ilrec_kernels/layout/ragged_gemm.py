@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.layout.segments import add_rows, row_counts, segment_sum
 
 
@@ -77,10 +78,9 @@ class RaggedGemm:
         hidden: Tensor,
         head: Tensor,
         hidden_grad: Tensor,
-        head_grad: Tensor | None,
+        head_grad: HeadGradient | None,
     ) -> None:
-        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad
-        [V_local, d].
+        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad.
 
         `grad` holds S tensors [P].
         """
@@ -97,7 +97,7 @@ class RaggedGemm:
             add_rows(hidden_grad.view(s * n, d), index.flatten(), dx.view(-1, d))
             if head_grad is not None:
                 dw = torch.bmm(dz.transpose(1, 2), self._rows(bucket, hidden, dz.dtype))
-                add_rows(head_grad, bucket.tokens.flatten(), dw.flatten(0, 1))
+                head_grad.add(bucket.tokens.flatten(), dw.flatten(0, 1))
 
     def _parts(self) -> Iterator[tuple[Bucket, slice]]:
         """Yield the buckets and where they lie in a flat buffer."""

@@ -115,8 +115,11 @@ class VocabSlices:
             hidden = gradients.hidden[:streams].flatten(0, 1)
             hidden_gradient(stacked, p.head, s.columns, hidden, plan.block, accumulate=True)
             if gradients.head is not None:
-                head = gradients.head[s.columns.start : s.columns.stop]
-                weight_gradient(stacked, s.x, p.head, head, plan.block)
+                first, last = gradients.head.overlap(s.columns.start, s.columns.stop)
+                if first < last:
+                    part = stacked[:, first - s.columns.start : last - s.columns.start]
+                    head = gradients.head.range(first, last)
+                    weight_gradient(part, s.x, p.head, head, plan.block)
         return []
 
     def _slices(self, chunk: Chunk, accept: CandidateFilter | None) -> Iterator[Slice]:
