@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
+# Tests run in as many processes as there are cores, up to eight.
+SPREAD := -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart llm results test test-fast lint launchers format clean
@@ -50,10 +52,10 @@ llm: $(STAMP)
 	$(BIN)/python examples/recommend_with_transformers.py runs/llm-exported
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=5
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5 $(SPREAD)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

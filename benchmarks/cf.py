@@ -2,10 +2,10 @@
 
     python benchmarks/cf.py [--quick] [--json FILE] [--items 2000000] [--parts 1 2 4]
 
-Trains one full-softmax SASRec (64 wide, two layers) on random histories for a few steps, with its
-item table whole and in parts, each in a process of one thread over gloo. It prints the seconds of
-a step, validation and writing left out, and the most memory that a process took beyond what it
-began with.
+Trains one full-softmax SASRec (64 wide, two layers) on random histories for a few
+steps, with its item table whole and in parts, each in a process of one thread over
+gloo. It prints the seconds of a step, validation and writing left out, and the most
+memory that a process took beyond what it began with.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/cluster.py [--quick] [--json FILE]
 
-Real steps in two processes, tp 1 × dp 2 and tp 2 × dp 1, of decoders of three sizes: the bytes of
-weights, gradients, optimizer state and activations beside the plan's (at most 10 % apart), and the
-bytes of the collectives (equal). All are bytes of tensors, so another machine gives the same.
+Real steps in two processes, tp 1 × dp 2 and tp 2 × dp 1, of decoders of three sizes:
+the bytes of weights, gradients, optimizer state and activations beside the plan's (at
+most 10 % apart), and the bytes of the collectives (equal). All are bytes of tensors, so
+another machine gives the same.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python benchmarks/digests.py [--quick] [--quickstart] [--json FILE]
 
-Run it on each commit and `diff` the two files. Printed are SHA-256 digests of everything that a
-refactoring must leave alone: the operator's losses, gradients and statistics on the tests' kind of
-cases, the final weights of small SFT and ILRec trainings at tp = 1 and tp = 2, and the token
-rewards that those trainings read. `--quickstart` adds the results of `configs/quickstart.yaml`, to
-the last digit. Digests are comparable on one machine only: another CPU multiplies matrices in
-another order.
+Run it on each commit and `diff` the two files. Printed are SHA-256 digests of
+everything that a refactoring must leave alone: the operator's losses, gradients and
+statistics on the tests' kind of cases, the final weights of small SFT and ILRec
+trainings at tp = 1 and tp = 2, and the token rewards that those trainings read.
+`--quickstart` adds the results of `configs/quickstart.yaml`, to the last digit. Digests
+are comparable on one machine only: another CPU multiplies matrices in another order.
 """
 
 from __future__ import annotations

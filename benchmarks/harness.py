@@ -1,7 +1,8 @@
 """What the benchmarks share: the command line, the machine's description, worker
 processes, memory.
 
-Nothing but the standard library and torch is imported, so that `gpu.py` runs without installation.
+Nothing but the standard library and torch is
+imported, so that `gpu.py` runs without installation.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ def worker_group(
 ) -> Iterator[Callable[[], Any]]:
     """Start `worker(rank, *arguments, port, queue)` in `world_size` processes.
 
-    Gives a function that returns the next object put into the queue, and raises what a worker
-    raised. The processes are waited for at the end.
+    Gives a function that returns the next object put into the queue, and
+    raises what a worker raised. The processes are waited for at the end.
     """
     queue = mp.get_context("spawn").SimpleQueue()
     context = mp.spawn(  # type: ignore[no-untyped-call]

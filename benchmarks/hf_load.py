@@ -2,10 +2,10 @@
 
     python benchmarks/hf_load.py [--quick] [--json FILE] [--tp 4]
 
-Writes a random checkpoint of the Llama family (1 billion parameters in bf16, untied), loads it in
-fp32 with --tp processes, saves it again, and compares every rank's peak with its shard. A process's
-peak is the kernel's VmHWM, which counts mapped pages of the files too; libraries are what a rank
-has before it builds the backbone.
+Writes a random checkpoint of the Llama family (1 billion parameters in bf16, untied),
+loads it in fp32 with --tp processes, saves it again, and compares every rank's peak
+with its shard. A process's peak is the kernel's VmHWM, which counts mapped pages of the
+files too; libraries are what a rank has before it builds the backbone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """How long does an index take, and how small and fast is its trie?
 
-    python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
+python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
 
-Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped from a file as those
-of the CF model are) become 4 × 256 codes by residual quantisation, collisions are repaired, and
-catalogue, report and index.json are written: all that `ilrec index build` does with CF vectors.
-Trie: random tuples of 4 × 256 codes; bytes of the trie's own arrays, and the next-token candidates
-(CSR) of 20,000 random prefixes at each depth, the median of 9 calls. Each part runs in a process of
-its own, for its peak of memory (without mapped files).
+Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped from a
+file as those of the CF model are) become 4 × 256 codes by residual quantisation,
+collisions are repaired, and catalogue, report and index.json are written: all that
+`ilrec index build` does with CF vectors. Trie: random tuples of 4 × 256 codes; bytes of
+the trie's own arrays, and the next-token candidates (CSR) of 20,000 random prefixes at
+each depth, the median of 9 calls. Each part runs in a process of its own, for its peak
+of memory (without mapped files).
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/layouts.py configs/instruments-small.yaml [--quick] [--steps 50]
 
-The same weights and batches go through tp = 1 and tp = 2, one optimizer step after the other.
-Printed are the largest difference of a step's loss and the share of rows whose set of negatives H
-is the same. The run's prepare, index and cf stages must be done (`ilrec cf CONFIG`).
+The same weights and batches go through tp = 1 and tp = 2, one optimizer step after the
+other. Printed are the largest difference of a step's loss and the share of rows whose
+set of negatives H is the same. The run's prepare, index and cf stages must be done
+(`ilrec cf CONFIG`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from ilrec_dist.training.schedule import learning_rate
 
 
 def train_layout(config: Config, tp: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(loss of each step, fingerprint of every row's H) in a layout of `tp` processes."""
+    """(loss of each step, fingerprint of every
+    row's H) in a layout of `tp` processes.
+    """
     with worker_group(worker, tp, (config_to_dict(config), tp, steps)) as receive:
         answers = [receive() for _ in range(steps)]
     losses, keys = zip(*answers, strict=True)
@@ -50,7 +53,9 @@ def train_layout(config: Config, tp: int, steps: int) -> tuple[np.ndarray, np.nd
 
 
 def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queue: Any) -> None:
-    """Train one rank of a layout; rank 0 puts (loss, keys of the negatives) of each step."""
+    """Train one rank of a layout; rank 0 puts
+    (loss, keys of the negatives) of each step.
+    """
     set_rank(rank, tp, port)
     quiet()
     config = config_from_dict(tree)

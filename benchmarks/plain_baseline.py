@@ -1,11 +1,12 @@
 """A plain single-process decoder over semantic IDs checks the system's numbers and its
 speed.
 
-    OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py --data PATH/instruments --epochs 15
+OMP_NUM_THREADS=1 python benchmarks/plain_baseline.py
+--data PATH/instruments --epochs 15
 
-Nothing of `ilrec_dist` is used: it reads the LC-Rec triple, trains a pre-norm GPT-2 on every item
-after a user's first, and decodes with a constrained beam search, so that an error in the system
-cannot hide in the check.
+Nothing of `ilrec_dist` is used: it reads the LC-Rec triple, trains a pre-norm
+GPT-2 on every item after a user's first, and decodes with a constrained beam
+search, so that an error in the system cannot hide in the check.
 """
 
 from __future__ import annotations
@@ -231,8 +232,8 @@ def beam_search(
 ) -> Tensor:
     """Histories of one length, int64 [B, h] -> leaf nodes int64 [B, beam], best first.
 
-    They are -1 where fewer exist. `seen` (per user, item ids) removes those items: a node is closed
-    once all its items are seen.
+    They are -1 where fewer exist. `seen` (per user, item ids) removes
+    those items: a node is closed once all its items are seen.
     """
     users, depth = len(histories), data.tokens.shape[1]
     closed = torch.zeros(users, len(data.child), dtype=torch.bool)

@@ -2,12 +2,13 @@
 
     python benchmarks/prepare.py [--quick] [--rows N] [--format parquet] [--json FILE]
 
-Rows are drawn (10 a user, 100 an item, items by popularity, times in no order) and written as
-Parquet, CSV, or Parquet whose ids are text; then `prepare` runs on the file in a process of its
-own: read, k-core (5, 5), sort, split, write. Rate: rows of the file per second of that run, hashing
-of the files included. The last two rows hold users and items fixed (one hundredth and one
-thousandth of --rows) while the interactions grow tenfold. The temporary folder (--folder; about
-10 GB for 10⁸ rows) is deleted at the end.
+Rows are drawn (10 a user, 100 an item, items by popularity, times in no order) and
+written as Parquet, CSV, or Parquet whose ids are text; then `prepare` runs on the file
+in a process of its own: read, k-core (5, 5), sort, split, write. Rate: rows of the file
+per second of that run, hashing of the files included. The last two rows hold users and
+items fixed (one hundredth and one thousandth of --rows) while the interactions grow
+tenfold. The temporary folder (--folder; about 10 GB for 10⁸ rows) is deleted at the
+end.
 """
 
 from __future__ import annotations

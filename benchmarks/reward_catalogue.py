@@ -3,8 +3,8 @@ token rewards.
 
     python benchmarks/reward_catalogue.py FOLDER ITEMS USERS
 
-Item vectors are sums of code vectors, as residual quantisation would recover them, and noise;
-histories stay near a code.
+Item vectors are sums of code vectors, as residual quantisation
+would recover them, and noise; histories stay near a code.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def draw_in_own_process(
 class UnstoredRewards(TokenRewards):
     """Every target's rewards are computed when they are asked for.
 
-    An actor does not begin to compute those of all training targets beside the measurement.
+    An actor does not begin to compute those of
+    all training targets beside the measurement.
     """
 
     def fetch(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -1,17 +1,17 @@
 """How fast and how exact are token rewards as the catalogue grows?
 
-    python benchmarks/rewards.py [--quick] [--json FILE] [--items 10000 1000000 10000000]
-    python benchmarks/rewards.py --epoch [--json FILE]
+python benchmarks/rewards.py [--quick] [--json FILE] [--items 10000
+1000000 10000000] python benchmarks/rewards.py --epoch [--json FILE]
 
-Every target has a history of its own and is asked for once, and nothing is stored. Rates are of
-all code levels, through the Ray service with the client's side included, and in this process.
-Total variation is that of the first-code rewards from a brute-force sum over the catalogue in
-fp64. `reward_catalogue.py` draws the catalogues.
+Every target has a history of its own and is asked for once, and nothing is stored.
+Rates are of all code levels, through the Ray service with the client's side included,
+and in this process. Total variation is that of the first-code rewards from a
+brute-force sum over the catalogue in fp64. `reward_catalogue.py` draws the catalogues.
 
-With --epoch the quickstart's ILRec epochs with the service are compared with the same epochs with
-rewards that were computed before and are read from disk. All of the quickstart's epochs are run:
-the service computes that small data set's rewards once, beside the first of them, and that time
-counts.
+With --epoch the quickstart's ILRec epochs with the service are compared with the same
+epochs with rewards that were computed before and are read from disk. All of the
+quickstart's epochs are run: the service computes that small data set's rewards once,
+beside the first of them, and that time counts.
 """
 
 from __future__ import annotations
@@ -184,9 +184,9 @@ def through_the_service(
 def measure_epoch() -> dict[str, Any]:
     """The seconds that an epoch of the quickstart's ILRec training takes.
 
-    It is the mean over all its epochs, without the first WARM_STEPS steps but for what these waited
-    for rewards. The service computes the small data set's rewards once, in the first epoch, on the
-    cores that train.
+    It is the mean over all its epochs, without the first WARM_STEPS steps
+    but for what these waited for rewards. The service computes the small
+    data set's rewards once, in the first epoch, on the cores that train.
     """
     # The configuration loads Megatron, which the peak of serving in this process is without.
     from ilrec_dist.config.load import load_config

@@ -2,11 +2,12 @@
 
     python benchmarks/scaling.py [--quick] [--json FILE]
 
-Fits the plan's constants on 10⁴, 10⁵ and 10⁶ items, predicts 10⁷, measures 10⁷ and prints the
-error of each prediction (at most 25 %): the memory of a process that serves rewards (anonymous,
-without mapped files), the bytes on disk, and the CPU time of a target's rewards. Catalogues and
-histories are those of `rewards.py`; every size runs in a process of its own, with one thread. The
-smaller sizes are measured with two limits of what is scanned, since 10⁷ estimates what they scan.
+Fits the plan's constants on 10⁴, 10⁵ and 10⁶ items, predicts 10⁷, measures 10⁷ and
+prints the error of each prediction (at most 25 %): the memory of a process that serves
+rewards (anonymous, without mapped files), the bytes on disk, and the CPU time of a
+target's rewards. Catalogues and histories are those of `rewards.py`; every size runs in
+a process of its own, with one thread. The smaller sizes are measured with two limits of
+what is scanned, since 10⁷ estimates what they scan.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ COSTS = (
 def work(items: int, prefix_items: int, width: int) -> list[float]:
     """What a target's rewards cost, as a count for each of COSTS.
 
-    The target itself; items scanned below its prefix; 1 where a long prefix is estimated; codes
-    that the index looks through; and the orders of magnitude of the catalogue over the smallest, as
-    each reach into a larger memory takes longer.
+    The target itself; items scanned below its prefix; 1 where a long prefix is
+    estimated; codes that the index looks through; and the orders of magnitude of the
+    catalogue over the smallest, as each reach into a larger memory takes longer.
     """
     below = items * first_code_shares()
     long = below > prefix_items
@@ -90,7 +91,8 @@ def work(items: int, prefix_items: int, width: int) -> list[float]:
 def moment_cells(items: int, prefix_items: int) -> int:
     """Cells whose moments are stored.
 
-    They are all first codes, and the children of those with more than `prefix_items` items.
+    They are all first codes, and the children of
+    those with more than `prefix_items` items.
     """
     split = int((items * first_code_shares() > prefix_items).sum())
     return int(CODES * (1 + split))

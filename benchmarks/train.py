@@ -2,12 +2,13 @@
 
     python benchmarks/train.py [CONFIG] [--quick] [--json FILE]
 
-The real training path (backbone, loss operator, engine, prefetched batches, in-process rewards)
-runs over a drawn catalogue with random weights, where the negatives are as many as they can be.
-Without a CONFIG two shapes are measured: a small recommender, whose vocabulary is its item tokens,
-and an LLM-like one, whose item tokens are few against its vocabulary. "multiplications" is what
-ILRec's step must multiply over what SFT's must: no implementation of the method can be below it
-where products bound the step.
+The real training path (backbone, loss operator, engine, prefetched batches, in-process
+rewards) runs over a drawn catalogue with random weights, where the negatives are as
+many as they can be. Without a CONFIG two shapes are measured: a small recommender,
+whose vocabulary is its item tokens, and an LLM-like one, whose item tokens are few
+against its vocabulary. "multiplications" is what ILRec's step must multiply over what
+SFT's must: no implementation of the method can be below it where products bound the
+step.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ Step = dict[str, float]
 class Clock:
     """Seconds of a step by part.
 
-    Time spent waiting in collectives counts as communication, not as the part it falls in.
+    Time spent waiting in collectives counts as
+    communication, not as the part it falls in.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -138,7 +140,9 @@ class Clock:
 
 
 def count_collectives(clock: Clock) -> None:
-    """Make torch.distributed's collectives tell the clock how long their callers waited."""
+    """Make torch.distributed's collectives tell
+    the clock how long their callers waited.
+    """
 
     def timed(call: Any) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -2,9 +2,9 @@
 
     python examples/recommend_with_transformers.py FOLDER [--history ITEM ...] [--top 5]
 
-It needs transformers, torch, numpy and pyarrow, and nothing of this project: the folder brings the
-weights, the tokenizer, the prompt that the model answers, the catalogue, and the constraint that
-keeps `generate` on its items.
+It needs transformers, torch, numpy and pyarrow, and nothing of this project:
+the folder brings the weights, the tokenizer, the prompt that the model
+answers, the catalogue, and the constraint that keeps `generate` on its items.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.folder))
     # The folder's own file.
-    from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
+    from constrained_decoding import ItemLogitsProcessor, ItemTrie
 
     catalogue = pq.read_table(arguments.folder / "catalogue.parquet").to_pylist()
     rows = {row["item"]: row for row in catalogue}
@@ -44,13 +44,17 @@ def main() -> None:
     prompt = tokenizer(text, return_tensors="pt", add_special_tokens=not asked["chat"])
     length, trie = prompt.input_ids.shape[1], ItemTrie(arguments.folder)
     seen = [number for number, row in enumerate(catalogue) if row["item"] in history]
-    beams = AutoModelForCausalLM.from_pretrained(arguments.folder).generate(
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder)
+    num_beams = max(model.generation_config.num_beams, arguments.top)
+    beams = model.generate(
         input_ids=prompt.input_ids,
         attention_mask=prompt.attention_mask,
+        num_beams=num_beams,
         num_return_sequences=arguments.top,
         output_scores=True,
         return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, length, [seen]),
+        logits_processor=[ItemLogitsProcessor(trie, length, num_beams, [seen])],
+        renormalize_logits=False,
     )
     print(text)
     for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
 
@@ -15,12 +17,53 @@ from ilrec_dist.testing.distributed import close_pools
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+# Folders whose tests share what is made once a session, or should not run beside each other: each
+# is the work of one process. Of the other folders each file is. The longest are begun first.
+TOGETHER = {"faults": "cluster", "launch": "cluster"} | {
+    folder: folder for folder in ("cli", "training", "kernels", "cf")
+}
+LONGEST = ("cluster", "study", "training", "kernels", "cli")
+
+
+def group_of(nodeid: str) -> str:
+    """The group of tests that one process of
+    pytest-xdist runs: a folder's, or a file's.
+    """
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return TOGETHER.get(path.partition("/")[0], path)
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Gives each process whole groups."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
+    """Called by pytest-xdist where tests run in several processes."""
+    return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest groups, so that
+    no process waits for another at the end.
+    """
+
+    def place(item: pytest.Item) -> int:
+        group = group_of(item.nodeid).partition("/")[0]
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_a_process() -> Iterator[None]:
     """Compute with one thread, here and in processes started from here.
 
-    OpenMP's threads wait for each other by spinning, which takes several times as long where
-    other processes use the cores too. At the end the processes that run_distributed keeps end.
+    OpenMP's threads wait for each other by spinning, which takes
+    several times as long where other processes use the cores
+    too. At the end the processes that run_distributed keeps end.
     """
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,6 @@
-"""The configuration tree: round trip, overrides, and one clear line for each refusal."""
+"""The configuration tree: round trip,
+overrides, and one clear line for each refusal.
+"""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """A key of the configuration that has no effect beside the others is refused, for every
 key.
 
-The two tables below hold every key of the tree, so that a new key cannot be forgotten: it has an
-effect in every configuration, or it is refused where it has none.
+The two tables below hold every key of the tree, so that a new key cannot be forgotten:
+it has an effect in every configuration, or it is refused where it has none.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.evaluation.predictions import recompute
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
 
 

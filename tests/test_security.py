@@ -1,4 +1,6 @@
-"""docs/security.md, line by line: what comes from strangers is refused or shown, never run."""
+"""docs/security.md, line by line: what comes
+from strangers is refused or shown, never run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`ilrec analyze`: why a method gains or not, as tables, analysis.json and in the report."""
+"""`ilrec analyze`: why a method gains or not,
+as tables, analysis.json and in the report.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.export.hf_model import export_adapter, export_model
+from ilrec_dist.export.hf_model import Decoding, export_adapter, export_model
 from ilrec_dist.export.merge import merge_rounded
 from ilrec_dist.inference.inputs import HistoryRanges
 from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if out.exists():
             raise UserError(f"{out}: already exists; choose a folder to create")
-        items = artifacts.dataset, artifacts.catalogue, artifacts.trie
+        decoding = Decoding(trained.config.evaluation.beam, trained.softmax_scope)
+        items = artifacts.dataset, artifacts.catalogue, artifacts.trie, decoding
         base = trained.config.backbone.from_
         language_model = None if base is None else artifacts.language_model
         if backbone.lora is not None and not arguments.merge:

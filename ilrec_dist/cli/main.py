@@ -20,8 +20,8 @@ GOES_ON = "the same command goes on where it stopped"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0, or 2 with one line on stderr for the user's own errors, 1 when the workers failed or
-    nothing can be written, 130 after Ctrl-C, 143 after SIGTERM.
+    0, or 2 with one line on stderr for the user's own errors, 1 when the workers
+    failed or nothing can be written, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["index"] and words[1:2] and words[1] in INDEX_COMMANDS:
@@ -66,7 +66,9 @@ def _run(words: list[str]) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[list[int]]:
-    """Let SIGTERM end the block as Ctrl-C does; yields a list that then holds the signal."""
+    """Let SIGTERM end the block as Ctrl-C does;
+    yields a list that then holds the signal.
+    """
     signals: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:

@@ -28,7 +28,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser. `call` of what it returns names the function that does the command's work."""
+    """The parser. `call` of what it returns names
+    the function that does the command's work.
+    """
     parser = _Parser(
         prog="ilrec",
         description="Train a language model as a recommender with self-hard negatives (ILRec).",

@@ -14,7 +14,9 @@ from ilrec_dist.plan.workload import DataSizes
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the plan; raise UserError that names the nearest one that fits, if it does not."""
+    """Print the plan; raise UserError that names
+    the nearest one that fits, if it does not.
+    """
     hardware = Hardware(
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,

@@ -36,9 +36,10 @@ def recommend(
 ) -> None:
     """Recommend with the run in folder `run`.
 
-    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users. fusion:
-    what the model is mixed with (see `open_fusion`); None: nothing. Raises UserError for a folder
-    that holds no such trained model or fusion, for bad histories and for an unknown allowed item.
+    Writes Parquet (user, rank, item, title, score) to `out`, or prints the first users.
+    fusion: what the model is mixed with (see `open_fusion`); None: nothing. Raises
+    UserError for a folder that holds no such trained model or fusion, for bad histories
+    and for an unknown allowed item.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(
@@ -87,7 +88,9 @@ def _without_items(recommendations: Recommendations) -> str:
 
 
 def print_recommendations(recommendations: pa.Table) -> None:
-    """Print a table of the first users; titles and ids are shown as they are, with brackets."""
+    """Print a table of the first users; titles
+    and ids are shown as they are, with brackets.
+    """
     users = recommendations.column("user").combine_chunks().dictionary_encode()
     shown = recommendations.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)

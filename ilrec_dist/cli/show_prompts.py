@@ -1,4 +1,6 @@
-"""`ilrec show-prompts`: samples of a training as text and tokens, with the response marked."""
+"""`ilrec show-prompts`: samples of a training
+as text and tokens, with the response marked.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ def run(arguments: argparse.Namespace) -> None:
 def prompt_lines(config: Config, users: int) -> Iterator[str]:
     """The lines that show the last sample of each of the first `users` users.
 
-    As many samples of every other task follow. Reads what the stages prepare and index wrote, and
-    raises UserError where they are not current, where the configuration has no prompts, and where
-    a prompt cannot be written.
+    As many samples of every other task follow. Reads what the stages prepare
+    and index wrote, and raises UserError where they are not current, where
+    the configuration has no prompts, and where a prompt cannot be written.
     """
     if config.prompts.templates is None:
         raise UserError(

@@ -1,4 +1,6 @@
-"""The types of configuration fields, and the decorator that makes a section of the tree."""
+"""The types of configuration fields, and the
+decorator that makes a section of the tree.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ def distinct(values: list[Any]) -> list[Any]:
 class Affects:
     """Metadata of a field: the stages of a run whose outcome depends on it.
 
-    A change of the field runs those stages again. `Affects()` marks a field that changes where,
-    how fast or how visibly the work is done, but no result.
+    A change of the field runs those stages again. `Affects()` marks a field
+    that changes where, how fast or how visibly the work is done, but no result.
     """
 
     def __init__(self, *stages: str) -> None:
@@ -54,11 +56,12 @@ class Affects:
 
 
 class OnlyIf:
-    """Metadata of a field: it has an effect only where `holds(config)`, of the whole tree.
+    """Metadata of a field: it has an effect only
+    where `holds(config)`, of the whole tree.
 
-    `condition` is what the user would have to set, such as "data.split chronological", or a
-    function that says it. A field without an effect that differs from its default is refused
-    when a configuration is loaded.
+    `condition` is what the user would have to set, such as "data.split
+    chronological", or a function that says it. A field without an effect
+    that differs from its default is refused when a configuration is loaded.
     """
 
     def __init__(self, condition: str | Callable[[], str], holds: Callable[[Any], bool]) -> None:
@@ -72,8 +75,8 @@ class OnlyIf:
 def key_of(name: str) -> str:
     """A field's key in YAML, on the command line, in errors and documents.
 
-    It is the field's name without a trailing underscore, which a name has where the key is a
-    word of Python, such as `from_`.
+    It is the field's name without a trailing underscore, which a
+    name has where the key is a word of Python, such as `from_`.
     """
     return name.removesuffix("_")
 
@@ -82,8 +85,8 @@ def key_of(name: str) -> str:
 def section(affects: str | None = None) -> Callable[[type[T]], type[T]]:
     """Make a frozen dataclass of the tree that refuses unknown keys.
 
-    `affects` is the stage whose outcome depends on those fields that say nothing themselves;
-    without it every field says which stages it affects.
+    `affects` is the stage whose outcome depends on those fields that say
+    nothing themselves; without it every field says which stages it affects.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -98,7 +101,9 @@ def section(affects: str | None = None) -> Callable[[type[T]], type[T]]:
 
 
 def stage_settings(config: Any, stage: str) -> dict[str, Any]:
-    """The values of all fields, below a tree or one of its sections, that affect `stage`."""
+    """The values of all fields, below a tree or
+    one of its sections, that affect `stage`.
+    """
     settings: dict[str, Any] = {}
     cls: Any = type(config)
     for field in dataclasses.fields(config):
@@ -119,7 +124,8 @@ def stage_settings(config: Any, stage: str) -> dict[str, Any]:
 def fields_without_effect(config: Any) -> Iterator[tuple[str, str]]:
     """(key, condition) of every field that differs from its default but has no effect.
 
-    `config` is the whole tree. Sections in which a condition of their own field fails count too.
+    `config` is the whole tree. Sections in which a
+    condition of their own field fails count too.
     """
     yield from _without_effect(config, config, "")
 
@@ -170,7 +176,9 @@ def _metadata(cls: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The tree, or one section of it, as plain dicts and lists, ready for YAML or JSON."""
+    """The tree, or one section of it, as plain
+    dicts and lists, ready for YAML or JSON.
+    """
     return dataclasses.asdict(
         config, dict_factory=lambda items: {key_of(name): value for name, value in items}
     )
@@ -178,4 +186,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def section_from_dict(cls: type[T], tree: dict[str, Any]) -> T:
     """The inverse of config_to_dict; raises pydantic's ValidationError."""
-    return TypeAdapter(cls).validate_python(tree)
+    hashable: Any = cls
+    validated: T = _adapter(hashable).validate_python(tree)
+    return validated
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    """What checks a section; to build it for
+    the whole tree takes a fifth of a second.
+    """
+    return TypeAdapter(cls)

@@ -4,8 +4,8 @@
 class UserError(Exception):
     """Bad input: exit code 2.
 
-    The message is one line that names the file, row, key or flag, what was expected, and
-    what to do.
+    The message is one line that names the file, row,
+    key or flag, what was expected, and what to do.
     """
 
 

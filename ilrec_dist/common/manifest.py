@@ -1,9 +1,9 @@
 """Manifests: the SHA-256 of every file of a folder, written by its stage, checked by
 readers.
 
-`write_manifest` is called last, when a folder's files are complete; `verified` and `verify` before
-a file is read. A file that has not changed since it was hashed in this process, by its size and
-modification time, is not read again for its hash.
+`write_manifest` is called last, when a folder's files are complete; `verified` and
+`verify` before a file is read. A file that has not changed since it was hashed in
+this process, by its size and modification time, is not read again for its hash.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def cached_sha256(path: str | Path) -> str:
 def hash_files(folder: str | Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Path below `folder` -> hex SHA-256 of the named files, hashed in parallel.
 
-    Without names: of every file that is not hidden and is no manifest of the folder itself.
+    Without names: of every file that is not hidden
+    and is no manifest of the folder itself.
     """
     folder = Path(folder)
     names = sorted(folder_files(folder) if names is None else names)
@@ -107,7 +108,8 @@ def verified(folder: str | Path, name: str, repair: str = REPAIR) -> Path:
 def verify(folder: str | Path, names: Iterable[str] | None = None, repair: str = REPAIR) -> None:
     """Compare the named files, or all of the manifest, with the manifest; in parallel.
 
-    Raises UserError that names the first file that is missing, damaged or not in the manifest.
+    Raises UserError that names the first file that
+    is missing, damaged or not in the manifest.
     """
     hashes = manifest_hashes(folder, repair)
     names = list(hashes if names is None else names)
@@ -119,8 +121,8 @@ def check_hashes(
 ) -> None:
     """Compare files with the hashes that `source`, a file's name, has for them.
 
-    Raises UserError that names the first file, in the order of `expected`, that is missing,
-    damaged, or without a hash (None).
+    Raises UserError that names the first file, in the order of
+    `expected`, that is missing, damaged, or without a hash (None).
     """
     folder = Path(folder)
     for name, digest in expected.items():

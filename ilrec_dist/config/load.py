@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from ilrec_dist.common.config_fields import config_to_dict, key_of
+from ilrec_dist.common.config_fields import config_to_dict, key_of, section_from_dict
 from ilrec_dist.config.tree import Config, ConfigError, check_together, idle_keys
 
 T = TypeVar("T")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides (values are YAML), check everything.
+    """Read a YAML file, apply `key.sub=value`
+    overrides (values are YAML), check everything.
 
     Raises ConfigError with one line that names the file and the key.
     """
@@ -32,7 +33,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError that names the file and the place."""
+    """The mapping in a YAML file. Raises
+    ConfigError that names the file and the place.
+    """
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -71,13 +74,15 @@ def validated(
     Raises ConfigError that names `source` and the key.
     """
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return section_from_dict(cls, tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_one_line(error, tree, cls, page)}") from None
 
 
 def drop_idle_keys(config: Config) -> tuple[Config, list[str]]:
-    """The configuration with every key that nothing reads at its default, and those keys."""
+    """The configuration with every key that
+    nothing reads at its default, and those keys.
+    """
     dropped: list[str] = []
     while key := next(idle_keys(config), None):
         tree = config_to_dict(config)
@@ -92,12 +97,16 @@ def drop_idle_keys(config: Config) -> tuple[Config, list[str]]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that load_config reads back to an equal tree."""
+    """The resolved configuration as YAML that
+    load_config reads back to an equal tree.
+    """
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice in one mapping; YAML itself lets the last one win."""
+    """Refuses a key that is given twice in one
+    mapping; YAML itself lets the last one win.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -111,7 +120,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in a plain tree. Raises ConfigError that names the override."""
+    """Set one `key.sub=value` in a plain tree.
+    Raises ConfigError that names the override.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key.sub=value, such as train.epochs=3")

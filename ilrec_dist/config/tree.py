@@ -108,7 +108,9 @@ def _run_problems(config: Config) -> Iterator[Problem]:
 
 
 def _mesh_problems(config: Config) -> Iterator[Problem]:
-    """Sizes of the backbone that its heads or the tensor-parallel processes do not divide."""
+    """Sizes of the backbone that its heads or
+    the tensor-parallel processes do not divide.
+    """
     backbone, launch = known_decoder(config.backbone), config.launch
     if launch.workers % launch.tp:
         yield (
@@ -288,12 +290,16 @@ def _prompt_problems(config: Config) -> Iterator[Problem]:
 
 
 def idle_keys(config: Config) -> Iterator[str]:
-    """Every key that is set to another value than its default and that nothing reads."""
+    """Every key that is set to another value
+    than its default and that nothing reads.
+    """
     return (key for key, _ in _idle_keys(config))
 
 
 def _idle_keys(config: Config) -> Iterator[Problem]:
-    """Keys that the user set, to another value than the default, and that nothing reads."""
+    """Keys that the user set, to another value
+    than the default, and that nothing reads.
+    """
     yield from ineffective_settings(config.data)
     for key, condition in fields_without_effect(config):
         yield key, f"has no effect here: it needs {condition}; set that, or leave {key} out"
@@ -318,7 +324,9 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
 def _unread_settings(
     section: str, config: T, methods: Sequence[Method], own: Callable[[Method, T], T]
 ) -> Iterator[Problem]:
-    """Settings of a section that do not change what any of the methods takes from it."""
+    """Settings of a section that do not change
+    what any of the methods takes from it.
+    """
     names = [method.name for method in methods]
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         default = getattr(type(config)(), item.name)

@@ -46,14 +46,12 @@ class Strings(Sequence[str]):
     "".
     """
 
-    def __init__(self, path: Path, name: str, verify: Callable[[Path], None]) -> None:
+    def __init__(self, path: Path, name: str, rows: int, verify: Callable[[Path], None]) -> None:
         """verify: called with the path before the file is read.
 
         Raises where it is damaged.
         """
-        self.path, self.name, self.verify = path, name, verify
-        with _refused_when_damaged(path):
-            self.rows: int = pq.read_metadata(path).num_rows
+        self.path, self.name, self.rows, self.verify = path, name, rows, verify
 
     @cached_property
     def column(self) -> pa.ChunkedArray:
@@ -173,8 +171,9 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
     """Open what `prepare` wrote.
 
     Sequences are mapped into memory, ids and texts read when first used. A file's
-    SHA-256 is compared with the manifest before it is read, once a process. Raises
-    UserError when the folder is missing, incomplete, of another version, or damaged.
+    SHA-256 is compared with the manifest before anything of it is read, once a process;
+    that of the users when their ids are first used. Raises UserError when the folder is
+    missing, incomplete, of another version, or damaged.
     """
     folder = Path(folder)
     manifest_file = folder / MANIFEST
@@ -195,20 +194,27 @@ def load_dataset(folder: str | Path) -> InteractionDataset:
                 f"{path}: missing or not of the {entry['bytes']} bytes that the manifest names; "
                 f"run `ilrec prepare` again"
             )
-    verify(folder, [name for name in manifest["files"] if name.endswith(".npy")], REPAIR)
-
-    def column(path: Path, name: str) -> Strings:
-        return Strings(path, name, lambda path: verify(path.parent, [path.name], REPAIR))
-
     users, items = folder / "users.parquet", folder / "items.parquet"
+    read_now = [name for name in manifest["files"] if name.endswith(".npy")]
+    verify(folder, [*read_now, items.name], REPAIR)
+    offsets = map_array(folder / "offsets.npy")
+    with _refused_when_damaged(items):
+        item_facts = pq.read_metadata(items)
+
+    def column(path: Path, name: str, rows: int) -> Strings:
+        return Strings(path, name, rows, lambda path: verify(path.parent, [path.name], REPAIR))
+
+    def item_column(name: str) -> Strings | None:
+        return column(items, name, item_facts.num_rows) if _has_values(item_facts, name) else None
+
     positions = folder / "split_positions.npy"
     return InteractionDataset(
         items=map_array(folder / "sequences.npy"),
-        offsets=map_array(folder / "offsets.npy"),
-        user_ids=column(users, "id"),
-        item_ids=column(items, "id"),
-        titles=column(items, "title") if _has_values(items, "title") else None,
-        texts=column(items, "text") if _has_values(items, "text") else None,
+        offsets=offsets,
+        user_ids=column(users, "id", len(offsets) - 1),
+        item_ids=column(items, "id", item_facts.num_rows),
+        titles=item_column("title"),
+        texts=item_column("text"),
         split_positions=map_array(positions) if positions.name in manifest["files"] else None,
     )
 
@@ -221,10 +227,8 @@ def _refused_when_damaged(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}; {REPAIR}") from None
 
 
-def _has_values(path: Path, name: str) -> bool:
+def _has_values(metadata: pq.FileMetaData, name: str) -> bool:
     """Whether a column holds anything but nulls; the file's statistics say so."""
-    with _refused_when_damaged(path):
-        metadata = pq.read_metadata(path)
     column = metadata.schema.to_arrow_schema().get_field_index(name)
     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
     nulls = sum(group.column(column).statistics.null_count for group in groups)

@@ -1,7 +1,8 @@
 """Properties of recommended lists beside accuracy: coverage, Gini, novelty, diversity,
 calibration.
 
-All are of the first LIST_LENGTH items of each user's list. Lists that are empty count for nothing.
+All are of the first LIST_LENGTH items of each
+user's list. Lists that are empty count for nothing.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def coverage(items: np.ndarray, num_items: int) -> float:
 def gini(items: np.ndarray, num_items: int) -> float:
     """The Gini coefficient of how often each item of the catalogue is listed.
 
-    0 where every item is listed equally often, (num_items − 1) / num_items where one item takes
-    all places. With ascending counts c_1 … c_n: Σ (2i − n − 1)·c_i / (n·Σ c_i).
+    0 where every item is listed equally often, (num_items − 1)
+    / num_items where one item takes all places. With ascending
+    counts c_1 … c_n: Σ (2i − n − 1)·c_i / (n·Σ c_i).
     """
     counts = np.sort(np.bincount(items[items >= 0], minlength=num_items))
     total = counts.sum()
@@ -74,8 +76,9 @@ def gini(items: np.ndarray, num_items: int) -> float:
 def novelty(items: np.ndarray, popularity: np.ndarray) -> float:
     """The mean self-information −log₂ p(i) in bits of listed items.
 
-    p(i) = (pop_i + 1) / (Σ pop + num_items): the share of an item in the training interactions,
-    smoothed so that an item without any has a finite value. The mean is over listed places.
+    p(i) = (pop_i + 1) / (Σ pop + num_items): the share of an item
+    in the training interactions, smoothed so that an item without
+    any has a finite value. The mean is over listed places.
     """
     p = (popularity + 1) / (popularity.sum() + len(popularity))
     listed = items[items >= 0]
@@ -85,9 +88,9 @@ def novelty(items: np.ndarray, popularity: np.ndarray) -> float:
 def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
     """The mean dissimilarity of the pairs of a list, by the items' token sequences.
 
-    The similarity of two items is the share of leading tokens that they have in common: 1 for one
-    code tuple, 0 for different first codes. The mean is over pairs of a list, then over the lists
-    that have a pair.
+    The similarity of two items is the share of leading tokens that they
+    have in common: 1 for one code tuple, 0 for different first codes. The
+    mean is over pairs of a list, then over the lists that have a pair.
     """
     listed = items >= 0
     shared = np.zeros(len(items))
@@ -108,9 +111,10 @@ def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
 def calibration_error(predictions: Predictions) -> float:
     """The expected calibration error of the probabilities exp(score) of listed items.
 
-    Places are grouped by probability into CALIBRATION_BINS bins of equal width; the error is the
-    mean over places of |mean probability − share of targets| of their bin. Items that share a
-    code tuple share one probability, so it is divided by their number in the list.
+    Places are grouped by probability into CALIBRATION_BINS bins of equal width; the
+    error is the mean over places of |mean probability − share of targets| of their bin.
+    Items that share a code tuple share one probability, so it is divided by their
+    number in the list.
     """
     listed = predictions.items >= 0
     scores = predictions.scores[listed].astype(np.float64)

@@ -1,4 +1,6 @@
-"""Where a method gains on another: users split by their target, history and item codes."""
+"""Where a method gains on another: users
+split by their target, history and item codes.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def _bins(values: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
 def group_gains(
     splits: Sequence[UserSplit], values: np.ndarray, versus: np.ndarray
 ) -> Iterator[GroupGain]:
-    """The gain of `values` over `versus`, float64 [n] each, in every group that has users."""
+    """The gain of `values` over `versus`, float64
+    [n] each, in every group that has users.
+    """
     for split in splits:
         for number, name in enumerate(split.names):
             members = split.group == number

@@ -50,8 +50,9 @@ def paired_intervals(
 ) -> list[Interval]:
     """Intervals of each method minus those that it is compared with.
 
-    `compared_with` maps a method to its baselines; those without figures are skipped. Every
-    treatment of seen items that occurs gets its intervals. A user's value is the mean over seeds.
+    `compared_with` maps a method to its baselines; those without
+    figures are skipped. Every treatment of seen items that occurs
+    gets its intervals. A user's value is the mean over seeds.
     """
     values: dict[tuple[str, bool, str], list[np.ndarray]] = {}
     for entry in figures:

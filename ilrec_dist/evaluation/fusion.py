@@ -1,8 +1,9 @@
 """Fusion: lists by a mixture of the language model, the CF model and transitions
 (METHOD.md §12).
 
-score(i) = Σ_s α_s · log p_s(i | history) over a union of candidates. A source's normaliser is one
-number a user for the language model, whose log p is used as it is: it changes no order.
+score(i) = Σ_s α_s · log p_s(i | history) over a union of
+candidates. A source's normaliser is one number a user for the
+language model, whose log p is used as it is: it changes no order.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def ranks_of_fused(scores: FusionScores, weights: np.ndarray, targets: np.ndarra
 def choose_weights(scores: FusionScores, targets: np.ndarray) -> tuple[np.ndarray, float]:
     """The weights with the best mean NDCG@10 over the users, and that figure.
 
-    Of equally good weights those that come first in `simplex` are taken. Meant for the validation
-    split.
+    Of equally good weights those that come first in
+    `simplex` are taken. Meant for the validation split.
     """
     grid = simplex(scores.log_p.shape[2])
     values = [

@@ -1,4 +1,6 @@
-"""Candidates of a fusion and their scores by every source, for many histories (METHOD.md §12)."""
+"""Candidates of a fusion and their scores by
+every source, for many histories (METHOD.md §12).
+"""
 
 from __future__ import annotations
 
@@ -89,11 +91,13 @@ def score_candidates(
     allowed: np.ndarray | None = None,
     model_name: str = "the model",
 ) -> FusionScores:
-    """The candidates of n histories with log p of the language model, then of the `sources`.
+    """The candidates of n histories with log p
+    of the language model, then of the `sources`.
 
-    Candidates are the items of the beams, int [n, W] padded with -1, and the top `num_candidates`
-    of each source, without the items of the history where exclude_seen, and of `allowed`, bool
-    [num_items], alone. Collective over `parallel`; the same on every rank.
+    Candidates are the items of the beams, int [n, W] padded with -1, and the top
+    `num_candidates` of each source, without the items of the history where
+    exclude_seen, and of `allowed`, bool [num_items], alone. Collective over `parallel`;
+    the same on every rank.
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
@@ -221,7 +225,9 @@ def fused_predictions(
     targets: np.ndarray,
     exclude_seen: bool,
 ) -> Predictions:
-    """The best KEPT_ITEMS candidates of each user, ascending by user; equal ones in item order."""
+    """The best KEPT_ITEMS candidates of each user,
+    ascending by user; equal ones in item order.
+    """
     items, best = fused_lists(scores, weights, KEPT_ITEMS)
     ranks = ranks_of_fused(scores, weights, targets)
     return Predictions(
@@ -240,7 +246,8 @@ def fused_lists(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best candidates of each history, equal ones in item order.
 
-    Returns (items int32 [n, top or fewer] padded with -1, scores float32 padded with -inf).
+    Returns (items int32 [n, top or fewer] padded
+    with -1, scores float32 padded with -inf).
     """
     columns, best = top_items(fused_scores(scores, weights), top)
     items = np.take_along_axis(scores.items, np.maximum(columns, 0), axis=1)

@@ -39,7 +39,9 @@ def layer_agreement(backbone: Backbone, batch: Batch, parallel: ParallelState) -
 def _best_candidates(
     backbone: Backbone, hidden: Tensor, indptr: Tensor, tokens: Tensor, parallel: ParallelState
 ) -> Tensor:
-    """int64 [N]: the candidate with the largest logit in each row; ties to the lower token."""
+    """int64 [N]: the candidate with the largest
+    logit in each row; ties to the lower token.
+    """
     start, stop = backbone.vocab_range
     weight = backbone.head_weight.detach().float()
     best = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)

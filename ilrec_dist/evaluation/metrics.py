@@ -20,9 +20,9 @@ UNRANKED = np.iinfo(np.int64).max // 2
 class Ranks:
     """The rank of each user's target, best 0.
 
-    The target shares the ranks [first, first + tied) with the items it cannot be told apart from.
-    Under the rule `split` these fill consecutive ranks in integer item-id order, and the target's
-    is `rank`.
+    The target shares the ranks [first, first + tied) with the items it
+    cannot be told apart from. Under the rule `split` these fill
+    consecutive ranks in integer item-id order, and the target's is `rank`.
     """
 
     # UNRANKED where the target is not in the list, as in `first`.
@@ -34,7 +34,8 @@ class Ranks:
 def ranks_of_scores(scores: np.ndarray, targets: np.ndarray) -> Ranks:
     """Ranks of targets int [n] in a full ranking by scores float [n, num_items].
 
-    Items of equal score are tied. Score -inf takes an item out of the ranking, a target too.
+    Items of equal score are tied. Score -inf takes
+    an item out of the ranking, a target too.
     """
     targets = np.asarray(targets, np.int64)
     target_score = np.take_along_axis(scores, targets[:, None], axis=1)
@@ -89,8 +90,8 @@ def per_user(ranks: Ranks) -> dict[str, np.ndarray]:
 def mean_metrics(ranks: Ranks) -> dict[str, float]:
     """Means over users of what `per_user` gives.
 
-    The standard error of each of METRICS is added as metric + `_se`. Raises ValueError for no
-    users.
+    The standard error of each of METRICS is added as
+    metric + `_se`. Raises ValueError for no users.
     """
     if len(ranks.rank) == 0:
         raise ValueError("metrics of no users")
@@ -114,7 +115,8 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """The mean of values − versus and its percentile interval over resampled users.
 
-    Both are float [n] over the same users in the same order. Returns (mean, lower end, upper end).
+    Both are float [n] over the same users in the
+    same order. Returns (mean, lower end, upper end).
     """
     if values.shape != versus.shape or values.ndim != 1 or len(values) == 0:
         raise ValueError(f"paired values of shapes {values.shape} and {versus.shape}")

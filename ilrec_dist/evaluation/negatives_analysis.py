@@ -1,7 +1,7 @@
 """What the self-hard negatives of a trained model are, and what its loss terms push.
 
-METHOD.md §§2-5, measured on a sample: the size of H, whether its members are plausible for the
-user, whether they come back in the final beams, and the gradient of each term.
+METHOD.md §§2-5, measured on a sample: the size of H, whether its members are plausible
+for the user, whether they come back in the final beams, and the gradient of each term.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Pairs:
 
 @torch.no_grad()
 def negatives_of_rows(objective: CrossLayerObjective, batch: Batch) -> Pairs:
-    """The members of H of each of the batch's rows, by the reference's own selection."""
+    """The members of H of each of the batch's
+    rows, by the reference's own selection.
+    """
     tokens, rows, targets, indptr, candidates = batch.model_inputs(objective.parallel.device)[:5]
     hidden = objective.backbone(tokens, rows, objective.num_intermediate)
     from_final = objective.options.negatives_from == "final"
@@ -58,10 +60,11 @@ def negatives_of_rows(objective: CrossLayerObjective, batch: Batch) -> Pairs:
 
 
 def is_below(trie: Trie, batch_items: np.ndarray, pairs: Pairs, lists: np.ndarray) -> np.ndarray:
-    """bool [E]: whether an item of its target's list begins with a pair's prefix and token.
+    """bool [E]: whether an item of its target's
+    list begins with a pair's prefix and token.
 
-    batch_items: int64 [T] the targets, each with C rows; lists: int [T, K] items, padded
-    with -1. The prefix of row t · C + p is the first p tokens of target t.
+    batch_items: int64 [T] the targets, each with C rows; lists: int [T, K] items,
+    padded with -1. The prefix of row t · C + p is the first p tokens of target t.
     """
     depth, catalogue = trie.depth, trie.catalogue
     target, position = np.divmod(pairs.row, depth)
@@ -87,11 +90,13 @@ def candidates_but_target(batch: Batch) -> Pairs:
 def term_gradients(
     objective: CrossLayerObjective, batch: Batch, rewards: Tensor | None, positions: int
 ) -> list[dict[str, float]]:
-    """For all rows, then for those at each position in the item: the size of each gradient.
+    """For all rows, then for those at each position
+    in the item: the size of each gradient.
 
-    `cross_entropy` is the norm of the gradient of the cross-entropy; `cpo`, `cpd` and `crr` are
-    the norms of what their terms add to it, weighted as in the total loss and divided by it.
-    The rows are a mean over the micro-batch. The objective's gradients are cleared.
+    `cross_entropy` is the norm of the gradient of the cross-entropy; `cpo`, `cpd` and
+    `crr` are the norms of what their terms add to it, weighted as in the total loss and
+    divided by it. The rows are a mean over the micro-batch. The objective's gradients
+    are cleared.
     """
     full = objective.options
     nothing = dataclasses.replace(full, beta=0.0, mu=0.0, crr_lambda=0.0)
@@ -121,7 +126,9 @@ def _rows_at(
     position: int | None,
     depth: int,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The model inputs of the rows at one position of their items, or of all, and rewards."""
+    """The model inputs of the rows at one position
+    of their items, or of all, and rewards.
+    """
     tokens, rows, targets, indptr, candidates = batch.model_inputs(objective.parallel.device)[:5]
     if position is None:
         return (tokens, rows, targets, indptr, candidates), rewards

@@ -48,9 +48,9 @@ def evaluate_model(
     """Beam search for `users` (distinct, int [n]) on `split` ("validation" or "test").
 
     `inputs` makes the model's input of the history, all of which counts as seen.
-    Collective over `parallel`: users are spread over the data-parallel ranks, and the ranks of a
-    tensor-parallel group work on the same ones; every rank returns all users' predictions. Raises
-    UserError with `model_name` where a score is not finite.
+    Collective over `parallel`: users are spread over the data-parallel ranks, and the
+    ranks of a tensor-parallel group work on the same ones; every rank returns all
+    users' predictions. Raises UserError with `model_name` where a score is not finite.
     """
     users = np.asarray(users, np.int64)
     parts = rank_histories(
@@ -93,8 +93,8 @@ def baseline_predictions(
 ) -> Predictions:
     """One of BASELINES by full ranking over the catalogue.
 
-    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic data, a sequence
-    model its own in `trained`; ValueError where it is missing.
+    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic
+    data, a sequence model its own in `trained`; ValueError where it is missing.
     """
     inputs = BaselineInputs(dataset, split, cf_folder, data_folder, trained or {})
     return rank_all(
@@ -118,8 +118,8 @@ def rank_all(
 ) -> Predictions:
     """Predictions of anything that scores every item.
 
-    Kept are the top KEPT_ITEMS items, equal scores in item-id order, and the target's ties in the
-    full ranking. Raises UserError with `name` where a score is not finite.
+    Kept are the top KEPT_ITEMS items, equal scores in item-id order, and the target's
+    ties in the full ranking. Raises UserError with `name` where a score is not finite.
     """
     users = np.asarray(users, np.int64)
     parts = []
@@ -165,7 +165,9 @@ def top_items(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def _beam_predictions(
     users: np.ndarray, targets: np.ndarray, ranked: RankedItems, exclude_seen: bool
 ) -> Predictions:
-    """Beams as predictions: the items of one beam share a code tuple, and so are tied."""
+    """Beams as predictions: the items of one
+    beam share a code tuple, and so are tied.
+    """
     hit = ranked.items == targets[:, None]
     # -2 is neither a beam nor padding.
     beam = np.where(hit.any(axis=1), (ranked.beam * hit).sum(axis=1), -2)

@@ -4,13 +4,18 @@ It needs numpy, and torch for the logits processor.
 
     from constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
     trie = ItemTrie(folder)
-    beams = model.generate(**prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
+    length = prompts["input_ids"].shape[1]
+    beams = model.generate(
+        **prompts, num_beams=20, num_return_sequences=20, length_penalty=0.0,
         max_new_tokens=trie.depth, output_scores=True, return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompts["input_ids"].shape[1]))
-    items = [trie.items(sequence[prompt_length:].tolist()) for sequence in beams.sequences]
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, length))
+    items = [trie.items(sequence[length:].tolist()) for sequence in beams.sequences]
 
-Prompts of several lengths are padded on the left. With `renormalize_logits=True` scores are
-over the continuations that exist, as a model trained with a masked softmax has them.
+Prompts of several lengths are padded on the left. A model that was trained with a
+masked softmax (`ItemTrie.masked_softmax`) has `renormalize_logits` in
+generation_config.json: its scores are over the continuations that exist. With excluded
+rows that is over those that are left; to have them over all, as the model was trained,
+use `ItemLogitsProcessor` and `renormalize_logits=False`.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,6 +39,8 @@ class ItemTrie:
         # Rows of catalogue.parquet below node n: [first_row[n], last_row[n]).
         self.first_row, self.last_row = arrays["first_row"], arrays["last_row"]
         self.depth, self.padding = int(arrays["depth"]), int(arrays["padding"])
+        # Whether a token competes with the other continuations only.
+        self.masked_softmax = bool(arrays["masked_softmax"])
 
     def node(self, generated: Sequence[int]) -> int:
         """The node that a sequence of tokens leads to, -1 where no item
@@ -92,7 +99,10 @@ def prefix_allowed_tokens_fn(
 
 
 class ItemLogitsProcessor:
-    """The same as one pass over the scores, for `generate(logits_processor=[...])`."""
+    """The same as one pass over the scores, for `generate(logits_processor=[...])`.
+
+    With a masked softmax the scores are over all continuations, excluded ones too.
+    """
 
     def __init__(
         self,
@@ -101,12 +111,16 @@ class ItemLogitsProcessor:
         num_beams: int = 1,
         excluded_rows: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.num_beams = num_beams
-        self.allowed = prefix_allowed_tokens_fn(trie, prompt_length, excluded_rows)
+        self.trie, self.prompt_length, self.num_beams = trie, prompt_length, num_beams
+        self.excluded_rows = excluded_rows
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         masked = scores.new_full(scores.shape, float("-inf"))
         for row, tokens in enumerate(input_ids):
-            allowed = self.allowed(row // self.num_beams, tokens)
+            generated = tokens[self.prompt_length :].tolist()
+            excluded = self.excluded_rows[row // self.num_beams] if self.excluded_rows else ()
+            allowed = self.trie.allowed(generated, excluded)
             masked[row, allowed] = scores[row, allowed]
+            if self.trie.masked_softmax:
+                masked[row] -= scores[row, self.trie.allowed(generated)].logsumexp(0)
         return masked

@@ -1,4 +1,5 @@
-"""A trained model as a folder of its own: weights, tokenizer, catalogue, trie, decoding.
+"""A trained model as a folder of its own:
+weights, tokenizer, catalogue, trie, decoding.
 
 `transformers` loads the folder. Its files need neither this project nor remote code:
 `constrained_decoding.py` is copied beside them and reads `trie.npz` with numpy alone.
@@ -10,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, write_json
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.export import constrained_decoding
+from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
@@ -39,7 +42,6 @@ GENERATION = {
     "top_p": 1.0,
     "repetition_penalty": 1.0,
     "length_penalty": 0.0,
-    "num_beams": 20,
 }
 PADDING_NAME = "<pad>"
 TOKENIZER_CONFIG = {
@@ -50,17 +52,33 @@ TOKENIZER_CONFIG = {
 }
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How `ilrec recommend` finds a model's items, which `generate` is to do alike."""
+
+    beam: int = 20
+    # What log p is over (METHOD.md §9).
+    softmax_scope: SoftmaxScope = "all"
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a token competes with the trie's other continuations only."""
+        return self.softmax_scope == "valid_next"
+
+
 def export_model(
     out: Path,
     backbone: Backbone,
     dataset: InteractionDataset,
     catalogue: Catalogue,
     trie: Trie,
+    decoding: Decoding,
     dtype: torch.dtype,
     language_model: Path | None = None,
     prompt: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder `out`, whole or not at all; for a process without tensor parallelism.
+    """Write the folder `out`, whole or not at
+    all; for a process without tensor parallelism.
 
     language_model: the folder with the extended tokenizer and the config.json of the
     pretrained model that the training began with; None for one trained from scratch.
@@ -75,7 +93,8 @@ def export_model(
     token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
     if language_model is not None:
         token_ids |= read_config(language_model).token_ids
-    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
+    items = dataset, catalogue, trie, decoding
+    with _new_folder(out, *items, language_model, prompt) as weights:
         save_weights(backbone, weights, dtype, token_ids)
 
 
@@ -85,16 +104,20 @@ def export_adapter(
     dataset: InteractionDataset,
     catalogue: Catalogue,
     trie: Trie,
+    decoding: Decoding,
     dtype: torch.dtype,
     language_model: Path,
     base: str,
     prompt: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapters for PEFT in place of the weights, otherwise as `export_model` does.
+    """Write the adapters for PEFT in place of the
+    weights, otherwise as `export_model` does.
 
-    base: the folder or name of the pretrained model, as PEFT's configuration records it.
+    base: the folder or name of the pretrained
+    model, as PEFT's configuration records it.
     """
-    with _new_folder(out, dataset, catalogue, trie, language_model, prompt) as weights:
+    items = dataset, catalogue, trie, decoding
+    with _new_folder(out, *items, language_model, prompt) as weights:
         save_adapter(backbone, weights, base, dtype)
 
 
@@ -104,10 +127,13 @@ def _new_folder(
     dataset: InteractionDataset,
     catalogue: Catalogue,
     trie: Trie,
+    decoding: Decoding,
     language_model: Path | None,
     prompt: Mapping[str, Any] | None,
 ) -> Iterator[Path]:
-    """A path for the folder of the weights' files, whose content joins all the others in `out`."""
+    """A path for the folder of the weights' files,
+    whose content joins all the others in `out`.
+    """
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
     if catalogue.pieces is not None and language_model is None:
@@ -127,7 +153,7 @@ def _new_folder(
                 write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)
             else:
                 _copy_tokenizer(language_model, staged)
-            write_item_files(staged, dataset, catalogue, trie)
+            write_item_files(staged, dataset, catalogue, trie, decoding)
             if prompt is not None:
                 write_json(staged / "prompt.json", prompt)
     except OSError as error:
@@ -141,13 +167,25 @@ def _copy_tokenizer(language_model: Path, folder: Path) -> None:
 
 
 def write_item_files(
-    folder: Path, dataset: InteractionDataset, catalogue: Catalogue, trie: Trie
+    folder: Path,
+    dataset: InteractionDataset,
+    catalogue: Catalogue,
+    trie: Trie,
+    decoding: Decoding,
 ) -> None:
-    """Write catalogue.parquet, trie.npz, generation_config.json and constrained_decoding.py."""
+    """Write catalogue.parquet, trie.npz,
+    generation_config.json and constrained_decoding.py.
+    """
     pq.write_table(catalogue_table(dataset, catalogue), folder / "catalogue.parquet")
-    np.savez(folder / "trie.npz", **trie_arrays(trie, catalogue.vocabulary))
+    arrays = trie_arrays(trie, catalogue.vocabulary)
+    np.savez(folder / "trie.npz", **arrays, masked_softmax=np.bool_(decoding.is_masked))
     vocabulary = catalogue.vocabulary
-    generation: dict[str, Any] = {**GENERATION, "pad_token_id": vocabulary.padding}
+    generation: dict[str, Any] = {
+        **GENERATION,
+        "num_beams": decoding.beam,
+        "renormalize_logits": decoding.is_masked,
+        "pad_token_id": vocabulary.padding,
+    }
     if vocabulary.end is None:
         # Codes have a fixed length: nothing ends them but their number.
         generation["max_new_tokens"] = catalogue.depth
@@ -206,7 +244,8 @@ def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def own_tokenizer(catalogue: Catalogue) -> Tokenizer:
-    """A tokenizer for a model whose whole vocabulary is item codes: `<a_3><b_7>` is two tokens.
+    """A tokenizer for a model whose whole vocabulary
+    is item codes: `<a_3><b_7>` is two tokens.
 
     Raises ValueError for titles, which have a tokenizer of their own.
     """

@@ -1,4 +1,6 @@
-"""Constrained beam search: every beam is an item, under tensor parallelism too (METHOD.md §9)."""
+"""Constrained beam search: every beam is an item,
+under tensor parallelism too (METHOD.md §9).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Decoder(Protocol):
 class Beams:
     """Completed beams, best first.
 
-    `leaves` are trie nodes at depth C. A user with fewer than K has leaf -1 and score -inf behind.
+    `leaves` are trie nodes at depth C. A user with
+    fewer than K has leaf -1 and score -inf behind.
     """
 
     leaves: Tensor  # int64 [B, K]
@@ -48,7 +51,8 @@ class Beams:
 class RankedItems:
     """Items per user, best first.
 
-    Items that share a code tuple stand next to each other in item-id order, with the same `beam`.
+    Items that share a code tuple stand next to each
+    other in item-id order, with the same `beam`.
     """
 
     items: np.ndarray  # int32 [B, W], padded with -1
@@ -73,11 +77,12 @@ def beam_search(
     """The `beam` best leaves after each prefix by Σ log p, without a length penalty.
 
     log p is over the scope that the model was trained with: `all`, the true vocabulary
-    (vocab_size, without padded columns), or `valid_next`, the trie's children of the prefix,
-    whatever is excluded. A prefix is a candidate while an item below it is allowed and not in the
-    row's `excluded` set, so exclusion costs no beam. With tp_group the head is a vocabulary shard,
-    and every rank of the group must call with the same arguments and gets the same beams. The
-    model is expected in eval mode. Raises UserError with `model_name` where a log p is not finite.
+    (vocab_size, without padded columns), or `valid_next`, the trie's children of the
+    prefix, whatever is excluded. A prefix is a candidate while an item below it is
+    allowed and not in the row's `excluded` set, so exclusion costs no beam. With
+    tp_group the head is a vocabulary shard, and every rank of the group must call with
+    the same arguments and gets the same beams. The model is expected in eval mode.
+    Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
     tokens = prefixes.tokens
@@ -133,8 +138,9 @@ def _decode_branching(
 ) -> Tensor:
     """Hidden states [B, K, d] of the beams that branch, zeros for the others.
 
-    It is the last decoding step under `valid_next`: where a prefix has one continuation its log p
-    is 0 whatever the model says, and with semantic IDs that is most of the last codes.
+    It is the last decoding step under `valid_next`: where a
+    prefix has one continuation its log p is 0 whatever the model
+    says, and with semantic IDs that is most of the last codes.
     """
     most = max(1, int(branches.sum(1).max()))
     order = branches.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
@@ -156,8 +162,8 @@ def _extend(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """One more token on a slice of users.
 
-    Returns the `width` best as (nodes at depth p + 1, scores, tokens, parents), [b, width] each,
-    and whether log p was finite for all candidates (bool []).
+    Returns the `width` best as (nodes at depth p + 1, scores, tokens, parents),
+    [b, width] each, and whether log p was finite for all candidates (bool []).
     """
     child, token, exists = constraint.children(p, nodes)
     log_p = head.log_probabilities(
@@ -185,7 +191,9 @@ def _extend(
 def expand_beams(
     constraint: TrieConstraint, beams: Beams, excluded: ItemSets | None = None
 ) -> RankedItems:
-    """The items of the leaves, without those that are not allowed or excluded for the user."""
+    """The items of the leaves, without those that
+    are not allowed or excluded for the user.
+    """
     leaves, scores = beams.leaves.cpu().numpy(), beams.scores.cpu().numpy()
     alive = np.flatnonzero(leaves.ravel() >= 0)
     indptr, items = constraint.trie.leaf_items(leaves.ravel()[alive])

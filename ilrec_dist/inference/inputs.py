@@ -1,4 +1,6 @@
-"""How histories become what the model reads: a plain sequence of items, or a prompt in words."""
+"""How histories become what the model reads: a
+plain sequence of items, or a prompt in words.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class HistoryRanges:
     def sums(
         self, max_history: int, of_items: np.ndarray | None, catalogue: Catalogue
     ) -> np.ndarray:
-        """int64 [n]: a number of each item, summed over the last max_history items of each row.
+        """int64 [n]: a number of each item, summed
+        over the last max_history items of each row.
 
         of_items int [num_items]; None takes the items' numbers of tokens.
         """
@@ -75,13 +78,15 @@ class Prefixes:
 
 
 class InputForm(Protocol):
-    """Makes a trained model's input of histories, in the form that it was trained with."""
+    """Makes a trained model's input of histories,
+    in the form that it was trained with.
+    """
 
     def batches(self, histories: HistoryRanges, size: int) -> list[np.ndarray]:
         """All rows (int64), at most `size` a batch, those of similar lengths together.
 
-        Long ones come first, so that the largest batch is met at once and a short one ends the
-        work. Raises ValueError for an empty history or none at all.
+        Long ones come first, so that the largest batch is met at once and a short
+        one ends the work. Raises ValueError for an empty history or none at all.
         """
         ...
 
@@ -135,7 +140,9 @@ class Prompts:
     template: Template
 
     def batches(self, histories: HistoryRanges, size: int) -> list[np.ndarray]:
-        """As the protocol has it. Lengths are estimated, and tokenized when a batch is made."""
+        """As the protocol has it. Lengths are
+        estimated, and tokenized when a batch is made.
+        """
         sizes = self.writer.item_sizes(self.template.history)
         lengths = histories.sums(self.max_history, sizes, self.catalogue)
         order = np.argsort(-lengths, kind="stable")

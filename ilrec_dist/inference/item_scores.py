@@ -27,9 +27,9 @@ def score_items(
 ) -> Tensor:
     """fp32 [B, K] Σ log p of items int64 [B, K] after B prefixes; -inf for item -1.
 
-    It is what a beam over the whole catalogue would give these items: the same scopes, ends of
-    titles and tensor parallelism as `beam_search`. The model is expected in eval mode. Raises
-    UserError with `model_name` where a log p is not finite.
+    It is what a beam over the whole catalogue would give these items: the same scopes,
+    ends of titles and tensor parallelism as `beam_search`. The model is expected in
+    eval mode. Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
     trie, device = constraint.trie, prefixes.tokens.device
@@ -67,9 +67,11 @@ def _path_step(
     next_nodes: Tensor,
     hidden: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(tokens, log p) of the step from nodes at depth p to nodes at depth p + 1, [B, K] each.
+    """(tokens, log p) of the step from nodes at
+    depth p to nodes at depth p + 1, [B, K] each.
 
-    `parents` int64 [B, K], or [B, 1] where all next nodes have one parent, with `hidden` alike.
+    `parents` int64 [B, K], or [B, 1] where all next
+    nodes have one parent, with `hidden` alike.
     """
     widest = max(1, int(constraint.num_children(p, parents).max()))
     row_elements = parents.shape[1] * max(widest, head.num_columns(constraint.token_range[p]))

@@ -17,8 +17,9 @@ class ParallelHead:
     """log p of candidate tokens; logits are fp32 and exist on one slice of rows at a
     time.
 
-    `weight` [V_local, d] holds the rows [start, stop) of the padded vocabulary. With `group` every
-    rank calls `log_probabilities` with the same arguments and gets the same values.
+    `weight` [V_local, d] holds the rows [start, stop) of the padded
+    vocabulary. With `group` every rank calls `log_probabilities`
+    with the same arguments and gets the same values.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class ParallelHead:
     ) -> Tensor:
         """fp32 [R, c] log p of the candidates; entries that do not exist hold anything.
 
-        hidden [R, d]; token int64 [R, c] within `token_range`; exists bool [R, c]. Under
-        `valid_next` the existing candidates of a row are its whole scope.
+        hidden [R, d]; token int64 [R, c] within `token_range`; exists bool [R, c].
+        Under `valid_next` the existing candidates of a row are its whole scope.
         """
         low, high = self._columns(token_range)
         low, high = max(low, self.start), min(high, self.stop)

@@ -1,4 +1,6 @@
-"""Ranked items for many histories: batches of like lengths, spread over data-parallel ranks."""
+"""Ranked items for many histories: batches of
+like lengths, spread over data-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,14 @@ def rank_histories(
     progress: RankingProgress | None = None,
     model_name: str = "the model",
 ) -> list[tuple[np.ndarray, RankedItems]]:
-    """(rows of `histories`, their ranked items), every row once; the same list on every rank.
+    """(rows of `histories`, their ranked items),
+    every row once; the same list on every rank.
 
-    `inputs` makes the model's input of them; with exclude_seen no item of the whole history is
-    returned, and a row with nothing left has an empty list. Collective over `parallel`: the ranks
-    of a tensor-parallel group work on the same histories. The backbone is in eval mode meanwhile.
-    Raises UserError with `model_name` where a score is not finite.
+    `inputs` makes the model's input of them; with exclude_seen no item of the whole
+    history is returned, and a row with nothing left has an empty list. Collective over
+    `parallel`: the ranks of a tensor-parallel group work on the same histories. The
+    backbone is in eval mode meanwhile. Raises UserError with `model_name` where a score
+    is not finite.
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
@@ -76,7 +80,9 @@ def rank_histories(
 
 
 class Ranker(Protocol):
-    """Makes lists for histories, with all that this needs: a model, or several sources."""
+    """Makes lists for histories, with all that
+    this needs: a model, or several sources.
+    """
 
     def rank(
         self,
@@ -89,9 +95,9 @@ class Ranker(Protocol):
     ) -> list[tuple[np.ndarray, RankedItems]]:
         """(rows of `histories`, their lists of at least `top` items), every row once.
 
-        A list is shorter where fewer items are left. With exclude_seen no item of the history is
-        listed; with `allowed`, bool [num_items], no other item. Raises UserError where a score is
-        not finite.
+        A list is shorter where fewer items are left. With exclude_seen no
+        item of the history is listed; with `allowed`, bool [num_items],
+        no other item. Raises UserError where a score is not finite.
         """
 
 

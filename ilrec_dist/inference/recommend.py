@@ -47,11 +47,11 @@ def recommend_items(
 ) -> Recommendations:
     """The `top` items after each history.
 
-    `histories` is a Parquet file with the columns user and items (see `read_histories`); the items
-    are those of the training data, by their ids. With exclude_seen no item of the user's own
-    history is returned; with `allowed`, a text file of one item id a line, no other item. A user
-    gets fewer rows where fewer items are left. Raises UserError for bad input, and where a score
-    is not finite.
+    `histories` is a Parquet file with the columns user and items (see
+    `read_histories`); the items are those of the training data, by their ids. With
+    exclude_seen no item of the user's own history is returned; with `allowed`, a text
+    file of one item id a line, no other item. A user gets fewer rows where fewer items
+    are left. Raises UserError for bad input, and where a score is not finite.
     """
     if top < 1:
         raise UserError(f"--top {top}: expected at least 1")

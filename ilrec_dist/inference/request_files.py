@@ -1,4 +1,6 @@
-"""The files of a request for recommendations: histories as Parquet, allowed items as text."""
+"""The files of a request for recommendations:
+histories as Parquet, allowed items as text.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def read_histories(
 ) -> tuple[list[str], HistoryRanges]:
     """The users and histories of a Parquet file with the columns user and items.
 
-    `item_index` maps every item id of the training data to its index. Raises UserError that names
-    the row (from 1) of a missing or repeated user, an empty history or an unknown item.
+    `item_index` maps every item id of the training data to its
+    index. Raises UserError that names the row (from 1) of a
+    missing or repeated user, an empty history or an unknown item.
     """
     path = require_file(path, "--histories")
     try:
@@ -76,7 +79,9 @@ def read_histories(
 
 
 def _read_users(path: Path, column: pa.ChunkedArray) -> list[str]:
-    """The ids as strings. A user stands on one row, so that an answer belongs to one history."""
+    """The ids as strings. A user stands on one
+    row, so that an answer belongs to one history.
+    """
     missing = pc.is_null(column, nan_is_null=True).to_numpy()
     users: list[str] = strip_blanks(column.cast(pa.string()).combine_chunks()).to_pylist()
     first_row: dict[str, int] = {}

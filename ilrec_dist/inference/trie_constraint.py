@@ -41,8 +41,8 @@ class TrieConstraint:
     """The trie on the model's device, narrowed to `allowed` items (bool [num_items],
     None: all).
 
-    It is made once and used for every batch. Nodes are those of `Trie`: numbered in code order at
-    each depth 0 … C, where -1 stands for a beam that has died.
+    It is made once and used for every batch. Nodes are those of `Trie`: numbered
+    in code order at each depth 0 … C, where -1 stands for a beam that has died.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class TrieConstraint:
     def children(self, p: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The children of nodes int64 [B, K] at depth p, padded to the widest node.
 
-        Returns (nodes at depth p + 1, their tokens, whether there is such a child), [B, K, c] each.
+        Returns (nodes at depth p + 1, their tokens,
+        whether there is such a child), [B, K, c] each.
         """
         start, count = self._child_start[p][nodes.clamp(min=0)].long(), self.num_children(p, nodes)
         offset = torch.arange(max(1, int(count.max())), device=nodes.device)
@@ -114,7 +115,8 @@ class TrieConstraint:
         """The nodes below which a row has no allowed item left outside its `excluded`
         set.
 
-        One entry per depth 1 … C: an ascending int64 list of keys row · num_nodes(depth) + node.
+        One entry per depth 1 … C: an ascending int64
+        list of keys row · num_nodes(depth) + node.
         """
         rows, items = excluded.rows, excluded.items
         if self.allowed is not None:
@@ -136,8 +138,8 @@ class TrieConstraint:
         """bool [B, K, c]: the children at depth p + 1 that lead to an item which the
         row may get.
 
-        `child` and `exists` are those of `children`, `exhausted` that of `exhausted_nodes`, and
-        `first_row` is the batch row of child[0].
+        `child` and `exists` are those of `children`, `exhausted` that of
+        `exhausted_nodes`, and `first_row` is the batch row of child[0].
         """
         usable = (
             exists

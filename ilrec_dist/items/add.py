@@ -235,7 +235,7 @@ def _check_order(folder: str | Path, old: Catalogue, vectors: np.ndarray) -> Non
     if here >= max(shuffled, in_code_order):
         return
     reason = (
-        "they are in code order, as cf/code-order/item_embeddings.npy is"
+        "they are in code order, as cf/code-order/item_embeddings.code-order.npy is"
         if in_code_order > shuffled
         else "items of one first code are no more alike than others"
     )

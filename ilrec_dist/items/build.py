@@ -1,4 +1,6 @@
-"""`ilrec index`: codes that are given or built, titles, or a token each → the catalogue folder."""
+"""`ilrec index`: codes that are given or built,
+titles, or a token each → the catalogue folder.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,9 @@ def build_catalogue(
 def write_items(
     folder: Path, catalogue: Catalogue, item_ids: Sequence[str], report: dict[str, Any]
 ) -> None:
-    """Write the catalogue's files, its trie, index.json and report.json, and record all files."""
+    """Write the catalogue's files, its trie,
+    index.json and report.json, and record all files.
+    """
     catalogue.save(folder)
     Trie(catalogue).save(folder)
     write_index(folder / INDEX, catalogue, item_ids)
@@ -264,7 +268,9 @@ def _cost_vectors(
     item_codes: _Codes,
     scratch: Path,
 ) -> tuple[np.ndarray | None, Codebooks | None]:
-    """For a given index: vectors by text, by CF where there is no text, else none; centroids."""
+    """For a given index: vectors by text, by CF
+    where there is no text, else none; centroids.
+    """
     documents = item_documents(dataset)
     if documents is not None:
         vectors = document_vectors(config, documents, dataset.item_ids, scratch)

@@ -55,7 +55,8 @@ _CODES_OF_VECTORS = (
 
 @section(affects="index")
 class ItemsConfig:
-    """Items → token sequences: codes that are given or built, titles, or one token each.
+    """Items → token sequences: codes that are
+    given or built, titles, or one token each.
 
     With `index` the codes of a file are read; without, they are built by residual
     quantisation.
@@ -128,5 +129,7 @@ class ItemsConfig:
 
     @property
     def from_cf(self) -> bool:
-        """Whether codes are built from the CF model's vectors, so that the CF stage comes first."""
+        """Whether codes are built from the CF model's
+        vectors, so that the CF stage comes first.
+        """
         return self.index is None and self.form == "semantic" and "cf" in self.embedding

@@ -1,4 +1,6 @@
-"""Item tokens that are added to a pretrained language model's own tokenizer (METHOD.md §10)."""
+"""Item tokens that are added to a pretrained
+language model's own tokenizer (METHOD.md §10).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ class ExtendedTokenizer:
 
     @property
     def title_vocabulary(self) -> Vocabulary:
-        """Of titles, which are spelt in the model's own tokens and closed by its end of text.
+        """Of titles, which are spelt in the model's
+        own tokens and closed by its end of text.
 
         Raises UserError where the tokenizer has no end of text.
         """
@@ -114,7 +117,8 @@ class ExtendedTokenizer:
 def extend_tokenizer(folder: Path, added: Mapping[int, str]) -> None:
     """Add item tokens, id → name, to the tokenizer that `ExtendedTokenizer.save` wrote.
 
-    `folder` is LANGUAGE_MODEL's. Raises UserError where the tokenizer gives them other ids.
+    `folder` is LANGUAGE_MODEL's. Raises UserError
+    where the tokenizer gives them other ids.
     """
     if not added:
         return
@@ -136,9 +140,11 @@ def _add_tokens(
 
 
 def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> csr_matrix:
-    """How often the titles of the items that carry an item token hold each token of the model.
+    """How often the titles of the items that carry
+    an item token hold each token of the model.
 
-    float64 [I, T], a row an item token, of titles by item index; `folder` is LANGUAGE_MODEL's.
+    float64 [I, T], a row an item token, of titles
+    by item index; `folder` is LANGUAGE_MODEL's.
     """
     vocabulary = catalogue.vocabulary
     tokenizer = load_tokenizer(folder / TOKENIZER, "backbone.new_tokens")
@@ -170,7 +176,8 @@ def end_token(folder: Path, tokenizer: Tokenizer) -> int | None:
 
 
 def chat_format(folder: Path) -> Callable[[str, str | None], str]:
-    """The chat template of the tokenizer in `folder`, up to where the assistant's answer begins.
+    """The chat template of the tokenizer in `folder`,
+    up to where the assistant's answer begins.
 
     Takes the user's message and the system message, if there is one. Raises UserError
     where there is no template.

@@ -1,4 +1,6 @@
-"""A run's prompt writer: its items in words, and the tokenizer of its language model."""
+"""A run's prompt writer: its items in words,
+and the tokenizer of its language model.
+"""
 
 from __future__ import annotations
 

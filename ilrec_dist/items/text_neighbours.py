@@ -12,8 +12,8 @@ CHUNK_ELEMENTS = 1 << 24
 def nearest_items(vectors: np.ndarray, count: int, device: torch.device) -> np.ndarray:
     """int32 [I, count] items by falling inner product with each item, without itself.
 
-    vectors: float32 [I, d], of unit length for cosines. -1 stands where there are fewer. Every
-    item is compared with every other one: I² · d products.
+    vectors: float32 [I, d], of unit length for cosines. -1 stands where there
+    are fewer. Every item is compared with every other one: I² · d products.
     """
     table = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
     width = min(count, len(table) - 1)

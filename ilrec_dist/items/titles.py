@@ -42,7 +42,8 @@ def train_tokenizer(titles: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
-    """Load a tokenizer.json as Hugging Face models have it, without its padding and truncation.
+    """Load a tokenizer.json as Hugging Face models
+    have it, without its padding and truncation.
 
     Raises UserError, which says `what` asked for it, when there is none or it does not
     load.
@@ -62,7 +63,8 @@ def load_tokenizer(path: str | Path, what: str) -> Tokenizer:
 
 
 def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.ndarray:
-    """Item token numbers int32 [n, C] of n titles: at most `title_tokens` of each and the end.
+    """Item token numbers int32 [n, C] of n titles:
+    at most `title_tokens` of each and the end.
 
     Behind the end stands -1 up to C, which the longest title needs.
     """

@@ -22,8 +22,8 @@ class Trie:
                    [node_start[p][j], node_start[p][j + 1])
     node_token[p]  int32 [nodes_p]: last token id of the prefix; empty at p = 0
     child_start[p] int32 [nodes_p + 1], p < C: children of node j are the nodes
-                   [child_start[p][j], child_start[p][j + 1]) of depth p + 1, so their tokens are
-                   that slice of node_token[p + 1], ascending
+                   [child_start[p][j], child_start[p][j + 1]) of depth p + 1, so
+                   their tokens are that slice of node_token[p + 1], ascending
     """
 
     def __init__(self, catalogue: Catalogue) -> None:

@@ -1,4 +1,6 @@
-"""The language model's vocabulary: which of its token ids stand for the items (METHOD.md §10)."""
+"""The language model's vocabulary: which of its
+token ids stand for the items (METHOD.md §10).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The item tokens' ids within a language model's vocabulary, whatever else is in it.
+    """The item tokens' ids within a language
+    model's vocabulary, whatever else is in it.
 
     Item tokens are numbered 0 … I-1: the codes of the first level, then those of the
     second, and so on. Where items are titles, number 0 is the end token and number 1 +
@@ -53,7 +56,9 @@ class Vocabulary:
 
     @staticmethod
     def own(num_item_tokens: int, titles: bool = False) -> Vocabulary:
-        """A vocabulary of items only, of a model trained from scratch: padding 0, items from 1."""
+        """A vocabulary of items only, of a model
+        trained from scratch: padding 0, items from 1.
+        """
         ids = np.arange(1, num_item_tokens + 1, dtype=np.int32)
         return Vocabulary(ids, num_item_tokens + 1, 0, 1 if titles else None)
 
@@ -61,7 +66,8 @@ class Vocabulary:
     def added_to(
         base_size: int, embedding_rows: int, num_item_tokens: int, padding: int
     ) -> Vocabulary:
-        """Item tokens behind a tokenizer's own: their ids are T … T+I-1 and V = max(V₀, T+I).
+        """Item tokens behind a tokenizer's own:
+        their ids are T … T+I-1 and V = max(V₀, T+I).
 
         base_size is T, the tokens of the tokenizer; embedding_rows is V₀ ≥ T, the rows
         of the checkpoint's embedding, whose spare rows become item tokens first.
@@ -72,25 +78,33 @@ class Vocabulary:
 
     @staticmethod
     def for_titles(base_size: int, embedding_rows: int, end: int, padding: int) -> Vocabulary:
-        """Titles in a tokenizer's own T tokens, one of which is `end`; nothing is added."""
+        """Titles in a tokenizer's own T tokens,
+        one of which is `end`; nothing is added.
+        """
         ids = np.concatenate([[end], np.arange(base_size)]).astype(np.int32)
         return Vocabulary(ids, max(embedding_rows, base_size), padding, end, base_size)
 
     @property
     def added_tokens(self) -> tuple[int, int]:
-        """The range of ids of the item tokens that are no tokens of the tokenizer itself."""
+        """The range of ids of the item tokens that
+        are no tokens of the tokenizer itself.
+        """
         stop = 1 + int(self.item_tokens.max(initial=self.base_size - 1))
         return self.base_size, max(stop, self.base_size)
 
     def extended(self, count: int) -> Vocabulary:
-        """With `count` more item tokens, whose ids follow the largest one of an item token."""
+        """With `count` more item tokens, whose ids
+        follow the largest one of an item token.
+        """
         last = int(self.item_tokens.max(initial=self.base_size - 1 if self.base_size else 0))
         ids = np.append(self.item_tokens, np.arange(last + 1, last + 1 + count, dtype=np.int32))
         size = max(self.size, last + 1 + count)
         return Vocabulary(ids, size, self.padding, self.end, self.base_size)
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
-        """int32 item token numbers of token ids; -1 for NO_TOKEN and for ids that are no item's."""
+        """int32 item token numbers of token ids; -1
+        for NO_TOKEN and for ids that are no item's.
+        """
         number_of = np.full(self.size + 1, -1, np.int32)
         # Backwards, so that the end of a title is number 0 where the tokenizer has it as well. The
         # last entry stays -1: NO_TOKEN indexes it.

@@ -1,4 +1,6 @@
-"""What a run's folder says of its workers: who they are, and when and why they began again."""
+"""What a run's folder says of its workers: who
+they are, and when and why they began again.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Attempt:
 
 
 def begin_attempt(folder: Path, failures: Path) -> None:
-    """Note this worker, and in rank 0 the attempt. `failures` has what the ranks met before.
+    """Note this worker, and in rank 0 the attempt.
+    `failures` has what the ranks met before.
 
     The driver empties `failures` when a command begins, and leaves its mark there.
     """
@@ -58,7 +61,9 @@ def begin_attempt(folder: Path, failures: Path) -> None:
 
 
 def _reason(failures: Path, since: float) -> str:
-    """What the ranks noted since then, if it does not merely say that another one is gone."""
+    """What the ranks noted since then, if it
+    does not merely say that another one is gone.
+    """
     paths = sorted(failures.glob("rank-*.json"))
     notes = [read_json_object(path) for path in paths if path.stat().st_mtime >= since]
     own = [note["error"] for note in notes if not note.get("of_another_rank")]

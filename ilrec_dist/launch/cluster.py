@@ -1,4 +1,6 @@
-"""The Ray session of a command: a given cluster, or a local one that ends with the process."""
+"""The Ray session of a command: a given cluster,
+or a local one that ends with the process.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ GIVE_TOKEN = (
 
 
 def cluster_address(launch: LaunchConfig) -> str | None:
-    """The address of the Ray cluster that the user named; None where a local one is started."""
+    """The address of the Ray cluster that the
+    user named; None where a local one is started.
+    """
     return launch.ray_address or os.environ.get("RAY_ADDRESS")
 
 
@@ -43,8 +47,8 @@ def cluster_address(launch: LaunchConfig) -> str | None:
 def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
     """Connect to the named cluster, or start a local Ray, for the length of the block.
 
-    Yields what the cluster has, such as {"CPU": 64, "GPU": 8}. Nothing happens under torchrun,
-    and no new connection is made where this process has one.
+    Yields what the cluster has, such as {"CPU": 64, "GPU": 8}. Nothing happens
+    under torchrun, and no new connection is made where this process has one.
     """
     if launch.engine != "ray":
         yield {}
@@ -90,7 +94,9 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why there is no connection: in what Ray was handling stands whether a token was refused."""
+    """Why there is no connection: in what Ray was
+    handling stands whether a token was refused.
+    """
     seen: BaseException | None = error
     while seen is not None:
         if "Unauthenticated" in str(seen) or "AuthenticationError" in str(seen):
@@ -102,9 +108,9 @@ def _reason(error: BaseException) -> str:
 def _set_token() -> None:
     """Give this process's local Ray a token that is gone with the process.
 
-    Ray would write one to the home, for which every later `ray start` there would ask. What
-    the user says about tokens stays. Ray reads RAY_AUTH_MODE when it is loaded, and sets it
-    itself for a local session.
+    Ray would write one to the home, for which every later `ray start` there
+    would ask. What the user says about tokens stays. Ray reads
+    RAY_AUTH_MODE when it is loaded, and sets it itself for a local session.
     """
     if not any(name in os.environ for name in TOKEN_VARIABLES):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -141,7 +147,9 @@ def _check_head(address: str, source: str) -> None:
 
 
 def _speaks_http2(link: socket.socket) -> bool:
-    """Whether a gRPC server listens, such as Ray's head: it answers this with its own settings."""
+    """Whether a gRPC server listens, such as Ray's
+    head: it answers this with its own settings.
+    """
     answer = b""
     try:
         link.sendall(HTTP2_PREFACE)

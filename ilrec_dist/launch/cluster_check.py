@@ -1,4 +1,5 @@
-"""Whether a Ray cluster can run a job: enough GPUs or CPUs, one code, and the job's files.
+"""Whether a Ray cluster can run a job: enough
+GPUs or CPUs, one code, and the job's files.
 
 Every refusal comes within a minute and says what is needed and what is there.
 """
@@ -71,8 +72,8 @@ def _missing(demand: Demand, nodes: Sequence[Mapping[str, Any]]) -> bool:
 def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NODES_SECONDS) -> None:
     """Wait until the cluster has what the workers take, and say so.
 
-    Raises UserError after `seconds`, and at once where the nodes are there but cannot hold
-    whole tensor-parallel groups.
+    Raises UserError after `seconds`, and at once where the nodes
+    are there but cannot hold whole tensor-parallel groups.
     """
     until, said = time.monotonic() + seconds, False
     while _missing(demand, nodes := alive_nodes()):
@@ -106,7 +107,8 @@ def _say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: fl
 
 
 def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
-    """Compare every other node's view of the run folder and its packages with this process's.
+    """Compare every other node's view of the run
+    folder and its packages with this process's.
 
     Raises UserError that names the first node that does not see the folder, has another
     version, or does not answer in `seconds`.
@@ -142,8 +144,9 @@ def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
 
 
 def _make_probe() -> Callable[[str, Sequence[str]], dict[str, Any]]:
-    """The task that nodes run. A function of its own is sent whole, so that a node without
-    this package, or with another version of it, can run it too."""
+    """The task that nodes run. A function of its own is sent whole, so that a
+    node without this package, or with another version of it, can run it too.
+    """
 
     def probe(mark: str, packages: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {"Python": platform.python_version()}
@@ -193,7 +196,8 @@ def _version(package: str, version: str | None) -> str:
 
 
 class LostNodes(threading.Thread):
-    """Watches the cluster while a group runs, says what it waits for, and gives up in time.
+    """Watches the cluster while a group runs,
+    says what it waits for, and gives up in time.
 
     `give_up` is called once, when the cluster has had too little for `seconds`.
     """

@@ -68,7 +68,9 @@ class Job:
 
     @property
     def other_failure_file(self) -> Path:
-        """In its place where nothing can be written to the job's folder; on this machine only."""
+        """In its place where nothing can be written
+        to the job's folder; on this machine only.
+        """
         name = hashlib.sha256(self.folder.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"ilrec-failure-{os.getuid()}-{name}.json"
 
@@ -92,8 +94,9 @@ class Job:
 def run_job(job: Job) -> None:
     """Call the job's function in this worker.
 
-    A failure that another attempt would meet again is left in `failure_file` for the driver: a
-    UserError, a full or read-only disk, and a failure that is the same as in the attempt before.
+    A failure that another attempt would meet again is left in
+    `failure_file` for the driver: a UserError, a full or read-only
+    disk, and a failure that is the same as in the attempt before.
     """
     # The group was restarted because the other ranks lost the one that met the error.
     if _left_failure(job) is not None:
@@ -115,10 +118,11 @@ def run_job(job: Job) -> None:
 
 
 def unwritable(error: BaseException, folder: Path) -> str | None:
-    """One line where the error comes of a full or read-only disk; None for any other error.
+    """One line where the error comes of a full
+    or read-only disk; None for any other error.
 
-    Libraries report that in words of their own, so what they were handling counts as well, and
-    for a failed write whether `folder` can be written to now.
+    Libraries report that in words of their own, so what they were handling counts
+    as well, and for a failed write whether `folder` can be written to now.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -142,7 +146,9 @@ def _unwritable_line(error: OSError, folder: Path) -> str:
 
 
 def _leave_failure(job: Job, line: str, by_user: bool) -> None:
-    """Write the line for the driver, to the machine's temporary folder if it must be."""
+    """Write the line for the driver, to the
+    machine's temporary folder if it must be.
+    """
     for path in (job.failure_file, job.other_failure_file):
         try:
             write_json(path, {"error": line, "by_user": by_user})
@@ -152,7 +158,9 @@ def _leave_failure(job: Job, line: str, by_user: bool) -> None:
 
 
 def take_failure(job: Job) -> dict[str, Any] | None:
-    """What a worker left for the driver; None where it left nothing. Leaves nothing behind."""
+    """What a worker left for the driver; None
+    where it left nothing. Leaves nothing behind.
+    """
     path = _left_failure(job)
     if path is None:
         return None
@@ -172,7 +180,9 @@ def _left_failure(job: Job) -> Path | None:
 
 
 def _is_of_another_rank(error: Exception) -> bool:
-    """Whether the failure only says that another process of the group, or an actor, is gone."""
+    """Whether the failure only says that another
+    process of the group, or an actor, is gone.
+    """
     modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     is_distributed = any("Dist" in cls.__name__ for cls in type(error).__mro__)
     is_lost = any(words in str(error) for words in LOST_PEER)
@@ -180,7 +190,8 @@ def _is_of_another_rank(error: Exception) -> bool:
 
 
 def _is_repeated(job: Job, error: Exception) -> bool:
-    """Whether this rank met the same failure in an earlier attempt; notes it for the next.
+    """Whether this rank met the same failure in
+    an earlier attempt; notes it for the next.
 
     Never where it only says that another rank is gone.
     """
@@ -196,7 +207,9 @@ def _is_repeated(job: Job, error: Exception) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """One line: the kind of failure, its message without addresses, and where it arose."""
+    """One line: the kind of failure, its message
+    without addresses, and where it arose.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = re.sub(r"0x[0-9a-f]+", "0x…", " ".join(str(error).split()))
     return f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"

@@ -1,6 +1,7 @@
 """Runs a job in the workers of Ray Train.
 
-Only imported where Ray is used, and behind `ray_session`, which sets what Ray reads on import.
+Only imported where Ray is used, and behind
+`ray_session`, which sets what Ray reads on import.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class InterruptibleTrainer(TorchTrainer):
-    """Leaves Ctrl-C to this process; Ray's own handler ends it with status 1 and no word."""
+    """Leaves Ctrl-C to this process; Ray's own
+    handler ends it with status 1 and no word.
+    """
 
     controller: Any = None
 
@@ -45,10 +48,11 @@ class InterruptibleTrainer(TorchTrainer):
 
 
 def run_ray(launch: LaunchConfig, job: Job) -> None:
-    """Run `job` in launch.workers processes of the cluster that this process is connected to.
+    """Run `job` in launch.workers processes of
+    the cluster that this process is connected to.
 
-    Raises UserError where the cluster cannot run it, and WorkersFailed when the retries are
-    used up or a lost node is not replaced.
+    Raises UserError where the cluster cannot run it, and WorkersFailed
+    when the retries are used up or a lost node is not replaced.
     """
     gpu = _on_gpus(launch)
     demand = Demand("GPU" if gpu else "CPU", launch.workers)
@@ -91,7 +95,8 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
 
 
 def _on_gpus(launch: LaunchConfig) -> bool:
-    """Whether each worker gets a GPU; the cluster may have them where this process has none.
+    """Whether each worker gets a GPU; the cluster
+    may have them where this process has none.
 
     A named cluster that has some GPUs, but too few, is not taken for one without any.
     """

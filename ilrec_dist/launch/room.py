@@ -1,4 +1,6 @@
-"""How many worker groups fit side by side: on the named Ray cluster, or on this machine."""
+"""How many worker groups fit side by side:
+on the named Ray cluster, or on this machine.
+"""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ TERMINATE_SECONDS = 40.0
 def run_workers(launch: LaunchConfig, job: Job) -> None:
     """Run `job` in launch.workers processes.
 
-    Raises UserError for the user's own errors; WorkersFailed when the retries are used up, and
-    for a failure that a retry would meet again.
+    Raises UserError for the user's own errors; WorkersFailed when the
+    retries are used up, and for a failure that a retry would meet again.
     """
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     take_failure(job)
@@ -76,7 +76,8 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """What a new process calls so that the kernel ends it when this one dies, even of SIGKILL.
+    """What a new process calls so that the kernel
+    ends it when this one dies, even of SIGKILL.
 
     torchrun then ends its workers. Linux only.
     """

@@ -157,7 +157,9 @@ class CoreAttention(torch.nn.Module):
         return self._attend(query, key, value, None)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention on [B, heads, S, head_dim]: causal, or as the mask [B, 1, S, S] says."""
+        """Attention on [B, heads, S, head_dim]:
+        causal, or as the mask [B, 1, S, S] says.
+        """
         dtype = query.dtype
         if dtype == torch.bfloat16 and not query.is_cuda and query.requires_grad:
             # On a CPU the backward pass in bf16 takes several times as long as the one in fp32.

@@ -64,7 +64,9 @@ def build_pretrained(
 def load_pretrained(
     backbone: Backbone, folder: str | Path, new_rows: NewRows | None = None
 ) -> None:
-    """Fill what `build_pretrained` built from the model's folder, and draw its new rows."""
+    """Fill what `build_pretrained` built from
+    the model's folder, and draw its new rows.
+    """
     load_weights(backbone, folder, new_rows)
 
 
@@ -78,7 +80,9 @@ def check_positions(pretrained: Pretrained, longest_input: int) -> None:
 
 
 def decoder_of(config: BackboneConfig, pretrained: Pretrained) -> BackboneConfig:
-    """The section `backbone` with the sizes that the pretrained model's config.json decides."""
+    """The section `backbone` with the sizes that
+    the pretrained model's config.json decides.
+    """
     return dataclasses.replace(
         pretrained.config,
         from_=config.from_,

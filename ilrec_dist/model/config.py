@@ -1,4 +1,6 @@
-"""The configuration sections `backbone`, the decoder, and `train.lora`, its adapters."""
+"""The configuration sections `backbone`,
+the decoder, and `train.lora`, its adapters.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ FROM_SCRATCH = OnlyIf(
 
 @section(affects="train")
 class BackboneConfig:
-    """A decoder built by Megatron-core from these sizes, or a pretrained one from its folder."""
+    """A decoder built by Megatron-core from these
+    sizes, or a pretrained one from its folder.
+    """
 
     # The folder of a Hugging Face model, or a GGUF file; null: a decoder trained from scratch.
     # The stages read its bytes as an input, so that the path itself does not matter.
@@ -129,9 +133,9 @@ class LoraConfig:
 def tensor_parallel_problem(config: BackboneConfig, tp: int) -> str | None:
     """Why the decoder cannot be cut over `tp` ranks; None where it can.
 
-    The vocabulary's rows are no part of this. With fewer key/value heads than ranks the rows of
-    the joint projection are cut evenly and its output is gathered, so that each rank sees its
-    key/value head, which tp / heads_kv ranks share.
+    The vocabulary's rows are no part of this. With fewer key/value heads than ranks
+    the rows of the joint projection are cut evenly and its output is gathered, so
+    that each rank sees its key/value head, which tp / heads_kv ranks share.
     """
     heads, groups = config.num_heads, config.num_kv_heads or config.num_heads
     sizes = {

@@ -1,7 +1,9 @@
-"""The floating-point operations of a training, from its configuration and what was counted.
+"""The floating-point operations of a training,
+from its configuration and what was counted.
 
-Counted are the multiplications and additions of every matrix product: the decoder's layers, its
-attention and the output head. Norms, softmaxes and what is done element by element are not.
+Counted are the multiplications and additions of every matrix
+product: the decoder's layers, its attention and the output head.
+Norms, softmaxes and what is done element by element are not.
 """
 
 from __future__ import annotations
@@ -9,10 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ilrec_dist.model.config import BackboneConfig
-
-# A backward pass computes two products for each one of the forward pass.
-FORWARD_AND_BACKWARD = 3
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,95 @@ class Work:
     rows: float
 
 
-def forward_flops(config: BackboneConfig, work: Work, head_columns: Sequence[float]) -> float:
+@dataclass(frozen=True)
+class Trained:
+    """What of the model is trained: all weights, or adapters and rows of added tokens
+    beside frozen weights.
+    """
+
+    all_weights: bool = True
+    lora: LoraConfig | None = None
+    # Rows of the embedding and of the head.
+    new_rows: int = 0
+
+
+ALL_WEIGHTS = Trained()
+
+
+def forward_flops(
+    config: BackboneConfig,
+    work: Work,
+    head_columns: Sequence[float],
+    lora: LoraConfig | None = None,
+) -> float:
     """FLOPs of one forward pass.
 
-    head_columns: for each stream of hidden rows that goes through the head, final layer and
-    intermediate ones, how many columns of the vocabulary a row's logits are computed for.
+    head_columns: for each stream of hidden rows that goes
+    through the head, final layer and intermediate ones, how many
+    columns of the vocabulary a row's logits are computed for.
     """
+    linear = sum(rows * columns for rows, columns in _linear_shapes(config).values())
+    token = linear + _scores(config, work) + _adapters(config, lora)
+    head = work.rows * config.hidden_size * sum(head_columns)
+    return 2.0 * (config.num_layers * work.tokens * token + head)
+
+
+def training_flops(
+    config: BackboneConfig,
+    work: Work,
+    head_columns: Sequence[float],
+    trained: Trained = ALL_WEIGHTS,
+) -> float:
+    """FLOPs of forward and backward passes of a training.
+
+    A backward pass computes two products for each one of the forward pass, with regard
+    to its two factors. Frozen weights spare the one with regard to them; the head, that
+    of all rows but the trained ones. Where the embedding is frozen, the first layer's
+    query, key and value need no gradient of their input.
+    """
+    forward = forward_flops(config, work, head_columns, trained.lora)
+    if trained.all_weights:
+        return 3 * forward
+    shapes = _linear_shapes(config)
+    linear = sum(rows * columns for rows, columns in shapes.values())
+    token = linear + 2 * _scores(config, work) + 2 * _adapters(config, trained.lora)
+    layers = config.num_layers * work.tokens * token
+    if not trained.new_rows:
+        first = {name: shapes[name] for name in ("q_proj", "k_proj", "v_proj")}
+        layers -= work.tokens * sum(rows * columns for rows, columns in first.values())
+        if trained.lora is not None:
+            targeted = sum(name in trained.lora.target_modules for name in first)
+            layers -= work.tokens * targeted * trained.lora.rank * config.hidden_size
+    columns = sum(columns + min(columns, trained.new_rows) for columns in head_columns)
+    return forward + 2.0 * (layers + work.rows * config.hidden_size * columns)
+
+
+def _linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
+    """[out, in] of each of a layer's linear maps, by its name in a checkpoint."""
     d, heads = config.hidden_size, config.num_heads
     head_dim = config.head_dim or d // heads
     groups = config.num_kv_heads or heads
     feed_forward = config.ffn_hidden_size or 4 * d
-    attention = d * (heads + 2 * groups) * head_dim + heads * head_dim * d
-    mlp = (3 if config.activation == "swiglu" else 2) * d * feed_forward
-    # Queries times keys, and weights times values.
-    scores = 2 * work.context * heads * head_dim
-    layers = config.num_layers * work.tokens * (attention + mlp + scores)
-    return 2.0 * (layers + work.rows * d * sum(head_columns))
+    shapes = {
+        "q_proj": (heads * head_dim, d),
+        "k_proj": (groups * head_dim, d),
+        "v_proj": (groups * head_dim, d),
+        "o_proj": (d, heads * head_dim),
+        "up_proj": (feed_forward, d),
+        "down_proj": (d, feed_forward),
+    }
+    return shapes | ({"gate_proj": (feed_forward, d)} if config.activation == "swiglu" else {})
 
 
-def training_flops(config: BackboneConfig, work: Work, head_columns: Sequence[float]) -> float:
-    """FLOPs of forward and backward passes of a training in which all weights are trained."""
-    return FORWARD_AND_BACKWARD * forward_flops(config, work, head_columns)
+def _scores(config: BackboneConfig, work: Work) -> float:
+    """Multiplications of a token's queries with keys, and of weights with values."""
+    head_dim = config.head_dim or config.hidden_size // config.num_heads
+    return 2 * work.context * config.num_heads * head_dim
+
+
+def _adapters(config: BackboneConfig, lora: LoraConfig | None) -> int:
+    """Multiplications of a token with a layer's adapters."""
+    if lora is None:
+        return 0
+    shapes = _linear_shapes(config)
+    return lora.rank * sum(sum(shapes[name]) for name in lora.target_modules)

@@ -110,7 +110,9 @@ class Backbone(nn.Module):
 
     @property
     def vocabulary_tables(self) -> dict[str, nn.Parameter]:
-        """This rank's rows of the embedding and, where it is not tied to it, of the head."""
+        """This rank's rows of the embedding and,
+        where it is not tied to it, of the head.
+        """
         tables = {EMBEDDING: self.gpt.embedding.word_embeddings.weight}
         if not self.config.tie_embeddings:
             tables[HEAD] = self.gpt.output_layer.weight
@@ -125,13 +127,20 @@ class Backbone(nn.Module):
 
     @property
     def trainable_head_rows(self) -> tuple[int, int] | None:
-        """The range of tokens whose head rows are trained; None stands for all.
+        """The range of tokens whose head rows alone are trained; None stands for all.
 
         Where no row is, `head_weight` needs no gradient.
         """
         if self.trained_rows is None or self.base_sha256 is None:
             return None
         return self.trained_rows.start, self.trained_rows.stop
+
+    @property
+    def trained_head_rows(self) -> nn.Parameter | None:
+        """This rank's rows of `trainable_head_rows`, which get the gradient."""
+        if self.trained_rows is None or self.base_sha256 is None:
+            return None
+        return self.trained_rows.head_rows
 
     def write_trained_rows(self) -> None:
         """Bring the rows that are parameters of their own into the tables."""

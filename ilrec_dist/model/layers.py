@@ -99,7 +99,9 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """
 
     def forward(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
-        """hidden [B, S, d] → [B, S, d]; rotary angles [1 or B, S or 1, 1, head_dim] or None."""
+        """hidden [B, S, d] → [B, S, d]; rotary
+        angles [1 or B, S or 1, 1, head_dim] or None.
+        """
         hidden = self._add(
             self.self_attention(self.input_layernorm(hidden), context, rotary), hidden
         )

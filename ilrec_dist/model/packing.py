@@ -12,11 +12,12 @@ LEAST_PADDING = 0.02
 
 
 def pack(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, PackedSequences] | None:
-    """The tokens that the rows need, back to back: tokens [1, T], rows, and the boundaries.
+    """The tokens that the rows need, back to
+    back: tokens [1, T], rows, and the boundaries.
 
-    tokens int64 [B, S], padded on the right; rows int64 [N], flat indices into B · S. What
-    stands behind a sequence's last row is not seen by any row (attention is causal), so it
-    counts as padding. None where there is little of it.
+    tokens int64 [B, S], padded on the right; rows int64 [N], flat indices into B ·
+    S. What stands behind a sequence's last row is not seen by any row (attention
+    is causal), so it counts as padding. None where there is little of it.
     """
     batch, width = tokens.shape
     lengths = torch.zeros(batch, dtype=torch.int64, device=tokens.device)

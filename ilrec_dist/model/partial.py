@@ -41,10 +41,11 @@ def train_partially(
     added_rows: tuple[int, int],
     seed: int,
 ) -> None:
-    """Freeze the backbone's weights and attach what `trainable` names; collective over all ranks.
+    """Freeze the backbone's weights and attach what
+    `trainable` names; collective over all ranks.
 
-    base: the folder that the weights were read from. added_rows: the range of the tokens
-    that were added to the model's own.
+    base: the folder that the weights were read from. added_rows:
+    the range of the tokens that were added to the model's own.
     """
     digests = [weights_sha256(base) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(digests, src=0)
@@ -62,7 +63,8 @@ def separate_rows(backbone: Backbone, rows: tuple[int, int]) -> None:
 
 
 def partial_state_dict(backbone: Backbone) -> dict[str, Tensor]:
-    """Adapters by PEFT's names, and all rows of added tokens; on rank 0, on others empty.
+    """Adapters by PEFT's names, and all rows of
+    added tokens; on rank 0, on others empty.
 
     Collective over the tensor-parallel group of the first data-parallel rank.
     """
@@ -75,7 +77,8 @@ def partial_state_dict(backbone: Backbone) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_partial(backbone: Backbone, path: Path) -> None:
-    """Fill what `train_partially` attached from a weights file, of which each rank reads its part.
+    """Fill what `train_partially` attached from a
+    weights file, of which each rank reads its part.
 
     UserError names a tensor that is missing, left over or of another shape.
     """

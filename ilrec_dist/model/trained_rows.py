@@ -1,7 +1,9 @@
-"""Rows of the vocabulary as parameters of their own, apart from the rest of their tables.
+"""Rows of the vocabulary as parameters of
+their own, apart from the rest of their tables.
 
-The optimizer then holds state for these rows alone, or gives them a learning rate of their own,
-while the other rows of the embedding and the head are frozen or trained as before.
+The optimizer then holds state for these rows alone, or gives
+them a learning rate of their own, while the other rows of
+the embedding and the head are frozen or trained as before.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ EMBEDDING, HEAD = "embedding", "head"
 
 
 class TrainedRows(nn.Module):
-    """This rank's part of the vocabulary rows [start, stop), of the embedding and the head.
+    """This rank's part of the vocabulary rows
+    [start, stop), of the embedding and the head.
 
     tables: EMBEDDING's weight and, where it is not tied to it, HEAD's, this rank's rows
     `vocab_range` of each; their values are the parameters' first ones. The tables
     themselves stay whole: the rows are copied into them before they are used, so that
     lookups and products are the same as without this module. A rank that owns none of
-    the rows has a parameter of one row, which nothing reads: the optimizer takes no empty
-    one.
+    the rows has a parameter of one row, which nothing reads: the optimizer takes no
+    empty one.
     """
 
     def __init__(
@@ -67,13 +70,29 @@ class TrainedRows(nn.Module):
         )
         return whole
 
+    @property
+    def head_rows(self) -> nn.Parameter:
+        """The rows of the head: those of the embedding where they are tied."""
+        rows: nn.Parameter = self.weights[HEAD if HEAD in self.weights else EMBEDDING]
+        return rows
+
     def head(self, table: Tensor) -> Tensor:
-        """The head's table [V_local, d], whose gradient reaches the rows, and it if it trains."""
-        rows = self.weights[HEAD if HEAD in self.weights else EMBEDDING]
+        """The head's table [V_local, d], whose gradient reaches the rows and the table.
+
+        A frozen table comes without a gradient: that of the rows is asked for apart.
+        """
+        if not table.requires_grad:
+            self._copy_into(table, self.head_rows)
+            return table.detach()
         through: Tensor = _TableWithRows.apply(  # type: ignore[no-untyped-call]
-            rows, table, self.low, self.high
+            self.head_rows, table, self.low, self.high
         )
         return through
+
+    def _copy_into(self, table: Tensor, rows: Tensor) -> None:
+        # Through `data`, because autograd would take the copy for a change of what an earlier
+        # call's graph still needs, though the values are the same until the optimizer's step.
+        table.data[self.low : self.high] = rows.detach()[: self.high - self.low]
 
     @torch.no_grad()
     def write_to(self, tables: Mapping[str, Tensor]) -> None:
@@ -89,23 +108,22 @@ class TrainedRows(nn.Module):
 
 
 class _TableWithRows(torch.autograd.Function):
-    """The table after the rows were copied into it; its gradient is divided between the two."""
+    """The table after the rows were copied into
+    it; its gradient is divided between the two.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, low: int, high: int) -> Tensor:
         ctx.low, ctx.high, ctx.num_rows = low, high, len(rows)
-        # Through `data`, because autograd would take the copy for a change of what an earlier
-        # call's graph still needs, though the values are the same until the optimizer's step.
+        # As in TrainedRows._copy_into.
         table.data[low:high] = rows[: high - low]
         return table.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         of_rows = grad.new_zeros(ctx.num_rows, grad.shape[1])
         of_rows[: ctx.high - ctx.low] = grad[ctx.low : ctx.high]
-        of_table = None
-        if ctx.needs_input_grad[1]:
-            of_table = grad.clone()
-            of_table[ctx.low : ctx.high] = 0
+        of_table = grad.clone()
+        of_table[ctx.low : ctx.high] = 0
         return of_rows, of_table, None, None

@@ -1,4 +1,6 @@
-"""The weights files of a training: written with their SHA-256, checked against it when read."""
+"""The weights files of a training: written with
+their SHA-256, checked against it when read.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ BASE_SHA256 = "base_sha256"
 
 
 def save_training_weights(backbone: Backbone, path: Path) -> str:
-    """Write what was trained, unsharded, as one safetensors file; collective over all ranks.
+    """Write what was trained, unsharded, as one
+    safetensors file; collective over all ranks.
 
-    That is all weights, or what `train_partially` attached and the rows of added tokens.
-    Returns the file's SHA-256 on rank 0, where it is written, and "" elsewhere. The file
-    appears whole or not at all.
+    That is all weights, or what `train_partially` attached and the rows
+    of added tokens. Returns the file's SHA-256 on rank 0, where it is
+    written, and "" elsewhere. The file appears whole or not at all.
     """
     is_partial = backbone.base_sha256 is not None
     state = partial_state_dict(backbone) if is_partial else backbone.full_state_dict()
@@ -43,8 +46,8 @@ def save_training_weights(backbone: Backbone, path: Path) -> str:
 def read_training_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a finished training's weights file, on the CPU.
 
-    Raises UserError naming the file when it is missing or is not the one whose SHA-256 stands
-    in the result.json beside it.
+    Raises UserError naming the file when it is missing or is not
+    the one whose SHA-256 stands in the result.json beside it.
     """
     _check_file(path)
     return load_file(path)
@@ -53,9 +56,9 @@ def read_training_weights(path: Path) -> dict[str, Tensor]:
 def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
     """Load a finished training's weights file under any tp; the backbone in eval mode.
 
-    Raises UserError as `read_training_weights` does, naming a tensor that is missing, left
-    over or of another shape, and where a partial training began with other weights than
-    the backbone's.
+    Raises UserError as `read_training_weights` does, naming a
+    tensor that is missing, left over or of another shape, and where
+    a partial training began with other weights than the backbone's.
     """
     if backbone.base_sha256 is None:
         backbone.load_full_state_dict(read_training_weights(path))

@@ -105,7 +105,9 @@ class ObjectiveConfig:
 
     @property
     def is_cross_entropy(self) -> bool:
-        """Whether β = μ = λ = 0, so that only the cross-entropy remains (METHOD.md §6)."""
+        """Whether β = μ = λ = 0, so that only
+        the cross-entropy remains (METHOD.md §6).
+        """
         return self.beta == 0 and self.cpd_mu == 0 and self.crr_lambda == 0
 
 

@@ -22,7 +22,9 @@ from ilrec_dist.objective.rows import GroupedOutput, GroupedRowStats
 
 
 def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
-    """m: the configured number, or min(3, L // 2); 0 where the loss is plain cross-entropy."""
+    """m: the configured number, or min(3, L //
+    2); 0 where the loss is plain cross-entropy.
+    """
     if config.is_cross_entropy:
         return 0
     return config.num_intermediate_layers or min(3, num_layers // 2)
@@ -31,8 +33,8 @@ def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
 def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarray) -> LossOptions:
     """The operator's options.
 
-    vocab_size is the unpadded size; item_tokens int [I] are the distinct tokens of the items,
-    ascending (METHOD.md §2).
+    vocab_size is the unpadded size; item_tokens int [I] are
+    the distinct tokens of the items, ascending (METHOD.md §2).
     """
     # A contiguous range is passed as one, because it costs the operator less than a list.
     first, last = int(item_tokens[0]), int(item_tokens[-1])
@@ -87,7 +89,9 @@ class CrossLayerObjective(Objective):
         )
 
     def begin_step(self, step: int, total_steps: int) -> None:
-        """Let β, μ and λ rise from 0 over the first share `ramp` of the steps (METHOD.md §11)."""
+        """Let β, μ and λ rise from 0 over the first
+        share `ramp` of the steps (METHOD.md §11).
+        """
         if self.ramp == 0:
             return
         share, full = min(1.0, step / (self.ramp * total_steps)), self.full_options
@@ -128,13 +132,15 @@ class CrossLayerObjective(Objective):
         rewards: Tensor | None,
         loss_scale: float,
     ) -> LossOutput | GroupedOutput:
-        """The loss of a micro-batch: its sum over rows times `loss_scale`, and its parts.
+        """The loss of a micro-batch: its sum over
+        rows times `loss_scale`, and its parts.
 
-        tokens int64 [B, S]; rows, targets int64 [N]; candidates, in CSR form, indptr int64
-        [N + 1] and candidates int64 [nnz]; rewards float32 [nnz], or None without CRR. With
-        `groups` the first rows have rewards, the next are item tokens without, and the last,
-        which have no candidates, are words: how many rows each, and last the candidates of the
-        first ones, which `rewards` are of (METHOD.md §10).
+        tokens int64 [B, S]; rows, targets int64 [N]; candidates, in CSR form, indptr
+        int64 [N + 1] and candidates int64 [nnz]; rewards float32 [nnz], or None without
+        CRR. With `groups` the first rows have rewards, the next are item tokens
+        without, and the last, which have no candidates, are words: how many rows each,
+        and last the candidates of the first ones, which `rewards` are of (METHOD.md
+        §10).
         """
         hidden = self.backbone(tokens, rows, self.num_intermediate)
         lists = TokenLists(indptr, candidates)
@@ -186,12 +192,15 @@ class CrossLayerObjective(Objective):
             vocab=self.backbone.vocab_range,
             loss_scale=loss_scale,
             trainable_rows=self.backbone.trainable_head_rows,
+            trained_rows=self.backbone.trained_head_rows,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
         )
         return output
 
 
 def _split_lists(lists: TokenLists, rows: int, tokens: int) -> tuple[TokenLists, TokenLists]:
-    """The lists of the first `rows` rows, which have `tokens` tokens, and those of the others."""
+    """The lists of the first `rows` rows, which
+    have `tokens` tokens, and those of the others.
+    """
     first = TokenLists(lists.indptr[: rows + 1], lists.tokens[:tokens])
     return first, TokenLists(lists.indptr[rows:] - tokens, lists.tokens[tokens:])

@@ -1,7 +1,8 @@
 """Sums the loss operator's statistics of rows and turns them into the logged means.
 
-METHOD.md §6 lists what is logged: each loss term, the negatives, p(y), the KL divergence of
-each layer and the coverage of the rewards; in total and by position in the item.
+METHOD.md §6 lists what is logged: each loss term, the
+negatives, p(y), the KL divergence of each layer and the
+coverage of the rewards; in total and by position in the item.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ilrec_dist.objective.rows import GroupedRowStats
 class LossStatistics:
     """fp64 sums over rows since the last report, by position in the item.
 
-    `layers` are the numbers of the intermediate layers in the order L−1 … L−m, `weights` the
-    weight of each loss term in the total.
+    `layers` are the numbers of the intermediate layers in the order
+    L−1 … L−m, `weights` the weight of each loss term in the total.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class LossStatistics:
     ) -> None:
         """Add a micro-batch of whole items, one after another.
 
-        With grid_index int64 [N], ascending, row n is at position grid_index[n] % C of its
-        item; without it all items have C tokens.
+        With grid_index int64 [N], ascending, row n is at position
+        grid_index[n] % C of its item; without it all items have C tokens.
         """
         self._tokens += num_tokens
         if isinstance(rows, RowStats):
@@ -109,10 +110,10 @@ class LossStatistics:
     def report(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The means over all data-parallel ranks since the last report; starts anew.
 
-        Keys are those of METHOD.md §6, with /pos0, /pos1, … for each position in the item,
-        and `tokens`, `rows` and `loss/total`. The means are over item tokens; where rows are
-        words, `rows` and `loss/total` count them too, and `rows/words` and `loss/words` are
-        theirs. Collective over the group.
+        Keys are those of METHOD.md §6, with /pos0, /pos1, … for each position in the
+        item, and `tokens`, `rows` and `loss/total`. The means are over item tokens;
+        where rows are words, `rows` and `loss/total` count them too, and `rows/words`
+        and `loss/words` are theirs. Collective over the group.
         """
         counts = torch.tensor(
             [self._tokens, self._num_words], dtype=torch.float64, device=self._sums.device
@@ -151,5 +152,7 @@ class LossStatistics:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """NaN where the whole is nothing: the log writes null, and a curve skips the point."""
+    """NaN where the whole is nothing: the log
+    writes null, and a curve skips the point.
+    """
     return part / whole if whole else math.nan

@@ -1,4 +1,6 @@
-"""What the Trainer knows of an objective: a module that gives a loss and its statistics."""
+"""What the Trainer knows of an objective: a
+module that gives a loss and its statistics.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Statistics(Protocol):
     """Sums of an objective's statistics since the last report."""
 
     def add(self, rows: Any, num_tokens: int, grid_index: torch.Tensor | None = None) -> None:
-        """Add the `rows` of an output, and the batch's input tokens and grid of positions."""
+        """Add the `rows` of an output, and the
+        batch's input tokens and grid of positions.
+        """
         ...
 
     def is_finite(self, group: dist.ProcessGroup | None) -> bool:
@@ -36,8 +40,8 @@ class Statistics(Protocol):
     def report(self, group: dist.ProcessGroup | None) -> dict[str, float]:
         """The means over all data-parallel ranks since the last report; starts anew.
 
-        Among them are `tokens`, `rows`, `loss/total` and a `loss/NAME` for each loss term.
-        Collective over the group.
+        Among them are `tokens`, `rows`, `loss/total` and a
+        `loss/NAME` for each loss term. Collective over the group.
         """
         ...
 
@@ -45,9 +49,10 @@ class Statistics(Protocol):
 class Objective(nn.Module):
     """The backbone and a loss as one module, so that the engine wraps a single forward.
 
-    A subclass's `forward(*inputs, rewards, loss_scale)` takes what its batches call model
-    inputs, and returns an ObjectiveOutput whose loss is the sum over the micro-batch times
-    loss_scale. `rewards`, float32 [nnz], is None where `needs_rewards` is False.
+    A subclass's `forward(*inputs, rewards, loss_scale)` takes what its batches call
+    model inputs, and returns an ObjectiveOutput whose loss is the sum over the
+    micro-batch times loss_scale. `rewards`, float32 [nnz], is None where
+    `needs_rewards` is False.
     """
 
     needs_rewards = False

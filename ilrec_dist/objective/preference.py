@@ -1,7 +1,7 @@
 """Preference losses (METHOD.md §11): a target is preferred to negative items.
 
-Every loss reads log π(i | x), the sum of an item's log p^L over the softmax scope, and most of
-them Δ_i = log π(i | x) − log π_ref(i | x) with a frozen reference π_ref.
+Every loss reads log π(i | x), the sum of an item's log p^L over the softmax scope,
+and most of them Δ_i = log π(i | x) − log π_ref(i | x) with a frozen reference π_ref.
 """
 
 from __future__ import annotations
@@ -70,14 +70,18 @@ class DPO(PreferenceLoss):
 
 
 class SoftmaxDPO(PreferenceLoss):
-    """−log σ(−log Σ_n exp β(Δ_n − Δ_y)), of several negatives (S-DPO, arXiv 2406.09215)."""
+    """−log σ(−log Σ_n exp β(Δ_n − Δ_y)), of
+    several negatives (S-DPO, arXiv 2406.09215).
+    """
 
     def __call__(self, scores: PairScores) -> Tensor:
         return -F.logsigmoid(-(-self.beta * scores.margins).logsumexp(dim=1))
 
 
 class SimPO(PreferenceLoss):
-    """−log σ(β·log π(y)/|y| − β·log π(n)/|n| − γ), without a reference (arXiv 2405.14734)."""
+    """−log σ(β·log π(y)/|y| − β·log π(n)/|n| −
+    γ), without a reference (arXiv 2405.14734).
+    """
 
     def __call__(self, scores: PairScores) -> Tensor:
         target = scores.target / scores.target_length
@@ -88,7 +92,8 @@ class SimPO(PreferenceLoss):
 class SmoothedDPO(PreferenceLoss):
     """−(1−ε)·log σ(βd) − ε·log σ(−βd) with d = Δ_y − Δ_n (RosePO, arXiv 2410.12519).
 
-    ε is each target's own: the probability that the collaborative model gives n above y.
+    ε is each target's own: the probability that
+    the collaborative model gives n above y.
     """
 
     def __call__(self, scores: PairScores) -> Tensor:
@@ -98,7 +103,9 @@ class SmoothedDPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class PreferenceOutput:
-    """loss: the sum over targets times the loss scale; rows: what happened in each target."""
+    """loss: the sum over targets times the loss
+    scale; rows: what happened in each target.
+    """
 
     loss: Tensor
     rows: TargetStats
@@ -141,16 +148,17 @@ class PreferenceObjective(Objective):
         branches: BranchedSequences | None,
         known: Tensor | None,
     ) -> PairScores:
-        """log π of every target and negative, differentiable, and what is known of them.
+        """log π of every target and negative,
+        differentiable, and what is known of them.
 
-        tokens int64 [B, S]; rows, targets and cell int64 [N]; candidates in CSR form, indptr
-        int64 [N + 1]. Of T · (1 + n) continuations the targets come first, then each target's
-        negatives side by side; a row's cell is continuation · C + position in the item. known
-        float32 [T, 1 + n + …]: log π_ref of the target and its negatives, then ε where the
-        loss reads it.
+        tokens int64 [B, S]; rows, targets and cell int64 [N]; candidates in CSR form,
+        indptr int64 [N + 1]. Of T · (1 + n) continuations the targets come first, then
+        each target's negatives side by side; a row's cell is continuation · C +
+        position in the item. known float32 [T, 1 + n + …]: log π_ref of the target and
+        its negatives, then ε where the loss reads it.
 
-        The operator gives each row's −log p over the vocabulary's shards, without a tensor of
-        rows × vocabulary, and makes its gradients in backward.
+        The operator gives each row's −log p over the vocabulary's shards, without
+        a tensor of rows × vocabulary, and makes its gradients in backward.
         """
         hidden = self.backbone(tokens, rows, branches=branches)
         negative_log_p = cross_layer_loss(
@@ -163,6 +171,7 @@ class PreferenceObjective(Objective):
             self.options,
             vocab=self.backbone.vocab_range,
             trainable_rows=self.backbone.trainable_head_rows,
+            trained_rows=self.backbone.trained_head_rows,
             tp_group=self.parallel.tp_group if self.parallel.tp > 1 else None,
             reduction="none",
         ).loss
@@ -187,7 +196,9 @@ class PreferenceObjective(Objective):
 def pair_scores(
     log_pi: Tensor, lengths: Tensor, num_targets: int, num_negatives: int, known: Tensor | None
 ) -> PairScores:
-    """Sort log π [M] and lengths [M] of all continuations, and what is known, by target."""
+    """Sort log π [M] and lengths [M] of all
+    continuations, and what is known, by target.
+    """
     shape = num_targets, num_negatives
     reference_target, flip = log_pi.new_zeros(num_targets), log_pi.new_zeros(num_targets)
     reference_negatives = log_pi.new_zeros(shape)

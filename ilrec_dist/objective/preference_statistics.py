@@ -1,4 +1,6 @@
-"""Sums what preference losses log: the loss, how often and by how much the target is preferred."""
+"""Sums what preference losses log: the loss, how
+often and by how much the target is preferred.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from torch import Tensor
 class TargetStats:
     """What happened in each of T targets, [T] each, detached.
 
-    margin, log_p_negative and preferred are means over a target's negatives: of Δ_y − Δ_n, of
-    log π(n) and of whether Δ_y > Δ_n.
+    margin, log_p_negative and preferred are means over a target's
+    negatives: of Δ_y − Δ_n, of log π(n) and of whether Δ_y > Δ_n.
     """
 
     loss: Tensor

@@ -1,4 +1,6 @@
-"""What the objective gives for a micro-batch of prompts, whose rows are items and words."""
+"""What the objective gives for a micro-batch
+of prompts, whose rows are items and words.
+"""
 
 from __future__ import annotations
 

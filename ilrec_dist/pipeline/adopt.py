@@ -1,8 +1,9 @@
-"""Takes finished stages over from other run folders that hold them with the same fingerprints.
+"""Takes finished stages over from other run
+folders that hold them with the same fingerprints.
 
-A fingerprint covers a stage's settings, its input and the stages before it, so that the output of
-one folder is what the other one would make. Files are linked, or copied where the file system has
-no links: a run replaces its files and never writes to them.
+A fingerprint covers a stage's settings, its input and the stages before it, so that
+the output of one folder is what the other one would make. Files are linked, or copied
+where the file system has no links: a run replaces its files and never writes to them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from ilrec_dist.pipeline.run import Run
 def adopt_stages(
     run: Run, folders: Iterable[Path], names: Iterable[str] | None = None
 ) -> list[str]:
-    """Take over every stage of `run` that is not current and that one of the folders holds.
+    """Take over every stage of `run` that is not
+    current and that one of the folders holds.
 
-    names: the stages, in the run's order; None: all. Returns those that were taken over.
+    names: the stages, in the run's order; None:
+    all. Returns those that were taken over.
     """
     folders = [folder for folder in folders if folder != run.folder]
     adopted = []
@@ -42,7 +45,9 @@ def adopt_stages(
 
 
 def _finished(folder: Path, name: str, fingerprint: str) -> dict[str, Any] | None:
-    """The record of the stage in the run folder, if it is whole and has that fingerprint."""
+    """The record of the stage in the run folder,
+    if it is whole and has that fingerprint.
+    """
     record = read_record(folder / STAGES / f"{name}.json")
     begun = read_record(folder / STAGES / f"{name}.begun.json")
     if record is None or record["fingerprint"] != fingerprint:

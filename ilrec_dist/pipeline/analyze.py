@@ -45,10 +45,11 @@ BATCH_USERS = 128
 
 
 def analyze(run: Path, method: str | None, seed: int | None, users: int) -> dict[str, Any]:
-    """Analyse a finished, evaluated run on a sample of validation users; writes analysis.json.
+    """Analyse a finished, evaluated run on a sample
+    of validation users; writes analysis.json.
 
-    method and seed as in `open_trained_model`. Raises UserError for a folder without them, and
-    for items that are titles.
+    method and seed as in `open_trained_model`. Raises UserError
+    for a folder without them, and for items that are titles.
     """
     if users < 1:
         raise UserError(f"--users {users}: expected at least 1")
@@ -76,14 +77,17 @@ def analyze(run: Path, method: str | None, seed: int | None, users: int) -> dict
 
 
 def trained_weights(folders: RunFolders, method: str, seed: int) -> str:
-    """The SHA-256 of a training's best weights, by which an analysis is known to be of them."""
+    """The SHA-256 of a training's best weights,
+    by which an analysis is known to be of them.
+    """
     result = read_json_object(folders.training(method, seed) / RESULT)
     sha256: str = result[WEIGHTS_SHA256][BEST]
     return sha256
 
 
 def gains(config: Config, artifacts: RunArtifacts, name: str) -> list[Mapping[str, Any]]:
-    """NDCG@10 on the test split by groups of users, against what the method is compared with.
+    """NDCG@10 on the test split by groups of users,
+    against what the method is compared with.
 
     A user's value is the mean over seeds.
     """
@@ -176,7 +180,9 @@ def _position(number: int, sums: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _beams(trained: TrainedModel, users: np.ndarray) -> np.ndarray:
-    """int64 [n, W]: the final beams for the users' validation targets, padded with -1."""
+    """int64 [n, W]: the final beams for the
+    users' validation targets, padded with -1.
+    """
     config, artifacts = trained.config, trained.artifacts
     predictions = evaluate_model(
         trained.backbone,

@@ -94,10 +94,11 @@ class RunArtifacts:
         )
 
     def trained_model(self, method: str, seed: int) -> dict[str, Any]:
-        """The result.json of a finished training that fits the data and codes of this folder.
+        """The result.json of a finished training
+        that fits the data and codes of this folder.
 
-        Raises UserError where the training is not finished, and where it was trained on other
-        data or other item codes than those that lie in the folder now.
+        Raises UserError where the training is not finished, and where it was trained
+        on other data or other item codes than those that lie in the folder now.
         """
         weights = self.folders.training(method, seed) / BEST
         if not weights.exists() or not weights.with_name(RESULT).exists():
@@ -117,7 +118,8 @@ class RunArtifacts:
         return result
 
     def validation_users(self, count: int) -> np.ndarray:
-        """A fixed seeded sample of `count` users who have a validation target, int64 ascending.
+        """A fixed seeded sample of `count` users who
+        have a validation target, int64 ascending.
 
         All of them where `count` is 0 or more than there are.
         """
@@ -144,10 +146,11 @@ def config_for_workers(config: Config) -> dict[str, Any]:
 
 
 def with_local_model(config: Config) -> Config:
-    """The configuration with the model's folder in `backbone.from`, if it names one at all.
+    """The configuration with the model's folder
+    in `backbone.from`, if it names one at all.
 
-    A GGUF file is dequantised once into a folder beside the runs; one process calls this. Raises
-    UserError where there is no such model.
+    A GGUF file is dequantised once into a folder beside the runs; one
+    process calls this. Raises UserError where there is no such model.
     """
     source = config.backbone.from_
     if source is None:
@@ -158,7 +161,8 @@ def with_local_model(config: Config) -> Config:
 
 
 def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone as its training begins: freshly initialised, or with a model's weights.
+    """The run's backbone as its training begins:
+    freshly initialised, or with a model's weights.
 
     The model's folder is the one in `backbone.from`.
     """
@@ -175,7 +179,8 @@ def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
 
 
 def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone for trained weights: its own are undefined until those are loaded.
+    """The run's backbone for trained weights:
+    its own are undefined until those are loaded.
 
     Where a training left most of a model's weights as they are, they are read from
     `backbone.from`.
@@ -201,7 +206,9 @@ def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
 
 
 def longest_input(config: Config, catalogue: Catalogue) -> int:
-    """Tokens of the longest input, or the limit of prompts; 1 where the model's own is theirs."""
+    """Tokens of the longest input, or the limit
+    of prompts; 1 where the model's own is theirs.
+    """
     if config.prompts.templates is not None:
         return config.prompts.max_tokens or 1
     return build.max_positions(config.train.max_history, catalogue.depth)

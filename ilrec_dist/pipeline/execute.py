@@ -56,8 +56,8 @@ def open_run(config: Config, verify: bool = False) -> Run:
 def execute(config: Config, command: str, resume: bool = False, verify: bool = False) -> None:
     """Run the stages of one command, or with "run" all of them and the report.
 
-    resume: refuse a folder of another configuration. verify: compare the finished stages' files
-    with their hashes; without it, with their sizes and times.
+    resume: refuse a folder of another configuration. verify: compare the finished
+    stages' files with their hashes; without it, with their sizes and times.
     """
     run = open_run(config, verify)
     if resume:
@@ -103,7 +103,9 @@ class Executor:
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
-        """Put finished work back where the block raises UserError; drop it where it ends well."""
+        """Put finished work back where the block
+        raises UserError; drop it where it ends well.
+        """
         try:
             yield
         except UserError:
@@ -123,10 +125,11 @@ class Executor:
             self.preserved.drop()
 
     def _is_new_training(self, name: str) -> bool:
-        """Whether a stage's work of this command stays although a later stage is refused.
+        """Whether a stage's work of this command
+        stays although a later stage is refused.
 
-        It is a training that replaced nothing and stands on nothing that is put back. What goes
-        on with unfinished work stays too.
+        It is a training that replaced nothing and stands on nothing
+        that is put back. What goes on with unfinished work stays too.
         """
         stage = self.run.stages[name]
         is_kept = stage.output.relative_to(self.run.folder).as_posix() in self.preserved.outputs
@@ -185,7 +188,8 @@ class Executor:
             self._finish(name, spent, None)
 
     def _verify_before(self, name: str, coming: Sequence[str]) -> None:
-        """Compare the manifests of all stages before this one, except `coming`, with the records.
+        """Compare the manifests of all stages before
+        this one, except `coming`, with the records.
 
         What a stage reads is compared with these manifests where it is read.
         """
@@ -195,9 +199,11 @@ class Executor:
             self._verify_before(before, coming)
 
     def _begin(self, name: str) -> None:
-        """Keep the stage's finished output, if there is one, and note that an attempt begins.
+        """Keep the stage's finished output, if there
+        is one, and note that an attempt begins.
 
-        The checkpoints of an unfinished training are kept too, unless it goes on from them.
+        The checkpoints of an unfinished training
+        are kept too, unless it goes on from them.
         """
         if not self._begun:
             self.preserved.note()
@@ -217,7 +223,9 @@ class Executor:
 
     @contextmanager
     def _as_before_if_refused(self, name: str) -> Iterator[None]:
-        """Where the stage refuses its input, take back what was noted about this attempt."""
+        """Where the stage refuses its input, take
+        back what was noted about this attempt.
+        """
         files = [
             self.run.folder / CONFIG,
             self.run.state_folder / CONFIG_SHA256,
@@ -236,9 +244,11 @@ class Executor:
             raise
 
     def _clear_other_work(self, name: str) -> None:
-        """Begin a stage of the workers: work of other settings goes, and what is damaged.
+        """Begin a stage of the workers: work of
+        other settings goes, and what is damaged.
 
-        The unfinished work of an interrupted attempt with these settings stays, to be continued.
+        The unfinished work of an interrupted attempt
+        with these settings stays, to be continued.
         """
         output, begun = self.run.stages[name].output, self.run.begun(name)
         finished = self.run.record_file(name).exists()

@@ -28,9 +28,9 @@ def open_fusion(trained: TrainedModel, fusion: str = WIDEST) -> FusedRanker:
     """The mixture of a trained model with the sources that `fusion` names, such as
     "cf".
 
-    Its weights were chosen on validation by the run's evaluation, for lists with and without seen
-    items. Raises UserError where that made no such fusion, and where it stands on other data or
-    models than lie in the run's folder now.
+    Its weights were chosen on validation by the run's evaluation, for lists with
+    and without seen items. Raises UserError where that made no such fusion, and
+    where it stands on other data or models than lie in the run's folder now.
     """
     names = ["+".join(sources) for sources in FUSIONS]
     if fusion != WIDEST and fusion not in names:

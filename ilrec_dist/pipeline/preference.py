@@ -1,4 +1,6 @@
-"""What a preference training needs besides a targets' training: its start, pairs, reference."""
+"""What a preference training needs besides a
+targets' training: its start, pairs, reference.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ NEIGHBOURS = 50
 
 
 def training_settings(config: Config, method: Method) -> TrainConfig:
-    """The section `train` as the method follows it: its own epochs and learning rate."""
+    """The section `train` as the method follows
+    it: its own epochs and learning rate.
+    """
     if method.samples == "targets":
         return config.train
     own, train = method.preference(config.preference), config.train
@@ -78,8 +82,9 @@ def sample_source(
 ) -> tuple[BatchSource, Phases | None]:
     """What makes the method's batches, and its phases where it has some.
 
-    `objective` has the weights that the training begins with: where the loss reads a reference,
-    its log-probabilities are computed here, unless they are kept. Collective over all ranks.
+    `objective` has the weights that the training begins with:
+    where the loss reads a reference, its log-probabilities are
+    computed here, unless they are kept. Collective over all ranks.
     """
     dataset, catalogue, trie = artifacts.training, artifacts.catalogue, artifacts.trie
     if method.samples == "targets":

@@ -1,9 +1,11 @@
-"""Keeps what a command is about to replace, so that a command that is refused changes nothing.
+"""Keeps what a command is about to replace, so
+that a command that is refused changes nothing.
 
-The outputs of finished stages and of unfinished trainings, their records, the configuration and
-the results are linked (or copied, where the file system has no links) into `.previous/` before they
-are replaced. A refused command puts them back; a command that ends well drops them. An interrupted
-command leaves them, for the next one to do either.
+The outputs of finished stages and of unfinished trainings, their records, the
+configuration and the results are linked (or copied, where the file system has no links)
+into `.previous/` before they are replaced. A refused command puts them back; a command
+that ends well drops them. An interrupted command leaves them, for the next one to do
+either.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ class Preserved:
         return RunFolders(self.root).trainings / ATTEMPTS
 
     def note(self) -> None:
-        """Keep the records, the configuration and the results; to be called before any change.
+        """Keep the records, the configuration and
+        the results; to be called before any change.
 
-        Where an interrupted command has left outputs here, what it kept is still wanted.
+        Where an interrupted command has left
+        outputs here, what it kept is still wanted.
         """
         if self.outputs:
             return
@@ -82,10 +86,11 @@ class Preserved:
         write_json(self.folder / CONTENTS, contents | {"outputs": [*kept, name]})
 
     def put_back(self, written: Sequence[Path], new: Sequence[str] = ()) -> None:
-        """Restore all that is kept, and remove `written`, outputs that the command wrote.
+        """Restore all that is kept, and remove
+        `written`, outputs that the command wrote.
 
-        new: stages whose records of this command stay. Killed in the middle, it can be called
-        again.
+        new: stages whose records of this command stay.
+        Killed in the middle, it can be called again.
         """
         for output in written:
             shutil.rmtree(output, ignore_errors=True)
@@ -119,13 +124,17 @@ class Preserved:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Copy a folder by hard links: its files are replaced when they change, never written to."""
+    """Copy a folder by hard links: its files are
+    replaced when they change, never written to.
+    """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=link_file, symlinks=True)
 
 
 def link_file(source: str, target: str) -> None:
-    """Make `target` another name of the file `source`; a copy where there are no links."""
+    """Make `target` another name of the file
+    `source`; a copy where there are no links.
+    """
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

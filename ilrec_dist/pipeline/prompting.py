@@ -30,7 +30,8 @@ CHUNK_ITEMS = 10_000
 
 
 def template_files(config: Config) -> list[Path]:
-    """The file of templates, whose bytes decide what is trained; none for plain sequences.
+    """The file of templates, whose bytes decide
+    what is trained; none for plain sequences.
 
     Raises UserError where it cannot be read.
     """
@@ -79,7 +80,9 @@ def _first_template(config: Config) -> Template:
 
 
 def input_form(config: Config, artifacts: RunArtifacts, prompt: dict[str, Any] | None) -> InputForm:
-    """What a model reads of a history: `prompt` is what its training kept (`served_prompt`)."""
+    """What a model reads of a history: `prompt`
+    is what its training kept (`served_prompt`).
+    """
     max_history = config.train.max_history
     if prompt is None:
         return PlainSequences(artifacts.catalogue, max_history)
@@ -106,7 +109,9 @@ def batch_source(config: Config, artifacts: RunArtifacts, seed: int) -> BatchSou
 def target_batches(
     config: Config, artifacts: RunArtifacts, dataset: InteractionDataset, windows: Windows
 ) -> BatchSource:
-    """What makes batches of the targets of `windows` alone, asked as a trained model is."""
+    """What makes batches of the targets of
+    `windows` alone, asked as a trained model is.
+    """
     if config.prompts.templates is None:
         return BatchMaker(dataset, artifacts.catalogue, artifacts.trie, windows)
     writer, template = prompt_writer(config, artifacts), _first_template(config)
@@ -131,8 +136,8 @@ def epoch_steps(config: Config, artifacts: RunArtifacts) -> int:
 def check_prompts(config: Config, artifacts: RunArtifacts) -> None:
     """Raise UserError where a prompt of this run cannot be written.
 
-    That is an item without a title that a template writes, and a prompt that does not fit with
-    all its history left out.
+    That is an item without a title that a template writes, and
+    a prompt that does not fit with all its history left out.
     """
     prompts, templates = config.prompts, used_templates(config)
     positions = read_config(artifacts.language_model).max_positions

@@ -1,8 +1,8 @@
 """The record of a finished stage, `.stages/NAME.json`: the manifest of what the stage
 wrote.
 
-It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its output, the hash of
-the outputs that the stage stands on, and a checksum of all this.
+It holds the stage's fingerprint, bytes, time and SHA-256 of every file of its
+output, the hash of the outputs that the stage stands on, and a checksum of all this.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) 
     """The first file of a stage's output that is not what its record says; None if all
     are whole.
 
-    Size and time are compared, and the hash where only the time differs, as after a copy. With
-    `verify` all hashes are compared, in parallel.
+    Size and time are compared, and the hash where only the time differs,
+    as after a copy. With `verify` all hashes are compared, in parallel.
     """
     doubtful: dict[str, str] = {}
     files: dict[str, dict[str, Any]] = record["files"]
@@ -146,9 +146,9 @@ def usable_record(folders: RunFolders, name: str) -> dict[str, Any] | None:
 def verify_descriptions(folders: RunFolders, name: str) -> None:
     """Compare what describes a stage's output with the hashes in the stage's record.
 
-    That is its manifest.json, which has the hashes of the other files, or the result.json of a
-    training. Nothing is compared where the stage has no record. Raises UserError that names the
-    file that is missing or damaged.
+    That is its manifest.json, which has the hashes of the other files, or
+    the result.json of a training. Nothing is compared where the stage has no
+    record. Raises UserError that names the file that is missing or damaged.
     """
     record = usable_record(folders, name)
     if record is not None:
@@ -164,7 +164,8 @@ def check_stands_on(folders: RunFolders, name: str, wanted: Sequence[str]) -> No
     """What stage `name` stands on, among `wanted` stages, must be what lies in the
     folder now.
 
-    Follows the chain, and compares the records' hashes only. Raises UserError that names both.
+    Follows the chain, and compares the records'
+    hashes only. Raises UserError that names both.
     """
     record = usable_record(folders, name)
     if record is None:

@@ -1,4 +1,6 @@
-"""What the stages wrote about their work, for the report: facts to show and warnings."""
+"""What the stages wrote about their work,
+for the report: facts to show and warnings.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class ReportMaterial(TypedDict):
 
 
 def report_material(config: Config, artifacts: RunArtifacts) -> ReportMaterial:
-    """Read the reports of the stages prepare, index and cf; collect what the user must be told."""
+    """Read the reports of the stages prepare, index
+    and cf; collect what the user must be told.
+    """
     folders = artifacts.folders
     for stage in ("prepare", "index", "cf"):
         verify_descriptions(folders, stage)

@@ -1,4 +1,5 @@
-"""A run's folder and the state of its stages: fingerprints, records, what is whole, the lock.
+"""A run's folder and the state of its stages:
+fingerprints, records, what is whole, the lock.
 
 It knows stages only as `Stage` declares them.
 """
@@ -30,7 +31,9 @@ FORMAT = 5
 
 
 class Run:
-    """The stages of one configuration in one run folder, each after those it stands on."""
+    """The stages of one configuration in one
+    run folder, each after those it stands on.
+    """
 
     def __init__(
         self, folder: Path, stages: Sequence[Stage], config_text: str, verify: bool = False
@@ -44,7 +47,9 @@ class Run:
     # What decides whether a stage runs
 
     def fingerprint(self, name: str) -> str:
-        """SHA-256 over the stage's settings, its inputs' bytes and the fingerprints before it."""
+        """SHA-256 over the stage's settings, its
+        inputs' bytes and the fingerprints before it.
+        """
         if name not in self._fingerprints:
             stage = self.stages[name]
             parts = {
@@ -60,8 +65,8 @@ class Run:
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of the stage's last complete run.
 
-        None when there was none, when its output is gone, or when a later attempt with other
-        settings or input was interrupted, so that the output may be of either.
+        None when there was none, when its output is gone, or when a later attempt with
+        other settings or input was interrupted, so that the output may be of either.
         """
         record, begun = read_record(self.record_file(name)), self.begun(name)
         if record is None or not self.stages[name].output.exists():
@@ -78,7 +83,9 @@ class Run:
         return self.reason_to_run(name) is None
 
     def reason_to_run(self, name: str) -> str | None:
-        """None where the stage is current; otherwise what it is, to follow "stage NAME"."""
+        """None where the stage is current; otherwise
+        what it is, to follow "stage NAME".
+        """
         record = self.record(name)
         if record is None:
             return "has not been made"
@@ -94,13 +101,17 @@ class Run:
         return None
 
     def check_before(self, name: str, coming: Sequence[str]) -> None:
-        """Every stage before this one must be current, unless it is among those `coming`."""
+        """Every stage before this one must be
+        current, unless it is among those `coming`.
+        """
         for before in self.stages[name].after:
             if before not in coming:
                 self.require_current(before)
 
     def require_current(self, name: str) -> None:
-        """Raise UserError, which says what to run first, where the stage is not current."""
+        """Raise UserError, which says what to run
+        first, where the stage is not current.
+        """
         reason = self.reason_to_run(name)
         if reason is not None:
             raise UserError(
@@ -109,7 +120,9 @@ class Run:
             )
 
     def check_resumable(self) -> None:
-        """`--resume`: there is a run here, and what it finished or began is of these settings."""
+        """`--resume`: there is a run here, and what
+        it finished or began is of these settings.
+        """
         if not self.state_folder.is_dir():
             raise UserError(f"{self.folder}: nothing to resume; leave --resume out to start a run")
         for name in self.stages:
@@ -123,7 +136,9 @@ class Run:
                 )
 
     def changed_settings(self, name: str) -> str:
-        """ " (key: old → new, ...)" where the stage's last attempt had other settings, else ""."""
+        """ " (key: old → new, ...)" where the stage's
+        last attempt had other settings, else "".
+        """
         latest = self.begun(name)
         if latest is None or "settings" not in latest:
             return ""
@@ -215,7 +230,9 @@ class Run:
 
 
 def config_problem(folder: Path) -> str | None:
-    """Why a run's config.yaml is not to be read; None where it is as a command wrote it."""
+    """Why a run's config.yaml is not to be read;
+    None where it is as a command wrote it.
+    """
     config, digest = folder / CONFIG, folder / STAGES / CONFIG_SHA256
     if not config.is_file():
         return f"{config}: missing"

@@ -1,4 +1,5 @@
-"""Rounds of supervised training and of preferring the target to the model's own best beam.
+"""Rounds of supervised training and of preferring
+the target to the model's own best beam.
 
 SPRec, arXiv 2412.09243 (METHOD.md §11).
 """
@@ -37,8 +38,9 @@ CHUNK_TARGETS = 1 << 16
 class SelfPlay:
     """Each round: supervised training, then preference training of the same length.
 
-    The negatives of a round are the model's own best beams at the round's middle, and its
-    weights there are the reference. Both are computed once and kept in the training's folder.
+    The negatives of a round are the model's own best beams at
+    the round's middle, and its weights there are the reference.
+    Both are computed once and kept in the training's folder.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class SelfPlay:
             )
 
     def _write_beams(self, path: Path) -> None:
-        """int32 [all targets]: the model's best beam that is not the target, -1 for none."""
+        """int32 [all targets]: the model's best
+        beam that is not the target, -1 for none.
+        """
         dataset, windows = self.supervised.dataset, self.supervised.windows
         constraint = TrieConstraint(self.supervised.trie, self.parallel.device)
         found = np.full(self.supervised.num_targets, -1, np.int32)
@@ -141,7 +145,8 @@ class SelfPlay:
 def best_but_target(
     maker: PreferenceBatchMaker, items: np.ndarray, targets: np.ndarray
 ) -> np.ndarray:
-    """The first item of each list [n, W] whose tokens are not the target's [n]; -1 for none.
+    """The first item of each list [n, W] whose
+    tokens are not the target's [n]; -1 for none.
 
     Lists end with -1.
     """

@@ -16,8 +16,8 @@ from ilrec_dist.training.spec import TrainingSpec
 class Stage:
     """One step of a run.
 
-    It runs again when its settings, the bytes of its inputs, or the stages before it change, and
-    when its output is not whole.
+    It runs again when its settings, the bytes of its inputs, or
+    the stages before it change, and when its output is not whole.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""What `ilrec status` tells of a run, from its folder alone: any machine that sees it can ask."""
+"""What `ilrec status` tells of a run, from its
+folder alone: any machine that sees it can ask.
+"""
 
 from __future__ import annotations
 

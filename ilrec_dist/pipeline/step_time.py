@@ -1,4 +1,6 @@
-"""Times a few steps of trainings, and a few users of their search, to tell how long they take."""
+"""Times a few steps of trainings, and a few users
+of their search, to tell how long they take.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,9 @@ class TrainingTime:
 def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime | None]:
     """Time the last method and first seed of each configuration, in one worker group.
 
-    The configurations have one section `launch` and run folders with data, codes and CF models.
-    `folder` is for what the trainings write, and is left to the caller. None for a training that
-    cannot begin yet, as one that goes on from another.
+    The configurations have one section `launch` and run folders with data, codes and
+    CF models. `folder` is for what the trainings write, and is left to the caller.
+    None for a training that cannot begin yet, as one that goes on from another.
     """
     configs = [drop_idle_keys(_rewards_in_process(with_local_model(one)))[0] for one in configs]
     arguments = {

@@ -100,7 +100,9 @@ def train_one(
 
 
 def _agreement_sample(config: Config, artifacts: RunArtifacts) -> Batch:
-    """The validation targets on which the layers are compared; the same for every training."""
+    """The validation targets on which the layers
+    are compared; the same for every training.
+    """
     users = artifacts.validation_users(AGREEMENT_USERS)
     chosen = ChosenTargets.of_split(
         artifacts.dataset, users, "validation", config.train.max_history

@@ -1,4 +1,6 @@
-"""Opens the trained model of a finished run, for what is done with it: recommend, export."""
+"""Opens the trained model of a finished run,
+for what is done with it: recommend, export.
+"""
 
 from __future__ import annotations
 
@@ -77,11 +79,11 @@ def open_trained_model(
 ) -> Iterator[TrainedModel]:
     """The model of the run in folder `run`, in eval mode, while the block lasts.
 
-    method: a name of train.methods; None takes the project's own where it was trained. seed: None
-    takes the run's first. exact: where the training left most of a model's weights as they are,
-    all weights are held in fp32, without the rounding of train.precision. Raises UserError for a
-    folder without such a finished training, and where data, codes or weights are not those of the
-    training.
+    method: a name of train.methods; None takes the project's own where it was trained.
+    seed: None takes the run's first. exact: where the training left most of a model's
+    weights as they are, all weights are held in fp32, without the rounding of
+    train.precision. Raises UserError for a folder without such a finished training, and
+    where data, codes or weights are not those of the training.
     """
     config = run_config(run)
     method = get_method(method or default_method(config.train.methods)).name
@@ -125,9 +127,11 @@ def open_trained_model(
 
 
 def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Config:
-    """The configuration with the model's settings of its training, the entry "model" of the result.
+    """The configuration with the model's settings of
+    its training, the entry "model" of the result.
 
-    Raises UserError where most weights are those of a pretrained model that is no longer there.
+    Raises UserError where most weights are those
+    of a pretrained model that is no longer there.
     """
     backbone = section_from_dict(BackboneConfig, model["backbone"])
     train = dataclasses.replace(
@@ -157,7 +161,8 @@ def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Conf
 def run_config(run: Path) -> Config:
     """The configuration in a run's folder, pointed at where the folder is now.
 
-    Raises UserError for a folder that is no run's, and for a file that is not as it was written.
+    Raises UserError for a folder that is no run's,
+    and for a file that is not as it was written.
     """
     if not (run / CONFIG).exists():
         raise UserError(

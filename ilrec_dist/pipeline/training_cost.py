@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.config import BackboneConfig
-from ilrec_dist.model.flops import Work, forward_flops, training_flops
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
+from ilrec_dist.model.flops import Trained, Work, forward_flops, training_flops
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
@@ -27,7 +29,9 @@ CHUNK_ITEMS = 1 << 20
 
 @dataclass(frozen=True)
 class ScopeSizes:
-    """How many columns of the head each scope of METHOD.md §2 has for a row, on average."""
+    """How many columns of the head each scope
+    of METHOD.md §2 has for a row, on average.
+    """
 
     all: float
     item_tokens: float
@@ -46,7 +50,9 @@ class ScopeSizes:
 
 
 def mean_candidates(trie: Trie, popularity: np.ndarray) -> float:
-    """The mean number of valid_next candidates of a row, with items weighted by popularity."""
+    """The mean number of valid_next candidates
+    of a row, with items weighted by popularity.
+    """
     total = rows = 0.0
     for first in range(0, len(popularity), CHUNK_ITEMS):
         items = np.arange(first, min(first + CHUNK_ITEMS, len(popularity)))
@@ -61,7 +67,9 @@ def mean_candidates(trie: Trie, popularity: np.ndarray) -> float:
 
 
 def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) -> list[float]:
-    """Columns of the head for a row of each stream: the final layer's, then the others'."""
+    """Columns of the head for a row of each
+    stream: the final layer's, then the others'.
+    """
     size = {"all": sizes.all, "item_tokens": sizes.item_tokens, "valid_next": sizes.valid_next}
     intermediate = 0.0
     if config.cpd_mu > 0:
@@ -74,7 +82,9 @@ def head_columns(config: ObjectiveConfig, num_layers: int, sizes: ScopeSizes) ->
 
 
 def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, int | None], float]:
-    """`training_cost` of every training of the run, by (method, seed), where it is known."""
+    """`training_cost` of every training of the
+    run, by (method, seed), where it is known.
+    """
     sizes = ScopeSizes.of(artifacts)
     costs = {
         (method, seed): training_cost(config, artifacts, sizes, method, seed)
@@ -87,15 +97,17 @@ def training_costs(config: Config, artifacts: RunArtifacts) -> dict[tuple[str, i
 def training_cost(
     config: Config, artifacts: RunArtifacts, sizes: ScopeSizes, name: str, seed: int
 ) -> float | None:
-    """FLOPs of the finished training of one method and seed, and of those that it stands on.
+    """FLOPs of the finished training of one method
+    and seed, and of those that it stands on.
 
-    It stands on the training of the method that it starts from, and on the forward pass of its
-    reference. The collaborative model's training is no part of it. None where the curves that
-    count the tokens were deleted.
+    It stands on the training of the method that it starts from, and on the
+    forward pass of its reference. The collaborative model's training is no
+    part of it. None where the curves that count the tokens were deleted.
     """
     method, folder = get_method(name), artifacts.folders.training(name, seed)
-    result = read_json_object(folder / RESULT)
-    backbone = section_from_dict(BackboneConfig, result["model"]["backbone"])
+    model = read_json_object(folder / RESULT)["model"]
+    backbone = section_from_dict(BackboneConfig, model["backbone"])
+    trained = trained_parts(model, artifacts)
     columns = head_columns(method.objective(config.objective), backbone.num_layers, sizes)
     lines = [line for line in read_metrics(folder) if "tokens" in line]
     if not lines:
@@ -104,13 +116,24 @@ def training_cost(
     epochs = lines[-1]["epoch"]
     # A token of a sequence attends to half of it on average.
     work = Work(tokens, tokens / (epoch_samples(config, artifacts) * epochs) / 2, rows)
-    cost = training_flops(backbone, work, columns)
+    cost = training_flops(backbone, work, columns, trained)
     if method.needs_reference:
         # Each round of self-play has a reference of its own.
         self_play = method.samples == "self_play_pairs"
         passes = method.preference(config.preference).rounds if self_play else 1
-        cost += passes * forward_flops(backbone, work, columns) / epochs
+        cost += passes * forward_flops(backbone, work, columns, trained.lora) / epochs
     if method.starts_from is not None:
         start = training_cost(config, artifacts, sizes, method.starts_from, seed)
         return None if start is None else cost + start
     return cost
+
+
+def trained_parts(model: Mapping[str, Any], artifacts: RunArtifacts) -> Trained:
+    """What a training trained, from the entry "model" of its result."""
+    trainable = model.get("trainable", "full")
+    first, last = artifacts.catalogue.vocabulary.added_tokens
+    return Trained(
+        all_weights=trainable == "full",
+        lora=section_from_dict(LoraConfig, model["lora"]) if "lora" in model else None,
+        new_rows=last - first if trainable.endswith("new_rows") else 0,
+    )

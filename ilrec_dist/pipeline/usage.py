@@ -16,7 +16,8 @@ PEAK = "peak_memory_bytes"
 
 
 def note_peak_memory(folder: Path, parallel: ParallelState) -> None:
-    """Write the largest worker's peak so far, or the one of an earlier attempt where that is more.
+    """Write the largest worker's peak so far, or the
+    one of an earlier attempt where that is more.
 
     Collective over all workers.
     """
@@ -35,7 +36,9 @@ def read_peak_memory(folder: Path) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of this process: allocated on its GPU at most, or resident at most on a CPU."""
+    """Bytes of this process: allocated on its
+    GPU at most, or resident at most on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="utf-8")

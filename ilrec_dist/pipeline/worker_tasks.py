@@ -35,7 +35,9 @@ from ilrec_dist.training.spec import TrainingSpec
 def train_and_evaluate(
     config: dict[str, Any], trainings: list[dict[str, Any]], evaluate: bool
 ) -> None:
-    """Train one (method, seed) after the other; then, if asked, evaluate all that is trained."""
+    """Train one (method, seed) after the other;
+    then, if asked, evaluate all that is trained.
+    """
     tree = config_from_dict(config)
     with worker_session(tree) as parallel:
         artifacts = RunArtifacts(tree)
@@ -72,7 +74,9 @@ def train_cf_part(config: dict[str, Any]) -> None:
 
 @contextmanager
 def worker_session(config: Config) -> Iterator[ParallelState]:
-    """This process's device, threads and process groups, for the length of the block."""
+    """This process's device, threads and
+    process groups, for the length of the block.
+    """
     quiet()
     device = resolve_device(config.launch)
     if device == "cpu":

@@ -1,1 +1,3 @@
-"""What a training on a cluster takes, reckoned from its configuration before anything starts."""
+"""What a training on a cluster takes, reckoned
+from its configuration before anything starts.
+"""

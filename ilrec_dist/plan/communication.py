@@ -1,7 +1,7 @@
 """Bytes of a training step's collectives over each process group.
 
-A collective counts the whole tensor once: what is reduced or sent, or what every rank holds after
-a gathering. `Collective.wire_bytes` is what a rank sends for it in a ring.
+A collective counts the whole tensor once: what is reduced or sent, or what every rank
+holds after a gathering. `Collective.wire_bytes` is what a rank sends for it in a ring.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def step_collectives(
     layout: StepLayout,
     groups: Sequence[FlatGroup],
 ) -> list[Collective]:
-    """The collectives of one optimizer step; `groups` are the parameters that a rank trains."""
+    """The collectives of one optimizer step;
+    `groups` are the parameters that a rank trains.
+    """
     found = []
     # One sum of squares a group; where every rank has all gradients, one of all.
     norms = FP32 * (1 if layout.keeps_gradients else len(groups))

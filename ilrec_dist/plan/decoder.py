@@ -15,7 +15,9 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a part of the model: those that every rank holds, and those cut over tp."""
+    """Parameters of a part of the model: those
+    that every rank holds, and those cut over tp.
+    """
 
     whole: int
     cut: int
@@ -45,7 +47,9 @@ class DecoderSizes:
 
     @classmethod
     def of(cls, config: BackboneConfig, vocab_size: int, positions: int) -> DecoderSizes:
-        """vocab_size is the unpadded one, positions the length of a learned position table."""
+        """vocab_size is the unpadded one, positions
+        the length of a learned position table.
+        """
         return cls(
             layers=config.num_layers,
             hidden=config.hidden_size,
@@ -73,7 +77,8 @@ class DecoderSizes:
         return self.ffn * (2 if self.gated else 1)
 
     def tensors(self) -> Iterator[tuple[str, int, Count]]:
-        """(part, dimensions, elements) of every parameter, in the order of the module's.
+        """(part, dimensions, elements) of every
+        parameter, in the order of the module's.
 
         Together they are exactly the parameters of `model.gpt.Backbone`.
         """
@@ -123,7 +128,8 @@ def summed(counts: Iterable[Count]) -> Count:
 class FlatGroup:
     """Trainable parameters of a rank as DeepSpeed's ZeRO lays them end to end, padded.
 
-    Matrices are one group and vectors another, because no weight decay applies to these.
+    Matrices are one group and vectors another,
+    because no weight decay applies to these.
     """
 
     # Elements of each parameter.

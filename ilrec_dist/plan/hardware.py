@@ -1,4 +1,6 @@
-"""What the cluster is, as stated on the command line: sizes and speeds with their units."""
+"""What the cluster is, as stated on the command
+line: sizes and speeds with their units.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class Hardware:
 
 
 def parse_quantity(text: str, flag: str, units: dict[str, float], example: str) -> float:
-    """`80GiB`, `400Gb/s` or `989TFLOP/s` in bytes, bytes a second or operations a second.
+    """`80GiB`, `400Gb/s` or `989TFLOP/s` in
+    bytes, bytes a second or operations a second.
 
     Raises UserError that names the flag.
     """

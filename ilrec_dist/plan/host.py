@@ -1,4 +1,6 @@
-"""Memory of a node's host by part; docs/scaling.md derives what grows with the catalogue."""
+"""Memory of a node's host by part; docs/scaling.md
+derives what grows with the catalogue.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ def host_bytes(
 ) -> dict[str, float] | None:
     """Bytes of one node that holds all of it; None where the data's size is not known.
 
-    What is mapped from files is shared by all processes of the node, and the system may drop
-    it again; the rest is counted for each process.
+    What is mapped from files is shared by all processes of the node, and
+    the system may drop it again; the rest is counted for each process.
     """
     if data.items is None or data.users is None or data.interactions is None:
         return None

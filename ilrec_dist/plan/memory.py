@@ -42,11 +42,11 @@ def state_bytes(
 ) -> dict[str, float]:
     """Weights, gradients and optimizer state of a rank.
 
-    parameters: all of the rank's, and groups: those that it trains. The optimizer state is
-    divided over the dp ranks. Gradients in fp32 with one micro-batch a step, or under ZeRO 2,
-    go through DeepSpeed's bucket, and a rank keeps those of the parameters of which it updates
-    a part. With more micro-batches it keeps all until the last one. In bf16 under ZeRO 1 it
-    keeps all in bf16 and their sum in fp32.
+    parameters: all of the rank's, and groups: those that it trains. The optimizer state
+    is divided over the dp ranks. Gradients in fp32 with one micro-batch a step, or
+    under ZeRO 2, go through DeepSpeed's bucket, and a rank keeps those of the
+    parameters of which it updates a part. With more micro-batches it keeps all until
+    the last one. In bf16 under ZeRO 1 it keeps all in bf16 and their sum in fp32.
     """
     trainable = sum(group.padded for group in groups)
     share = trainable / layout.dp
@@ -68,8 +68,9 @@ def state_bytes(
 def bucket_bytes(trainable: int, layout: StepLayout) -> float:
     """The buffer through which gradients go to be summed over the dp ranks.
 
-    In bf16 under ZeRO 1 they are copied into one as large as they need; otherwise DeepSpeed
-    allocates it whatever the model's size is, under ZeRO 2 in the precision of the weights.
+    In bf16 under ZeRO 1 they are copied into one as large as they
+    need; otherwise DeepSpeed allocates it whatever the model's
+    size is, under ZeRO 2 in the precision of the weights.
     """
     if layout.keeps_gradients:
         return float(FP32 * min(trainable, BUCKET_GRADIENTS))
@@ -125,8 +126,8 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
 def _norm_input(sizes: DecoderSizes, layout: StepLayout) -> int:
     """Bytes a row that a norm keeps of its input, with the statistics.
 
-    torch computes an RMS norm in one kernel on GPUs only; on CPUs it keeps the row in fp32
-    and the normalised row before the weight.
+    torch computes an RMS norm in one kernel on GPUs only; on CPUs it
+    keeps the row in fp32 and the normalised row before the weight.
     """
     if sizes.config.normalization == "LayerNorm":
         return sizes.hidden * layout.element + 2 * FP32
@@ -140,7 +141,9 @@ def loss_bytes(
     layout: StepLayout,
     head_is_trained: bool = True,
 ) -> dict[str, float]:
-    """The loss's workspace, the head's gradient in fp32, and the hidden rows of all streams."""
+    """The loss's workspace, the head's gradient
+    in fp32, and the hidden rows of all streams.
+    """
     workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
     streams = 1
     if streams_take_part(objective):
@@ -167,5 +170,7 @@ def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) 
 
 
 def checkpoint_bytes(trainable: int) -> int:
-    """Of a checkpoint's parts: master weights and moments in fp32, from which weights follow."""
+    """Of a checkpoint's parts: master weights and
+    moments in fp32, from which weights follow.
+    """
     return (FP32 + MOMENTS_BYTES) * trainable

@@ -91,8 +91,8 @@ class Plan:
 def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
     """The plan of the configured method that asks for most.
 
-    launch.workers is taken to be one for each GPU. Raises UserError where the sizes are not
-    known, and where the configuration is impossible on this hardware.
+    launch.workers is taken to be one for each GPU. Raises UserError where the sizes
+    are not known, and where the configuration is impossible on this hardware.
     """
     data = data_sizes(config, given)
     return plan_for(config, hardware, data, item_tokens(config, data))
@@ -177,7 +177,9 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
 
 
 def nearest_fitting(plan: Plan) -> tuple[str, Plan] | None:
-    """The first of the alternatives that fits, and what to change; None where none does."""
+    """The first of the alternatives that fits,
+    and what to change; None where none does.
+    """
     for change, config, hardware in _alternatives(plan.config, plan.hardware):
         try:
             other = plan_for(config, hardware, plan.data, plan.tokens)
@@ -191,8 +193,8 @@ def nearest_fitting(plan: Plan) -> tuple[str, Plan] | None:
 def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Config, Hardware]]:
     """(what is changed, configuration, hardware), from the smallest change on.
 
-    First shorter micro-batches on the same GPUs, then more tensor parallelism, both, and then
-    more nodes.
+    First shorter micro-batches on the same GPUs, then
+    more tensor parallelism, both, and then more nodes.
     """
     for nodes in (hardware.nodes, 2 * hardware.nodes, 4 * hardware.nodes, 8 * hardware.nodes):
         larger = replace(hardware, nodes=nodes)
@@ -215,7 +217,9 @@ def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Con
 
 
 def _on(config: Config, hardware: Hardware) -> Config:
-    """The configuration with a worker for each GPU. Raises UserError where it is impossible."""
+    """The configuration with a worker for each
+    GPU. Raises UserError where it is impossible.
+    """
     config = replace(config, launch=replace(config.launch, workers=hardware.gpus))
     check_together(config, f"{hardware.nodes} × {hardware.gpus_per_node} GPUs")
     return config

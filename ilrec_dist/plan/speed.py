@@ -38,7 +38,9 @@ class StepTime:
 
 
 def forward_operations(sizes: DecoderSizes, batch: MicroBatch) -> float:
-    """Operations of the layers in one forward pass; causal attention is counted as half."""
+    """Operations of the layers in one forward
+    pass; causal attention is counted as half.
+    """
     weights = (sizes.qkv_width + sizes.query_width + sizes.fc1_width + sizes.ffn) * sizes.hidden
     attention = sizes.query_width * batch.tokens_per_sequence
     return 2.0 * sizes.layers * batch.tokens * (weights + attention)

@@ -1,4 +1,6 @@
-"""What a configuration asks of the model: its sizes, and how long sequences and lists are."""
+"""What a configuration asks of the model: its
+sizes, and how long sequences and lists are.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,8 @@ def sequence_length(config: Config, tokens: ItemTokens) -> int:
 def micro_batch(config: Config, tokens: ItemTokens, data: DataSizes) -> MicroBatch:
     """The largest micro-batch of a rank: all sequences are as long as they may be.
 
-    A prompt has one item as its response, and so has a sequence with train.targets last.
+    A prompt has one item as its response, and
+    so has a sequence with train.targets last.
     """
     train = config.train
     sequences = train.batch_size // (config.launch.dp * train.accumulation_steps)

@@ -1,4 +1,6 @@
-"""The configuration section `prompts`: what a sample looks like in words (METHOD.md §10)."""
+"""The configuration section `prompts`: what
+a sample looks like in words (METHOD.md §10).
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ Form = Literal["codes", "titles", "both"]
 class Task:
     """What a prompt asks for.
 
-    `history` and `response` are None where the templates say how items are written there.
+    `history` and `response` are None where the
+    templates say how items are written there.
     """
 
     name: str

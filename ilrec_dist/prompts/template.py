@@ -1,4 +1,6 @@
-"""Prompt templates, read from YAML files: text with places for the history and the response."""
+"""Prompt templates, read from YAML files: text
+with places for the history and the response.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ _KEYS = {"task", "history", "response", "separator", "templates", "system"}
 class Template:
     """One way to ask.
 
-    `prompt` has the placeholder `{history}`, or `{item}` where the task asks about one item;
-    the response follows it. `history` says how the items of the prompt are written, `response`
-    how the answer is. `system` is the system message of a chat template, if any.
+    `prompt` has the placeholder `{history}`, or `{item}` where the task asks about one
+    item; the response follows it. `history` says how the items of the prompt are
+    written, `response` how the answer is. `system` is the system message of a chat
+    template, if any.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Writes prompts: a template and items become text and tokens that fit the length limit.
+"""Writes prompts: a template and items become
+text and tokens that fit the length limit.
 
 Texts are tokenized whole, a batch at a time: the tokens of a text are not those of its
 pieces, since a tokenizer may merge across their borders.
@@ -58,8 +59,8 @@ class ItemTexts:
 class PromptRequest:
     """One prompt to write.
 
-    items: the history, oldest first, or the one item that the template asks about. reserve: the
-    tokens that the response may take of the limit.
+    items: the history, oldest first, or the one item that the template asks
+    about. reserve: the tokens that the response may take of the limit.
     """
 
     template: Template
@@ -78,10 +79,12 @@ class Prompt:
 
 
 class PromptWriter:
-    """Writes prompts of at most `max_tokens` tokens, that of their responses among them.
+    """Writes prompts of at most `max_tokens`
+    tokens, that of their responses among them.
 
-    `encode` gives the tokens of whole prompts, start token included where the model has one;
-    `encode_response` those of words in a response. `end_token` closes responses in words.
+    `encode` gives the tokens of whole prompts, start token
+    included where the model has one; `encode_response` those of
+    words in a response. `end_token` closes responses in words.
     """
 
     def __init__(
@@ -102,8 +105,9 @@ class PromptWriter:
     def write(self, requests: Sequence[PromptRequest]) -> list[Prompt]:
         """The prompts, in order.
 
-        One that is too long loses its oldest history items, whole, until it and its response
-        fit. Raises UserError when it does not fit without any history, or when a text is missing.
+        One that is too long loses its oldest history items, whole,
+        until it and its response fit. Raises UserError when it does
+        not fit without any history, or when a text is missing.
         """
         written = [
             [self.texts.write(int(item), request.template.history) for item in request.items]

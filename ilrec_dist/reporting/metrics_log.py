@@ -30,10 +30,11 @@ class MetricsLog:
     """Append-only metrics of one training run, written by rank 0 alone (names:
     METHOD.md §6).
 
-    `folder` is made when absent. With `resume_step` k, lines of steps after k are dropped first, so
-    that a step that is run again is logged once, and a line gives the number of dropped steps.
-    Without it lines are added to what is there. A last line that a killed writer left torn is
-    removed either way. Every line is flushed, so a SIGKILL costs at most the line being written.
+    `folder` is made when absent. With `resume_step` k, lines of steps after k are
+    dropped first, so that a step that is run again is logged once, and a line gives the
+    number of dropped steps. Without it lines are added to what is there. A last line
+    that a killed writer left torn is removed either way. Every line is flushed, so a
+    SIGKILL costs at most the line being written.
     """
 
     def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
@@ -56,8 +57,8 @@ class MetricsLog:
     def write(self, step: int, epoch: float, values: Nested) -> None:
         """Write one line: {"step", "epoch", "time" (Unix seconds), …}.
 
-        Nested mappings become `outer/inner` keys; values are anything float() takes. A value that
-        is not finite is written as null, because JSON has no word for it.
+        Nested mappings become `outer/inner` keys; values are anything float() takes. A
+        value that is not finite is written as null, because JSON has no word for it.
         """
         line: dict[str, float | int | None] = {"step": int(step), "epoch": epoch, "time": _now()}
         for key, value in flatten(values):
@@ -93,7 +94,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of folder/metrics.jsonl in order, without a torn last line; [] without
     a file.
 
-    Raises UserError naming file and line when an earlier line is not a JSON object with a step.
+    Raises UserError naming file and line when an
+    earlier line is not a JSON object with a step.
     """
     path = Path(folder) / METRICS_FILE
     try:

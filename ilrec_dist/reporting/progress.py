@@ -1,6 +1,8 @@
-"""Progress in the driver's terminal: a training through its metrics.jsonl, a bar for other stages.
+"""Progress in the driver's terminal: a training
+through its metrics.jsonl, a bar for other stages.
 
-A terminal gets one live bar; a pipe or a log file gets a plain line about every ten seconds.
+A terminal gets one live bar; a pipe or a log
+file gets a plain line about every ten seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ RATE_LINES = 20
 class LogFollower:
     """Reads the lines that were added to a metrics.jsonl since the last read.
 
-    It starts over when the file was replaced or cut; a line that is not whole yet is left.
+    It starts over when the file was replaced or
+    cut; a line that is not whole yet is left.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -80,7 +83,9 @@ class TrainingState:
         self.ndcg = _number(line, "validation/ndcg@10", self.ndcg)
 
     def seconds_left(self) -> float | None:
-        """From the pace of the last lines, validation included; None before there are two."""
+        """From the pace of the last lines, validation
+        included; None before there are two.
+        """
         if len(self._pace) < 2:
             return None
         (first, since), (last, until) = self._pace[0], self._pace[-1]
@@ -103,11 +108,12 @@ class TrainingState:
 
 
 class LiveProgress:
-    """Follows the training run that writes into `folder` and shows it until the context ends.
+    """Follows the training run that writes into
+    `folder` and shows it until the context ends.
 
-    `with LiveProgress(folder, total_steps=2000, title="…"): start_workers_and_wait()` reads
-    metrics.jsonl in a thread, so the driver may block. `total_steps` is that of the whole run, also
-    when it resumes.
+    `with LiveProgress(folder, total_steps=2000, title="…"):
+    start_workers_and_wait()` reads metrics.jsonl in a thread, so the driver
+    may block. `total_steps` is that of the whole run, also when it resumes.
     """
 
     def __init__(
@@ -149,7 +155,9 @@ class LiveProgress:
 
 
 class StageProgress:
-    """The bar of one stage, called from one thread: `progress(epoch + 1, "loss 5.21")`."""
+    """The bar of one stage, called from one
+    thread: `progress(epoch + 1, "loss 5.21")`.
+    """
 
     def __init__(self, display: _Terminal | _Plain, total: float | None, unit: str) -> None:
         self._display, self._total, self._unit = display, total, unit
@@ -182,9 +190,11 @@ class StageProgress:
 def stage_progress(
     title: str, total: float | None = None, unit: str = "", console: Console | None = None
 ) -> Iterator[StageProgress]:
-    """A bar for a stage that is no training: `with stage_progress("cf", 20, "epochs") as progress`.
+    """A bar for a stage that is no training: `with
+    stage_progress("cf", 20, "epochs") as progress`.
 
-    Without a total it only shows that work goes on. At its end it shows the time that it took.
+    Without a total it only shows that work goes
+    on. At its end it shows the time that it took.
     """
     display = _display(title, total, console or Console())
     display.start()
@@ -200,7 +210,8 @@ def stage_progress(
 def live_bar(
     title: str, total: float, console: Console | None = None
 ) -> Iterator[Callable[[float, list[str]], None]]:
-    """A bar whose words are the caller's: `with live_bar("study", 14) as show: show(3, ["3/14"])`.
+    """A bar whose words are the caller's: `with
+    live_bar("study", 14) as show: show(3, ["3/14"])`.
 
     At its end it shows the time that the block took.
     """
@@ -217,7 +228,9 @@ def live_bar(
 def follow_counter(
     path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5
 ) -> None:
-    """Show what another process writes to `path` by `write_counter`, until `stop` is set."""
+    """Show what another process writes to `path`
+    by `write_counter`, until `stop` is set.
+    """
     while (counted := _counted(path)) is None:
         if stop.wait(poll_seconds):
             return
@@ -300,7 +313,9 @@ class _Terminal:
 
 
 class _Plain:
-    """Lines for a log: the first one at once, then one every PLAIN_SECONDS, and one at the end."""
+    """Lines for a log: the first one at once, then
+    one every PLAIN_SECONDS, and one at the end.
+    """
 
     def __init__(self, title: str, total: float | None, console: Console) -> None:
         self._title, self._total, self._console = title, total, console

@@ -1,4 +1,6 @@
-"""The results of a run: results.json for programs, and the table for people (METHOD.md §9)."""
+"""The results of a run: results.json for
+programs, and the table for people (METHOD.md §9).
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MethodLabel:
-    """How tables and charts show one method or baseline; their order is the tables' order."""
+    """How tables and charts show one method or
+    baseline; their order is the tables' order.
+    """
 
     name: str
     title: str
@@ -94,7 +98,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Summary:
-    """One line of the table: a method under one treatment of seen items, over its seeds."""
+    """One line of the table: a method under one
+    treatment of seen items, over its seeds.
+    """
 
     label: MethodLabel
     exclude_seen: bool
@@ -121,10 +127,11 @@ def write_results(
 ) -> dict[str, Any]:
     """Write results.json whole or not at all, and return what it holds.
 
-    A row has method, the METRICS as fractions, users, seed (any value for methods that draw
-    nothing) and exclude_seen; further keys stay, such as expected-rank figures. `seconds` is the
-    sum of `stage_seconds`, each stage's wall time. `extras` are further top-level keys; intervals
-    go under `paired_bootstrap`. Raises ValueError for a row that cannot be right.
+    A row has method, the METRICS as fractions, users, seed (any value for methods that
+    draw nothing) and exclude_seen; further keys stay, such as expected-rank figures.
+    `seconds` is the sum of `stage_seconds`, each stage's wall time. `extras` are
+    further top-level keys; intervals go under `paired_bootstrap`. Raises ValueError for
+    a row that cannot be right.
     """
     checked = [_checked(row) for row in rows]
     fixed = {
@@ -154,8 +161,8 @@ def intervals_of(results: Mapping[str, Any]) -> list[Interval]:
 def summarise_rows(rows: Iterable[Row], labels: Sequence[MethodLabel] = ()) -> list[Summary]:
     """One Summary per method and treatment of seen items, over its seeds.
 
-    Seen items excluded come first, methods in the order of `labels`; those without a label come
-    last, by name.
+    Seen items excluded come first, methods in the order
+    of `labels`; those without a label come last, by name.
     """
     groups: dict[tuple[bool, str], list[Row]] = {}
     for row in rows:
@@ -172,7 +179,9 @@ def summarise_rows(rows: Iterable[Row], labels: Sequence[MethodLabel] = ()) -> l
 def shown_metrics(
     summaries: Sequence[Summary], expected: Sequence[str] = ("ndcg@10",)
 ) -> list[str]:
-    """The table's columns: the METRICS, then the expected-rank figures of `expected` if any."""
+    """The table's columns: the METRICS, then the
+    expected-rank figures of `expected` if any.
+    """
     present = [
         EXPECTED + metric
         for metric in expected
@@ -203,8 +212,9 @@ def print_table(
 ) -> None:
     """Print the results, a table per treatment of seen items; fits 80 columns.
 
-    Shown are means over seeds with the sample standard deviation below them, each paired interval
-    of the treatment as a sentence, and the number of users with nothing left to recommend.
+    Shown are means over seeds with the sample standard deviation
+    below them, each paired interval of the treatment as a sentence,
+    and the number of users with nothing left to recommend.
     """
     console = console or Console()
     summaries = summarise_rows(rows, labels)
@@ -294,7 +304,9 @@ def _summary(label: MethodLabel, exclude_seen: bool, rows: Sequence[Row]) -> Sum
 
 
 def _checked(row: Row) -> dict[str, Any]:
-    """The row with the required keys first, after the checks that a wrong row would fail."""
+    """The row with the required keys first,
+    after the checks that a wrong row would fail.
+    """
     required = ("method", *METRICS, "users", "seed", "exclude_seen")
     missing = [key for key in required if key not in row]
     if missing:

@@ -17,7 +17,9 @@ from ilrec_dist.samples.windows import Windows
 
 @dataclass(frozen=True)
 class RowGroups:
-    """How many of a batch's rows are trained in each way (METHOD.md §10), in their order."""
+    """How many of a batch's rows are trained in
+    each way (METHOD.md §10), in their order.
+    """
 
     # Item tokens after a history, which have rewards.
     rewarded: int
@@ -31,7 +33,9 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class ItemRows:
-    """The rows of T items' tokens as far as the trie decides them, N' of the T × C grid."""
+    """The rows of T items' tokens as far as the
+    trie decides them, N' of the T × C grid.
+    """
 
     targets: torch.Tensor  # int64 [N']
     # Trie children of each row's prefix, in CSR form.
@@ -76,9 +80,9 @@ class ItemRows:
 class Batch:
     """One micro-batch of B sequences with T targets, whose tokens are N response rows.
 
-    Rows are target-major, then by position in the item: (t0, p0), (t0, p1), …, up to the
-    item's last token. An item has up to C tokens; the T × C grid of targets and positions is
-    what rewards are answered for.
+    Rows are target-major, then by position in the item: (t0, p0), (t0,
+    p1), …, up to the item's last token. An item has up to C tokens; the
+    T × C grid of targets and positions is what rewards are answered for.
     """
 
     tokens: torch.Tensor  # int64 [B, S], padded on the right
@@ -110,7 +114,9 @@ class Batch:
         return self.candidate_tokens.numel() if self.groups is None else self.groups.num_rewards
 
     def model_inputs(self, device: torch.device) -> tuple[Any, ...]:
-        """What the objective takes: tensors on the device, and the groups where there are any."""
+        """What the objective takes: tensors on the
+        device, and the groups where there are any.
+        """
         inputs = (
             self.tokens,
             self.rows,
@@ -134,7 +140,8 @@ class BatchMaker:
     def make(self, window_ids: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of these windows (int64 [B]).
 
-        No windows give one sequence of padding without rows: every rank takes part in a step.
+        No windows give one sequence of padding
+        without rows: every rank takes part in a step.
         """
         depth = self.catalogue.depth
         slices = self.windows.slices(window_ids)

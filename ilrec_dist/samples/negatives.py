@@ -1,7 +1,8 @@
-"""Items that a target is preferred to (METHOD.md §11), each a function of seed and target.
+"""Items that a target is preferred to (METHOD.md
+§11), each a function of seed and target.
 
-Nothing is drawn in sequence: a negative is a hash of (seed, user, position), so a resumed
-training, and any number of ranks, draw the same ones.
+Nothing is drawn in sequence: a negative is a hash of (seed, user, position),
+so a resumed training, and any number of ranks, draw the same ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Negatives(Protocol):
     def draw(self, users: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """int64 [T, n] items for targets int [T] at (users, positions), int64 [T] each.
 
-        None is in the user's sequence before the position, or has the tokens of the target.
+        None is in the user's sequence before the
+        position, or has the tokens of the target.
         """
         ...
 
@@ -68,7 +70,9 @@ class UniformNegatives:
         return drawn
 
     def _from_the_rest(self, user: int, position: int, target: int, drawn: np.ndarray) -> int:
-        """One of the items that are left, listed; any but the target where none is left."""
+        """One of the items that are left, listed;
+        any but the target where none is left.
+        """
         every = np.arange(self.dataset.num_items)
         others = every[~same_tokens(self.trie, every, np.array(target))]
         if not len(others):
@@ -95,8 +99,8 @@ class NoNegatives:
 class KeptNegatives:
     """One negative of each target, found before.
 
-    items: int [all targets], in the order of `index`, which numbers (users, positions); -1
-    where nothing was found, and a uniform negative takes its place.
+    items: int [all targets], in the order of `index`, which numbers (users,
+    positions); -1 where nothing was found, and a uniform negative takes its place.
     """
 
     count = 1
@@ -122,9 +126,10 @@ class KeptNegatives:
 class HardNegatives:
     """One item whose text is near the target's, a popular one more often than others.
 
-    neighbours: int [I, P], the items nearest to each item in text, -1 where there are fewer.
-    popularity: int [I], training interactions. Of a target's neighbours outside the history
-    one is drawn in proportion to its popularity plus one; where there is none, any item.
+    neighbours: int [I, P], the items nearest to each item in text, -1 where there are
+    fewer. popularity: int [I], training interactions. Of a target's neighbours outside
+    the history one is drawn in proportion to its popularity plus one; where there is
+    none, any item.
     """
 
     count = 1

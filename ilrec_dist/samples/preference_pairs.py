@@ -1,9 +1,10 @@
-"""Batches of targets and the items that they are preferred to, scored in one forward pass.
+"""Batches of targets and the items that they
+are preferred to, scored in one forward pass.
 
-The history's tokens stand once. The target's own tokens follow them as in any batch, and each
-negative is a branch behind the history (model/branches.py): with `targets: all` and n negatives
-of C tokens, a sequence of L items takes L · C + (L − 1) · n · (C − 1) tokens instead of the
-(1 + n) sequences for each of its L − 1 targets.
+The history's tokens stand once. The target's own tokens follow them as in any batch,
+and each negative is a branch behind the history (model/branches.py): with `targets:
+all` and n negatives of C tokens, a sequence of L items takes L · C + (L − 1) · n · (C −
+1) tokens instead of the (1 + n) sequences for each of its L − 1 targets.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from ilrec_dist.samples.windows import Windows
 class PreferenceBatch(Batch):
     """A micro-batch of T targets with n negatives each, M = T · (1 + n) continuations.
 
-    Continuations are the T targets, then the negatives, those of a target side by side. The
-    rows, their targets and candidates are those of the continuations in this order, and
-    `step_rows` counts the targets of the optimizer step.
+    Continuations are the T targets, then the negatives, those of a target side by
+    side. The rows, their targets and candidates are those of the continuations in
+    this order, and `step_rows` counts the targets of the optimizer step.
     """
 
     # int64 [N]: each row's continuation · C + position in the item.

@@ -1,4 +1,6 @@
-"""Makes batches in a thread and asks for their rewards, ahead of the steps that use them."""
+"""Makes batches in a thread and asks for their
+rewards, ahead of the steps that use them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ JOIN_SECONDS = 10
 
 
 class BatchSource(Protocol):
-    """Makes batches of samples: `collate.BatchMaker`, `prompt_batches.PromptBatchMaker`."""
+    """Makes batches of samples: `collate.BatchMaker`,
+    `prompt_batches.PromptBatchMaker`.
+    """
 
     @property
     def samples(self) -> SampleSet:
@@ -51,7 +55,8 @@ class PrefetchedBatch:
     rewards: RewardFuture | None
 
     def reward_tensor(self, parallel: ParallelState) -> torch.Tensor:
-        """The rewards of candidates, float32 [num_rewards], on every rank of the tp group.
+        """The rewards of candidates, float32
+        [num_rewards], on every rank of the tp group.
 
         The group's first rank waits for them and broadcasts them to the others.
         """
@@ -75,7 +80,9 @@ def micro_batch_plan(
     accumulation: int,
     parallel: ParallelState,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(samples, N of the whole step) of this rank's micro-batches of steps [first, last)."""
+    """(samples, N of the whole step) of this
+    rank's micro-batches of steps [first, last).
+    """
     for step in range(first_step, last_step):
         sample_ids = order.sample_ids(step)
         step_rows = maker.num_rows(sample_ids)
@@ -91,8 +98,9 @@ def prefetch(
 ) -> Generator[PrefetchedBatch, None, None]:
     """Make the planned micro-batches in a thread, at most `ahead` before their use.
 
-    Their rewards are asked for as soon as a batch is made; with no `rewards` they are not. An
-    error in the thread is raised here. Close the generator to end the thread early.
+    Their rewards are asked for as soon as a batch is made;
+    with no `rewards` they are not. An error in the thread is
+    raised here. Close the generator to end the thread early.
     """
     results: queue.Queue[PrefetchedBatch | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()

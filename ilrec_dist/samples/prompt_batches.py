@@ -30,7 +30,8 @@ class PromptBatchMaker:
     def make(self, sample_ids: np.ndarray, step_rows: int) -> Batch:
         """The micro-batch of these samples (int64 [B]).
 
-        No samples give one sequence of padding without rows: every rank takes part in a step.
+        No samples give one sequence of padding
+        without rows: every rank takes part in a step.
         """
         samples = sorted(self.samples.samples(sample_ids), key=lambda sample: _group(sample))
         responses = self.responses(samples)
@@ -82,7 +83,9 @@ class PromptBatchMaker:
         return rows + int(self._text_lengths[words].sum())
 
     def responses(self, samples: Sequence[PromptSample]) -> list[list[int]]:
-        """The tokens of each sample's response: its item's own tokens, or a title in words."""
+        """The tokens of each sample's response:
+        its item's own tokens, or a title in words.
+        """
         items = np.array([sample.item for sample in samples], np.int64)
         in_words = [sample.item for sample in samples if _task(sample).is_text]
         words = iter(self.writer.responses(in_words) if in_words else [])

@@ -1,4 +1,6 @@
-"""Which samples a training on prompts has: every target once, and its share of each other task."""
+"""Which samples a training on prompts has: every
+target once, and its share of each other task.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,10 @@ class _Shown:
 class PromptSamples:
     """The samples of an epoch (METHOD.md §10), in the order of the tasks.
 
-    The windows of `targets: last` pose the task next_item once each. Another task has as many
-    samples as its share asks for; from epoch to epoch they go through all windows, or all items,
-    before they meet one again. A sample's template is drawn by (seed, epoch, sample) alone.
+    The windows of `targets: last` pose the task next_item once each. Another task has
+    as many samples as its share asks for; from epoch to epoch they go through all
+    windows, or all items, before they meet one again. A sample's template is drawn by
+    (seed, epoch, sample) alone.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class PromptSamples:
         return sizes
 
     def targets(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The item of each sample's response, int64 [n], and whether it is words, bool [n]."""
+        """The item of each sample's response, int64
+        [n], and whether it is words, bool [n].
+        """
         items = np.empty(len(sample_ids), np.int64)
         is_text = np.empty(len(sample_ids), bool)
         for numbers, task, shown in self._by_task(sample_ids):
@@ -111,7 +116,9 @@ class PromptSamples:
         return [found[number] for number in range(len(sample_ids))]
 
     def _by_task(self, sample_ids: np.ndarray) -> Iterator[tuple[np.ndarray, Task, _Shown]]:
-        """For each task: indices into sample_ids, int64, and what their prompts show."""
+        """For each task: indices into sample_ids,
+        int64, and what their prompts show.
+        """
         if len(sample_ids) == 0:
             return
         epoch, within = np.divmod(np.asarray(sample_ids, np.int64), len(self))
@@ -155,7 +162,8 @@ def _count(num_windows: int, shares: Mapping[str, float], name: str) -> int:
 def _spread(ordinals: np.ndarray, total: int, seed: int, task: int) -> np.ndarray:
     """Map 0, 1, 2, … to numbers below `total`, each once before one comes again.
 
-    It is a walk whose stride is coprime with the total, which needs no permutation in memory.
+    It is a walk whose stride is coprime with the
+    total, which needs no permutation in memory.
     """
     rng = np.random.default_rng([seed, task])
     stride = int(rng.integers(total // 3 + 1, total // 3 * 2 + 2))

@@ -1,4 +1,6 @@
-"""Batches of chosen targets, such as those of the validation, instead of training windows."""
+"""Batches of chosen targets, such as those of
+the validation, instead of training windows.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Cuts users' training histories into windows and orders samples into optimizer steps.
 
 The order is the same on every rank and on every resume. Nothing here is as long as the
-interactions: a process holds 8 bytes a user (the number of each user's first window) and,
-during an epoch, 4 bytes a window (their order). The items of a step's windows are read from
-the memory-mapped sequences when the step is made. 10⁹ interactions of 10⁸ users take 0.8 GB
-and, with `targets: all` and histories that fit the window, 0.4 GB; the 4 GB file of items is
-shared by all processes of a machine.
+interactions: a process holds 8 bytes a user (the number of each user's first window)
+and, during an epoch, 4 bytes a window (their order). The items of a step's windows are
+read from the memory-mapped sequences when the step is made. 10⁹ interactions of 10⁸
+users take 0.8 GB and, with `targets: all` and histories that fit the window, 0.4 GB;
+the 4 GB file of items is shared by all processes of a machine.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ class SampleSet(Protocol):
         ...
 
     def of_epoch(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
-        """int64 [n]: the ids of an epoch's samples, which are numbered from 0 in each epoch."""
+        """int64 [n]: the ids of an epoch's samples,
+        which are numbered from 0 in each epoch.
+        """
         ...
 
     def sizes(self, sample_ids: np.ndarray) -> np.ndarray:
-        """int64 [n]: how long the samples with these ids are; those of a step are made alike."""
+        """int64 [n]: how long the samples with these
+        ids are; those of a step are made alike.
+        """
         ...
 
 
@@ -45,8 +49,8 @@ class SampleSet(Protocol):
 class WindowSlices:
     """Slices of users' histories (METHOD.md §1), one per window.
 
-    A window is items [start, stop) of the user's sequence, those from `target` on are targets.
-    All are int64 [n]; start < target < stop.
+    A window is items [start, stop) of the user's sequence, those from
+    `target` on are targets. All are int64 [n]; start < target < stop.
     """
 
     user: np.ndarray
@@ -107,12 +111,13 @@ class Windows:
 
 
 def training_windows(dataset: InteractionDataset, max_history: int, targets: Targets) -> Windows:
-    """Windows in which every training item of a user except the first is a target exactly once.
+    """Windows in which every training item of a
+    user except the first is a target exactly once.
 
-    `targets: all` gives windows of at most max_history + 1 items. A longer history is cut into
-    windows that overlap by half of max_history; the overlap is context, its items are not
-    targets again. `targets: last` gives one window per target, with up to max_history items
-    before it.
+    `targets: all` gives windows of at most max_history + 1 items. A longer history is
+    cut into windows that overlap by half of max_history; the overlap is context, its
+    items are not targets again. `targets: last` gives one window per target, with up to
+    max_history items before it.
     """
     lengths = dataset.train_lengths()
     if targets == "last":
@@ -138,9 +143,9 @@ def steps_per_epoch(samples: Sized, batch_size: int) -> int:
 class EpochSteps(Sequence[np.ndarray]):
     """The sample numbers (int64) of each optimizer step of an epoch.
 
-    They are a function of (seed, epoch) alone: samples are permuted, sorted by length within
-    buckets of BUCKET_STEPS steps, cut into steps, and the steps permuted. A step is worked out
-    from its bucket when it is asked for.
+    They are a function of (seed, epoch) alone: samples are permuted, sorted
+    by length within buckets of BUCKET_STEPS steps, cut into steps, and the
+    steps permuted. A step is worked out from its bucket when it is asked for.
     """
 
     def __init__(self, samples: SampleSet, batch_size: int, seed: int, epoch: int) -> None:

@@ -2,7 +2,7 @@
 otherwise.
 
     POST /recommend  {"histories": [["i1", "i2"], …], "top": 10, "exclude_seen": true}
-                     -> {"recommendations": [[{"item": …, "title": …, "score": …}, …], …]}
+                     -> {"recommendations": [[{"item": …, "title": …, "score": …}, …]]}
     GET  /health     -> {"status": "ok"}
 
 A bad request is answered with status 400 and {"error": one line}.
@@ -29,8 +29,8 @@ MAX_TOP = 1000
 def make_server(backend: Backend, host: str, port: int) -> ThreadingHTTPServer:
     """A server that is ready for `serve_forever`; port 0 takes a free one.
 
-    Requests are read side by side and computed one after the other. Raises UserError when the
-    address cannot be used.
+    Requests are read side by side and computed one after the
+    other. Raises UserError when the address cannot be used.
     """
     lock = threading.Lock()
 

@@ -1,4 +1,6 @@
-"""What answers requests: one class for each way to compute the lists, behind one protocol."""
+"""What answers requests: one class for each
+way to compute the lists, behind one protocol.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from ilrec_dist.inference.ranker import Ranker
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """One recommended item; score is Σ log p over the item's tokens, or a fusion's mixture."""
+    """One recommended item; score is Σ log p over
+    the item's tokens, or a fusion's mixture.
+    """
 
     item: str
     title: str | None
@@ -31,7 +35,8 @@ class Backend(Protocol):
     ) -> list[list[ScoredItem]]:
         """At most `top` items for each history of item ids (oldest first), best first.
 
-        Raises UserError that names the history (from 0) which is empty or has an unknown item.
+        Raises UserError that names the history (from
+        0) which is empty or has an unknown item.
         """
 
 

@@ -1,7 +1,8 @@
-"""The cells of a study: one method with one setting and one seed on one configuration, one run.
+"""The cells of a study: one method with one
+setting and one seed on one configuration, one run.
 
-A cell's folder is `STUDY/CONFIGURATION/METHOD[-SETTING]-seedN`, beside its configuration, its log
-and a note on how it ended.
+A cell's folder is `STUDY/CONFIGURATION/METHOD[-SETTING]-seedN`,
+beside its configuration, its log and a note on how it ended.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Cell:
 
     @property
     def row(self) -> str:
-        """The row of the table that it belongs to, with the cells of the other seeds."""
+        """The row of the table that it belongs
+        to, with the cells of the other seeds.
+        """
         return row_name(self.method, self.setting)
 
     @property
@@ -78,7 +81,9 @@ class Cell:
 
     @property
     def evaluation(self) -> str:
-        """The last stage, whose fingerprint covers all that the cell's figures depend on."""
+        """The last stage, whose fingerprint covers
+        all that the cell's figures depend on.
+        """
         return list(self.run.stages)[-1]
 
     def fingerprint(self) -> str:
@@ -90,10 +95,11 @@ def row_name(method: str, setting: str) -> str:
 
 
 def make_cells(study: StudyConfig, source: str | Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """All cells in the order in which they run: the methods, then the settings, seed by seed.
+    """All cells in the order in which they run:
+    the methods, then the settings, seed by seed.
 
-    `source` is the study's file, overrides are settings of every cell. Raises ConfigError that
-    names the cell.
+    `source` is the study's file, overrides are settings
+    of every cell. Raises ConfigError that names the cell.
     """
     cells = []
     for name, base in study.configurations.items():
@@ -135,7 +141,9 @@ def _grid(
 
 
 def _check_base(methods: Sequence[str], name: str, tree: dict[str, Any], source: str) -> None:
-    """Refuse a key that none of the configuration's methods reads, as a run of them all does."""
+    """Refuse a key that none of the configuration's
+    methods reads, as a run of them all does.
+    """
     trained = dict.fromkeys(one for method in methods for one in _with_starts(method))
     with_methods = _copy(tree)
     _set(with_methods, {"train.methods": list(trained), "name": name})
@@ -197,7 +205,9 @@ def _set(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _check_names(cells: Sequence[Cell], source: str | Path) -> None:
-    """Two cells of one folder, as method `a` with setting `b-c` and method `a-b` with `c`."""
+    """Two cells of one folder, as method `a`
+    with setting `b-c` and method `a-b` with `c`.
+    """
     names = [cell.title for cell in cells]
     for name in names:
         if names.count(name) > 1:

@@ -40,7 +40,9 @@ Settings = dict[str, Any]
 
 @section()
 class BaseConfig:
-    """A configuration that cells are made of: a file, with settings that replace the file's."""
+    """A configuration that cells are made of: a
+    file, with settings that replace the file's.
+    """
 
     # The file, relative to the study's.
     config: str
@@ -52,7 +54,9 @@ class BaseConfig:
 
 @section()
 class SettingConfig:
-    """A setting that is tried: keys with the values that replace the configuration's."""
+    """A setting that is tried: keys with the
+    values that replace the configuration's.
+    """
 
     set: Annotated[Settings, MinLen(1)]
     # The methods, seeds and configurations that it is tried with; None: all.
@@ -83,8 +87,9 @@ class StudyConfig:
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, list[str]]:
     """Read a study file.
 
-    Overrides of keys without a point replace the study's own; the others are settings of every
-    cell, and are returned. Raises ConfigError with one line that names the file and the key.
+    Overrides of keys without a point replace the study's own; the
+    others are settings of every cell, and are returned. Raises
+    ConfigError with one line that names the file and the key.
     """
     tree = read_yaml(path)
     of_cells = [override for override in overrides if "." in override.partition("=")[0]]

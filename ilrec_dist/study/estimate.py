@@ -47,7 +47,9 @@ def estimate_cells(
     shared: Sequence[SharedRun],
     timed: Mapping[str, TrainingTime],
 ) -> dict[str, Estimate]:
-    """The estimate of each pending cell, by its title. `timed` is what `time_cells` returned."""
+    """The estimate of each pending cell, by its
+    title. `timed` is what `time_cells` returned.
+    """
     artifacts = _artifacts(shared)
     done = [cell for cell in done if cell.title in artifacts]
     steps = cell_steps([*pending, *done], shared)
@@ -76,7 +78,8 @@ def cell_steps(cells: Sequence[Cell], shared: Sequence[SharedRun]) -> dict[str, 
 def time_cells(
     pending: Sequence[Cell], done: Sequence[Cell], shared: Sequence[SharedRun], folder: Path
 ) -> dict[str, TrainingTime]:
-    """Time steps of one cell of every row of the configurations that have no finished cell.
+    """Time steps of one cell of every row of the
+    configurations that have no finished cell.
 
     One worker group for each shared run and section `launch`. Measured times by
     "configuration/row".
@@ -123,7 +126,9 @@ def _artifacts(shared: Sequence[SharedRun]) -> dict[str, RunArtifacts]:
 
 
 def _seconds(cell: Cell) -> float:
-    """Wall time of a finished cell: of its last attempt, or of its stages where that is more."""
+    """Wall time of a finished cell: of its last
+    attempt, or of its stages where that is more.
+    """
     stages = cell.run.stage_seconds()
     state = read_state(cell)
     own = sum(stages.get(name, 0.0) for name in (*cell.trainings, cell.evaluation))
@@ -146,7 +151,9 @@ def _finished_rate(cell: Cell, rates: Sequence[tuple[Cell, float]]) -> tuple[flo
 def _timed_seconds(
     cell: Cell, steps: int, timed: Mapping[str, TrainingTime], artifacts: RunArtifacts
 ) -> tuple[float | None, str]:
-    """From the timed steps of the cell's row, or the mean over other rows where it has none."""
+    """From the timed steps of the cell's row, or
+    the mean over other rows where it has none.
+    """
     row = f"{cell.configuration}/{cell.row}"
     others = [one for key, one in timed.items() if key.startswith(f"{cell.configuration}/")]
     if not others:

@@ -1,4 +1,6 @@
-"""Reads the finished cells into the rows of the study's table, and chooses on validation."""
+"""Reads the finished cells into the rows of
+the study's table, and chooses on validation.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,8 @@ def check_against(study: StudyConfig, cells: Sequence[Cell]) -> None:
 
 
 def choices(figures: Sequence[CellFigures]) -> list[Choice]:
-    """For every method with several settings on a configuration, the one that validation prefers.
+    """For every method with several settings on a
+    configuration, the one that validation prefers.
 
     The test split has no part in it.
     """
@@ -233,7 +236,9 @@ def _rows(study: StudyConfig, configuration: str, figures: Sequence[CellFigures]
 
 
 def _method_figures(cell: Cell, row: dict[str, Any]) -> MethodFigures:
-    """A row of a cell's results with its values by user, under its name in the study's table."""
+    """A row of a cell's results with its values
+    by user, under its name in the study's table.
+    """
     name, is_baseline = row["method"], row["method"] in BASELINES
     path = predictions_file(
         cell.config, name, None if is_baseline else cell.seed, row["exclude_seen"]
@@ -249,7 +254,9 @@ def _method_figures(cell: Cell, row: dict[str, Any]) -> MethodFigures:
 
 
 def _labels(figures: Sequence[CellFigures]) -> list[MethodLabel]:
-    """Names of rows in the order of the table: a method with its settings, then its mixtures."""
+    """Names of rows in the order of the table: a
+    method with its settings, then its mixtures.
+    """
     settings: dict[str, list[str]] = {}
     for one in figures:
         of_method = settings.setdefault(one.cell.method, [])

@@ -15,7 +15,9 @@ import ilrec_dist
 
 @cache
 def commit() -> str:
-    """The commit of a checkout, "+" behind it where files were changed; else the version."""
+    """The commit of a checkout, "+" behind it
+    where files were changed; else the version.
+    """
     root = Path(ilrec_dist.__file__).resolve().parents[1]
     # An installed package may lie within the checkout of something else.
     if (root / ".git").exists():

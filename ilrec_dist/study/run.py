@@ -1,4 +1,6 @@
-"""`ilrec study STUDY.yaml`: runs what is missing of a grid of runs, and makes its one table."""
+"""`ilrec study STUDY.yaml`: runs what is missing
+of a grid of runs, and makes its one table.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,11 @@ def run_study(
 ) -> None:
     """Run the cells that are not done, and write the table.
 
-    jobs: cells at once, None for as many as there is room for. retry: run cells again that were
-    refused. estimate_only: end after the estimate. time_steps: time steps for the estimate where
-    no cell is finished. into: a Markdown file that gets the table. Raises UserError for the
-    study's own mistakes, and WorkersFailed where cells are missing at the end.
+    jobs: cells at once, None for as many as there is room for. retry: run cells again
+    that were refused. estimate_only: end after the estimate. time_steps: time steps for
+    the estimate where no cell is finished. into: a Markdown file that gets the table.
+    Raises UserError for the study's own mistakes, and WorkersFailed where cells are
+    missing at the end.
     """
     study, of_cells = load_study(path, overrides)
     cells = make_cells(study, path, of_cells)
@@ -81,7 +84,9 @@ def run_study(
 
 
 def write_figures(figures: StudyFigures) -> None:
-    """Write results.md, results.csv, results.json and report.html, and print the table."""
+    """Write results.md, results.csv, results.json
+    and report.html, and print the table.
+    """
     folder = figures.study.folder
     write_text(folder / TABLE_FILE, markdown(figures))
     write_csv(figures, folder / CSV_FILE)
@@ -114,7 +119,9 @@ def _run_cells(
 
 
 def _is_made(shared: SharedRun) -> bool:
-    """Make what cells share; where that fails, say so of its cells, and go on with the others."""
+    """Make what cells share; where that fails, say
+    so of its cells, and go on with the others.
+    """
     try:
         shared.make()
         return True
@@ -134,7 +141,9 @@ def _is_pending(cell: Cell, retry: bool) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Make the study's folder and hold it; the system lets go of it when this process dies."""
+    """Make the study's folder and hold it; the
+    system lets go of it when this process dies.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -59,7 +59,8 @@ class Schedule:
     def run(self, watch: Callable[[Schedule], None]) -> None:
         """Run all cells; `watch` is called several times a second.
 
-        An interruption ends the running cells, which go on from their checkpoints another time.
+        An interruption ends the running cells, which
+        go on from their checkpoints another time.
         """
         try:
             while self.waiting or self.running:

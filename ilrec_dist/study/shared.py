@@ -1,7 +1,8 @@
-"""What cells share: data, codes and CF models are made once, in run folders of their own.
+"""What cells share: data, codes and CF models
+are made once, in run folders of their own.
 
-Cells take the finished stages over, as they take over each other's trainings where these are the
-same.
+Cells take the finished stages over, as they take
+over each other's trainings where these are the same.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class SharedRun:
 
 
 def shared_runs(cells: Sequence[Cell]) -> list[SharedRun]:
-    """The cells grouped by their shared stages: those of one group have the same fingerprints."""
+    """The cells grouped by their shared stages:
+    those of one group have the same fingerprints.
+    """
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         fingerprints = (cell.run.fingerprint(name) for name in cell.shared_stages)
@@ -66,7 +69,9 @@ def shared_runs(cells: Sequence[Cell]) -> list[SharedRun]:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run folders of the study that `folder` is a run of, those that cells share first."""
+    """The run folders of the study that `folder`
+    is a run of, those that cells share first.
+    """
     folders = [path.parent for path in folder.parent.parent.glob(f"*/*/{STAGES}")]
     return sorted(folders, key=lambda path: (not path.name.startswith(NAME), path.as_posix()))
 

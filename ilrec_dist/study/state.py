@@ -39,7 +39,9 @@ def write_state(cell: Cell, outcome: Outcome, reason: str, seconds: float) -> No
 
 
 def read_state(cell: Cell) -> CellState | None:
-    """The state of the last attempt with today's settings and input; None where there is none."""
+    """The state of the last attempt with today's
+    settings and input; None where there is none.
+    """
     try:
         state = CellState(**json.loads(Path(cell.state_file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

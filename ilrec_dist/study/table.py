@@ -66,7 +66,8 @@ def origin(figures: StudyFigures) -> str:
 def table_columns(
     rows: Sequence[Row], with_costs: bool, number: Callable[[Figure | None], str]
 ) -> list[tuple[str, list[str]]]:
-    """(title, a text for each row) of the columns after the rows' names that are not empty.
+    """(title, a text for each row) of the columns
+    after the rows' names that are not empty.
 
     `number` writes a metric.
     """
@@ -215,8 +216,8 @@ def _cell_record(one: CellFigures) -> dict[str, Any]:
 def write_into(path: Path, name: str, text: str) -> None:
     """Put the text into a Markdown file, between the marks of the study of that name.
 
-    Where the file has no such marks they are added at its end, under a heading. Raises UserError
-    where there is no such file.
+    Where the file has no such marks they are added at its end,
+    under a heading. Raises UserError where there is no such file.
     """
     begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
     try:

@@ -24,7 +24,9 @@ TRAINING_SHARE = 0.9
 def watching(
     title: str, pending: Sequence[Cell], estimates: Mapping[str, Estimate], parallel: int
 ) -> Iterator[Callable[[Schedule], None]]:
-    """A bar over the pending cells; the function that it yields shows the schedule's state."""
+    """A bar over the pending cells; the function
+    that it yields shows the schedule's state.
+    """
     with live_bar(title, len(pending), console) as show:
         yield _Watch(pending, estimates, parallel, show)
 

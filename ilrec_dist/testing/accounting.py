@@ -21,9 +21,9 @@ _WHOLE_TENSOR = {"all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 0, "
 def counted_collectives() -> Iterator[Counter[str]]:
     """Bytes of the collectives that this process calls in the block, by operation.
 
-    After DeepSpeed's engine is built. Groups of one process are left out. A tensor counts
-    once, whatever the algorithm sends for it; a gathering counts all that a rank holds
-    afterwards.
+    After DeepSpeed's engine is built. Groups of one process are
+    left out. A tensor counts once, whatever the algorithm sends
+    for it; a gathering counts all that a rank holds afterwards.
     """
     counter: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in (*_WHOLE_TENSOR, "all_gather")}

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["ilrec_dist.training.trainer", "ilrec_dist.evaluation.ranking"]
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -56,7 +58,9 @@ class _Pool:
     """`world_size` processes joined over gloo, which run one function after another."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported what takes seconds to import.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.TemporaryDirectory(prefix="ilrec-test-")
         # A free port for code that reads MASTER_PORT; the pool itself meets through a file.
         with socket.socket() as probe:

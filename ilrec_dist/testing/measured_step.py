@@ -1,4 +1,5 @@
-"""Real training steps of a small model, measured: what `ilrec plan` reckons for the same sizes.
+"""Real training steps of a small model, measured:
+what `ilrec plan` reckons for the same sizes.
 
 `run_distributed(measure_step, world_size, tp, StepSpec(…))`
 """
@@ -113,7 +114,9 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
 
 
 def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
-    """(tokens, rows, targets, indptr, candidates, rewards) without end: all items are targets."""
+    """(tokens, rows, targets, indptr, candidates,
+    rewards) without end: all items are targets.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tokens(*shape: int) -> Tensor:
@@ -133,7 +136,9 @@ def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
-    """Gradients of the parameters, and what DeepSpeed keeps of them, its bucket left out."""
+    """Gradients of the parameters, and what
+    DeepSpeed keeps of them, its bucket left out.
+    """
     buckets = {
         buffer.untyped_storage().data_ptr()
         for bucket in getattr(optimizer, "ipg_buckets", {}).values()

@@ -1,7 +1,7 @@
 """Steps whose loss is NaN or infinite on some rank: all ranks leave them out together.
 
-DeepSpeed leaves a step out where the norm of the gradients, which it sums over all ranks, is not
-finite. So a bad loss only has to reach the gradients.
+DeepSpeed leaves a step out where the norm of the gradients, which it sums
+over all ranks, is not finite. So a bad loss only has to reach the gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def term_in_words(rows: Sequence[Any]) -> str:
-    """Which loss term of which rank is not finite, the same on every rank; a collective.
+    """Which loss term of which rank is not
+    finite, the same on every rank; a collective.
 
     rows: the statistics of this rank's micro-batches.
     """

@@ -1,8 +1,8 @@
 """Checkpoints: every rank's part, committed atomically with a SHA-256 manifest.
 
-The parts are written beside the training, each by a thread of its rank; that of rank 0 waits for
-all of them and commits. A damaged checkpoint is passed over with a line that names the file, and
-the one before it is used.
+The parts are written beside the training, each by a thread of its rank;
+that of rank 0 waits for all of them and commits. A damaged checkpoint is
+passed over with a line that names the file, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def staging_folder(folder: Path, step: int) -> Path:
 
 
 def make_staging_folder(staged: Path) -> None:
-    """Make the folder, and remove what killed writers left beside it. One process calls this."""
+    """Make the folder, and remove what killed
+    writers left beside it. One process calls this.
+    """
     for leftover in staged.parent.glob(f"{STAGING}*"):
         shutil.rmtree(leftover)
     staged.mkdir(parents=True)
@@ -88,7 +90,9 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the last part, and on rank 0 for the commit. Raises what went wrong."""
+        """Wait for the last part, and on rank 0
+        for the commit. Raises what went wrong.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -148,7 +152,8 @@ def _mark(staged: Path, rank: int) -> Path:
 
 
 def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint, and a line for each damaged one that was passed over.
+    """The newest undamaged checkpoint, and a line
+    for each damaged one that was passed over.
 
     None where there never was one. Raises UserError when all are damaged, and when the
     checkpoint belongs to another configuration.
@@ -186,7 +191,9 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
 
 
 def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:
-    """The first file that is missing or has another hash; they are hashed in parallel."""
+    """The first file that is missing or has
+    another hash; they are hashed in parallel.
+    """
     missing = next((name for name in expected if not (path / name).is_file()), None)
     if missing is not None:
         return missing
@@ -200,7 +207,9 @@ def committed(folder: Path) -> list[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk: the rename must not outlive the bytes."""
+    """Flush a file, or a folder's entries, to
+    disk: the rename must not outlive the bytes.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -35,10 +35,12 @@ def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
 
 
 def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState) -> Any:
-    """Wrap the module for training, of which the optimizer gets what requires a gradient.
+    """Wrap the module for training, of which
+    the optimizer gets what requires a gradient.
 
-    The engine averages gradients over data-parallel ranks and micro-batches, so a loss that is
-    a sum over rows must come scaled by dp × accumulation_steps / N (METHOD.md §6).
+    The engine averages gradients over data-parallel ranks and
+    micro-batches, so a loss that is a sum over rows must come
+    scaled by dp × accumulation_steps / N (METHOD.md §6).
     """
     engine, *_ = import_deepspeed().initialize(
         model=module,
@@ -53,8 +55,9 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose weight decay applies to matrices, not to vectors (norms, biases).
 
-    Rows of the vocabulary that are parameters of their own are a group of their own. With a
-    pretrained model the step is fused; decoders from scratch keep the bits that they have had.
+    Rows of the vocabulary that are parameters of their own are a
+    group of their own. With a pretrained model the step is fused;
+    decoders from scratch keep the bits that they have had.
     """
     pretrained = any(isinstance(m, Backbone) and m.checkpoint_family for m in module.modules())
     rows = [p for m in module.modules() if isinstance(m, TrainedRows) for p in m.parameters()]
@@ -75,6 +78,8 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Set every group's learning rate; `rate` is that of the groups without a rate of their own."""
+    """Set every group's learning rate; `rate` is
+    that of the groups without a rate of their own.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_RATIO, 1.0)

@@ -15,11 +15,13 @@ from ilrec_dist.common.manifest import check_hashes
 def kept_array(
     folder: Path, name: str, fingerprint: str, write: Callable[[Path], None]
 ) -> np.ndarray:
-    """The array `name`.npy of the folder, mapped; `write(path)` makes it where there is none.
+    """The array `name`.npy of the folder, mapped;
+    `write(path)` makes it where there is none.
 
-    `name`.json has its SHA-256 and the fingerprint of what it was made of; one of another
-    fingerprint is made anew. `write` is called on every rank, and the file appears whole, from
-    rank 0. Collective over all ranks. Raises UserError where the file is damaged.
+    `name`.json has its SHA-256 and the fingerprint of what it was made of; one of
+    another fingerprint is made anew. `write` is called on every rank, and the file
+    appears whole, from rank 0. Collective over all ranks. Raises UserError where the
+    file is damaged.
     """
     path, note = folder / f"{name}.npy", folder / f"{name}.json"
     if not is_kept(folder, name, fingerprint):

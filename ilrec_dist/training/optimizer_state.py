@@ -1,10 +1,11 @@
-"""A rank's part of the training state, and how it is put together again for another layout.
+"""A rank's part of the training state, and how
+it is put together again for another layout.
 
-DeepSpeed's ZeRO 1 and 2 lay the parameters of a tensor-parallel rank end to end, and give every
-data-parallel rank one range of that: its master weights and moments in fp32. A part is the
-fragments of parameters in that range, by name, so that it can be read under any tp and dp. The
-weights themselves are the rounded master weights, and frozen ones those of the model that the
-training began with.
+DeepSpeed's ZeRO 1 and 2 lay the parameters of a tensor-parallel rank end to end, and
+give every data-parallel rank one range of that: its master weights and moments in fp32.
+A part is the fragments of parameters in that range, by name, so that it can be read
+under any tp and dp. The weights themselves are the rounded master weights, and frozen
+ones those of the model that the training began with.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of a parameter's flattened shard, at `offset` of the rank's range."""
+    """Elements [start, stop) of a parameter's
+    flattened shard, at `offset` of the rank's range.
+    """
 
     name: str
     group: int
@@ -56,7 +59,9 @@ class FlatGroup:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank writes: copies in host memory, and what they are, as JSON values."""
+    """What one rank writes: copies in host
+    memory, and what they are, as JSON values.
+    """
 
     tensors: dict[str, Tensor]
     description: dict[str, Any]
@@ -97,8 +102,9 @@ def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
 def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequence[Path]) -> None:
     """Fill weights and optimizer from the parts of all ranks, of whatever tp and dp.
 
-    A collective. At no time is more than one parameter whole in memory. Raises UserError that
-    names a parameter which the parts do not have or cannot be cut for this tp.
+    A collective. At no time is more than one parameter whole
+    in memory. Raises UserError that names a parameter which
+    the parts do not have or cannot be cut for this tp.
     """
     optimizer = engine.optimizer
     saved = SavedState.open(files)
@@ -135,7 +141,9 @@ def _fragments(optimizer: Any, module: nn.Module) -> Iterator[Fragment]:
 
 
 def flat_groups(optimizer: Any) -> list[FlatGroup]:
-    """The layout of either of DeepSpeed's optimizers: in bf16 under ZeRO 1 it is another one."""
+    """The layout of either of DeepSpeed's optimizers:
+    in bf16 under ZeRO 1 it is another one.
+    """
     is_bf16 = hasattr(optimizer, "bf16_groups")
     groups = optimizer.bf16_groups if is_bf16 else optimizer.round_robin_bit16_groups
     masters = (

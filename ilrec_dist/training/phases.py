@@ -12,11 +12,12 @@ class Phases(Protocol):
     """The phases of a training, each from an optimizer step to another."""
 
     def begin(self, step: int) -> BatchMaker:
-        """What makes the batches of the phase that holds the step; collective over all ranks.
+        """What makes the batches of the phase that
+        holds the step; collective over all ranks.
 
-        Called with a phase's first step before it is taken, and with the step from which an
-        interrupted training goes on. What is made of the weights at a phase's first step must
-        be kept, for a later step finds others.
+        Called with a phase's first step before it is taken, and with the step
+        from which an interrupted training goes on. What is made of the weights
+        at a phase's first step must be kept, for a later step finds others.
         """
         ...
 
@@ -26,7 +27,8 @@ class Phases(Protocol):
 
 
 def phase_bounds(count: int, epochs: int, steps_per_epoch: int) -> Sequence[int]:
-    """The first steps of `count` phases of whole epochs, about equally many, and the end.
+    """The first steps of `count` phases of whole
+    epochs, about equally many, and the end.
 
     There must be at least as many epochs as phases.
     """

@@ -1,7 +1,9 @@
-"""log π_ref of every target and its negatives (METHOD.md §11), computed once and kept on disk.
+"""log π_ref of every target and its negatives
+(METHOD.md §11), computed once and kept on disk.
 
-The windows are cut into shards that the data-parallel ranks share out. Each shard is a file that
-appears whole or not at all, so that an interrupted computation goes on behind the last one.
+The windows are cut into shards that the data-parallel ranks
+share out. Each shard is a file that appears whole or not at all,
+so that an interrupted computation goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ def known_of_targets(
     parallel: ParallelState,
     more: Columns | None = None,
 ) -> np.ndarray:
-    """float32 [all targets, 1 + n + c]: log π of each target and its negatives, then `more`.
+    """float32 [all targets, 1 + n + c]: log π of
+    each target and its negatives, then `more`.
 
-    The objective's weights as they are now are the reference. The array is the folder's kept
-    array `name`: computed where there is none of this fingerprint. Collective over all ranks.
-    Raises UserError where the file is damaged.
+    The objective's weights as they are now are the reference. The array is the
+    folder's kept array `name`: computed where there is none of this fingerprint.
+    Collective over all ranks. Raises UserError where the file is damaged.
     """
 
     def write(path: Path) -> None:

@@ -67,13 +67,14 @@ class TrainingProgress:
 class Trainer:
     """Trains one method with one seed; every rank has one, and all call `train`.
 
-    `config` is the section `train`. `objective` is the module that is trained, and takes the
-    batches that `batch_maker` makes of its samples. `validate` returns the validation metrics of
-    the backbone, the same on every rank, SELECTION_METRIC among them. `rewards` is read on the
-    first rank of each tensor-parallel group and may be None elsewhere, or where the objective
-    needs none. `prompts` is what the result keeps of the samples' prompts. With `phases` the
-    batches of each phase come from its own batch maker. A checkpoint may take `timeout_seconds`
-    to be written, and `on_checkpoint` is called with the step after each one is committed.
+    `config` is the section `train`. `objective` is the module that is trained, and
+    takes the batches that `batch_maker` makes of its samples. `validate` returns the
+    validation metrics of the backbone, the same on every rank, SELECTION_METRIC among
+    them. `rewards` is read on the first rank of each tensor-parallel group and may be
+    None elsewhere, or where the objective needs none. `prompts` is what the result
+    keeps of the samples' prompts. With `phases` the batches of each phase come from its
+    own batch maker. A checkpoint may take `timeout_seconds` to be written, and
+    `on_checkpoint` is called with the step after each one is committed.
     """
 
     def __init__(
@@ -123,7 +124,9 @@ class Trainer:
         self._since = time.monotonic()
 
     def train(self) -> None:
-        """Go on from the newest checkpoint to the last step, or until patience runs out."""
+        """Go on from the newest checkpoint to the
+        last step, or until patience runs out.
+        """
         if self.total_steps == 0:
             raise UserError(
                 f"{self.spec.title}: no user has two training items, so there is nothing to "
@@ -156,9 +159,9 @@ class Trainer:
     def train_step(self, batches: Iterator[PrefetchedBatch]) -> None:
         """One optimizer step on the next micro-batches: L = L_CPO + μ·L_CPD + λ·L_CRR.
 
-        Each term is a sum over the rows of the step divided by their number N, over all ranks
-        and micro-batches. The engine averages over both, hence the scale. A step whose loss or
-        gradient is not finite on any rank is left out by all.
+        Each term is a sum over the rows of the step divided by their number N, over
+        all ranks and micro-batches. The engine averages over both, hence the scale.
+        A step whose loss or gradient is not finite on any rank is left out by all.
         """
         step, micro_batches = self.progress.step, self.config.accumulation_steps
         statistics: list[tuple[Any, int, torch.Tensor | None]] = []
@@ -189,7 +192,9 @@ class Trainer:
             self.statistics.add(*parts)
 
     def _skip_bad_step(self, rows: Sequence[Any]) -> None:
-        """Count a step that every rank left out. Raises UserError after too many in a row."""
+        """Count a step that every rank left out.
+        Raises UserError after too many in a row.
+        """
         term = bad_steps.term_in_words(rows)
         self.bad_steps.append(self.progress.step)
         most = self.config.max_bad_steps
@@ -201,7 +206,9 @@ class Trainer:
             print(f"{line} ({len(self.bad_steps)} in a row of at most {most})", flush=True)
 
     def _begin_phase(self) -> Any:
-        """A generator of this rank's micro-batches from the current step to the phase's end."""
+        """A generator of this rank's micro-batches
+        from the current step to the phase's end.
+        """
         self.phase_end = self.total_steps
         if self.phases is not None and not self._is_done():
             with self.timer.pause():
@@ -229,8 +236,8 @@ class Trainer:
     def _seed_dropout(self, micro: int) -> None:
         """Make dropout a function of (seed, step, micro-batch, data-parallel rank).
 
-        It is then equal over the ranks of a tensor-parallel group, and a resumed training
-        draws what an uninterrupted one would have.
+        It is then equal over the ranks of a tensor-parallel group, and
+        a resumed training draws what an uninterrupted one would have.
         """
         entropy = [self.spec.seed, self.progress.step, micro, self.parallel.dp_rank]
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
@@ -248,7 +255,9 @@ class Trainer:
     # Logging and validation
 
     def _log_step(self) -> None:
-        """Log the means since the last line. Raises UserError where a loss is not finite."""
+        """Log the means since the last line. Raises
+        UserError where a loss is not finite.
+        """
         values = self.statistics.report(self.parallel.dp_group)
         if values["rows"] == 0 and self.bad_steps:
             # Nothing was learned since the last line.
@@ -270,7 +279,9 @@ class Trainer:
         return within == 0 and due
 
     def _validate(self) -> None:
-        """Keep the weights where they are the best so far; count the validations without gain."""
+        """Keep the weights where they are the best
+        so far; count the validations without gain.
+        """
         self._require_finite_weights()
         self.backbone.eval()
         try:
@@ -311,7 +322,9 @@ class Trainer:
     # Checkpoints and results
 
     def _resume(self) -> None:
-        """Load the newest undamaged checkpoint, if there is one; the same on every rank."""
+        """Load the newest undamaged checkpoint,
+        if there is one; the same on every rank.
+        """
         newest = None
         if is_rank0():
             newest, damaged = checkpoint.latest(self._checkpoints, self.spec.fingerprint)
@@ -329,7 +342,8 @@ class Trainer:
         return self.spec.folder / "checkpoints"
 
     def _save_checkpoint(self) -> None:
-        """Copy this rank's part of a checkpoint of this step, to be written beside the training.
+        """Copy this rank's part of a checkpoint of
+        this step, to be written beside the training.
 
         Raises UserError where the loss is not finite, and what the one before has met.
         """
@@ -353,7 +367,9 @@ class Trainer:
             self.on_checkpoint(self.progress.step)
 
     def _finish(self) -> None:
-        """Write the final weights and result.json, which marks the training as finished."""
+        """Write the final weights and result.json,
+        which marks the training as finished.
+        """
         self.writer.wait()
         self._require_finite_weights()
         final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
@@ -406,8 +422,8 @@ def from_rank0(value: Any) -> Any:
 def exclusive_folder(folder: Path) -> Iterator[bool]:
     """Hold the training's folder, and say whether its training is finished already.
 
-    Rank 0 waits for the lock, which a killed run's last processes may still hold: they may
-    finish the training. The lock's file names its holder's process id.
+    Rank 0 waits for the lock, which a killed run's last processes may still hold:
+    they may finish the training. The lock's file names its holder's process id.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

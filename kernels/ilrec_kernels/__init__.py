@@ -14,8 +14,8 @@ It never holds a tensor of rows × vocabulary.
 μ = λ = 0 is plain cross-entropy and costs no more), `LossOutput.rows` the statistics of
 each row. Hidden rows are handed in after the final norm.
 
-The library depends on torch, and on Triton for its `triton` backend. README.md shows how
-to call and how to read it; docs/kernel.md explains how it works and what bounds it.
+The library depends on torch, and on Triton for its `triton` backend. README.md shows
+how to call and how to read it; docs/kernel.md explains how it works and what bounds it.
 """
 
 from ilrec_kernels.api import cross_layer_loss

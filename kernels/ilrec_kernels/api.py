@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ilrec_kernels import loop
 from ilrec_kernels.chunk import Gradients
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.layout.vocab_columns import VocabColumns
 from ilrec_kernels.options import (
     Backend,
@@ -31,7 +32,9 @@ Result = TypeVar("Result")
 
 
 def _outside_compiled_graphs(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let torch.compile break its graph at the call; torch's own decorator is untyped."""
+    """Let torch.compile break its graph at the
+    call; torch's own decorator is untyped.
+    """
     disabled = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     return cast(Callable[Arguments, Result], disabled)
 
@@ -49,6 +52,7 @@ def cross_layer_loss(
     vocab: tuple[int, int] | None = None,
     loss_scale: float = 1.0,
     trainable_rows: tuple[int, int] | Tensor | None = None,
+    trained_rows: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     reduction: Reduction = "sum",
 ) -> LossOutput:
@@ -56,30 +60,34 @@ def cross_layer_loss(
 
     final_hidden    [N, d] n^L, after the final norm; fp32, bf16, fp16 or fp64
     layer_hidden    m tensors [N, d], n^{L−1} … n^{L−m}
-    head_weight     [≥ stop − start, d] this rank's rows of the head; with tied embeddings
-                    simply the embedding's weight
+    head_weight     [≥ stop − start, d] this rank's rows of the head; with tied
+                    embeddings simply the embedding's weight
     targets         int64 [N] global token ids
     candidates      the valid_next lists; needed by a valid_next scope and by λ > 0
     rewards         [nnz], aligned with candidates.tokens; needed by λ > 0
     vocab           the global tokens [start, stop) that head_weight's rows stand for;
                     uneven and empty shards are fine. None: all of them
-    loss_scale      multiplies the sum over rows (for a mean over the whole optimizer step:
-                    1 / its number of rows)
-    trainable_rows  global tokens whose head rows get a gradient, a range or an ascending
-                    int64 tensor; the other rows' is 0. None: all
-    tp_group        the ranks that hold the shards, in token order; hidden rows, targets,
-                    candidates and rewards are the same on each
+    loss_scale      multiplies the sum over rows (for a mean over the whole optimizer
+                    step: 1 / its number of rows)
+    trainable_rows  global tokens whose head rows get a gradient, a range or an
+                    ascending int64 tensor; the other rows' is 0. None: all
+    trained_rows    [R, d] the rows of head_weight in the range trainable_rows, as a
+                    tensor of its own that gets their gradient in place of head_weight,
+                    so that none of the head's size is made. R may exceed this rank's
+                    number of such rows; the further ones are not read
+    tp_group        the ranks that hold the shards, in token order; hidden rows,
+                    targets, candidates and rewards are the same on each
     reduction       "sum": loss_scale · Σ; "mean": the same divided by N; "none":
                     loss_scale · each row's loss [N]
 
-    Hidden gradients are summed over tp_group, so they are the whole gradient and identical
-    on each rank; the head's gradient is the shard's. Logits, normalisers and the head's
-    gradient are fp32 (fp64 for fp64 inputs), also under autocast. On a GPU the factors of
-    the products have the head's dtype, so hidden rows in fp32 are rounded to bf16 for a
-    bf16 head; a CPU with bf16 products does the same in the gradients' two products. For
-    "sum" and "mean" gradients are made in forward and multiplied by the upstream gradient
-    in backward; for "none" they are made in backward. Under no_grad only the loss is
-    computed.
+    Hidden gradients are summed over tp_group, so they are the whole gradient and
+    identical on each rank; the head's gradient is the shard's. Logits, normalisers and
+    the head's gradient are fp32 (fp64 for fp64 inputs), also under autocast. On a GPU
+    the factors of the products have the head's dtype, so hidden rows in fp32 are
+    rounded to bf16 for a bf16 head; a CPU with bf16 products does the same in the
+    gradients' two products. For "sum" and "mean" gradients are made in forward and
+    multiplied by the upstream gradient in backward; for "none" they are made in
+    backward. Under no_grad only the loss is computed.
 
     Raises ValueError, naming the argument, for shapes, dtypes and scopes that do not go
     together. Targets outside [0, vocab_size) raise too; on a GPU as a device-side
@@ -90,6 +98,7 @@ def cross_layer_loss(
     _check_inputs(final_hidden, layer_hidden, head_weight, targets, options, vocab)
     _check_lists(targets.numel(), candidates, rewards, options)
     _check_backend(final_hidden, head_weight, options)
+    _check_trained_rows(trained_rows, trainable_rows, head_weight, vocab)
     problem = _make_problem(
         (final_hidden, *layer_hidden),
         head_weight,
@@ -104,7 +113,8 @@ def cross_layer_loss(
     n = targets.numel()
     scale = loss_scale / max(n, 1) if reduction == "mean" else loss_scale
     if options.backend is Backend.REFERENCE:
-        head = gather_head(head_weight, vocab or (0, head_weight.shape[0]), options, problem.group)
+        head = _with_trained_rows(head_weight, trained_rows, problem)
+        head = gather_head(head, vocab or (0, head_weight.shape[0]), options, problem.group)
         head = _detach_frozen_rows(head, problem)
         row_loss, rows = reference_rows(
             [final_hidden, *layer_hidden], head, targets, candidates, rewards, options
@@ -112,10 +122,15 @@ def cross_layer_loss(
         row_loss = (row_loss * scale).to(problem.dtype)
         loss = row_loss if reduction == "none" else row_loss.sum()
     else:
-        call = _Call(problem, float(scale), reduction == "none", torch.is_grad_enabled())
+        separate = trained_rows is not None
+        call = _Call(problem, float(scale), reduction == "none", torch.is_grad_enabled(), separate)
         statistics: list[RowStats] = []
         loss = _CrossLayerLoss.apply(  # type: ignore[no-untyped-call]
-            call, statistics, final_hidden, *layer_hidden, head_weight
+            call,
+            statistics,
+            final_hidden,
+            *layer_hidden,
+            head_weight if trained_rows is None else trained_rows,
         )
         rows = statistics[0]
 
@@ -128,35 +143,46 @@ def cross_layer_loss(
 
 @dataclass(frozen=True)
 class _Call:
-    """What the autograd node carries besides the tensors that may need a gradient."""
+    """What the autograd node carries besides the tensors that may need a gradient.
+
+    separate_rows: the last of these tensors are the trained rows alone, not the head.
+    """
 
     problem: Problem
     scale: float
     per_row: bool
     grad_enabled: bool
+    separate_rows: bool
 
     def compute(
         self, hidden: Sequence[Tensor], head: Tensor, row_scale: Tensor, wanted: Sequence[bool]
     ) -> tuple[RowStats, list[Tensor | None]]:
-        """Return statistics and the wanted gradients, hidden streams first, the head last.
+        """Return statistics and the wanted gradients,
+        hidden streams first, the head last.
 
-        `hidden` and `head` are the tensors that autograd hands over.
+        `hidden` and `head`, or its trained rows, are the tensors that autograd hands
+        over.
         """
-        p = replace(self.problem, hidden=tuple(hidden), head=head)
+        p = replace(self.problem, hidden=tuple(hidden))
+        columns = p.trainable
+        if not self.separate_rows:
+            p, columns = replace(p, head=head), None
         # Every product says itself what its factors are rounded to.
         with torch.autocast(head.device.type, enabled=False):
             if not any(wanted):
                 return loop.run(p, None), [None] * len(wanted)
             head_gradient = None
             if wanted[-1]:
-                head_gradient = torch.zeros(head.shape, dtype=p.dtype, device=head.device)
+                values = torch.zeros(head.shape, dtype=p.dtype, device=head.device)
+                head_gradient = HeadGradient(values, columns)
             gradients = Gradients(
                 [torch.zeros_like(h) if w else None for h, w in zip(hidden, wanted, strict=False)],
                 head_gradient,
                 row_scale,
             )
             rows = loop.run(p, gradients)
-            return rows, [*gradients.hidden, gradients.head]
+            of_head = None if head_gradient is None else head_gradient.values
+            return rows, [*gradients.hidden, of_head]
 
 
 class _CrossLayerLoss(torch.autograd.Function):
@@ -264,6 +290,29 @@ def _check_backend(final_hidden: Tensor, head: Tensor, options: LossOptions) -> 
         )
 
 
+def _check_trained_rows(
+    trained_rows: Tensor | None,
+    trainable_rows: tuple[int, int] | Tensor | None,
+    head: Tensor,
+    vocab: tuple[int, int] | None,
+) -> None:
+    if trained_rows is None:
+        return
+    if not isinstance(trainable_rows, tuple):
+        raise ValueError("trained_rows: needs trainable_rows as a range of tokens")
+    start, stop = vocab if vocab is not None else (0, head.shape[0])
+    low, high = (min(max(edge, start), stop) for edge in trainable_rows)
+    if trained_rows.dim() != 2 or trained_rows.shape[1] != head.shape[1]:
+        fits = False
+    else:
+        fits = trained_rows.shape[0] >= high - low
+    if not fits or trained_rows.dtype != head.dtype:
+        raise ValueError(
+            f"trained_rows: expected at least {max(0, high - low)} rows of {head.shape[1]} in "
+            f"{head.dtype}, got {tuple(trained_rows.shape)} in {trained_rows.dtype}"
+        )
+
+
 def _make_problem(
     hidden: tuple[Tensor, ...],
     head: Tensor,
@@ -310,6 +359,15 @@ def _make_problem(
         group,
         trainable,
     )
+
+
+def _with_trained_rows(head: Tensor, trained_rows: Tensor | None, p: Problem) -> Tensor:
+    """Return this rank's head, differentiable in its trained rows."""
+    if trained_rows is None or p.trainable is None:
+        return head
+    low, high = p.trainable.start, p.trainable.stop
+    head = head.detach()
+    return torch.cat([head[:low], trained_rows[: high - low], head[high:]])
 
 
 def _detach_frozen_rows(head: Tensor, p: Problem) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ilrec_kernels.layout.candidate_entries import CandidateEntries
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.plan import Plan
 from ilrec_kernels.problem import DenseSource, Problem
 from ilrec_kernels.steps.softmax_stats import RankStats
@@ -53,11 +54,13 @@ class Chunk:
     y              the target's local column; 0 where another rank owns it
     owned          this rank owns the target
     row            0 … n − 1
-    entries        the rows' lists over the whole vocabulary; empty where none are needed
+    entries        the rows' lists over the whole vocabulary; empty where none are
+                   needed
     local_entries  those of this rank's shard
     ensemble_bound z̄(y) as known to all ranks before the chunk's own logits, for a
                    pre-filter; None: the chunk's own z̄(y) is exact here
-    candidates     set by the source that proposes negatives, before the others' statistics
+    candidates     set by the source that proposes negatives, before the others'
+                   statistics
     """
 
     begin: int
@@ -106,12 +109,11 @@ class Factors:
 class Gradients:
     """Where a call's gradients go; None where none is wanted.
 
-    The head's gradient is fp32 (fp64 for fp64 inputs); `scale` [N] multiplies each row's
-    loss.
+    `scale` [N] multiplies each row's loss.
     """
 
     hidden: list[Tensor | None]
-    head: Tensor | None
+    head: HeadGradient | None
     scale: Tensor
 
 
@@ -122,4 +124,4 @@ class ChunkGradients:
     """
 
     hidden: Tensor  # [S, n, d]
-    head: Tensor | None
+    head: HeadGradient | None

@@ -44,9 +44,9 @@ class LossOptions:
                         ascending int64 tensor of distinct ids, or None for all tokens
     negative_threshold  φ > 0
     max_negatives       k, 1 to 128
-    negatives_from      what makes H: the intermediate layers' ensemble, the final layer, or,
-                        of as many as the ensemble finds, a random choice among the
-                        valid_next candidates (torch and reference, one rank)
+    negatives_from      what makes H: the intermediate layers' ensemble, the final
+                        layer, or, of as many as the ensemble finds, a random choice
+                        among the valid_next candidates (torch and reference, one rank)
     penalty, beta       how negatives are made harder (§3), and β
     mu                  μ, the weight of the distillation (§4)
     crr_lambda          λ, the weight of the soft label (§5)
@@ -145,8 +145,8 @@ class RowStats:
     valid_next_negatives  how many of H lead to a real item
     p_target              p^L(y) over the softmax scope
     covered               some v in H has a reward; False where H is empty
-    negatives_key         a fingerprint of the set H (0 where it is empty): equal sets have
-                          equal keys, on every backend and layout
+    negatives_key         a fingerprint of the set H (0 where it is empty): equal sets
+                          have equal keys, on every backend and layout
     """
 
     cpo: Tensor  # [N]
@@ -162,7 +162,9 @@ class RowStats:
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The loss terms, [N] each, by the names under which they are weighted and logged."""
+        """The loss terms, [N] each, by the names
+        under which they are weighted and logged.
+        """
         return {"cpo": self.cpo, "cpd": self.cpd, "crr": self.crr}
 
     @staticmethod
@@ -191,8 +193,8 @@ class RowStats:
 class LossOutput:
     """What a call returns: loss = cpo + μ·cpd + λ·crr.
 
-    `loss` is differentiable: a scalar, or [N] for reduction "none". cpo, cpd and crr are
-    its detached parts, reduced and scaled alike.
+    `loss` is differentiable: a scalar, or [N] for reduction "none".
+    cpo, cpd and crr are its detached parts, reduced and scaled alike.
     """
 
     loss: Tensor

@@ -38,8 +38,8 @@ class Plan(Terms):
     chunks_in_flight  chunks kept in memory at once: 2 under tensor parallelism, where
                       chunk i's all-gather overlaps chunk i + 1's product, otherwise 1
     block             head rows gathered or upcast at a time
-    tile              elements that a pass over the logits works on at a time: what stays
-                      in a core's cache
+    tile              elements that a pass over the logits works on at a time: what
+                      stays in a core's cache
     budget            bytes for small temporaries
     slice_columns     columns of a slice in regime V
     """
@@ -161,7 +161,8 @@ def _equal_chunks(n: int, rows: int) -> int:
 def _can_slice(p: Problem, terms: Terms) -> bool:
     """Whether regime V knows how to compute this call.
 
-    Ranks must choose alike, and scattered item tokens may be consecutive on some of them.
+    Ranks must choose alike, and scattered item
+    tokens may be consecutive on some of them.
     """
     return (
         terms.uses_kernels

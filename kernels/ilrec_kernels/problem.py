@@ -129,7 +129,9 @@ class Terms:
 
     @property
     def one_product(self) -> bool:
-        """Whether all streams cover the same columns, so that one product makes them."""
+        """Whether all streams cover the same
+        columns, so that one product makes them.
+        """
         return self.layer_streams > 0 and self.final.columns.same(self.layers.columns)
 
     @property
@@ -144,7 +146,9 @@ class Terms:
 
     @property
     def final_is_teacher(self) -> bool:
-        """Whether the final layer's exponentials serve cross-entropy and distillation."""
+        """Whether the final layer's exponentials
+        serve cross-entropy and distillation.
+        """
         same = self.distill.is_dense and self.distill.columns.same(self.final.columns)
         return self.source is DenseSource.TORCH and self.softmax.is_dense and same
 

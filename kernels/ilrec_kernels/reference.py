@@ -104,7 +104,9 @@ def constants(z: list[Tensor], scope: Scopes, rewards: Tensor, options: LossOpti
 def select_negatives(
     ensemble: Tensor, scope: Scopes, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return H, bool [N, V], and which rows had more than k candidates, bool [N] (§2)."""
+    """Return H, bool [N, V], and which rows
+    had more than k candidates, bool [N] (§2).
+    """
     threshold = ensemble[scope.target][:, None] + math.log(options.negative_threshold)
     passed = scope.negatives & ~scope.target & (ensemble >= threshold)
     # A row whose y is no candidate has an empty H.
@@ -117,7 +119,8 @@ def select_negatives(
 
 
 def random_negatives(counts: Tensor, scope: Scopes) -> Tensor:
-    """Return `counts` [N] tokens of each row, drawn from its candidates without y, bool [N, V].
+    """Return `counts` [N] tokens of each row, drawn
+    from its candidates without y, bool [N, V].
 
     torch's generator draws them: no two calls agree unless it is seeded.
     """
@@ -183,7 +186,9 @@ def gather_head(
     options: LossOptions,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Return the whole head [V, d], of which only this rank's rows are differentiable."""
+    """Return the whole head [V, d], of which
+    only this rank's rows are differentiable.
+    """
     mine = head_weight[: max(0, min(vocab[1], options.vocab_size) - vocab[0])]
     if group is None:
         return mine

@@ -26,6 +26,8 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.cf_world import CONFIG, World
 
+pytestmark = pytest.mark.slow
+
 # Shards of 5 and 6 items.
 ITEMS, WIDTH, ROWS = 23, 6, 40
 WORLD_SIZE = 4

@@ -16,6 +16,8 @@ from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.pipeline.execute import open_run
 from tests.support.shop import ITEMS, codes_of, damage, files, recommend, refused, write_shop
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_refused_run_leaves_a_finished_one_as_it_was(shop, capsys):
     before, answers = files(shop), recommend(shop)
@@ -248,7 +250,6 @@ def test_a_refusal_leaves_the_checkpoints_of_an_unfinished_training(shop, capfd,
     assert files(shop) == before
 
 
-@pytest.mark.slow
 def test_a_late_refusal_leaves_a_new_training_beside_the_finished_ones(shop, capfd):
     damage(shop / "runs/shop/cf/full.safetensors", keep_time=True)
     damaged = files(shop)

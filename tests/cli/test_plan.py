@@ -1,4 +1,6 @@
-"""`ilrec plan`: numbers before anything starts, and a refusal that names the nearest that fits."""
+"""`ilrec plan`: numbers before anything starts,
+and a refusal that names the nearest that fits.
+"""
 
 from __future__ import annotations
 

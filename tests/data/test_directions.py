@@ -158,8 +158,8 @@ def test_a_user_s_two_directions_are_scored_by_one_model_that_saw_neither(
 ) -> None:
     """METHOD.md §5, no leak through the weights.
 
-    Another sequence of a user leaves the model that scores both of that user's directions
-    bit-equal.
+    Another sequence of a user leaves the model that
+    scores both of that user's directions bit-equal.
     """
     config = CFConfig(
         hidden_size=8, num_layers=1, num_heads=2, max_history=4, epochs=1, batch_size=4

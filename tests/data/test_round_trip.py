@@ -19,6 +19,8 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.export.interactions import export_data
 
+pytestmark = pytest.mark.slow
+
 IDS = st.one_of(
     st.integers(0, 10**25).map(str),
     st.integers(0, 30).map(lambda number: f"00{number}"),

@@ -102,8 +102,9 @@ def test_transition_scores_follow_the_formula() -> None:
 def test_published_rows(dataset: str, method: str) -> None:
     """Popularity meets the published row to the last digit.
 
-    Transitions leaves many items with equal scores, whose order the published row does not tell:
-    the expected-rank figures must meet it, and the rule `split` moves them by what ties can.
+    Transitions leaves many items with equal scores, whose order
+    the published row does not tell: the expected-rank figures must
+    meet it, and the rule `split` moves them by what ties can.
     """
     data = real_data(dataset)
     figures = baseline_predictions(

@@ -1,4 +1,6 @@
-"""Evaluation over users: batches, process layouts, predictions as a file, empty lists."""
+"""Evaluation over users: batches, process
+layouts, predictions as a file, empty lists.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,8 @@ from tests.inference.toy import (
     toy_catalogue,
     toy_data,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def evaluate(

@@ -1,4 +1,6 @@
-"""Candidates of a fusion: their union, exact scores by every source, and the fused lists."""
+"""Candidates of a fusion: their union, exact
+scores by every source, and the fused lists.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,8 @@ from tests.inference.toy import (
     toy_catalogue,
     toy_data,
 )
+
+pytestmark = pytest.mark.slow
 
 CANDIDATES, USERS = 4, np.arange(12)
 

@@ -1,4 +1,6 @@
-"""GRU4Rec and Caser: their formulas written again, what they may see, and that they learn."""
+"""GRU4Rec and Caser: their formulas written
+again, what they may see, and that they learn.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.evaluation.baselines.fit import load_baseline, sequence_scores, train_baseline
 from ilrec_dist.evaluation.baselines.sequence_models import MODELS, Caser, GRU4Rec
+
+pytestmark = pytest.mark.slow
 
 ITEMS, USERS, D = 12, 4, 8
 

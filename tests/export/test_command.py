@@ -1,4 +1,6 @@
-"""`ilrec export`: transformers loads the folder, gives our logits and generates our beams."""
+"""`ilrec export`: transformers loads the folder,
+gives our logits and generates our beams.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[Path, Path]:
-    """A small finished run with a decoder of Llama's form, and the folder it was exported to."""
+    """A small finished run with a decoder of
+    Llama's form, and the folder it was exported to.
+    """
     root = tmp_path_factory.mktemp("export")
     config = tiny_config(root, backbone=LLAMA, train={"methods": ["sft"], "epochs": 1})
     for stage in ("prepare", "index", "train"):

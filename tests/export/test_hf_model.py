@@ -24,20 +24,21 @@ from ilrec_dist.export.constrained_decoding import (
     ItemTrie,
     prefix_allowed_tokens_fn,
 )
-from ilrec_dist.export.hf_model import own_tokenizer, write_item_files
+from ilrec_dist.export.hf_model import Decoding, own_tokenizer, write_item_files
+from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 
 CODES = np.array([[0, 1], [0, 2], [1, 1], [2, 0], [2, 2], [2, 2]])
 
 
-def export(folder: Path, catalogue: Catalogue) -> ItemTrie:
+def export(folder: Path, catalogue: Catalogue, scope: SoftmaxScope = "all") -> ItemTrie:
     n = catalogue.num_items
     ids = [f"item {number}" for number in range(n)]
     titles = [f"Title {number}" for number in range(n)]
     items = np.arange(3, dtype=np.int32)
     dataset = InteractionDataset(items, np.array([0, 3]), ["u"], ids, titles=titles)
-    write_item_files(folder, dataset, catalogue, Trie(catalogue))
+    write_item_files(folder, dataset, catalogue, Trie(catalogue), Decoding(4, scope))
     return ItemTrie(folder)
 
 
@@ -75,10 +76,16 @@ def test_allowed_tokens_are_the_continuations_of_the_items_left(data, tmp_path_f
         assert [table[number] for number in trie.items(row)] == [row] * table.count(row)
 
 
-@pytest.mark.parametrize("way", ["function", "processor"])
-def test_beam_search_over_all_items_equals_scoring_each_of_them(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "scope"), [("function", "all"), ("processor", "all"), ("processor", "valid_next")]
+)
+def test_beam_search_over_all_items_equals_scoring_each_of_them(
+    tmp_path: Path, way: str, scope: SoftmaxScope
+) -> None:
     catalogue = make_catalogue(CODES, [3, 3])
-    trie, model = export(tmp_path, catalogue), tiny_model(catalogue.vocab_size)
+    trie, model = export(tmp_path, catalogue, scope), tiny_model(catalogue.vocab_size)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (generation["num_beams"], generation["renormalize_logits"]) == (4, scope != "all")
     prompts = torch.tensor([[1, 4, 2, 5], [0, 0, 3, 4]])
     mask = (prompts != 0).long()
     kept = dict(prompt_length=4, excluded_rows=[[0], []])
@@ -107,8 +114,14 @@ def test_beam_search_over_all_items_equals_scoring_each_of_them(tmp_path: Path, 
                 continue
             sequence = torch.cat([prompts[user], torch.tensor(item)])
             attention = torch.cat([mask[user], torch.ones(2, dtype=torch.long)])
-            logits = model(sequence[None], attention_mask=attention[None]).logits[0].log_softmax(-1)
-            scores[item] = float(logits[3, item[0]] + logits[4, item[1]])
+            logits = model(sequence[None], attention_mask=attention[None]).logits[0].detach()
+            total = 0.0
+            for position, token in enumerate(item):
+                children = [i[position] for i in tokens if i[:position] == item[:position]]
+                children = sorted(set(children)) if scope == "valid_next" else slice(None)
+                log_z = logits[3 + position, children].logsumexp(0)
+                total += float(logits[3 + position, token] - log_z)
+            scores[item] = total
         best = sorted(scores, key=lambda item: -scores[item])[:4]
         sequences = found.sequences[4 * user : 4 * user + 4, 4:].tolist()
         assert list(map(tuple, sequences)) == best

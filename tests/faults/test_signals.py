@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM end a training with one line and their exit code, and leave no process."""
+"""Ctrl-C and SIGTERM end a training with one
+line and their exit code, and leave no process.
+"""
 
 import signal
 import subprocess
@@ -19,7 +21,9 @@ PATIENCE_SECONDS = 240
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with a configuration for each engine, whose run is prepared up to the CF models."""
+    """A folder with a configuration for each engine,
+    whose run is prepared up to the CF models.
+    """
     root = tmp_path_factory.mktemp("signals")
     config = tiny_config(root / "runs", train={"methods": ["sft"], "epochs": 500})
     for stage in ("prepare", "index", "cf"):

@@ -1,4 +1,6 @@
-"""Beam search against exhaustive scoring and against a beam search written with Python loops."""
+"""Beam search against exhaustive scoring and
+against a beam search written with Python loops.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def search(
 def looped_beam_search(
     backbone: Backbone, scope: str, history: np.ndarray, beam: int, wanted: set[int]
 ) -> list[tuple[tuple[int, ...], float]]:
-    """(code tuple, Σ log p), best first, among the prefixes that lead to a wanted item."""
+    """(code tuple, Σ log p), best first, among
+    the prefixes that lead to a wanted item.
+    """
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     tuples = {
         item: tuple(CATALOGUE.item_tokens(np.array(item)).tolist()) for item in range(NUM_ITEMS)
@@ -165,7 +169,9 @@ def test_nothing_left_gives_no_beams() -> None:
 def test_scores_that_are_not_finite_are_an_error_that_names_the_model(
     scope: str, value: float
 ) -> None:
-    """One row of the head is enough, whether its token would lead the beams or leave them."""
+    """One row of the head is enough, whether its
+    token would lead the beams or leave them.
+    """
     backbone = toy_backbone(CATALOGUE, UNTIED)
     with torch.no_grad():
         backbone.head_weight[int(CATALOGUE.tokens[0, 0])] = value

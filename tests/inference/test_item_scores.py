@@ -1,4 +1,6 @@
-"""Scores of given items along the trie against exhaustive scoring and a beam of the catalogue."""
+"""Scores of given items along the trie against
+exhaustive scoring and a beam of the catalogue.
+"""
 
 from __future__ import annotations
 

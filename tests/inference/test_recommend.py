@@ -1,4 +1,6 @@
-"""Recommendations for new histories: what comes out, and what bad input is answered with."""
+"""Recommendations for new histories: what
+comes out, and what bad input is answered with.
+"""
 
 from __future__ import annotations
 

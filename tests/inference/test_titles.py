@@ -1,4 +1,6 @@
-"""Beam search over titles of many lengths against its definition written with Python loops."""
+"""Beam search over titles of many lengths
+against its definition written with Python loops.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
 from tests.inference.toy import TIED, UNTIED
 
+pytestmark = pytest.mark.slow
+
 COUNT, PIECES, DEPTH = 40, 7, 6
 # The token id of the end.
 END = 1
 
 
 def toy_titles() -> Catalogue:
-    """40 titles of 1 to 5 pieces and the end; some are prefixes of others, two are the same."""
+    """40 titles of 1 to 5 pieces and the end;
+    some are prefixes of others, two are the same.
+    """
     rng = np.random.default_rng(8)
     numbers = np.full((COUNT, DEPTH), -1, np.int32)
     for row, length in enumerate(rng.integers(1, DEPTH, COUNT)):
@@ -73,7 +79,9 @@ def log_p(model: Backbone, tokens: list[int], scope: str, children: list[int]) -
 def looped(
     model: Backbone, scope: str, history: list[int], beam: int, wanted: set[int]
 ) -> list[tuple[tuple[int, ...], float]]:
-    """(tokens, Σ log p), best first; a title that has ended keeps its place and its score."""
+    """(tokens, Σ log p), best first; a title
+    that has ended keeps its place and its score.
+    """
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     while any(prefix[-1:] != (END,) for prefix, _ in prefixes):
         grown = [(prefix, score) for prefix, score in prefixes if prefix[-1:] == (END,)]

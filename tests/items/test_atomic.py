@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,6 +14,8 @@ from ilrec_dist.testing.distributed import run_distributed
 from tests.support.cf_world import documented_metrics
 from tests.training.conftest import tiny_config
 from tests.training.test_training import train_here
+
+pytestmark = pytest.mark.slow
 
 
 def test_atomic_ids_train_and_decode_and_stored_rewards_have_the_same_bits(tmp_path):

@@ -1,4 +1,6 @@
-"""Items among any base vocabulary give the losses and beams of a vocabulary of their own."""
+"""Items among any base vocabulary give the
+losses and beams of a vocabulary of their own.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def toy_titles() -> Catalogue:
 def transplanted(
     own: Catalogue, other: Catalogue, config: BackboneConfig
 ) -> tuple[Backbone, Backbone]:
-    """A backbone for each catalogue, alike except for where the rows of their tokens lie."""
+    """A backbone for each catalogue, alike except
+    for where the rows of their tokens lie.
+    """
     backbones = [
         Backbone(config, catalogue.vocab_size, MAX_POSITIONS, seed=4).eval()
         for catalogue in (own, other)

@@ -103,7 +103,9 @@ def test_agrees_with_the_reference(settings):
 
 
 def whole_numbers(case: Case) -> Case:
-    """Make logits that are small whole numbers: most of a row are tied on every backend."""
+    """Make logits that are small whole numbers:
+    most of a row are tied on every backend.
+    """
     return replace(
         case,
         hidden=[h.round().clamp(-1, 1) for h in case.hidden],
@@ -215,7 +217,9 @@ def test_partly_trainable_heads_and_rows_of_their_own(rows):
 
 
 class Questions(TorchDispatchMode):
-    """Counts what a GPU's host would have to wait for: sizes and values that it must know."""
+    """Counts what a GPU's host would have to
+    wait for: sizes and values that it must know.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +387,9 @@ def test_the_sliced_regime_in_shards(edges, scope):
     "d,longest,scope", [(96, 20, "valid_next"), (16, 100, "valid_next"), (16, 20, "all")]
 )
 def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch):
-    """Wide rows, long lists, many candidates: few chunks, and slices as wide as is left."""
+    """Wide rows, long lists, many candidates:
+    few chunks, and slices as wide as is left.
+    """
     monkeypatch.setattr(plan, "SMALL_CHUNK", 48)
     calls: list[tuple[Problem, Plan]] = []
     monkeypatch.setattr(

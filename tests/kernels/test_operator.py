@@ -426,6 +426,25 @@ def test_tied_frozen_and_partly_trainable_heads():
             assert (
                 distance(run_case(picked, "reference", trainable_rows=rows).head, expected) < 1e-9
             )
+            if isinstance(rows, torch.Tensor):
+                continue
+            for backend, reduction in (("torch", "sum"), ("torch", "none"), ("reference", "sum")):
+                # As a tensor of its own, of which the last row stands for none.
+                apart = torch.cat([case.head[slice(*rows)], case.head[:1]]).requires_grad_()
+                found = run_case(
+                    picked, backend, trainable_rows=rows, trained_rows=apart, reduction=reduction
+                )
+                assert found.head is None
+                assert distance(apart.grad[:-1], expected[slice(*rows)]) < 1e-9
+                assert distance(found.hidden[0], part.hidden[0]) < 1e-9
+                assert not apart.grad[-1].any()
+    for rows, apart, words in (
+        ((10, 25), case.head[:14], "at least 15 rows"),
+        ((10, 25), case.head[10:25].float(), "torch.float64"),
+        (torch.tensor([3]), case.head[:1], "as a range"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_case(case, trainable_rows=rows, trained_rows=apart)
 
 
 def test_it_is_a_library_of_its_own():

@@ -118,22 +118,38 @@ def test_shards_give_what_one_process_gives(edges):
     )
 
 
-def partly_trained(mesh: Mesh, case: Case, edges: list[int], rows: Any) -> Outcome:
+def partly_trained(
+    mesh: Mesh, case: Case, edges: list[int], rows: Any, apart: bool = False
+) -> Outcome:
     start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
-    return run_case(
+    trained = None
+    if apart:
+        low, high = (min(max(edge, start), stop) for edge in rows)
+        # A rank without such rows has one that stands for none.
+        trained = case.head[low : max(high, low + 1)].clone().requires_grad_()
+    outcome = run_case(
         case,
         head=case.head[start:stop],
         vocab=(start, stop),
         tp_group=mesh.tp_group,
         loss_scale=0.1,
         trainable_rows=rows,
+        trained_rows=trained,
     )
+    if trained is None:
+        return outcome
+    head = torch.zeros_like(case.head[start:stop])
+    head[low - start : high - start] = trained.grad[: high - low]
+    return replace(outcome, head=head)
 
 
-@pytest.mark.parametrize("rows", [(10, 45), torch.tensor([0, 7, 8, 30, 60])])
-def test_partly_trainable_heads_in_shards(rows):
+@pytest.mark.parametrize(
+    ("rows", "apart"),
+    [((10, 45), False), ((10, 45), True), ((30, 61), True), (torch.tensor([0, 7, 30, 60]), False)],
+)
+def test_partly_trainable_heads_in_shards(rows, apart):
     case = make_case(dtype=torch.float64)
-    ranks = run_distributed(partly_trained, 2, 2, case, [0, 20, 61], rows)
+    ranks = run_distributed(partly_trained, 2, 2, case, [0, 20, 61], rows, apart)
     assert_close(
         whole(ranks, case), run_case(case, "reference", loss_scale=0.1, trainable_rows=rows), 1e-9
     )

@@ -1,4 +1,6 @@
-"""`negatives_from: random`: as many negatives as the ensemble finds, from anywhere in the lists."""
+"""`negatives_from: random`: as many negatives as
+the ensemble finds, from anywhere in the lists.
+"""
 
 from dataclasses import replace
 

@@ -137,8 +137,8 @@ def test_compiled_forms_are_those_that_a_launch_chooses():
 def test_the_plan_for_a_large_vocabulary_on_a_gpu(workspace, source, stacked, scope):
     """8,192 rows of 4,096 in bf16, 131,072 tokens and 3 layers.
 
-    At the default 1 GiB and at half of it regime T's chunks are large enough; at 384 MiB
-    regime V's are a third of all rows. Fake tensors stand for the GPU's.
+    At the default 1 GiB and at half of it regime T's chunks are large enough; at
+    384 MiB regime V's are a third of all rows. Fake tensors stand for the GPU's.
     """
     from ilrec_kernels import LossOptions, TokenLists
     from ilrec_kernels.plan import make_plan

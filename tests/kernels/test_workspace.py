@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from ilrec_kernels import cross_layer_loss
 from ilrec_kernels.layout import gemm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.kernels.cases import Case, make_case, run_case
+
+pytestmark = pytest.mark.slow
 
 
 class LiveBytes(TorchDispatchMode):
@@ -108,6 +111,28 @@ def test_nothing_exceeds_the_workspace(settings):
     assert mode.peak >= workspace / 20
 
 
+@pytest.mark.parametrize("softmax", ["all", "valid_next"])
+def test_no_gradient_of_the_heads_size_is_made_for_a_few_trained_rows(softmax):
+    n, v, d, rows = 16, 2000, 64, (1900, 2000)
+    case = make_case(
+        n=n, v=v, d=d, workspace_bytes=400_000, item_tokens=rows, softmax_scope=softmax
+    )
+    hidden = [h.clone().requires_grad_() for h in case.hidden]
+    largest = []
+    for apart in (case.head[slice(*rows)].clone().requires_grad_(), None):
+        head = case.head.clone().requires_grad_(apart is None)
+        inputs = hidden[0], hidden[1:], head, case.targets, case.lists, case.rewards
+        mode = LiveBytes([])
+        mode.seen.add(head.untyped_storage()._cdata)
+        with mode:
+            output = cross_layer_loss(
+                *inputs, case.options, trainable_rows=rows, trained_rows=apart
+            )
+            output.loss.backward()
+        largest.append(mode.largest)
+    assert largest[0] <= 400_000 < v * d * 4 <= largest[1]
+
+
 @pytest.mark.parametrize("trainable", [None, SCATTERED])
 def test_bf16_products_on_a_cpu_keep_to_the_workspace(trainable, monkeypatch):
     """They make blocks of the head's gradient, which may not be as large as
@@ -135,7 +160,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.slow
 def test_resident_memory():
     """Three streams' logits would be 469 MiB.
 

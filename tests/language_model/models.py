@@ -1,4 +1,6 @@
-"""A tiny random Llama with a real tokenizer, learned from a shop's titles, and runs that use it."""
+"""A tiny random Llama with a real tokenizer,
+learned from a shop's titles, and runs that use it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def make_language_model(
     dtype: torch.dtype = torch.float32,
     positions: int = 128,
 ) -> Path:
-    """Save a Llama of 3 layers with 4 heads on 2, and byte-pair encoding with a start token."""
+    """Save a Llama of 3 layers with 4 heads on
+    2, and byte-pair encoding with a start token.
+    """
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learned.decoder = decoders.ByteLevel()

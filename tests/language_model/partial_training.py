@@ -27,7 +27,9 @@ def train(
     stop_after: int | None = None,
     least_padding: float = packing.LEAST_PADDING,
 ) -> dict[str, int]:
-    """Train with cross-entropy; the number of the decoder's values that were changed, by name."""
+    """Train with cross-entropy; the number of the
+    decoder's values that were changed, by name.
+    """
 
     def stop(step: int) -> None:
         if stop_after is not None and step >= stop_after:
@@ -84,6 +86,7 @@ def gradients(mesh: Mesh, tree: dict[str, Any], trainable: str) -> dict[str, tor
             loss_options(objective, catalogue.vocab_size, catalogue.used_tokens()),
             vocab=backbone.vocab_range,
             trainable_rows=backbone.trainable_head_rows,
+            trained_rows=backbone.trained_head_rows,
             tp_group=mesh.tp_group if mesh.tp > 1 else None,
         ).loss.backward()
         low, high = (

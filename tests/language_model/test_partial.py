@@ -1,4 +1,6 @@
-"""LoRA and new rows on a frozen language model: what changes, what is saved, any tp, resuming."""
+"""LoRA and new rows on a frozen language model:
+what changes, what is saved, any tp, resuming.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +165,8 @@ def test_full_training_may_give_new_rows_a_rate_of_their_own(shop: Shop, tmp_pat
 
 @pytest.fixture(scope="module")
 def finished(shop: Shop) -> Config:
-    """A whole run of both methods on the untied model in bf16 with tp 2, and its adapters moved.
+    """A whole run of both methods on the untied
+    model in bf16 with tp 2, and its adapters moved.
 
     Adapters of some modules only, so that weights of the others are left alone.
     """

@@ -1,4 +1,6 @@
-"""Runs on prompts: trained, evaluated and served in one form, and asked by transformers too."""
+"""Runs on prompts: trained, evaluated and served
+in one form, and asked by transformers too.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> tuple[Path, Path]:
-    """(the folder of runs with one whose data are prepared, a language model's folder)."""
+    """(the folder of runs with one whose data
+    are prepared, a language model's folder).
+    """
     root = tmp_path_factory.mktemp("shop")
     config = tiny_config(root)
     execute(config, "prepare")
@@ -108,7 +112,9 @@ def test_the_run_has_the_samples_and_rows_of_all_tasks(finished) -> None:
 
 
 def test_recommendations_are_those_of_the_validated_form(finished, tmp_path: Path) -> None:
-    """Test users' histories give the lists of the evaluation, whoever else is in the batch."""
+    """Test users' histories give the lists of
+    the evaluation, whoever else is in the batch.
+    """
     predictions = pq.read_table(
         finished.run_dir / "evaluation/ilrec-seed0/predictions.parquet"
     ).to_pylist()
@@ -127,7 +133,9 @@ def test_recommendations_are_those_of_the_validated_form(finished, tmp_path: Pat
 
 @pytest.mark.parametrize(("run", "top"), [("finished", 10), ("titles_run", 60)])
 def test_generate_finds_what_recommend_finds(run: str, top: int, request, tmp_path: Path) -> None:
-    """Titles in a beam of the whole catalogue: beams of generate that have ended take no place."""
+    """Titles in a beam of the whole catalogue:
+    beams of generate that have ended take no place.
+    """
     config = request.getfixturevalue(run)
     out = tmp_path / "exported"
     assert main(["export", str(config.run_dir), str(out), "--method", "ilrec"]) == 0

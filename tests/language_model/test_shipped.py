@@ -1,4 +1,6 @@
-"""What ships for language models: configurations that fit their models, and `make llm` in small."""
+"""What ships for language models: configurations
+that fit their models, and `make llm` in small.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ilrec_dist.cli import main
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
 from tests.language_model.models import make_language_model
+from tests.support.exported import catalogue_ids, recommended
 
 ROOT = Path(__file__).resolve().parents[2]
 # The sizes in the models' own config.json.
@@ -95,10 +99,18 @@ def test_the_commands_of_make_llm_with_a_tiny_model(tmp_path: Path) -> None:
     assert {"sft", "ilrec"} <= rows
     out = tmp_path / "exported"
     assert main(["export", str(tmp_path / "llm"), str(out), "--merge"]) == 0
+    history = catalogue_ids(out)[::40]
     script = [sys.executable, str(ROOT / "examples/recommend_with_transformers.py"), str(out)]
+    script += ["--history", *history]
     # Outside the repository the script finds nothing of this project.
     done = subprocess.run(script, cwd=tmp_path, env={}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     prompt, *lines = done.stdout.splitlines()
-    assert prompt.startswith("A customer bought ") and len(lines) >= 5
-    assert all("<a_" in line for line in lines)
+    assert prompt.startswith("A customer bought ")
+    expected = recommended(tmp_path / "llm", [history], tmp_path, "--top", "5", "--exclude-seen")
+    found = [(line.split()[1], float(line.split()[0])) for line in lines[:5]]
+    assert [item for item, _ in found] == [item for item, _ in expected]
+    # The script prints three decimals.
+    np.testing.assert_allclose(
+        [score for _, score in found], [score for _, score in expected], atol=6e-4
+    )

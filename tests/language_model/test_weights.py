@@ -25,6 +25,8 @@ from ilrec_dist.testing.distributed import run_distributed
 from tests.language_model.models import make_language_model, model_config
 from tests.language_model.start import TITLES, shop, start_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("new_tokens", ["moments", "text"])

@@ -1,4 +1,6 @@
-"""A cluster that cannot run a job is refused in time, by one line that says what is missing."""
+"""A cluster that cannot run a job is refused
+in time, by one line that says what is missing.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ PATIENCE_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A head and a node of 3 CPUs each. The node sees an empty folder in place of the one given,
-    and has a copy of the project with one line more."""
+    """A head and a node of 3 CPUs each. The node sees an empty folder in
+    place of the one given, and has a copy of the project with one line more.
+    """
     hidden = tmp_path_factory.mktemp("hidden")
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "ilrec_dist", copy / "ilrec_dist")

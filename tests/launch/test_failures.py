@@ -9,6 +9,8 @@ from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import Job, run_job
 from ilrec_dist.launch.workers import run_workers
 
+pytestmark = pytest.mark.slow
+
 
 def job(tmp_path, function: str) -> Job:
     return Job(f"tests.launch.failing:{function}", {"folder": str(tmp_path)}, str(tmp_path))

@@ -1,4 +1,6 @@
-"""The launchers, as far as a machine without SLURM, Kubernetes and docker can try them."""
+"""The launchers, as far as a machine without
+SLURM, Kubernetes and docker can try them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Ray sessions: tokens, addresses that are no Ray's, and what a local session leaves behind."""
+"""Ray sessions: tokens, addresses that are no
+Ray's, and what a local session leaves behind.
+"""
 
 from __future__ import annotations
 

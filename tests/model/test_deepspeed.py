@@ -20,6 +20,8 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 CONFIG = BackboneConfig(
     num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, dropout=0.0, init_std=0.1
 )

@@ -30,6 +30,8 @@ from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
 from ilrec_dist.model.sharding import shard_spec
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(
     vocab_size=53,
     hidden_size=32,

@@ -26,6 +26,8 @@ from tests.model.test_huggingface import (
     transformers_logits,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS, RATE = 20, 1e-2
 ALL = LoraConfig(rank=4, alpha=8.0)
 SOME = LoraConfig(rank=3, alpha=6.0, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"])

@@ -17,6 +17,8 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(num_layers=3, hidden_size=32, num_heads=4, ffn_hidden_size=64, init_std=0.2)
 GPT2 = BackboneConfig(**SMALL)
 LLAMA = BackboneConfig(
@@ -44,7 +46,9 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step(mesh: Mesh, config: BackboneConfig) -> dict:
-    """One forward and backward with dropout on: the loss and the gradients, unsharded."""
+    """One forward and backward with dropout
+    on: the loss and the gradients, unsharded.
+    """
     initialize_parallel(mesh.tp, "cpu", seed=7)
     try:
         model = Backbone(config, VOCAB, POSITIONS, seed=3)
@@ -127,7 +131,8 @@ def test_full_state_survives_tp_bit_for_bit(config: BackboneConfig, precision: s
 
 
 def decode_error(mesh: Mesh, config: BackboneConfig, precision: str) -> float:
-    """The largest difference of beams decoded with the cache from a full forward of their tokens.
+    """The largest difference of beams decoded with
+    the cache from a full forward of their tokens.
 
     The beams' parents cross. Prefixes are equally long, or padded on the right.
     """
@@ -187,7 +192,9 @@ def test_decoding_in_bf16() -> None:
 
 
 def packed_errors(mesh: Mesh, config: BackboneConfig) -> list[float]:
-    """Errors of a packed row against its samples one by one: hidden states and gradients."""
+    """Errors of a packed row against its samples
+    one by one: hidden states and gradients.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = Backbone(replace(config, dropout=0.0), VOCAB, POSITIONS, seed=3)

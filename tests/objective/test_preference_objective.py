@@ -1,4 +1,6 @@
-"""log π of targets and negatives: by branches as by whole sequences, and over any tp."""
+"""log π of targets and negatives: by branches
+as by whole sequences, and over any tp.
+"""
 
 from collections.abc import Iterator
 
@@ -65,7 +67,9 @@ def objective_of(
 def log_pi_alone(
     backbone: Backbone, trie: Trie, history: np.ndarray, item: int, scope: str
 ) -> float:
-    """Σ log p of one item after a history, by a forward pass of these tokens alone, in fp64."""
+    """Σ log p of one item after a history, by a
+    forward pass of these tokens alone, in fp64.
+    """
     catalogue = trie.catalogue
     tokens = [catalogue.item_tokens(items) for items in (history, np.array([item]))]
     before, own = (part[part != NO_TOKEN].astype(np.int64) for part in tokens)

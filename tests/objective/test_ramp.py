@@ -1,4 +1,6 @@
-"""β, μ and λ rise over the first steps: from supervised fine-tuning to the whole loss."""
+"""β, μ and λ rise over the first steps: from
+supervised fine-tuning to the whole loss.
+"""
 
 import dataclasses
 from collections.abc import Iterator

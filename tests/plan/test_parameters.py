@@ -1,4 +1,6 @@
-"""The plan's parameters are those of the model that is built, for every kind of decoder."""
+"""The plan's parameters are those of the model
+that is built, for every kind of decoder.
+"""
 
 from __future__ import annotations
 

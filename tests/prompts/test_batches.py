@@ -1,4 +1,6 @@
-"""Batches of prompts: their tasks' shares, rows, candidates and groups are as defined."""
+"""Batches of prompts: their tasks' shares,
+rows, candidates and groups are as defined.
+"""
 
 from __future__ import annotations
 

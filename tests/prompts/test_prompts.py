@@ -1,4 +1,6 @@
-"""Templates are checked when they are read; long prompts lose whole items, the oldest first."""
+"""Templates are checked when they are read;
+long prompts lose whole items, the oldest first.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A study file becomes cells, each an ordinary configuration; what cannot be meant is refused."""
+"""A study file becomes cells, each an ordinary
+configuration; what cannot be meant is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A study from the command line: one table, and what is missing from it, and nothing run twice."""
+"""A study from the command line: one table, and
+what is missing from it, and nothing run twice.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a study whose cell `sft hot` diverged and whose cell `sft long` was killed."""
+    """The folder of a study whose cell `sft hot`
+    diverged and whose cell `sft long` was killed.
+    """
     root = tmp_path_factory.mktemp("study")
     path = write_study(root, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
     command = [sys.executable, "-m", "ilrec_dist.cli", "study", str(path)]

@@ -18,7 +18,8 @@ def write_study(
     methods: tuple[str, ...] | list[str] = ("sft", "ilrec"),
     **keys: Any,
 ) -> Path:
-    """Write base.yaml and study.yaml into the folder; the study's runs go to folder/runs.
+    """Write base.yaml and study.yaml into the
+    folder; the study's runs go to folder/runs.
 
     base: sections that change the tiny configuration. keys: further keys of the study.
     """

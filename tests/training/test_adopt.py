@@ -1,4 +1,6 @@
-"""Finished stages are taken over from run folders with the same fingerprints and whole files."""
+"""Finished stages are taken over from run folders
+with the same fingerprints and whole files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A loss that is not finite on one rank: every rank leaves the step out, and goes on."""
+"""A loss that is not finite on one rank:
+every rank leaves the step out, and goes on.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import Trainer
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 BAD = (3, 4)
 
 
 def train_with_bad_steps(mesh: Mesh, tree: dict, folder: str, value: float) -> dict[str, Any]:
-    """The weights around each step, with the loss of rank 1 replaced in the steps of BAD."""
+    """The weights around each step, with the
+    loss of rank 1 replaced in the steps of BAD.
+    """
     config = config_from_dict(tree)
     parallel = initialize_parallel(mesh.tp)
     torch.set_num_threads(1)

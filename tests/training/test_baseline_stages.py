@@ -1,4 +1,6 @@
-"""Sequence models are trained beside the CF models where `evaluation.baselines` names them."""
+"""Sequence models are trained beside the CF
+models where `evaluation.baselines` names them.
+"""
 
 from __future__ import annotations
 

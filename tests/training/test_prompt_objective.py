@@ -1,4 +1,6 @@
-"""The loss of prompts is that of their three kinds of rows, with one N and one gradient."""
+"""The loss of prompts is that of their three
+kinds of rows, with one N and one gradient.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def objective(parallel: ParallelState, config: ObjectiveConfig) -> CrossLayerObj
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TokenLists, torch.Tensor]:
-    """tokens, rows, targets, candidates of the item rows, rewards of the first group."""
+    """tokens, rows, targets, candidates of
+    the item rows, rewards of the first group.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, V, (3, 12), generator=generator)
     rows = torch.randperm(36, generator=generator)[: sum(GROUPS)].sort().values

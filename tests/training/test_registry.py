@@ -1,4 +1,6 @@
-"""Methods are a table: one that is registered is trained, evaluated, reported and served."""
+"""Methods are a table: one that is registered
+is trained, evaluated, reported and served.
+"""
 
 import json
 import os
@@ -19,6 +21,8 @@ from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import METHODS, Method, default_method, get_method, register
 from ilrec_dist.pipeline.stages.train import training_stages
 from tests.training.conftest import tiny_config
+
+pytestmark = pytest.mark.slow
 
 # Every process of a run imports sitecustomize at its start, so that all know the method, as if
 # the table itself had it.

@@ -6,6 +6,7 @@ Rows, rewards and statistics end with each title.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.data.dataset import load_dataset
@@ -15,6 +16,8 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from tests.training.conftest import tiny_config
 from tests.training.test_training import losses_of, train_here
+
+pytestmark = pytest.mark.slow
 
 WORDS = ("steel", "guitar", "strings", "light")
 

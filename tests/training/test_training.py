@@ -1,4 +1,5 @@
-"""The training loop: losses and weights do not depend on how the step is cut (METHOD.md §8).
+"""The training loop: losses and weights do not
+depend on how the step is cut (METHOD.md §8).
 
 They are the same over tp, dp and accumulation, and after an interruption.
 """
@@ -26,6 +27,8 @@ from ilrec_dist.training import checkpoint
 from ilrec_dist.training.spec import TrainingSpec
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 # Each layout is (world size, tp, accumulation).
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
 
@@ -38,7 +41,9 @@ def train_here(
     stop_after: int | None = None,
     items_per_user: int | None = None,
 ) -> None:
-    """Train in this process, with a line of metrics every step; end early after a checkpoint."""
+    """Train in this process, with a line of metrics
+    every step; end early after a checkpoint.
+    """
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.pipeline.artifacts import RunArtifacts
     from ilrec_dist.pipeline.train_one import train_one
@@ -216,7 +221,9 @@ def test_zero_2_trains_as_zero_1_does(tiny, tmp_path, precision):
 
 
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
-    """The norm of the gradient of three micro-batches: the first, and twice its 512th part."""
+    """The norm of the gradient of three micro-batches:
+    the first, and twice its 512th part.
+    """
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.training.engine import build_engine
 
@@ -282,7 +289,9 @@ def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, wor
 
 
 def test_nothing_to_train_on_is_one_line(tiny, tmp_path):
-    """Of three items, two are the validation and test targets, and the first is no target."""
+    """Of three items, two are the validation and
+    test targets, and the first is no target.
+    """
     tree = config_to_dict(tiny_config(tiny))
     (line,) = run_distributed(refusal_here, 1, 1, tree, "sft", str(tmp_path), 3)
     assert line.startswith("sft, seed 0: no user has two training items")

@@ -29,9 +29,11 @@ class RewardLayout:
     code_position  int64 [T]: of the target item
     first_node     int64 [T]: the target's node of depth 1
     nodes          int64 [C, T]: the target's prefix of depth p
-    first_child, num_children  int64 [C, T]: its children are that range of the nodes of depth
+    first_child, num_children  int64 [C, T]: its children are that range of the nodes of
+                               depth
         p + 1
-    indptr         int64 [T·(C − 1) + 1]: the rows of depth 1 … C − 1, target-major; those of
+    indptr         int64 [T·(C − 1) + 1]: the rows of depth 1 … C − 1, target-major;
+                   those of
         `Trie.target_candidates` without the rows of the first codes
     """
 

@@ -89,7 +89,8 @@ def _header(shapes: dict[str, tuple[int, ...]]) -> tuple[bytes, int]:
 def write_cf_manifest(folder: Path, entries: dict[str, Any]) -> None:
     """Write `entries` and the SHA-256 of every file of the folder; to be called last.
 
-    In the CF folder before `write_code_order`, whose files have a manifest of their own.
+    In the CF folder before `write_code_order`,
+    whose files have a manifest of their own.
     """
     write_manifest(folder, {"version": FORMAT_VERSION, **entries})
 
@@ -152,8 +153,8 @@ def _read_manifest(path: Path, entries: dict[str, type]) -> dict[str, Any]:
 def checked_files(folder: str | Path, names: Iterable[str], manifest: dict[str, Any]) -> None:
     """Compare files of the folder with their SHA-256 in its manifest.
 
-    In parallel, and once a process as long as they do not change. Raises UserError naming the
-    first one that is missing or differs.
+    In parallel, and once a process as long as they do not change.
+    Raises UserError naming the first one that is missing or differs.
     """
     expected = {name: manifest["files"].get(name, {}).get("sha256") for name in names}
     repair = f"delete {folder} and run `ilrec cf` again"

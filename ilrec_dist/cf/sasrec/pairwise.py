@@ -1,4 +1,6 @@
-"""How likely the collaborative model finds one item better than another (METHOD.md §11)."""
+"""How likely the collaborative model finds
+one item better than another (METHOD.md §11).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from ilrec_dist.data.dataset import InteractionDataset
 class PairwiseProbabilities:
     """P(first is better than second | history), each user by the model of their fold.
 
-    That model saw none of the user's sequence. P is P_CF(first) ÷ (P_CF(first) + P_CF(second)),
-    and 0 where the model does not know the two of them.
+    That model saw none of the user's sequence. P is P_CF(first) ÷ (P_CF(first)
+    + P_CF(second)), and 0 where the model does not know the two of them.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class PairwiseProbabilities:
     def __call__(
         self, users: np.ndarray, positions: np.ndarray, first: np.ndarray, second: np.ndarray
     ) -> np.ndarray:
-        """float32 [T]: items first and second int64 [T] after the histories before positions."""
+        """float32 [T]: items first and second int64
+        [T] after the histories before positions.
+        """
         result = np.zeros(len(users), np.float32)
         starts = self.dataset.offsets[users]
         for fold in np.unique(self.folds[users]):

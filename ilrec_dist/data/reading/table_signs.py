@@ -1,9 +1,9 @@
 """Signs that lines of blank-separated fields are rows of a table, not users with their
 items.
 
-A user and all its items a line (S3Rec's form) cannot be told from `user item rating time` by
-repeated users where each user has one row. What tells them apart is that items are of one kind:
-in a table one column is of another kind than the items, on every line.
+A user and all its items a line (S3Rec's form) cannot be told from `user item rating
+time` by repeated users where each user has one row. What tells them apart is that items
+are of one kind: in a table one column is of another kind than the items, on every line.
 """
 
 from __future__ import annotations

@@ -4,29 +4,30 @@ known.
 So results can be held against the best possible.
 
 Items. Every category holds kinds of about twenty items; items have Zipf popularity
-pop(v) ∝ 1/(rank + 5)^0.9, ranks dealt out at random. A title names maker, finish, kind and
-model; the text adds words of the category and the kind. q_G(v) is popularity within kind G.
+pop(v) ∝ 1/(rank + 5)^0.9, ranks dealt out at random. A title names maker, finish, kind
+and model; the text adds words of the category and the kind. q_G(v) is popularity within
+kind G.
 
-Histories. With last item i of kind g, the item before it j of kind f in category c(f), and S the
-items already in the history, the next item is drawn from
+Histories. With last item i of kind g, the item before it j of kind f in category
+c(f), and S the items already in the history, the next item is drawn from
 
     p(v | history) = 0.40 · q[ companion(g, mood(c(f))) ]
                    + 0.30 · q[ f ]
                    + 0.15 · q[ a kind of the history ]
                    + 0.15 · pop
 
-The first term says that what goes with the last item depends on what came before it; the second
-takes up the interest before last again; the kind of the third is drawn from the whole history
-with weight 0.8^(age in items). Each q and pop is restricted to items not in S and renormalised;
-a kind with no such item left gives its weight to pop. mood maps categories to three moods;
-companion(·, mood) is a permutation of kinds for each mood. The first item is drawn from pop; for
-the second, f = g.
+The first term says that what goes with the last item depends on what came before it;
+the second takes up the interest before last again; the kind of the third is drawn from
+the whole history with weight 0.8^(age in items). Each q and pop is restricted to items
+not in S and renormalised; a kind with no such item left gives its weight to pop. mood
+maps categories to three moods; companion(·, mood) is a permutation of kinds for each
+mood. The first item is drawn from pop; for the second, f = g.
 
-So no item repeats, the distribution is a function of the history alone (`bayes_scores`), and
-counting consecutive pairs sees companions only averaged over moods, and the return to the
-interest before last not at all. A user's number of items, independent of which they are, is 5
-plus a geometric variable, at most 50. The generator is part of the data's definition: another
-one needs another GENERATOR_VERSION.
+So no item repeats, the distribution is a function of the history alone
+(`bayes_scores`), and counting consecutive pairs sees companions only averaged over
+moods, and the return to the interest before last not at all. A user's number of items,
+independent of which they are, is 5 plus a geometric variable, at most 50. The generator
+is part of the data's definition: another one needs another GENERATOR_VERSION.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ def draw_model(config: SyntheticConfig) -> TrueModel:
 def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
     """(items int32 [T], offsets int64 [users + 1]).
 
-    All users are drawn one step at a time: the component, then the kind, then items until an
-    unseen one comes.
+    All users are drawn one step at a time: the component,
+    then the kind, then items until an unseen one comes.
     """
     random = np.random.default_rng([config.seed, GENERATOR_VERSION, 1])
     users, n = config.users, len(model.popularity)
@@ -224,9 +225,9 @@ def bayes_scores(
 ) -> np.ndarray:
     """float32 [len(users), num_items]: the generator's probability of every item.
 
-    It is that after the history which `split` ("validation", "test") may see; items in the
-    history have probability 0. Raises UserError when the folder was not prepared with format
-    synthetic.
+    It is that after the history which `split` ("validation", "test")
+    may see; items in the history have probability 0. Raises
+    UserError when the folder was not prepared with format synthetic.
     """
     path = Path(folder) / "true_model.npz"
     if not path.exists():

@@ -63,8 +63,8 @@ def transition_scores(
 ) -> np.ndarray:
     """score(v) = Σ over the latest history items i of T[i, v] / (rank_i · √pop_i).
 
-    Rank 1 is the latest item. The history is what `split` may see: at test time it includes
-    the validation item. Returns float64 [len(users), num_items].
+    Rank 1 is the latest item. The history is what `split` may see: at test time
+    it includes the validation item. Returns float64 [len(users), num_items].
     """
     return history_transition_scores(
         counts, dataset.items, dataset.offsets[users], dataset.history_stop(split, users)

@@ -1,7 +1,7 @@
 """Trains the sequence models and scores with them.
 
-As SASRec: full-softmax cross-entropy over the training items but each user's first, the best epoch
-by validation NDCG@10, and the settings of the section `cf`.
+As SASRec: full-softmax cross-entropy over the training items but each user's
+first, the best epoch by validation NDCG@10, and the settings of the section `cf`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def train_baseline(
 ) -> dict[str, Any]:
     """Train one of MODELS and write its folder, whole or not at all.
 
-    `training` are the sequences that it is trained on, `dataset` without the ones that are read
-    backwards. Deterministic for a seed and a number of threads. Returns the report. Raises
-    UserError where no user has two training items, and where the training diverges.
+    `training` are the sequences that it is trained on, `dataset` without the ones that
+    are read backwards. Deterministic for a seed and a number of threads. Returns the
+    report. Raises UserError where no user has two training items, and where the
+    training diverges.
     """
     with (
         torch.random.fork_rng(devices=[] if device == "cpu" else [torch.cuda.current_device()]),
@@ -141,7 +142,9 @@ def _fit(
 
 
 def _validation_ndcg(model: SequenceModel, dataset: InteractionDataset, max_history: int) -> float:
-    """Mean NDCG@10 of the validation items, items of the history kept; NaN for bad scores."""
+    """Mean NDCG@10 of the validation items, items
+    of the history kept; NaN for bad scores.
+    """
     users, total = dataset.evaluated("validation"), 0.0
     for first in range(0, len(users), VALIDATION_USERS):
         batch = users[first : first + VALIDATION_USERS]

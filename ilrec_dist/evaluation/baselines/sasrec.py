@@ -14,9 +14,9 @@ def sasrec_scores(
 ) -> np.ndarray:
     """float32 [len(users), num_items]: logits of every item as the target of `split`.
 
-    The history is all that precedes the target of "validation" or "test". Seen items keep their
-    scores. All users are scored at once, so callers pass batches of them. `model` is that of all
-    training users, as `load_cf` returns it.
+    The history is all that precedes the target of "validation" or "test". Seen
+    items keep their scores. All users are scored at once, so callers pass batches
+    of them. `model` is that of all training users, as `load_cf` returns it.
     """
     users = np.asarray(users, np.int64)
     return history_sasrec_scores(

@@ -1,4 +1,6 @@
-"""GRU4Rec and Caser: next-item models that are trained beside SASRec, on the same split."""
+"""GRU4Rec and Caser: next-item models that
+are trained beside SASRec, on the same split.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,25 @@ class SequenceModel(nn.Module):
     @property
     @abstractmethod
     def table(self) -> Tensor:
-        """fp32 [num_items, q]; a query's product with an item's row is the item's logit."""
+        """fp32 [num_items, q]; a query's product
+        with an item's row is the item's logit.
+        """
 
     @abstractmethod
     def forward(self, items: Tensor, users: Tensor, rows: Tensor) -> Tensor:
         """Queries fp32 [R, q] of some positions.
 
-        items int64 [B, S], chronological and padded on the right with any item; users int64 [B];
-        rows int64 [R], flat in B·S. The query at a position has seen the items up to it.
+        items int64 [B, S], chronological and padded on the right
+        with any item; users int64 [B]; rows int64 [R], flat in
+        B·S. The query at a position has seen the items up to it.
         """
 
 
 class GRU4Rec(SequenceModel):
     """A recurrent network over item vectors (arXiv 1511.06939, and 1606.08117).
 
-    Item vectors go through a GRU without biases and a linear map back to their width; the logits
-    are products with the item vectors.
+    Item vectors go through a GRU without biases and a linear map back
+    to their width; the logits are products with the item vectors.
     """
 
     def __init__(self, config: CFConfig, num_items: int, num_users: int) -> None:
@@ -63,9 +68,10 @@ class GRU4Rec(SequenceModel):
 class Caser(SequenceModel):
     """Convolutions over the latest WINDOW items, as an image (arXiv 1809.07426).
 
-    Horizontal filters of every height 1 … WINDOW span the whole width, go through ReLU and keep
-    their maximum over the positions; vertical filters weigh the items of the window. A linear map
-    and ReLU make z of both, and the logits are W'·[z; P_u] + b' with the user's vector P_u.
+    Horizontal filters of every height 1 … WINDOW span the whole width, go through ReLU
+    and keep their maximum over the positions; vertical filters weigh the items of the
+    window. A linear map and ReLU make z of both, and the logits are W'·[z; P_u] + b'
+    with the user's vector P_u.
     """
 
     def __init__(self, config: CFConfig, num_items: int, num_users: int) -> None:

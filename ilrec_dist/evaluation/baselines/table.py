@@ -26,7 +26,9 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """What a baseline may read: the data, the split, and the folders of earlier stages."""
+    """What a baseline may read: the data, the
+    split, and the folders of earlier stages.
+    """
 
     dataset: InteractionDataset
     split: str

@@ -254,7 +254,8 @@ def gather_to_first(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def gather_rows_to_first(shard: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows in rank order on the group's first rank, the rank's own on the others.
+    """All ranks' rows in rank order on the group's
+    first rank, the rank's own on the others.
 
     counts: the number of rows of each rank, which may differ.
     """

@@ -121,7 +121,8 @@ def read_adapter(adapters: Lora, reader: TensorReader) -> None:
 
 
 def adapter_tensors(adapters: Lora) -> dict[str, Tensor]:
-    """The whole adapters on the CPU, by PEFT's names; empty but on the tp group's first rank.
+    """The whole adapters on the CPU, by PEFT's
+    names; empty but on the tp group's first rank.
 
     A collective over the tensor-parallel group.
     """
@@ -137,11 +138,11 @@ def save_adapter(
 ) -> None:
     """Write the adapters as a folder that `PeftModel` loads; a collective.
 
-    base: the base model's folder or name, which PEFT's configuration records. dtype: of the
-    file; None stands for that of the parameters. The rows of added tokens are PEFT's
-    trainable tokens: the base's embedding must have been resized to the backbone's
-    vocab_size before the adapter is loaded. `folder` must not exist; it appears whole or
-    not at all. UserError, on every rank, when it cannot be written.
+    base: the base model's folder or name, which PEFT's configuration records. dtype: of
+    the file; None stands for that of the parameters. The rows of added tokens are
+    PEFT's trainable tokens: the base's embedding must have been resized to the
+    backbone's vocab_size before the adapter is loaded. `folder` must not exist; it
+    appears whole or not at all. UserError, on every rank, when it cannot be written.
     """
     adapters: Lora = backbone.lora  # type: ignore[assignment]
     folder, problem = Path(folder), None

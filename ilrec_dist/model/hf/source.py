@@ -72,7 +72,9 @@ def weight_files(source: str) -> list[Path]:
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """A SHA-256 over those of the folder's safetensors files, in the order of their names."""
+    """A SHA-256 over those of the folder's
+    safetensors files, in the order of their names.
+    """
     files = [path for path in weight_files(str(folder)) if path.suffix == ".safetensors"]
     digests = [cached_sha256(path) for path in files]
     return (
@@ -81,7 +83,8 @@ def weights_sha256(folder: str | Path) -> str:
 
 
 def model_folder(source: str, cache: Path) -> Path:
-    """The model's folder as an absolute path; a GGUF file is dequantised into `cache` once.
+    """The model's folder as an absolute path; a
+    GGUF file is dequantised into `cache` once.
 
     To be called in one process, before the workers start.
     """

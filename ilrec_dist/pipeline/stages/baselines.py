@@ -1,4 +1,6 @@
-"""The stages of the sequence models that `evaluation.baselines` asks for; without it none."""
+"""The stages of the sequence models that
+`evaluation.baselines` asks for; without it none.
+"""
 
 from __future__ import annotations
 

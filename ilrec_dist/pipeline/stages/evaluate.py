@@ -1,4 +1,6 @@
-"""The evaluate stage: predictions of the trained models and the baselines on the test split."""
+"""The evaluate stage: predictions of the trained
+models and the baselines on the test split.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def evaluated(config: Config) -> Iterator[tuple[str, int | None]]:
 
 
 def fusions(config: Config) -> tuple[tuple[str, ...], ...]:
-    """The sources that each trained model is mixed with, one fusion an entry (METHOD.md §12)."""
+    """The sources that each trained model is mixed
+    with, one fusion an entry (METHOD.md §12).
+    """
     return FUSIONS if config.evaluation.fusion else ()
 
 
@@ -101,7 +105,9 @@ def fused_name(method: str, sources: Sequence[str]) -> str:
 
 
 def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
-    """Full ranking by every baseline under both treatments of seen items, in this process."""
+    """Full ranking by every baseline under both
+    treatments of seen items, in this process.
+    """
     users = artifacts.dataset.evaluated("test")
     work = [
         (baseline.name, exclude)
@@ -129,9 +135,11 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
 
 
 def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
-    """Beam search with the best weights of every trained (method, seed), on the test split.
+    """Beam search with the best weights of every
+    trained (method, seed), on the test split.
 
-    Runs in every worker. Predictions that an interrupted evaluation saved are not made again.
+    Runs in every worker. Predictions that an
+    interrupted evaluation saved are not made again.
     """
     users = artifacts.dataset.evaluated("test")
     inputs = input_form(config, artifacts, served_prompt(config))
@@ -174,9 +182,11 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
 
 
 def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
-    """Mixtures of every trained (method, seed), with weights chosen on validation users.
+    """Mixtures of every trained (method, seed),
+    with weights chosen on validation users.
 
-    Each is saved like a method's predictions, with its weights in a .fusion.json beside them.
+    Each is saved like a method's predictions, with
+    its weights in a .fusion.json beside them.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     inputs = input_form(config, artifacts, served_prompt(config))

@@ -1,4 +1,5 @@
-"""The stages of the workers: every training of the run and, in the same group, the evaluation.
+"""The stages of the workers: every training of
+the run and, in the same group, the evaluation.
 
 Starting a worker group takes a while, so one does all that is due.
 """
@@ -93,10 +94,11 @@ def _model_files(config: Config) -> list[Path]:
 def train_and_evaluate(
     config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
 ) -> list[float]:
-    """Train one after the other and, if asked, evaluate all that is trained, in one worker group.
+    """Train one after the other and, if asked,
+    evaluate all that is trained, in one worker group.
 
-    Returns the seconds that each training took, the group's start counted to the first, and last
-    those of the evaluation.
+    Returns the seconds that each training took, the group's
+    start counted to the first, and last those of the evaluation.
     """
     if trainings or config.train.trainable != "full":
         config = with_local_model(config)
@@ -139,7 +141,9 @@ def train_and_evaluate(
 
 
 def _check_model(config: Config) -> None:
-    """Raise UserError, before any process is started, where the model cannot be trained so."""
+    """Raise UserError, before any process is
+    started, where the model cannot be trained so.
+    """
     if config.backbone.from_ is None:
         return
     check_together(config, f"backbone.from {config.backbone.from_}")
@@ -159,7 +163,8 @@ def _check_model(config: Config) -> None:
 def _announce(trainings: Sequence[TrainingSpec]) -> None:
     """Say where each training goes on.
 
-    Raises UserError where all its checkpoints are damaged, before any process is started.
+    Raises UserError where all its checkpoints
+    are damaged, before any process is started.
     """
     for training in trainings:
         checkpoint, damaged = latest(training.folder / "checkpoints", training.fingerprint)
@@ -173,7 +178,9 @@ def _announce(trainings: Sequence[TrainingSpec]) -> None:
 
 @contextmanager
 def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool) -> Iterator[None]:
-    """Show the progress of each training in turn, then of the evaluation, during the block."""
+    """Show the progress of each training in turn,
+    then of the evaluation, during the block.
+    """
     per_epoch = epoch_steps(config, RunArtifacts(config))
     steps_of = {
         training.method: per_epoch * training_settings(config, get_method(training.method)).epochs

@@ -1,7 +1,8 @@
-"""Line and bar charts as inline SVG, with titles under the pointer and without a script.
+"""Line and bar charts as inline SVG, with
+titles under the pointer and without a script.
 
-Colours are the classes c0 … c7 and dashes the classes d0 … d3 of style.py, so one chart serves the
-light and the dark page.
+Colours are the classes c0 … c7 and dashes the classes d0 … d3
+of style.py, so one chart serves the light and the dark page.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def bar_chart(summaries: Sequence[Summary], metric: str) -> str:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits, thousands with separators, no exponent between 1e-4 and 1e7."""
+    """Four significant digits, thousands with
+    separators, no exponent between 1e-4 and 1e7.
+    """
     if value == 0:
         return "0"
     size = abs(value)
@@ -163,7 +166,9 @@ def format_number(value: float) -> str:
 
 
 def _columns(series: Sequence[Series]) -> list[tuple[float, list[float | None]]]:
-    """One grid of x for all curves: [(x, [y or None for each curve])], at most MAX_BINS long."""
+    """One grid of x for all curves: [(x, [y or
+    None for each curve])], at most MAX_BINS long.
+    """
     xs = sorted({x for curve in series for x, _ in curve.points})
     if not xs:
         return []
@@ -200,7 +205,9 @@ def _limits(values: Sequence[float], share: bool) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """About `wanted` round values (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    """About `wanted` round values (1, 2 or 5 times
+    a power of ten apart) within [low, high].
+    """
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
@@ -248,7 +255,9 @@ def _axes(x: _Scale, y: _Scale, x_label: str) -> str:
 
 
 def _bands(chart: Chart, columns: Sequence[tuple[float, list[float | None]]], x: _Scale) -> str:
-    """An invisible strip per point of the grid, whose title and line the pointer shows."""
+    """An invisible strip per point of the grid,
+    whose title and line the pointer shows.
+    """
     centres = [x(at) for at, _ in columns]
     middles = [(a + b) / 2 for a, b in zip(centres, centres[1:], strict=False)]
     borders = [LEFT, *middles, WIDTH - RIGHT]

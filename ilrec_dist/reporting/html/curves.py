@@ -1,4 +1,6 @@
-"""The curves of a report: from the metric names of a training (METHOD.md §6) to charts."""
+"""The curves of a report: from the metric
+names of a training (METHOD.md §6) to charts.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def loss_position_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
 
 
 def _loss_terms(runs: Sequence[MethodMetrics]) -> list[str]:
-    """The metrics of loss terms that were logged, without those by position; the total first."""
+    """The metrics of loss terms that were logged,
+    without those by position; the total first.
+    """
     logged = {key: None for run in runs for line in run.lines for key in line}
     terms = [key for key in logged if key.startswith("loss/") and key.count("/") == 1]
     return sorted(terms, key=lambda key: key != "loss/total")
@@ -202,7 +206,9 @@ def _per_run(
 def _per_position(
     runs: Sequence[MethodMetrics], stem: str, title: str, note: str, share: bool = False
 ) -> Chart:
-    """A curve per position in the item, counted from 1, and one for all rows; mean over seeds."""
+    """A curve per position in the item, counted
+    from 1, and one for all rows; mean over seeds.
+    """
     numbers = sorted(
         {
             int(match["number"])

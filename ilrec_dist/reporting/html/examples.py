@@ -19,8 +19,8 @@ ScoredTitles = Sequence[tuple[str, float]]
 class Example:
     """One user for the report.
 
-    Titles are shown as they are. A title that names two items should carry the item id, because a
-    beam equal to the target's title counts as the hit.
+    Titles are shown as they are. A title that names two items should carry
+    the item id, because a beam equal to the target's title counts as the hit.
     """
 
     user: str

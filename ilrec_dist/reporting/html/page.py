@@ -1,7 +1,7 @@
 """The frame of a page that opens anywhere, alone and offline.
 
-What came from data or configuration must be escaped by the caller of `html_page`; the page's own
-policy forbids scripts and every foreign address.
+What came from data or configuration must be escaped by the caller of
+`html_page`; the page's own policy forbids scripts and every foreign address.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ Section = tuple[str, str, str]
 
 
 def html_page(title: str, header: str, sections: Sequence[Section], note: str = "") -> str:
-    """The page: its title, HTML under it, links to the sections that have content, and these."""
+    """The page: its title, HTML under it, links
+    to the sections that have content, and these.
+    """
     shown = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{slug}">{escape(name)}</a>' for slug, name, _ in shown)
     body = "".join(

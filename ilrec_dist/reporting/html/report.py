@@ -1,7 +1,7 @@
 """report.html: a whole run on one page that opens anywhere, alone and offline.
 
-Everything that came from data or configuration is escaped, and the page's own policy forbids
-scripts and every foreign address.
+Everything that came from data or configuration is escaped, and
+the page's own policy forbids scripts and every foreign address.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def write_report(
 ) -> Path:
     """Write run_dir/report.html whole or not at all and return its path.
 
-    `results` is what write_results returned; `labels` give the order and the emphasis of methods;
-    `data_report`, `index_report` and `cf_report` are what the stages wrote about their work, and
-    `warnings` stand at the top; `analysis` is what `ilrec analyze` found. Parts without material
-    are left out.
+    `results` is what write_results returned; `labels` give the order and the emphasis
+    of methods; `data_report`, `index_report` and `cf_report` are what the stages wrote
+    about their work, and `warnings` stand at the top; `analysis` is what `ilrec
+    analyze` found. Parts without material are left out.
     """
     summaries = summarise_rows(results["rows"], labels)
     intervals = intervals_of(results)

@@ -42,7 +42,9 @@ def header_tiles(
 def _method_tiles(
     summary: Summary, intervals: Sequence[Interval], runs: Sequence[MethodMetrics]
 ) -> list[tuple[str, str, str]]:
-    """(title, figure, note) of one method: quality, its first interval, ends of its curves."""
+    """(title, figure, note) of one method: quality,
+    its first interval, ends of its curves.
+    """
     ndcg = summary.figures["ndcg@10"]
     spread = "one seed" if ndcg.std is None else f"± {ndcg.std:.4f} over {len(summary.seeds)} seeds"
     tiles = [(f"{summary.label.title}, test NDCG@10", f"{ndcg.mean:.4f}", spread)]
@@ -71,7 +73,9 @@ def _method_tiles(
 
 
 def results_section(summaries: Sequence[Summary], intervals: Sequence[Interval]) -> str:
-    """The table, a group of rows per treatment of seen items with its intervals, and bars."""
+    """The table, a group of rows per treatment
+    of seen items with its intervals, and bars.
+    """
     if not summaries:
         return ""
     columns = shown_metrics(summaries, expected=("hit@10", "ndcg@10"))

@@ -29,8 +29,9 @@ def cpu_multiplies_bf16() -> bool:
 def rounds_gradients(head: Tensor, dtype: torch.dtype) -> bool:
     """Whether gradients at the logits are rounded to the head's dtype for the products.
 
-    `dtype` is the computation's. They are not rounded to fp16, in which most would be 0
-    after the loss's scale, nor on a CPU without bf16 products, which would lose time by it.
+    `dtype` is the computation's. They are not rounded to fp16,
+    in which most would be 0 after the loss's scale, nor on a
+    CPU without bf16 products, which would lose time by it.
     """
     to_bf16 = head.dtype == torch.bfloat16 and dtype == torch.float32
     return to_bf16 and (head.is_cuda or cpu_multiplies_bf16())
@@ -57,8 +58,8 @@ def hidden_gradient(
 ) -> None:
     """Compute out [r, d] (+)= grad [r, c] · head[columns].
 
-    Where gradients are rounded, grad is in the head's dtype or rounded to it here. A CPU
-    then has each block's product in bf16; the blocks are summed in fp32.
+    Where gradients are rounded, grad is in the head's dtype or rounded to it here.
+    A CPU then has each block's product in bf16; the blocks are summed in fp32.
     """
     if not accumulate:
         out.zero_()

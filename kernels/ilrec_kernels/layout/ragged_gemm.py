@@ -3,8 +3,8 @@
 The cost is in proportion to the lists. Rows with the same list form a group: one dense
 product with the group's rows of the head (at a semantic-ID trie's root every row is in
 one group). Groups of about the same shape are padded together and run as one batched
-product, so that a thousand short lists are a few calls; a group too large for the budget
-is cut into several.
+product, so that a thousand short lists are a few calls; a group too large for the
+budget is cut into several.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.layout.segments import add_rows, row_counts, segment_sum
 
 
@@ -41,9 +42,9 @@ class Bucket:
 class RaggedGemm:
     """The head at entries (row [P], local column [P]), rows ascending.
 
-    Rows marked in `skip` [n] are left out: logits 0, no gradient. There are S streams of
-    d columns; `budget` bytes bound the temporaries. Buckets lie one after the other in
-    flat buffers; what goes in or out of these is looked up in one go.
+    Rows marked in `skip` [n] are left out: logits 0, no gradient. There are S
+    streams of d columns; `budget` bytes bound the temporaries. Buckets lie one after
+    the other in flat buffers; what goes in or out of these is looked up in one go.
     """
 
     def __init__(
@@ -77,10 +78,9 @@ class RaggedGemm:
         hidden: Tensor,
         head: Tensor,
         hidden_grad: Tensor,
-        head_grad: Tensor | None,
+        head_grad: HeadGradient | None,
     ) -> None:
-        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad
-        [V_local, d].
+        """Add the gradients of `logits` to hidden_grad [S, n, d] and head_grad.
 
         `grad` holds S tensors [P].
         """
@@ -97,7 +97,7 @@ class RaggedGemm:
             add_rows(hidden_grad.view(s * n, d), index.flatten(), dx.view(-1, d))
             if head_grad is not None:
                 dw = torch.bmm(dz.transpose(1, 2), self._rows(bucket, hidden, dz.dtype))
-                add_rows(head_grad, bucket.tokens.flatten(), dw.flatten(0, 1))
+                head_grad.add(bucket.tokens.flatten(), dw.flatten(0, 1))
 
     def _parts(self) -> Iterator[tuple[Bucket, slice]]:
         """Yield the buckets and where they lie in a flat buffer."""
@@ -174,7 +174,8 @@ def _buckets(
 def _group_ids(row: Tensor, column: Tensor, length: Tensor, first: Tensor) -> Tensor:
     """Return ids [n] that are equal only for rows whose lists are equal.
 
-    A 62-bit hash finds equal lists; a comparison with the group's first row confirms it.
+    A 62-bit hash finds equal lists; a comparison
+    with the group's first row confirms it.
     """
     n, device = length.numel(), row.device
     distinct = int(column.max()) + 1

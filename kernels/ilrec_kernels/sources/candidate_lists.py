@@ -26,8 +26,9 @@ from ilrec_kernels.steps.tp_exchange import Candidates
 class CandidateLists:
     """The list scopes of one chunk, at this rank's P entries.
 
-    z_final   [P] the final layer's logits, then exponentials, then gradients; empty where
-              only candidates' logits are needed, which are looked up in the dense ones
+    z_final   [P] the final layer's logits, then exponentials, then gradients; empty
+              where only candidates' logits are needed, which are looked up in the dense
+              ones
     z_layers  [m, P] the layers' logits, likewise; m = 0 where no term needs them
     teacher   [P] e^(z^L − teacher_max), with distillation over the lists
     """
@@ -101,7 +102,8 @@ class CandidateLists:
     def _flat_index(self, columns: VocabColumns) -> Tensor | None:
         """Return where the entries lie in a flat matrix [n, c] over the columns.
 
-        None: the columns lack some entry. The device is asked only where there is doubt.
+        None: the columns lack some entry. The
+        device is asked only where there is doubt.
         """
         position, mask = columns.find(self.column)
         if len(columns) < self.p.stop - self.p.start and not bool(mask.all()):

@@ -25,7 +25,8 @@ from ilrec_kernels.steps.softmax_stats import exponentiate, row_maxima
 class DenseTorch:
     """The dense scopes of one chunk.
 
-    z                     logits, then exponentials without the candidates, then gradients
+    z                     logits, then exponentials without the candidates, then
+                          gradients
     teacher               [n, c] e^(z^L − teacher_max) over the distill columns, unless
                           z.final serves as that
     teacher_at_candidates [E] the same at the candidates, where z.final has 0
@@ -129,8 +130,8 @@ class DenseTorch:
     def _students(self) -> Tensor:
         """Return the layers' logits [m, n, c] over the distill columns.
 
-        It is a view, or, where the columns are scattered, they are moved together (once)
-        in their own memory.
+        It is a view, or, where the columns are scattered,
+        they are moved together (once) in their own memory.
         """
         layers, columns = self.z.layers, self.plan.distill.columns
         within = columns.within(self.plan.layers.columns)

@@ -35,8 +35,8 @@ class DenseTriton:
     """The dense scopes of one chunk.
 
     buffer        what the statistics kernel collected; None where it collects nothing
-    buffer_index  int64 [E]: where in the buffer each candidate lies; None: all places of
-                  it are candidates
+    buffer_index  int64 [E]: where in the buffer each candidate lies; None: all places
+                  of it are candidates
     """
 
     def __init__(self, p: Problem, plan: Plan, z: DenseLogits) -> None:

@@ -2,9 +2,9 @@
 
 They are made once for the statistics and once for the gradients. This serves a
 vocabulary so large, or a workspace so small, that regime T's chunks would be a few
-hundred rows: there the products would be bound by reading the head again for every chunk.
-Here thousands of rows meet a slice of the head at once, and each chunk writes each slice
-of the head's gradient once.
+hundred rows: there the products would be bound by reading the head again for every
+chunk. Here thousands of rows meet a slice of the head at once, and each chunk writes
+each slice of the head's gradient once.
 """
 
 from __future__ import annotations
@@ -115,14 +115,18 @@ class VocabSlices:
             hidden = gradients.hidden[:streams].flatten(0, 1)
             hidden_gradient(stacked, p.head, s.columns, hidden, plan.block, accumulate=True)
             if gradients.head is not None:
-                head = gradients.head[s.columns.start : s.columns.stop]
-                weight_gradient(stacked, s.x, p.head, head, plan.block)
+                first, last = gradients.head.overlap(s.columns.start, s.columns.stop)
+                if first < last:
+                    part = stacked[:, first - s.columns.start : last - s.columns.start]
+                    head = gradients.head.range(first, last)
+                    weight_gradient(part, s.x, p.head, head, plan.block)
         return []
 
     def _slices(self, chunk: Chunk, accept: CandidateFilter | None) -> Iterator[Slice]:
         """Yield all slices, ascending, one after the other in the same memory.
 
-        The layers' logits are made where they are distilled, or where `accept` needs them.
+        The layers' logits are made where they are
+        distilled, or where `accept` needs them.
         """
         p, plan, n, width = self.p, self.plan, chunk.n, self.plan.slice_columns
         c, first = len(plan.final), plan.final.columns.start

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_kernels.chunk import Chunk, ChunkGradients, DistillFactors, Factors, Gradients
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.plan import Plan
 from ilrec_kernels.problem import Problem
 from ilrec_kernels.sources.protocol import LogitSource
@@ -28,8 +29,8 @@ def add_gradients(
 ) -> None:
     """Add the chunk's gradients to `out`.
 
-    The hidden rows' gradient is summed over ranks while the products with the hidden rows
-    run.
+    The hidden rows' gradient is summed over ranks
+    while the products with the hidden rows run.
     """
     scale = out.scale[chunk.begin : chunk.end].to(p.dtype)
     factors = row_factors(p, plan, chunk, merged, scale)
@@ -84,13 +85,13 @@ def _distill_factors(
     )
 
 
-def zero_frozen_rows(p: Problem, head_gradient: Tensor) -> None:
+def zero_frozen_rows(p: Problem, head_gradient: HeadGradient) -> None:
     """Clear the gradient of head rows that are not trainable.
 
     The products over the lists do not look at which rows train.
     """
-    if p.trainable is None:
+    if p.trainable is None or head_gradient.columns is not None:
         return
     frozen = torch.ones(p.head.shape[0], dtype=torch.bool, device=p.head.device)
     frozen[p.trainable.rows(frozen.device)] = False
-    head_gradient.masked_fill_(frozen[:, None], 0.0)
+    head_gradient.values.masked_fill_(frozen[:, None], 0.0)

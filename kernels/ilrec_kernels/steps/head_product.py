@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ilrec_kernels.chunk import Chunk
 from ilrec_kernels.layout.gemm import hidden_gradient, weight_gradient
+from ilrec_kernels.layout.head_gradient import HeadGradient
 from ilrec_kernels.layout.vocab_columns import VocabColumns
 from ilrec_kernels.plan import Plan
 from ilrec_kernels.problem import Problem
@@ -52,7 +53,8 @@ def _stacked(plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor) -> Tens
     """Return all streams' gradients as one matrix [S·n, c], where they lie so in
     memory.
 
-    The layers' columns outside the distill scope become 0; that pays where they are few.
+    The layers' columns outside the distill scope
+    become 0; that pays where they are few.
     """
     if not (plan.softmax.is_dense and len(students) and plan.one_product):
         return None
@@ -65,7 +67,7 @@ def _stacked(plan: Plan, chunk: Chunk, z: DenseLogits, students: Tensor) -> Tens
     return z.final.as_strided((plan.streams * chunk.n, len(plan.layers)), z.final.stride())
 
 
-def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: Tensor) -> None:
+def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: HeadGradient) -> None:
     """Compute out[columns] += gradᵀ · x, for the trainable rows alone."""
     trainable, columns = p.trainable, product.columns
     if not columns.is_scattered and (trainable is None or not trainable.is_scattered):
@@ -74,15 +76,17 @@ def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: Tensor)
             first, last = max(first, trainable.start), min(last, trainable.stop)
         if first < last:
             grad = product.grad[:, first - columns.start : last - columns.start]
-            weight_gradient(grad, product.x, p.head, out[first:last], plan.block)
+            weight_gradient(grad, product.x, p.head, out.range(first, last), plan.block)
         return
-    rows, index = columns.rows(out.device), None
+    values = out.values
+    rows, index = columns.rows(values.device), None
     if trainable is not None:
-        rows = trainable.rows(out.device)
+        rows = trainable.rows(values.device)
         position, mask = columns.find(rows)
         here = mask.nonzero().flatten()
         rows, index = rows.take(here), position.take(here)
-    step = max(1, plan.budget // (out.element_size() * sum(product.x.shape)))
+    rows = out.places(rows)
+    step = max(1, plan.budget // (values.element_size() * sum(product.x.shape)))
     for i in range(0, rows.numel(), step):
         # The rows are distinct, so they may be copied out and back.
         part = rows[i : i + step]
@@ -90,6 +94,6 @@ def add_head_gradient(p: Problem, plan: Plan, product: HeadProduct, out: Tensor)
             grad = product.grad[:, i : i + step]
         else:
             grad = product.grad.index_select(1, index[i : i + step])
-        update = out.index_select(0, part)
+        update = values.index_select(0, part)
         weight_gradient(grad, product.x, p.head, update, plan.block)
-        out.index_copy_(0, part, update)
+        values.index_copy_(0, part, update)

@@ -125,7 +125,9 @@ def set_ensemble_target(p: Problem, plan: Plan, chunk: Chunk, z: DenseLogits) ->
 
 
 def propose_dense(p: Problem, plan: Plan, chunk: Chunk, z: DenseLogits) -> Candidates:
-    """Find candidates among dense logits, of which z̄ exists for a few tiles at a time."""
+    """Find candidates among dense logits, of
+    which z̄ exists for a few tiles at a time.
+    """
     set_ensemble_target(p, plan, chunk, z)
     streams, outer = ensemble_streams(p, plan, z)
     columns = plan.negatives.columns
@@ -167,9 +169,9 @@ def propose_listed(
 ) -> tuple[Tensor, Tensor, Selection | None]:
     """Find candidates among the rows' lists, given z̄ [P] of this rank's entries.
 
-    Returns (the candidates' entries [E], their rows [E], the selection). On one rank the
-    candidates are H itself; among several the threshold was loosened, and one more than k
-    tells whether the row was capped.
+    Returns (the candidates' entries [E], their rows [E], the selection).
+    On one rank the candidates are H itself; among several the threshold
+    was loosened, and one more than k tells whether the row was capped.
     """
     local = chunk.local_entries
     chunk.stats.ensemble_target[local.target_row] = ensemble.take(local.target)
@@ -191,7 +193,8 @@ def propose_listed(
 
 
 def candidate_filter(p: Problem, plan: Plan, chunk: Chunk) -> CandidateFilter:
-    """Return what the row kernels are to collect, in columns of the final layer's logits.
+    """Return what the row kernels are to collect,
+    in columns of the final layer's logits.
 
     Where z̄(y) is exact this is H itself; otherwise the threshold was loosened, and one
     more than k tells whether the row was capped.
@@ -215,8 +218,8 @@ def buffered_candidates(
 ) -> tuple[Candidates, Tensor | None]:
     """Return what a kernel collected as candidates, and where each lies in the buffer.
 
-    On one rank with a dense softmax all places of the buffer are candidates, and the index
-    is None: the device is not asked how many there are.
+    On one rank with a dense softmax all places of the buffer are candidates,
+    and the index is None: the device is not asked how many there are.
     """
     n, k = buffer.columns.shape
     first = plan.final.columns.start

@@ -20,8 +20,8 @@ class RankStats:
     """A rank's part of a chunk's statistics.
 
     z_target, ensemble_target  z^L(y) and z̄(y) on y's owner, 0 on the other ranks
-    row_max, sum_exp           final layer over the softmax scope, without the candidates
-                               that the rank sends
+    row_max, sum_exp           final layer over the softmax scope, without the
+                               candidates that the rank sends
     teacher_max, teacher_sum   final layer over the distill scope
     layer_max, layer_sum       intermediate layers over the distill scope
     cross                      Σ e^(z^L − teacher_max)·(z^L − z^l)

@@ -45,7 +45,8 @@ def keep_largest(
 def draw_entries(row: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """Draw counts [n] entries of every row from the eligible ones, bool [P].
 
-    Rows [P] ascend. Returns the entries, int64 and ascending; torch's generator draws them.
+    Rows [P] ascend. Returns the entries, int64
+    and ascending; torch's generator draws them.
     """
     entry = eligible.nonzero().flatten()
     of = row.take(entry)
@@ -66,7 +67,9 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def largest_and_kth_value(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the same, with the k-th largest value [n]; −inf where there are at most k."""
+    """Return the same, with the k-th largest
+    value [n]; −inf where there are at most k.
+    """
     if values.shape[1] <= k:
         kth_value = values.new_full((values.shape[0],), -torch.inf)
         return torch.ones_like(values, dtype=torch.bool), kth_value
@@ -84,8 +87,9 @@ def dense_candidates(values: Tensor, threshold: Tensor, k: int, budget: int) -> 
 
     They are (row [E], column [E], value [E]), ascending by (row, column). Blocks of
     columns whose maximum does not reach the threshold are not looked into. Of rows with
-    many that do, the k blocks with the largest maxima hold the k largest values; where a
-    tie crosses the cut the row is redone exactly. `budget` bytes bound the temporaries.
+    many that do, the k blocks with the largest maxima hold the k largest values; where
+    a tie crosses the cut the row is redone exactly. `budget` bytes bound the
+    temporaries.
     """
     n, c = values.shape
     if -(-c // BLOCK) <= 2 * k:

@@ -20,8 +20,8 @@ from ilrec_kernels.steps.softmax_stats import RankStats
 class Selection:
     """H as a rank alone could already decide it.
 
-    member  bool [E]; None: every candidate is in H. Where candidates have a fixed width,
-            the others are padding, with logits of −inf
+    member  bool [E]; None: every candidate is in H. Where candidates have a fixed
+            width, the others are padding, with logits of −inf
     capped  bool [n]: rows that had more than k candidates
     """
 
@@ -37,8 +37,9 @@ class Candidates:
 
     ensemble     z̄
     z            z^L
-    logit_index  where the final layer's logit lies in the rank's flat matrix (or, with the
-                 masked softmax, among its list entries); −1 outside the softmax scope
+    logit_index  where the final layer's logit lies in the rank's flat matrix (or, with
+                 the masked softmax, among its list entries); −1 outside the softmax
+                 scope
     entry        index among the rank's list entries, where it is known
     selection    given where the candidates are decided already
     """
@@ -63,8 +64,8 @@ class Gathered:
     """All ranks' statistics and candidates.
 
     stats       with a leading rank dimension
-    candidates  ascending by (row, rank, token); with other ranks no entry, no selection,
-                and logit_index is this rank's
+    candidates  ascending by (row, rank, token); with other ranks no entry, no
+                selection, and logit_index is this rank's
     mine        int64: this rank's candidates among all; None: all of them
     """
 

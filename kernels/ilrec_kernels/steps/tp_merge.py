@@ -1,9 +1,9 @@
 """From every rank's statistics to the rows' losses (METHOD.md §7), with the sparse
 terms.
 
-Each rank merges in rank order and arrives at the same bits. The corrected normaliser is a
-sum of positive parts, sum_exp + candidates outside H + Σ_H e^ẑ: nothing is subtracted, so
-nothing cancels where H holds nearly all of the mass.
+Each rank merges in rank order and arrives at the same bits. The corrected
+normaliser is a sum of positive parts, sum_exp + candidates outside H + Σ_H e^ẑ:
+nothing is subtracted, so nothing cancels where H holds nearly all of the mass.
 """
 
 from __future__ import annotations

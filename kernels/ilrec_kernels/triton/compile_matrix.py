@@ -84,9 +84,9 @@ def _row_variants(
 ) -> Iterator[Variant]:
     """Yield a row kernel as Triton specialises it at launch.
 
-    These are: for sizes of which nothing is known; for a vocabulary that is a multiple of
-    16, with pointers and strides that are as well; and this with strides beyond 2³¹
-    elements.
+    These are: for sizes of which nothing is known; for a
+    vocabulary that is a multiple of 16, with pointers and strides
+    that are as well; and this with strides beyond 2³¹ elements.
     """
     names = [name for name in kernel.arg_names if name not in constants]
     aligned = [name for name in names if name not in UNALIGNED]

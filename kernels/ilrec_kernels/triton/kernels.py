@@ -2,9 +2,10 @@
 # Triton's language has no types that mypy could check.
 """Triton kernels of counts regimes: one makes a row's statistics, one its gradients.
 
-`statistics_kernel` passes once over a row's logits for every statistic and the candidates
-for H; `gradients_kernel` turns the logits into gradients. A program owns a row and walks
-its columns in order, so results do not depend on scheduling: no atomics, no locks.
+`statistics_kernel` passes once over a row's logits for every statistic and the
+candidates for H; `gradients_kernel` turns the logits into gradients. A program owns a
+row and walks its columns in order, so results do not depend on scheduling: no atomics,
+no locks.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def keep_k_largest(
 ):
     """Keep the k largest of a buffer of `held` ≥ k candidates, which ascend by column.
 
-    Ties go to the lower column; the evicted are added to the normaliser. Returns what z̄
-    of a higher column must exceed from now on to be among the k, and the normaliser.
+    Ties go to the lower column; the evicted are added to the normaliser. Returns what
+    z̄ of a higher column must exceed from now on to be among the k, and the normaliser.
     """
     index = tl.arange(0, BUFFER)
     exists = index < held
@@ -211,16 +212,16 @@ def statistics_kernel(
 ):
     """Compute a row's statistics (METHOD.md §7), and collect its candidates (§2).
 
-    out[row] is row_max, sum_exp, teacher_max, teacher_sum, then m each of layer_max,
-    layer_sum, cross. Distillation covers columns [low, high) of `final`; a layer's column
-    is the final layer's − shift.
+    out[row] is row_max, sum_exp, teacher_max, teacher_sum, then m each
+    of layer_max, layer_sum, cross. Distillation covers columns [low,
+    high) of `final`; a layer's column is the final layer's − shift.
 
     The normaliser leaves out what `excluded` marks with 1 (EXCLUDE), or the candidates
     collected: with CANDIDATES "layers" or "final" the up to k columns of [first, last),
     without the target's, of the largest z̄ that reach thresholds[row] and exceed
-    kth_values[row]. They go out by ascending column, with z̄, the final layer's logit, and
-    the number of all that reach the threshold. The buffer is filled as candidates come;
-    when it is full the k largest stay, and from then on only larger ones come.
+    kth_values[row]. They go out by ascending column, with z̄, the final layer's logit,
+    and the number of all that reach the threshold. The buffer is filled as candidates
+    come; when it is full the k largest stay, and from then on only larger ones come.
     """
     row = tl.program_id(0).to(tl.int64)
     final += row * stride_final
@@ -401,10 +402,11 @@ def gradients_kernel(
     strides in its elements: a row's gradients take the first half of its bytes, behind
     what the row's program has already read.
 
-    factors[row] is row_max, the final layer's factor, what the target adds, teacher_max,
-    the teacher's factor (negative), then m each of layer_max and the layers' factors.
-    targets[row] is the target's column or −1. With BUFFERED, buffer_columns[row] are k
-    columns (−1: none) whose gradients are buffer_gradients[row].
+    factors[row] is row_max, the final layer's factor, what the target adds,
+    teacher_max, the teacher's factor (negative), then m each of layer_max and the
+    layers' factors. targets[row] is the target's column or −1. With BUFFERED,
+    buffer_columns[row] are k columns (−1: none) whose gradients are
+    buffer_gradients[row].
     """
     row = tl.program_id(0).to(tl.int64)
     factors += row * (5 + 2 * m)

@@ -71,8 +71,8 @@ def row_statistics(
 ) -> tuple[RowParts, CandidateBuffer | None]:
     """Compute all statistics, and collect the candidates that `accept` lets through.
 
-    `excluded` int8 [n, c] marks what the normaliser leaves out; collected candidates are
-    left out as well.
+    `excluded` int8 [n, c] marks what the normaliser
+    leaves out; collected candidates are left out as well.
     """
     final, matrix, (n, c), m = rows.final, rows.matrix, rows.final.shape, len(rows.layers)
     if m > MAX_LAYERS:

@@ -1,0 +1,202 @@
+"""What does training and serving a language model cost, beside Hugging Face's Trainer
+and PEFT?
+
+    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER]
+
+The model has SmolLM2-135M's shape, with random weights unless --model names a folder;
+the items have 4 × 256 codes, and the histories and prompts are drawn. Every side of a
+comparison runs in a process of its own, the sides by turns, and its figures are medians
+over steps, in CPU seconds of all threads, so that other work on the machine counts
+little. Memory is the kernel's peak of the whole process. Hugging Face's trainings need
+peft and accelerate (pip install --no-deps peft accelerate). The memory of loading a
+model under tensor parallelism is hf_load.py's question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import (
+    command_line,
+    describe_machine,
+    in_own_process,
+    machine_line,
+    peak_mib,
+    write_figures,
+)
+from llm_sides import DTYPES, LEVELS, SIDES, Drawn, Spec
+
+from ilrec_dist.launch.device import quiet
+
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, as changes of the common Spec."""
+
+    about: str
+    unit: str
+    first: dict[str, Any]
+    second: dict[str, Any]
+
+
+def prompts(tokens: int, batch: int, **more: Any) -> dict[str, Any]:
+    """Prompts of that many tokens, the item included."""
+    return {"prompt": tokens - LEVELS, "batch": batch, **more}
+
+
+def against_generate(tokens: int) -> Comparison:
+    shape = {"prompt": tokens, "trainable": "full"}
+    first, second = {"side": "our beams", "batch": 8}, {"side": "generate", "batch": 1}
+    about = f"20 beams after {tokens} tokens, against generate"
+    return Comparison(about, "user", shape | first, shape | second)
+
+
+def against_peft(tokens: int, like_for_like: bool) -> Comparison:
+    peft = prompts(tokens, 8, side="peft")
+    if like_for_like:
+        about = f"the same prompts of {tokens} tokens, against PEFT"
+        return Comparison(about, "target", prompts(tokens, 8), peft)
+    about = f"targets: all, against PEFT's prompts of {tokens} tokens"
+    return Comparison(about, "target", {}, peft)
+
+
+COMPARISONS = {
+    "targets-54": against_peft(54, False),
+    "targets-104": against_peft(104, False),
+    "like-54": against_peft(54, True),
+    "like-104": against_peft(104, True),
+    "beams-100": against_generate(100),
+    "beams-300": against_generate(300),
+    "lora": Comparison("LoRA and new rows, against full", "target", {}, {"trainable": "full"}),
+    "recompute": Comparison(
+        "full, layers computed again, against kept",
+        "target",
+        {"trainable": "full", "recompute": True},
+        {"trainable": "full"},
+    ),
+    "packing": Comparison(
+        "packed prompts of 17 to 54 tokens, against padded",
+        "target",
+        prompts(54, 16, ragged=True),
+        prompts(54, 16, ragged=True, packs=False),
+    ),
+}
+# Rows that one process measures by turns.
+SINGLE = {"methods": "ILRec's step and SFT's", "operator": "the loss alone"}
+
+
+def run_side(spec: Spec, **changes: Any) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    words = json.dumps(vars(spec) | changes)
+    figures: dict[str, Any] = in_own_process(__file__, "--side", words, threads=spec.threads)
+    return figures
+
+
+def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
+    """Both sides by turns; medians of all steps."""
+    cpu: dict[str, list[float]] = {"first": [], "second": []}
+    peak: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(rounds):
+        for name, changes in (("first", row.first), ("second", row.second)):
+            found = run_side(spec, **changes)
+            cpu[name] += found["cpu_s"]
+            peak[name].append(found["peak_mib"])
+    seconds = {name: statistics.median(values) for name, values in cpu.items()}
+    memory = {name: max(values) for name, values in peak.items()}
+    print(
+        f"{row.about:<56}{seconds['first']:>8.3f}{seconds['second']:>9.3f} CPU s a {row.unit:<7}"
+        f"{seconds['second'] / seconds['first']:>7.2f} ×{memory['first'] / 1024:>7.2f}"
+        f"{memory['second'] / 1024:>6.2f} GiB{memory['first'] / memory['second']:>6.2f} ×",
+        flush=True,
+    )
+    return {
+        "cpu_s": cpu,
+        "peak_mib": memory,
+        "times": seconds["second"] / seconds["first"],
+        "memory_share": memory["first"] / memory["second"],
+    }
+
+
+def single(spec: Spec, row: str) -> dict[str, Any]:
+    found = run_side(spec, side=row)
+    figures = {
+        name: statistics.median(values)
+        for name, values in found.items()
+        if isinstance(values, list)
+    }
+    print(f"{SINGLE[row]}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}", flush=True)
+    if row == "methods":
+        print(f"  ILRec's step is {figures['ilrec_cpu_s'] / figures['sft_cpu_s']:.3f} × SFT's")
+    else:
+        for name in DTYPES:
+            times = figures[f"sft_{name}_cpu_s"] / figures[f"products_{name}_cpu_s"]
+            print(f"  SFT in {name} is {times:.2f} × its bare products")
+    return found | {"medians": figures}
+
+
+def write_random_model(folder: Path, layers: int) -> Path:
+    # Loaded where no --model is given.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = SMOLLM2 | {"num_hidden_layers": layers}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = command_line(__doc__, "a third of the layers, few steps: some minutes on two cores")
+    names = {name: row.about for name, row in COMPARISONS.items()} | SINGLE
+    lines = "; ".join(f"{name}: {about}" for name, about in names.items())
+    parser.add_argument("rows", metavar="ROW", nargs="*", help=f"(default: all) {lines}")
+    parser.add_argument("--model", type=Path, help="the folder of a Llama (default: random)")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        quiet()
+        spec = Spec(**json.loads(arguments.side))
+        torch.set_num_threads(spec.threads)
+        figures = SIDES[spec.side](spec, Drawn(spec.model))
+        print(json.dumps(figures | {"peak_mib": peak_mib()}), flush=True)
+        # Interpreter shutdown with live gloo groups can hang.
+        os._exit(0)
+    unknown = sorted(set(arguments.rows) - names.keys())
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}; expected some of {', '.join(names)}")
+    machine = describe_machine(precision=arguments.precision, threads=arguments.threads)
+    print(machine_line(machine), flush=True)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="llm-") as folder:
+        layers = SMOLLM2["num_hidden_layers"] // (3 if arguments.quick else 1)
+        model = arguments.model or write_random_model(Path(folder), layers)
+        steps, batch, rounds = (2, 16, 1) if arguments.quick else (3, 32, 2)
+        spec = Spec("ours", str(model), arguments.precision, arguments.threads, steps, batch)
+        for name in arguments.rows or names:
+            row = COMPARISONS.get(name)
+            rows[name] = single(spec, name) if row is None else compare(spec, rounds, row)
+            write_figures(arguments.json, {"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
