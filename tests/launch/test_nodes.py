@@ -1,4 +1,6 @@
-"""Two Ray nodes, of which one is lost: a job waits for another, and goes on or says why not."""
+"""Two Ray nodes, of which one is lost: a job
+waits for another, and goes on or says why not.
+"""
 
 from __future__ import annotations
 

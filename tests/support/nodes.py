@@ -1,4 +1,6 @@
-"""Ray nodes of one machine: each in a network namespace of its own, where root allows that."""
+"""Ray nodes of one machine: each in a network
+namespace of its own, where root allows that.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Nodes:
         return self._inside(0, command)
 
     def lose(self, node: Node, silent: bool = False) -> None:
-        """Kill all that runs on it. Silent: as where its power is cut, and nobody is told."""
+        """Kill all that runs on it. Silent: as
+        where its power is cut, and nobody is told.
+        """
         if self.has_namespaces and silent:
             _ip("-n", self._namespace(0), "link", "set", f"node{node.number}", "down")
         processes = [node.process.pid]
@@ -107,8 +111,9 @@ class Nodes:
         return ["ip", "netns", "exec", self._namespace(number), *command]
 
     def _make_namespace(self, number: int) -> bool:
-        """A namespace on the bridge of the head's, which is made with number 0. False where
-        this user may not."""
+        """A namespace on the bridge of the head's, which is
+        made with number 0. False where this user may not.
+        """
         name, head = self._namespace(number), self._namespace(0)
         if not _ip("netns", "add", name):
             return False
