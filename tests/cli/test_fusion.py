@@ -19,6 +19,8 @@ from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.serving.backend import LocalBackend
 from tests.support.shop import refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(finished: Path) -> InteractionDataset:

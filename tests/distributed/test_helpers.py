@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 
 def ranks_and_sums(mesh: Mesh, value: torch.Tensor) -> tuple[int, int, int, float, float, int]:
     tp_sum, dp_sum = value + mesh.rank, value + mesh.rank

@@ -98,6 +98,7 @@ def test_transition_scores_follow_the_formula() -> None:
     assert popularity_scores(counts, users).tolist() == [[1, 3, 3, 0, 0, 1]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "method"), PUBLISHED)
 def test_published_rows(dataset: str, method: str) -> None:
     """Popularity meets the published row to the last digit.
@@ -124,6 +125,7 @@ def test_published_rows(dataset: str, method: str) -> None:
         np.testing.assert_allclose(found, published, atol=0.0013)
 
 
+@pytest.mark.slow
 def test_published_transitions_with_history_items_kept() -> None:
     dataset = real_data("instruments")
     kept = baseline_predictions(

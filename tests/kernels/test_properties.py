@@ -22,6 +22,7 @@ from tests.kernels.test_parallel import sharded, whole
 scopes = st.sampled_from(["valid_next", "item_tokens", "all"])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 60),

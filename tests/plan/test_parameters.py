@@ -14,6 +14,8 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.plan.decoder import DecoderSizes, summed
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
+pytestmark = pytest.mark.slow
+
 GPT = BackboneConfig(num_layers=2, hidden_size=32, num_heads=4)
 LLAMA = BackboneConfig(
     num_layers=3,
