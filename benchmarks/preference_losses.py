@@ -1,4 +1,4 @@
-"""Our preference losses and their gradients beside TRL's, on the same log-probabilities.
+"""Our preference losses and gradients beside TRL's, on the same log-probabilities.
 
     pip install trl==1.16.0
     python benchmarks/preference_losses.py
