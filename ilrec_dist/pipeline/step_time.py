@@ -28,6 +28,7 @@ from ilrec_dist.pipeline.artifacts import (
     build_backbone,
     config_for_workers,
     with_local_model,
+    worker_inputs,
 )
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.train_one import train_one
@@ -64,7 +65,8 @@ def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime
         "configs": [config_for_workers(config) for config in configs],
         "folder": str(folder.resolve()),
     }
-    job = Job("ilrec_dist.pipeline.step_time:time_here", arguments, str(folder.resolve()))
+    reads = sorted({path for config in configs for path in worker_inputs(config)})
+    job = Job("ilrec_dist.pipeline.step_time:time_here", arguments, str(folder.resolve()), reads)
     began = time.monotonic()
     with ray_session(configs[0].launch):
         run_workers(configs[0].launch, job)

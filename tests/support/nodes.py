@@ -27,6 +27,10 @@ class Node:
     address: str
     process: subprocess.Popen[bytes]
 
+    def has(self, process: int) -> bool:
+        """Whether this process runs on it."""
+        return any(parent.pid == self.process.pid for parent in psutil.Process(process).parents())
+
 
 class Nodes:
     """A head, and nodes that join it and are lost. The head's node is number 0."""
@@ -43,7 +47,8 @@ class Nodes:
         address = "10.99.0.1" if self.has_namespaces else "127.0.0.1"
         self.address = f"{address}:{6379 if self.has_namespaces else _free_port()}"
         self.nodes: list[Node] = []
-        self._start(0, cpus, ["--head", f"--port={self.address.rpartition(':')[2]}"])
+        head = ["--head", f"--port={self.address.rpartition(':')[2]}"]
+        self._start(0, cpus, [*head, "--include-dashboard=false", "--no-monitor"])
 
     def join(self, cpus: int) -> Node:
         """Start another node; it is one of the cluster some seconds later."""
@@ -56,6 +61,7 @@ class Nodes:
         address = f"10.99.0.{1 + number}" if self.has_namespaces else "127.0.0.1"
         options = [f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", "--block"]
         options += [f"--node-ip-address={address}", "--disable-usage-stats"]
+        options += ["--include-log-monitor=false"]
         with open(self.folder / f"node-{number}.log", "w") as log:
             process = subprocess.Popen(
                 self._inside(number, [*RAY, "start", *words, *options]),
