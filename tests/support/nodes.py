@@ -4,6 +4,7 @@ namespace of its own, where root allows that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -92,12 +93,24 @@ class Nodes:
         """
         if self.has_namespaces and silent:
             _ip("-n", self._namespace(0), "link", "set", f"node{node.number}", "down")
-        processes = [node.process.pid]
-        processes += [child.pid for child in psutil.Process(node.process.pid).children(True)]
-        for process in processes:
-            os.kill(process, signal.SIGKILL)
+        for process in self._processes(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         node.process.wait()
         self.nodes.remove(node)
+
+    def _processes(self, node: Node) -> list[int]:
+        """All that runs on it; in a namespace
+        also what has lost its parent.
+        """
+        if self.has_namespaces:
+            command = ["ip", "netns", "pids", self._namespace(node.number)]
+            found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            return [int(process) for process in found]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(node.process.pid)
+            return [parent.pid, *(child.pid for child in parent.children(True))]
+        return []
 
     def close(self) -> None:
         for node in list(reversed(self.nodes)):
