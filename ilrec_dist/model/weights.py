@@ -16,14 +16,9 @@ from torch import Tensor
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file, read_json_object, sha256_file
 from ilrec_dist.common.manifest import check_hashes
-from ilrec_dist.common.run_layout import RESULT
+from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.partial import load_partial, partial_state_dict
-
-# The key of a training's result.json that maps the names of weights files to their SHA-256.
-WEIGHTS_SHA256 = "weights_sha256"
-# The key, in its entry "model", of the SHA-256 of the weights that a partial training stands on.
-BASE_SHA256 = "base_sha256"
 
 
 def save_training_weights(backbone: Backbone, path: Path) -> str:
