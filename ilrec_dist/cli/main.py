@@ -12,7 +12,7 @@ from types import FrameType
 from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import NotWritable, UserError, WorkersFailed
-from ilrec_dist.launch.job import load_function
+from ilrec_dist.common.loading import load_function
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"

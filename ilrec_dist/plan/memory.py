@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 
