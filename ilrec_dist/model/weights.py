@@ -4,9 +4,11 @@ their SHA-256, checked against it when read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,10 +44,13 @@ def read_training_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a finished training's weights file, on the CPU.
 
     Raises UserError naming the file when it is missing or is not
-    the one whose SHA-256 stands in the result.json beside it.
+    the one whose SHA-256 stands in the result.json beside it, and
+    where a number is not finite.
     """
     _check_file(path)
-    return load_file(path)
+    tensors = load_file(path)
+    _require_finite(tensors, path)
+    return tensors
 
 
 def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
@@ -65,7 +70,19 @@ def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
             f"those in backbone.from have {backbone.base_sha256}; restore that model"
         )
     load_partial(backbone, path)
+    _require_finite(load_file(path), path)
     return backbone.eval()
+
+
+def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        # NaN is the smallest and the largest number of whatever holds one.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(
+                f"{path}: tensor {name!r} holds numbers that are not finite (NaN or infinite), so "
+                "its training has diverged; lower train.learning_rate or lengthen train.warmup, "
+                "and train again"
+            )
 
 
 def _check_file(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ They are the same over tp, dp and accumulation, and after an interruption.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
@@ -318,3 +319,14 @@ def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(
     best.unlink()
     with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
         read_training_weights(best)
+
+
+def test_weights_that_are_not_finite_are_refused_although_their_hash_fits(tmp_path):
+    best, weights = tmp_path / "best.safetensors", torch.ones(3, 5)
+    for value in (math.nan, math.inf, -math.inf):
+        weights[1, 2] = value
+        save_file({"empty": torch.ones(0), "head": weights}, best)
+        hashes = {best.name: hashlib.sha256(best.read_bytes()).hexdigest()}
+        (tmp_path / "result.json").write_text(json.dumps({"weights_sha256": hashes}))
+        with pytest.raises(UserError, match=r"best.safetensors: tensor 'head' .* not finite"):
+            read_training_weights(best)
