@@ -33,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     for flag in ("nodes", "gpus_per_node"):
         if getattr(hardware, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected at least 1")
+    for flag in ("items", "users", "interactions"):
+        if (count := getattr(arguments, flag)) is not None and count < 1:
+            raise UserError(f"--{flag} {count}: expected at least 1")
     config = load_config(
         arguments.config, [*arguments.overrides, f"launch.workers={hardware.gpus}"]
     )

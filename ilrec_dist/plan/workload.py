@@ -4,6 +4,7 @@ sizes, and how long sequences and lists are.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,21 @@ class ItemTokens:
 
 
 def data_sizes(config: Config, given: DataSizes) -> DataSizes:
-    """The sizes of the run's prepared data, else those given, else the generator's."""
+    """The sizes of the run's prepared data, else those given, else the generator's.
+
+    Raises UserError where one is given that the prepared data do not have.
+    """
     if open_run(config).record("prepare") is not None:
         dataset = RunArtifacts(config).dataset
-        return DataSizes(dataset.num_items, dataset.num_users, dataset.num_interactions)
+        counted = DataSizes(dataset.num_items, dataset.num_users, dataset.num_interactions)
+        for field in dataclasses.fields(DataSizes):
+            wanted, found = getattr(given, field.name), getattr(counted, field.name)
+            if wanted is not None and wanted != found:
+                raise UserError(
+                    f"--{field.name} {wanted}: has no effect, for the data in {config.run_dir} are "
+                    f"prepared and have {found}; leave it out, or set another name"
+                )
+        return counted
     if config.data.format != "synthetic":
         return given
     synthetic = config.data.synthetic

@@ -88,6 +88,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
         (["train.batch_size=102"], "train.batch_size"),
         (["items.form=atomic", "items.levels=3"], "--items N"),
         (["--nodes", "0"], "--nodes: expected at least 1"),
+        (["--users", "0"], "--users 0: expected at least 1"),
     ],
 )
 def test_impossible_plans_are_one_line(config, capsys, arguments, message):
@@ -103,3 +104,16 @@ def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):
     # 4 bytes an interaction and 8 a user.
     assert re.search(r"mapped histories +267\.0 MiB", text)
     assert "whole weights in fp32 for best and final, each worker" in text
+
+
+def test_sizes_that_the_prepared_data_do_not_have_are_refused(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    data = {"synthetic": {"users": 40, "items": 30}}
+    launch = {"tp": 1, "workers": 1}
+    path.write_text(yaml.safe_dump({"runs_dir": str(tmp_path), "data": data, "launch": launch}))
+    assert main(["prepare", str(path)]) == 0
+    assert plan(path, "--users", "40") == 0
+    capsys.readouterr()
+    assert plan(path, "--users", "41") == 2
+    error = capsys.readouterr().err
+    assert "--users 41: has no effect" in error and "have 40" in error and error.count("\n") == 1
