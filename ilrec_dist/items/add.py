@@ -87,7 +87,7 @@ def add_items(
                 f"index add: item {item!r} is in {Path(folder) / INDEX} already; leave it out"
             )
         known.add(item)
-    before = read_report(folder)
+    before, blank = read_report(folder), []
     if old.pieces is not None:
         catalogue = _with_titles(folder, old, new_ids, new_titles, before["title_tokens"])
     elif old.level_names == (ATOMIC,):
@@ -96,12 +96,16 @@ def add_items(
         books, new_vectors = _books_and_vectors(
             folder, dataset, old, new_ids, new_documents, vectors, scratch
         )
+        if vectors is None:
+            texts = zip(new_ids, new_documents or (), strict=True)
+            blank = [item for item, text in texts if not text.strip()]
         codes = np.vstack([old.codes(), _assign(new_vectors, books, old, new_ids)])
         catalogue = make_catalogue(codes, old.level_sizes, old.level_names, old.vocabulary)
     report = {
         **before,
         **catalogue_report(catalogue),
         "added": len(new_ids),
+        "added_without_text": len(blank),
         "collisions": {**before["collisions"], "after": collision_report(catalogue.codes())},
     }
     report["warning"] = collision_warning(report)

@@ -176,4 +176,9 @@ def report_table(report: dict[str, Any]) -> str:
         lines.append(f"warning: {warning}")
     if "added" in report:
         lines.append(f"{report['added']} items added, no old code changed")
+    if report.get("added_without_text"):
+        lines.append(
+            f"warning: {report['added_without_text']} of them have neither title nor text, so that "
+            "their codes say nothing of them"
+        )
     return "\n".join(lines)

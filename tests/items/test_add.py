@@ -283,6 +283,8 @@ def test_a_text_twin_gets_its_twins_first_codes(tmp_path):
     add_items(tmp_path / "old", dataset, ids, tmp_path / "new", [f"{t} " for t in texts[:30]])
     codes = Catalogue.load(tmp_path / "new").codes()
     assert (codes[160:, :2] == codes[:30, :2]).all()
+    report = add_items(tmp_path / "old", dataset, ["x", "y"], tmp_path / "blank", [texts[0], " "])
+    assert "warning: 1 of them have neither title nor text" in report_table(report)
 
 
 def test_report_as_table_and_picture(tmp_path):
