@@ -11,8 +11,8 @@ RESULT = "result.json"
 USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
-# The weights of the best validation and those after the last step, in a training's folder.
-BEST, FINAL = "best.safetensors", "final.safetensors"
+# The weights of the best validation and those after the last step: folders in a training's folder.
+BEST, FINAL = "best", "final"
 # Within the CF folder: what is made of the models for one catalogue.
 CODE_ORDER = "code-order"
 # Within a run's folder: what `ilrec analyze` found.

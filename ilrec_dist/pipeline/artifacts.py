@@ -32,6 +32,7 @@ from ilrec_dist.model.hf.checkpoint import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.model.partial import separate_rows, train_partially
+from ilrec_dist.model.weights import refuse_earlier_format
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
 
@@ -101,6 +102,7 @@ class RunArtifacts:
         on other data or other item codes than those that lie in the folder now.
         """
         weights = self.folders.training(method, seed) / BEST
+        refuse_earlier_format(weights)
         if not weights.exists() or not weights.with_name(RESULT).exists():
             raise UserError(
                 f"{weights}: no such weights; the run's training is not finished, or it trained "

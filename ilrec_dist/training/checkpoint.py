@@ -25,7 +25,7 @@ from ilrec_dist.training.optimizer_state import Part
 MANIFEST = "manifest.json"
 STAGING = ".writing-"
 # Of what a checkpoint holds; another one cannot be read.
-FORMAT = 2
+FORMAT = 3
 POLL_SECONDS = 0.02
 
 

@@ -23,7 +23,12 @@ from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS, ParallelState
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.model.weights import BASE_SHA256, WEIGHTS_SHA256, save_training_weights
+from ilrec_dist.model.weights import (
+    BASE_SHA256,
+    WEIGHTS_SHA256,
+    manifest_is,
+    save_training_weights,
+)
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
 from ilrec_dist.samples.prefetch import (
@@ -57,7 +62,7 @@ class TrainingProgress:
     step: int = 0
     best_step: int = -1
     best_ndcg: float = -1.0
-    # SHA-256 of the best weights' file, known to rank 0.
+    # SHA-256 of the best weights' manifest, known to rank 0.
     best_sha256: str = ""
     validations_without_gain: int = 0
     # Time spent in training, over all attempts.
@@ -330,6 +335,12 @@ class Trainer:
             newest, damaged = checkpoint.latest(self._checkpoints, self.spec.fingerprint)
             for line in damaged:
                 print(f"warning: {line}; the checkpoint before it is used", flush=True)
+            if newest is not None and not manifest_is(
+                self.spec.folder / BEST, newest.state["best_sha256"]
+            ):
+                # They are of a validation after the checkpoint, which comes again and keeps its
+                # weights, whatever the rounding of another layout makes of its metric.
+                newest.state["best_ndcg"] = -1.0
         newest = from_rank0(newest)
         if newest is not None:
             restore(self.engine, self.objective, self.parallel, newest.parts)
@@ -432,5 +443,8 @@ def exclusive_folder(folder: Path) -> Iterator[bool]:
             os.truncate(handle, 0)
             os.write(handle, str(os.getpid()).encode())
             for leftover in folder.glob(".*.writing-*"):
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
         yield from_rank0((folder / RESULT).exists())

@@ -28,6 +28,7 @@ from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
 from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
+from tests.support.whole_model import full_state_dict, load_full_state_dict
 
 MAX_POSITIONS, PIECES = 60, 9
 # With `softmax_scope: all` other tokens compete, so the losses are the same only where there
@@ -87,14 +88,14 @@ def transplanted(
         Backbone(config, catalogue.vocab_size, MAX_POSITIONS, seed=4).eval()
         for catalogue in (own, other)
     ]
-    source, target = (backbone.full_state_dict() for backbone in backbones)
+    source, target = (full_state_dict(backbone) for backbone in backbones)
     for name, tensor in source.items():
         if "word_embeddings" in name or "output_layer" in name:
             target[name][other.vocabulary.padding] = tensor[own.vocabulary.padding]
             target[name][other.vocabulary.item_tokens] = tensor[own.vocabulary.item_tokens]
         else:
             target[name] = tensor
-    backbones[1].load_full_state_dict(target)
+    load_full_state_dict(backbones[1], target)
     return backbones[0], backbones[1]
 
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,8 +28,10 @@ from ilrec_dist.model.hf.families import (
 )
 from ilrec_dist.model.hf.gguf import dequantised_folder
 from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
+from ilrec_dist.model.hf.source import vocabulary_files, weight_files
 from ilrec_dist.model.sharding import shard_spec
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.whole_model import full_state_dict
 
 pytestmark = pytest.mark.slow
 
@@ -182,7 +185,7 @@ def more_vocabulary(mesh: Mesh, folder: str) -> list[torch.Tensor]:
                 pretrained.config, 90, pretrained.max_positions, seed=seed, initialize=False
             )
             load_weights(model, folder)
-            tables.append(model.full_state_dict()["embedding.word_embeddings.weight"])
+            tables.append(full_state_dict(model)["embedding.word_embeddings.weight"])
         return tables
     finally:
         destroy_parallel()
@@ -421,3 +424,17 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
     with pytest.raises(UserError, match="no such file"):
         dequantised_folder(tmp_path / "other.gguf", tmp_path / "cache")
+    # Inside the function because the package is optional.
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert weight_files(str(file)) == vocabulary_files(str(file)) == [file]
+    file.write_bytes(file.read_bytes()[:-1])
+    for files in (weight_files, vocabulary_files):
+        with pytest.raises(UserError, match="model.gguf: cannot be read as GGUF.*truncated"):
+            files(str(file))

@@ -35,6 +35,7 @@ from tests.inference.toy import (
     toy_data,
 )
 from tests.items.test_vocabulary import toy_titles
+from tests.support.whole_model import full_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def loss_and_gradients(mesh: Mesh, scope: str) -> tuple[float, dict[str, torch.T
         with torch.no_grad():
             for parameter in objective.backbone.parameters():
                 parameter.copy_(parameter.grad)
-            gradients = objective.backbone.full_state_dict()
+            gradients = full_state_dict(objective.backbone)
         return output.loss.item(), gradients
     finally:
         destroy_parallel()

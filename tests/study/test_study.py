@@ -60,7 +60,7 @@ def results(root: Path) -> dict:
 
 def stamps(root: Path) -> dict[str, int]:
     """When the weights and predictions of each cell were written."""
-    files = [*root.rglob("best.safetensors"), *root.rglob("predictions*.parquet")]
+    files = [*root.rglob("best/*.safetensors"), *root.rglob("predictions*.parquet")]
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 

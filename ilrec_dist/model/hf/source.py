@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.manifest import cached_sha256
-from ilrec_dist.model.hf.gguf import dequantised_folder
-from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE
+from ilrec_dist.model.hf.gguf import check_gguf, dequantised_folder
+from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE, TensorReader
 
 # Files that decide what the tokenizer does, where the folder has them.
 TOKENIZER_FILES = (
@@ -38,6 +39,7 @@ def vocabulary_files(source: str) -> list[Path]:
     """
     path = _existing(source)
     if is_gguf(path):
+        check_gguf(path)
         return [path]
     present = [name for name in TOKENIZER_FILES if (path / name).is_file()]
     if not VOCABULARIES & set(present):
@@ -50,10 +52,12 @@ def vocabulary_files(source: str) -> list[Path]:
 def weight_files(source: str) -> list[Path]:
     """The files that decide the model's weights.
 
-    Raises UserError where the source is no local model with safetensors.
+    Raises UserError where the source is no local model with safetensors, and
+    where a file has not all the bytes that its header or the index tell of.
     """
     path = _existing(source)
     if is_gguf(path):
+        check_gguf(path)
         return [path]
     files = [path / "config.json"]
     if not (path / INDEX_FILE).exists():
@@ -68,6 +72,8 @@ def weight_files(source: str) -> list[Path]:
             raise UserError(
                 f"{file}: no such file; backbone.from needs the safetensors of a Hugging Face model"
             )
+    # It compares each file's size with the header, and the tensors with the index.
+    TensorReader(path)
     return files
 
 
@@ -95,13 +101,15 @@ def model_folder(source: str, cache: Path) -> Path:
 def _existing(source: str) -> Path:
     path = Path(source)
     if not path.exists():
-        name = source.strip("/").rsplit("/", 1)[-1]
-        raise UserError(
-            f"backbone.from: {source!r} is no local folder or file; models are read from local "
-            f"folders, and nothing is downloaded: get one first, for example with "
-            f"`hf download {source} --local-dir models/{name}`, and set backbone.from to that "
-            "folder"
-        )
+        hint = "name the folder of a Hugging Face model or a GGUF file"
+        if _may_be_hub_id(source):
+            name = source.rsplit("/", 1)[-1]
+            hint = (
+                "models are read from local folders, and nothing is downloaded: get one first, "
+                f"for example with `hf download {source} --local-dir models/{name}`, and set "
+                "backbone.from to that folder"
+            )
+        raise UserError(f"backbone.from: {source!r} is no local folder or file; {hint}")
     if path.is_file() and not is_gguf(path):
         raise UserError(f"backbone.from: {source!r} is no GGUF file and no folder of a model")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -110,3 +118,13 @@ def _existing(source: str) -> Path:
             "Face model"
         )
     return path
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether the name of nothing that is here has the form NAME or OWNER/NAME.
+
+    OWNER is then no folder either.
+    """
+    owner, _, name = source.rpartition("/")
+    is_id = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", source) is not None
+    return is_id and not name.endswith(".gguf") and not (owner and Path(owner).is_dir())
