@@ -1,8 +1,8 @@
 """Trainings that leave a pretrained model's own weights as they are (METHOD.md §10).
 
 What is trained is LoRA adapters, the rows of the added item tokens, or both. Such a
-training's folder of weights holds these alone, and the SHA-256 of the pretrained weights
-stands beside it.
+training's folder of weights holds these alone, and the SHA-256 of the pretrained
+weights stands beside it.
 """
 
 from __future__ import annotations

@@ -363,15 +363,11 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self._since
         self._since = now
-        # The one before must be committed on every rank before its leftovers may go.
-        self.writer.wait()
-        dist.barrier()
-        if is_rank0():
-            staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
-            checkpoint.make_staging_folder(staged)
-        part = take_part(self.engine, self.objective, self.parallel)
-        dist.barrier()
-        self.writer.start(self.progress.step, asdict(self.progress), part)
+        self.writer.begin(
+            self.progress.step,
+            asdict(self.progress),
+            lambda: take_part(self.engine, self.objective, self.parallel),
+        )
         if self.on_checkpoint is not None:
             self.writer.wait()
             dist.barrier()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from transformers import AutoTokenizer
 from ilrec_dist.cli import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.data.dataset import InteractionDataset
@@ -203,3 +206,30 @@ def test_weights_that_are_not_whole_are_refused_before_any_stage(
     said = "'lost' is missing" if how == "of the index" else "cannot be read as safetensors"
     assert f"{weights}: {said}" in error.replace("tensor ", "") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["local-dir", "cache"])
+def test_a_download_with_a_flipped_byte_is_refused(place: str, tmp_path: Path) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    weights, digest = model / "model.safetensors", sha256_file(model / "model.safetensors")
+    if place == "local-dir":
+        note = model / ".cache/huggingface/download/model.safetensors.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text(f"commit\n{digest}\n{time.time()}\n")
+    else:
+        blob = tmp_path / "blobs" / digest
+        blob.parent.mkdir()
+        weights.rename(blob)
+        weights.symlink_to(blob)
+    assert weights in weight_files(str(model))
+    status, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    # Older than the download, and a time for which this process has no hash.
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns - 1))
+    with pytest.raises(UserError, match=f"^{re.escape(str(weights))}: damaged .*hub.*download"):
+        weight_files(str(model))
+    if place == "local-dir":
+        # What the user has written in its place is the user's.
+        os.utime(weights, (time.time() + 60, time.time() + 60))
+        assert weights in weight_files(str(model))

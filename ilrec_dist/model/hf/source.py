@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
-from ilrec_dist.common.manifest import cached_sha256
+from ilrec_dist.common.manifest import cached_sha256, hash_files
 from ilrec_dist.model.hf.gguf import check_gguf, dequantised_folder
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE, TensorReader
 
@@ -24,6 +25,8 @@ TOKENIZER_FILES = (
     "vocab.json",
 )
 
+# Of files that the hub keeps apart from git; small files have a SHA-1.
+SHA256 = r"[0-9a-f]{64}"
 # One of these a tokenizer has.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
@@ -52,12 +55,14 @@ def vocabulary_files(source: str) -> list[Path]:
 def weight_files(source: str) -> list[Path]:
     """The files that decide the model's weights.
 
-    Raises UserError where the source is no local model with safetensors, and
-    where a file has not all the bytes that its header or the index tell of.
+    Raises UserError where the source is no local model with safetensors, where a file
+    has not all the bytes that its header or the index tell of, and where it is not what
+    was downloaded from the Hugging Face hub.
     """
     path = _existing(source)
     if is_gguf(path):
         check_gguf(path)
+        _check_downloaded(path.parent, [path.name])
         return [path]
     files = [path / "config.json"]
     if not (path / INDEX_FILE).exists():
@@ -74,7 +79,42 @@ def weight_files(source: str) -> list[Path]:
             )
     # It compares each file's size with the header, and the tensors with the index.
     TensorReader(path)
+    _check_downloaded(path, [file.name for file in files if file.suffix == ".safetensors"])
     return files
+
+
+def _check_downloaded(folder: Path, names: Sequence[str]) -> None:
+    """Compare files with the SHA-256 that the hub gave with them, where one is known.
+
+    Their hashes decide what is trained again, so that they are computed anyway.
+    """
+    expected = {name: sha256 for name in names if (sha256 := _hub_sha256(folder / name))}
+    found = hash_files(folder, expected)
+    for name, sha256 in expected.items():
+        if found[name] != sha256:
+            raise UserError(
+                f"{folder / name}: damaged (its SHA-256 is not the one that the Hugging Face hub "
+                "gave with it); download it again"
+            )
+
+
+def _hub_sha256(file: Path) -> str | None:
+    """The SHA-256 of a file on the hub, as the download has noted it.
+
+    In the hub's cache it is the name of the blob that the file is a link to. With
+    `--local-dir` it is the second line of a file that has the time of the download in
+    the third: what was written later is no longer what was downloaded.
+    """
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(SHA256, blob.name):
+        return blob.name
+    note = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
+    try:
+        _, etag, seconds, *_ = note.read_text(encoding="utf-8").split("\n")
+        is_older = file.stat().st_mtime - 1 <= float(seconds)
+    except (OSError, ValueError):
+        return None
+    return etag if is_older and re.fullmatch(SHA256, etag) else None
 
 
 def weights_sha256(folder: str | Path) -> str:
