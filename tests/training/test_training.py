@@ -306,7 +306,7 @@ def test_result_names_the_hashes_of_the_weights(trained):
 
 
 def test_best_weights_newer_than_the_checkpoint_are_chosen_again(tiny, tmp_path):
-    """As after a kill between the two. Else the result would name weights that are gone."""
+    """As after a kill between the two: what the checkpoint names is gone."""
     config = config_to_dict(tiny_config(tiny))
     # To the end of the first epoch.
     run_distributed(train_here, 1, 1, config, "sft", str(tmp_path), 7)
