@@ -33,14 +33,12 @@ from harness import (
 )
 from safetensors.torch import save_file
 
+from ilrec_dist.common.run_layout import WEIGHTS_SHA256
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import load_weights, read_config, save_weights
-from ilrec_dist.model.weights import (
-    WEIGHTS_SHA256,
-    load_training_weights,
-    save_training_weights,
-)
+from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
+from ilrec_dist.model.hf.config import read_config
+from ilrec_dist.model.weights import load_training_weights, save_training_weights
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 GIB = 1 << 30

@@ -34,7 +34,8 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.launch.device import quiet
 from ilrec_dist.objective.ilrec import CrossLayerObjective
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.backbones import build_backbone
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import PrefetchedBatch
 from ilrec_dist.samples.windows import StepOrder, training_windows

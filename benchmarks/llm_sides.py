@@ -28,7 +28,7 @@ from ilrec_dist.items.vocabulary import Vocabulary
 from ilrec_dist.model.build import build_pretrained, load_pretrained
 from ilrec_dist.model.config import BackboneConfig, LoraConfig, Trainable
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.layers import Precision
 from ilrec_dist.model.partial import train_partially

@@ -44,11 +44,13 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import config_from_dict, load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import ParallelState, initialize_parallel
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.launch.device import default_threads, quiet
-from ilrec_dist.model.build import build_backbone, max_positions
+from ilrec_dist.model.build import build_backbone
+from ilrec_dist.model.decoder import max_positions
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.samples.collate import Batch, BatchMaker

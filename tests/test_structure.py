@@ -5,8 +5,13 @@ checks; CONTRIBUTING.md gives the reasons.
 from __future__ import annotations
 
 import ast
+import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from ilrec_dist.objective.registry import METHODS
 
@@ -18,15 +23,21 @@ MOST_LATE_IMPORTS = 15
 MOST_LINES = 460
 
 
+@functools.cache
+def parsed(path: Path) -> tuple[list[str], list[ast.AST]]:
+    """The lines of a file and the nodes of its syntax tree."""
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines(), list(ast.walk(ast.parse(text)))
+
+
 def late_imports() -> Iterator[tuple[Path, int, bool]]:
     """(file, line, whether a comment stands
     above it) of every import inside a function.
     """
     for path in SOURCES:
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
+        lines, nodes = parsed(path)
         covered: set[int] = set()
-        for function in ast.walk(ast.parse(text)):
+        for function in nodes:
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             for statement in ast.walk(function):
@@ -46,9 +57,8 @@ def test_docstrings_are_at_most_88_columns_wide() -> None:
     folders = ("ilrec_dist", "kernels", "tests", "benchmarks", "examples")
     wide = []
     for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        for node in ast.walk(ast.parse(text)):
+        lines, nodes = parsed(path)
+        for node in nodes:
             if not isinstance(node, OWNERS) or ast.get_docstring(node) is None:
                 continue
             docstring = node.body[0]
@@ -71,17 +81,39 @@ def test_imports_inside_functions_are_few_and_give_their_reason() -> None:
 def test_only_the_registry_names_a_method() -> None:
     naming = set()
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in parsed(path)[1]:
             if isinstance(node, ast.Constant) and node.value in METHODS:
                 naming.add(str(path.relative_to(ROOT)))
     # The command is called `ilrec` too, so its parser may say so.
     assert naming - {"ilrec_dist/cli/parser.py"} == {"ilrec_dist/objective/registry.py"}
 
 
+# What commands that only drive workers, or that start none, must not wait for.
+HEAVY = ("megatron", "deepspeed", "transformers", "torch._dynamo", "tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (["cli.main", "cli.print_config"], [*HEAVY, "torch", "ray", "scipy"]),
+        (["pipeline.execute", "pipeline.status", "study.run", "plan.describe"], HEAVY),
+    ],
+)
+def test_commands_load_no_more_than_they_use(modules: list[str], heavy: list[str]) -> None:
+    names = [f"ilrec_dist.{name}" for name in modules]
+    program = (
+        f"import sys, {', '.join(names)}; print(*(n for n in {list(heavy)} if n in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not done.stdout.split()
+
+
 def test_files_are_about_one_thing() -> None:
     long = {
         str(path.relative_to(ROOT)): count
         for path in SOURCES
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
+        if (count := len(parsed(path)[0])) > MOST_LINES
     }
     assert not long, long

@@ -11,8 +11,8 @@ from ilrec_dist.common.console import console
 from ilrec_dist.common.run_layout import ANALYSIS
 from ilrec_dist.pipeline.analyze import analyze
 from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.pipeline.stages.report import report
-from ilrec_dist.pipeline.trained_model import run_config
 from ilrec_dist.reporting.analysis import print_analysis
 
 

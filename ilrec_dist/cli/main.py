@@ -11,7 +11,8 @@ from types import FrameType
 
 from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common.errors import UserError, WorkersFailed
-from ilrec_dist.launch.job import load_function, unwritable
+from ilrec_dist.common.loading import load_function
+from ilrec_dist.launch.job import unwritable
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"

@@ -412,7 +412,7 @@ def _add_config_command(commands: Commands) -> None:
         "example:\n  ilrec config configs/quickstart.yaml train.epochs=3",
     )
     _add_config(command)
-    command.set_defaults(call="ilrec_dist.cli.stages:print_config", command="config")
+    command.set_defaults(call="ilrec_dist.cli.print_config:print_config", command="config")
 
 
 def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:

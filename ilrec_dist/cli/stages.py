@@ -1,14 +1,11 @@
-"""`ilrec run` and the commands of single stages, `ilrec index build`,
-`ilrec config`.
-"""
+"""`ilrec run`, the commands of single stages, and `ilrec index build`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ilrec_dist.cli.index_commands import report_index
-from ilrec_dist.config.load import dump_config, load_config
+from ilrec_dist.config.load import load_config
 from ilrec_dist.pipeline.execute import execute
 
 
@@ -28,7 +25,3 @@ def build_index(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     execute(config, "index")
     print(report_index(config.run_dir))
-
-
-def print_config(arguments: argparse.Namespace) -> None:
-    sys.stdout.write(dump_config(load_config(arguments.config, arguments.overrides)))

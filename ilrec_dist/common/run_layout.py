@@ -7,6 +7,10 @@ from pathlib import Path
 
 # In a training's folder when it is finished.
 RESULT = "result.json"
+# Its key that maps the folders of weights to the SHA-256 of their manifests.
+WEIGHTS_SHA256 = "weights_sha256"
+# The key, in its entry "model", of the SHA-256 of the weights that a partial training stands on.
+BASE_SHA256 = "base_sha256"
 # In a training's folder: what it took.
 USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.

@@ -24,8 +24,8 @@ from ilrec_dist.data.settings import ineffective_settings
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.model.build import known_decoder
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
+from ilrec_dist.model.decoder import known_decoder
 from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import Method, get_method
 from ilrec_dist.prompts.config import PromptsConfig

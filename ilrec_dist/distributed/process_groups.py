@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
@@ -17,27 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.layout import ParallelState
 
 # Of a collective, where the caller names none.
 TIMEOUT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class ParallelState:
-    """Where this process stands in the layout.
-
-    Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank. All ranks of
-    one tensor-parallel group must be fed the same rows: shard data by `dp_rank` of
-    `dp`, never by world rank.
-    """
-
-    tp: int
-    dp: int
-    tp_rank: int
-    dp_rank: int
-    tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
-    device: torch.device
 
 
 def initialize_parallel(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.model import SASRec
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
 from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
 from ilrec_dist.evaluation.config import EvaluationConfig
@@ -33,14 +33,13 @@ from ilrec_dist.evaluation.ranking import (
     history_ranges,
     top_items,
 )
-from ilrec_dist.inference.beam_search import RankedItems
+from ilrec_dist.inference.beam_search import Decoder, RankedItems
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 
 # Histories whose candidates are in memory at once.
 CHUNK_HISTORIES = 1 << 14
@@ -76,7 +75,7 @@ def transitions_source(counts: TrainingCounts) -> FusionSource:
 
 
 def score_candidates(
-    backbone: Backbone,
+    backbone: Decoder,
     constraint: TrieConstraint,
     histories: HistoryRanges,
     beam_items: np.ndarray,
@@ -158,7 +157,7 @@ class Fusion:
 
 
 def fuse_model(
-    backbone: Backbone,
+    backbone: Decoder,
     dataset: InteractionDataset,
     trie: Trie,
     sources: Sequence[FusionSource],

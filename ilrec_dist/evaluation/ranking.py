@@ -10,19 +10,18 @@ import torch
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.baselines.table import BASELINES, BaselineInputs, Scorer
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import first_column, ranks_of_scores
 from ilrec_dist.evaluation.predictions import Predictions, concatenate_predictions
-from ilrec_dist.inference.beam_search import RankedItems
+from ilrec_dist.inference.beam_search import Decoder, RankedItems
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import RankingProgress, rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 
 # Items that the predictions of a full ranking keep.
 KEPT_ITEMS = 20
@@ -31,7 +30,7 @@ CHUNK_SCORES = 1 << 22
 
 
 def evaluate_model(
-    backbone: Backbone,
+    backbone: Decoder,
     dataset: InteractionDataset,
     catalogue: Catalogue,
     trie: Trie,

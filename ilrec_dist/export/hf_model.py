@@ -30,7 +30,8 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import read_config, save_weights
+from ilrec_dist.model.hf.checkpoint import save_weights
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.peft import save_adapter
 
 # What `generate` does unless it is told otherwise. Every field is written: an unset one would be

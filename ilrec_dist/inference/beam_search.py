@@ -22,7 +22,14 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 class Decoder(Protocol):
-    """What beam search needs of a backbone (ilrec_dist.model.gpt.Backbone)."""
+    """What ranking needs of a backbone (ilrec_dist.model.gpt.Backbone)."""
+
+    # Whether it drops out; as torch.nn.Module has it.
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
     @property
     def vocab_range(self) -> tuple[int, int]: ...

@@ -12,20 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.inference.beam_search import Decoder, RankedItems, beam_search, expand_beams
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model.gpt import Backbone
 
 # Called with (histories ranked, histories in all) of this data-parallel rank.
 RankingProgress = Callable[[int, int], Any]
 
 
 def rank_histories(
-    backbone: Backbone,
+    backbone: Decoder,
     constraint: TrieConstraint,
     histories: HistoryRanges,
     *,
@@ -105,7 +104,7 @@ class Ranker(Protocol):
 class ModelRanker:
     """Beam search with one model; collective over `parallel`."""
 
-    backbone: Backbone
+    backbone: Decoder
     trie: Trie
     # Beams that are kept, or `top` where that is more.
     beam: int

@@ -16,6 +16,7 @@ from typing import Any
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.launch.job import UNCOMPILED
 
 CONNECT_SECONDS = 10.0
 # How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
@@ -70,7 +71,7 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
         options = {"num_cpus": cores, "include_dashboard": False}
         _set_token()
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with _environment(ATTEMPTS if address else {}):
+    with _environment(ATTEMPTS if address else UNCOMPILED):
         try:
             ray.init(
                 address=address or "local",

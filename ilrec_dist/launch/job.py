@@ -9,20 +9,19 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import importlib
 import json
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, write_json, write_text
+from ilrec_dist.common.loading import load_function
 from ilrec_dist.launch.attempts import begin_attempt
 
 # What the system says of a full disk, and of a folder in which nothing can be written, and what
@@ -46,6 +45,10 @@ LOST_PEER = (
     "gloo",
     "NCCL",
 )
+
+# For workers. Megatron-core hands functions to torch.compile when it is imported, and that
+# loads the compiler, a fifth of a worker's start, although none of these functions is used here.
+UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -213,13 +216,6 @@ def _describe(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = re.sub(r"0x[0-9a-f]+", "0x…", " ".join(str(error).split()))
     return f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-def load_function(name: str) -> Callable[..., None]:
-    """The function that "package.module:function" names."""
-    module, _, function = name.partition(":")
-    loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
-    return loaded
 
 
 def main() -> None:

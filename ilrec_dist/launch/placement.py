@@ -8,7 +8,7 @@ import socket
 import torch.distributed as dist
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.launch.config import LaunchConfig
 
 

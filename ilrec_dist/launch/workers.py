@@ -16,7 +16,7 @@ from pathlib import Path
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
-from ilrec_dist.launch.job import Job, take_failure
+from ilrec_dist.launch.job import UNCOMPILED, Job, take_failure
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
@@ -59,7 +59,7 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         threads = launch.threads or default_threads(launch.workers)
         process = subprocess.Popen(
             command,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env={"OMP_NUM_THREADS": str(threads), **UNCOMPILED, **os.environ},
             preexec_fn=end_with_parent(),
         )
         try:

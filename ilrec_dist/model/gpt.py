@@ -15,7 +15,8 @@ from ilrec_dist.model import sharding
 from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequences
 from ilrec_dist.model.branches import BranchedSequences
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
-from ilrec_dist.model.layers import Precision, layer_spec, padded_vocab_size, transformer_config
+from ilrec_dist.model.decoder import padded_vocab_size
+from ilrec_dist.model.layers import Precision, layer_spec, transformer_config
 from ilrec_dist.model.packing import pack
 from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
 

@@ -5,7 +5,6 @@ No module here needs a CUDA extension, so that one model serves CPU and CUDA.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -131,11 +130,6 @@ class HeadNorm(torch.nn.Module):
         return F.rms_norm(
             heads, self.weight.shape, copy_to_tensor_model_parallel_region(self.weight), self.eps
         )
-
-
-def padded_vocab_size(config: BackboneConfig, vocab_size: int) -> int:
-    """vocab_size rounded up to a multiple of config.vocab_multiple, whatever tp is."""
-    return math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
 
 
 def transformer_config(config: BackboneConfig, precision: Precision, tp: int) -> TransformerConfig:

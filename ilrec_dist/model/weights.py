@@ -21,7 +21,7 @@ from torch import Tensor
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST, check_hashes, verify, write_manifest
-from ilrec_dist.common.run_layout import RESULT
+from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE, read_slice
 from ilrec_dist.model.partial import load_partial, partial_state_dict
@@ -31,14 +31,9 @@ from ilrec_dist.model.weight_layout import (
     StoredWeights,
     index_of,
     plan_files,
+    refuse_earlier_format,
     slices,
 )
-
-# The key of a training's result.json that maps the names of its folders of weights to the SHA-256
-# of their manifests.
-WEIGHTS_SHA256 = "weights_sha256"
-# The key, in its entry "model", of the SHA-256 of the weights that a partial training stands on.
-BASE_SHA256 = "base_sha256"
 
 
 def save_training_weights(backbone: Backbone, folder: Path) -> str:
@@ -112,18 +107,6 @@ def manifest_is(folder: Path, sha256: str) -> bool:
     """Whether the folder of weights is the one whose manifest has this hash."""
     manifest = folder / MANIFEST
     return manifest.is_file() and sha256_file(manifest) == sha256
-
-
-def refuse_earlier_format(folder: Path) -> None:
-    """Raise UserError where the weights are one
-    file, as versions before this format wrote them.
-    """
-    earlier = folder.with_name(f"{folder.name}.safetensors")
-    if not folder.exists() and earlier.exists():
-        raise UserError(
-            f"{earlier}: written by another version of this project, which alone can read it; "
-            f"delete {folder.parent} and run `ilrec run` again to train anew"
-        )
 
 
 def _check_manifest(folder: Path, repair: str) -> dict[str, Any]:

@@ -111,6 +111,15 @@ class ObjectiveConfig:
         return self.beta == 0 and self.cpd_mu == 0 and self.crr_lambda == 0
 
 
+def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
+    """m: the configured number, or min(3, L //
+    2); 0 where the loss is plain cross-entropy.
+    """
+    if config.is_cross_entropy:
+        return 0
+    return config.num_intermediate_layers or min(3, num_layers // 2)
+
+
 @section(affects="train")
 class PreferenceConfig:
     """Preference methods (METHOD.md §11)."""

@@ -12,22 +12,17 @@ import torch
 from ilrec_kernels import Backend, LossOptions, LossOutput, TokenLists, cross_layer_loss
 from torch import Tensor
 
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.objective.config import ObjectiveConfig
+from ilrec_dist.objective.config import (
+    ObjectiveConfig,
+    PreferenceConfig,
+    num_intermediate_layers,
+)
 from ilrec_dist.objective.metrics import LossStatistics
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.objective.rows import GroupedOutput, GroupedRowStats
-
-
-def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
-    """m: the configured number, or min(3, L //
-    2); 0 where the loss is plain cross-entropy.
-    """
-    if config.is_cross_entropy:
-        return 0
-    return config.num_intermediate_layers or min(3, num_layers // 2)
 
 
 def loss_options(config: ObjectiveConfig, vocab_size: int, item_tokens: np.ndarray) -> LossOptions:
@@ -204,3 +199,14 @@ def _split_lists(lists: TokenLists, rows: int, tokens: int) -> tuple[TokenLists,
     """
     first = TokenLists(lists.indptr[: rows + 1], lists.tokens[:tokens])
     return first, TokenLists(lists.indptr[rows:] - tokens, lists.tokens[tokens:])
+
+
+def cross_layer(
+    backbone: Backbone,
+    objective: ObjectiveConfig,
+    _: PreferenceConfig,
+    catalogue: Catalogue,
+    parallel: ParallelState,
+) -> Objective:
+    """What the table of methods names for SFT and ILRec."""
+    return CrossLayerObjective.build(backbone, objective, catalogue, parallel)

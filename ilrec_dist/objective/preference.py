@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from ilrec_kernels import TokenLists, cross_layer_loss
 from torch import Tensor
 
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.branches import BranchedSequences
 from ilrec_dist.model.gpt import Backbone
@@ -191,6 +192,23 @@ class PreferenceObjective(Objective):
         return PreferenceOutput(
             losses.sum() * loss_scale, _target_stats(losses, scores, inputs[1].numel())
         )
+
+
+def _with(loss: type[PreferenceLoss]) -> Callable[..., Objective]:
+    def objective(
+        backbone: Backbone,
+        config: ObjectiveConfig,
+        preference: PreferenceConfig,
+        catalogue: Catalogue,
+        parallel: ParallelState,
+    ) -> Objective:
+        return PreferenceObjective(backbone, config, loss(preference), catalogue, parallel)
+
+    return objective
+
+
+# What the table of methods names.
+dpo, softmax_dpo, simpo, smoothed_dpo = map(_with, (DPO, SoftmaxDPO, SimPO, SmoothedDPO))
 
 
 def pair_scores(

@@ -11,51 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.distributed.process_groups import ParallelState
-from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
-from ilrec_dist.objective.ilrec import CrossLayerObjective
-from ilrec_dist.objective.objective import Objective
-from ilrec_dist.objective.preference import (
-    DPO,
-    PreferenceLoss,
-    PreferenceObjective,
-    SimPO,
-    SmoothedDPO,
-    SoftmaxDPO,
-)
 
-# Makes the module that is trained, from the method's own settings.
-ModuleFactory = Callable[
-    [Backbone, ObjectiveConfig, PreferenceConfig, Catalogue, ParallelState], Objective
-]
 # What a method's batches hold: targets alone, or pairs with negatives that are drawn uniformly,
 # that are near the target in text and popular, or that the model itself would recommend.
 Samples = Literal["targets", "uniform_pairs", "hard_pairs", "self_play_pairs"]
-
-
-def _cross_layer(
-    backbone: Backbone,
-    objective: ObjectiveConfig,
-    _: PreferenceConfig,
-    catalogue: Catalogue,
-    parallel: ParallelState,
-) -> Objective:
-    return CrossLayerObjective.build(backbone, objective, catalogue, parallel)
-
-
-def _preference(loss: type[PreferenceLoss]) -> ModuleFactory:
-    def module(
-        backbone: Backbone,
-        objective: ObjectiveConfig,
-        preference: PreferenceConfig,
-        catalogue: Catalogue,
-        parallel: ParallelState,
-    ) -> Objective:
-        return PreferenceObjective(backbone, objective, loss(preference), catalogue, parallel)
-
-    return module
 
 
 def _reads_nothing(_: PreferenceConfig) -> PreferenceConfig:
@@ -87,8 +47,10 @@ class Method:
     # effect on the method are at their defaults there, so that changing them does not
     # change the training's fingerprint.
     objective: Callable[[ObjectiveConfig], ObjectiveConfig]
-    # Makes the module that is trained.
-    module: ModuleFactory = _cross_layer
+    # Makes the module that is trained, from the backbone, the method's own sections `objective`
+    # and `preference`, the catalogue and the process layout. A function by its name,
+    # "package.module:function", since the table is read where no model is.
+    module: str = "ilrec_dist.objective.ilrec:cross_layer"
     # The method's own section `preference`, like `objective`.
     preference: Callable[[PreferenceConfig], PreferenceConfig] = _reads_nothing
     samples: Samples = "targets"
@@ -177,7 +139,7 @@ register(
         "dpo",
         "DPO",
         _cross_entropy,
-        module=_preference(DPO),
+        module="ilrec_dist.objective.preference:dpo",
         preference=_reads(beta=0.1),
         samples="uniform_pairs",
         starts_from="sft",
@@ -190,7 +152,7 @@ register(
         "sdpo",
         "S-DPO",
         _cross_entropy,
-        module=_preference(SoftmaxDPO),
+        module="ilrec_dist.objective.preference:softmax_dpo",
         preference=_reads("negatives", beta=0.1),
         samples="uniform_pairs",
         starts_from="sft",
@@ -203,7 +165,7 @@ register(
         "simpo",
         "SimPO",
         _cross_entropy,
-        module=_preference(SimPO),
+        module="ilrec_dist.objective.preference:simpo",
         preference=_reads("gamma", beta=2.0),
         samples="uniform_pairs",
         starts_from="sft",
@@ -215,7 +177,7 @@ register(
         "rosepo",
         "RosePO",
         _cross_entropy,
-        module=_preference(SmoothedDPO),
+        module="ilrec_dist.objective.preference:smoothed_dpo",
         preference=_reads(beta=0.1),
         samples="hard_pairs",
         starts_from="sft",
@@ -229,7 +191,7 @@ register(
         "sprec",
         "SPRec",
         _cross_entropy,
-        module=_preference(DPO),
+        module="ilrec_dist.objective.preference:dpo",
         preference=_reads("rounds", beta=0.1),
         samples="self_play_pairs",
         starts_from="sft",

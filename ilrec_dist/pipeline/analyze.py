@@ -13,7 +13,7 @@ from ilrec_dist.cf.sasrec.checkpoint import load_cf
 from ilrec_dist.cf.sasrec.model import encode
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, write_json
-from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, RunFolders
+from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, WEIGHTS_SHA256, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.breakdown import as_rows, group_gains, user_splits
@@ -28,13 +28,13 @@ from ilrec_dist.evaluation.negatives_analysis import (
 )
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import evaluate_model
-from ilrec_dist.model.weights import WEIGHTS_SHA256
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.prompting import target_batches
+from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.pipeline.stages.evaluate import predictions_file
-from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model, run_config
+from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.samples.windows import StepOrder, training_windows
 

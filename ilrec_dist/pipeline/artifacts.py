@@ -1,6 +1,5 @@
-"""A run's folder, and what the worker processes load from it.
-
-That is the data set, the catalogue, the trie, the rewards and the backbone.
+"""A run's folder, and what is loaded from it: the data set, the catalogue, the trie and
+the rewards. Nothing here loads the libraries of the language model.
 """
 
 from __future__ import annotations
@@ -24,15 +23,11 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import REPAIR, Catalogue, catalogue_hash
-from ilrec_dist.items.language_model import LANGUAGE_MODEL, title_counts
+from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.model import build
-from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import read_config
-from ilrec_dist.model.hf.new_rows import NewRows
+from ilrec_dist.model.decoder import max_positions
 from ilrec_dist.model.hf.source import model_folder
-from ilrec_dist.model.partial import separate_rows, train_partially
-from ilrec_dist.model.weights import refuse_earlier_format
+from ilrec_dist.model.weight_layout import refuse_earlier_format
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
 
@@ -162,69 +157,13 @@ def with_local_model(config: Config) -> Config:
     return dataclasses.replace(config, backbone=backbone)
 
 
-def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone as its training begins:
-    freshly initialised, or with a model's weights.
-
-    The model's folder is the one in `backbone.from`.
-    """
-    source = config.backbone.from_
-    if source is None:
-        return _from_scratch(config, artifacts, seed, initialize=True)
-    backbone = _unfilled(config, artifacts, seed)
-    vocabulary, counts = artifacts.catalogue.vocabulary, None
-    if config.backbone.new_tokens == "text":
-        counts = title_counts(artifacts.language_model, artifacts.catalogue, item_titles(artifacts))
-    build.load_pretrained(backbone, source, NewRows(*vocabulary.added_tokens, counts))
-    _choose_trained(config, artifacts, backbone)
-    return backbone
-
-
-def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    """The run's backbone for trained weights:
-    its own are undefined until those are loaded.
-
-    Where a training left most of a model's weights as they are, they are read from
-    `backbone.from`.
-    """
-    if config.backbone.from_ is None:
-        return _from_scratch(config, artifacts, seed, initialize=False)
-    backbone = _unfilled(config, artifacts, seed)
-    if config.train.trainable != "full":
-        build.load_pretrained(backbone, config.backbone.from_)
-    _choose_trained(config, artifacts, backbone)
-    return backbone
-
-
-def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
-    return build.build_pretrained(
-        config.backbone,
-        read_config(artifacts.language_model),
-        artifacts.catalogue.vocab_size,
-        longest_input(config, artifacts.catalogue),
-        config.train.precision,
-        seed,
-    )
-
-
 def longest_input(config: Config, catalogue: Catalogue) -> int:
     """Tokens of the longest input, or the limit
     of prompts; 1 where the model's own is theirs.
     """
     if config.prompts.templates is not None:
         return config.prompts.max_tokens or 1
-    return build.max_positions(config.train.max_history, catalogue.depth)
-
-
-def _choose_trained(config: Config, artifacts: RunArtifacts, backbone: Backbone) -> None:
-    """Freeze what is not trained, and attach what `train.trainable` asks for."""
-    train, source = config.train, config.backbone.from_
-    added = artifacts.catalogue.vocabulary.added_tokens
-    if train.trainable != "full":
-        assert source is not None
-        train_partially(backbone, train.trainable, train.lora, source, added, backbone.seed)
-    elif train.new_rows_learning_rate is not None:
-        separate_rows(backbone, added)
+    return max_positions(config.train.max_history, catalogue.depth)
 
 
 def item_titles(artifacts: RunArtifacts) -> Sequence[str]:
@@ -236,15 +175,3 @@ def item_titles(artifacts: RunArtifacts) -> Sequence[str]:
             "titles (data.items_path), or set it to moments"
         )
     return titles
-
-
-def _from_scratch(config: Config, artifacts: RunArtifacts, seed: int, initialize: bool) -> Backbone:
-    catalogue = artifacts.catalogue
-    return build.build_backbone(
-        config.backbone,
-        catalogue.vocab_size,
-        build.max_positions(config.train.max_history, catalogue.depth),
-        config.train.precision,
-        seed,
-        initialize,
-    )

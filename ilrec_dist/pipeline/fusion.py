@@ -11,9 +11,9 @@ import numpy as np
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.evaluation.fusion_ranking import FusedRanker
+from ilrec_dist.pipeline.evaluate_trained import FUSION_SOURCES
 from ilrec_dist.pipeline.records import check_stands_on, usable_record, verify_output
 from ilrec_dist.pipeline.stages.evaluate import (
-    FUSION_SOURCES,
     FUSION_SUFFIX,
     FUSIONS,
     fused_name,

@@ -4,7 +4,6 @@ targets' training: its start, pairs, reference.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
 from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.items.text_embeddings import document_vectors, item_documents
 from ilrec_dist.items.text_neighbours import nearest_items
@@ -24,41 +23,22 @@ from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.objective.registry import Method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone, empty_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.backbones import build_backbone, empty_backbone
+from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import batch_source
 from ilrec_dist.pipeline.self_play import SelfPlay
 from ilrec_dist.samples.negatives import HardNegatives, Negatives, NoNegatives, UniformNegatives
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
 from ilrec_dist.samples.prefetch import BatchSource
 from ilrec_dist.samples.windows import training_windows
-from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.kept_arrays import kept_array
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.reference import known_of_targets
 from ilrec_dist.training.spec import TrainingSpec
 
-# The learning rate of a preference training that names none, relative to train.learning_rate.
-LEARNING_RATE_SHARE = 0.1
 # Items near a target in text, of which the popular ones are drawn more often.
 NEIGHBOURS = 50
-
-
-def training_settings(config: Config, method: Method) -> TrainConfig:
-    """The section `train` as the method follows
-    it: its own epochs and learning rate.
-    """
-    if method.samples == "targets":
-        return config.train
-    own, train = method.preference(config.preference), config.train
-    rate, of_rows = own.learning_rate or LEARNING_RATE_SHARE * train.learning_rate, None
-    if train.new_rows_learning_rate is not None:
-        of_rows = train.new_rows_learning_rate * rate / train.learning_rate
-    return dataclasses.replace(
-        train,
-        epochs=own.epochs or train.epochs,
-        learning_rate=rate,
-        new_rows_learning_rate=of_rows,
-    )
 
 
 def first_weights(config: Config, artifacts: RunArtifacts, method: Method, seed: int) -> Backbone:

@@ -14,7 +14,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.inference.inputs import InputForm, PlainSequences, Prompts
 from ilrec_dist.items.prompt_writer import make_prompt_writer
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.prompts.tasks import NEXT_ITEM
 from ilrec_dist.prompts.template import Template, read_templates, template_file, template_from_dict

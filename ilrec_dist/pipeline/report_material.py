@@ -9,9 +9,8 @@ from typing import Any, TypedDict
 from ilrec_dist.cf.sasrec.checkpoint import read_report
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.manifest import MANIFEST, verified
-from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, RunFolders
+from ilrec_dist.common.run_layout import ANALYSIS, BEST, RESULT, WEIGHTS_SHA256, RunFolders
 from ilrec_dist.config.tree import Config
-from ilrec_dist.model.weights import WEIGHTS_SHA256
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.pipeline.records import verify_descriptions

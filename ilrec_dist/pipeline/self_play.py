@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
 from ilrec_dist.inference.ranker import rank_histories

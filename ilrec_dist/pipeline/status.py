@@ -13,7 +13,7 @@ from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
 from ilrec_dist.pipeline.execute import open_run
-from ilrec_dist.pipeline.trained_model import run_config
+from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.reporting.progress import TrainingState, clock
 from ilrec_dist.training.checkpoint import MANIFEST, committed

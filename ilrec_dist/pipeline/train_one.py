@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ilrec_dist.common.loading import load_function
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.layer_agreement import layer_agreement
 from ilrec_dist.evaluation.ranking import evaluate_model
+from ilrec_dist.objective.objective import Objective
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.preference import first_weights, sample_source, training_settings
+from ilrec_dist.pipeline.method_settings import training_settings
+from ilrec_dist.pipeline.preference import first_weights, sample_source
 from ilrec_dist.pipeline.prompting import input_form, served_prompt, target_batches
 from ilrec_dist.samples.collate import Batch
 from ilrec_dist.samples.targets import ChosenTargets
@@ -46,7 +49,7 @@ def train_one(
         backbone.recompute = config.train.recompute
         # A decoder from scratch keeps the bits that it has had.
         backbone.packs = config.backbone.from_ is not None
-        module = method.module(
+        module: Objective = load_function(method.module)(
             backbone,
             objective,
             method.preference(config.preference),

@@ -16,14 +16,10 @@ import torch.distributed as dist
 
 from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.run_layout import BEST, CONFIG
-from ilrec_dist.config.load import load_config
+from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import ModelRanker
@@ -32,9 +28,10 @@ from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import default_method, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone, with_local_model
+from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
+from ilrec_dist.pipeline.backbones import empty_backbone
 from ilrec_dist.pipeline.prompting import input_form
-from ilrec_dist.pipeline.run import config_problem
+from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.prompts.config import PromptsConfig
 
 
@@ -156,26 +153,3 @@ def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Conf
             f"to where it is ({error})"
         ) from None
     return dataclasses.replace(trained, backbone=dataclasses.replace(backbone, from_=moved))
-
-
-def run_config(run: Path) -> Config:
-    """The configuration in a run's folder, pointed at where the folder is now.
-
-    Raises UserError for a folder that is no run's,
-    and for a file that is not as it was written.
-    """
-    if not (run / CONFIG).exists():
-        raise UserError(
-            f"{run}: not a run folder (no {CONFIG}); name the folder of a finished `ilrec run`, "
-            "such as runs/quickstart"
-        )
-    problem = config_problem(run)
-    if problem is not None:
-        raise UserError(
-            f"{problem}; `ilrec run CONFIG` writes it again, from this file itself where its "
-            "settings are meant"
-        )
-    folder = run.resolve()
-    return dataclasses.replace(
-        load_config(run / CONFIG), runs_dir=str(folder.parent), name=folder.name
-    )

@@ -16,8 +16,7 @@ from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.flops import Trained, Work, forward_flops, training_flops
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.prompting import epoch_samples

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import USAGE
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 
 PEAK = "peak_memory_bytes"
 

@@ -16,16 +16,13 @@ from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.launch.placement import check_placement
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
-from ilrec_dist.pipeline.stages.evaluate import evaluate_trained
+from ilrec_dist.pipeline.evaluate_trained import evaluate_trained
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.usage import note_peak_memory
 from ilrec_dist.reporting.progress import write_counter

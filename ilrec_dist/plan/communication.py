@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 
 Operation = Literal["all_reduce", "all_gather", "broadcast"]

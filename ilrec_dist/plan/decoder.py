@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ilrec_dist.model.config import BackboneConfig
-from ilrec_dist.model.layers import padded_vocab_size
+from ilrec_dist.model.decoder import padded_vocab_size
 
 # DeepSpeed's ZeRO pads each of its flat groups to a multiple of this for each dp rank.
 ALIGNMENT = 2

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, plan_files
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 

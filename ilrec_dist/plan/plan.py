@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config, check_together
-from ilrec_dist.objective.config import ObjectiveConfig
-from ilrec_dist.objective.ilrec import num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.plan.communication import (
     Collective,

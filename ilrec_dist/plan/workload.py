@@ -14,8 +14,8 @@ from ilrec_dist.common.files import require_file
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.lcrec_index import read_index
 from ilrec_dist.items.titles import FIRST_NUMBER, RESERVED, load_tokenizer
-from ilrec_dist.model import build
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.decoder import check_positions, decoder_of, max_positions
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.plan.communication import MicroBatch
@@ -114,8 +114,8 @@ def decoder_sizes(config: Config, tokens: ItemTokens) -> DecoderSizes:
     if source is None:
         return DecoderSizes.of(config.backbone, tokens.new_tokens + 1, positions)
     pretrained = read_config(source)
-    build.check_positions(pretrained, positions)
-    decoder = build.decoder_of(config.backbone, pretrained)
+    check_positions(pretrained, positions)
+    decoder = decoder_of(config.backbone, pretrained)
     base = _tokenizer_size(Path(source)) or pretrained.vocab_size
     vocab = max(pretrained.vocab_size, base + tokens.new_tokens)
     return DecoderSizes.of(decoder, vocab, pretrained.max_positions)
@@ -129,7 +129,7 @@ def _tokenizer_size(folder: Path) -> int | None:
 def sequence_length(config: Config, tokens: ItemTokens) -> int:
     """Tokens of the longest input. Raises UserError for prompts without a limit."""
     if config.prompts.templates is None:
-        return build.max_positions(config.train.max_history, tokens.depth)
+        return max_positions(config.train.max_history, tokens.depth)
     if config.prompts.max_tokens is None:
         raise UserError(
             "prompts.max_tokens: a plan needs the limit of prompts and their responses; set it"

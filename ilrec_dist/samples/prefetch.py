@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.samples.collate import Batch, micro_batches
 from ilrec_dist.samples.windows import SampleSet, StepOrder
 

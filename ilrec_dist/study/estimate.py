@@ -16,7 +16,7 @@ from statistics import fmean
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.preference import training_settings
+from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.pipeline.step_time import TrainingTime, time_trainings
 from ilrec_dist.reporting.progress import clock

@@ -4,7 +4,6 @@ of a grid of runs, and makes its one table.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from ilrec_dist.study.config import StudyConfig, load_study
 from ilrec_dist.study.estimate import describe, estimate_cells, time_cells
 from ilrec_dist.study.figures import StudyFigures, check_against, collect
 from ilrec_dist.study.page import write_page
+from ilrec_dist.study.priority import lower_priority
 from ilrec_dist.study.schedule import Schedule, side_by_side
 from ilrec_dist.study.shared import SharedRun, shared_runs
 from ilrec_dist.study.state import is_done, read_state, write_state
@@ -28,8 +28,6 @@ from ilrec_dist.study.table import as_json, markdown, write_csv, write_into
 from ilrec_dist.study.watch import watching
 
 TABLE_FILE, CSV_FILE = "results.md", "results.csv"
-# Niceness of a study that leaves the machine to other work.
-LOW_PRIORITY = 19
 
 
 def run_study(
@@ -58,7 +56,7 @@ def run_study(
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if low_priority:
-        os.nice(LOW_PRIORITY)
+        lower_priority()
     with _alone(study.folder):
         shared = [run for run in shared_runs(cells) if _is_made(run)]
         made = {cell.title for run in shared for cell in run.cells}

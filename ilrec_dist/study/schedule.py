@@ -17,6 +17,7 @@ from ilrec_dist.config.load import dump_config
 from ilrec_dist.launch.room import Room
 from ilrec_dist.launch.workers import end_with_parent
 from ilrec_dist.study.cells import Cell
+from ilrec_dist.study.priority import keep_priority
 from ilrec_dist.study.shared import take_over
 from ilrec_dist.study.state import exit_outcome, write_state
 
@@ -122,7 +123,7 @@ class Schedule:
             env=environment,
             # Ctrl-C reaches this process alone, which then ends the cells in order.
             start_new_session=True,
-            preexec_fn=end_with_parent(),
+            preexec_fn=_begin,
         )
         self.running.append(Attempt(cell, process, log, began, share, devices))
 
@@ -148,6 +149,14 @@ class Schedule:
                 attempt.process.wait(max(0.0, until - time.monotonic()))
             attempt.process.kill()
             self._note_end(attempt, attempt.process.wait())
+
+
+def _begin() -> None:
+    """What the process of a cell calls before all else."""
+    keep_priority()
+    end = end_with_parent()
+    if end is not None:
+        end()
 
 
 def side_by_side(cells: Sequence[Cell], room: Room, jobs: int | None) -> int:

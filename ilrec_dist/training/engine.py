@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.trained_rows import TrainedRows
 from ilrec_dist.training.config import TrainConfig

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.model.sharding import ShardSpec
 
 # The master weight and Adam's two moments, under the names of the files.

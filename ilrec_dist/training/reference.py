@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ilrec_dist.common.files import atomic_file
-from ilrec_dist.distributed.process_groups import ParallelState
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
 from ilrec_dist.training.kept_arrays import kept_array

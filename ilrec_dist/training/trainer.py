@@ -20,15 +20,11 @@ from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, sha256_file, write_json
-from ilrec_dist.common.run_layout import BEST, FINAL, RESULT
-from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS, ParallelState
+from ilrec_dist.common.run_layout import BASE_SHA256, BEST, FINAL, RESULT, WEIGHTS_SHA256
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.model.weights import (
-    BASE_SHA256,
-    WEIGHTS_SHA256,
-    manifest_is,
-    save_training_weights,
-)
+from ilrec_dist.model.weights import manifest_is, save_training_weights
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
 from ilrec_dist.samples.prefetch import (

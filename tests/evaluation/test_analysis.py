@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.evaluation.breakdown import group_gains, shared_tokens, user_splits
 from ilrec_dist.evaluation.layer_agreement import layer_agreement
 from ilrec_dist.evaluation.negatives_analysis import (

@@ -13,11 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.inference.recommend import Recommendations, recommend_items

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
 from ilrec_dist.inference.ranker import rank_histories
 from ilrec_dist.inference.trie_constraint import TrieConstraint

@@ -15,7 +15,8 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import loss_options
 from ilrec_dist.pipeline import train_one
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.backbones import build_backbone
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.spec import TrainingSpec
 

@@ -11,7 +11,8 @@ import torch
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-from ilrec_dist.pipeline.artifacts import RunArtifacts, build_backbone
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.backbones import build_backbone
 from ilrec_dist.testing.distributed import Mesh
 from tests.support.whole_model import full_state_dict
 

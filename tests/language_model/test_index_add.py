@@ -17,7 +17,7 @@ from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, LanguageModel
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.config import read_config
 from tests.language_model.models import make_language_model
 from tests.support.item_words import words
 

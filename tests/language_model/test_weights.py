@@ -17,7 +17,7 @@ from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, LanguageModel, title_counts
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.new_rows import BLOCK_ROWS, NewRows
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.pipeline.artifacts import RunArtifacts

@@ -11,11 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed

@@ -18,7 +18,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import load_weights, read_config, save_weights
+from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.families import (
     FAMILIES,
     TENSORS,

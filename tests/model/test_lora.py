@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import load_weights, read_config, save_weights
+from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.peft import load_adapter, read_lora_config, save_adapter
 from ilrec_dist.model.lora import LoraConfig, add_lora, merge_lora
 from ilrec_dist.testing.distributed import Mesh, run_distributed

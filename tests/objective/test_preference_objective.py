@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN

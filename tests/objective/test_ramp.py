@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from ilrec_dist.config.load import ConfigError, config_from_dict
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective

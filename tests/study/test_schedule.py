@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from ilrec_dist.launch.cluster import ray_session
@@ -9,6 +12,7 @@ from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.room import Room, find_room
 from ilrec_dist.study.cells import make_cells
 from ilrec_dist.study.config import load_study
+from ilrec_dist.study.priority import SESSION_NICENESS
 from ilrec_dist.study.schedule import side_by_side
 from ilrec_dist.study.state import exit_outcome
 from tests.study.tiny import write_study
@@ -35,6 +39,24 @@ def test_as_many_cells_run_as_there_is_room_for(
     path = write_study(tmp_path, base={"launch": launch}, seeds=[0, 1])
     study, _ = load_study(path)
     assert side_by_side(make_cells(study, path), room, jobs) == expected
+
+
+@pytest.mark.skipif(not SESSION_NICENESS.exists(), reason="this kernel has no niceness of sessions")
+def test_a_cell_of_a_study_of_low_priority_has_it_in_its_own_session_too():
+    cell = "import os; print(os.nice(0), open('/proc/self/autogroup').read().split()[-1])"
+    study = (
+        "import subprocess, sys; from ilrec_dist.study.priority import *; lower_priority();"
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True,"
+        " preexec_fn=keep_priority)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", study, cell],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["19", "19"]
 
 
 @pytest.mark.slow

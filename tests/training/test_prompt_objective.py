@@ -13,11 +13,8 @@ import torch
 from ilrec_kernels import TokenLists, cross_layer_loss
 from torch.nn.functional import cross_entropy
 
-from ilrec_dist.distributed.process_groups import (
-    ParallelState,
-    destroy_parallel,
-    initialize_parallel,
-)
+from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.objective.config import ObjectiveConfig

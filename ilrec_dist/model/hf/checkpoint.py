@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ from torch import Tensor
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, write_json
 from ilrec_dist.model import sharding
-from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import (
-    backbone_config,
     checkpoint_names,
     config_json,
     family_of_config,
@@ -32,41 +29,6 @@ from ilrec_dist.model.hf.tensor_files import TensorReader, TensorWriter
 
 # Bytes of a safetensors file that `save_weights` writes; rank 0 holds the tensors of one file.
 SHARD_BYTES = 1 << 30
-TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a checkpoint's config.json says of the backbone that holds it."""
-
-    config: BackboneConfig
-    # Rows of the embedding, which may exceed the tokenizer's size.
-    vocab_size: int
-    max_positions: int
-    # The special tokens' ids that config.json has, under TOKEN_ID_KEYS.
-    token_ids: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read_config(folder: str | Path) -> Pretrained:
-    """The backbone of a Hugging Face folder.
-
-    UserError names the key of config.json that is missing or that it cannot be built
-    for.
-    """
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder")
-    tree = read_json_object(path)
-    config = backbone_config(tree, path)
-    sizes = {}
-    for key in ("vocab_size", "max_position_embeddings"):
-        if key not in tree:
-            raise UserError(f"{path}: the key {key!r} is missing")
-        if not isinstance(tree[key], int) or tree[key] < 1:
-            raise UserError(f"{path}: {key} {tree[key]!r} is not a positive integer")
-        sizes[key] = tree[key]
-    token_ids = {key: tree[key] for key in TOKEN_ID_KEYS if tree.get(key) is not None}
-    return Pretrained(config, sizes["vocab_size"], sizes["max_position_embeddings"], token_ids)
 
 
 @torch.no_grad()

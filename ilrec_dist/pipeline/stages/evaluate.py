@@ -4,49 +4,29 @@ models and the baselines on the test split.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
-from ilrec_dist.cf.sasrec.checkpoint import load_cf
 from ilrec_dist.common.config_fields import stage_settings
-from ilrec_dist.common.files import write_json
-from ilrec_dist.common.run_layout import BEST, COUNTER, RunFolders
+from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.process_groups import ParallelState
 from ilrec_dist.evaluation import comparison, examples
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.baselines.table import BASELINES, Baseline, baselines_of
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
-from ilrec_dist.evaluation.fusion_ranking import (
-    FusionSource,
-    cf_source,
-    fuse_model,
-    transitions_source,
-)
 from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model
-from ilrec_dist.inference.ranker import RankingProgress
-from ilrec_dist.model.weights import load_training_weights
+from ilrec_dist.evaluation.ranking import baseline_predictions
 from ilrec_dist.objective.registry import METHODS, get_method
-from ilrec_dist.pipeline.artifacts import RunArtifacts, empty_backbone
-from ilrec_dist.pipeline.prompting import input_form, served_prompt
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.baselines import baseline_stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
-from ilrec_dist.reporting.progress import stage_progress, write_counter
+from ilrec_dist.reporting.progress import stage_progress
 from ilrec_dist.reporting.results import TRAINING_FLOPS, Interval, MethodLabel
 
-# What a fusion may mix with the language model.
-FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
-    "cf": lambda artifacts: cf_source(load_cf(artifacts.folders.cf)),
-    "transitions": lambda artifacts: transitions_source(count_training(artifacts.dataset)),
-}
 # Sources of each fusion besides the language model, the widest last.
 FUSIONS = (("cf",), ("cf", "transitions"))
 # Ends the name of the file beside a fusion's predictions that has its weights.
@@ -132,116 +112,6 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                 },
             ).save(path)
             show(done, name)
-
-
-def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
-    """Beam search with the best weights of every
-    trained (method, seed), on the test split.
-
-    Runs in every worker. Predictions that an
-    interrupted evaluation saved are not made again.
-    """
-    users = artifacts.dataset.evaluated("test")
-    inputs = input_form(config, artifacts, served_prompt(config))
-    is_rank0 = dist.get_rank() == 0
-    work = [
-        (method, seed, exclude)
-        for method in config.train.methods
-        for seed in config.train.seeds
-        for exclude in treatments(config)
-    ]
-    for number, (method, seed, exclude) in enumerate(work):
-        path = predictions_file(config, method, seed, exclude)
-        # No rank gets here before all have finished the one before, so all see the same files.
-        if path.exists():
-            continue
-        weights = artifacts.folders.training(method, seed) / BEST
-        backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
-        done, total = number * len(users), len(work) * len(users)
-        predictions = evaluate_model(
-            backbone.to(parallel.device),
-            artifacts.dataset,
-            artifacts.catalogue,
-            artifacts.trie,
-            users=users,
-            split="test",
-            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
-            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            inputs=inputs,
-            parallel=parallel,
-            progress=_counter(artifacts, parallel.dp, done, total) if is_rank0 else None,
-            model_name=str(weights),
-        )
-        if is_rank0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            predictions.save(path)
-    if config.evaluation.fusion:
-        evaluate_fusions(config, artifacts, parallel)
-    if is_rank0:
-        (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
-
-
-def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
-    """Mixtures of every trained (method, seed),
-    with weights chosen on validation users.
-
-    Each is saved like a method's predictions, with
-    its weights in a .fusion.json beside them.
-    """
-    sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
-    inputs = input_form(config, artifacts, served_prompt(config))
-    work = itertools.product(
-        config.train.methods, config.train.seeds, treatments(config), fusions(config)
-    )
-    for method, seed, exclude, names in work:
-        path = predictions_file(config, fused_name(method, names), seed, exclude)
-        # All ranks look before one of them writes.
-        exists = path.exists()
-        dist.barrier()
-        if exists:
-            continue
-        weights_file = artifacts.folders.training(method, seed) / BEST
-        backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights_file)
-        fusion = fuse_model(
-            backbone.to(parallel.device),
-            artifacts.dataset,
-            artifacts.trie,
-            [sources[name] for name in names],
-            validation_users=artifacts.validation_users(config.train.validation_users),
-            test_users=artifacts.dataset.evaluated("test"),
-            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
-            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            inputs=inputs,
-            parallel=parallel,
-            model_name=str(weights_file),
-        )
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                path.with_suffix(FUSION_SUFFIX),
-                {
-                    "weights": dict(zip([method, *names], fusion.weights.tolist(), strict=True)),
-                    "validation_ndcg@10": fusion.validation_ndcg,
-                    "exclude_seen": exclude,
-                    "beam": config.evaluation.beam,
-                    "candidates": config.evaluation.fusion_candidates,
-                },
-            )
-            fusion.predictions.save(path)
-
-
-def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
-    """Write the rankings done so far where the driver reads them.
-
-    The other data-parallel ranks are taken to have done as many as this one.
-    """
-
-    def progress(done: int, of_rank: int) -> None:
-        write_counter(
-            artifacts.folders.evaluation / COUNTER, before + min(done, of_rank) * dp, total
-        )
-
-    return progress
 
 
 def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigures]:

@@ -14,7 +14,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.index_report import index_summary
 from ilrec_dist.items.language_model import LanguageModel
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import vocabulary_files
 from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
 from ilrec_dist.pipeline.stage import Stage

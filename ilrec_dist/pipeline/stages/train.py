@@ -21,8 +21,8 @@ from ilrec_dist.common.run_layout import BEST, COUNTER, FINAL, RESULT, RunFolder
 from ilrec_dist.config.tree import Config, check_together
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
-from ilrec_dist.model import build
-from ilrec_dist.model.hf.checkpoint import read_config
+from ilrec_dist.model.decoder import check_positions
+from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import weight_files
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import (
@@ -32,7 +32,7 @@ from ilrec_dist.pipeline.artifacts import (
     longest_input,
     with_local_model,
 )
-from ilrec_dist.pipeline.preference import training_settings
+from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
@@ -150,7 +150,7 @@ def _check_model(config: Config) -> None:
     if config.prompts.templates is not None:
         check_prompts(config, artifacts)
     else:
-        build.check_positions(
+        check_positions(
             read_config(config.backbone.from_), longest_input(config, artifacts.catalogue)
         )
     if config.backbone.new_tokens == "text":

@@ -1,0 +1,26 @@
+"""Where a process stands among all. Loads no more than torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this process stands in the layout.
+
+    Tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank. All ranks of
+    one tensor-parallel group must be fed the same rows: shard data by `dp_rank` of
+    `dp`, never by world rank.
+    """
+
+    tp: int
+    dp: int
+    tp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    device: torch.device
