@@ -334,7 +334,10 @@ SOMETIMES: dict[str, Case] = {
     "launch.tp_across_nodes": (
         "true",
         ["launch.workers=2", "launch.tp=2"],
-        [([], "launch.tp above 1")],
+        [
+            ([], "launch.tp above 1"),
+            (["launch.engine=torchrun", "launch.workers=2", "launch.tp=2"], "launch.engine ray"),
+        ],
     ),
     "launch.ray_address": ("h:1", [], [(["launch.engine=torchrun"], "launch.engine ray")]),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder
+from ilrec_dist.common.manifest import MANIFEST, manifest_hashes, verify
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.formats import NAMES, load_format
@@ -16,15 +17,17 @@ from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 def export_run(run: Path, form: str, out: Path) -> None:
     """Write the run's data to the new folder `out`, whose name the files carry.
 
-    The LC-Rec triple takes the run's index along where there is one. Raises UserError
-    when the run has no prepared data, or when `out` exists: what is in it might be
-    somebody's.
+    The LC-Rec triple takes the run's index along where the index stage wrote one. Raises
+    UserError when the run has no prepared data, when that index is missing or damaged,
+    and when `out` exists: what is in it might be somebody's.
     """
     folders = RunFolders(run)
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose a new folder, or remove this one")
     index = folders.items / INDEX
     name = out.absolute().name
+    if (folders.items / MANIFEST).exists() and INDEX in manifest_hashes(folders.items):
+        verify(folders.items, [INDEX])
     files = export_data(folders.data, form, out, name, index if index.exists() else None)
     console.print(f"{out}: {', '.join(files)}", highlight=False, markup=False)
 

@@ -31,7 +31,10 @@ class LaunchConfig:
     tp: Annotated[Positive, Affects()] = 1
     # Whether a tensor-parallel group may lie on several nodes, whose links are slow for it.
     tp_across_nodes: Annotated[
-        Bool, Affects(), OnlyIf("launch.tp above 1", lambda config: config.launch.tp > 1)
+        Bool,
+        Affects(),
+        OnlyIf("launch.tp above 1", lambda config: config.launch.tp > 1),
+        OnlyIf("launch.engine ray", lambda config: config.launch.engine == "ray"),
     ] = False
     # The device of the workers; auto: the GPUs, where every worker can have one.
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"

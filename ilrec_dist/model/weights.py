@@ -23,7 +23,7 @@ from ilrec_dist.common.files import committed_folder, read_json_object, sha256_f
 from ilrec_dist.common.manifest import MANIFEST, check_hashes, verify, write_manifest
 from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.tensor_files import INDEX_FILE, read_slice
+from ilrec_dist.model.hf.tensor_files import INDEX_FILE, TensorReader, read_slice
 from ilrec_dist.model.partial import load_partial, partial_state_dict
 from ilrec_dist.model.sharding import full_shape, shard_spec
 from ilrec_dist.model.weight_layout import (
@@ -84,8 +84,8 @@ def load_training_weights(backbone: Backbone, folder: Path) -> Backbone:
 
     A rank reads its own slices, after it has compared the files that hold them with the
     manifest. Raises UserError naming a file that is missing or not the one whose
-    SHA-256 is known, a tensor that is missing, left over or of another shape, and where
-    a partial training began with other weights than the backbone's.
+    SHA-256 is known, a tensor that is missing, left over, of another shape or not
+    finite, and where a partial training began with other weights than the backbone's.
     """
     repair = f"restore it, or delete {folder.parent} and run `ilrec run` again"
     result = _check_manifest(folder, repair)
@@ -100,6 +100,9 @@ def load_training_weights(backbone: Backbone, folder: Path) -> Backbone:
         )
     verify(folder, repair=repair)
     load_partial(backbone, folder)
+    reader = TensorReader(folder)
+    for name, entry in reader.entries.items():
+        _require_finite(name, reader.read(name, 0, 0, entry.shape[0]), folder)
     return backbone.eval()
 
 
@@ -135,9 +138,20 @@ def _load_slices(backbone: Backbone, folder: Path, repair: str) -> None:
     verify(folder, sorted({file for _, _, file, _ in wanted}), repair)
     for name, key, file, part in wanted:
         values = read_slice(folder / file, key, part.dim, part.start, part.stop)
+        _require_finite(name, values, folder)
         parameters[name].narrow(part.dim, part.target, part.stop - part.start).copy_(values)
     if backbone.trained_rows is not None:
         backbone.trained_rows.read_from(backbone.vocabulary_tables)
+
+
+def _require_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    # NaN is the smallest and the largest number of whatever holds one.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise UserError(
+            f"{folder}: tensor {name!r} holds numbers that are not finite (NaN or infinite), so "
+            "its training has diverged; lower train.learning_rate or lengthen train.warmup, "
+            "and train again"
+        )
 
 
 def _check_tensors(

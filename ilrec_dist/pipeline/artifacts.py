@@ -98,13 +98,14 @@ class RunArtifacts:
         """
         weights = self.folders.training(method, seed) / BEST
         refuse_earlier_format(weights)
+        stage = f"train {method} seed {seed}"
+        # Where the training is finished, a missing or damaged file is named.
+        verify_descriptions(self.folders, stage)
         if not weights.exists() or not weights.with_name(RESULT).exists():
             raise UserError(
                 f"{weights}: no such weights; the run's training is not finished, or it trained "
                 f"other methods than {method} or other seeds than {seed}"
             )
-        stage = f"train {method} seed {seed}"
-        verify_descriptions(self.folders, stage)
         result = read_json_object(weights.with_name(RESULT))
         if "model" not in result or result["catalogue"] != catalogue_hash(self.catalogue):
             raise UserError(

@@ -123,6 +123,35 @@ def test_damage_and_half_written_ends_are_computed_again(world: World, tmp_path:
     )
 
 
+def test_a_record_with_a_flipped_bit_is_computed_again(world: World, tmp_path: Path) -> None:
+    filled(world, tmp_path)
+    (path,), plain = tmp_path.glob("*.records"), world.rewards()
+    whole, asked = path.read_bytes(), batches(world)[:2]
+    expected = [plain.fetch(*batch) for batch in asked]
+    for field, (kind, place) in RECORD.fields.items():
+        # The lowest bit makes another target, or place, of one; the highest an impossible one.
+        for byte, bit in ((place, 1), (place + kind.itemsize - 1, 128)):
+            damaged = bytearray(whole)
+            damaged[byte] ^= bit
+            path.write_bytes(damaged)
+            cached = CachedRewards(plain, tmp_path, world.dataset, world.trie)
+            before = cached.meter.cached
+            for batch, answer in zip(asked, expected, strict=True):
+                assert np.array_equal(cached.fetch_async(*batch).result(), answer), field
+            # The first batch, or, where a record took another target's place, both.
+            assert cached.meter.cached - before < len(asked), field
+            for written in tmp_path.glob(f"{cached._writer_files.name}.*"):
+                written.unlink()
+
+
+def test_values_that_are_gone_are_computed_again(world: World, tmp_path: Path) -> None:
+    filled(world, tmp_path)
+    (values,), batch = tmp_path.glob("*.values"), batches(world)[0]
+    values.unlink()
+    cached = CachedRewards(world.rewards(), tmp_path, world.dataset, world.trie)
+    assert np.array_equal(cached.fetch_async(*batch).result(), world.rewards().fetch(*batch))
+
+
 def test_other_contents_have_another_place(world: World, flat_cf: Path, tmp_path: Path) -> None:
     here = cache_folder(world.cf, world.dataset)
     assert (

@@ -141,13 +141,27 @@ def test_generate_finds_what_recommend_finds(finished, exported, tmp_path: Path)
     )
 
 
-def test_a_damaged_tokenizer_is_refused_by_name(finished, tmp_path: Path, capsys) -> None:
+def test_damaged_files_of_the_tokenizer_are_refused_by_name(
+    finished, tmp_path: Path, capsys
+) -> None:
     shutil.copytree(finished.run_dir, tmp_path / "run")
-    damage(tmp_path / f"run/items/{LANGUAGE_MODEL}/tokenizer.json", keep_time=True)
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
-    line = capsys.readouterr().err
-    assert "tokenizer.json: damaged" in line and "ilrec index" in line
-    assert not (tmp_path / "out").exists()
+    paths = sorted((tmp_path / f"run/items/{LANGUAGE_MODEL}").iterdir())
+    assert {"tokenizer.json", "config.json"} <= {path.name for path in paths}
+    for path in paths:
+        whole = path.read_bytes()
+        for cut in (False, True):
+            if cut:
+                path.write_bytes(whole[: len(whole) // 2])
+            else:
+                damage(path)
+            assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{path.name}: damaged" in line and "ilrec index" in line
+        path.unlink()
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+        assert f"{path.name}: missing" in capsys.readouterr().err
+        path.write_bytes(whole)
+        assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_training_left_alone_come_out_byte_for_byte(shop, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -71,11 +72,18 @@ def build(config: BackboneConfig, precision: str = "fp32", seed: int = 0) -> Bac
     return Backbone(config, VOCAB, POSITIONS, precision=precision, seed=seed)
 
 
-def write(mesh: Mesh, config: BackboneConfig, folder: str, precision: str) -> dict[str, Any]:
-    """Save a backbone with weights of its own, and the result.json beside it."""
+def write(
+    mesh: Mesh, config: BackboneConfig, folder: str, precision: str, spoilt: float | None = None
+) -> dict[str, Any]:
+    """Save a backbone with weights of its own, and the result.json beside it.
+
+    spoilt: one number of the second tensor-parallel rank's, in place of what it was.
+    """
     initialize_parallel(mesh.tp, "cpu")
     try:
         model = build(config, precision, seed=5)
+        if spoilt is not None and mesh.tp_rank == 1:
+            model.gpt.decoder.layers[1].mlp.linear_fc2.weight.data[3, 4] = spoilt
         with LargestTensor() as largest:
             sha256 = save_training_weights(model, Path(folder))
         if mesh.rank == 0:
@@ -202,6 +210,15 @@ def test_what_is_damaged_or_of_another_model_is_named(saved, tmp_path: Path) -> 
         path.unlink()
         refused(f"{path}: missing")
         path.write_bytes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_although_their_hash_fits(value, tmp_path) -> None:
+    folder = str(tmp_path / "best")
+    run_distributed(write, 2, 2, LLAMA, folder, "fp32", value)
+    (line,) = run_distributed(read, 1, 1, LLAMA, folder, "fp32")
+    assert "best: tensor 'decoder.layers.1.mlp.linear_fc2.weight' holds numbers" in line
 
 
 @pytest.mark.slow

@@ -47,9 +47,10 @@ class CachedRewards:
     same bits whether or not some of its targets had been asked for before.
 
     Every process appends to two files of its own (values, then a record a target with
-    its CRC-32) and reads those of all processes. What a killed writer left half-written
-    has no record, or one whose checksum is wrong; it is computed again, and so is one
-    with another number of rewards than the codes ask for.
+    the CRC-32 of target and values) and reads those of all processes. What a killed
+    writer left half-written has no record, or one whose checksum is wrong; it is
+    computed again, and so is one with another number of rewards than the codes ask for,
+    and all of a file that is gone.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class CachedRewards:
             new = np.fromfile(path, RECORD, offset=count * RECORD.itemsize)
             if len(new):
                 self._records[number] = np.concatenate([self._records[number], new])
-                rows = count + np.arange(len(new))
-                self._record_of[new["target"]] = (number << ROW_BITS) + rows
+                # A damaged record may name a target that there is not.
+                known = (new["target"] >= 0) & (new["target"] < len(self._record_of))
+                rows = count + np.flatnonzero(known)
+                self._record_of[new["target"][known]] = (number << ROW_BITS) + rows
 
     def _read(self, targets: np.ndarray) -> np.ndarray | None:
         """The stored rewards of targets that all have a record, float32.
@@ -117,12 +120,19 @@ class CachedRewards:
         rewards = np.empty(int(ends[-1]) if len(ends) else 0, np.float32)
         all_whole = True
         for file_number in np.unique(files):
+            here = np.flatnonzero(files == file_number)
             path = self.folder / f"{self._names[file_number]}.values"
-            with open(path, "rb", buffering=0) as file:
-                for index in np.flatnonzero(files == file_number):
+            try:
+                file = open(path, "rb", buffering=0)
+            except FileNotFoundError:
+                self._record_of[targets[here]] = -1
+                all_whole = False
+                continue
+            with file:
+                for index in here:
                     _, offset, count, crc = records[index].tolist()
-                    value = os.pread(file.fileno(), 4 * count, offset)
-                    if len(value) == 4 * count and zlib.crc32(value) == crc:
+                    value = _pread(file.fileno(), 4 * count, offset)
+                    if len(value) == 4 * count and _checksum(targets[index], value) == crc:
                         rewards[ends[index] - count : ends[index]] = np.frombuffer(value, "<f4")
                     else:
                         self._record_of[targets[index]] = -1
@@ -138,10 +148,24 @@ class CachedRewards:
         ends = 4 * np.cumsum(counts)
         begins = ends - 4 * counts
         records["crc"] = [
-            zlib.crc32(values[begin:end]) for begin, end in zip(begins, ends, strict=True)
+            _checksum(target, values[begin:end])
+            for target, begin, end in zip(targets, begins, ends, strict=True)
         ]
         with open(self._writer_files.with_suffix(".values"), "ab") as file:
             records["offset"] = file.tell() + begins
             file.write(values)
         with open(self._writer_files.with_suffix(".records"), "ab") as file:
             file.write(records.tobytes())
+
+
+def _pread(file: int, length: int, offset: int) -> bytes:
+    """As os.pread, but nothing at an offset that a damaged record made up."""
+    try:
+        return os.pread(file, length, offset)
+    except OSError:
+        return b""
+
+
+def _checksum(target: np.int64, values: bytes | memoryview) -> int:
+    """CRC-32 of a target's index and its rewards."""
+    return zlib.crc32(values, zlib.crc32(int(target).to_bytes(8, "little")))

@@ -60,8 +60,11 @@ def _batches(path: Path, pairs: bool, rejects: Rejects) -> Iterator[pa.RecordBat
         counts[blank.to_numpy(zero_copy_only=False)] = 0
         bad = ((counts != 2) if pairs else (counts < 2)) & (counts != 0)
         for row in np.flatnonzero(bad).tolist():
+            line = lines[row].as_py()
             reason = f"{counts[row]} fields, expected {expected}"
-            rejects.add(path, first_line + row, reason, lines[row].as_py())
+            if counts[row] == 1 and "," in line:
+                reason += f", separated by blanks; for a table {TABLE}"
+            rejects.add(path, first_line + row, reason, line)
         good = (counts > 0) & ~bad
         fields = fields.filter(pa.array(good))
         if len(fields) == 0:
