@@ -13,6 +13,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
 
+# Megatron marks functions for torch.compile, which nothing here calls: of each process's imports
+# this leaves out a third.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 # A busy machine makes single examples slow.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 from ilrec_dist.cli.parser import build_parser
-from ilrec_dist.common.errors import UserError, WorkersFailed
+from ilrec_dist.common.disk import not_writable
+from ilrec_dist.common.errors import NotWritable, UserError, WorkersFailed
 from ilrec_dist.common.loading import load_function
-from ilrec_dist.launch.job import unwritable
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except WorkersFailed as error:
             print(f"ilrec: error: {error}", file=sys.stderr)
             return 1
-        except OSError as error:
-            line = unwritable(error, Path.cwd())
-            if line is None:
+        except (NotWritable, OSError) as error:
+            refused = not_writable(error, Path.cwd())
+            if refused is None:
                 raise
-            print(f"ilrec: error: {line}", file=sys.stderr)
+            print(f"ilrec: error: {refused}, and give the same command again", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             if signals:

@@ -13,3 +13,11 @@ class WorkersFailed(RuntimeError):
     """The worker group failed more often than launch.max_failures allows:
     exit code 1.
     """
+
+
+class NotWritable(Exception):
+    """Nothing can be written: the disk is full or
+    read-only, or not this user's. Exit code 1.
+
+    The message is one line that names the path and says what to do.
+    """

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.errors import UserError
 
 # Threads that hash files at once: enough to keep a disk busy.
@@ -70,13 +71,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     It replaces `path` when the block ends well.
 
     If the block raises, the staged file vanishes and what was at `path` stays; a
-    process that is killed leaves it as `.NAME.writing-PID`.
+    process that is killed leaves it as `.NAME.writing-PID`. Raises NotWritable
+    where the disk is full, read-only or not this user's.
     """
     path = Path(path)
     staged = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        yield staged
-        os.replace(staged, path)
+        with writing_to(path):
+            yield staged
+            os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -99,16 +102,18 @@ def committed_folder(out: str | Path) -> Iterator[Path]:
     It takes the place of `out` when the block ends well.
 
     If the block raises, the sibling vanishes. A reader of `out` sees the old folder,
-    for an instant none, then the new one; never half of either.
+    for an instant none, then the new one; never half of either. Raises
+    NotWritable where the disk is full, read-only or not this user's.
     """
     out = Path(out)
     staged = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(out)
-    staged.mkdir()
     try:
-        yield staged
-        put_in_place(staged, out)
+        with writing_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(out)
+            staged.mkdir()
+            yield staged
+            put_in_place(staged, out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -106,12 +106,12 @@ def _say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: fl
 # What nodes see
 
 
-def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
-    """Compare every other node's view of the run
-    folder and its packages with this process's.
+def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER_SECONDS) -> None:
+    """Compare every other node's view of the run folder, of
+    the files in `reads` and its packages with this process's.
 
-    Raises UserError that names the first node that does not see the folder, has another
-    version, or does not answer in `seconds`.
+    Raises UserError that names the first node that does not see the folder, has
+    other files or another version, or does not answer in `seconds`.
     """
     nodes = alive_nodes()
     if len(nodes) == 1:
@@ -121,14 +121,15 @@ def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
     mark.touch()
     try:
         probe = _make_probe()
-        expected = probe(str(mark), PACKAGES)
+        asks = (str(mark), tuple(reads), PACKAGES)
+        expected = probe(*asks)
         task: Any = ray.remote(probe)
         asked = {
             task.options(
                 num_cpus=0,
                 max_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote(str(mark), PACKAGES): node["NodeManagerAddress"]
+            ).remote(*asks): node["NodeManagerAddress"]
             for node in nodes
         }
         answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
@@ -143,12 +144,18 @@ def check_nodes(folder: Path, seconds: float = ANSWER_SECONDS) -> None:
         mark.unlink(missing_ok=True)
 
 
-def _make_probe() -> Callable[[str, Sequence[str]], dict[str, Any]]:
+def _make_probe() -> Callable[[str, Sequence[str], Sequence[str]], dict[str, Any]]:
     """The task that nodes run. A function of its own is sent whole, so that a
     node without this package, or with another version of it, can run it too.
     """
 
-    def probe(mark: str, packages: Sequence[str]) -> dict[str, Any]:
+    def sizes(path: str) -> dict[str, int] | None:
+        """The sizes of a folder's files by name, or of a file; else None."""
+        if not os.path.isdir(path):
+            return {"": os.path.getsize(path)} if os.path.exists(path) else None
+        return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
+
+    def probe(mark: str, reads: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = {"Python": platform.python_version()}
         for package in packages:
             try:
@@ -165,7 +172,8 @@ def _make_probe() -> Callable[[str, Sequence[str]], dict[str, Any]]:
                         with open(os.path.join(folder, name), "rb") as file:
                             digest.update(file.read())
         found["ilrec-dist"] = digest.hexdigest()[:12] if spec else None
-        return {"sees": os.path.exists(mark), "versions": found}
+        files = {path: sizes(path) for path in reads}
+        return {"sees": os.path.exists(mark), "files": files, "versions": found}
 
     return probe
 
@@ -175,6 +183,20 @@ def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any
         raise UserError(
             f"node {address}: does not see {folder}; every node needs the run's folder under the "
             "same path: set runs_dir to storage that all of them mount"
+        )
+    for path, sizes in expected["files"].items():
+        other = found["files"][path]
+        if sizes is None or other == sizes:
+            continue
+        if other is None:
+            raise UserError(
+                f"node {address}: does not see {path}, which the workers read; put it on storage "
+                "that all nodes mount, or copy it to the same path on each"
+            )
+        name = min(dict(sizes.items() ^ other.items()))
+        raise UserError(
+            f"node {address}: {os.path.join(path, name)} is not the file that the node of this "
+            "command has there; copy the same to all nodes"
         )
     for package, version in expected["versions"].items():
         other = found["versions"][package]

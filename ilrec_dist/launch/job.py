@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -15,26 +14,18 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.disk import not_writable
+from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import read_json_object, write_json, write_text
 from ilrec_dist.common.loading import load_function
 from ilrec_dist.launch.attempts import begin_attempt
 
-# What the system says of a full disk, and of a folder in which nothing can be written, and what
-# is to be done about it.
-UNWRITABLE = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "give this user access to it",
-}
 GOES_ON = "and the same command goes on from the last checkpoint"
-# What is written to find out whether anything can be written.
-PROBE_BYTES = 1 << 20
 # Parts of the messages by which gloo, NCCL and TCP say that the other side is gone.
 LOST_PEER = (
     "Connection closed by peer",
@@ -64,6 +55,8 @@ class Job:
     arguments: dict[str, Any]
     # An absolute path that all workers see; a worker leaves the user's own errors there.
     folder: str
+    # Absolute paths of the other files and folders that workers read.
+    reads: Sequence[str] = ()
 
     @property
     def failure_file(self) -> Path:
@@ -110,42 +103,14 @@ def run_job(job: Job) -> None:
     except UserError as error:
         _leave_failure(job, str(error), by_user=True)
     except Exception as error:
-        line = unwritable(error, Path(job.folder))
-        if line is not None:
-            _leave_failure(job, line, by_user=False)
+        refused = not_writable(error, job.folder)
+        if refused is not None:
+            _leave_failure(job, f"{refused}, {GOES_ON}", by_user=False)
         elif _is_repeated(job, error):
             line = f"{_describe(error)}; a second attempt failed in the same way, so no other is "
             line += f"made (the traceback is in {job.traceback_file})"
             _leave_failure(job, line, by_user=False)
         raise
-
-
-def unwritable(error: BaseException, folder: Path) -> str | None:
-    """One line where the error comes of a full
-    or read-only disk; None for any other error.
-
-    Libraries report that in words of their own, so what they were handling counts
-    as well, and for a failed write whether `folder` can be written to now.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in UNWRITABLE:
-            return _unwritable_line(seen, folder)
-        seen = seen.__cause__ or seen.__context__
-    if any(words in str(error) for words in ("PytorchStreamWriter", "iostream error")):
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder) as probe:
-                probe.write(bytes(PROBE_BYTES))
-                probe.flush()
-        except OSError as refused:
-            if refused.errno in UNWRITABLE:
-                return _unwritable_line(refused, folder)
-    return None
-
-
-def _unwritable_line(error: OSError, folder: Path) -> str:
-    remedy = UNWRITABLE[error.errno or 0]
-    return f"{error.filename or folder}: {error.strerror}; {remedy}, {GOES_ON}"
 
 
 def _leave_failure(job: Job, line: str, by_user: bool) -> None:
@@ -156,7 +121,7 @@ def _leave_failure(job: Job, line: str, by_user: bool) -> None:
         try:
             write_json(path, {"error": line, "by_user": by_user})
             return
-        except OSError:
+        except (OSError, NotWritable):
             continue
 
 

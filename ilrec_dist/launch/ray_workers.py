@@ -58,7 +58,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
     demand = Demand("GPU" if gpu else "CPU", launch.workers)
     if cluster_address(launch) is not None:
         require_resources(launch, demand)
-        check_nodes(Path(job.folder))
+        check_nodes(Path(job.folder), job.reads)
     os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
     trainer = InterruptibleTrainer(
         lambda: run_job(job),

@@ -143,6 +143,20 @@ def config_for_workers(config: Config) -> dict[str, Any]:
     return config_to_dict(dataclasses.replace(config, runs_dir=runs_dir))
 
 
+def worker_inputs(config: Config) -> list[str]:
+    """The files and folders outside of the run's
+    folder that the workers read, as absolute paths.
+
+    The model of `backbone.from` is a folder here. What `data` and `items`
+    name is read by the command alone: the workers read the run's folder.
+    """
+    model = config.backbone.from_
+    templates = config.prompts.templates
+    found = [] if model is None else [Path(model)]
+    found += [] if templates is None else [template_file(templates)]
+    return [str(path.resolve()) for path in found]
+
+
 def with_local_model(config: Config) -> Config:
     """The configuration with the model's folder
     in `backbone.from`, if it names one at all.

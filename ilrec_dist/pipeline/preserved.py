@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.files import read_json_object, write_json
 from ilrec_dist.common.run_layout import CONFIG, PREVIOUS, STAGES, RunFolders
 from ilrec_dist.launch.attempts import ATTEMPTS
@@ -59,8 +60,10 @@ class Preserved:
         """
         if self.outputs:
             return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+        with writing_to(self.folder):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
         if (self.root / STAGES).is_dir():
             _link_tree(self.root / STAGES, self.records)
         if self.attempts.is_dir():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, sha256_file, write_json, write_text
 from ilrec_dist.common.manifest import cached_sha256
@@ -211,7 +212,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
+            raise not_writable(error, self.folder) or UserError(
                 f"{self.folder}: cannot be used as the run's folder ({error.strerror}); choose "
                 "another runs_dir or name"
             ) from None

@@ -15,7 +15,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
-from ilrec_dist.pipeline.artifacts import config_for_workers, with_local_model
+from ilrec_dist.pipeline.artifacts import config_for_workers, with_local_model, worker_inputs
 
 # What the workers leave in the folder.
 TIMES = "times.json"
@@ -44,7 +44,8 @@ def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime
         "configs": [config_for_workers(config) for config in configs],
         "folder": str(folder.resolve()),
     }
-    job = Job("ilrec_dist.pipeline.timed_steps:time_here", arguments, str(folder.resolve()))
+    reads = sorted({path for config in configs for path in worker_inputs(config)})
+    job = Job("ilrec_dist.pipeline.timed_steps:time_here", arguments, str(folder.resolve()), reads)
     began = time.monotonic()
     with ray_session(configs[0].launch):
         run_workers(configs[0].launch, job)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ilrec_dist.common.console import console
+from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import file_lock, write_json, write_text
 from ilrec_dist.config.tree import ConfigError
@@ -145,7 +146,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
+        raise not_writable(error, folder) or UserError(
             f"{folder}: cannot be used as the study's folder ({error.strerror}); choose another "
             "runs_dir or name"
         ) from None

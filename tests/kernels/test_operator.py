@@ -293,7 +293,7 @@ def test_autocast_changes_no_bit(scopes):
     assert all(torch.equal(a, b) for a, b in zip(inside.hidden, plain.hidden, strict=True))
 
 
-def test_inside_a_compiled_function():
+def test_inside_a_compiled_function(monkeypatch):
     """The call breaks the graph; what stands around it is compiled.
 
     Loss and gradients are those of the plain function.
@@ -320,6 +320,8 @@ def test_inside_a_compiled_function():
         value.backward()
         return [value.detach(), negatives, *(leaf.grad for leaf in leaves)]
 
+    # The other tests do without.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     compiled = torch.compile(loss, backend="aot_eager")
     for _ in range(2):
         assert all(

@@ -12,20 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ilrec_dist.cli import main
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.samples.windows import training_windows
 from tests.language_model.models import END, make_language_model, model_config
+from tests.support.exported import ranked
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -152,21 +151,7 @@ def test_generate_finds_what_recommend_finds(run: str, top: int, request, tmp_pa
         messages = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, return_tensors="pt", add_special_tokens=not asked["chat"]).input_ids
-    trie = ItemTrie(out)
-    beams = AutoModelForCausalLM.from_pretrained(out).generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        num_beams=top,
-        num_return_sequences=top,
-        output_scores=True,
-        return_dict_in_generate=True,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(trie, prompt.shape[1]),
-    )
-    found = [
-        (ids[row], float(score))
-        for sequence, score in zip(beams.sequences, beams.sequences_scores, strict=True)
-        for row in trie.items(sequence[prompt.shape[1] :].tolist())
-    ]
+    found = ranked(out, prompt, top)
     assert [item for item, _ in found[:top]] == [row["item"] for row in expected]
     np.testing.assert_allclose(
         [score for _, score in found[:top]], [row["score"] for row in expected], atol=1e-4

@@ -4,11 +4,14 @@ in time, by one line that says what is missing.
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,12 +27,23 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 60
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A head and a node of 3 CPUs each. The node sees an empty folder in
-    place of the one given, and has a copy of the project with one line more.
+@dataclass(frozen=True)
+class TwoNodes:
+    """A head and a node of 3 CPUs each. The node has a
+    copy of the project with one line more.
     """
+
+    head: Cluster
+    # In its place the node sees an empty folder.
+    hidden: Path
+    # The node's Python looks for packages here first.
+    shadow: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     hidden = tmp_path_factory.mktemp("hidden")
+    shadow = tmp_path_factory.mktemp("shadow")
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "ilrec_dist", copy / "ilrec_dist")
     with open(copy / "ilrec_dist/__init__.py", "a") as file:
@@ -45,6 +59,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist"
     node = subprocess.Popen(
         ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
+        env={**os.environ, "PYTHONPATH": f"{shadow}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -55,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         while ray.cluster_resources().get("CPU", 0) < 6:
             assert time.monotonic() < until and node.poll() is None
             time.sleep(0.2)
-        yield hidden
+        yield TwoNodes(head, hidden, shadow)
     finally:
         ray.shutdown()
         node.terminate()
@@ -86,14 +101,43 @@ def test_nodes_that_cannot_hold_whole_groups_are_refused_unless_allowed(cluster)
 
 
 def test_a_run_folder_that_a_node_does_not_see_is_refused(cluster):
-    with pytest.raises(UserError, match=f"node .*: does not see {cluster}; .* set runs_dir"):
-        check_nodes(cluster, PATIENCE_SECONDS)
-    assert list(cluster.iterdir()) == []
+    with pytest.raises(UserError, match=f"node .*: does not see {cluster.hidden}; .* set runs_dir"):
+        check_nodes(cluster.hidden, (), PATIENCE_SECONDS)
+    assert list(cluster.hidden.iterdir()) == []
+
+
+def test_a_model_that_a_node_does_not_have_is_refused(cluster, tmp_path):
+    model = cluster.hidden / "model"
+    model.mkdir()
+    try:
+        line = f"node .*: does not see {model}, which the workers read; put it on storage"
+        with pytest.raises(UserError, match=line):
+            check_nodes(tmp_path, [str(model)], PATIENCE_SECONDS)
+    finally:
+        model.rmdir()
+    # The project's folder is another one there.
+    package = ROOT / "ilrec_dist"
+    with pytest.raises(UserError, match=f"node .*: {package}/__init__.py is not the file that"):
+        check_nodes(tmp_path, [str(package)], PATIENCE_SECONDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_version_of_a_package_on_a_node_is_refused(cluster, tmp_path):
+    metadata = cluster.shadow / "transformers-0.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.1\n")
+    here = importlib.metadata.version("transformers")
+    line = f"node .*: has transformers 0.1, and the node of this command has transformers {here};"
+    try:
+        with pytest.raises(UserError, match=line):
+            check_nodes(tmp_path, (), PATIENCE_SECONDS)
+    finally:
+        shutil.rmtree(metadata.parent)
 
 
 def test_another_version_of_the_project_on_a_node_is_refused(cluster, tmp_path):
     with pytest.raises(UserError, match="node .*: has ilrec-dist of source .*; install the same"):
-        check_nodes(tmp_path, PATIENCE_SECONDS)
+        check_nodes(tmp_path, (), PATIENCE_SECONDS)
 
 
 def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
@@ -104,3 +148,18 @@ def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
     assert given_up == [True] and watch.failure is not None
     assert "the workers need 8 CPUs, the cluster has 6 CPUs on 2 nodes" in watch.failure
     assert "waiting up to 0 s for 8 CPUs" in capsys.readouterr().out
+
+
+def test_a_node_that_joins_in_time_ends_the_wait(cluster, capsys):
+    watch = LostNodes(Demand("CPU", 8), PATIENCE_SECONDS, lambda: None)
+    watch.start()
+    node = cluster.head.add_node(num_cpus=2)
+    until = time.monotonic() + PATIENCE_SECONDS
+    said = ""
+    while "the cluster has 8 CPUs again" not in said:
+        assert time.monotonic() < until and watch.is_alive()
+        time.sleep(0.1)
+        said += capsys.readouterr().out
+    watch.stop()
+    cluster.head.remove_node(node)
+    assert watch.failure is None

@@ -4,11 +4,14 @@ SLURM, Kubernetes and docker can try them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import socket
 import stat
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
 # Stand-ins: the node's part of srun, and a Ray that runs the command behind `--` on the head.
 STAND_INS = {
-    "scontrol": 'printf "node1\\nnode2\\n"',
+    "scontrol": 'printf "%s\\nnode2\\n" "${HEAD:-node1}"',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "ray": """
 [ "$RAY_FAILS" = no ] || exit 0
@@ -28,11 +31,21 @@ stat -c %a "$RAY_AUTH_TOKEN_PATH" >token-mode; cp "$RAY_AUTH_TOKEN_PATH" token-c
 echo "$RAY_AUTH_MODE $*" >ray-arguments
 while [ "$1" != -- ]; do shift; done; shift; exec "$@"
 """,
-    "ilrec": 'echo "$@" >ilrec-arguments; exit 7',
+    "ilrec": """
+echo "$@" >ilrec-arguments
+[ "${ILREC_WAITS:-no}" = yes ] || exit 7
+trap "exit 143" TERM
+touch ilrec-waits
+while true; do sleep 0.1; done
+""",
 }
+PATIENCE_SECONDS = 30
+# From the warning until a job is killed; the command takes at most a minute to end its workers.
+GRACE_SECONDS = 120
 
 
-def submit(tmp_path: Path, ray_fails: str) -> subprocess.CompletedProcess[str]:
+def submit(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    """The batch script of a job on two nodes, with stand-ins for what it calls."""
     binaries = tmp_path / ".venv/bin"
     binaries.mkdir(parents=True)
     for name, body in STAND_INS.items():
@@ -40,18 +53,20 @@ def submit(tmp_path: Path, ray_fails: str) -> subprocess.CompletedProcess[str]:
         (binaries / name).chmod(stat.S_IRWXU)
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2"}
     path = f"{binaries}:{os.environ['PATH']}"
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", str(LAUNCHERS / "slurm.sbatch"), "c.yaml", "launch.workers=16"],
         cwd=tmp_path,
-        env={**os.environ, **job, "PATH": path, "RAY_FAILS": ray_fails},
-        capture_output=True,
+        env={**os.environ, **job, "PATH": path, "RAY_FAILS": "no", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
 
 def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does(tmp_path):
-    done = submit(tmp_path, "no")
-    assert done.returncode == 7
+    job = submit(tmp_path)
+    said = "".join(job.communicate(timeout=PATIENCE_SECONDS))
+    assert job.returncode == 7
     arguments = (tmp_path / "ray-arguments").read_text()
     assert arguments.startswith("token symmetric-run --address node1:20042 --min-nodes 2 -- ")
     command = (tmp_path / "ilrec-arguments").read_text().split()
@@ -59,14 +74,43 @@ def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does
     assert (tmp_path / "token-mode").read_text().strip() == "600"
     token = (tmp_path / "token-copy").read_text()
     assert re.fullmatch("[0-9a-f]{64}", token)
-    assert token not in done.stdout + done.stderr + arguments
+    assert token not in said + arguments
     assert not list(tmp_path.glob(".ilrec-42-*"))
 
 
 def test_slurm_says_so_where_ray_did_not_start_though_it_ended_well(tmp_path):
-    done = submit(tmp_path, "yes")
-    assert done.returncode == 1 and "did not start on all 2 nodes" in done.stderr
+    job = submit(tmp_path, RAY_FAILS="yes")
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode == 1 and "did not start on all 2 nodes" in errors
     assert not list(tmp_path.glob(".ilrec-42-*"))
+
+
+def test_slurms_warning_ends_the_command_with_its_own_status(tmp_path):
+    warnings = re.findall("^#SBATCH --signal=(.*)$", (LAUNCHERS / "slurm.sbatch").read_text(), re.M)
+    # B: the batch shell alone.
+    assert warnings == [f"B:TERM@{GRACE_SECONDS}"]
+    job = submit(tmp_path, ILREC_WAITS="yes")
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (tmp_path / "ilrec-waits").exists():
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    job.terminate()
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode == 143, errors
+    assert not list(tmp_path.glob(".ilrec-42-*"))
+
+
+def test_slurm_names_a_port_that_another_program_has(tmp_path):
+    with socket.socket() as listener:
+        for port in range(20000, 32768):
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                break
+        listener.listen()
+        job = submit(tmp_path, HEAD="127.0.0.1", SLURM_JOB_ID=str(port - 20000))
+        _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode == 1 and not (tmp_path / "ilrec-arguments").exists()
+    assert f"another program on 127.0.0.1 has port {port}" in errors
 
 
 def containers(group: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +131,29 @@ def test_the_rayjob_asks_for_as_many_gpus_as_its_command_has_workers():
     mounts = [{m["name"]: m["mountPath"] for m in c["volumeMounts"]} for c in (head, worker)]
     assert mounts[0]["data"] == mounts[1]["data"]
     assert settings["runs_dir"].startswith(mounts[0]["data"])
+
+
+def test_the_rayjob_gives_the_command_time_to_end():
+    spec = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())["spec"]
+    cluster = spec["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] == GRACE_SECONDS
+    hook = containers(groups[0])["lifecycle"]["preStop"]["exec"]["command"]
+    command = spec["entrypoint"].partition(" /")[0]
+    # Among processes of their own, the hook ends this one and no other, and waits for it.
+    script = (
+        '(trap "" TERM; exec -a "$COMMAND x" sleep 1.5) & sleep 60 & other=$!; sleep 0.3; "$@"; '
+        "kill -0 $other && ! pgrep -f '[/]opt/ilrec'"
+    )
+    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"]).returncode:
+        pytest.skip("needs the right to make a process namespace")
+    began = time.monotonic()
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script, "bash", *hook],
+        env={**os.environ, "COMMAND": command},
+    )
+    assert done.returncode == 0 and time.monotonic() - began > 1.5
 
 
 def test_the_image_has_what_the_rayjob_calls_and_copies_what_there_is():

@@ -1,73 +1,80 @@
-"""Two Ray nodes, of which one is lost: a job
-waits for another, and goes on or says why not.
+"""A training over two Ray nodes, data parallel over
+them and tensor parallel on each, and what befalls it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.support.nodes import Nodes
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
+from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.testing.distributed import run_distributed
+from ilrec_dist.training import checkpoint
+from tests.support.nodes import Node, Nodes
+from tests.training.conftest import tiny_config
+from tests.training.test_training import train_here
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 240
+# A rank that hangs and a lost node are given up after these.
+TIMEOUT_SECONDS = 8
 ENVIRONMENT = {
     # As the launchers have it.
     "RAY_health_check_timeout_ms": "2000",
     # A node is given up after five bad checks.
     "RAY_health_check_period_ms": "1000",
+    # How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    # Processes that this test does without.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-LIGHT_JOB = """
-import sys
-from ilrec_dist.common.errors import WorkersFailed
-from ilrec_dist.launch.cluster import ray_session
-from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.job import Job
-from ilrec_dist.launch.workers import run_workers
-address, folder, seconds = sys.argv[1:]
-launch = LaunchConfig(
-    workers=3, device="cpu", timeout_seconds=float(seconds), ray_address=address
-)
-try:
-    with ray_session(launch):
-        run_workers(launch, Job("tests.launch.failing:run_on", {"folder": folder}, folder))
-except WorkersFailed as error:
-    sys.exit(f"ilrec: error: {error}")
-"""
 
 
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
     """A head with two CPUs, and a node of as many."""
-    nodes = Nodes(tmp_path_factory.mktemp("nodes"), 2, **ENVIRONMENT)
+    nodes = Nodes(tmp_path, 2, **ENVIRONMENT)
     try:
         nodes.join(2)
-        nodes.wait_for_head()
         yield nodes
     finally:
         nodes.close()
 
 
-class Command:
-    """A command on the head's node."""
+class Training:
+    """`ilrec train` on the head's node, and what its folder says."""
 
-    def __init__(self, nodes: Nodes, log: Path, *words: str) -> None:
-        self.log = log
-        with open(log, "w") as file:
+    def __init__(self, nodes: Nodes, config: Path, folder: Path, *settings: str) -> None:
+        self.nodes, self.folder = nodes, folder
+        self.log = config.with_name(f"{folder.parents[1].name}.log")
+        command = [sys.executable, "-m", "ilrec_dist.cli", "train", str(config), *settings]
+        with open(self.log, "w") as file:
             self.process = subprocess.Popen(
-                nodes.on_head([sys.executable, *words]),
-                env=nodes.environment,
-                stdout=file,
-                stderr=file,
+                nodes.on_head(command), env=nodes.environment, stdout=file, stderr=file
             )
 
     def text(self) -> str:
         return self.log.read_text()
+
+    def last_line(self) -> str:
+        return self.text().strip().splitlines()[-1]
 
     def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
         until = time.monotonic() + PATIENCE_SECONDS
@@ -76,45 +83,103 @@ class Command:
             assert time.monotonic() < until, f"no {what}:\n{self.text()}"
             time.sleep(0.05)
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        return checkpoint.committed(self.folder / "checkpoints")
 
-class LightJob(Command):
-    """Three workers that do nothing, of which two have room on the head's node."""
+    @property
+    def attempts(self) -> list[Attempt]:
+        return read_attempts(self.folder.parent)
 
-    def __init__(self, nodes: Nodes, folder: Path, timeout_seconds: int) -> None:
-        self.folder = folder
-        words = (nodes.address, str(folder), str(timeout_seconds))
-        super().__init__(nodes, folder / "log", "-c", LIGHT_JOB, *words)
+    def wait_for_attempt(self, before: int) -> list[int]:
+        """The process ids of the workers by rank, once an attempt
+        after `before` of them has committed a checkpoint.
+        """
+        self.wait_for("attempt", lambda: len(self.attempts) > before)
+        old = self.checkpoints[-1:]
+        self.wait_for("checkpoint", lambda: self.checkpoints[-1:] != old)
+        processes = [worker["process"] for worker in read_workers(self.folder.parent, 4)]
+        places = [self.node_of(process).number for process in processes]
+        # The ranks of a tensor-parallel group are on one node, and the groups on two.
+        assert places[0] == places[1] != places[2] == places[3]
+        return processes
 
-    def wait_for_attempt(self, number: int) -> None:
-        paths = [self.folder / f"worker-{rank}" for rank in range(3)]
-        self.wait_for(
-            f"attempt {number}",
-            lambda: all(path.exists() and path.stat().st_size >= number for path in paths),
-        )
+    def node_of(self, process: int) -> Node:
+        (node,) = (node for node in self.nodes.nodes if node.has(process))
+        return node
 
-
-def test_a_run_waits_for_a_node_and_goes_on_when_it_joins(nodes: Nodes, tmp_path: Path) -> None:
-    run = LightJob(nodes, tmp_path, PATIENCE_SECONDS)
-    run.wait_for_attempt(1)
-    nodes.lose(nodes.nodes[-1])
-    run.wait_for("word of it", lambda: "for 3 CPUs: the cluster has 2 CPUs on 1 node" in run.text())
-    nodes.join(1)
-    run.wait_for_attempt(2)
-    assert "the cluster has 3 CPUs again" in run.text()
-    run.process.terminate()
-    run.process.wait(PATIENCE_SECONDS)
+    def other_node(self, processes: list[int]) -> Node:
+        """The node of two of these workers that is not the head's."""
+        places = (self.node_of(process) for process in processes)
+        return next(node for node in places if node.number > 0)
 
 
-def test_a_lost_node_that_nothing_replaces_ends_the_run_with_one_line(
-    nodes: Nodes, tmp_path: Path
-) -> None:
-    run = LightJob(nodes, tmp_path, 3)
-    run.wait_for_attempt(1)
+def manifest(path: Path) -> dict[str, Any]:
+    contents: dict[str, Any] = json.loads((path / checkpoint.MANIFEST).read_text())
+    return contents
+
+
+def test_a_hanging_rank_and_lost_nodes_change_no_bit(nodes: Nodes, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path / "runs",
+        # It is ended before its last step.
+        train={"methods": ["sft"], "epochs": 1000, "checkpoint_steps": 5, "validate_epochs": 1000},
+        backbone={"num_layers": 1},
+        launch={
+            "engine": "ray",
+            "workers": 4,
+            "tp": 2,
+            "max_failures": 20,
+            "timeout_seconds": TIMEOUT_SECONDS,
+            "ray_address": nodes.address,
+        },
+    )
+    for stage in ("prepare", "index"):
+        execute(config, stage)
+    shutil.copytree(config.run_dir, tmp_path / "runs/wide")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(config)))
+    nodes.wait_for_head()
+    run = Training(nodes, path, config.run_dir / "train/sft-seed0")
+    # Beside it, one that has no room here.
+    folder = tmp_path / "runs/wide/train/sft-seed0"
+    wide = Training(nodes, path, folder, "name=wide", "launch.workers=8")
+    processes = run.wait_for_attempt(0)
+    assert wide.process.wait(PATIENCE_SECONDS) == 2
+    line = "ilrec: error: launch.workers 8: the workers need 8 CPUs, and after 30 s the cluster has"
+    assert wide.last_line().startswith(f"{line} 4 CPUs on 2 nodes")
+    assert not folder.exists()
+
+    # A rank hangs, and a spare node joins.
+    os.kill(processes[3], signal.SIGSTOP)
+    before = len(run.attempts)
+    nodes.join(2)
+    processes = run.wait_for_attempt(before)
+
+    # A node is lost; the spare one takes its place.
+    before = len(run.attempts)
+    nodes.lose(run.other_node(processes))
+    processes = run.wait_for_attempt(before)
+    assert all(attempt.is_restart for attempt in run.attempts[1:])
+
+    # The power of a node is cut, and there is no other.
     lost = time.monotonic()
-    nodes.lose(nodes.nodes[-1], silent=True)
-    run.wait_for("word of it", lambda: "a node of the cluster is lost" in run.text())
-    assert time.monotonic() - lost < 30
-    assert run.process.wait(PATIENCE_SECONDS) == 1
-    last = run.text().strip().splitlines()[-1]
-    assert last.startswith("ilrec: error: a node was lost and none took its place within ")
-    assert "= 3: the workers need 3 CPUs, the cluster has 2 CPUs on 1 node" in last
+    nodes.lose(run.other_node(processes), silent=True)
+    newest = manifest(run.checkpoints[-1])
+    # Meanwhile the same training on one node and without a fault, up to the same step.
+    whole = tmp_path / "whole"
+    arguments = (config_to_dict(config), "sft", str(whole), newest["step"])
+    with ThreadPoolExecutor(1) as beside:
+        undisturbed = beside.submit(run_distributed, train_here, 4, 2, *arguments)
+        run.wait_for("word of it", lambda: "a node of the cluster is lost" in run.text())
+        assert time.monotonic() - lost < 30
+        assert run.process.wait(PATIENCE_SECONDS) == 1
+        undisturbed.result()
+    line = "ilrec: error: a node was lost and none took its place within launch.timeout_seconds = "
+    line += f"{TIMEOUT_SECONDS}: the workers need 4 CPUs, the cluster has 2 CPUs on 1 node"
+    assert run.last_line().startswith(line)
+
+    # Parameters and moments.
+    expected = manifest(checkpoint.committed(whole / "checkpoints")[-1])
+    assert expected["step"] == newest["step"] and len(newest["sha256"]) == 4
+    assert expected["sha256"] == newest["sha256"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilrec_dist.cli.main import main
@@ -41,6 +42,12 @@ def generated(exported: Path, history: list[str], beams: int) -> list[tuple[str,
     tokenizer = AutoTokenizer.from_pretrained(exported)
     text = "".join(codes[item] for item in history)
     prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return ranked(exported, prompt, beams)
+
+
+def ranked(exported: Path, prompt: Tensor, beams: int) -> list[tuple[str, float]]:
+    """(item, score) of `generate` after the prompt, int64 [1, P], best first."""
+    ids = catalogue_ids(exported)
     trie = ItemTrie(exported)
     found = AutoModelForCausalLM.from_pretrained(exported).generate(
         input_ids=prompt,

@@ -4,6 +4,7 @@ namespace of its own, where root allows that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -27,6 +28,10 @@ class Node:
     address: str
     process: subprocess.Popen[bytes]
 
+    def has(self, process: int) -> bool:
+        """Whether this process runs on it."""
+        return any(parent.pid == self.process.pid for parent in psutil.Process(process).parents())
+
 
 class Nodes:
     """A head, and nodes that join it and are lost. The head's node is number 0."""
@@ -43,7 +48,8 @@ class Nodes:
         address = "10.99.0.1" if self.has_namespaces else "127.0.0.1"
         self.address = f"{address}:{6379 if self.has_namespaces else _free_port()}"
         self.nodes: list[Node] = []
-        self._start(0, cpus, ["--head", f"--port={self.address.rpartition(':')[2]}"])
+        head = ["--head", f"--port={self.address.rpartition(':')[2]}"]
+        self._start(0, cpus, [*head, "--include-dashboard=false", "--no-monitor"])
 
     def join(self, cpus: int) -> Node:
         """Start another node; it is one of the cluster some seconds later."""
@@ -56,6 +62,7 @@ class Nodes:
         address = f"10.99.0.{1 + number}" if self.has_namespaces else "127.0.0.1"
         options = [f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", "--block"]
         options += [f"--node-ip-address={address}", "--disable-usage-stats"]
+        options += ["--include-log-monitor=false"]
         with open(self.folder / f"node-{number}.log", "w") as log:
             process = subprocess.Popen(
                 self._inside(number, [*RAY, "start", *words, *options]),
@@ -86,12 +93,24 @@ class Nodes:
         """
         if self.has_namespaces and silent:
             _ip("-n", self._namespace(0), "link", "set", f"node{node.number}", "down")
-        processes = [node.process.pid]
-        processes += [child.pid for child in psutil.Process(node.process.pid).children(True)]
-        for process in processes:
-            os.kill(process, signal.SIGKILL)
+        for process in self._processes(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         node.process.wait()
         self.nodes.remove(node)
+
+    def _processes(self, node: Node) -> list[int]:
+        """All that runs on it; in a namespace
+        also what has lost its parent.
+        """
+        if self.has_namespaces:
+            command = ["ip", "netns", "pids", self._namespace(node.number)]
+            found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            return [int(process) for process in found]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(node.process.pid)
+            return [parent.pid, *(child.pid for child in parent.children(True))]
+        return []
 
     def close(self) -> None:
         for node in list(reversed(self.nodes)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.disk import not_writable
+from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, write_json
 from ilrec_dist.model import sharding
 from ilrec_dist.model.gpt import Backbone
@@ -86,16 +87,16 @@ def save_weights(
     backbone.write_trained_rows()
     family = family_of_config(backbone.config, backbone.checkpoint_family)
     tree = config_json(backbone.config, family, backbone.vocab_size, backbone.max_positions)
-    problem = None
+    problem: UserError | NotWritable | None = None
     with ExitStack() as stack:
         if is_rank0:
             try:
                 if folder.exists():
                     raise FileExistsError("already exists; choose a folder to create")
                 staged = stack.enter_context(committed_folder(folder))
-            except OSError as error:
-                problem = str(error)
-        raise_everywhere(folder, problem)
+            except (OSError, NotWritable) as error:
+                problem = not_writable(error, folder) or UserError(f"{folder}: {error}")
+        raise_everywhere(problem)
         writer = TensorWriter(staged, shard_bytes) if is_rank0 else None
         if parallel_state.get_data_parallel_rank() == 0:
             for name, parameter in backbone.gpt.named_parameters():
@@ -107,10 +108,14 @@ def save_weights(
                 writer.close()
                 _write_json_files(staged, tree, _written_dtype(backbone, dtype), token_ids or {})
                 stack.close()
-            except (OSError, SafetensorError) as error:
-                problem = f"cannot be written ({error})"
-                stack.pop_all().__exit__(type(error), error, error.__traceback__)
-    raise_everywhere(folder, problem)
+            except (OSError, SafetensorError, NotWritable) as error:
+                problem = not_writable(error, folder) or UserError(
+                    f"{folder}: cannot be written ({error})"
+                )
+                # The staged folder goes, which raises what became of the error once more.
+                with suppress(NotWritable):
+                    stack.pop_all().__exit__(type(error), error, error.__traceback__)
+    raise_everywhere(problem)
 
 
 def _plan(
@@ -249,9 +254,9 @@ def _write_json_files(
     write_json(folder / "generation_config.json", {"do_sample": False, "num_beams": 1, **token_ids})
 
 
-def raise_everywhere(folder: Path, problem: str | None) -> None:
+def raise_everywhere(problem: UserError | NotWritable | None) -> None:
     """Raise rank 0's problem on every rank; a collective over all ranks."""
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)
     if problems[0] is not None:
-        raise UserError(f"{folder}: {problems[0]}")
+        raise problems[0]

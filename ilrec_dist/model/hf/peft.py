@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.disk import not_writable
+from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, write_json
 from ilrec_dist.model.config import LoraConfig, TargetModule
 from ilrec_dist.model.gpt import Backbone
@@ -145,7 +146,8 @@ def save_adapter(
     appears whole or not at all. UserError, on every rank, when it cannot be written.
     """
     adapters: Lora = backbone.lora  # type: ignore[assignment]
-    folder, problem = Path(folder), None
+    folder = Path(folder)
+    problem: UserError | NotWritable | None = None
     tensors: dict[str, Tensor] = {}
     if parallel_state.get_data_parallel_rank() == 0:
         tensors = adapter_tensors(adapters)
@@ -167,9 +169,9 @@ def save_adapter(
                 }
                 save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
                 write_json(staged / CONFIG_FILE, tree)
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-    raise_everywhere(folder, problem)
+        except (OSError, SafetensorError, NotWritable) as error:
+            problem = not_writable(error, folder) or UserError(f"{folder}: {error}")
+    raise_everywhere(problem)
 
 
 def added_row_tensors(backbone: Backbone) -> dict[str, Tensor]:

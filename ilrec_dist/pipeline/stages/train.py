@@ -31,6 +31,7 @@ from ilrec_dist.pipeline.artifacts import (
     item_titles,
     longest_input,
     with_local_model,
+    worker_inputs,
 )
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
@@ -121,6 +122,7 @@ def train_and_evaluate(
         "ilrec_dist.pipeline.worker_tasks:train_and_evaluate",
         {"config": config_for_workers(config), "trainings": specs, "evaluate": evaluate},
         str(folders.trainings.resolve()),
+        worker_inputs(config),
     )
     began = time.time()
     with actor, _following(config, trainings, evaluate):
