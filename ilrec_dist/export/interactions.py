@@ -17,9 +17,9 @@ from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 def export_run(run: Path, form: str, out: Path) -> None:
     """Write the run's data to the new folder `out`, whose name the files carry.
 
-    The LC-Rec triple takes the run's index along where the index stage wrote one. Raises
-    UserError when the run has no prepared data, when that index is missing or damaged,
-    and when `out` exists: what is in it might be somebody's.
+    The LC-Rec triple takes the run's index along where the index stage wrote one.
+    Raises UserError when the run has no prepared data, when that index is missing or
+    damaged, and when `out` exists: what is in it might be somebody's.
     """
     folders = RunFolders(run)
     if out.exists():

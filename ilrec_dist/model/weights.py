@@ -7,7 +7,7 @@ the SHA-256 of each file, and the result.json beside the folder its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.disk import writing_to
+from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST, check_hashes, verify, write_manifest
 from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
@@ -27,6 +28,7 @@ from ilrec_dist.model.hf.tensor_files import INDEX_FILE, TensorReader, read_slic
 from ilrec_dist.model.partial import load_partial, partial_state_dict
 from ilrec_dist.model.sharding import full_shape, shard_spec
 from ilrec_dist.model.weight_layout import (
+    PlannedFile,
     StoredTensor,
     StoredWeights,
     index_of,
@@ -42,7 +44,8 @@ def save_training_weights(backbone: Backbone, folder: Path) -> str:
     That is all weights in fp32, of which each rank writes its part, or what
     `train_partially` attached and the rows of added tokens, which rank 0 writes. The
     folder appears whole or not at all, in the place of an earlier one. Returns the
-    SHA-256 of its manifest on rank 0, and "" elsewhere.
+    SHA-256 of its manifest on rank 0, and "" elsewhere. Where a rank cannot write, all
+    raise its NotWritable.
     """
     is_partial, tp, dp = backbone.base_sha256 is not None, backbone.tp_group.size(), 1
     if is_partial:
@@ -60,13 +63,12 @@ def save_training_weights(backbone: Backbone, folder: Path) -> str:
         shared = [stack.enter_context(committed_folder(folder)) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(shared, src=0)
         staged = Path(str(shared[0]))
-        hashes: dict[str, str] = {}
-        for file in files:
-            if (file.tp_rank, file.dp_rank) == me:
-                _write(staged / file.name, file.pieces, state, is_partial)
-                hashes[file.name] = sha256_file(staged / file.name)
-        of_ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(of_ranks, hashes)
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        own = [file for file in files if (file.tp_rank, file.dp_rank) == me]
+        dist.all_gather_object(of_ranks, _write_files(staged, own, state, is_partial))
+        for outcome in of_ranks:
+            if isinstance(outcome, NotWritable):
+                raise outcome
         if dist.get_rank() == 0:
             write_json(staged / INDEX_FILE, index_of(tensors, tp, files))
             known = {name: digest for part in of_ranks for name, digest in part.items()}
@@ -185,6 +187,19 @@ def _whole_tensors(state: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
         name: StoredTensor(list(tensor.shape), None, tensor.element_size())
         for name, tensor in state.items()
     }
+
+
+def _write_files(
+    staged: Path, files: Sequence[PlannedFile], state: Mapping[str, Tensor], keeps_dtype: bool
+) -> dict[str, str] | NotWritable:
+    """Write this rank's files; their SHA-256, or why they cannot be written."""
+    try:
+        with writing_to(staged):
+            for file in files:
+                _write(staged / file.name, file.pieces, state, keeps_dtype)
+            return {file.name: sha256_file(staged / file.name) for file in files}
+    except NotWritable as error:
+        return error
 
 
 def _write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model import weight_layout
 from ilrec_dist.model.config import BackboneConfig
@@ -210,6 +211,26 @@ def test_what_is_damaged_or_of_another_model_is_named(saved, tmp_path: Path) -> 
         path.unlink()
         refused(f"{path}: missing")
         path.write_bytes(whole)
+
+
+def write_where_there_is_no_room(mesh: Mesh, folder: str) -> str:
+    with pytest.raises(NotWritable) as caught:
+        write(mesh, LLAMA, folder, "fp32")
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_is_a_line_on_every_rank(tmp_path: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=240k", "none", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        # There is room for one part of the two.
+        lines = run_distributed(write_where_there_is_no_room, 2, 2, str(tmp_path / "best"))
+        assert len(set(lines)) == 1 and "No space left on device; make room" in lines[0]
+        assert lines[0].startswith(str(tmp_path)) and not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 @pytest.mark.slow
