@@ -12,8 +12,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.cf_world import documented_metrics
-from tests.training.conftest import tiny_config
-from tests.training.test_training import train_here
+from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 

@@ -24,10 +24,10 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
-from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
+from tests.support.toy_decoder import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data, toy_titles
 from tests.support.whole_model import full_state_dict, load_full_state_dict
 
-MAX_POSITIONS, PIECES = 60, 9
+MAX_POSITIONS = 60
 # With `softmax_scope: all` other tokens compete, so the losses are the same only where there
 # are none.
 PERMUTED = "the same ids in another order"
@@ -65,14 +65,6 @@ def vocabulary(form: str, own: Vocabulary) -> Vocabulary:
             padding = int(np.setdiff1d(np.arange(size), ids)[7]) if own.end is None else int(ids[0])
     ids = np.array(ids, np.int32)
     return Vocabulary(ids, size, padding, None if own.end is None else int(ids[0]), size - count)
-
-
-def toy_titles() -> Catalogue:
-    rng = np.random.default_rng(8)
-    numbers = np.full((NUM_ITEMS, 5), -1, np.int32)
-    for title, length in zip(numbers, rng.integers(1, 5, NUM_ITEMS), strict=True):
-        title[:length], title[length] = rng.integers(1, 1 + PIECES, length), 0
-    return make_title_catalogue(numbers, ["<end>", *"abcdefghi"])
 
 
 def transplanted(

@@ -29,10 +29,10 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
-from tests.language_model.models import make_language_model, model_config
-from tests.language_model.partial_training import gradients, train
-from tests.model.test_lora import needs_peft
-from tests.training.test_training import losses_of
+from tests.support.language_models import make_language_model, model_config
+from tests.support.partial_training import gradients, train
+from tests.support.pretrained import needs_peft
+from tests.support.tiny_run import losses_of
 
 TRAIN = {"epochs": 1, "learning_rate": 5e-3, "methods": ["sft"], "validation_users": 20}
 LORA = {"rank": 4, "alpha": 8.0}

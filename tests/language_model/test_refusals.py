@@ -29,7 +29,7 @@ from ilrec_dist.items.language_model import LanguageModel
 from ilrec_dist.model.hf.source import model_folder, vocabulary_files, weight_files
 from ilrec_dist.pipeline.artifacts import item_titles
 from ilrec_dist.pipeline.execute import execute
-from tests.language_model.models import make_language_model, model_config
+from tests.support.language_models import make_language_model, model_config
 
 TITLES = ["red lamp", "blue lamp", "green chair"]
 

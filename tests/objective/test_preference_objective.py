@@ -21,7 +21,7 @@ from ilrec_dist.samples.negatives import HardNegatives, UniformNegatives, hashed
 from ilrec_dist.samples.preference_pairs import PreferenceBatchMaker
 from ilrec_dist.samples.windows import training_windows
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     MAX_HISTORY,
     NUM_ITEMS,
     TIED,
@@ -30,8 +30,8 @@ from tests.inference.toy import (
     toy_backbone,
     toy_catalogue,
     toy_data,
+    toy_titles,
 )
-from tests.items.test_vocabulary import toy_titles
 from tests.support.whole_model import full_state_dict
 
 

@@ -23,7 +23,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.study.cells import make_cells
 from ilrec_dist.study.config import load_study
 from ilrec_dist.study.state import write_state
-from tests.study.tiny import write_study
+from tests.support.tiny_study import write_study
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 480

@@ -14,8 +14,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
-from tests.training.conftest import tiny_config
-from tests.training.test_training import losses_of, train_here
+from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 METHODS = ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
 

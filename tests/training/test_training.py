@@ -4,7 +4,6 @@ depend on how the step is cut (METHOD.md §8).
 They are the same over tp, dp and accumulation, and after an interruption.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -17,59 +16,16 @@ import torch
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.spec import TrainingSpec
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 
 # Each layout is (world size, tp, accumulation).
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
-
-
-def train_here(
-    mesh: Mesh,
-    tree: dict,
-    method: str,
-    folder: str,
-    stop_after: int | None = None,
-    items_per_user: int | None = None,
-) -> None:
-    """Train in this process, with a line of metrics
-    every step; end early after a checkpoint.
-    """
-    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-    from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.pipeline.train_one import train_one
-
-    def stop(step: int) -> None:
-        if stop_after is not None and step >= stop_after:
-            raise InterruptedError
-
-    torch.set_num_threads(1)
-    config = config_from_dict(tree)
-    spec = TrainingSpec(method, 0, Path(folder), "test")
-    artifacts = RunArtifacts(config)
-    if items_per_user is not None:
-        artifacts.__dict__["training"] = first_items(artifacts.dataset, items_per_user)
-    parallel = initialize_parallel(mesh.tp, "cpu")
-    try:
-        train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
-    except InterruptedError:
-        pass
-    finally:
-        destroy_parallel()
-
-
-def first_items(dataset: InteractionDataset, count: int) -> InteractionDataset:
-    """The data set with the first `count` items of every user."""
-    items = np.concatenate([dataset.sequence(user)[:count] for user in range(dataset.num_users)])
-    offsets = np.arange(dataset.num_users + 1) * count
-    return dataclasses.replace(dataset, items=items, offsets=offsets)
 
 
 def refusal_here(
@@ -81,10 +37,6 @@ def refusal_here(
     except UserError as error:
         return str(error)
     return "not refused"
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [line["loss/total"] for line in read_metrics(folder) if "loss/total" in line]
 
 
 @pytest.fixture(scope="module")
