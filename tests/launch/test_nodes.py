@@ -25,8 +25,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.training import checkpoint
 from tests.support.nodes import Node, Nodes
-from tests.training.conftest import tiny_config
-from tests.training.test_training import train_here
+from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 PATIENCE_SECONDS = 240
