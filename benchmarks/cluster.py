@@ -1,4 +1,4 @@
-"""Does `ilrec plan` say what a training takes?
+"""Does `ilrec plan` say what a training takes, and what does a checkpoint cost?
 
     python benchmarks/cluster.py [--quick] [--json FILE]
 
@@ -6,12 +6,17 @@ Real steps in two processes, tp 1 × dp 2 and tp 2 × dp 1, of decoders of three
 the bytes of weights, gradients, optimizer state and activations beside the plan's (at
 most 10 % apart), and the bytes of the collectives (equal). All are bytes of tensors, so
 another machine gives the same.
+
+Then a checkpoint of the largest of them in bf16: how long the training waits for it,
+and how much longer the steps beside its writing take, together at most 3 % of 200
+steps; and its bytes on disk, at most 14 a parameter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from typing import Any, Literal
 
 from harness import command_line, describe_machine, machine_line, write_figures
@@ -19,10 +24,13 @@ from harness import command_line, describe_machine, machine_line, write_figures
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.testing.distributed import close_pools, run_distributed
+from ilrec_dist.testing.measured_checkpoint import measure_checkpoint
 from ilrec_dist.testing.measured_step import StepSpec, measure_step, reckoned_step
 from ilrec_dist.training.config import TrainConfig
 
 ERROR_LIMIT = 0.10
+# Of the time between checkpoints, and of bytes a parameter.
+STALL_LIMIT, CHECKPOINT_STEPS, BYTES_LIMIT = 0.03, 200, 14
 PARTS = ("weights", "gradients", "master_weights", "moments", "activations")
 LLAMA = BackboneConfig(
     normalization="RMSNorm",
@@ -88,10 +96,33 @@ def main() -> int:
                 **row,
                 "collectives": (dict(measured.collectives), dict(reckoned.collectives)),
             }
+    figures["checkpoints"], missed = checkpoints(arguments.quick)
     close_pools()
     print(f"largest error of memory {100 * worst:.1f} %; unequal collectives: {unequal}")
     write_figures(arguments.json, figures)
-    return int(worst > ERROR_LIMIT or unequal > 0)
+    return int(worst > ERROR_LIMIT or unequal > 0 or missed)
+
+
+def checkpoints(quick: bool) -> tuple[dict[str, Any], bool]:
+    """What a checkpoint of the largest model costs, and whether that is too much."""
+    name, spec = [(n, s) for n, s in specs(quick).items() if "bf16" in n][-1]
+    rows, missed = {}, False
+    for tp in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = run_distributed(measure_checkpoint, 2, tp, spec, folder)
+        slowest = max(ranks, key=lambda rank: rank.held_up)
+        interval = CHECKPOINT_STEPS * slowest.step_seconds
+        share, size = slowest.held_up / interval, slowest.bytes / slowest.parameters
+        missed |= share > STALL_LIMIT or size > BYTES_LIMIT
+        print(
+            f"checkpoint of {name}, {slowest.parameters / 1e6:.1f} million parameters, tp {tp}: "
+            f"{size:.2f} B a parameter; waits {slowest.stall_seconds:.3f} s, "
+            f"{slowest.writing_steps} steps beside the writing take "
+            f"{slowest.writing_step_seconds:.3f} instead of {slowest.step_seconds:.3f} s: "
+            f"{100 * share:.2f} % of {CHECKPOINT_STEPS} steps"
+        )
+        rows[f"{name}, tp {tp}"] = dataclasses.asdict(slowest) | {"share": share}
+    return rows, missed
 
 
 if __name__ == "__main__":

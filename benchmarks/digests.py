@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from harness import ROOT, command_line, write_figures
 from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
-from safetensors.torch import load_file
+
+from ilrec_dist.testing.whole_weights import whole_weights
 
 SMALL_RUN = {
     "data.synthetic": "{users: 300, items: 120, categories: 6, mean_length: 8.0}",
@@ -119,8 +120,8 @@ def run_digests(folder: Path, tp: int) -> dict[str, str]:
     ilrec("run", *(f"{key}={value}" for key, value in settings.items()))
     run = folder / f"tp{tp}"
     digests = {
-        path.parent.name: digest([tensor for _, tensor in sorted(load_file(path).items())])
-        for path in sorted(run.glob("train/*/final.safetensors"))
+        path.parent.name: digest([tensor for _, tensor in sorted(whole_weights(path).items())])
+        for path in sorted(run.glob("train/*/final"))
     }
     # Each writer has a file of values; the trainings ask for the same rewards in the same order.
     values = sorted((run / "cf").rglob("reward-cache/*/*.values"))

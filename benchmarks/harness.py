@@ -24,7 +24,17 @@ from typing import Any, overload
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "numpy", "pyarrow", "faiss-cpu", "triton", "transformers", "deepspeed", "ray")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pyarrow",
+    "faiss-cpu",
+    "triton",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "ray",
+)
 SAMPLE_SECONDS = 0.005
 
 
@@ -181,6 +191,11 @@ def peak_mib() -> float:
     """The most memory that this process has held, mapped files included."""
     # The ru_maxrss of getrusage begins with that of the process which started this one.
     return status_mib("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak_mib` begin again with what this process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def anonymous_mib() -> float:

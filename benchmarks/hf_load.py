@@ -1,30 +1,44 @@
-"""How much memory does a rank take that loads and saves a Hugging Face checkpoint?
+"""How much memory does a rank take that loads and saves a whole model?
 
     python benchmarks/hf_load.py [--quick] [--json FILE] [--tp 4]
 
 Writes a random checkpoint of the Llama family (1 billion parameters in bf16, untied),
-loads it in fp32 with --tp processes, saves it again, and compares every rank's peak
-with its shard. A process's peak is the kernel's VmHWM, which counts mapped pages of the
-files too; libraries are what a rank has before it builds the backbone.
+and loads it in fp32 with --tp processes. These save it as a training saves its weights,
+by shard, load these, and save it as a Hugging Face checkpoint. Every rank's peaks are
+compared with its shard; they may exceed it by 1 GiB, but for the last. A process's peak
+is the kernel's VmHWM, which counts mapped pages of the files too; libraries are what a
+rank has before it builds the backbone.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import command_line, describe_machine, machine_line, peak_mib, write_figures
+import torch.distributed as dist
+from harness import (
+    command_line,
+    describe_machine,
+    machine_line,
+    peak_mib,
+    reset_peak,
+    write_figures,
+)
 from safetensors.torch import save_file
 
+from ilrec_dist.common.run_layout import WEIGHTS_SHA256
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
 from ilrec_dist.model.hf.config import read_config
+from ilrec_dist.model.weights import load_training_weights, save_training_weights
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 GIB = 1 << 30
@@ -40,7 +54,12 @@ BILLION = dict(
 QUICK = BILLION | dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=4)
 
 
-def main() -> None:
+# What a rank may take beside its shard in all of the parts but the last.
+MARGIN = GIB
+PARTS = ("load", "save weights", "load weights", "save")
+
+
+def main() -> int:
     parser = command_line(__doc__, "a model of 50 million parameters")
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint (temporary)")
@@ -56,16 +75,17 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(f"{parameters / 1e9:.2f} billion parameters, tp {arguments.tp}")
-    print("rank  libraries     shard  peak of load  above shard  peak of save  load s  save s")
+    print(f"above a rank's shard in GiB, and seconds: {', '.join(PARTS)}")
+    worst = 0
     for rank, row in enumerate(ranks):
-        print(
-            f"{rank:4d}  {row['libraries'] / GIB:6.2f} GiB {row['shard'] / GIB:5.2f} GiB"
-            f"  {row['load_peak'] / GIB:8.2f} GiB"
-            f" {(row['load_peak'] - row['shard']) / GIB:8.2f} GiB"
-            f"  {row['save_peak'] / GIB:8.2f} GiB  {row['load_s']:6.1f}  {row['save_s']:6.1f}"
-        )
+        above = {part: row["peaks"][part] - row["shard"] for part in PARTS}
+        worst = max(worst, *(above[part] for part in PARTS[:-1]))
+        shown = "  ".join(f"{above[p] / GIB:5.2f} {row['seconds'][p]:6.1f}" for p in PARTS)
+        held = f"libraries {row['libraries'] / GIB:.2f}, shard {row['shard'] / GIB:.2f} GiB"
+        print(f"rank {rank}: {held}: {shown}")
     figures = {"machine": machine, "parameters": parameters, "ranks": ranks}
     write_figures(arguments.json, figures)
+    return int(worst > MARGIN)
 
 
 def write_random_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
@@ -105,29 +125,45 @@ def write_random_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def load_and_save(mesh: Mesh, folder: str) -> dict[str, Any]:
-    """One rank: bytes of the libraries, the shard and the peaks, and seconds."""
+    """One rank: bytes of the libraries, of the shard and at the peaks, and seconds."""
     initialize_parallel(mesh.tp, "cpu")
+    peaks, seconds = {}, {}
+
+    def measured(part: str, work: Callable[[], Any]) -> Any:
+        reset_peak()
+        began = time.perf_counter()
+        result = work()
+        seconds[part], peaks[part] = time.perf_counter() - began, int(2**20 * peak_mib())
+        dist.barrier()
+        return result
+
     try:
         libraries = int(2**20 * peak_mib())
         pretrained = read_config(f"{folder}/in")
-        began = time.perf_counter()
         backbone = Backbone(
             pretrained.config, pretrained.vocab_size, pretrained.max_positions, initialize=False
         )
-        load_weights(backbone, f"{folder}/in")
-        loaded, load_peak = time.perf_counter(), int(2**20 * peak_mib())
-        save_weights(backbone, f"{folder}/out", shard_bytes=SHARD_BYTES)
+        out, best = f"{folder}/out", Path(folder, "best")
+        measured("load", lambda: load_weights(backbone, f"{folder}/in"))
+        sha256 = measured("save weights", lambda: save_training_weights(backbone, best))
+        if mesh.rank == 0:
+            result = {WEIGHTS_SHA256: {best.name: sha256}}
+            best.with_name("result.json").write_text(json.dumps(result))
+        dist.barrier()
+        before = [parameter.clone() for parameter in backbone.parameters() if parameter.dim() == 1]
+        measured("load weights", lambda: load_training_weights(backbone, best))
+        after = [parameter for parameter in backbone.parameters() if parameter.dim() == 1]
+        assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        measured("save", lambda: save_weights(backbone, out, shard_bytes=SHARD_BYTES))
         return {
             "libraries": libraries,
             "shard": sum(p.nbytes for p in backbone.parameters()),
-            "load_peak": load_peak,
-            "save_peak": int(2**20 * peak_mib()),
-            "load_s": loaded - began,
-            "save_s": time.perf_counter() - loaded,
+            "peaks": peaks,
+            "seconds": seconds,
         }
     finally:
         destroy_parallel()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

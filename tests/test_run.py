@@ -20,7 +20,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.evaluation.predictions import recompute
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 

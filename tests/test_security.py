@@ -23,7 +23,7 @@ from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.optimizer_state import SavedState
-from tests.language_model.models import make_language_model
+from tests.support.language_models import make_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names whose use would unpickle or run what a file says.

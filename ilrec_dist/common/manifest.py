@@ -63,17 +63,21 @@ def folder_files(folder: str | Path) -> list[str]:
 
 
 def write_manifest(
-    folder: str | Path, entries: Mapping[str, Any], names: Iterable[str] | None = None
+    folder: str | Path,
+    entries: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write manifest.json: `entries`, and under "files" the bytes and SHA-256 of each
     file.
 
-    To be called last. Returns what was written.
+    hashes: those of the files where they are known; None: they are
+    computed. To be called last. Returns what was written.
     """
     folder = Path(folder)
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in hash_files(folder, names).items()
+        for name, digest in (hashes or hash_files(folder, names)).items()
     }
     manifest = {**entries, "files": files}
     write_json(folder / MANIFEST, manifest)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # In a training's folder when it is finished.
 RESULT = "result.json"
-# Its key that maps the names of weights to their SHA-256.
+# Its key that maps the folders of weights to the SHA-256 of their manifests.
 WEIGHTS_SHA256 = "weights_sha256"
 # The key, in its entry "model", of the SHA-256 of the weights that a partial training stands on.
 BASE_SHA256 = "base_sha256"
@@ -15,8 +15,8 @@ BASE_SHA256 = "base_sha256"
 USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
-# The weights of the best validation and those after the last step, in a training's folder.
-BEST, FINAL = "best.safetensors", "final.safetensors"
+# The weights of the best validation and those after the last step: folders in a training's folder.
+BEST, FINAL = "best", "final"
 # Within the CF folder: what is made of the models for one catalogue.
 CODE_ORDER = "code-order"
 # Within a run's folder: what `ilrec analyze` found.

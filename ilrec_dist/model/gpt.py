@@ -231,43 +231,6 @@ class Backbone(nn.Module):
         cache.suffix += 1
         return self._norm(hidden)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights unsharded, fp32 on the CPU, under the same names for every tp.
-
-        A collective over the tensor-parallel group; every rank holds the whole model.
-        Adapters are not part of it.
-        """
-        self.write_trained_rows()
-        return {
-            name: sharding.gather(parameter, sharding.shard_spec(name, self.config), self.tp_group)
-            for name, parameter in self.gpt.named_parameters()
-        }
-
-    @torch.no_grad()
-    def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what full_state_dict returned under any tp.
-
-        UserError names a tensor that is missing, left over or of the wrong shape.
-        """
-        expected = dict(self.gpt.named_parameters())
-        for name in sorted(expected.keys() ^ state.keys()):
-            problem = "missing" if name in expected else "not part of this backbone"
-            raise UserError(
-                f"weights: tensor {name!r} is {problem}; is it of another configuration?"
-            )
-        tp, rank = self.tp_group.size(), self.tp_group.rank()
-        for name, parameter in expected.items():
-            spec = sharding.shard_spec(name, self.config)
-            shape = sharding.full_shape(parameter.shape, spec, tp)
-            if list(state[name].shape) != shape:
-                raise UserError(
-                    f"weights: tensor {name!r} has shape {list(state[name].shape)}, expected "
-                    f"{shape}; is it of another configuration?"
-                )
-            parameter.copy_(state[name] if spec is None else spec.slice(state[name], rank, tp))
-        if self.trained_rows is not None:
-            self.trained_rows.read_from(self.vocabulary_tables)
-
     def _run(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
         """The residual stream after the last layer, [B, S, d]."""
         for layer in self.gpt.decoder.layers:

@@ -1,8 +1,8 @@
 """Trainings that leave a pretrained model's own weights as they are (METHOD.md §10).
 
 What is trained is LoRA adapters, the rows of the added item tokens, or both. Such a
-training's weights file holds these alone, and the SHA-256 of the pretrained weights
-stands beside it.
+training's folder of weights holds these alone, and the SHA-256 of the pretrained
+weights stands beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.model.lora import Lora, add_lora
 from ilrec_dist.model.trained_rows import TrainedRows
 
-# The rows of the added tokens, in the file of a training's weights.
+# The rows of the added tokens, among a training's weights.
 ROWS = "new_rows."
 
 
@@ -76,13 +76,13 @@ def partial_state_dict(backbone: Backbone) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_partial(backbone: Backbone, path: Path) -> None:
+def load_partial(backbone: Backbone, folder: Path) -> None:
     """Fill what `train_partially` attached from a
-    weights file, of which each rank reads its part.
+    folder of weights, of which each rank reads its part.
 
     UserError names a tensor that is missing, left over or of another shape.
     """
-    reader = TensorReader(path.parent, path.name)
+    reader = TensorReader(folder)
     adapters = backbone.lora
     shapes = adapter_shapes(adapters) if isinstance(adapters, Lora) else {}
     start, stop = backbone.added_rows
@@ -93,8 +93,8 @@ def load_partial(backbone: Backbone, path: Path) -> None:
         found = reader.entries[name].shape if name in reader.entries else None
         if found != shapes.get(name):
             raise UserError(
-                f"{path}: tensor {name!r} has shape {found}, expected {shapes.get(name)}; is it of "
-                "another configuration?"
+                f"{folder}: tensor {name!r} has shape {found}, expected {shapes.get(name)}; is it "
+                "of another configuration?"
             )
     if isinstance(adapters, Lora):
         read_adapter(adapters, reader)

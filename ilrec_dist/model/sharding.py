@@ -1,4 +1,4 @@
-"""Weights that do not depend on tp: how they are cut, initialised and gathered."""
+"""Weights that do not depend on tp: how they are cut and initialised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_dist.model.config import BackboneConfig
@@ -100,14 +99,3 @@ def seeded_generator(name: str, seed: int) -> torch.Generator:
     """A generator on the CPU whose numbers depend on (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def gather(shard: Tensor, spec: ShardSpec | None, group: dist.ProcessGroup) -> Tensor:
-    """The full tensor, fp32 on the CPU, on every rank; a collective if it is cut."""
-    shard = shard.detach().float()
-    tp = group.size()
-    if spec is None or tp == 1:
-        return shard.cpu().clone()
-    shards = [torch.empty_like(shard) for _ in range(tp)]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    return spec.join([shard.cpu() for shard in shards])

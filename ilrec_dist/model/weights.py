@@ -1,94 +1,215 @@
-"""The weights files of a training: written with
-their SHA-256, checked against it when read.
+"""The weights of a training: a folder of safetensors files, their index and a manifest.
+
+Each rank writes its own part, and reads its own slices of what ranks
+of any tensor parallelism wrote; none holds another's. The manifest has
+the SHA-256 of each file, and the result.json beside the folder its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from megatron.core import parallel_state
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import atomic_file, read_json_object, sha256_file
-from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.common.disk import writing_to
+from ilrec_dist.common.errors import NotWritable, UserError
+from ilrec_dist.common.files import committed_folder, read_json_object, sha256_file, write_json
+from ilrec_dist.common.manifest import MANIFEST, check_hashes, verify, write_manifest
 from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.tensor_files import INDEX_FILE, TensorReader, read_slice
 from ilrec_dist.model.partial import load_partial, partial_state_dict
+from ilrec_dist.model.sharding import full_shape, shard_spec
+from ilrec_dist.model.weight_layout import (
+    PlannedFile,
+    StoredTensor,
+    StoredWeights,
+    index_of,
+    plan_files,
+    refuse_earlier_format,
+    slices,
+)
 
 
-def save_training_weights(backbone: Backbone, path: Path) -> str:
-    """Write what was trained, unsharded, as one
-    safetensors file; collective over all ranks.
+def save_training_weights(backbone: Backbone, folder: Path) -> str:
+    """Write what was trained; a collective over all ranks.
 
-    That is all weights, or what `train_partially` attached and the rows
-    of added tokens. Returns the file's SHA-256 on rank 0, where it is
-    written, and "" elsewhere. The file appears whole or not at all.
+    That is all weights in fp32, of which each rank writes its part, or what
+    `train_partially` attached and the rows of added tokens, which rank 0 writes. The
+    folder appears whole or not at all, in the place of an earlier one. Returns the
+    SHA-256 of its manifest on rank 0, and "" elsewhere. Where a rank cannot write, all
+    raise its NotWritable.
     """
-    is_partial = backbone.base_sha256 is not None
-    state = partial_state_dict(backbone) if is_partial else backbone.full_state_dict()
+    is_partial, tp, dp = backbone.base_sha256 is not None, backbone.tp_group.size(), 1
+    if is_partial:
+        # Empty but on rank 0.
+        state: Mapping[str, Tensor] = partial_state_dict(backbone)
+        tensors, tp = _whole_tensors(state), 1
+    else:
+        backbone.write_trained_rows()
+        state, tensors = dict(backbone.gpt.named_parameters()), _cut_tensors(backbone)
+        dp = parallel_state.get_data_parallel_world_size()
+    files = plan_files(tensors, tp, dp)
+    me = backbone.tp_group.rank(), parallel_state.get_data_parallel_rank()
     sha256 = ""
-    if dist.get_rank() == 0:
-        with atomic_file(path) as staged:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, staged)
-            sha256 = sha256_file(staged)
+    with ExitStack() as stack:
+        shared = [stack.enter_context(committed_folder(folder)) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        staged = Path(str(shared[0]))
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        own = [file for file in files if (file.tp_rank, file.dp_rank) == me]
+        dist.all_gather_object(of_ranks, _write_files(staged, own, state, is_partial))
+        for outcome in of_ranks:
+            if isinstance(outcome, NotWritable):
+                raise outcome
+        if dist.get_rank() == 0:
+            write_json(staged / INDEX_FILE, index_of(tensors, tp, files))
+            known = {name: digest for part in of_ranks for name, digest in part.items()}
+            known[INDEX_FILE] = sha256_file(staged / INDEX_FILE)
+            write_manifest(staged, {}, hashes=dict(sorted(known.items())))
+            sha256 = sha256_file(staged / MANIFEST)
     dist.barrier()
     return sha256
 
 
-def read_training_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a finished training's weights file, on the CPU.
+@torch.no_grad()
+def load_training_weights(backbone: Backbone, folder: Path) -> Backbone:
+    """Load a finished training's folder of weights, written under any tp; the backbone
+    in eval mode.
 
-    Raises UserError naming the file when it is missing or is not
-    the one whose SHA-256 stands in the result.json beside it, and
-    where a number is not finite.
+    A rank reads its own slices, after it has compared the files that hold them with the
+    manifest. Raises UserError naming a file that is missing or not the one whose
+    SHA-256 is known, a tensor that is missing, left over, of another shape or not
+    finite, and where a partial training began with other weights than the backbone's.
     """
-    _check_file(path)
-    tensors = load_file(path)
-    _require_finite(tensors, path)
-    return tensors
-
-
-def load_training_weights(backbone: Backbone, path: Path) -> Backbone:
-    """Load a finished training's weights file under any tp; the backbone in eval mode.
-
-    Raises UserError as `read_training_weights` does, naming a
-    tensor that is missing, left over or of another shape, and where
-    a partial training began with other weights than the backbone's.
-    """
+    repair = f"restore it, or delete {folder.parent} and run `ilrec run` again"
+    result = _check_manifest(folder, repair)
     if backbone.base_sha256 is None:
-        backbone.load_full_state_dict(read_training_weights(path))
+        _load_slices(backbone, folder, repair)
         return backbone.eval()
-    model = _check_file(path)["model"]
-    if model[BASE_SHA256] != backbone.base_sha256:
+    base = result["model"][BASE_SHA256]
+    if base != backbone.base_sha256:
         raise UserError(
-            f"{path}: trained on a model whose weights have the SHA-256 {model[BASE_SHA256]}, and "
+            f"{folder}: trained on a model whose weights have the SHA-256 {base}, and "
             f"those in backbone.from have {backbone.base_sha256}; restore that model"
         )
-    load_partial(backbone, path)
-    _require_finite(load_file(path), path)
+    verify(folder, repair=repair)
+    load_partial(backbone, folder)
+    reader = TensorReader(folder)
+    for name, entry in reader.entries.items():
+        _require_finite(name, reader.read(name, 0, 0, entry.shape[0]), folder)
     return backbone.eval()
 
 
-def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        # NaN is the smallest and the largest number of whatever holds one.
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+def manifest_is(folder: Path, sha256: str) -> bool:
+    """Whether the folder of weights is the one whose manifest has this hash."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and sha256_file(manifest) == sha256
+
+
+def _check_manifest(folder: Path, repair: str) -> dict[str, Any]:
+    """The result.json beside a folder of weights, after the manifest was compared with
+    it.
+    """
+    refuse_earlier_format(folder)
+    result = read_json_object(folder.with_name(RESULT), repair)
+    expected = result.get(WEIGHTS_SHA256, {}).get(folder.name)
+    check_hashes(folder.parent, {f"{folder.name}/{MANIFEST}": expected}, RESULT, repair)
+    return result
+
+
+def _load_slices(backbone: Backbone, folder: Path, repair: str) -> None:
+    """Fill all of this rank's weights."""
+    verify(folder, [INDEX_FILE], repair)
+    stored, tensors = StoredWeights.open(folder), _cut_tensors(backbone)
+    _check_tensors(folder, stored, tensors)
+    tp, rank = backbone.tp_group.size(), backbone.tp_group.rank()
+    parameters = dict(backbone.gpt.named_parameters())
+    wanted = [
+        (name, *stored.piece(name, part.piece), part)
+        for name, one in stored.tensors.items()
+        for part in slices(one.shape, tensors[name].spec, one.pieces(stored.tp), rank, tp)
+    ]
+    verify(folder, sorted({file for _, _, file, _ in wanted}), repair)
+    for name, key, file, part in wanted:
+        values = read_slice(folder / file, key, part.dim, part.start, part.stop)
+        _require_finite(name, values, folder)
+        parameters[name].narrow(part.dim, part.target, part.stop - part.start).copy_(values)
+    if backbone.trained_rows is not None:
+        backbone.trained_rows.read_from(backbone.vocabulary_tables)
+
+
+def _require_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    # NaN is the smallest and the largest number of whatever holds one.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise UserError(
+            f"{folder}: tensor {name!r} holds numbers that are not finite (NaN or infinite), so "
+            "its training has diverged; lower train.learning_rate or lengthen train.warmup, "
+            "and train again"
+        )
+
+
+def _check_tensors(
+    folder: Path, stored: StoredWeights, expected: Mapping[str, StoredTensor]
+) -> None:
+    """Raise UserError unless the folder has the expected tensors, and no others."""
+    for name in sorted(expected.keys() ^ stored.tensors.keys()):
+        problem = "missing" if name in expected else "not part of this backbone"
+        raise UserError(f"{folder}: tensor {name!r} is {problem}; is it of another configuration?")
+    for name, one in expected.items():
+        found = stored.tensors[name]
+        if (found.shape, found.spec) != (one.shape, one.spec):
             raise UserError(
-                f"{path}: tensor {name!r} holds numbers that are not finite (NaN or infinite), so "
-                "its training has diverged; lower train.learning_rate or lengthen train.warmup, "
-                "and train again"
+                f"{folder}: tensor {name!r} has shape {found.shape}, expected {one.shape}; is it "
+                "of another configuration?"
             )
 
 
-def _check_file(path: Path) -> dict[str, Any]:
-    """The result.json beside a weights file, whose hash it has."""
-    repair = f"restore it, or delete {path.parent} and run `ilrec run` again"
-    result = read_json_object(path.with_name(RESULT), repair)
-    hashes = result.get(WEIGHTS_SHA256, {})
-    check_hashes(path.parent, {path.name: hashes.get(path.name)}, RESULT, repair)
-    return result
+def _cut_tensors(backbone: Backbone) -> dict[str, StoredTensor]:
+    """The backbone's tensors, with how they are cut over ranks."""
+    config, tp = backbone.config, backbone.tp_group.size()
+    found = {}
+    for name, parameter in backbone.gpt.named_parameters():
+        spec = shard_spec(name, config)
+        found[name] = StoredTensor(full_shape(parameter.shape, spec, tp), spec)
+    return found
+
+
+def _whole_tensors(state: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(list(tensor.shape), None, tensor.element_size())
+        for name, tensor in state.items()
+    }
+
+
+def _write_files(
+    staged: Path, files: Sequence[PlannedFile], state: Mapping[str, Tensor], keeps_dtype: bool
+) -> dict[str, str] | NotWritable:
+    """Write this rank's files; their SHA-256, or why they cannot be written."""
+    try:
+        with writing_to(staged):
+            for file in files:
+                _write(staged / file.name, file.pieces, state, keeps_dtype)
+            return {file.name: sha256_file(staged / file.name) for file in files}
+    except NotWritable as error:
+        return error
+
+
+def _write(
+    path: Path, pieces: Mapping[str, str], state: Mapping[str, Tensor], keeps_dtype: bool
+) -> None:
+    """Write the named pieces of this rank's
+    tensors; the host's copies of them go at the end.
+    """
+    parts = {}
+    for name, key in pieces.items():
+        tensor = state[name].detach()
+        parts[key] = (tensor if keeps_dtype else tensor.float()).cpu().contiguous()
+    save_file(parts, path, metadata={"format": "pt"})

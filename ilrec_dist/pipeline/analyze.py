@@ -77,8 +77,8 @@ def analyze(run: Path, method: str | None, seed: int | None, users: int) -> dict
 
 
 def trained_weights(folders: RunFolders, method: str, seed: int) -> str:
-    """The SHA-256 of a training's best weights,
-    by which an analysis is known to be of them.
+    """The SHA-256 of the manifest of a training's best
+    weights, by which an analysis is known to be of them.
     """
     result = read_json_object(folders.training(method, seed) / RESULT)
     sha256: str = result[WEIGHTS_SHA256][BEST]

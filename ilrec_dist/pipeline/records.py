@@ -78,9 +78,15 @@ def _describes_a_stage(record: Mapping[str, Any]) -> bool:
 def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """Path below `output` -> bytes, modification time and SHA-256.
 
-    Of the required files, or of all where `required` is None.
+    Of the required files and folders, or of all where `required` is None.
     """
-    names = folder_files(output) + ["manifest.json"] if required is None else list(required)
+    names = []
+    for part in ("",) if required is None else required:
+        if (output / part).is_dir():
+            inside = [*folder_files(output / part), MANIFEST]
+            names += [(Path(part) / name).as_posix() for name in inside]
+        else:
+            names.append(part)
     names = [name for name in names if (output / name).is_file()]
     hashes = hash_files(output, names)
     described = {}

@@ -59,5 +59,5 @@ def _analysis(folders: RunFolders) -> dict[str, Any] | None:
     result = folders.training(analysis["method"], analysis["seed"]) / RESULT
     if not result.exists():
         return None
-    weights = read_json_object(result)[WEIGHTS_SHA256][BEST]
+    weights = read_json_object(result)[WEIGHTS_SHA256].get(BEST)
     return analysis if weights == analysis["weights"] else None

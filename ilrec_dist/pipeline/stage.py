@@ -36,5 +36,5 @@ class Stage:
     run: Callable[[], str | None] | None = None
     # What a stage of the workers trains; None for the evaluation.
     training: TrainingSpec | None = None
-    # Files of the output that must be whole for the stage to be current. None: all of them.
+    # Files and folders of the output that must be whole for the stage to be current. None: all.
     required: tuple[str, ...] | None = None

@@ -46,7 +46,7 @@ class TrainedModel:
     method: str
     seed: int
     backbone: Backbone
-    # The file that the weights come from.
+    # The folder that the weights come from.
     weights: Path
     softmax_scope: SoftmaxScope
     parallel: ParallelState

@@ -5,7 +5,6 @@ derives what grows with the catalogue.
 from __future__ import annotations
 
 from ilrec_dist.cf.config import CFConfig
-from ilrec_dist.plan.communication import FP32
 from ilrec_dist.plan.workload import DataSizes, ItemTokens
 
 # Catalogues up to this size are scanned where cf.reward_index is auto.
@@ -19,13 +18,15 @@ def host_bytes(
     data: DataSizes,
     tokens: ItemTokens,
     cf: CFConfig,
-    parameters: int,
+    weights_file: int,
     checkpoint_part: int,
     gpus_per_node: int,
     needs_rewards: bool,
 ) -> dict[str, float] | None:
     """Bytes of one node that holds all of it; None where the data's size is not known.
 
+    weights_file, checkpoint_part: bytes that a worker
+    copies to host memory to write weights and checkpoints.
     What is mapped from files is shared by all processes of the node, and
     the system may drop it again; the rest is counted for each process.
     """
@@ -35,9 +36,7 @@ def host_bytes(
         "mapped histories": 4 * data.interactions + 8 * data.users,
         "mapped catalogue and trie": data.items * (4 * tokens.depth + 8 + TRIE_BYTES),
         "order of the windows, each worker": gpus_per_node * (8 + 4) * data.users,
-        "whole weights in fp32 for best and final, each worker": (
-            FP32 * parameters * gpus_per_node
-        ),
+        "copy of a file of best or final, each worker": weights_file * gpus_per_node,
         "copy of a checkpoint's part, each worker": checkpoint_part * gpus_per_node,
     }
     if needs_rewards:

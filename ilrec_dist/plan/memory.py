@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ilrec_dist.model.sharding import ShardSpec
+from ilrec_dist.model.weight_layout import StoredTensor, plan_files
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
@@ -173,3 +175,16 @@ def checkpoint_bytes(trainable: int) -> int:
     moments in fp32, from which weights follow.
     """
     return (FP32 + MOMENTS_BYTES) * trainable
+
+
+def weights_file_bytes(sizes: DecoderSizes, layout: StepLayout) -> int:
+    """The largest file that a rank writes of the best or the final weights.
+
+    Its tensors are in host memory, in fp32, while it is written.
+    """
+    tensors = {
+        str(number): StoredTensor([size.total], ShardSpec(0) if size.cut else None)
+        for number, (_, _, size) in enumerate(sizes.tensors())
+    }
+    files = plan_files(tensors, layout.tp, layout.dp)
+    return max(sum(tensors[name].piece_bytes(layout.tp) for name in file.pieces) for file in files)

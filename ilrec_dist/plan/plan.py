@@ -33,6 +33,7 @@ from ilrec_dist.plan.memory import (
     decoding_bytes,
     loss_bytes,
     state_bytes,
+    weights_file_bytes,
 )
 from ilrec_dist.plan.speed import StepTime, step_time
 from ilrec_dist.plan.workload import (
@@ -165,7 +166,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             data,
             tokens,
             config.cf,
-            count.total,
+            weights_file_bytes(sizes, layout),
             checkpoint_bytes(per_rank // layout.dp),
             hardware.gpus_per_node,
             get_method(method).needs_rewards(config.objective),

@@ -66,30 +66,14 @@ class MeasuredStep:
 
 def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
     """The second of two steps: in the first the optimizer makes its state."""
-    quiet()
-    parallel = initialize_parallel(mesh.tp)
-    train, vocab = spec.train, spec.vocab_size
-    backbone = build_backbone(spec.backbone, vocab, spec.length, train.precision, 0)
-    objective = CrossLayerObjective(
-        backbone,
-        spec.objective,
-        spec.backbone.num_layers,
-        vocab,
-        np.arange(1, vocab, dtype=np.int32),
-        parallel,
-    )
-    engine = build_engine(objective, train, parallel)
-    objective.train()
-    sequences = train.batch_size // (parallel.dp * train.accumulation_steps)
-    batches = _batches(spec, sequences)
+    training = SmallTraining(mesh, spec)
+    backbone, engine = training.objective.backbone, training.engine
     activations = gradients = 0
     for _ in range(2):
         with counted_collectives() as collectives:
-            for _ in range(train.accumulation_steps):
-                *batch, rewards = next(batches)
+            for _ in range(spec.train.accumulation_steps):
                 with saved_for_backward() as saved:
-                    scale = parallel.dp * train.accumulation_steps / len(batch[1])
-                    output = engine(*batch, rewards=rewards, loss_scale=scale)
+                    batch, output = training.forward()
                 activations = storage_bytes(saved)
                 saved.clear()
                 engine.backward(output.loss)
@@ -108,9 +92,46 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
         rows=len(batch[1]),
         entries=len(batch[4]),
     )
-    engine.destroy()
-    destroy_parallel()
+    training.close()
     return measured
+
+
+class SmallTraining:
+    """A training of drawn sequences in this process, step by step."""
+
+    def __init__(self, mesh: Mesh, spec: StepSpec) -> None:
+        quiet()
+        self.spec, self.parallel = spec, initialize_parallel(mesh.tp)
+        train, vocab = spec.train, spec.vocab_size
+        self.objective = CrossLayerObjective(
+            build_backbone(spec.backbone, vocab, spec.length, train.precision, 0),
+            spec.objective,
+            spec.backbone.num_layers,
+            vocab,
+            np.arange(1, vocab, dtype=np.int32),
+            self.parallel,
+        )
+        self.engine = build_engine(self.objective, train, self.parallel)
+        self.objective.train()
+        sequences = train.batch_size // (self.parallel.dp * train.accumulation_steps)
+        self.batches = _batches(spec, sequences)
+
+    def forward(self) -> tuple[tuple[Tensor, ...], Any]:
+        """The next micro-batch, and what its forward pass gives."""
+        *batch, rewards = next(self.batches)
+        scale = self.parallel.dp * self.spec.train.accumulation_steps / len(batch[1])
+        return tuple(batch), self.engine(*batch, rewards=rewards, loss_scale=scale)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        for _ in range(self.spec.train.accumulation_steps):
+            _, output = self.forward()
+            self.engine.backward(output.loss)
+            self.engine.step()
+
+    def close(self) -> None:
+        self.engine.destroy()
+        destroy_parallel()
 
 
 def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:

@@ -12,10 +12,12 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from ilrec_dist.common.errors import UserError
@@ -25,7 +27,7 @@ from ilrec_dist.training.optimizer_state import Part
 MANIFEST = "manifest.json"
 STAGING = ".writing-"
 # Of what a checkpoint holds; another one cannot be read.
-FORMAT = 2
+FORMAT = 3
 POLL_SECONDS = 0.02
 
 
@@ -73,8 +75,18 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def start(self, step: int, state: dict[str, Any], part: Part) -> None:
-        """Begin to write; the staging folder is there. `state` is read on rank 0."""
+    def begin(self, step: int, state: dict[str, Any], take_part: Callable[[], Part]) -> None:
+        """Copy this rank's part, and begin to write it; a collective.
+
+        `state` is read on rank 0. Raises what the checkpoint before has met.
+        """
+        # The one before must be committed on every rank before its leftovers may go.
+        self.wait()
+        dist.barrier()
+        if self.rank == 0:
+            make_staging_folder(staging_folder(self.folder, step))
+        part = take_part()
+        dist.barrier()
 
         def work() -> None:
             try:
@@ -85,7 +97,6 @@ class CheckpointWriter:
                 # The training thread raises it.
                 self._failure = error
 
-        self.wait()
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -80,7 +80,7 @@ def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
         place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
         kept = {WEIGHT: master, **{moment: state[moment] for moment in MOMENTS if moment in state}}
         for kind, values in kept.items():
-            tensors[f"{kind}/{fragment.name}"] = values.detach()[place].cpu().clone()
+            tensors[f"{kind}/{fragment.name}"] = values.detach()[place].to("cpu", copy=True)
         described[fragment.name] = {
             "start": fragment.start,
             "stop": fragment.stop,

@@ -24,7 +24,7 @@ from ilrec_dist.common.run_layout import BASE_SHA256, BEST, FINAL, RESULT, WEIGH
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
-from ilrec_dist.model.weights import save_training_weights
+from ilrec_dist.model.weights import manifest_is, save_training_weights
 from ilrec_dist.objective.objective import Objective
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
 from ilrec_dist.samples.prefetch import (
@@ -58,7 +58,7 @@ class TrainingProgress:
     step: int = 0
     best_step: int = -1
     best_ndcg: float = -1.0
-    # SHA-256 of the best weights' file, known to rank 0.
+    # SHA-256 of the best weights' manifest, known to rank 0.
     best_sha256: str = ""
     validations_without_gain: int = 0
     # Time spent in training, over all attempts.
@@ -331,6 +331,12 @@ class Trainer:
             newest, damaged = checkpoint.latest(self._checkpoints, self.spec.fingerprint)
             for line in damaged:
                 print(f"warning: {line}; the checkpoint before it is used", flush=True)
+            if newest is not None and not manifest_is(
+                self.spec.folder / BEST, newest.state["best_sha256"]
+            ):
+                # They are of a validation after the checkpoint, which comes again and keeps its
+                # weights, whatever the rounding of another layout makes of its metric.
+                newest.state["best_ndcg"] = -1.0
         newest = from_rank0(newest)
         if newest is not None:
             restore(self.engine, self.objective, self.parallel, newest.parts)
@@ -353,15 +359,11 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self._since
         self._since = now
-        # The one before must be committed on every rank before its leftovers may go.
-        self.writer.wait()
-        dist.barrier()
-        if is_rank0():
-            staged = checkpoint.staging_folder(self._checkpoints, self.progress.step)
-            checkpoint.make_staging_folder(staged)
-        part = take_part(self.engine, self.objective, self.parallel)
-        dist.barrier()
-        self.writer.start(self.progress.step, asdict(self.progress), part)
+        self.writer.begin(
+            self.progress.step,
+            asdict(self.progress),
+            lambda: take_part(self.engine, self.objective, self.parallel),
+        )
         if self.on_checkpoint is not None:
             self.writer.wait()
             dist.barrier()
@@ -433,5 +435,8 @@ def exclusive_folder(folder: Path) -> Iterator[bool]:
             os.truncate(handle, 0)
             os.write(handle, str(os.getpid()).encode())
             for leftover in folder.glob(".*.writing-*"):
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
         yield from_rank0((folder / RESULT).exists())

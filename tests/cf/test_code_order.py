@@ -27,7 +27,7 @@ from ilrec_dist.items.trie import Trie
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute, open_run
 from tests.support.cf_world import CONFIG, World, copy_models, training_targets
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 FLAT = replace(CONFIG, reward_index="flat", reward_shards=2, epochs=1)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.shop import ITEMS, codes_of, damage, files, recommend, refused, write_shop
 
 pytestmark = pytest.mark.slow
@@ -70,11 +70,9 @@ def test_what_was_trained_on_other_data_is_refused_wherever_it_is_used(shop, cap
 
 def test_a_damaged_run_is_repaired_by_the_command_that_its_refusal_names(shop, capsys):
     run, before = shop / "runs/shop", files(shop)
-    # Copies: what is loaded maps the file, which is damaged below.
-    loaded = load_file(run / "train/sft-seed0/best.safetensors")
-    weights = {key: tensor.clone() for key, tensor in loaded.items()}
+    weights = whole_weights(run / "train/sft-seed0/best")
     damage(run / "data/users.parquet")
-    damage(run / "train/sft-seed0/best.safetensors")
+    damage(run / "train/sft-seed0/best/model-00001-of-00001.safetensors")
     (run / "items/index.json").unlink()
     shutil.rmtree(run / "evaluation/popularity")
     (run / ".stages/cf.json").write_text((run / ".stages/cf.json").read_text()[:40])
@@ -85,7 +83,7 @@ def test_a_damaged_run_is_repaired_by_the_command_that_its_refusal_names(shop, c
     after = files(shop)
     for name in ("data/users.parquet", "items/index.json", "cf/full.safetensors"):
         assert after[name] == before[name]
-    repaired = load_file(run / "train/sft-seed0/best.safetensors")
+    repaired = whole_weights(run / "train/sft-seed0/best")
     assert all((repaired[key] == weights[key]).all() for key in weights)
     assert main(["run", str(shop / "c.yaml")]) == 0
     assert "made again" not in capsys.readouterr().out
@@ -259,7 +257,7 @@ def test_a_late_refusal_leaves_a_new_training_beside_the_finished_ones(shop, cap
     after = files(shop)
     new = {name for name in after if name not in damaged}
     assert {name: after[name] for name in damaged} == damaged
-    assert "train/sft-seed1/best.safetensors" in new
+    assert "train/sft-seed1/best/model-00001-of-00001.safetensors" in new
     assert all(name.startswith(("train/sft-seed1/", ".stages/train sft seed 1.")) for name in new)
     # The next command finds it finished.
     state = open_run(load_config(shop / "c.yaml", ["train.seeds=[0, 1]"]))

@@ -103,7 +103,7 @@ def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):
     text = capsys.readouterr().out
     # 4 bytes an interaction and 8 a user.
     assert re.search(r"mapped histories +267\.0 MiB", text)
-    assert "whole weights in fp32 for best and final, each worker" in text
+    assert "copy of a file of best or final, each worker" in text
 
 
 def test_sizes_that_the_prepared_data_do_not_have_are_refused(tmp_path, capsys):

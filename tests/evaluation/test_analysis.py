@@ -22,7 +22,7 @@ from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import Batch, BatchMaker
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     MAX_HISTORY,
     NUM_ITEMS,
     UNTIED,

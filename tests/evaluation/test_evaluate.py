@@ -22,7 +22,7 @@ from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     MAX_HISTORY,
     NUM_ITEMS,
     TIED,

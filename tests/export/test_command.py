@@ -17,7 +17,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.serving.backend import LocalBackend
 from tests.support.exported import catalogue_ids, generated, recommended
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 LLAMA = {

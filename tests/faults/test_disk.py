@@ -18,7 +18,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.training import checkpoint
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240

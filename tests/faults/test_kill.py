@@ -17,12 +17,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
-from tests.training.conftest import tiny_config
+from ilrec_dist.testing.whole_weights import whole_weights
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 CHECKPOINT_STEPS = 10
@@ -133,7 +133,7 @@ def test_a_killed_actor_worker_and_driver_change_nothing(root):
 
     assert whole.wait(PATIENCE_SECONDS) == 0, end_of(root / "whole.log")
     expected, found = (
-        load_file(training(root, name) / "final.safetensors") for name in ("whole", "faulty")
+        whole_weights(training(root, name) / "final") for name in ("whole", "faulty")
     )
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)

@@ -13,7 +13,7 @@ import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ilrec_kernels import LossOutput, RowStats, TokenLists
 
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
+from tests.support.loss_cases import Case, Outcome, assert_close, make_case, run_case
 
 pytestmark = [
     pytest.mark.gpu,

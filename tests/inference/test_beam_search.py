@@ -18,7 +18,7 @@ from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.gpt import Backbone
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     NUM_ITEMS,
     TIED,
     UNTIED,

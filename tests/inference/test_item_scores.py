@@ -18,8 +18,8 @@ from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
-from tests.inference import test_titles
-from tests.inference.toy import (
+from tests.support import title_decoder
+from tests.support.toy_decoder import (
     NUM_ITEMS,
     TIED,
     UNTIED,
@@ -70,9 +70,9 @@ def test_scores_are_those_of_the_definition(
 
 @pytest.mark.parametrize("scope", ["all", "valid_next"])
 def test_titles_of_many_lengths_score_as_in_a_beam_of_all(scope: str) -> None:
-    catalogue, trie = test_titles.CATALOGUE, test_titles.TRIE
-    constraint, model = TrieConstraint(trie), test_titles.backbone()
-    prefixes = test_titles.PLAIN.prefixes(test_titles.HISTORIES, np.array([1]))
+    catalogue, trie = title_decoder.CATALOGUE, title_decoder.TRIE
+    constraint, model = TrieConstraint(trie), title_decoder.backbone()
+    prefixes = title_decoder.PLAIN.prefixes(title_decoder.HISTORIES, np.array([1]))
     options = {"vocab_size": catalogue.vocab_size, "softmax_scope": scope}
     ranked = expand_beams(
         constraint, beam_search(model, constraint, prefixes, beam=catalogue.num_items, **options)

@@ -19,7 +19,7 @@ from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.inference.recommend import Recommendations, recommend_items
 from ilrec_dist.items.trie import Trie
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     MAX_HISTORY,
     NUM_ITEMS,
     exhaustive_scores,

@@ -12,45 +12,29 @@ import torch
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
-from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
-from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
-from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
-from tests.inference.toy import TIED, UNTIED
+from tests.support.title_decoder import (
+    CATALOGUE,
+    COUNT,
+    HISTORIES,
+    PLAIN,
+    TRIE,
+    backbone,
+)
+from tests.support.toy_decoder import TIED, UNTIED
 
 pytestmark = pytest.mark.slow
 
-COUNT, PIECES, DEPTH = 40, 7, 6
 # The token id of the end.
 END = 1
 
 
-def toy_titles() -> Catalogue:
-    """40 titles of 1 to 5 pieces and the end;
-    some are prefixes of others, two are the same.
-    """
-    rng = np.random.default_rng(8)
-    numbers = np.full((COUNT, DEPTH), -1, np.int32)
-    for row, length in enumerate(rng.integers(1, DEPTH, COUNT)):
-        numbers[row, :length], numbers[row, length] = rng.integers(1, 1 + PIECES, length), 0
-    numbers[17] = numbers[5]
-    numbers[21, : DEPTH - 1], numbers[21, DEPTH - 1] = 2, 0
-    numbers[22] = [2, 2, 0, -1, -1, -1]
-    return make_title_catalogue(numbers, ["<end>", *"abcdefg"])
-
-
-CATALOGUE = toy_titles()
-TRIE = Trie(CATALOGUE)
 OWN = [
     tuple(int(token) for token in tokens if token != NO_TOKEN)
     for tokens in CATALOGUE.item_tokens(np.arange(COUNT))
 ]
-HISTORIES = HistoryRanges(
-    np.arange(COUNT), np.array([0, 3, 7, 11, 11]), np.array([3, 7, 11, 12, 15])
-)
-PLAIN = PlainSequences(CATALOGUE, 4)
 SCOPES = ["all", "valid_next"]
 
 
@@ -59,10 +43,6 @@ def _layout() -> Iterator[None]:
     initialize_parallel(1, "cpu")
     yield
     destroy_parallel(process_group=True)
-
-
-def backbone(config=TIED) -> Backbone:
-    return Backbone(config, CATALOGUE.vocab_size, 5 * DEPTH - 1, seed=4).eval()
 
 
 def log_p(model: Backbone, tokens: list[int], scope: str, children: list[int]) -> torch.Tensor:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
+from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.cf_world import documented_metrics
-from tests.training.conftest import tiny_config
-from tests.training.test_training import train_here
+from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -37,5 +36,5 @@ def test_atomic_ids_train_and_decode_and_stored_rewards_have_the_same_bits(tmp_p
         "the second epoch reads what the first computed, but for what is asked ahead"
     )
     assert last_again["rewards/cached"] == last_again["rewards/answers"] == last["rewards/answers"]
-    first, again = (load_file(tmp_path / name / "final.safetensors") for name in ("first", "again"))
+    first, again = (whole_weights(tmp_path / name / "final") for name in ("first", "again"))
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -24,9 +24,10 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
-from tests.inference.toy import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data
+from tests.support.toy_decoder import NUM_ITEMS, TIED, UNTIED, toy_catalogue, toy_data, toy_titles
+from tests.support.whole_model import full_state_dict, load_full_state_dict
 
-MAX_POSITIONS, PIECES = 60, 9
+MAX_POSITIONS = 60
 # With `softmax_scope: all` other tokens compete, so the losses are the same only where there
 # are none.
 PERMUTED = "the same ids in another order"
@@ -66,14 +67,6 @@ def vocabulary(form: str, own: Vocabulary) -> Vocabulary:
     return Vocabulary(ids, size, padding, None if own.end is None else int(ids[0]), size - count)
 
 
-def toy_titles() -> Catalogue:
-    rng = np.random.default_rng(8)
-    numbers = np.full((NUM_ITEMS, 5), -1, np.int32)
-    for title, length in zip(numbers, rng.integers(1, 5, NUM_ITEMS), strict=True):
-        title[:length], title[length] = rng.integers(1, 1 + PIECES, length), 0
-    return make_title_catalogue(numbers, ["<end>", *"abcdefghi"])
-
-
 def transplanted(
     own: Catalogue, other: Catalogue, config: BackboneConfig
 ) -> tuple[Backbone, Backbone]:
@@ -84,14 +77,14 @@ def transplanted(
         Backbone(config, catalogue.vocab_size, MAX_POSITIONS, seed=4).eval()
         for catalogue in (own, other)
     ]
-    source, target = (backbone.full_state_dict() for backbone in backbones)
+    source, target = (full_state_dict(backbone) for backbone in backbones)
     for name, tensor in source.items():
         if "word_embeddings" in name or "output_layer" in name:
             target[name][other.vocabulary.padding] = tensor[own.vocabulary.padding]
             target[name][other.vocabulary.item_tokens] = tensor[own.vocabulary.item_tokens]
         else:
             target[name] = tensor
-    backbones[1].load_full_state_dict(target)
+    load_full_state_dict(backbones[1], target)
     return backbones[0], backbones[1]
 
 

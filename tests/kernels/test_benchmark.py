@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks import loss as benchmark
-from tests.kernels.cases import distance
+from tests.support.loss_cases import distance
 
 
 @pytest.mark.parametrize("peaked", [True, False])

@@ -13,7 +13,7 @@ from ilrec_kernels.layout import gemm
 from ilrec_kernels.reference import constants, dense_rewards, row_losses, scopes
 from torch import Tensor
 
-from tests.kernels.cases import Case, distance, make_case, run_case
+from tests.support.loss_cases import Case, distance, make_case, run_case
 
 
 @pytest.fixture(params=[False, True], ids=["fp32 products", "bf16 products"])

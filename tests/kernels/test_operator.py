@@ -21,7 +21,7 @@ from ilrec_kernels.reference import constants, dense_rewards, row_losses, scopes
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.cases import Case, assert_close, distance, make_case, run_case
+from tests.support.loss_cases import Case, assert_close, distance, make_case, run_case
 
 SCATTERED = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 56])
 SCOPES = list(

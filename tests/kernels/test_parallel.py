@@ -14,51 +14,10 @@ import torch.distributed as dist
 from ilrec_kernels import cross_layer_loss, loop
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case, split_rows
+from tests.support.loss_cases import Case, Outcome, assert_close, make_case, run_case, split_rows
+from tests.support.loss_shards import sharded, whole
 
 pytestmark = pytest.mark.slow
-
-
-def sharded(mesh: Mesh, cases: list[Case], edges: list[int], backend: str) -> list[Outcome]:
-    """Run each case with this rank's shard of the head.
-
-    Edges beyond the vocabulary are padding, filled with large values.
-    """
-    out = []
-    start, stop = edges[mesh.tp_rank], edges[mesh.tp_rank + 1]
-    for case in cases:
-        padded = torch.cat(
-            [
-                case.head,
-                torch.full(
-                    (max(0, edges[-1] - len(case.head)), case.head.shape[1]),
-                    9.0,
-                    dtype=case.head.dtype,
-                ),
-            ]
-        )
-        out.append(
-            run_case(
-                case,
-                backend,
-                head=padded[start:stop],
-                vocab=(start, stop),
-                tp_group=mesh.tp_group,
-                loss_scale=0.1,
-            )
-        )
-    return out
-
-
-def whole(outcomes: list[Outcome], case: Case) -> Outcome:
-    """Put the head's shards together; everything else is the same on each rank."""
-    head = torch.cat([o.head for o in outcomes if o.head is not None])
-    assert not head[len(case.head) :].any()
-    for other in outcomes[1:]:
-        assert torch.equal(other.output.loss, outcomes[0].output.loss)
-        for a, b in zip(outcomes[0].hidden, other.hidden, strict=True):
-            assert torch.equal(a, b) if a is not None and b is not None else a is b
-    return replace(outcomes[0], head=head[: len(case.head)])
 
 
 def parallel_cases(dtype: torch.dtype) -> list[Case]:

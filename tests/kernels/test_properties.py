@@ -16,8 +16,15 @@ from hypothesis import strategies as st
 from ilrec_kernels.steps.topk import dense_candidates
 
 from ilrec_dist.testing.distributed import run_distributed
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, reference_by_rows, run_case
-from tests.kernels.test_parallel import sharded, whole
+from tests.support.loss_cases import (
+    Case,
+    Outcome,
+    assert_close,
+    make_case,
+    reference_by_rows,
+    run_case,
+)
+from tests.support.loss_shards import sharded, whole
 
 scopes = st.sampled_from(["valid_next", "item_tokens", "all"])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ilrec_kernels import cross_layer_loss
 
-from tests.kernels.cases import Case, make_case
+from tests.support.loss_cases import Case, make_case
 
 
 def rows_of(case: Case, source: str, backend: str, seed: int = 0, **options):

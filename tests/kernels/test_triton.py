@@ -37,7 +37,7 @@ def interpreter(request):
         yield None
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command.append(str(ROOT / "tests/kernels/interpreted.py"))
+    command.append(str(ROOT / "tests/support/interpreted.py"))
     with tempfile.TemporaryFile("w+") as output:
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
@@ -50,7 +50,7 @@ def interpreter(request):
 
 
 def test_refused_without_a_device():
-    from tests.kernels.cases import make_case, run_case
+    from tests.support.loss_cases import make_case, run_case
 
     with pytest.raises(ValueError, match="triton needs a CUDA device"):
         run_case(make_case(), "triton")

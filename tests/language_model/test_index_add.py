@@ -18,8 +18,8 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, LanguageModel
 from ilrec_dist.model.hf.config import read_config
-from tests.language_model.models import make_language_model
 from tests.support.item_words import words
+from tests.support.language_models import make_language_model
 
 pytestmark = pytest.mark.slow
 CODES = {"levels": 2, "codes_per_level": 16, "collisions": "resolve", "embedding_dim": 16}

@@ -28,10 +28,11 @@ from ilrec_dist.model.hf.source import weights_sha256
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.testing.distributed import run_distributed
-from tests.language_model.models import make_language_model, model_config
-from tests.language_model.partial_training import gradients, train
-from tests.model.test_lora import needs_peft
-from tests.training.test_training import losses_of
+from ilrec_dist.testing.whole_weights import whole_weights
+from tests.support.language_models import make_language_model, model_config
+from tests.support.partial_training import gradients, train
+from tests.support.pretrained import needs_peft
+from tests.support.tiny_run import losses_of
 
 TRAIN = {"epochs": 1, "learning_rate": 5e-3, "methods": ["sft"], "validation_users": 20}
 LORA = {"rank": 4, "alpha": 8.0}
@@ -101,7 +102,7 @@ def test_the_models_own_weights_keep_every_byte_and_tp_changes_nothing(
         tables = [name for name, count in changed.items() if count]
         assert len(tables) == (1 if tied else 2)
         assert all(changed[name] <= items * width for name in tables)
-        states[tp] = load_file(tmp_path / str(tp) / "final.safetensors")
+        states[tp] = whole_weights(tmp_path / str(tp) / "final")
     rows = {"new_rows.embedding"} if tied else {"new_rows.embedding", "new_rows.head"}
     assert {name for name in states[1] if "lora_" not in name} == rows
     np.testing.assert_allclose(
@@ -129,7 +130,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     names = [name for state in states for name in state["module"] if name.endswith(".weight")]
     assert not any(".gpt." in name for name in names)
     run_distributed(train, 1, 1, tree, str(tmp_path / "cut"))
-    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -157,7 +158,7 @@ def test_full_training_may_give_new_rows_a_rate_of_their_own(shop: Shop, tmp_pat
     np.testing.assert_allclose(
         losses_of(tmp_path / "equal"), losses_of(tmp_path / "one"), rtol=0, atol=1e-4
     )
-    states = [load_file(tmp_path / name / "final.safetensors") for name in ("equal", "one")]
+    states = [whole_weights(tmp_path / name / "final") for name in ("equal", "one")]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[1].items():
         assert float((states[0][name] - tensor).norm()) <= 1e-3 * float(tensor.norm()), name

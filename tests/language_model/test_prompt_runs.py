@@ -23,9 +23,9 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.samples.windows import training_windows
-from tests.language_model.models import END, make_language_model, model_config
 from tests.support.exported import ranked
-from tests.training.conftest import tiny_config
+from tests.support.language_models import END, make_language_model, model_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from ilrec_dist.cli import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.data.dataset import InteractionDataset
@@ -23,7 +29,7 @@ from ilrec_dist.items.language_model import LanguageModel
 from ilrec_dist.model.hf.source import model_folder, vocabulary_files, weight_files
 from ilrec_dist.pipeline.artifacts import item_titles
 from ilrec_dist.pipeline.execute import execute
-from tests.language_model.models import make_language_model, model_config
+from tests.support.language_models import make_language_model, model_config
 
 TITLES = ["red lamp", "blue lamp", "green chair"]
 
@@ -97,6 +103,27 @@ def test_a_hub_id_is_one_line_that_says_how_to_get_the_model(tmp_path: Path, cap
     assert "local folders" in error and not (tmp_path / "runs").exists()
 
 
+def test_the_path_of_nothing_is_taken_for_no_hub_id(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for source in (
+        f"{tmp_path}/llama",
+        "./llama",
+        "../llama",
+        "~/llama",
+        "a/b/c",
+        "models/llama",
+        "llama/",
+        "llama.gguf",
+    ):
+        with pytest.raises(UserError, match=f"'{re.escape(source)}' is no local") as caught:
+            weight_files(source)
+        assert "hf download" not in str(caught.value) and "name the folder" in str(caught.value)
+    for source in ("gpt2", "other/llama"):
+        with pytest.raises(UserError, match=f"hf download {source} "):
+            weight_files(source)
+
+
 def test_sources_that_are_no_model(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -111,7 +138,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         model_folder(str(folder / "config.json"), tmp_path)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model-1.safetensors").touch()
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, folder / "model-1.safetensors")
     names = [path.name for path in weight_files(str(folder))]
     assert names == ["config.json", "model.safetensors.index.json", "model-1.safetensors"]
 
@@ -147,23 +174,62 @@ def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path, capsys) -
     with pytest.raises(UserError, match="129 tokens, .* 128 positions; lower train.max_history"):
         execute(config, "train")
 
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    config = model_config(tmp_path, model, train={"methods": ["sft"]})
-    (tmp_path / "c.yaml").write_text(dump_config(config))
-    # What making the model and the stages before wrote.
-    capsys.readouterr()
-    assert main(["train", str(tmp_path / "c.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert f"{weights}: cannot be read as safetensors" in error and error.count("\n") == 1
-    assert sorted(path.name for path in config.run_dir.iterdir() if path.name[0] != ".") == [
-        "config.yaml",
-        "data",
-        "items",
-    ]
-
     class Untitled:
         dataset = dataclasses.make_dataclass("Data", ["titles"])(None)
 
     with pytest.raises(UserError, match="new_tokens: text needs the items' titles"):
         item_titles(Untitled())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["truncated", "header", "of the index"])
+def test_weights_that_are_not_whole_are_refused_before_any_stage(
+    how: str, tmp_path: Path, capsys
+) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if how == "truncated":
+        del content[-1:]
+    elif how == "header":
+        # The end of the first tensor.
+        content[content.index(b"data_offsets") + len(b'data_offsets":[0,')] ^= 1
+    else:
+        index = {"weight_map": {"lost": weights.name}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.write_bytes(content)
+    config = model_config(tmp_path / "runs", model, train={"methods": ["sft"]})
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    # What making the model wrote.
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    said = "'lost' is missing" if how == "of the index" else "cannot be read as safetensors"
+    assert f"{weights}: {said}" in error.replace("tensor ", "") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["local-dir", "cache"])
+def test_a_download_with_a_flipped_byte_is_refused(place: str, tmp_path: Path) -> None:
+    model = make_language_model(tmp_path / "llama", TITLES)
+    weights, digest = model / "model.safetensors", sha256_file(model / "model.safetensors")
+    if place == "local-dir":
+        note = model / ".cache/huggingface/download/model.safetensors.metadata"
+        note.parent.mkdir(parents=True)
+        note.write_text(f"commit\n{digest}\n{time.time()}\n")
+    else:
+        blob = tmp_path / "blobs" / digest
+        blob.parent.mkdir()
+        weights.rename(blob)
+        weights.symlink_to(blob)
+    assert weights in weight_files(str(model))
+    status, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    # Older than the download, and a time for which this process has no hash.
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns - 1))
+    with pytest.raises(UserError, match=f"^{re.escape(str(weights))}: damaged .*hub.*download"):
+        weight_files(str(model))
+    if place == "local-dir":
+        # What the user has written in its place is the user's.
+        os.utime(weights, (time.time() + 60, time.time() + 60))
+        assert weights in weight_files(str(model))

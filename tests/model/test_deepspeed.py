@@ -16,6 +16,7 @@ from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_p
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.whole_model import full_state_dict
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def train(mesh: Mesh, precision: str) -> dict:
             dist.all_reduce(loss_sum, group=state.dp_group)
             losses.append(float(loss_sum))
             norms.append(float(engine.get_global_grad_norm()))
-        weights = model.full_state_dict()
+        weights = full_state_dict(model)
         engine.destroy()
         return {"losses": losses, "norms": norms, "weights": weights}
     finally:

@@ -14,7 +14,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.lora import add_lora
 from ilrec_dist.model.partial import separate_rows
 from ilrec_dist.pipeline.training_cost import mean_candidates
-from tests.inference.toy import NUM_ITEMS, toy_catalogue
+from tests.support.toy_decoder import NUM_ITEMS, toy_catalogue
 
 SIZES = dict(num_layers=3, hidden_size=32, num_heads=4)
 CONFIGS = [

@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,71 +29,21 @@ from ilrec_dist.model.hf.families import (
 )
 from ilrec_dist.model.hf.gguf import dequantised_folder
 from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
+from ilrec_dist.model.hf.source import vocabulary_files, weight_files
 from ilrec_dist.model.sharding import shard_spec
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.pretrained import (
+    LLAMA3_ROPE,
+    MODELS,
+    SIZES,
+    make_pretrained,
+    make_tokens,
+    relative_error,
+    transformers_logits,
+)
+from tests.support.whole_model import full_state_dict
 
 pytestmark = pytest.mark.slow
-
-SIZES = dict(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
-MODELS = {
-    "llama": dict(rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
-    "qwen2": dict(rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters=QWEN_ROPE),
-    "qwen3": dict(
-        rms_norm_eps=1e-6, tie_word_embeddings=True, head_dim=16, rope_parameters=QWEN_ROPE
-    ),
-}
-
-
-def make_tokens(vocab_size: int = 53) -> torch.Tensor:
-    return torch.randint(0, vocab_size, (3, 11), generator=torch.Generator().manual_seed(0))
-
-
-def make_pretrained(
-    family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "20KB"
-) -> torch.Tensor:
-    """Save a small random model of `transformers`; its logits [3, 11, vocab]."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **MODELS[family], initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Biases and norms are made 0 and 1, which would hide a mix-up.
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-        logits = model(make_tokens()).logits
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return logits
-
-
-def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((logits - expected).norm() / expected.norm())
 
 
 def round_trip(
@@ -183,7 +134,7 @@ def more_vocabulary(mesh: Mesh, folder: str) -> list[torch.Tensor]:
                 pretrained.config, 90, pretrained.max_positions, seed=seed, initialize=False
             )
             load_weights(model, folder)
-            tables.append(model.full_state_dict()["embedding.word_embeddings.weight"])
+            tables.append(full_state_dict(model)["embedding.word_embeddings.weight"])
         return tables
     finally:
         destroy_parallel()
@@ -422,3 +373,17 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
     with pytest.raises(UserError, match="no such file"):
         dequantised_folder(tmp_path / "other.gguf", tmp_path / "cache")
+    # Inside the function because the package is optional.
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert weight_files(str(file)) == vocabulary_files(str(file)) == [file]
+    file.write_bytes(file.read_bytes()[:-1])
+    for files in (weight_files, vocabulary_files):
+        with pytest.raises(UserError, match="model.gguf: cannot be read as GGUF.*truncated"):
+            files(str(file))

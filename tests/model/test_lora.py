@@ -4,7 +4,6 @@ loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.peft import load_adapter, read_lora_config, save_adapter
 from ilrec_dist.model.lora import LoraConfig, add_lora, merge_lora
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.model.test_huggingface import (
+from tests.support.pretrained import (
     make_pretrained,
     make_tokens,
+    needs_peft,
     relative_error,
     transformers_logits,
 )
@@ -35,11 +35,6 @@ SOME = LoraConfig(rank=3, alpha=6.0, target_modules=["q_proj", "v_proj", "up_pro
 # With tp 4 some ranks have no rows of it.
 QUERY = LoraConfig(rank=2, alpha=2.0, target_modules=["q_proj"])
 WEIGHT = torch.linspace(-1, 1, 32)
-
-needs_peft = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("peft", "accelerate")),
-    reason="needs peft and accelerate: pip install --no-deps peft accelerate",
-)
 
 
 def loss_of(hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ilrec_dist.samples.negatives import HardNegatives, UniformNegatives, hashed
 from ilrec_dist.samples.preference_pairs import PreferenceBatchMaker
 from ilrec_dist.samples.windows import training_windows
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.inference.toy import (
+from tests.support.toy_decoder import (
     MAX_HISTORY,
     NUM_ITEMS,
     TIED,
@@ -30,8 +30,9 @@ from tests.inference.toy import (
     toy_backbone,
     toy_catalogue,
     toy_data,
+    toy_titles,
 )
-from tests.items.test_vocabulary import toy_titles
+from tests.support.whole_model import full_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def loss_and_gradients(mesh: Mesh, scope: str) -> tuple[float, dict[str, torch.T
         with torch.no_grad():
             for parameter in objective.backbone.parameters():
                 parameter.copy_(parameter.grad)
-            gradients = objective.backbone.full_state_dict()
+            gradients = full_state_dict(objective.backbone)
         return output.loss.item(), gradients
     finally:
         destroy_parallel()

@@ -17,7 +17,7 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.windows import training_windows
-from tests.inference.toy import MAX_HISTORY, toy_backbone, toy_catalogue, toy_data
+from tests.support.toy_decoder import MAX_HISTORY, toy_backbone, toy_catalogue, toy_data
 
 FULL = ObjectiveConfig(cpo_beta=0.8, cpd_mu=0.4, crr_lambda=0.3)
 

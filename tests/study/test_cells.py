@@ -14,7 +14,7 @@ from ilrec_dist.config.tree import ConfigError
 from ilrec_dist.study.cells import Cell, make_cells
 from ilrec_dist.study.config import load_study
 from ilrec_dist.study.figures import check_against
-from tests.study.tiny import write_study
+from tests.support.tiny_study import write_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs").glob("study-*.yaml"))
 

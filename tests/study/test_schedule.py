@@ -15,7 +15,7 @@ from ilrec_dist.study.config import load_study
 from ilrec_dist.study.priority import SESSION_NICENESS
 from ilrec_dist.study.schedule import side_by_side
 from ilrec_dist.study.state import exit_outcome
-from tests.study.tiny import write_study
+from tests.support.tiny_study import write_study
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.study.cells import make_cells
 from ilrec_dist.study.config import load_study
 from ilrec_dist.study.state import write_state
-from tests.study.tiny import write_study
+from tests.support.tiny_study import write_study
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 480
@@ -60,7 +60,7 @@ def results(root: Path) -> dict:
 
 def stamps(root: Path) -> dict[str, int]:
     """When the weights and predictions of each cell were written."""
-    files = [*root.rglob("best.safetensors"), *root.rglob("predictions*.parquet")]
+    files = [*root.rglob("best/*.safetensors"), *root.rglob("predictions*.parquet")]
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 

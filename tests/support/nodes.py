@@ -76,12 +76,15 @@ class Nodes:
         return self.nodes[-1]
 
     def wait_for_head(self) -> None:
-        """Wait until the head answers, for at most PATIENCE_SECONDS."""
-        command = self.on_head([*RAY, "health-check", "--address", self.address])
+        """Wait until the head listens, for at most PATIENCE_SECONDS."""
+        host, _, port = self.address.rpartition(":")
+        ask = f"import socket; socket.create_connection(({host!r}, {port}), 1)"
+        command = self.on_head([sys.executable, "-S", "-c", ask])
         until = time.monotonic() + PATIENCE_SECONDS
-        while subprocess.run(command, env=self.environment, capture_output=True).returncode:
+        while subprocess.run(command, capture_output=True).returncode:
             log = self.folder / "node-0.log"
             assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
 
     def on_head(self, command: list[str]) -> list[str]:
         """The command that runs this one on the head's node."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.adopt import adopt_stages
 from ilrec_dist.pipeline.execute import execute, open_run
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 SHARED = ["prepare", "index", "cf", "rewards"]
 

@@ -21,7 +21,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.trainer import Trainer
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.ranking import baseline_predictions
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute, open_run
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 
 def test_the_stages_are_there_when_they_are_asked_for(tiny, tmp_path):

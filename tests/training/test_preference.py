@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
-from tests.training.conftest import tiny_config
-from tests.training.test_training import losses_of, train_here
+from ilrec_dist.testing.whole_weights import whole_weights
+from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 METHODS = ["sft", "ilrec", "dpo", "sdpo", "simpo", "rosepo", "sprec"]
 
@@ -80,7 +79,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(run, tmp_path, method, 
     before = [file.stat().st_mtime_ns for file in files]
     run_distributed(train_here, 1, 1, tree, method, str(tmp_path / "cut"))
     assert [file.stat().st_mtime_ns for file in files] == before
-    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 

@@ -20,7 +20,7 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import METHODS, Method, default_method, get_method, register
 from ilrec_dist.pipeline.stages.train import training_stages
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 

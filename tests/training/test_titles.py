@@ -14,8 +14,7 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
-from tests.training.conftest import tiny_config
-from tests.training.test_training import losses_of, train_here
+from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 

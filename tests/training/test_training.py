@@ -4,75 +4,28 @@ depend on how the step is cut (METHOD.md §8).
 They are the same over tp, dp and accumulation, and after an interruption.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.model.weights import read_training_weights
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from ilrec_dist.testing.whole_weights import whole_weights
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.spec import TrainingSpec
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 
 # Each layout is (world size, tp, accumulation).
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 3), (4, 2, 2)]
-
-
-def train_here(
-    mesh: Mesh,
-    tree: dict,
-    method: str,
-    folder: str,
-    stop_after: int | None = None,
-    items_per_user: int | None = None,
-) -> None:
-    """Train in this process, with a line of metrics
-    every step; end early after a checkpoint.
-    """
-    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-    from ilrec_dist.pipeline.artifacts import RunArtifacts
-    from ilrec_dist.pipeline.train_one import train_one
-
-    def stop(step: int) -> None:
-        if stop_after is not None and step >= stop_after:
-            raise InterruptedError
-
-    torch.set_num_threads(1)
-    config = config_from_dict(tree)
-    spec = TrainingSpec(method, 0, Path(folder), "test")
-    artifacts = RunArtifacts(config)
-    if items_per_user is not None:
-        artifacts.__dict__["training"] = first_items(artifacts.dataset, items_per_user)
-    parallel = initialize_parallel(mesh.tp, "cpu")
-    try:
-        train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
-    except InterruptedError:
-        pass
-    finally:
-        destroy_parallel()
-
-
-def first_items(dataset: InteractionDataset, count: int) -> InteractionDataset:
-    """The data set with the first `count` items of every user."""
-    items = np.concatenate([dataset.sequence(user)[:count] for user in range(dataset.num_users)])
-    offsets = np.arange(dataset.num_users + 1) * count
-    return dataclasses.replace(dataset, items=items, offsets=offsets)
 
 
 def refusal_here(
@@ -84,10 +37,6 @@ def refusal_here(
     except UserError as error:
         return str(error)
     return "not refused"
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [line["loss/total"] for line in read_metrics(folder) if "loss/total" in line]
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +65,8 @@ def test_the_layout_of_the_step_changes_neither_losses_nor_weights(trained, layo
     expected, found = losses_of(alone), losses_of(other)
     assert len(expected) == len(found) > 10
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    weights = load_file(other / "final.safetensors")
-    for name, tensor in load_file(alone / "final.safetensors").items():
+    weights = whole_weights(other / "final")
+    for name, tensor in whole_weights(alone / "final").items():
         # Key biases have no true gradient: Adam walks them by rounding alone.
         if not name.endswith("linear_qkv.bias"):
             torch.testing.assert_close(weights[name], tensor, rtol=0, atol=5e-3)
@@ -146,10 +95,7 @@ def test_training_learns_and_logs_what_the_method_names(trained):
         lines[0]["loss/cpo"] + 0.1 * lines[0]["loss/cpd"] + 0.02 * lines[0]["loss/crr"]
     )
     assert any("validation/ndcg@10" in line for line in read_metrics(folder))
-    assert (
-        load_file(folder / "best.safetensors").keys()
-        == load_file(folder / "final.safetensors").keys()
-    )
+    assert whole_weights(folder / "best").keys() == whole_weights(folder / "final").keys()
 
 
 def test_tp_ranks_draw_the_same_dropout(tiny, tmp_path):
@@ -173,7 +119,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
         "step-00000006",
     ]
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"))
-    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     steps = [line["step"] for line in read_metrics(tmp_path / "cut") if "loss/total" in line]
     assert steps == sorted(set(steps)) and steps == [
@@ -203,7 +149,7 @@ def test_recomputed_activations_give_the_same_bits(tiny, tmp_path):
         train = {"epochs": 1, "recompute": recompute}
         config = config_to_dict(tiny_config(tiny, train=train))
         run_distributed(train_here, 1, 1, config, "sft", str(tmp_path / name))
-    kept, again = (load_file(tmp_path / name / "final.safetensors") for name in ("kept", "again"))
+    kept, again = (whole_weights(tmp_path / name / "final") for name in ("kept", "again"))
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
@@ -261,7 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path
     found, damaged = checkpoint.latest(folder, "test")
     assert found.step == 3 and str(victim) in damaged[0] and "SHA-256" in damaged[0]
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"))
-    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     with pytest.raises(UserError, match="another configuration"):
         checkpoint.latest(tmp_path / "copy", "other")
@@ -286,7 +232,7 @@ def test_a_loss_that_is_not_finite_is_one_line_on_every_rank(tiny, tmp_path, wor
     for part in ("ilrec, seed 0", "step 2", "loss term cpo is nan", "1e+30", "learning_rate"):
         assert part in lines[0]
     # Neither a best epoch nor a result came of it.
-    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "result.json").exists()
 
 
 def test_nothing_to_train_on_is_one_line(tiny, tmp_path):
@@ -298,35 +244,33 @@ def test_nothing_to_train_on_is_one_line(tiny, tmp_path):
     assert line.startswith("sft, seed 0: no user has two training items")
 
 
-def test_result_names_the_hashes_of_the_weights_and_damaged_weights_are_refused(trained, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(trained[LAYOUTS[0]], folder)
-    hashes = json.loads((folder / "result.json").read_text())["weights_sha256"]
-    assert hashes == {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("best.safetensors", "final.safetensors")
-    }
-    best = folder / "best.safetensors"
-    whole = read_training_weights(best)
-    assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(best).items())
-    _flip(best)
-    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: .*damaged.*SHA-256"):
-        read_training_weights(best)
-    final = folder / "final.safetensors"
-    final.write_bytes(final.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"^{re.escape(str(final))}: .*damaged.*SHA-256"):
-        read_training_weights(final)
-    best.unlink()
-    with pytest.raises(UserError, match=f"^{re.escape(str(best))}: missing"):
-        read_training_weights(best)
+def test_result_names_the_hashes_of_the_weights(trained):
+    """Of the manifests; tests/model/test_weights.py damages what they name."""
+    for layout, parts in zip(LAYOUTS[:3], (1, 2, 2), strict=True):
+        folder = trained[layout]
+        assert json.loads((folder / "result.json").read_text())["weights_sha256"] == {
+            name: hashlib.sha256((folder / name / "manifest.json").read_bytes()).hexdigest()
+            for name in ("best", "final")
+        }
+        for name in ("best", "final"):
+            # Each rank has written a part.
+            assert len(list((folder / name).glob("*.safetensors"))) >= parts
 
 
-def test_weights_that_are_not_finite_are_refused_although_their_hash_fits(tmp_path):
-    best, weights = tmp_path / "best.safetensors", torch.ones(3, 5)
-    for value in (math.nan, math.inf, -math.inf):
-        weights[1, 2] = value
-        save_file({"empty": torch.ones(0), "head": weights}, best)
-        hashes = {best.name: hashlib.sha256(best.read_bytes()).hexdigest()}
-        (tmp_path / "result.json").write_text(json.dumps({"weights_sha256": hashes}))
-        with pytest.raises(UserError, match=r"best.safetensors: tensor 'head' .* not finite"):
-            read_training_weights(best)
+def test_best_weights_newer_than_the_checkpoint_are_chosen_again(tiny, tmp_path):
+    """As after a kill between the two: what the checkpoint names is gone."""
+    config = config_to_dict(tiny_config(tiny))
+    # To the end of the first epoch.
+    run_distributed(train_here, 1, 1, config, "sft", str(tmp_path), 7)
+    path = tmp_path / "checkpoints/step-00000007/manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["state"]["best_step"] == 7
+    shutil.rmtree(tmp_path / "best")
+    # No later validation is as good, so that this one alone would be kept.
+    manifest["state"]["best_ndcg"] = 2.0
+    path.write_text(json.dumps(manifest))
+    run_distributed(train_here, 1, 1, config, "sft", str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["best_step"] > 7 and result["best_ndcg"] < 2
+    best = hashlib.sha256((tmp_path / "best/manifest.json").read_bytes()).hexdigest()
+    assert result["weights_sha256"]["best"] == best

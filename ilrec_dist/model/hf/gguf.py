@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
@@ -24,7 +25,7 @@ def dequantised_folder(file: str | Path, cache: str | Path) -> Path:
     folder = cache / f"{file.stem}-{sha256_file(file)[:16]}"
     if folder.exists():
         return folder
-    _check_architecture(file)
+    check_gguf(file)
     cache.mkdir(parents=True, exist_ok=True)
     with file_lock(cache / f".{folder.name}.lock"):
         if not folder.exists():
@@ -33,7 +34,18 @@ def dequantised_folder(file: str | Path, cache: str | Path) -> Path:
     return folder
 
 
-def _check_architecture(file: Path) -> None:
+def check_gguf(file: Path) -> None:
+    """Read what a GGUF file says of itself, once unless it changes; no weights.
+
+    Raises UserError where the `gguf` package is missing, where
+    the file has not all its bytes, and for other families.
+    """
+    status = file.stat()
+    _check_as_it_is(file, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _check_as_it_is(file: Path, size: int, mtime_ns: int) -> None:
     try:
         # Inside the function because the package is optional.
         from gguf import GGUFReader

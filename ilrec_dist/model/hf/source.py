@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
-from ilrec_dist.common.manifest import cached_sha256
-from ilrec_dist.model.hf.gguf import dequantised_folder
-from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE
+from ilrec_dist.common.manifest import cached_sha256, hash_files
+from ilrec_dist.model.hf.gguf import check_gguf, dequantised_folder
+from ilrec_dist.model.hf.tensor_files import INDEX_FILE, SINGLE_FILE, TensorReader
 
 # Files that decide what the tokenizer does, where the folder has them.
 TOKENIZER_FILES = (
@@ -23,6 +25,8 @@ TOKENIZER_FILES = (
     "vocab.json",
 )
 
+# Of files that the hub keeps apart from git; small files have a SHA-1.
+SHA256 = r"[0-9a-f]{64}"
 # One of these a tokenizer has.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
@@ -38,6 +42,7 @@ def vocabulary_files(source: str) -> list[Path]:
     """
     path = _existing(source)
     if is_gguf(path):
+        check_gguf(path)
         return [path]
     present = [name for name in TOKENIZER_FILES if (path / name).is_file()]
     if not VOCABULARIES & set(present):
@@ -50,10 +55,14 @@ def vocabulary_files(source: str) -> list[Path]:
 def weight_files(source: str) -> list[Path]:
     """The files that decide the model's weights.
 
-    Raises UserError where the source is no local model with safetensors.
+    Raises UserError where the source is no local model with safetensors, where a file
+    has not all the bytes that its header or the index tell of, and where it is not what
+    was downloaded from the Hugging Face hub.
     """
     path = _existing(source)
     if is_gguf(path):
+        check_gguf(path)
+        _check_downloaded(path.parent, [path.name])
         return [path]
     files = [path / "config.json"]
     if not (path / INDEX_FILE).exists():
@@ -68,7 +77,44 @@ def weight_files(source: str) -> list[Path]:
             raise UserError(
                 f"{file}: no such file; backbone.from needs the safetensors of a Hugging Face model"
             )
+    # It compares each file's size with the header, and the tensors with the index.
+    TensorReader(path)
+    _check_downloaded(path, [file.name for file in files if file.suffix == ".safetensors"])
     return files
+
+
+def _check_downloaded(folder: Path, names: Sequence[str]) -> None:
+    """Compare files with the SHA-256 that the hub gave with them, where one is known.
+
+    Their hashes decide what is trained again, so that they are computed anyway.
+    """
+    expected = {name: sha256 for name in names if (sha256 := _hub_sha256(folder / name))}
+    found = hash_files(folder, expected)
+    for name, sha256 in expected.items():
+        if found[name] != sha256:
+            raise UserError(
+                f"{folder / name}: damaged (its SHA-256 is not the one that the Hugging Face hub "
+                "gave with it); download it again"
+            )
+
+
+def _hub_sha256(file: Path) -> str | None:
+    """The SHA-256 of a file on the hub, as the download has noted it.
+
+    In the hub's cache it is the name of the blob that the file is a link to. With
+    `--local-dir` it is the second line of a file that has the time of the download in
+    the third: what was written later is no longer what was downloaded.
+    """
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(SHA256, blob.name):
+        return blob.name
+    note = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
+    try:
+        _, etag, seconds, *_ = note.read_text(encoding="utf-8").split("\n")
+        is_older = file.stat().st_mtime - 1 <= float(seconds)
+    except (OSError, ValueError):
+        return None
+    return etag if is_older and re.fullmatch(SHA256, etag) else None
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -95,13 +141,15 @@ def model_folder(source: str, cache: Path) -> Path:
 def _existing(source: str) -> Path:
     path = Path(source)
     if not path.exists():
-        name = source.strip("/").rsplit("/", 1)[-1]
-        raise UserError(
-            f"backbone.from: {source!r} is no local folder or file; models are read from local "
-            f"folders, and nothing is downloaded: get one first, for example with "
-            f"`hf download {source} --local-dir models/{name}`, and set backbone.from to that "
-            "folder"
-        )
+        hint = "name the folder of a Hugging Face model or a GGUF file"
+        if _may_be_hub_id(source):
+            name = source.rsplit("/", 1)[-1]
+            hint = (
+                "models are read from local folders, and nothing is downloaded: get one first, "
+                f"for example with `hf download {source} --local-dir models/{name}`, and set "
+                "backbone.from to that folder"
+            )
+        raise UserError(f"backbone.from: {source!r} is no local folder or file; {hint}")
     if path.is_file() and not is_gguf(path):
         raise UserError(f"backbone.from: {source!r} is no GGUF file and no folder of a model")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -110,3 +158,13 @@ def _existing(source: str) -> Path:
             "Face model"
         )
     return path
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether the name of nothing that is here has the form NAME or OWNER/NAME.
+
+    OWNER is then no folder either.
+    """
+    owner, _, name = source.rpartition("/")
+    is_id = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", source) is not None
+    return is_id and not name.endswith(".gguf") and not (owner and Path(owner).is_dir())

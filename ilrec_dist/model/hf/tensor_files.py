@@ -28,6 +28,21 @@ class TensorEntry:
     dtype: torch.dtype
 
 
+def read_slice(path: Path, key: str, dim: int, start: int, stop: int) -> Tensor:
+    """[start, stop) along `dim`, 0 or 1, of a tensor of a file, in the file's dtype.
+
+    The file is mapped for this call only, so that pages already read do not count as
+    memory of this process for longer. UserError where it is not whole safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(key)
+            result: Tensor = part[start:stop] if dim == 0 else part[:, start:stop]
+            return result
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
 class TensorReader:
     """Reads slices of a folder's tensors, from one file or several and an index.
 
@@ -57,17 +72,9 @@ class TensorReader:
     def read(self, key: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of a tensor along `dim`, 0 or 1, in the file's dtype.
 
-        The file is mapped for this call only, so that pages already read do not count
-        as memory of this process for longer.
+        Mapped as by `read_slice`.
         """
-        path = self.entry(key).path
-        try:
-            with safe_open(path, framework="pt") as file:
-                part = file.get_slice(key)
-                result: Tensor = part[start:stop] if dim == 0 else part[:, start:stop]
-                return result
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+        return read_slice(self.entry(key).path, key, dim, start, stop)
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor → file name by the index; None without an index."""
@@ -97,7 +104,9 @@ class TensorReader:
                     if kind in DTYPES:
                         self.entries[key] = TensorEntry(path, list(part.get_shape()), DTYPES[kind])
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+            raise UserError(
+                f"{path}: cannot be read as safetensors ({error}); is it truncated or damaged?"
+            ) from None
 
 
 class TensorWriter:

@@ -24,7 +24,6 @@ from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.model.decoder import check_positions
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import weight_files
-from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import (
     RunArtifacts,
@@ -149,8 +148,6 @@ def _check_model(config: Config) -> None:
     if config.backbone.from_ is None:
         return
     check_together(config, f"backbone.from {config.backbone.from_}")
-    # The headers of all its files are read.
-    TensorReader(Path(config.backbone.from_))
     artifacts = RunArtifacts(config)
     if config.prompts.templates is not None:
         check_prompts(config, artifacts)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
@@ -85,3 +85,15 @@ def exhaustive_scores(
                 logits[item, p, own[item, p]] - logits[item, p, candidates].logsumexp(0)
             )
     return total
+
+
+# Text tokens of the toy titles.
+PIECES = 9
+
+
+def toy_titles() -> Catalogue:
+    rng = np.random.default_rng(8)
+    numbers = np.full((NUM_ITEMS, 5), -1, np.int32)
+    for title, length in zip(numbers, rng.integers(1, 5, NUM_ITEMS), strict=True):
+        title[:length], title[length] = rng.integers(1, 1 + PIECES, length), 0
+    return make_title_catalogue(numbers, ["<end>", *"abcdefghi"])

@@ -20,9 +20,9 @@ from ilrec_kernels.steps.negatives import target_ensemble
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
-from tests.kernels.cases import Case, Outcome, assert_close, make_case, run_case
-from tests.kernels.test_parallel import sharded, whole
-from tests.kernels.test_workspace import live_bytes
+from tests.support.live_bytes import live_bytes
+from tests.support.loss_cases import Case, Outcome, assert_close, make_case, run_case
+from tests.support.loss_shards import sharded, whole
 
 SETTINGS: list[dict[str, Any]] = [
     dict(),

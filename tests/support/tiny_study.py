@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 
 def write_study(

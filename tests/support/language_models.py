@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from tests.training.conftest import tiny_config
+from tests.support.tiny_run import tiny_config
 
 END, BEGIN = "<|end|>", "<|begin|>"
 # Rows of the embedding beyond the tokenizer's tokens.
