@@ -92,6 +92,9 @@ class Run:
             return "has not been made"
         if record["fingerprint"] != self.fingerprint(name):
             return "was made by another configuration or other input"
+        for part in self.stages[name].required or ():
+            if not any(file == part or file.startswith(f"{part}/") for file in record["files"]):
+                return f"was made by an earlier version, without {part}"
         damaged = damaged_file(self.stages[name].output, record, self.verify)
         if damaged is not None:
             return f"is damaged ({damaged} is missing or not what was written)"
