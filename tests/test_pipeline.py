@@ -12,6 +12,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.execute import execute, open_run
+from ilrec_dist.pipeline.stages.train import training_stages
 
 
 @pytest.fixture
@@ -64,6 +65,13 @@ def test_a_changed_input_byte_reruns_the_stage_and_all_that_follow(source):
     index = source / "toys/toys.index.json"
     index.write_text(index.read_text() + "\n")
     assert current(config_of(source)) == {"prepare"}
+
+
+def test_a_training_stands_on_the_collaborative_models_that_reward_it(source):
+    stages = {stage.training.method: stage for stage in training_stages(config_of(source))}
+    # The rewards stage writes what is made of some of these models only.
+    assert {"cf", "rewards"} <= set(stages["ilrec"].after)
+    assert not {"cf", "rewards"} & set(stages["sft"].after)
 
 
 def test_moving_the_input_changes_nothing(source):

@@ -28,7 +28,7 @@ from ilrec_dist.pipeline.records import (
 from ilrec_dist.pipeline.stage import Stage
 
 # Raised when a stage's output changes for the same settings.
-FORMAT = 6
+FORMAT = 5
 
 
 class Run:

@@ -69,10 +69,11 @@ def _training_stage(config: Config, name: str, seed: int) -> Stage:
         del settings["preference"]
     folder = RunFolders(config.run_dir).training(name, seed)
     after = ["index"]
-    if method.needs_rewards(config.objective):
-        after.append("rewards")
-    if method.needs_flips:
+    needs_rewards = method.needs_rewards(config.objective)
+    if needs_rewards or method.needs_flips:
         after.append("cf")
+    if needs_rewards:
+        after.append("rewards")
     if method.starts_from is not None:
         after.append(training_name(method.starts_from, seed))
     return Stage(
