@@ -13,6 +13,7 @@ from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import NotWritable, UserError, WorkersFailed
 from ilrec_dist.common.loading import load_function
+from ilrec_dist.common.stop_request import TERMINATED
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"
@@ -71,9 +72,11 @@ def _terminated_as_interrupted() -> Iterator[list[int]]:
     yields a list that then holds the signal.
     """
     signals: list[int] = []
+    TERMINATED.clear()
 
     def interrupt(number: int, _: FrameType | None) -> None:
         signals.append(number)
+        TERMINATED.set()
         raise KeyboardInterrupt
 
     try:

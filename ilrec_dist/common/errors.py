@@ -21,3 +21,7 @@ class NotWritable(Exception):
 
     The message is one line that names the path and says what to do.
     """
+
+
+class Stopped(Exception):
+    """A worker ends early because it was asked to, with all that it did saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,3 +25,14 @@ class ParallelState:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     device: torch.device
+
+
+def is_rank0() -> bool:
+    return dist.get_rank() == 0
+
+
+def from_rank0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.disk import not_writable
-from ilrec_dist.common.errors import NotWritable, UserError
+from ilrec_dist.common.errors import NotWritable, Stopped, UserError
 from ilrec_dist.common.files import read_json_object, write_json, write_text
 from ilrec_dist.common.loading import load_function
 from ilrec_dist.launch.attempts import begin_attempt
@@ -100,6 +100,9 @@ def run_job(job: Job) -> None:
     try:
         begin_attempt(Path(job.folder), job.failures_folder)
         load_function(job.function)(**job.arguments)
+    except Stopped:
+        # All is saved, and the driver, which asked for it, ends.
+        return
     except UserError as error:
         _leave_failure(job, str(error), by_user=True)
     except Exception as error:

@@ -14,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
+from ilrec_dist.common.stop_request import TERMINATED, StopRequest
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
 from ilrec_dist.launch.job import UNCOMPILED, Job, take_failure
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
+# How long a training may take to write a checkpoint after SIGTERM; schedulers warn 120 s ahead.
+STOP_SECONDS = 75.0
 
 
 def run_workers(launch: LaunchConfig, job: Job) -> None:
@@ -30,13 +33,14 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
     """
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     take_failure(job)
+    StopRequest(Path(job.folder)).clear()
     shutil.rmtree(job.failures_folder, ignore_errors=True)
     try:
         if launch.engine == "ray":
             # Ray takes a second to load, and torchrun does not need it.
             from ilrec_dist.launch.ray_workers import run_ray
 
-            run_ray(launch, job)
+            run_ray(launch, job, STOP_SECONDS)
         else:
             _run_torchrun(launch, job)
     finally:
@@ -65,11 +69,15 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         try:
             status = process.wait()
         except BaseException:
-            # torchrun ends its workers when it is terminated; killed, it would leave them.
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TERMINATE_SECONDS)
-            process.kill()
+            try:
+                if TERMINATED.is_set():
+                    StopRequest(Path(job.folder)).ask(STOP_SECONDS)
+            finally:
+                # torchrun ends its workers when it is terminated; killed, it would leave them.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(TERMINATE_SECONDS)
+                process.kill()
             raise
     if status:
         raise WorkersFailed(f"torchrun ended with exit status {status}; its output above says why")

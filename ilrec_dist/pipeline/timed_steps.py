@@ -13,7 +13,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import write_json
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.layout import ParallelState, is_rank0
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
@@ -24,7 +24,6 @@ from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.worker_tasks import worker_session
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.training.spec import TrainingSpec
-from ilrec_dist.training.trainer import is_rank0
 
 # The first step of a training is slower than the others, and is not counted.
 STEPS = 4

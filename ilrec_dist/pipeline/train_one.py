@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ilrec_dist.common.loading import load_function
+from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.layer_agreement import layer_agreement
@@ -19,8 +20,9 @@ from ilrec_dist.pipeline.preference import first_weights, sample_source
 from ilrec_dist.pipeline.prompting import input_form, served_prompt, target_batches
 from ilrec_dist.samples.collate import Batch
 from ilrec_dist.samples.targets import ChosenTargets
+from ilrec_dist.training.exclusive import exclusive_folder
 from ilrec_dist.training.spec import TrainingSpec
-from ilrec_dist.training.trainer import LOG_STEPS, Trainer, exclusive_folder
+from ilrec_dist.training.trainer import LOG_STEPS, Trainer
 
 VALIDATION_METRICS = ("ndcg@10", "hit@10", "users_without_items")
 # Validation users on whose targets the layers are compared.
@@ -96,6 +98,7 @@ def train_one(
             artifacts.reward_source() if reads_rewards else None,
             prompts=prompt,
             phases=phases,
+            stop=StopRequest(spec.folder.parent),
             log_steps=log_steps,
             timeout_seconds=config.launch.timeout_seconds,
             on_checkpoint=on_checkpoint,

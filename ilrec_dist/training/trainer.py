@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, sha256_file, write_json
+from ilrec_dist.common.errors import Stopped, UserError
+from ilrec_dist.common.files import sha256_file, write_json
 from ilrec_dist.common.run_layout import BASE_SHA256, BEST, FINAL, RESULT, WEIGHTS_SHA256
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.common.stop_request import StopRequest
+from ilrec_dist.distributed.layout import ParallelState, from_rank0, is_rank0
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.model.weights import manifest_is, save_training_weights
@@ -74,7 +74,8 @@ class Trainer:
     them. `rewards` is read on the first rank of each tensor-parallel group and may be
     None elsewhere, or where the objective needs none. `prompts` is what the result
     keeps of the samples' prompts. With `phases` the batches of each phase come from its
-    own batch maker. A checkpoint may take `timeout_seconds` to be written, and
+    own batch maker. Where `stop` asks for it, the training ends after a checkpoint.
+    A checkpoint may take `timeout_seconds` to be written, and
     `on_checkpoint` is called with the step after each one is committed.
     """
 
@@ -91,12 +92,13 @@ class Trainer:
         *,
         prompts: dict[str, Any] | None = None,
         phases: Phases | None = None,
+        stop: StopRequest | None = None,
         log_steps: int = LOG_STEPS,
         timeout_seconds: float = TIMEOUT_SECONDS,
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
-        self.prompts = prompts
+        self.prompts, self.stop = prompts, stop
         self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
         self.phases, self.phase_end = phases, 0
         self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
@@ -125,8 +127,9 @@ class Trainer:
         self._since = time.monotonic()
 
     def train(self) -> None:
-        """Go on from the newest checkpoint to the
-        last step, or until patience runs out.
+        """Go on from the newest checkpoint to the last step, or till patience runs out.
+
+        Raises Stopped where it was asked to end; the newest checkpoint has all of it.
         """
         if self.total_steps == 0:
             raise UserError(
@@ -134,6 +137,11 @@ class Trainer:
                 "train on; lower data.min_user_interactions or bring more data"
             )
         self._resume()
+        with self.stop.listening() if self.stop is not None and is_rank0() else nullcontext():
+            self._train_to_the_end()
+        self._finish()
+
+    def _train_to_the_end(self) -> None:
         self.objective.train()
         self._since = time.monotonic()
         batches = self._begin_phase()
@@ -144,18 +152,25 @@ class Trainer:
             self.train_step(batches)
             self.writer.check()
             end_of_epoch = self.progress.step % self.order.steps_per_epoch == 0
-            if self.progress.step % self.log_steps == 0 or end_of_epoch:
+            is_logged = self.progress.step % self.log_steps == 0 or end_of_epoch
+            if is_logged:
                 self._log_step()
             if self._validation_is_due():
                 with self.timer.pause():
                     self._validate()
             at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
             # What stands between a good step and a bad one is not worth going on from.
-            if (at_checkpoint or end_of_epoch) and not self.bad_steps:
+            is_saved = (at_checkpoint or end_of_epoch) and not self.bad_steps
+            if is_saved:
                 with self.timer.pause():
                     self._save_checkpoint()
+            # The ranks agree on the step, where they have just met to log.
+            if is_logged and self._must_stop():
+                batches.close()
+                if not is_saved and not self.bad_steps:
+                    self._save_checkpoint()
+                self._end_early()
         batches.close()
-        self._finish()
 
     def train_step(self, batches: Iterator[PrefetchedBatch]) -> None:
         """One optimizer step on the next micro-batches: L = L_CPO + μ·L_CPD + λ·L_CRR.
@@ -369,6 +384,19 @@ class Trainer:
             dist.barrier()
             self.on_checkpoint(self.progress.step)
 
+    def _must_stop(self) -> bool:
+        stop = self.stop
+        return stop is not None and bool(from_rank0(is_rank0() and stop.asked))
+
+    def _end_early(self) -> None:
+        """Leave the newest checkpoint committed, and raise Stopped."""
+        self.writer.wait()
+        if self.log is not None:
+            self.log.close()
+        dist.barrier()
+        self.engine.destroy()
+        raise Stopped(f"{self.spec.title}: asked to end after step {self.progress.step}")
+
     def _finish(self) -> None:
         """Write the final weights and result.json,
         which marks the training as finished.
@@ -408,35 +436,3 @@ class Trainer:
             METRICS_SHA256: sha256_file(self.spec.folder / METRICS_FILE),
             **progress,
         }
-
-
-def is_rank0() -> bool:
-    return dist.get_rank() == 0
-
-
-def from_rank0(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-@contextmanager
-def exclusive_folder(folder: Path) -> Iterator[bool]:
-    """Hold the training's folder, and say whether its training is finished already.
-
-    Rank 0 waits for the lock, which a killed run's last processes may still hold:
-    they may finish the training. The lock's file names its holder's process id.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if is_rank0():
-            handle = stack.enter_context(file_lock(folder / ".lock"))
-            os.truncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
-            for leftover in folder.glob(".*.writing-*"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
-        yield from_rank0((folder / RESULT).exists())

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,9 @@ def prepared(tmp_path_factory):
     whose run is prepared up to the CF models.
     """
     root = tmp_path_factory.mktemp("signals")
-    config = tiny_config(root / "runs", train={"methods": ["sft"], "epochs": 500})
+    # An epoch has 150 steps, and before its end no checkpoint is due.
+    train = {"methods": ["sft"], "epochs": 100, "batch_size": 1, "checkpoint_steps": 100_000}
+    config = tiny_config(root / "runs", train=train)
     for stage in ("prepare", "index", "cf"):
         execute(config, stage)
     tree = config_to_dict(config)
@@ -33,6 +37,13 @@ def prepared(tmp_path_factory):
         changed = tree | {"launch": tree["launch"] | {"engine": engine}}
         (root / f"{engine}.yaml").write_text(yaml.safe_dump(changed))
     return root
+
+
+def newest_checkpoint(root: Path) -> int:
+    """The step of the newest committed checkpoint; 0 where there is none."""
+    folder = root / "runs/tiny/train/sft-seed0/checkpoints"
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("step-*")]
+    return max(steps, default=0)
 
 
 def default_signals() -> None:
@@ -50,7 +61,7 @@ def default_signals() -> None:
 )
 def test_a_signal_ends_the_command_with_one_line(prepared, engine, number, code, word):
     log = prepared / "runs/tiny/train/sft-seed0/metrics.jsonl"
-    before = log.stat().st_size if log.exists() else 0
+    before, saved = log.stat().st_size if log.exists() else 0, newest_checkpoint(prepared)
     process = subprocess.Popen(
         [sys.executable, "-m", "ilrec_dist.cli", "train", str(prepared / f"{engine}.yaml")],
         stdout=subprocess.PIPE,
@@ -71,6 +82,10 @@ def test_a_signal_ends_the_command_with_one_line(prepared, engine, number, code,
     assert errors.strip().splitlines()[-1] == (
         f"ilrec: {word}; the same command goes on where it stopped"
     )
+    if number == signal.SIGTERM:
+        # It ended where it logs, every ten steps, and that is all that there is.
+        last = read_metrics(log.parent)[-1]["step"]
+        assert newest_checkpoint(prepared) == last > saved
     if engine == "ray":
         # torchrun's own process may abort at its end on a busy machine, and says so.
         for trace in ("Fatal Python error", "SIGABRT", "Stack trace", "*** "):
