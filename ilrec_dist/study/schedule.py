@@ -23,7 +23,7 @@ from ilrec_dist.study.state import exit_outcome, write_state
 
 POLL_SECONDS = 0.3
 # How long an interrupted cell may take to end its workers.
-TERMINATE_SECONDS = 60.0
+TERMINATE_SECONDS = 120.0
 
 
 @dataclass
