@@ -38,7 +38,7 @@ def not_writable(error: BaseException, path: str | Path) -> NotWritable | None:
         if isinstance(seen, NotWritable):
             return seen
         number = _number(seen)
-        if number in REMEDIES:
+        if number is not None and number in REMEDIES:
             # A name without its folder comes of a call that had the folder open.
             named = str(getattr(seen, "filename", None) or "")
             return _of_number(number, named if os.path.dirname(named) else path)
@@ -52,7 +52,7 @@ def not_writable(error: BaseException, path: str | Path) -> NotWritable | None:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
         except OSError as refused:
-            if refused.errno in REMEDIES:
+            if refused.errno is not None and refused.errno in REMEDIES:
                 return _of_number(refused.errno, path)
     return None
 
@@ -82,6 +82,5 @@ def _number(error: BaseException) -> int | None:
     return next((number for number in disk if os.strerror(number) in str(error)), None)
 
 
-def _of_number(number: int | None, path: str | Path) -> NotWritable:
-    number = number or 0
+def _of_number(number: int, path: str | Path) -> NotWritable:
     return NotWritable(f"{path}: {os.strerror(number)}; {REMEDIES[number]}")

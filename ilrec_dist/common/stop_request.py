@@ -11,6 +11,8 @@ from pathlib import Path
 # In the folder: that the workers listen, and that they are asked.
 LISTENING, ASKED = ".stop.listening", ".stop.asked"
 POLL_SECONDS = 0.2
+# How long who listens may take to save what there is; schedulers warn 120 s before they kill.
+SAVE_SECONDS = 75.0
 # Set once SIGTERM has come to this command. Libraries turn the exception that its handler raises
 # into one of their own, so the exception cannot say it.
 TERMINATED = threading.Event()
@@ -40,16 +42,11 @@ class StopRequest:
         for path in (self._listening, self._asked):
             path.unlink(missing_ok=True)
 
-    def ask(self, seconds: float) -> bool:
-        """Ask, where somebody listens, and wait until nobody does; whether that was in
-        time.
-        """
-        if not self._listening.exists():
-            return False
+    def ask_if_terminated(self) -> None:
+        """After SIGTERM, ask where somebody listens, and wait until nobody does."""
+        if not (TERMINATED.is_set() and self._listening.exists()):
+            return
         self._asked.touch()
-        until = time.monotonic() + seconds
-        while self._listening.exists():
-            if time.monotonic() > until:
-                return False
+        until = time.monotonic() + SAVE_SECONDS
+        while self._listening.exists() and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-        return True

@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ilrec_dist.common.errors import WorkersFailed
-from ilrec_dist.common.stop_request import TERMINATED, StopRequest
+from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.launch.cluster import cluster_address
 from ilrec_dist.launch.cluster_check import (
     Demand,
@@ -48,11 +48,10 @@ class InterruptibleTrainer(TorchTrainer):
             ray.kill(self.controller)
 
 
-def run_ray(launch: LaunchConfig, job: Job, stop_seconds: float) -> None:
+def run_ray(launch: LaunchConfig, job: Job) -> None:
     """Run `job` in launch.workers processes of
     the cluster that this process is connected to.
 
-    After SIGTERM the workers may take `stop_seconds` to save what they have.
     Raises UserError where the cluster cannot run it, and WorkersFailed
     when the retries are used up or a lost node is not replaced.
     """
@@ -93,8 +92,7 @@ def run_ray(launch: LaunchConfig, job: Job, stop_seconds: float) -> None:
             raise WorkersFailed(watch.failure) from None
         except KeyboardInterrupt:
             try:
-                if TERMINATED.is_set():
-                    StopRequest(Path(job.folder)).ask(stop_seconds)
+                StopRequest(Path(job.folder)).ask_if_terminated()
             finally:
                 trainer.end()
             raise

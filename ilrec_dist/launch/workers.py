@@ -14,15 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
-from ilrec_dist.common.stop_request import TERMINATED, StopRequest
+from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
 from ilrec_dist.launch.job import UNCOMPILED, Job, take_failure
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
-# How long a training may take to write a checkpoint after SIGTERM; schedulers warn 120 s ahead.
-STOP_SECONDS = 75.0
 
 
 def run_workers(launch: LaunchConfig, job: Job) -> None:
@@ -40,7 +38,7 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
             # Ray takes a second to load, and torchrun does not need it.
             from ilrec_dist.launch.ray_workers import run_ray
 
-            run_ray(launch, job, STOP_SECONDS)
+            run_ray(launch, job)
         else:
             _run_torchrun(launch, job)
     finally:
@@ -70,8 +68,7 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
             status = process.wait()
         except BaseException:
             try:
-                if TERMINATED.is_set():
-                    StopRequest(Path(job.folder)).ask(STOP_SECONDS)
+                StopRequest(Path(job.folder)).ask_if_terminated()
             finally:
                 # torchrun ends its workers when it is terminated; killed, it would leave them.
                 process.terminate()

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.model.config import LoraConfig, Trainable
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.peft import (
@@ -47,9 +47,8 @@ def train_partially(
     base: the folder that the weights were read from. added_rows:
     the range of the tokens that were added to the model's own.
     """
-    digests = [weights_sha256(base) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(digests, src=0)
-    backbone.base_sha256, backbone.added_rows = digests[0], added_rows
+    backbone.base_sha256 = from_rank0(weights_sha256(base) if is_rank0() else "")
+    backbone.added_rows = added_rows
     if trainable.startswith("lora"):
         add_lora(backbone, lora, seed)
     backbone.gpt.requires_grad_(False)

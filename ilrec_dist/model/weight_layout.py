@@ -114,7 +114,6 @@ def index_of(
 class StoredWeights:
     """A folder of weights as its index describes it."""
 
-    folder: Path
     tp: int
     tensors: dict[str, StoredTensor]
     # Name of a piece → name of its file.
@@ -130,7 +129,7 @@ class StoredWeights:
             )
             for name, entry in index["metadata"]["tensors"].items()
         }
-        return cls(folder, index["metadata"]["tp"], tensors, index["weight_map"])
+        return cls(index["metadata"]["tp"], tensors, index["weight_map"])
 
     def piece(self, name: str, number: int) -> tuple[str, str]:
         """The name of a tensor's piece, and of its file."""

@@ -23,6 +23,7 @@ from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST, check_hashes, verify, write_manifest
 from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
+from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE, TensorReader, read_slice
 from ilrec_dist.model.partial import load_partial, partial_state_dict
@@ -60,16 +61,15 @@ def save_training_weights(backbone: Backbone, folder: Path) -> str:
     me = backbone.tp_group.rank(), parallel_state.get_data_parallel_rank()
     sha256 = ""
     with ExitStack() as stack:
-        shared = [stack.enter_context(committed_folder(folder)) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(shared, src=0)
-        staged = Path(str(shared[0]))
+        own_folder = stack.enter_context(committed_folder(folder)) if is_rank0() else None
+        staged: Path = from_rank0(own_folder)
         of_ranks: list[Any] = [None] * dist.get_world_size()
         own = [file for file in files if (file.tp_rank, file.dp_rank) == me]
         dist.all_gather_object(of_ranks, _write_files(staged, own, state, is_partial))
         for outcome in of_ranks:
             if isinstance(outcome, NotWritable):
                 raise outcome
-        if dist.get_rank() == 0:
+        if is_rank0():
             write_json(staged / INDEX_FILE, index_of(tensors, tp, files))
             known = {name: digest for part in of_ranks for name, digest in part.items()}
             known[INDEX_FILE] = sha256_file(staged / INDEX_FILE)

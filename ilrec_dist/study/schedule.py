@@ -123,7 +123,7 @@ class Schedule:
             env=environment,
             # Ctrl-C reaches this process alone, which then ends the cells in order.
             start_new_session=True,
-            preexec_fn=_begin,
+            preexec_fn=_beginning(),
         )
         self.running.append(Attempt(cell, process, log, began, share, devices))
 
@@ -151,12 +151,17 @@ class Schedule:
             self._note_end(attempt, attempt.process.wait())
 
 
-def _begin() -> None:
+def _beginning() -> Callable[[], None]:
     """What the process of a cell calls before all else."""
-    keep_priority()
+    # Made here: what it loads must be there before the process is forked.
     end = end_with_parent()
-    if end is not None:
-        end()
+
+    def begin() -> None:
+        keep_priority()
+        if end is not None:
+            end()
+
+    return begin
 
 
 def side_by_side(cells: Sequence[Cell], room: Room, jobs: int | None) -> int:

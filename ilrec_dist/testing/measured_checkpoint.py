@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ilrec_dist.distributed.layout import from_rank0
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.testing.measured_step import SmallTraining, StepSpec
@@ -83,9 +84,8 @@ def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheck
 
 def _is_committed(folder: Path) -> bool:
     """As rank 0 sees it, so that every rank does as many steps."""
-    answer = [bool(committed(folder))]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    answer: bool = from_rank0(bool(committed(folder)))
+    return answer
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
 from ilrec_dist.common.manifest import check_hashes
+from ilrec_dist.distributed.layout import from_rank0, is_rank0
 
 
 def kept_array(
@@ -36,9 +37,8 @@ def kept_array(
 
 def is_kept(folder: Path, name: str, fingerprint: str) -> bool:
     """Whether the finished array is there; rank 0 looks, so that all ranks agree."""
-    answer = [False]
-    if dist.get_rank() == 0:
-        note = folder / f"{name}.json"
-        answer = [note.exists() and read_json_object(note).get("fingerprint") == fingerprint]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    note = folder / f"{name}.json"
+    answer: bool = from_rank0(
+        is_rank0() and note.exists() and read_json_object(note).get("fingerprint") == fingerprint
+    )
+    return answer

@@ -74,9 +74,9 @@ class Trainer:
     them. `rewards` is read on the first rank of each tensor-parallel group and may be
     None elsewhere, or where the objective needs none. `prompts` is what the result
     keeps of the samples' prompts. With `phases` the batches of each phase come from its
-    own batch maker. Where `stop` asks for it, the training ends after a checkpoint.
-    A checkpoint may take `timeout_seconds` to be written, and
-    `on_checkpoint` is called with the step after each one is committed.
+    own batch maker. Where `stop` asks for it, the training ends after a checkpoint. One
+    may take `timeout_seconds` to be written, and `on_checkpoint` is called with the
+    step after each one is committed.
     """
 
     def __init__(
@@ -158,17 +158,15 @@ class Trainer:
             if self._validation_is_due():
                 with self.timer.pause():
                     self._validate()
+            # The ranks agree on it where they have just met to log.
+            must_stop = is_logged and self._must_stop()
             at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
             # What stands between a good step and a bad one is not worth going on from.
-            is_saved = (at_checkpoint or end_of_epoch) and not self.bad_steps
-            if is_saved:
+            if (at_checkpoint or end_of_epoch or must_stop) and not self.bad_steps:
                 with self.timer.pause():
                     self._save_checkpoint()
-            # The ranks agree on the step, where they have just met to log.
-            if is_logged and self._must_stop():
+            if must_stop:
                 batches.close()
-                if not is_saved and not self.bad_steps:
-                    self._save_checkpoint()
                 self._end_early()
         batches.close()
 

@@ -13,12 +13,15 @@ import pytest
 import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.reporting.metrics_log import read_metrics
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 240
+EPOCH_STEPS = 606
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +30,12 @@ def prepared(tmp_path_factory):
     whose run is prepared up to the CF models.
     """
     root = tmp_path_factory.mktemp("signals")
-    # An epoch has 150 steps, and before its end no checkpoint is due.
-    train = {"methods": ["sft"], "epochs": 100, "batch_size": 1, "checkpoint_steps": 100_000}
-    config = tiny_config(root / "runs", train=train)
+    # Checkpoints are due at the ends of epochs alone.
+    train = {"methods": ["sft"], "epochs": 100, "batch_size": 1, "max_history": 1}
+    config = tiny_config(root / "runs", train=train | {"checkpoint_steps": 1_000_000})
     for stage in ("prepare", "index", "cf"):
         execute(config, stage)
+    assert epoch_steps(config, RunArtifacts(config)) == EPOCH_STEPS
     tree = config_to_dict(config)
     for engine in ("ray", "torchrun"):
         changed = tree | {"launch": tree["launch"] | {"engine": engine}}
@@ -83,9 +87,10 @@ def test_a_signal_ends_the_command_with_one_line(prepared, engine, number, code,
         f"ilrec: {word}; the same command goes on where it stopped"
     )
     if number == signal.SIGTERM:
-        # It ended where it logs, every ten steps, and that is all that there is.
-        last = read_metrics(log.parent)[-1]["step"]
-        assert newest_checkpoint(prepared) == last > saved
+        # It ended where it logs, every ten steps, and before another checkpoint was due.
+        newest = newest_checkpoint(prepared)
+        assert newest == read_metrics(log.parent)[-1]["step"]
+        assert saved < newest < saved + EPOCH_STEPS
     if engine == "ray":
         # torchrun's own process may abort at its end on a busy machine, and says so.
         for trace in ("Fatal Python error", "SIGABRT", "Stack trace", "*** "):

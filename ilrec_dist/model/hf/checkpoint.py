@@ -16,6 +16,7 @@ from torch import Tensor
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import NotWritable, UserError
 from ilrec_dist.common.files import committed_folder, read_json_object, write_json
+from ilrec_dist.distributed.layout import from_rank0
 from ilrec_dist.model import sharding
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import (
@@ -256,7 +257,6 @@ def _write_json_files(
 
 def raise_everywhere(problem: UserError | NotWritable | None) -> None:
     """Raise rank 0's problem on every rank; a collective over all ranks."""
-    problems = [problem]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0] is not None:
-        raise problems[0]
+    met: UserError | NotWritable | None = from_rank0(problem)
+    if met is not None:
+        raise met
