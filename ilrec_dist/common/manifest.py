@@ -8,6 +8,8 @@ this process, by its size and modification time, is not read again for its hash.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,8 @@ from ilrec_dist.common.files import HASH_THREADS, read_json_object, sha256_file,
 MANIFEST = "manifest.json"
 # What to do about a damaged file, unless the caller knows better.
 REPAIR = "run `ilrec run CONFIG --verify` to make it again"
+# The key of a JSON object's own checksum.
+CHECKSUM = "checksum"
 
 # (path, bytes, mtime in nanoseconds) -> hex SHA-256, of this process.
 _hashes: dict[tuple[str, int, int], str] = {}
@@ -140,3 +144,27 @@ def check_hashes(
             raise UserError(
                 f"{folder / name}: damaged (its SHA-256 is not the one in {source}); {repair}"
             )
+
+
+# A checksum in the file itself
+
+
+def with_checksum(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as it is written: a byte that is changed later is found by its
+    checksum.
+    """
+    return {**contents, CHECKSUM: _checksum(contents)}
+
+
+def without_checksum(written: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object that was written; None where its checksum is of another one.
+
+    One that was written without a checksum, as earlier versions did, is taken as it is.
+    """
+    contents = {key: value for key, value in written.items() if key != CHECKSUM}
+    is_whole = CHECKSUM not in written or written[CHECKSUM] == _checksum(contents)
+    return contents if is_whole else None
+
+
+def _checksum(contents: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

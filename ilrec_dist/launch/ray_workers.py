@@ -6,12 +6,14 @@ Only imported where Ray is used, and behind
 
 from __future__ import annotations
 
+import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -30,6 +32,8 @@ from ilrec_dist.launch.job import Job, run_job
 
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+# How long the controller may take to end what it has started.
+ABORT_SECONDS = 20.0
 
 
 class InterruptibleTrainer(TorchTrainer):
@@ -42,10 +46,18 @@ class InterruptibleTrainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
 
-    def end(self) -> None:
-        """End the workers, which end with their controller."""
-        if self.controller is not None:
-            ray.kill(self.controller)
+    def end(self, stays: bool) -> None:
+        """End the workers, which end with their controller.
+
+        Where the cluster `stays`, the controller first ends a helper that would stay too.
+        """
+        if self.controller is None:
+            return
+        if stays:
+            # An actor that has ended itself raises the first of these.
+            with contextlib.suppress(RayActorError, GetTimeoutError):
+                ray.get(self.controller.abort.remote(), timeout=ABORT_SECONDS)
+        ray.kill(self.controller)
 
 
 def run_ray(launch: LaunchConfig, job: Job) -> None:
@@ -57,7 +69,8 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
     """
     gpu = _on_gpus(launch)
     demand = Demand("GPU" if gpu else "CPU", launch.workers)
-    if cluster_address(launch) is not None:
+    is_named = cluster_address(launch) is not None
+    if is_named:
         require_resources(launch, demand)
         check_nodes(Path(job.folder), job.reads)
     os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
@@ -77,7 +90,8 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             failure_config=FailureConfig(max_failures=launch.max_failures),
         ),
     )
-    with watched_nodes(demand, launch.timeout_seconds, trainer.end) as watch:
+    end = partial(trainer.end, stays=is_named)
+    with watched_nodes(demand, launch.timeout_seconds, end) as watch:
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -89,13 +103,14 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
         except RayActorError:
             if watch.failure is None:
                 raise
-            raise WorkersFailed(watch.failure) from None
         except KeyboardInterrupt:
             try:
                 StopRequest(Path(job.folder)).ask_if_terminated()
             finally:
-                trainer.end()
+                end()
             raise
+    if watch.failure is not None:
+        raise WorkersFailed(watch.failure)
 
 
 def _on_gpus(launch: LaunchConfig) -> bool:

@@ -21,6 +21,7 @@ from ilrec_dist.common.manifest import (
     check_hashes,
     folder_files,
     hash_files,
+    without_checksum,
 )
 from ilrec_dist.common.run_layout import RESULT, RunFolders
 
@@ -31,19 +32,6 @@ UNSTABLE = frozenset(
 
 # Files of an output that describe the others.
 DESCRIPTIONS = (MANIFEST, RESULT)
-# The key of a record's own checksum.
-CHECKSUM = "checksum"
-
-
-def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it is written: a byte that is changed later is found by its
-    checksum.
-    """
-    return {**record, CHECKSUM: _checksum(record)}
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -56,8 +44,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or "fingerprint" not in record:
         return None
-    checksum = record.pop(CHECKSUM, None)
-    if checksum is not None and checksum != _checksum(record):
+    record = without_checksum(record)
+    if record is None:
         return None
     is_begun = path.name.endswith(".begun.json")
     return record if is_begun or _describes_a_stage(record) else None

@@ -16,14 +16,13 @@ from typing import Any
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import file_lock, sha256_file, write_json, write_text
-from ilrec_dist.common.manifest import cached_sha256
+from ilrec_dist.common.manifest import cached_sha256, with_checksum
 from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, STAGES
 from ilrec_dist.pipeline.records import (
     content_hash,
     damaged_file,
     describe_files,
     read_record,
-    with_checksum,
 )
 from ilrec_dist.pipeline.stage import Stage
 

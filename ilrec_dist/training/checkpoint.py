@@ -22,9 +22,12 @@ from safetensors.torch import save_file
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, sha256_file, sha256_files, write_json
+from ilrec_dist.common.manifest import with_checksum, without_checksum
 from ilrec_dist.training.optimizer_state import Part
 
 MANIFEST = "manifest.json"
+# Its keys beside its checksum, which manifests of earlier versions lack.
+MANIFEST_KEYS = {"format", "step", "fingerprint", "state", "sha256"}
 STAGING = ".writing-"
 # Of what a checkpoint holds; another one cannot be read.
 FORMAT = 3
@@ -147,7 +150,7 @@ class CheckpointWriter:
             "state": state,
             "sha256": hashes,
         }
-        manifest.write_text(json.dumps(contents, indent=1))
+        manifest.write_text(json.dumps(with_checksum(contents), indent=1))
         _sync(manifest)
         final = self.folder / f"step-{step:08d}"
         if final.exists():
@@ -172,11 +175,11 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     damaged: list[str] = []
     for path in reversed(committed(folder)):
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            damaged_file = _damaged_file(path, manifest["sha256"])
-        except (OSError, ValueError, KeyError):
-            damaged.append(f"{path / MANIFEST}: the manifest is missing or malformed")
+            manifest = _read_manifest(path / MANIFEST)
+        except (OSError, ValueError):
+            damaged.append(f"{path / MANIFEST}: missing, malformed, or not as it was written")
             continue
+        damaged_file = _damaged_file(path, manifest["sha256"])
         if damaged_file is not None:
             damaged.append(
                 f"{path / damaged_file}: missing, or its SHA-256 differs from the manifest's"
@@ -199,6 +202,15 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
             "train from the start"
         )
     return None, damaged
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError where it is missing or damaged."""
+    written = json.loads(path.read_text())
+    contents = without_checksum(written) if isinstance(written, dict) else None
+    if contents is None or contents.keys() != MANIFEST_KEYS:
+        raise ValueError("not a checkpoint's manifest")
+    return contents
 
 
 def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:

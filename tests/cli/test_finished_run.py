@@ -12,9 +12,10 @@ import pytest
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.common.files import write_json
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.pipeline.execute import open_run
-from ilrec_dist.pipeline.records import read_record, with_checksum
+from ilrec_dist.pipeline.records import read_record
 from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.shop import ITEMS, codes_of, damage, files, recommend, refused, write_shop
 

@@ -24,7 +24,7 @@ from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.training import checkpoint
-from tests.support.nodes import Node, Nodes
+from tests.support.nodes import QUICK, Node, Nodes
 from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -32,25 +32,12 @@ PATIENCE_SECONDS = 240
 # A rank that hangs and a lost node are given up after these, in which workers that start side by
 # side must meet, on a busy machine too.
 TIMEOUT_SECONDS = 15
-ENVIRONMENT = {
-    # As the launchers have it.
-    "RAY_health_check_timeout_ms": "2000",
-    # A node is given up after five bad checks, which follow each other quickly here.
-    "RAY_health_check_period_ms": "100",
-    # How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
-    # Processes that this test does without.
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     """A head with two CPUs, and a node of as many."""
-    nodes = Nodes(tmp_path, 2, **ENVIRONMENT)
+    nodes = Nodes(tmp_path, 2, **QUICK)
     try:
         nodes.join(2)
         yield nodes
@@ -178,6 +165,11 @@ def test_a_hanging_rank_and_lost_nodes_change_no_bit(nodes: Nodes, tmp_path: Pat
     line = "ilrec: error: a node was lost and none took its place within launch.timeout_seconds = "
     line += f"{TIMEOUT_SECONDS}: the workers need 4 CPUs, the cluster has 2 CPUs on 1 node"
     assert run.last_line().startswith(line)
+    # No process of the command stays on a cluster that does.
+    until = time.monotonic() + 10
+    while left := [title for title in nodes.titles().values() if b"PlacementGroupCleaner" in title]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
 
     # Parameters and moments.
     expected = manifest(checkpoint.committed(whole / "checkpoints")[-1])

@@ -20,6 +20,19 @@ import psutil
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PATIENCE_SECONDS = 120
+# So that loss is noticed soon, and little is started that a test does without.
+QUICK = {
+    # As the launchers have it.
+    "RAY_health_check_timeout_ms": "2000",
+    # A node is given up after five bad checks, which follow each other quickly here.
+    "RAY_health_check_period_ms": "100",
+    # How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 @dataclass
@@ -48,12 +61,15 @@ class Nodes:
         address = "10.99.0.1" if self.has_namespaces else "127.0.0.1"
         self.address = f"{address}:{6379 if self.has_namespaces else _free_port()}"
         self.nodes: list[Node] = []
+        self._joined = 0
         head = ["--head", f"--port={self.address.rpartition(':')[2]}"]
         self._start(0, cpus, [*head, "--include-dashboard=false", "--no-monitor"])
 
     def join(self, cpus: int) -> Node:
         """Start another node; it is one of the cluster some seconds later."""
-        number = self.nodes[-1].number + 1
+        # Never the number, and so the address, of a node that was lost.
+        self._joined += 1
+        number = self._joined
         if self.has_namespaces:
             self._make_namespace(number)
         return self._start(number, cpus, [f"--address={self.address}"])
@@ -96,33 +112,44 @@ class Nodes:
         """
         if self.has_namespaces and silent:
             _ip("-n", self._namespace(0), "link", "set", f"node{node.number}", "down")
-        for process in self._processes(node):
+        for process in self.processes(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         node.process.wait()
         self.nodes.remove(node)
+        if self.has_namespaces and node.number > 0:
+            # The head's holds the bridge that the others are on.
+            _ip("netns", "delete", self._namespace(node.number))
 
-    def _processes(self, node: Node) -> list[int]:
+    def processes(self, node: Node) -> list[int]:
         """All that runs on it; in a namespace
         also what has lost its parent.
         """
         if self.has_namespaces:
-            command = ["ip", "netns", "pids", self._namespace(node.number)]
-            found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-            return [int(process) for process in found]
+            return _inside_of(self._namespace(node.number))
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(node.process.pid)
             return [parent.pid, *(child.pid for child in parent.children(True))]
         return []
 
+    def titles(self) -> dict[int, bytes]:
+        """The command lines of all that runs on the nodes."""
+        return {
+            process: title
+            for node in self.nodes
+            for process in self.processes(node)
+            if (title := title_of(process))
+        }
+
     def close(self) -> None:
         for node in list(reversed(self.nodes)):
             self.lose(node)
         if self.has_namespaces:
-            names = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split()
-            for name in names:
-                if name.startswith(f"{self.name}-"):
-                    _ip("netns", "delete", name)
+            clear_namespaces(self.name)
+
+    def has_joined(self, node: Node) -> bool:
+        """Whether the cluster counts on it."""
+        return "Ray runtime started" in (self.folder / f"node-{node.number}.log").read_text()
 
     def _namespace(self, number: int) -> str:
         return f"{self.name}-{number}"
@@ -154,6 +181,33 @@ class Nodes:
         for device in ("lo", "eth0"):
             _ip("-n", name, "link", "set", device, "up")
         return True
+
+
+def title_of(process: int) -> bytes:
+    """What /proc has as its command line; nothing where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
+
+
+def clear_namespaces(name: str) -> None:
+    """End what still runs on the nodes of that name, and
+    remove their namespaces; the program may have been killed.
+    """
+    names = subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split()
+    for namespace in names:
+        if not namespace.startswith(f"{name}-"):
+            continue
+        for process in _inside_of(namespace):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        _ip("netns", "delete", namespace)
+
+
+def _inside_of(namespace: str) -> list[int]:
+    command = ["ip", "netns", "pids", namespace]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return [int(process) for process in found]
 
 
 def _ip(*words: str) -> bool:

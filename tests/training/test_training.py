@@ -15,6 +15,7 @@ import torch
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -215,6 +216,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path
         _flip(path)
     with pytest.raises(UserError, match="no earlier checkpoint"):
         checkpoint.latest(tmp_path / "copy", "test")
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_of_a_checkpoints_manifest_is_named(tmp_path: Path, bit: int) -> None:
+    path = tmp_path / "step-00000002" / checkpoint.MANIFEST
+    for step in (1, 2):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        state = {"step": step, "best_ndcg": -1.0, "best_sha256": "", "seconds": 0.5}
+        contents = {"format": checkpoint.FORMAT, "step": step, "fingerprint": "f0", "state": state}
+        # Of no part: the manifest alone is looked at.
+        written = with_checksum({**contents, "sha256": {}})
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(written, indent=1))
+    whole = path.read_bytes()
+    assert checkpoint.latest(tmp_path, "f0")[0].step == 2
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        found, damaged = checkpoint.latest(tmp_path, "f0")
+        assert found.step == 1 and str(path) in damaged[0], whole[place:]
 
 
 def _flip(path: Path) -> None:
