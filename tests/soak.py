@@ -221,7 +221,7 @@ class Soak:
         run.mark()
         try:
             run.wait_for_progress(beyond, PROGRESS_SECONDS)
-            time.sleep(chance.uniform(0, 1))
+            time.sleep(chance.uniform(0, 3))
             run.look()
             if run.is_finished or run.step > total_steps - LAST_STEPS:
                 return None, beyond
