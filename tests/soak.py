@@ -15,7 +15,6 @@ Killed or interrupted, the same command goes on with the faults that are left.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import random
@@ -329,17 +328,7 @@ class Soak:
 
 
 def _start_twin(folder: Path) -> subprocess.Popen[bytes]:
-    """The training that nothing happens to, behind the other one's back."""
-
-    def yield_to_the_other() -> None:
-        end = end_with_parent()
-        if end is not None:
-            end()
-        os.nice(19)
-        with contextlib.suppress(OSError):
-            # The session is a scheduling group of its own, which has a priority as well.
-            Path("/proc/self/autogroup").write_text("19")
-
+    """The training that nothing happens to."""
     with open(folder / "undisturbed.log", "a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "ilrec_dist.cli", "train", str(folder / UNDISTURBED)],
@@ -348,7 +337,7 @@ def _start_twin(folder: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=yield_to_the_other,
+            preexec_fn=end_with_parent(),
         )
 
 
