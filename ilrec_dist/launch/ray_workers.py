@@ -49,7 +49,8 @@ class InterruptibleTrainer(TorchTrainer):
     def end(self, stays: bool) -> None:
         """End the workers, which end with their controller.
 
-        Where the cluster `stays`, the controller first ends a helper that would stay too.
+        Where the cluster `stays`, the controller first
+        ends a helper that would stay too.
         """
         if self.controller is None:
             return

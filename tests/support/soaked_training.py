@@ -260,7 +260,7 @@ class SoakedTraining:
         _within("processes of the ended run", lambda: self.of_run())
 
     def end_helpers(self) -> None:
-        """End what Ray Train's controllers may leave behind when their driver is killed."""
+        """End what a controller of Ray Train may leave when its driver is killed."""
         for process in self.of_run(HELPER):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
