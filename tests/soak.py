@@ -1,6 +1,7 @@
 """Random faults over one long small training, which ends as if nothing had happened.
 
-    python tests/soak.py [--faults N] [--seed S] [--folder F] [--log FILE] [--minutes M]
+    python tests/soak.py [--faults N] [--seed S] [--folder F] [--log FILE]
+                         [--minutes M] [--timeout T]
 
 Two data-parallel workers train on a Ray cluster of three nodes, in network namespaces
 where the user may make them, with a reward actor and a checkpoint every ten steps. Each
@@ -108,9 +109,15 @@ def draw(count: int, seed: int) -> list[str]:
 
 class Soak:
     def __init__(
-        self, folder: Path, log: Path, faults: int, seed: int, minutes: float | None
+        self,
+        folder: Path,
+        log: Path,
+        faults: int,
+        seed: int,
+        minutes: float | None = None,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        self.folder, self.log, self.seed = folder, log, seed
+        self.folder, self.log, self.seed, self.timeout = folder, log, seed, timeout
         self.kinds = draw(faults, seed)
         self.done: list[Fault] = []
         self.seconds_before = 0.0
@@ -147,8 +154,9 @@ class Soak:
     def report(self, seconds: float) -> str:
         lines = [
             f"# {self.machine}",
-            f"# tests/soak.py --faults {len(self.kinds)} --seed {self.seed}: {len(self.done)} of "
-            f"{len(self.kinds)} faults in {seconds / 60:.0f} minutes",
+            f"# tests/soak.py --faults {len(self.kinds)} --seed {self.seed} --timeout "
+            f"{self.timeout:g}: {len(self.done)} of {len(self.kinds)} faults in "
+            f"{seconds / 60:.0f} minutes",
             f"# {self.verdict}",
             *(fault.line() for fault in self.done),
             "",
@@ -175,7 +183,7 @@ class Soak:
         folder = config.run_dir / "train" / f"{config.train.methods[0]}-seed{config.train.seeds[0]}"
         if (folder / RESULT).exists():
             return self._compare(folder)
-        run = SoakedTraining(self.folder, self.folder / SOAKED, folder)
+        run = SoakedTraining(self.folder, self.folder / SOAKED, folder, self.timeout)
         twin, ending = None, ""
         try:
             run.start()
@@ -226,7 +234,7 @@ class Soak:
                 return None, beyond
             run.mark()
             beyond, step, began, now = run.newest, run.step, time.monotonic(), time.time()
-            until = began + kind.patience
+            until = began + kind.patience * run.slowness
             kind.act(run, chance, until)
             if kind.goes_back:
                 run.wait_for_resumption(now, until)
@@ -269,7 +277,7 @@ class Soak:
             command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(disk)]
             if subprocess.run(command, capture_output=True).returncode:
                 raise UserError(MISSING)
-        launch = {"workers": WORKERS, "tp": 1, "timeout_seconds": TIMEOUT_SECONDS}
+        launch = {"workers": WORKERS, "tp": 1, "timeout_seconds": self.timeout}
         sections = {
             "data": {
                 "synthetic": {
@@ -380,6 +388,14 @@ def parse() -> argparse.Namespace:
         type=float,
         help="after so long no other fault; the training goes on to its end",
     )
+    parser.add_argument(
+        "--timeout",
+        metavar="T",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        help=f"launch.timeout_seconds of the training, with which all that is waited for grows; "
+        f"default: {TIMEOUT_SECONDS}, more for a busy machine",
+    )
     return parser.parse_args()
 
 
@@ -394,8 +410,8 @@ def main() -> int:
     # The cluster is closed then too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        soak = Soak(folder, log, arguments.faults, arguments.seed, arguments.minutes)
-        return 0 if soak.run() else 1
+        options = (arguments.faults, arguments.seed, arguments.minutes, arguments.timeout)
+        return 0 if Soak(folder, log, *options).run() else 1
     except UserError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,8 @@ from tests.support.soaked_training import TIMEOUT_SECONDS, WORKERS, Broken, Soak
 class Kind:
     # Of 200 faults; the cheap ones are the most.
     share: int
-    # How long it may take until the next step is logged.
+    # How long it may take until the next step is logged, where launch.timeout_seconds is
+    # TIMEOUT_SECONDS.
     patience: float
     # Does it and sees to what must follow until the moment that it takes; notes what it was.
     act: Callable[[SoakedTraining, random.Random, float], None]

@@ -21,7 +21,7 @@ from ilrec_dist.training import checkpoint
 from tests.support.nodes import QUICK, Node, Nodes, clear_namespaces, title_of
 
 WORKERS = 2
-# launch.timeout_seconds: what is silent for so long is given up.
+# The launch.timeout_seconds for which the times here are meant; they grow with it.
 TIMEOUT_SECONDS = 20
 # How long what a command or a group has left behind may take to end.
 ENDING_SECONDS = 60.0
@@ -50,8 +50,10 @@ class SoakedTraining:
     There is always a node more than the workers need.
     """
 
-    def __init__(self, state: Path, config: Path, folder: Path) -> None:
+    def __init__(self, state: Path, config: Path, folder: Path, timeout: float) -> None:
+        """timeout: launch.timeout_seconds; more of them on a machine that is slow."""
         self.state, self.config, self.folder = state, config, folder
+        self.slowness = timeout / TIMEOUT_SECONDS
         self.log = state / "command.log"
         self._open_cluster()
         # The last logged step, and where the training last went on from: step, steps dropped, and
@@ -86,7 +88,7 @@ class SoakedTraining:
         """Until every node has joined, the spare one too. Ray
         gives up a node that is slow to start; another takes its place.
         """
-        until = time.monotonic() + JOINING_SECONDS
+        until = time.monotonic() + JOINING_SECONDS * self.slowness
         while waiting := [node for node in self.nodes.nodes if not self.nodes.has_joined(node)]:
             if time.monotonic() > until:
                 raise RuntimeError(f"a node does not join; see the logs in {self.state}")
@@ -204,7 +206,7 @@ class SoakedTraining:
 
     def wait_for_progress(self, beyond: int, seconds: float) -> None:
         """Until a checkpoint behind step `beyond` is committed."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + seconds * self.slowness
         self.wait_for(f"checkpoint behind step {beyond}", lambda: self.newest > beyond, until)
 
     def wait_for_resumption(self, since: float, until: float) -> None:
@@ -257,7 +259,7 @@ class SoakedTraining:
 
     def require_all_ended(self) -> None:
         """After the command's end no process of the run is left."""
-        _within("processes of the ended run", lambda: self.of_run())
+        self._require_none("processes of the ended run", self.of_run)
 
     def end_helpers(self) -> None:
         """End what a controller of Ray Train may leave when its driver is killed."""
@@ -275,13 +277,12 @@ class SoakedTraining:
             return workers[WORKERS:] + actors[1:]
 
         if not self.is_finished:
-            _within("workers or actors of an earlier group", surplus)
+            self._require_none("workers or actors of an earlier group", surplus)
 
-
-def _within(what: str, left: Callable[[], list[int]]) -> None:
-    until = time.monotonic() + ENDING_SECONDS
-    while found := left():
-        if time.monotonic() > until:
-            titles = {title_of(process).split(b"\0")[0].decode() for process in found}
-            raise Broken(f"{what} are left: {', '.join(sorted(titles))}")
-        time.sleep(0.2)
+    def _require_none(self, what: str, left: Callable[[], list[int]]) -> None:
+        until = time.monotonic() + ENDING_SECONDS * self.slowness
+        while found := left():
+            if time.monotonic() > until:
+                titles = {title_of(process).split(b"\0")[0].decode() for process in found}
+                raise Broken(f"{what} are left: {', '.join(sorted(titles))}")
+            time.sleep(0.2)
