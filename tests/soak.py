@@ -204,6 +204,7 @@ class Soak:
             run.require_all_ended()
         except Broken as error:
             ending = self._without_folder(error)
+            print(f"the training did not get to its end: {ending}", flush=True)
         finally:
             run.close()
         is_kept = self._compare(folder, twin, ending)
