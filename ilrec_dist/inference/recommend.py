@@ -67,7 +67,7 @@ class Recommender:
     """Answers a request, some histories at a time."""
 
     def __init__(self, ranker: Ranker, dataset: InteractionDataset, request: Request) -> None:
-        """Raises UserError for files that cannot be read, and an unknown allowed item."""
+        """Raises UserError for unreadable files, and an unknown allowed item."""
         self.ranker, self.request = ranker, request
         index = _item_index(dataset)
         self.histories = HistoriesFile(request.histories, index)

@@ -1,5 +1,6 @@
-"""`ilrec recommend`: answers a file of histories into a file, in this process or by the run's
-workers. What is interrupted goes on.
+"""`ilrec recommend --out`: answers a file of histories, here or by the run's workers.
+
+What is interrupted goes on.
 """
 
 from __future__ import annotations

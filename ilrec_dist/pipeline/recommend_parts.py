@@ -1,5 +1,6 @@
-"""The parts of a large answer: each is ranked by one data-parallel rank, and is a file when it
-is finished.
+"""The parts of a large answer.
+
+Each is ranked by one data-parallel rank, and is a file when it is finished.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""`ilrec recommend` for many histories: interrupted and killed, by workers, with an error
-at the end.
-"""
+"""`ilrec recommend` for many histories: killed, by workers, an error at the end."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def write_histories(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def small_parts(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the finished run, whose parts are small, histories and their answer."""
+    """A folder with the finished run, of small parts, histories and their answer."""
     root = tmp_path_factory.mktemp("parts")
     shutil.copytree(finished / "runs", root / "runs")
     shutil.copytree(finished / "shop", root / "shop")
