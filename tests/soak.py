@@ -186,7 +186,7 @@ class Soak:
         run = SoakedTraining(self.folder, self.folder / SOAKED, folder, self.timeout)
         twin, ending = None, ""
         try:
-            run.start()
+            run.begin()
             run.wait_for_progress(run.newest, PROGRESS_SECONDS)
             twin = _start_twin(self.folder)
             # A damaged one must have one before it.

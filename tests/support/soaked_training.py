@@ -55,7 +55,8 @@ class SoakedTraining:
         self.state, self.config, self.folder = state, config, folder
         self.slowness = timeout / TIMEOUT_SECONDS
         self.log = state / "command.log"
-        self._open_cluster()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._is_open = False
         # The last logged step, and where the training last went on from: step, steps dropped, and
         # Unix seconds.
         self.step, self.resumed = 0, (0, 0, 0.0)
@@ -63,14 +64,15 @@ class SoakedTraining:
         # Of the last fault: which rank or node it was, and what was printed before it.
         self.what, self._printed = "", 0
 
-    def _open_cluster(self) -> None:
+    def begin(self) -> None:
+        """Open the cluster, and give the command."""
         # What a killed soak has left.
         name = self.state / "cluster"
         if name.exists():
             clear_namespaces(name.read_text())
-        self.process: subprocess.Popen[bytes] | None = None
         for attempt in range(HEADS):
             self.nodes = Nodes(self.state, 1, **QUICK)
+            self._is_open = True
             name.write_text(self.nodes.name)
             try:
                 self.nodes.wait_for_head()
@@ -83,6 +85,7 @@ class SoakedTraining:
         for _ in range(2):
             self.nodes.join(1)
         self.wait_for_nodes()
+        self.start()
 
     def wait_for_nodes(self) -> None:
         """Until every node has joined, the spare one too. Ray
@@ -102,13 +105,15 @@ class SoakedTraining:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        self.nodes.close()
+            self.process = None
+        if self._is_open:
+            self.nodes.close()
+            self._is_open = False
 
     def begin_anew(self) -> None:
         """Everything again but the run's folder, after a broken promise."""
         self.close()
-        self._open_cluster()
-        self.start()
+        self.begin()
 
     # The command
 
