@@ -131,15 +131,22 @@ class Trainer:
 
         Raises Stopped where it was asked to end; the newest checkpoint has all of it.
         """
+        try:
+            self._require_steps()
+            self._resume()
+            with self.stop.listening() if self.stop is not None and is_rank0() else nullcontext():
+                self._train_to_the_end()
+            self._finish()
+        finally:
+            # The engine's hooks and process groups would outlive it otherwise.
+            self.engine.destroy()
+
+    def _require_steps(self) -> None:
         if self.total_steps == 0:
             raise UserError(
                 f"{self.spec.title}: no user has two training items, so there is nothing to "
                 "train on; lower data.min_user_interactions or bring more data"
             )
-        self._resume()
-        with self.stop.listening() if self.stop is not None and is_rank0() else nullcontext():
-            self._train_to_the_end()
-        self._finish()
 
     def _train_to_the_end(self) -> None:
         self.objective.train()
@@ -392,7 +399,6 @@ class Trainer:
         if self.log is not None:
             self.log.close()
         dist.barrier()
-        self.engine.destroy()
         raise Stopped(f"{self.spec.title}: asked to end after step {self.progress.step}")
 
     def _finish(self) -> None:
@@ -407,8 +413,6 @@ class Trainer:
             write_json(self.spec.folder / RESULT, self._result(final_sha256))
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         dist.barrier()
-        # The engine's hooks and process groups would outlive it otherwise.
-        self.engine.destroy()
 
     def _result(self, final_sha256: str) -> dict[str, Any]:
         progress = asdict(self.progress)
