@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ilrec_dist.model.attention import AttentionContext, CoreAttention
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.elementwise import Rotary, normed, rotate, swiglu
 
 Precision = Literal["fp32", "bf16"]
 
@@ -55,7 +55,7 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self-attention with a forward that hands an attention context on."""
 
     def forward(
-        self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None
+        self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
         if self.config.num_query_groups < self.tp_group.size():
@@ -63,8 +63,7 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         else:
             query, key, value = self.get_query_key_value_tensors(hidden)
         if rotary is not None:
-            query = apply_rotary_pos_emb(query, rotary, config=self.config)
-            key = apply_rotary_pos_emb(key, rotary, config=self.config)
+            query, key = rotate(query, rotary), rotate(key, rotary)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(
             self.core_attention(query, key, value, context)
         )
@@ -91,20 +90,33 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         return query, key, value
 
 
+class DecoderMLP(MLP):  # type: ignore[misc]
+    """Megatron's feed-forward, whose gated form is SwiGLU."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
+        if not self.config.gated_linear_unit:
+            output: tuple[Tensor, Tensor | None] = super().forward(hidden)
+            return output
+        gate_and_up, bias = self.linear_fc1(hidden)
+        if bias is not None:
+            gate_and_up = gate_and_up + bias
+        output = self.linear_fc2(swiglu(gate_and_up))
+        return output
+
+
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """Megatron's layer, run as a pre-norm decoder layer.
 
     The parent's forward turns gradients on even under no_grad, so this one replaces it.
     """
 
-    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
-        """hidden [B, S, d] → [B, S, d]; rotary
-        angles [1 or B, S or 1, 1, head_dim] or None.
-        """
-        hidden = self._add(
-            self.self_attention(self.input_layernorm(hidden), context, rotary), hidden
-        )
-        return self._add(self.mlp(self.pre_mlp_layernorm(hidden)), hidden)
+    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
+        """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions."""
+        inputs, hidden = normed(self.input_layernorm, hidden)
+        hidden = self._add(self.self_attention(inputs, context, rotary), hidden)
+        inputs, hidden = normed(self.pre_mlp_layernorm, hidden)
+        return self._add(self.mlp(inputs), hidden)
 
     def _add(self, out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         out, bias = out_and_bias
@@ -184,7 +196,7 @@ def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=WrappedTorchNorm,
         mlp=ModuleSpec(
-            MLP,
+            DecoderMLP,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
         mlp_bda=get_bias_dropout_add,

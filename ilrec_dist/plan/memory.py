@@ -61,7 +61,8 @@ def state_bytes(
     return {
         "weights": layout.element * (parameters + padding),
         GRADIENTS: gradients,
-        "master weights": FP32 * share,
+        # In fp32 they are the weights themselves.
+        "master weights": FP32 * share if layout.element < FP32 else 0.0,
         "moments": MOMENTS_BYTES * share,
     }
 
@@ -91,8 +92,8 @@ def activation_bytes(
         # The mask of the embeddings.
         embedding = batch.tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
     if sizes.config.position_embedding == "rope":
-        # Cosines and sines of the queries' and the keys' angles.
-        layer += 4 * batch.tokens_per_sequence * sizes.head_dim * layout.element
+        # Cosines and sines, which all layers share.
+        embedding += 2 * batch.tokens_per_sequence * sizes.head_dim * layout.element
     if recompute:
         kept = sizes.layers * sizes.hidden * layout.element * batch.tokens
         return embedding + kept + layer
@@ -119,20 +120,21 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
         copies = 1 if layout.is_cuda or element == FP32 else 2
         cut += copies * queries_and_keys * (element if layout.is_cuda else FP32)
         cut += FP32 * (sizes.heads + sizes.kv_heads)
-    # Before and after the activation; of a gated one also its two factors.
-    cut += (sizes.fc1_width + sizes.ffn * (3 if sizes.gated else 1)) * element
+    # Before and after the activation.
+    cut += (sizes.fc1_width + sizes.ffn) * element
     return whole + cut / layout.tp
 
 
 def _norm_input(sizes: DecoderSizes, layout: StepLayout) -> int:
     """Bytes a row that a norm keeps of its input, with the statistics.
 
-    torch computes an RMS norm in one kernel on GPUs only; on CPUs it
-    keeps the row in fp32 and the normalised row before the weight.
+    torch computes an RMS norm in one kernel on GPUs only; on CPUs in
+    bf16 it keeps the row in fp32 and the normalised row before the weight.
     """
     if sizes.config.normalization == "LayerNorm":
         return sizes.hidden * layout.element + 2 * FP32
-    return sizes.hidden * (layout.element if layout.is_cuda else 2 * FP32) + FP32
+    is_whole = layout.is_cuda or layout.element == FP32
+    return sizes.hidden * (layout.element if is_whole else 2 * FP32) + FP32
 
 
 def loss_bytes(
