@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from ilrec_dist.model.attention import AttentionContext, CoreAttention
+from ilrec_dist.model.attention import AttentionContext, CoreAttention, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.elementwise import Rotary, normed, rotate, swiglu
 
@@ -64,6 +64,10 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
             query, key, value = self.get_query_key_value_tensors(hidden)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+            packed = isinstance(context, PackedSequences)
+            if value.requires_grad and self.q_layernorm is None and not packed:
+                # A view would keep the whole joint projection until the backward pass.
+                value = value.clone()
         output: tuple[Tensor, Tensor | None] = self.linear_proj(
             self.core_attention(query, key, value, context)
         )

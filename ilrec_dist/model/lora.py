@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 class _AddAdapters(torch.autograd.Function):
-    """output + scaling · B h of the adapters, each added where its features lie.
+    """Adds scaling · B h of the adapters to the output, where their features lie.
 
     Every adapter gets a gradient, also where none of its features is on this
     rank: the backward pass behind it is a collective.
@@ -57,16 +57,16 @@ class _AddAdapters(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling, ctx.pieces = scaling, pieces
         ctx.save_for_backward(*tensors)
-        hidden, b = _halves(tensors)
-        parts = [F.linear(h, weight).mul_(scaling) for h, weight in zip(hidden, b, strict=True)]
-        added = torch.empty_like(output)
-        for piece in pieces:
-            target, base = (t[..., piece.start : piece.stop] for t in (added, output))
-            if piece.adapter is None:
-                target.copy_(base)
-            else:
-                torch.add(base, _features(parts[piece.adapter], piece), out=target)
-        return added
+        ctx.mark_dirty(output)
+        # One adapter at a time, because a large block that is freed between
+        # small ones that are kept is not always of use again.
+        for adapter, (h, weight) in enumerate(zip(*_halves(tensors), strict=True)):
+            part = F.linear(h, weight).mul_(scaling)
+            for piece in pieces:
+                if piece.adapter == adapter:
+                    output[..., piece.start : piece.stop].add_(_features(part, piece))
+            del part
+        return output
 
     @staticmethod
     @once_differentiable
@@ -175,12 +175,14 @@ class LoraLinear(nn.Module):
         return torch.cat([full[:0], *(full[s.start : s.stop] for s in mine)])
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output with the adapters'; x as the layer gets it."""
+        """Add the adapters' output to the layer's own; x as the layer gets it."""
         x = F.dropout(x, self.lora.dropout, self.training)
         modules = [module for _, module in self.targeted()]
         a = torch.cat([self.parameter_a(module) for module in modules])
         if self.is_row_parallel:
             hidden = reduce_from_tensor_model_parallel_region(F.linear(x, a))
+            # Megatron's output may be a view, which autograd lets nobody write to.
+            output = output.clone()
         else:
             # Backward sums the gradient of all parts over the ranks at once.
             hidden = copy_to_tensor_model_parallel_region(F.linear(x, a))

@@ -108,15 +108,22 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
     if sizes.config.dropout > 0:
         # The masks of the two outputs.
         whole += 2 * sizes.hidden * (1 if layout.is_cuda else element)
-    # The joint projection, which holds the values; the output of the attention; what its
-    # backward pass needs of each head's softmax.
-    cut = (sizes.qkv_width + sizes.query_width) * element + FP32 * sizes.heads
+    # On a CPU in bf16 the attention itself works on copies in fp32.
+    copied = element < FP32 and not layout.is_cuda
+    inner = FP32 if copied else element
+    # The output of the attention, and what its backward pass needs of each head's softmax.
+    cut = sizes.query_width * (element + copied * inner) + FP32 * sizes.heads
     queries_and_keys = sizes.query_width + sizes.kv_heads * sizes.head_dim
+    values = sizes.kv_heads * sizes.head_dim * inner
     if sizes.config.position_embedding == "rope":
-        # After the rotation.
-        cut += queries_and_keys * element
+        # After the rotation, and the values, which are by themselves then.
+        cut += queries_and_keys * inner + values
+    else:
+        # The joint projection.
+        cut += sizes.qkv_width * inner
     if sizes.config.qk_norm:
-        # Normalised, and on a CPU in bf16 also as fp32 copies.
+        # The joint projection after all; normalised, and on a CPU in bf16 as fp32 copies.
+        cut += sizes.qkv_width * element - (0 if copied else values)
         copies = 1 if layout.is_cuda or element == FP32 else 2
         cut += copies * queries_and_keys * (element if layout.is_cuda else FP32)
         cut += FP32 * (sizes.heads + sizes.kv_heads)

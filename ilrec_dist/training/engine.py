@@ -50,9 +50,10 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     micro-batches, so a loss that is a sum over rows must come
     scaled by dp × accumulation_steps / N (METHOD.md §6).
     """
+    optimizer = adamw(module, config)
     engine, *_ = import_deepspeed().initialize(
         model=module,
-        optimizer=adamw(module, config),
+        optimizer=optimizer,
         config=deepspeed_config(config, parallel.dp),
         mpu=DeepSpeedMPU(),
         dist_init_required=False,
@@ -60,6 +61,13 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     if config.precision == "fp32":
         _share_weights(engine.optimizer)
     return_freed_memory()
+
+    def after_first_step(*_: Any) -> None:
+        # What the first step has used beside the optimizer's new state fits no later one.
+        handle.remove()
+        return_freed_memory()
+
+    handle = optimizer.register_step_post_hook(after_first_step)
     return engine
 
 

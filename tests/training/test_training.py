@@ -31,7 +31,8 @@ LAYOUTS = [
     (2, 1, {}),
     (1, 1, {"accumulation_steps": 3}),
     (4, 2, {"accumulation_steps": 2}),
-    (4, 2, {"micro_batch_tokens": 40, "zero_stage": 2}),
+    (2, 2, {"micro_batch_tokens": 60}),
+    (2, 1, {"micro_batch_tokens": 40, "zero_stage": 2}),
 ]
 
 
