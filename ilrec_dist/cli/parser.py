@@ -230,9 +230,19 @@ def _add_recommend(commands: Commands) -> None:
         "recommend",
         "recommend items for new histories with a trained run",
         "example:\n  ilrec recommend runs/quickstart --histories new-users.parquet --top 10 "
-        "--exclude-seen --out recommendations.parquet",
+        "--exclude-seen --out recommendations.parquet launch.workers=1 launch.tp=1\n"
+        "With --out the run's workers share the histories. What is interrupted goes on with the "
+        "same command.",
     )
     command.set_defaults(call="ilrec_dist.cli.recommend:run", command="recommend")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="launch.key=value",
+        help="where and how it runs, in place of the run's own settings; with launch.workers=1 "
+        "launch.tp=1 in this process",
+    )
     command.add_argument(
         "--histories",
         required=True,
@@ -244,7 +254,9 @@ def _add_recommend(commands: Commands) -> None:
         "--top", type=int, default=10, metavar="K", help="items per user (default 10)"
     )
     command.add_argument(
-        "--out", metavar="OUT.parquet", help="where to write; without it a table is printed"
+        "--out",
+        metavar="OUT.parquet",
+        help="where to write; without it the lists of the first 20 users are made here and printed",
     )
     _add_model_choice(command)
     _add_fusion(command)

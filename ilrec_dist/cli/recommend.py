@@ -1,38 +1,35 @@
-"""`ilrec recommend`: a finished run's best weights on new histories, in one process."""
+"""`ilrec recommend`: a finished run's best weights on new histories."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import atomic_file
-from ilrec_dist.inference.recommend import Recommendations, recommend_items
+from ilrec_dist.inference.recommend import Recommender, Request
 from ilrec_dist.pipeline.fusion import open_fusion
-from ilrec_dist.pipeline.trained_model import open_trained_model
-from ilrec_dist.reporting.progress import stage_progress
+from ilrec_dist.pipeline.recommend import recommend_to
+from ilrec_dist.pipeline.run_config import run_config
+from ilrec_dist.pipeline.trained_model import TrainedWeights, find_trained, loaded_here
 
 PRINTED_USERS = 20
 
 
 def recommend(
     run: Path,
-    histories: Path,
+    request: Request,
     *,
-    top: int,
     out: Path | None,
     method: str | None,
     seed: int | None,
     fusion: str | None,
-    exclude_seen: bool,
-    allowed: Path | None,
+    launch_settings: Sequence[str] = (),
 ) -> None:
     """Recommend with the run in folder `run`.
 
@@ -41,62 +38,55 @@ def recommend(
     UserError for a folder that holds no such trained model or fusion, for bad histories
     and for an unknown allowed item.
     """
-    if out is not None and not out.parent.is_dir():
+    if out is None:
+        weights = find_trained(run_config(run, launch_settings), method, seed)
+        show_first(weights, request, fusion)
+        return
+    if not out.parent.is_dir():
         raise UserError(
             f"--out {out}: the folder {out.parent} does not exist; create it or choose another"
         )
-    if out is not None and out.is_dir():
+    if out.is_dir():
         raise UserError(
             f"--out {out}: this is a folder; expected the name of a Parquet file, such as "
             f"{out / 'recommendations.parquet'}"
         )
-    with (
-        open_trained_model(run, method, seed) as trained,
-        stage_progress("recommend", None, "users") as show_progress,
-    ):
-        recommendations = recommend_items(
-            trained.ranker if fusion is None else open_fusion(trained, fusion),
-            trained.artifacts.dataset,
-            histories=histories,
-            top=top,
-            exclude_seen=exclude_seen,
-            allowed=allowed,
-            progress=lambda done, _total: show_progress(done),
-        )
-    table = recommendations.table
-    if recommendations.num_users_without_items:
-        console.print(
-            _without_items(recommendations), highlight=False, markup=False, soft_wrap=True
-        )
-    if out is None:
-        print_recommendations(table)
-        return
-    try:
-        with atomic_file(out) as staged:
-            pq.write_table(table, staged)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    console.print(f"{table.num_rows:,} recommendations: {out}", highlight=False, markup=False)
+    config = run_config(run, launch_settings)
+    written = recommend_to(out, config, find_trained(config, method, seed), request, fusion)
+    _say_without_items(written.users_without_items, written.users)
+    console.print(f"{written.rows:,} recommendations: {out}", highlight=False, markup=False)
 
 
-def _without_items(recommendations: Recommendations) -> str:
-    """The sentence on users who got an empty list."""
-    return (
-        f"{recommendations.num_users_without_items:,} of {recommendations.num_users:,} users get "
-        "no item: every item that may be recommended stands in their history"
-    )
+def show_first(weights: TrainedWeights, request: Request, fusion: str | None) -> None:
+    """Print a table of the first users, after all histories were checked."""
+    dataset = weights.artifacts.dataset
+    num_users = request.check_files(dataset)
+    with loaded_here(weights) as trained:
+        ranker = trained.ranker if fusion is None else open_fusion(trained, fusion)
+        recommender = Recommender(ranker, dataset, request)
+        _, first = next(recommender.histories.parts(PRINTED_USERS))
+        table = recommender.table(first)
+    shown = len(first.users)
+    _say_without_items(shown - table.column("rank").to_pylist().count(1), shown)
+    print_recommendations(table, num_users - shown)
 
 
-def print_recommendations(recommendations: pa.Table) -> None:
-    """Print a table of the first users; titles
-    and ids are shown as they are, with brackets.
+def _say_without_items(count: int, users: int) -> None:
+    if count:
+        line = f"{count:,} of {users:,} users get no item: every item that may be recommended "
+        line += "stands in their history"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_recommendations(recommendations: pa.Table, left_out: int) -> None:
+    """Print a table, and how many users are left out.
+
+    Titles and ids are shown as they are, with brackets.
     """
-    users = recommendations.column("user").combine_chunks().dictionary_encode()
-    shown = recommendations.filter(pc.less(users.indices, PRINTED_USERS))
     table = Table(box=None, pad_edge=False)
-    for column in shown.column_names:
+    for column in recommendations.column_names:
         table.add_column(column, justify="right" if column in ("rank", "score") else "left")
-    for row in shown.to_pylist():
+    for row in recommendations.to_pylist():
         table.add_row(
             *(
                 Text(text)
@@ -110,20 +100,17 @@ def print_recommendations(recommendations: pa.Table) -> None:
             )
         )
     console.print(table)
-    left_out = len(users.dictionary) - PRINTED_USERS
-    if left_out > 0:
+    if left_out:
         console.print(f"and {left_out:,} more users; --out writes them all", highlight=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
     recommend(
         Path(arguments.run),
-        Path(arguments.histories),
-        top=arguments.top,
+        Request(arguments.histories, arguments.top, arguments.exclude_seen, arguments.allowed),
         out=Path(arguments.out) if arguments.out else None,
         method=arguments.method,
         seed=arguments.seed,
         fusion=arguments.fusion,
-        exclude_seen=arguments.exclude_seen,
-        allowed=Path(arguments.allowed) if arguments.allowed else None,
+        launch_settings=arguments.overrides,
     )

@@ -122,6 +122,19 @@ class ModelRanker:
         """The whole catalogue's."""
         return TrieConstraint(self.trie, self.parallel.device)
 
+    @cached_property
+    def _constraints(self) -> dict[bytes, TrieConstraint]:
+        """The last mask of allowed items, packed, and what was made of it."""
+        return {}
+
+    def _narrowed(self, allowed: np.ndarray) -> TrieConstraint:
+        """The constraint to the allowed items, made once where the same come again."""
+        key = np.packbits(allowed).tobytes()
+        if key not in self._constraints:
+            self._constraints.clear()
+            self._constraints[key] = TrieConstraint(self.trie, self.parallel.device, allowed)
+        return self._constraints[key]
+
     def rank(
         self,
         histories: HistoryRanges,
@@ -132,12 +145,9 @@ class ModelRanker:
         progress: RankingProgress | None = None,
     ) -> list[tuple[np.ndarray, RankedItems]]:
         """As the protocol has it."""
-        constraint = self.constraint
-        if allowed is not None:
-            constraint = TrieConstraint(self.trie, self.parallel.device, allowed)
         return rank_histories(
             self.backbone,
-            constraint,
+            self.constraint if allowed is None else self._narrowed(allowed),
             histories,
             beam=max(self.beam, top),
             batch_size=self.batch_size,

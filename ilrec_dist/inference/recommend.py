@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pyarrow as pa
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.inference.ranker import Ranker, RankingProgress
-from ilrec_dist.inference.request_files import read_allowed_items, read_histories
+from ilrec_dist.inference.request_files import Histories, HistoriesFile, read_allowed_items
 
 SCHEMA = pa.schema(
     [
@@ -25,62 +27,93 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Recommendations:
-    """Items for every user of a file of histories, in the file's order."""
+class Request:
+    """What is asked of a ranker; JSON values, so that workers can be handed it.
 
-    # The columns of SCHEMA, best first within a user; ranks count from 1, a score is the ranker's.
-    table: pa.Table
-    num_users: int
-    # Users with an empty list: every item that may be recommended stands in their history.
-    num_users_without_items: int
-
-
-def recommend_items(
-    ranker: Ranker,
-    dataset: InteractionDataset,
-    *,
-    histories: str | Path,
-    top: int,
-    exclude_seen: bool = False,
-    allowed: str | Path | None = None,
-    progress: RankingProgress | None = None,
-) -> Recommendations:
-    """The `top` items after each history.
-
-    `histories` is a Parquet file with the columns user and items (see
-    `read_histories`); the items are those of the training data, by their ids. With
-    exclude_seen no item of the user's own history is returned; with `allowed`, a text
-    file of one item id a line, no other item. A user gets fewer rows where fewer items
-    are left. Raises UserError for bad input, and where a score is not finite.
+    Raises UserError for a `top` below 1.
     """
-    if top < 1:
-        raise UserError(f"--top {top}: expected at least 1")
-    item_index = {item: number for number, item in enumerate(dataset.item_ids)}
-    users, ranges = read_histories(histories, item_index)
-    mask = None if allowed is None else read_allowed_items(allowed, item_index)
-    parts = ranker.rank(ranges, top=top, exclude_seen=exclude_seen, allowed=mask, progress=progress)
-    items = np.full((len(users), top), -1, np.int64)
-    scores = np.full((len(users), top), -np.inf, np.float32)
-    for rows, ranked in parts:
-        width = min(top, ranked.items.shape[1])
-        items[rows, :width] = ranked.items[:, :width]
-        scores[rows, :width] = ranked.scores[:, :width]
-    table = _table(dataset, users, items, scores)
-    return Recommendations(table, len(users), int((items[:, 0] < 0).sum()))
+
+    # A Parquet file of histories (see `HistoriesFile`), whose items are those of the training
+    # data, by their ids.
+    histories: str
+    # Items of a list; it is shorter where fewer are left.
+    top: int = 10
+    # Whether the items of a user's own history are left out.
+    exclude_seen: bool = False
+    # A text file of the items that may be recommended, one id a line; None: all may.
+    allowed: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"--top {self.top}: expected at least 1")
+
+    def with_absolute_paths(self) -> Request:
+        """The same for processes with another working directory."""
+        allowed = None if self.allowed is None else str(Path(self.allowed).absolute())
+        histories = str(Path(self.histories).absolute())
+        return dataclasses.replace(self, histories=histories, allowed=allowed)
+
+    def check_files(self, dataset: InteractionDataset) -> int:
+        """The number of histories. Raises UserError for anything wrong in the files."""
+        index = _item_index(dataset)
+        if self.allowed is not None:
+            read_allowed_items(self.allowed, index)
+        file = HistoriesFile(self.histories, index)
+        file.check()
+        return file.num_rows
 
 
-def _table(
-    dataset: InteractionDataset, users: list[str], items: np.ndarray, scores: np.ndarray
-) -> pa.Table:
-    """The table of items int64 [n, top], padded with -1, and their scores."""
-    row, column = np.nonzero(items >= 0)
-    chosen = items[row, column].tolist()
-    titles = dataset.titles
-    columns = [
-        pa.array([users[number] for number in row], pa.string()),
-        pa.array(column + 1, pa.int32()),
-        pa.array([dataset.item_ids[item] for item in chosen], pa.string()),
-        pa.array([None if titles is None else titles[item] for item in chosen], pa.string()),
-        pa.array(scores[row, column], pa.float32()),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+class Recommender:
+    """Answers a request, some histories at a time."""
+
+    def __init__(self, ranker: Ranker, dataset: InteractionDataset, request: Request) -> None:
+        """Raises UserError for unreadable files, and an unknown allowed item."""
+        self.ranker, self.request = ranker, request
+        index = _item_index(dataset)
+        self.histories = HistoriesFile(request.histories, index)
+        self._allowed = (
+            None if request.allowed is None else read_allowed_items(request.allowed, index)
+        )
+        self._ids = _strings(dataset.item_ids)
+        self._titles = None if dataset.titles is None else _strings(dataset.titles)
+
+    def table(self, histories: Histories, progress: RankingProgress | None = None) -> pa.Table:
+        """The items for each history, in the order of the histories.
+
+        The columns are those of SCHEMA, best first within a user; ranks count from 1, a
+        score is the ranker's. Raises UserError where a score is not finite.
+        """
+        top, count = self.request.top, len(histories.users)
+        items = np.full((count, top), -1, np.int64)
+        scores = np.full((count, top), -np.inf, np.float32)
+        for rows, ranked in self.ranker.rank(
+            histories.ranges,
+            top=top,
+            exclude_seen=self.request.exclude_seen,
+            allowed=self._allowed,
+            progress=progress,
+        ):
+            width = min(top, ranked.items.shape[1])
+            items[rows, :width] = ranked.items[:, :width]
+            scores[rows, :width] = ranked.scores[:, :width]
+        row, column = np.nonzero(items >= 0)
+        chosen = pa.array(items[row, column])
+        titles = self._titles
+        columns = [
+            pa.array(histories.users, pa.string()).take(pa.array(row)),
+            pa.array(column + 1, pa.int32()),
+            self._ids.take(chosen).cast(pa.string()),
+            pa.nulls(len(row), pa.string())
+            if titles is None
+            else titles.take(chosen).cast(pa.string()),
+            pa.array(scores[row, column], pa.float32()),
+        ]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _item_index(dataset: InteractionDataset) -> dict[str, int]:
+    return {item: number for number, item in enumerate(dataset.item_ids)}
+
+
+def _strings(values: Iterable[str]) -> pa.Array:
+    return pa.array(iter(values), pa.large_string())

@@ -26,6 +26,8 @@ from ilrec_dist.common.loading import load_function
 from ilrec_dist.launch.attempts import begin_attempt
 
 GOES_ON = "and the same command goes on from the last checkpoint"
+# In a job's folder: the failure that a worker leaves for the driver.
+FAILURE = ".failure.json"
 # Parts of the messages by which gloo, NCCL and TCP say that the other side is gone.
 LOST_PEER = (
     "Connection closed by peer",
@@ -60,7 +62,7 @@ class Job:
 
     @property
     def failure_file(self) -> Path:
-        return Path(self.folder) / ".failure.json"
+        return Path(self.folder) / FAILURE
 
     @property
     def other_failure_file(self) -> Path:
@@ -114,6 +116,11 @@ def run_job(job: Job) -> None:
             line += f"made (the traceback is in {job.traceback_file})"
             _leave_failure(job, line, by_user=False)
         raise
+
+
+def is_refused(folder: Path) -> bool:
+    """Whether a worker has left a failure for the driver in its job's folder."""
+    return (folder / FAILURE).exists()
 
 
 def _leave_failure(job: Job, line: str, by_user: bool) -> None:

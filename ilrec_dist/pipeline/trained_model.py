@@ -37,7 +37,7 @@ from ilrec_dist.prompts.config import PromptsConfig
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's best weights of one method and seed, in this process."""
+    """A run's best weights of one method and seed: the whole, or this rank's part."""
 
     # The run's configuration, with the model's settings as they were in its training: a later
     # command may have left another configuration in the folder.
@@ -70,57 +70,97 @@ class TrainedModel:
         )
 
 
-@contextmanager
-def open_trained_model(
-    run: Path, method: str | None = None, seed: int | None = None, *, exact: bool = False
-) -> Iterator[TrainedModel]:
-    """The model of the run in folder `run`, in eval mode, while the block lasts.
+@dataclass(frozen=True)
+class TrainedWeights:
+    """A run's best weights of one method and seed, which are not loaded yet."""
 
-    method: a name of train.methods; None takes the project's own where it was trained.
-    seed: None takes the run's first. exact: where the training left most of a model's
-    weights as they are, all weights are held in fp32, without the rounding of
-    train.precision. Raises UserError for a folder without such a finished training, and
-    where data, codes or weights are not those of the training.
-    """
-    config = run_config(run)
-    method = get_method(method or default_method(config.train.methods)).name
-    seed = config.train.seeds[0] if seed is None else seed
-    quiet()
-    artifacts = RunArtifacts(config)
-    weights = artifacts.folders.training(method, seed) / BEST
-    model = artifacts.trained_model(method, seed)["model"]
-    # Trainings of earlier versions had none.
-    prompt = model.get("prompts")
-    config = _as_trained(config, model, weights)
-    if exact and config.train.trainable != "full":
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, precision="fp32")
-        )
-    device, threads = resolve_device(config.launch), torch.get_num_threads()
-    if device == "cpu":
-        set_cpu_threads(config.launch)
-    is_own_group = not dist.is_initialized()
-    parallel = initialize_parallel(1, device)
-    try:
-        backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
-        backbone = backbone.to(parallel.device)
-        yield TrainedModel(
+    # As in `TrainedModel`.
+    config: Config
+    artifacts: RunArtifacts
+    method: str
+    seed: int
+    # The folder of the weights.
+    folder: Path
+    # The training's result.json.
+    result: dict[str, Any]
+
+    def load(self, parallel: ParallelState) -> TrainedModel:
+        """The model in eval mode; a collective over `parallel`."""
+        config, artifacts, model = self.config, self.artifacts, self.result["model"]
+        backbone = empty_backbone(config, artifacts, self.seed)
+        backbone = load_training_weights(backbone, self.folder).to(parallel.device)
+        # Trainings of earlier versions had none.
+        prompt = model.get("prompts")
+        return TrainedModel(
             config,
             artifacts,
-            method,
-            seed,
+            self.method,
+            self.seed,
             backbone,
-            weights,
+            self.folder,
             model["softmax_scope"],
             parallel,
             input_form(config, artifacts, prompt),
             None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
         )
+
+
+def find_trained(
+    config: Config, method: str | None = None, seed: int | None = None, *, exact: bool = False
+) -> TrainedWeights:
+    """The best weights of a run whose configuration is `config`.
+
+    method: a name of train.methods; None takes the project's own where it was trained.
+    seed: None takes the run's first. exact: where the training left most of a model's
+    weights as they are, all weights are held in fp32, without the rounding of
+    train.precision. Raises UserError for a folder without such a finished training, and
+    where data or codes are not those of the training.
+    """
+    method = get_method(method or default_method(config.train.methods)).name
+    seed = config.train.seeds[0] if seed is None else seed
+    artifacts = RunArtifacts(config)
+    folder = artifacts.folders.training(method, seed) / BEST
+    result = artifacts.trained_model(method, seed)
+    config = _as_trained(config, result["model"], folder)
+    if exact and config.train.trainable != "full":
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, precision="fp32")
+        )
+    return TrainedWeights(config, artifacts, method, seed, folder, result)
+
+
+@contextmanager
+def loaded_here(weights: TrainedWeights) -> Iterator[TrainedModel]:
+    """The model in this process alone, while the block lasts.
+
+    Raises UserError where the weights are not those of the training.
+    """
+    quiet()
+    launch = weights.config.launch
+    device, threads = resolve_device(launch), torch.get_num_threads()
+    if device == "cpu":
+        set_cpu_threads(launch)
+    is_own_group = not dist.is_initialized()
+    parallel = initialize_parallel(1, device)
+    try:
+        yield weights.load(parallel)
     finally:
         # Each of Megatron's groups has a thread, which ends with torch.distributed only.
         destroy_parallel(process_group=is_own_group)
         # What runs in this process later computes as if no model had been opened.
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def open_trained_model(
+    run: Path, method: str | None = None, seed: int | None = None, *, exact: bool = False
+) -> Iterator[TrainedModel]:
+    """The model of the run in folder `run`, in this process, while the block lasts.
+
+    The rest is as in `find_trained`.
+    """
+    with loaded_here(find_trained(run_config(run), method, seed, exact=exact)) as trained:
+        yield trained
 
 
 def _as_trained(config: Config, model: Mapping[str, Any], weights: Path) -> Config:

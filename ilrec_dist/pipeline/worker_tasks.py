@@ -1,4 +1,5 @@
-"""What the worker processes of a run do: train the CF models together, train, evaluate.
+"""What the worker processes of a run do: train the CF models together, train, evaluate,
+recommend.
 
 Each function takes plain JSON values, as `launch.job.Job` hands them over.
 """
@@ -16,14 +17,16 @@ from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.layout import ParallelState, is_rank0
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.launch.placement import check_placement
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.evaluate_trained import evaluate_trained
+from ilrec_dist.pipeline.recommend_parts import Parts, rank_parts
 from ilrec_dist.pipeline.train_one import train_one
+from ilrec_dist.pipeline.trained_model import find_trained
 from ilrec_dist.pipeline.usage import note_peak_memory
 from ilrec_dist.reporting.progress import write_counter
 from ilrec_dist.training.spec import TrainingSpec
@@ -67,6 +70,20 @@ def train_cf_part(config: dict[str, Any]) -> None:
             parallel.device.type,
             shard,
         )
+
+
+def recommend_parts(config: dict[str, Any], method: str, seed: int, parts: dict[str, Any]) -> None:
+    """Rank the parts of a request that are not finished."""
+    tree, work = config_from_dict(config), Parts.from_json(parts)
+    left = work.histories_of(work.missing())
+    with worker_session(tree) as parallel:
+        trained = find_trained(tree, method, seed).load(parallel)
+
+        def show(done: int) -> None:
+            if is_rank0():
+                write_counter(Path(work.folder) / COUNTER, min(done, left), left)
+
+        rank_parts(trained, work, show)
 
 
 @contextmanager

@@ -240,6 +240,19 @@ def follow_counter(
                 show_progress(counted[0], counted[2])
 
 
+@contextmanager
+def following(path: Path, title: str, unit: str) -> Iterator[None]:
+    """Show what other processes write to `path` by `write_counter` during the block."""
+    stop = threading.Event()
+    thread = threading.Thread(target=follow_counter, args=(path, title, unit, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def write_counter(path: Path, done: float, total: float, note: str = "") -> None:
     """Write `done` of `total` and a note for `follow_counter` in another process.
 

@@ -15,9 +15,10 @@ import pytest
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.inference import request_files
 from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.ranker import ModelRanker
-from ilrec_dist.inference.recommend import Recommendations, recommend_items
+from ilrec_dist.inference.recommend import Recommender, Request
 from ilrec_dist.items.trie import Trie
 from tests.support.toy_decoder import (
     MAX_HISTORY,
@@ -53,15 +54,23 @@ def ranker(parallel: ParallelState, **settings) -> ModelRanker:
 
 
 def run(
-    parallel: ParallelState, path: Path, rows: dict | pa.Table, *, beam: int = 20, **options
-) -> Recommendations:
+    parallel: ParallelState,
+    path: Path,
+    rows: dict | pa.Table,
+    *,
+    beam: int = 20,
+    part: int = 100,
+    **options,
+) -> pa.Table:
+    """The answer to a request, made in parts of `part` histories."""
     table = rows if isinstance(rows, pa.Table) else pa.table(rows)
-    pq.write_table(table, path / "histories.parquet")
-    return recommend_items(
-        ranker(parallel, beam=beam),
-        DATA,
-        histories=path / "histories.parquet",
-        **({"top": 5} | options),
+    # The file's own pieces are of another size.
+    pq.write_table(table, path / "histories.parquet", row_group_size=3)
+    request = Request(str(path / "histories.parquet"), **({"top": 5} | options))
+    assert request.check_files(DATA) == table.num_rows
+    recommender = Recommender(ranker(parallel, beam=beam), DATA, request)
+    return pa.concat_tables(
+        recommender.table(histories) for _, histories in recommender.histories.parts(part)
     )
 
 
@@ -77,8 +86,8 @@ def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Pat
             top=30,
             beam=2,
             exclude_seen=exclude_seen,
-            allowed=allowed,
-        ).table.to_pylist()
+            allowed=None if allowed is None else str(allowed),
+        ).to_pylist()
         for user, history in zip(ROWS["user"], ROWS["items"], strict=True):
             numbers = np.array([int(item[1:]) for item in history])
             scores = exhaustive_scores(
@@ -101,19 +110,31 @@ def test_the_best_items_in_the_file_s_order(layout: ParallelState, tmp_path: Pat
     assert [row["user"] for row in table[:: len(table) // 3]][0] == "b"
 
 
-def test_users_with_nothing_left_get_no_row_and_are_counted(
-    layout: ParallelState, tmp_path: Path
-) -> None:
+def test_users_with_nothing_left_get_no_row(layout: ParallelState, tmp_path: Path) -> None:
     (tmp_path / "allowed.txt").write_text("i4\ni9\n")
-    allowed = tmp_path / "allowed.txt"
-    found = run(layout, tmp_path, ROWS, exclude_seen=True, allowed=allowed)
-    assert found.table.to_pydict()["user"] == ["a"]
-    assert (found.num_users, found.num_users_without_items) == (3, 2)
+    allowed = str(tmp_path / "allowed.txt")
+    for part in (1, 100):
+        found = run(layout, tmp_path, ROWS, part=part, exclude_seen=True, allowed=allowed)
+        assert found.to_pydict()["user"] == ["a"]
     rows = {name: values[::2] for name, values in ROWS.items()}
-    nobody = run(layout, tmp_path, rows, exclude_seen=True, allowed=allowed)
-    assert nobody.table.num_rows == 0 and nobody.num_users_without_items == 2
-    kept = run(layout, tmp_path, ROWS, allowed=allowed)
-    assert kept.table.num_rows == 6 and kept.num_users_without_items == 0
+    assert run(layout, tmp_path, rows, exclude_seen=True, allowed=allowed).num_rows == 0
+    assert run(layout, tmp_path, ROWS, allowed=allowed).num_rows == 6
+
+
+@pytest.mark.parametrize("part", [1, 4, 7, 23])
+def test_the_parts_of_a_file_are_answered_as_the_whole(
+    layout: ParallelState, tmp_path: Path, part: int
+) -> None:
+    users = range(DATA.num_users)
+    rows = {
+        "user": [f"u{user}" for user in users],
+        "items": [[f"i{item}" for item in DATA.sequence(user)] for user in users],
+    }
+    whole, parts = (
+        run(layout, tmp_path, rows, part=size, exclude_seen=True) for size in (100, part)
+    )
+    assert whole.num_rows == 5 * DATA.num_users and parts.drop(["score"]) == whole.drop(["score"])
+    np.testing.assert_allclose(parts["score"].to_numpy(), whole["score"].to_numpy(), atol=1e-5)
 
 
 def test_numbers_as_ids_are_read_as_strings(layout: ParallelState, tmp_path: Path) -> None:
@@ -158,22 +179,30 @@ def test_numbers_as_ids_are_read_as_strings(layout: ParallelState, tmp_path: Pat
         ),
     ],
 )
-def test_bad_histories(layout: ParallelState, tmp_path: Path, rows: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run(layout, tmp_path, rows)
+def test_bad_histories(
+    layout: ParallelState,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: dict,
+    message: str,
+) -> None:
+    for checked in (request_files.CHECKED_ROWS, 1):
+        monkeypatch.setattr(request_files, "CHECKED_ROWS", checked)
+        with pytest.raises(UserError, match=message):
+            run(layout, tmp_path, rows)
 
 
 def test_bad_files_and_flags(layout: ParallelState, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--top 0"):
         run(layout, tmp_path, ROWS, top=0)
     with pytest.raises(UserError, match="missing.txt: no such file"):
-        run(layout, tmp_path, ROWS, allowed=tmp_path / "missing.txt")
+        run(layout, tmp_path, ROWS, allowed=str(tmp_path / "missing.txt"))
     (tmp_path / "allowed.txt").write_text("i1\n\nI2\n")
     with pytest.raises(UserError, match="line 3: 'I2' is not among"):
-        run(layout, tmp_path, ROWS, allowed=tmp_path / "allowed.txt")
+        run(layout, tmp_path, ROWS, allowed=str(tmp_path / "allowed.txt"))
     (tmp_path / "allowed.txt").write_text("\n")
     with pytest.raises(UserError, match="names no item"):
-        run(layout, tmp_path, ROWS, allowed=tmp_path / "allowed.txt")
+        run(layout, tmp_path, ROWS, allowed=str(tmp_path / "allowed.txt"))
     (tmp_path / "histories.parquet").write_text("user,items\n")
-    with pytest.raises(UserError, match="cannot be read as Parquet"):
-        recommend_items(ranker(layout), DATA, histories=tmp_path / "histories.parquet", top=5)
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        Request(str(tmp_path / "histories.parquet")).check_files(DATA)

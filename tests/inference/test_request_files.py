@@ -9,9 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.inference.request_files import read_histories
+from ilrec_dist.inference.request_files import Histories, HistoriesFile
 
 ITEMS = {"1": 0, "2": 1, "b c": 2}
+
+
+def read(path: Path, rows: int = 100) -> list[Histories]:
+    file = HistoriesFile(path, ITEMS)
+    file.check()
+    return [part for _, part in file.parts(rows)]
 
 
 @pytest.mark.parametrize(
@@ -30,15 +36,18 @@ def test_every_type_of_list_is_one(tmp_path: Path, dtype: pa.DataType) -> None:
     rows = [[1, 2], [2, 1]] if dtype.value_type == pa.int64() else [["1", "2"], ["2", "1"]]
     table = pa.table({"user": ["u", "v"], "items": pa.array(rows, dtype)})
     pq.write_table(table, tmp_path / "histories.parquet")
-    users, histories = read_histories(tmp_path / "histories.parquet", ITEMS)
-    assert users == ["u", "v"] and histories.items.tolist() == [0, 1, 1, 0]
+    (both,) = read(tmp_path / "histories.parquet")
+    assert both.users == ["u", "v"] and both.ranges.items.tolist() == [0, 1, 1, 0]
+    first, second = read(tmp_path / "histories.parquet", 1)
+    assert first.users == ["u"] and first.ranges.items.tolist() == [0, 1]
+    assert second.users == ["v"] and second.ranges.items.tolist() == [1, 0]
 
 
 def test_blanks_around_ids_are_no_part_of_them(tmp_path: Path) -> None:
     path = tmp_path / "histories.parquet"
     pq.write_table(pa.table({"user": ["u ", " v"], "items": [[" 1", "b c\n"], ["2"]]}), path)
-    users, histories = read_histories(path, ITEMS)
-    assert users == ["u", "v"] and histories.items.tolist() == [0, 2, 1]
+    (both,) = read(path)
+    assert both.users == ["u", "v"] and both.ranges.items.tolist() == [0, 2, 1]
     pq.write_table(pa.table({"user": ["u", "u "], "items": [["1"], ["2"]]}), path)
     with pytest.raises(UserError, match="row 2 repeats the user 'u' of row 1"):
-        read_histories(path, ITEMS)
+        read(path)

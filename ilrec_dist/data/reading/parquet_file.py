@@ -24,12 +24,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
 
 
-def parquet_batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns of a file, BATCH_ROWS at a time.
+def parquet_batches(
+    path: Path, file: pq.ParquetFile, names: list[str], rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a file, at most `rows` at a time.
 
     Raises UserError where it is damaged.
     """
-    batches, passed = file.iter_batches(BATCH_ROWS, columns=names), 0
+    batches, passed = file.iter_batches(rows, columns=names), 0
     while True:
         try:
             batch = next(batches)

@@ -5,7 +5,6 @@ together.
 from __future__ import annotations
 
 import shutil
-import threading
 
 import torch
 
@@ -21,7 +20,7 @@ from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.reporting.progress import follow_counter, stage_progress
+from ilrec_dist.reporting.progress import following, stage_progress
 
 
 def cf_stage(config: Config) -> Stage:
@@ -62,21 +61,15 @@ def train_here(config: Config) -> None:
 
 def train_by_workers(config: Config) -> None:
     """Train with the item table split over the workers; their epochs are shown here."""
-    folders, stop = RunFolders(config.run_dir), threading.Event()
+    folders = RunFolders(config.run_dir)
     shutil.rmtree(folders.cf_work, ignore_errors=True)
-    follow = threading.Thread(
-        target=follow_counter, args=(folders.cf_work / COUNTER, "cf", "epochs", stop), daemon=True
-    )
     job = Job(
         "ilrec_dist.pipeline.worker_tasks:train_cf_part",
         {"config": config_for_workers(config)},
         str(folders.cf_work.resolve()),
     )
-    follow.start()
     try:
-        with ray_session(config.launch):
+        with following(folders.cf_work / COUNTER, "cf", "epochs"), ray_session(config.launch):
             run_workers(config.launch, job)
     finally:
-        stop.set()
-        follow.join()
         shutil.rmtree(folders.cf_work, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""`ilrec recommend` for many histories: killed, by workers, an error at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ilrec_dist.cli.main import main
+from ilrec_dist.common.files import file_lock
+from ilrec_dist.inference.recommend import Request
+from ilrec_dist.pipeline.artifacts import config_for_workers
+from ilrec_dist.pipeline.recommend_parts import Parts, join_parts
+from ilrec_dist.pipeline.run_config import run_config
+from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.shop import ITEMS, refused
+
+pytestmark = pytest.mark.slow
+PATIENCE_SECONDS = 120
+# A part has 32 batches.
+BATCH_SIZE = 4
+PART_ROWS = 32 * BATCH_SIZE
+USERS = 5 * PART_ROWS - 7
+
+
+def write_histories(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    items = [rng.choice(ITEMS, rng.integers(1, 7)).tolist() for _ in range(USERS)]
+    # One user has seen everything.
+    items[3] = ITEMS
+    pq.write_table(pa.table({"user": [f"u{user}" for user in range(USERS)], "items": items}), path)
+
+
+@pytest.fixture(scope="module")
+def small_parts(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the finished run, of small parts, histories and their answer."""
+    root = tmp_path_factory.mktemp("parts")
+    shutil.copytree(finished / "runs", root / "runs")
+    shutil.copytree(finished / "shop", root / "shop")
+    config = root / "runs/shop/config.yaml"
+    config.write_text(config.read_text().replace("batch_size: 64", f"batch_size: {BATCH_SIZE}"))
+    assert main(["prepare", str(config), f"runs_dir={root / 'runs'}"]) == 0
+    write_histories(root / "h.parquet", 0)
+    assert main(command(root, root / "whole.parquet")) == 0
+    return root
+
+
+def command(root: Path, out: Path, histories: str = "h.parquet") -> list[str]:
+    words = ["recommend", root / "runs/shop", "--histories", root / histories, "--out", out]
+    return [*map(str, words), "--exclude-seen"]
+
+
+def finished_parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*.parts-*/[0-9]*.parquet"))
+
+
+def wait_for_parts(folder: Path, count: int) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while len(finished_parts(folder)) < count:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_killed_and_terminated_commands_leave_their_parts_and_the_same_command_goes_on(
+    small_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.parquet"
+    argv = command(small_parts, out)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ilrec_dist.cli", *argv], stdout=subprocess.DEVNULL
+    ) as process:
+        wait_for_parts(tmp_path, 1)
+        process.kill()
+    killed_at = len(finished_parts(tmp_path))
+    assert 1 <= killed_at <= 3 and not out.exists()
+    (folder,) = {part.parent for part in finished_parts(tmp_path)}
+    with file_lock(folder):
+        assert "another `ilrec recommend` is writing it" in refused(capsys, *argv)
+
+    def terminate() -> None:
+        wait_for_parts(tmp_path, killed_at + 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    assert main(argv) == 143
+    thread.join()
+    output = capsys.readouterr()
+    left = USERS - killed_at * PART_ROWS
+    assert f"goes on, {left} of {USERS} users are left" in output.out
+    assert output.err == "ilrec: terminated; the same command goes on where it stopped\n"
+    assert not out.exists()
+
+    # With other histories it begins anew.
+    shutil.copytree(folder, tmp_path / "kept")
+    write_histories(small_parts / "other.parquet", 1)
+    assert main(command(small_parts, out, "other.parquet")) == 0
+    output = capsys.readouterr().out
+    assert "is dropped, which had other weights, options or histories" in output
+    assert "goes on" not in output
+    assert pq.read_table(out)["item"] != pq.read_table(small_parts / "whole.parquet")["item"]
+
+    (tmp_path / "kept").rename(folder)
+    # What a machine that loses its power may leave of a part.
+    finished_parts(tmp_path)[0].write_bytes(b"")
+    left = USERS - (len(finished_parts(tmp_path)) - 1) * PART_ROWS
+    assert main(argv) == 0
+    output = capsys.readouterr().out
+    assert f"goes on, {left} of {USERS} users are left" in output
+    assert f"1 of {USERS} users get no item" in output
+    assert out.read_bytes() == (small_parts / "whole.parquet").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_two_workers_of_a_ray_make_the_bits_of_one_process(
+    small_parts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.parquet"
+    settings = ["launch.engine=ray", "launch.workers=2"]
+    assert main([*command(small_parts, out), *settings]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+    assert out.read_bytes() == (small_parts / "whole.parquet").read_bytes()
+
+
+def rank_in(_mesh: Mesh, *arguments: Any) -> None:
+    """A worker's task, in a process that is there already."""
+    # Workers load this; the process of the tests need not.
+    from ilrec_dist.pipeline.worker_tasks import recommend_parts
+
+    recommend_parts(*arguments)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_workers_make_the_lists_of_one_process(
+    small_parts: Path, tmp_path: Path, tp: int
+) -> None:
+    config = run_config(small_parts / "runs/shop", ["launch.workers=2", f"launch.tp={tp}"])
+    request = Request(str(small_parts / "h.parquet"), exclude_seen=True)
+    parts = Parts(request, None, str(tmp_path), USERS, PART_ROWS)
+    task = (config_for_workers(config), "sft", 0, dataclasses.asdict(parts))
+    run_distributed(rank_in, 2, tp, *task)
+    assert not parts.missing()
+    join_parts(parts, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    whole = pq.read_table(small_parts / "whole.parquet")
+    assert table.drop(["score"]) == whole.drop(["score"])
+    if tp == 1:
+        assert table == whole
+    np.testing.assert_allclose(table["score"].to_numpy(), whole["score"].to_numpy(), atol=1e-5)
+
+
+def test_an_error_in_a_late_row_is_named_before_anything_is_ranked(
+    small_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = 40_000
+    items = [["1"]] * (count - 1) + [["2", "nowhere"]]
+    users = [str(user) for user in range(count)]
+    pq.write_table(pa.table({"user": users, "items": items}), small_parts / "late.parquet")
+    argv = command(small_parts, tmp_path / "out.parquet", "late.parquet")
+    line = refused(capsys, *argv)
+    assert f"late.parquet: row {count} (user '{count - 1}') has the item 'nowhere'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_the_launch_alone_are_taken(
+    small_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(small_parts, tmp_path / "out.parquet")
+    line = refused(capsys, *argv, "evaluation.beam=30")
+    assert "evaluation.beam=30: expected launch.key=value" in line
+    assert "launch.wrkers" in refused(capsys, *argv, "launch.wrkers=2")
+
+
+def test_printed_are_the_first_users_of_all_that_are_checked(
+    small_parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(small_parts, Path("unused"))
+    argv[argv.index("--out") : argv.index("--out") + 2] = []
+    assert main(argv) == 0
+    output = capsys.readouterr().out
+    assert "1 of 20 users get no item" in output and f"and {USERS - 20} more users" in output
+    assert "\nu19 " in output and "u20 " not in output
