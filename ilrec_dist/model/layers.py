@@ -94,21 +94,6 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         return query, key, value
 
 
-class DecoderMLP(MLP):  # type: ignore[misc]
-    """Megatron's feed-forward, whose gated form is SwiGLU."""
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
-        if not self.config.gated_linear_unit:
-            output: tuple[Tensor, Tensor | None] = super().forward(hidden)
-            return output
-        gate_and_up, bias = self.linear_fc1(hidden)
-        if bias is not None:
-            gate_and_up = gate_and_up + bias
-        output = self.linear_fc2(swiglu(gate_and_up))
-        return output
-
-
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """Megatron's layer, run as a pre-norm decoder layer.
 
@@ -120,7 +105,18 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         inputs, hidden = normed(self.input_layernorm, hidden)
         hidden = self._add(self.self_attention(inputs, context, rotary), hidden)
         inputs, hidden = normed(self.pre_mlp_layernorm, hidden)
-        return self._add(self.mlp(inputs), hidden)
+        return self._add(self._feed_forward(inputs), hidden)
+
+    def _feed_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Megatron's, whose gated form is SwiGLU: output and bias, not yet added."""
+        mlp: Any = self.mlp
+        output: tuple[Tensor, Tensor | None]
+        if not self.config.gated_linear_unit:
+            output = mlp(inputs)
+            return output
+        gate_and_up, bias = mlp.linear_fc1(inputs)
+        output = mlp.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
+        return output
 
     def _add(self, out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         out, bias = out_and_bias
@@ -200,7 +196,7 @@ def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=WrappedTorchNorm,
         mlp=ModuleSpec(
-            DecoderMLP,
+            MLP,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
         mlp_bda=get_bias_dropout_add,

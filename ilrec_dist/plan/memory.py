@@ -72,8 +72,11 @@ def bucket_bytes(trainable: int, layout: StepLayout) -> float:
 
     In bf16 under ZeRO 1 they are copied into one as large as they
     need; otherwise DeepSpeed allocates it whatever the model's
-    size is, under ZeRO 2 in the precision of the weights.
+    size is, under ZeRO 2 in the precision of the weights. A
+    lone rank in fp32 has none (training.engine).
     """
+    if layout.dp == 1 and layout.element == FP32:
+        return 0.0
     if layout.keeps_gradients:
         return float(FP32 * min(trainable, BUCKET_GRADIENTS))
     return float((FP32 if layout.zero_stage == 1 else layout.element) * BUCKET_GRADIENTS)
