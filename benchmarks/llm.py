@@ -48,6 +48,10 @@ SMOLLM2: dict[str, Any] = {
 }
 
 
+# train.micro_batch_tokens of the row that has one.
+BUDGET = 256
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two sides, as changes of the common Spec."""
@@ -91,6 +95,12 @@ COMPARISONS = {
         "full, layers computed again, against kept",
         "target",
         {"trainable": "full", "recompute": True},
+        {"trainable": "full"},
+    ),
+    "micro-batches": Comparison(
+        f"full, micro-batches of {BUDGET} tokens, against whole steps",
+        "target",
+        {"trainable": "full", "micro_batch_tokens": BUDGET},
         {"trainable": "full"},
     ),
     "packing": Comparison(

@@ -36,6 +36,8 @@ from ilrec_dist.objective import ilrec
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.samples.collate import Batch, BatchMaker, ItemRows
+from ilrec_dist.samples.micro_batches import within_budget
+from ilrec_dist.samples.prefetch import micro_batch_plan
 from ilrec_dist.samples.windows import StepOrder, training_windows
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
@@ -64,6 +66,7 @@ class Spec:
     ragged: bool = False
     packs: bool = True
     recompute: bool = False
+    micro_batch_tokens: int | None = None
     trainable: Trainable = "lora+new_rows"
 
 
@@ -100,7 +103,7 @@ class Drawn:
                 items,
             )
 
-    def batch(self, sequences: list[np.ndarray], items: np.ndarray) -> Batch:
+    def batch(self, sequences: list[np.ndarray], items: np.ndarray, step_rows: int) -> Batch:
         """A batch of one target a prompt, in the form of `BatchMaker`."""
         lengths = np.array([len(sequence) - 1 for sequence in sequences])
         tokens = np.zeros((len(sequences), lengths.max()), np.int64)
@@ -118,22 +121,27 @@ class Drawn:
             grid_index=None,
             users=np.zeros(len(items), np.int64),
             positions=np.zeros(len(items), np.int64),
-            step_rows=len(items) * LEVELS,
+            step_rows=step_rows,
             num_tokens=int(lengths.sum()),
             groups=None,
         )
 
-    def batches(self, spec: Spec) -> Iterator[Batch]:
-        """Of prompts, or of plain sequences with all their targets."""
+    def steps(self, spec: Spec) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, of prompts or plain sequences."""
+        budget = spec.micro_batch_tokens
         if spec.prompt:
             for sequences, items in self.prompts(spec):
-                yield self.batch(sequences, items)
+                tokens, rows = np.array([len(s) - 1 for s in sequences]), len(items) * LEVELS
+                parts = [np.arange(len(items))]
+                if budget is not None:
+                    parts = within_budget(tokens, budget, packs=True)
+                yield [self.batch([sequences[n] for n in p], items[p], rows) for p in parts]
         windows = training_windows(self.dataset, LONGEST, "all")
         maker = BatchMaker(self.dataset, self.catalogue, self.trie, windows)
-        order = StepOrder(windows, spec.batch, 100, seed=0)
-        for number in range(order.total_steps):
-            ids = order.sample_ids(number)
-            yield maker.make(ids, maker.num_rows(ids))
+        order, parallel = StepOrder(windows, spec.batch, 100, seed=0), initialize_parallel(1, "cpu")
+        for step in range(order.total_steps):
+            plan = micro_batch_plan(order, maker, step, step + 1, 1, parallel, budget)
+            yield [maker.make(planned.sample_ids, planned.step_rows) for planned in plan]
 
 
 def open_backbone(spec: Spec, drawn: Drawn) -> Backbone:
@@ -162,15 +170,17 @@ def training_step(spec: Spec, drawn: Drawn, method: str) -> Callable[[], int]:
     module = ilrec.CrossLayerObjective.build(
         open_backbone(spec, drawn), section, drawn.catalogue, parallel
     )
-    engine, batches = build_engine(module.train(), config, parallel), drawn.batches(spec)
+    engine, steps = build_engine(module.train(), config, parallel), drawn.steps(spec)
 
     def step() -> int:
-        batch = next(batches)
-        inputs = batch.model_inputs(parallel.device)
-        output = engine(*inputs, rewards=None, loss_scale=1 / batch.step_rows)
-        engine.backward(output.loss)
-        engine.step()
-        return len(batch.users)
+        micro_batches = next(steps)
+        for batch in micro_batches:
+            engine.set_gradient_accumulation_boundary(batch is micro_batches[-1])
+            inputs = batch.model_inputs(parallel.device)
+            output = engine(*inputs, rewards=None, loss_scale=1 / batch.step_rows)
+            engine.backward(output.loss)
+            engine.step()
+        return sum(len(batch.users) for batch in micro_batches)
 
     return step
 

@@ -12,10 +12,15 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
+from tests.support.warm_workers import run_torchrun, run_warm, torchrun_is
 
 # Megatron marks functions for torch.compile, which nothing here calls: of each process's imports
 # this leaves out a third.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+# Ray need not start processes before anybody asks for one.
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # A busy machine makes single examples slow.
 settings.register_profile("suite", deadline=None)
@@ -73,3 +78,17 @@ def _one_thread_a_process() -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     yield
     close_pools()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_workers() -> Iterator[None]:
+    """Jobs run in worker groups that are there already."""
+    with torchrun_is(run_warm):
+        yield
+
+
+@pytest.fixture(scope="module")
+def started_workers() -> Iterator[None]:
+    """Jobs run in workers that torchrun starts for each, as outside the tests."""
+    with torchrun_is(run_torchrun):
+        yield

@@ -45,7 +45,7 @@ ALWAYS = {
     *(
         f"train.{key}"
         for key in (
-            "methods seeds targets max_history epochs batch_size accumulation_steps learning_rate "
+            "methods seeds targets max_history epochs batch_size micro_batch_tokens learning_rate "
             "min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm precision "
             "checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
             "max_bad_steps recompute"
@@ -192,6 +192,11 @@ SOMETIMES: dict[str, Case] = {
             ("dropout", "0.1"),
         )
     },
+    "train.accumulation_steps": (
+        "2",
+        [],
+        [(["train.micro_batch_tokens=64"], "train.micro_batch_tokens null")],
+    ),
     "train.new_rows_learning_rate": (
         "0.1",
         PRETRAINED,

@@ -109,11 +109,19 @@ def destroy_parallel(process_group: bool = False) -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep the large blocks of each step rather than return them.
 
-    A CPU step is 15 % faster without the page faults.
+    A CPU step is 15 % faster without the page faults. Blocks that hold gradients of
+    a whole model are returned: others could not be put together from their places.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap.
-        mallopt(-3, 1 << 30)
+        # M_MMAP_THRESHOLD: smaller blocks come from the heap.
+        mallopt(-3, 1 << 28)
         # M_TRIM_THRESHOLD: freed blocks stay there.
         mallopt(-1, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return what was freed so far, such as what loading has used."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

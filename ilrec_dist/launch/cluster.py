@@ -21,6 +21,9 @@ from ilrec_dist.launch.job import UNCOMPILED
 CONNECT_SECONDS = 10.0
 # How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
 ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
+# For a local session. Nobody announces that its node will be taken away, for which Ray Train would
+# start a process that listens.
+LOCAL = {**UNCOMPILED, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # How a client of HTTP/2 begins, with an empty frame of settings, and the head of such a frame.
 HTTP2_FRAME_BYTES, HTTP2_SETTINGS = 9, 4
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
@@ -71,7 +74,7 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
         options = {"num_cpus": cores, "include_dashboard": False}
         _set_token()
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with _environment(ATTEMPTS if address else UNCOMPILED):
+    with _environment(ATTEMPTS if address else LOCAL):
         try:
             ray.init(
                 address=address or "local",

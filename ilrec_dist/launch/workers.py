@@ -34,13 +34,7 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
     StopRequest(Path(job.folder)).clear()
     shutil.rmtree(job.failures_folder, ignore_errors=True)
     try:
-        if launch.engine == "ray":
-            # Ray takes a second to load, and torchrun does not need it.
-            from ilrec_dist.launch.ray_workers import run_ray
-
-            run_ray(launch, job)
-        else:
-            _run_torchrun(launch, job)
+        ENGINES[launch.engine](launch, job)
     finally:
         # The other ranks fail when the one that met the error leaves, so this comes first.
         failure = take_failure(job)
@@ -49,6 +43,13 @@ def run_workers(launch: LaunchConfig, job: Job) -> None:
                 shutil.rmtree(job.failures_folder, ignore_errors=True)
             raise (UserError if failure["by_user"] else WorkersFailed)(failure["error"])
     shutil.rmtree(job.failures_folder, ignore_errors=True)
+
+
+def _run_ray(launch: LaunchConfig, job: Job) -> None:
+    # Ray takes a second to load, and torchrun does not need it.
+    from ilrec_dist.launch.ray_workers import run_ray
+
+    run_ray(launch, job)
 
 
 def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
@@ -78,6 +79,13 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
             raise
     if status:
         raise WorkersFailed(f"torchrun ended with exit status {status}; its output above says why")
+
+
+# Run a job in all workers of launch.engine, and return when all have ended.
+ENGINES: dict[str, Callable[[LaunchConfig, Job], None]] = {
+    "ray": _run_ray,
+    "torchrun": _run_torchrun,
+}
 
 
 def end_with_parent() -> Callable[[], None] | None:

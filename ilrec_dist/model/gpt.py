@@ -16,6 +16,7 @@ from ilrec_dist.model.attention import AttentionContext, KVCache, PackedSequence
 from ilrec_dist.model.branches import BranchedSequences
 from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.decoder import padded_vocab_size
+from ilrec_dist.model.elementwise import Rotary, normed
 from ilrec_dist.model.layers import Precision, layer_spec, transformer_config
 from ilrec_dist.model.packing import pack
 from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
@@ -231,24 +232,22 @@ class Backbone(nn.Module):
         cache.suffix += 1
         return self._norm(hidden)
 
-    def _run(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
+    def _run(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
         """The residual stream after the last layer, [B, S, d]."""
         for layer in self.gpt.decoder.layers:
             hidden = layer(hidden, context, rotary)
         return hidden
 
     def _norm(self, hidden: Tensor) -> Tensor:
-        normed: Tensor = self.gpt.decoder.final_layernorm(hidden)
-        return normed
+        return normed(self.gpt.decoder.final_layernorm, hidden)[0]
 
     def _embed(
         self, tokens: Tensor, start: int, stop: int, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Rotary | None]:
         """Embed tokens [B, S] at positions start … stop-1, or at one position.
 
         positions [S] or [B, S], below stop, replace the range. Returns the start of the
-        residual stream [B, S, d] and, with rope, the rotary angles [1 or B, S or 1, 1,
-        head_dim].
+        residual stream [B, S, d] and, with rope, what all layers rotate by.
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
@@ -260,8 +259,9 @@ class Backbone(nn.Module):
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
             # By token, or by user and token.
-            angles = angles[None] if angles.dim() == 2 else angles
-            return embedding.embedding_dropout(hidden), angles[:, :, None]
+            angles = (angles[None] if angles.dim() == 2 else angles)[:, :, None]
+            rotary = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+            return embedding.embedding_dropout(hidden), rotary
         if stop > self.max_positions:
             raise UserError(
                 f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "

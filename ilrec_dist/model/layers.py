@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from ilrec_dist.model.attention import AttentionContext, CoreAttention
+from ilrec_dist.model.attention import AttentionContext, CoreAttention, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.elementwise import Rotary, normed, rotate, swiglu
 
 Precision = Literal["fp32", "bf16"]
 
@@ -55,7 +55,7 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self-attention with a forward that hands an attention context on."""
 
     def forward(
-        self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None
+        self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
         if self.config.num_query_groups < self.tp_group.size():
@@ -63,8 +63,11 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         else:
             query, key, value = self.get_query_key_value_tensors(hidden)
         if rotary is not None:
-            query = apply_rotary_pos_emb(query, rotary, config=self.config)
-            key = apply_rotary_pos_emb(key, rotary, config=self.config)
+            query, key = rotate(query, rotary), rotate(key, rotary)
+            packed = isinstance(context, PackedSequences)
+            if value.requires_grad and self.q_layernorm is None and not packed:
+                # A view would keep the whole joint projection until the backward pass.
+                value = value.clone()
         output: tuple[Tensor, Tensor | None] = self.linear_proj(
             self.core_attention(query, key, value, context)
         )
@@ -97,14 +100,23 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     The parent's forward turns gradients on even under no_grad, so this one replaces it.
     """
 
-    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Tensor | None) -> Tensor:
-        """hidden [B, S, d] → [B, S, d]; rotary
-        angles [1 or B, S or 1, 1, head_dim] or None.
-        """
-        hidden = self._add(
-            self.self_attention(self.input_layernorm(hidden), context, rotary), hidden
-        )
-        return self._add(self.mlp(self.pre_mlp_layernorm(hidden)), hidden)
+    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
+        """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions."""
+        inputs, hidden = normed(self.input_layernorm, hidden)
+        hidden = self._add(self.self_attention(inputs, context, rotary), hidden)
+        inputs, hidden = normed(self.pre_mlp_layernorm, hidden)
+        return self._add(self._feed_forward(inputs), hidden)
+
+    def _feed_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Megatron's, whose gated form is SwiGLU: output and bias, not yet added."""
+        mlp: Any = self.mlp
+        output: tuple[Tensor, Tensor | None]
+        if not self.config.gated_linear_unit:
+            output = mlp(inputs)
+            return output
+        gate_and_up, bias = mlp.linear_fc1(inputs)
+        output = mlp.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
+        return output
 
     def _add(self, out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         out, bias = out_and_bias

@@ -9,7 +9,8 @@ up) have one adapter for each of their parts, as PEFT has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from ilrec_dist.common.errors import UserError
@@ -25,10 +27,70 @@ from ilrec_dist.model import sharding
 from ilrec_dist.model.config import LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import Family, checkpoint_names, family_of_config
-from ilrec_dist.model.hf.slices import Slice, shard_slices, tensor_shapes
+from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
 
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 COLUMN_PARALLEL = ("linear_qkv.weight", "linear_fc1.weight")
+
+
+class Piece(NamedTuple):
+    """Features [start, stop) of a layer's output, which are those of one adapter from
+    `offset` on; of none where `adapter` is None.
+    """
+
+    start: int
+    stop: int
+    adapter: int | None
+    offset: int
+
+
+class _AddAdapters(torch.autograd.Function):
+    """Adds scaling · B h of the adapters to the output, where their features lie.
+
+    Every adapter gets a gradient, also where none of its features is on this
+    rank: the backward pass behind it is a collective.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, scaling: float, pieces: list[Piece], *tensors: Tensor
+    ) -> Tensor:
+        ctx.scaling, ctx.pieces = scaling, pieces
+        ctx.save_for_backward(*tensors)
+        ctx.mark_dirty(output)
+        # One adapter at a time, because a large block that is freed between
+        # small ones that are kept is not always of use again.
+        for adapter, (h, weight) in enumerate(zip(*_halves(tensors), strict=True)):
+            part = F.linear(h, weight).mul_(scaling)
+            for piece in pieces:
+                if piece.adapter == adapter:
+                    output[..., piece.start : piece.stop].add_(_features(part, piece))
+            del part
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, b = _halves(ctx.saved_tensors)
+        parts = [grad.new_empty((*grad.shape[:-1], len(weight))) for weight in b]
+        for piece in ctx.pieces:
+            if piece.adapter is not None:
+                of_piece = grad[..., piece.start : piece.stop]
+                torch.mul(of_piece, ctx.scaling, out=_features(parts[piece.adapter], piece))
+        of_hidden = [part @ weight for part, weight in zip(parts, b, strict=True)]
+        of_b = [
+            part.flatten(0, -2).t() @ h.flatten(0, -2)
+            for part, h in zip(parts, hidden, strict=True)
+        ]
+        return grad, None, None, *of_hidden, *of_b
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+
+
+def _features(part: Tensor, piece: Piece) -> Tensor:
+    return part[..., piece.offset : piece.offset + piece.stop - piece.start]
 
 
 class LoraLinear(nn.Module):
@@ -64,6 +126,22 @@ class LoraLinear(nn.Module):
             spec_b = None if self.is_row_parallel else sharding.ShardSpec(0)
             sharding.mark_parallel(self.a[_key(module)], spec_a)
             sharding.mark_parallel(self.b[_key(module)], spec_b)
+        self.pieces = self._pieces()
+
+    def _pieces(self) -> list[Piece]:
+        """Where the adapters' parts lie in this rank's features of the output."""
+        numbers = {part: number for number, (part, _) in enumerate(self.targeted())}
+        if self.is_row_parallel:
+            return [Piece(0, self.full[0], 0, 0)]
+        pieces, first, offsets = [], 0, dict.fromkeys(numbers, 0)
+        for one in self.slices[self.rank_index]:
+            size, number = one.stop - one.start, numbers.get(one.tensor)
+            offset = 0 if number is None else offsets[one.tensor]
+            pieces.append(Piece(first, first + size, number, offset))
+            if number is not None:
+                offsets[one.tensor] += size
+            first += size
+        return pieces
 
     def targeted(self, lora: LoraConfig | None = None) -> Iterator[tuple[int, str]]:
         """(index, checkpoint's name) of the parts that have adapters."""
@@ -96,42 +174,40 @@ class LoraLinear(nn.Module):
         mine = [s for s in self.slices[self.rank_index] if s.tensor == part]
         return torch.cat([full[:0], *(full[s.start : s.stop] for s in mine)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the adapters add to the layer's output; x as the layer gets it."""
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the adapters' output to the layer's own; x as the layer gets it."""
         x = F.dropout(x, self.lora.dropout, self.training)
+        modules = [module for _, module in self.targeted()]
+        a = torch.cat([self.parameter_a(module) for module in modules])
         if self.is_row_parallel:
-            ((_, module),) = self.targeted()
-            reduced: Tensor = reduce_from_tensor_model_parallel_region(
-                F.linear(x, self.parameter_a(module))
-            )
-            return F.linear(reduced, self.parameter_b(module)) * self.lora.scaling
-        targeted = list(self.targeted())
-        a = torch.cat([self.parameter_a(module) for _, module in targeted])
-        # Backward sums the gradient of all parts over the ranks at once.
-        hidden = copy_to_tensor_model_parallel_region(F.linear(x, a)).chunk(len(targeted), -1)
-        outputs = {
-            part: F.linear(of_part, self.parameter_b(module)) * self.lora.scaling
-            for of_part, (part, module) in zip(hidden, targeted, strict=True)
-        }
-        return _arrange(outputs, self.slices[self.rank_index], dim=-1, like=x)
+            hidden = reduce_from_tensor_model_parallel_region(F.linear(x, a))
+            # Megatron's output may be a view, which autograd lets nobody write to.
+            output = output.clone()
+        else:
+            # Backward sums the gradient of all parts over the ranks at once.
+            hidden = copy_to_tensor_model_parallel_region(F.linear(x, a))
+        added: Tensor = _AddAdapters.apply(  # type: ignore[no-untyped-call]
+            output,
+            self.lora.scaling,
+            self.pieces,
+            *hidden.chunk(len(modules), -1),
+            *(self.parameter_b(module) for module in modules),
+        )
+        return added
 
     @torch.no_grad()
     def weight_delta(self) -> Tensor:
         """(α/r)·BA as this rank's shard of the layer's weight, in fp32."""
-        products = {
-            part: self.parameter_b(module).float() @ self.parameter_a(module).float()
-            for part, module in self.targeted()
-        }
-        if self.is_row_parallel:
-            return products[0] * self.lora.scaling
-        like = next(iter(products.values()))
-        joined = _arrange(
-            {part: product.t() for part, product in products.items()},
-            self.slices[self.rank_index],
-            dim=-1,
-            like=like.t(),
-        )
-        return joined.t() * self.lora.scaling
+        products = [
+            self.parameter_b(module).float() @ self.parameter_a(module).float()
+            for _, module in self.targeted()
+        ]
+        delta = products[0].new_zeros(self.pieces[-1].stop, products[0].shape[1])
+        for piece in self.pieces:
+            if piece.adapter is not None:
+                rows = slice(piece.offset, piece.offset + piece.stop - piece.start)
+                delta[piece.start : piece.stop] = products[piece.adapter][rows]
+        return delta * self.lora.scaling
 
 
 class Lora(nn.Module):
@@ -207,24 +283,9 @@ def _adding(layer: nn.Module):  # type: ignore[no-untyped-def]
     def hook(
         _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        return output[0] + layer(inputs[0]), output[1]
+        return layer(inputs[0], output[0]), output[1]
 
     return hook
-
-
-def _arrange(parts: dict[int, Tensor], slices: list[Slice], dim: int, like: Tensor) -> Tensor:
-    """Join the parts' features in the layer's order, zeros where a part has none."""
-    offsets = dict.fromkeys(parts, 0)
-    # A part without rows on this rank stays in the graph, because its backward is a collective.
-    pieces = [part.narrow(dim, 0, 0) for part in parts.values()]
-    for piece in slices:
-        size = piece.stop - piece.start
-        if piece.tensor in parts:
-            pieces.append(parts[piece.tensor].narrow(dim, offsets[piece.tensor], size))
-            offsets[piece.tensor] += size
-        else:
-            pieces.append(like.new_zeros((*like.shape[:-1], size)))
-    return torch.cat(pieces, dim)
 
 
 def _initial(module: str, shape: list[int], rank: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Each is ranked by one data-parallel rank, and is a file when it is finished.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.files import atomic_file
 from ilrec_dist.distributed.layout import from_rank0
 from ilrec_dist.inference.recommend import SCHEMA, Recommender, Request
@@ -114,15 +116,19 @@ class Written:
 def join_parts(parts: Parts, out: Path) -> Written:
     """Write all parts as one file, in the order of the histories."""
     rows = users_with_items = 0
-    with atomic_file(out) as staged, pq.ParquetWriter(staged, SCHEMA) as writer:
-        pending: list[pa.Table] = []
-        for number in range(parts.count):
-            table = pq.read_table(parts.path(number))
-            pending.append(table)
-            rows += table.num_rows
-            users_with_items += pc.sum(pc.equal(table.column("rank"), 1)).as_py() or 0
-            if sum(part.num_rows for part in pending) >= ROW_GROUP or number == parts.count - 1:
-                joined = pa.concat_tables(pending)
-                writer.write_table(joined, row_group_size=max(1, joined.num_rows))
-                pending = []
+    pending: list[pa.Table] = []
+    # Among the parts, whose folder is emptied by the next command where this one is killed.
+    joined = Path(parts.folder) / "joined.parquet"
+    with writing_to(out):
+        with pq.ParquetWriter(joined, SCHEMA) as writer:
+            for number in range(parts.count):
+                table = pq.read_table(parts.path(number))
+                pending.append(table)
+                rows += table.num_rows
+                users_with_items += pc.sum(pc.equal(table.column("rank"), 1)).as_py() or 0
+                if sum(part.num_rows for part in pending) >= ROW_GROUP or number == parts.count - 1:
+                    group = pa.concat_tables(pending)
+                    writer.write_table(group, row_group_size=max(1, group.num_rows))
+                    pending = []
+        os.replace(joined, out)
     return Written(rows, parts.num_histories, parts.num_histories - users_with_items)

@@ -49,8 +49,9 @@ def train_one(
         objective = method.objective(config.objective)
         backbone = first_weights(config, artifacts, method, spec.seed)
         backbone.recompute = config.train.recompute
-        # A decoder from scratch keeps the bits that it has had.
-        backbone.packs = config.backbone.from_ is not None
+        # A decoder from scratch keeps the bits that it has had without a budget.
+        packs = config.train.micro_batch_tokens is not None
+        backbone.packs = packs or config.backbone.from_ is not None
         module: Objective = load_function(method.module)(
             backbone,
             objective,

@@ -32,8 +32,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"tp {layout.tp} × dp {layout.dp}, {plan.config.train.precision}, "
         f"ZeRO {layout.zero_stage}; {plan.method}"
     )
+    budget = plan.config.train.micro_batch_tokens
+    limit = "" if budget is None else f"at most {budget:,} tokens; "
     yield (
-        f"a micro-batch: {batch.sequences} sequences of at most {batch.tokens_per_sequence} "
+        f"a micro-batch: {limit}{batch.sequences} sequences of at most {batch.tokens_per_sequence} "
         f"tokens, {batch.rows:,} response rows; {layout.accumulation_steps} a step and rank"
     )
     yield (

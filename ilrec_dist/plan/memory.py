@@ -61,7 +61,8 @@ def state_bytes(
     return {
         "weights": layout.element * (parameters + padding),
         GRADIENTS: gradients,
-        "master weights": FP32 * share,
+        # In fp32 they are the weights themselves.
+        "master weights": FP32 * share if layout.element < FP32 else 0.0,
         "moments": MOMENTS_BYTES * share,
     }
 
@@ -71,8 +72,11 @@ def bucket_bytes(trainable: int, layout: StepLayout) -> float:
 
     In bf16 under ZeRO 1 they are copied into one as large as they
     need; otherwise DeepSpeed allocates it whatever the model's
-    size is, under ZeRO 2 in the precision of the weights.
+    size is, under ZeRO 2 in the precision of the weights. A
+    lone rank in fp32 has none (training.engine).
     """
+    if layout.dp == 1 and layout.element == FP32:
+        return 0.0
     if layout.keeps_gradients:
         return float(FP32 * min(trainable, BUCKET_GRADIENTS))
     return float((FP32 if layout.zero_stage == 1 else layout.element) * BUCKET_GRADIENTS)
@@ -91,8 +95,8 @@ def activation_bytes(
         # The mask of the embeddings.
         embedding = batch.tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
     if sizes.config.position_embedding == "rope":
-        # Cosines and sines of the queries' and the keys' angles.
-        layer += 4 * batch.tokens_per_sequence * sizes.head_dim * layout.element
+        # Cosines and sines, which all layers share.
+        embedding += 2 * batch.tokens_per_sequence * sizes.head_dim * layout.element
     if recompute:
         kept = sizes.layers * sizes.hidden * layout.element * batch.tokens
         return embedding + kept + layer
@@ -107,32 +111,40 @@ def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
     if sizes.config.dropout > 0:
         # The masks of the two outputs.
         whole += 2 * sizes.hidden * (1 if layout.is_cuda else element)
-    # The joint projection, which holds the values; the output of the attention; what its
-    # backward pass needs of each head's softmax.
-    cut = (sizes.qkv_width + sizes.query_width) * element + FP32 * sizes.heads
+    # On a CPU in bf16 the attention itself works on copies in fp32.
+    copied = element < FP32 and not layout.is_cuda
+    inner = FP32 if copied else element
+    # The output of the attention, and what its backward pass needs of each head's softmax.
+    cut = sizes.query_width * (element + copied * inner) + FP32 * sizes.heads
     queries_and_keys = sizes.query_width + sizes.kv_heads * sizes.head_dim
+    values = sizes.kv_heads * sizes.head_dim * inner
     if sizes.config.position_embedding == "rope":
-        # After the rotation.
-        cut += queries_and_keys * element
+        # After the rotation, and the values, which are by themselves then.
+        cut += queries_and_keys * inner + values
+    else:
+        # The joint projection.
+        cut += sizes.qkv_width * inner
     if sizes.config.qk_norm:
-        # Normalised, and on a CPU in bf16 also as fp32 copies.
+        # The joint projection after all; normalised, and on a CPU in bf16 as fp32 copies.
+        cut += sizes.qkv_width * element - (0 if copied else values)
         copies = 1 if layout.is_cuda or element == FP32 else 2
         cut += copies * queries_and_keys * (element if layout.is_cuda else FP32)
         cut += FP32 * (sizes.heads + sizes.kv_heads)
-    # Before and after the activation; of a gated one also its two factors.
-    cut += (sizes.fc1_width + sizes.ffn * (3 if sizes.gated else 1)) * element
+    # Before and after the activation.
+    cut += (sizes.fc1_width + sizes.ffn) * element
     return whole + cut / layout.tp
 
 
 def _norm_input(sizes: DecoderSizes, layout: StepLayout) -> int:
     """Bytes a row that a norm keeps of its input, with the statistics.
 
-    torch computes an RMS norm in one kernel on GPUs only; on CPUs it
-    keeps the row in fp32 and the normalised row before the weight.
+    torch computes an RMS norm in one kernel on GPUs only; on CPUs in
+    bf16 it keeps the row in fp32 and the normalised row before the weight.
     """
     if sizes.config.normalization == "LayerNorm":
         return sizes.hidden * layout.element + 2 * FP32
-    return sizes.hidden * (layout.element if layout.is_cuda else 2 * FP32) + FP32
+    is_whole = layout.is_cuda or layout.element == FP32
+    return sizes.hidden * (layout.element if is_whole else 2 * FP32) + FP32
 
 
 def loss_bytes(

@@ -41,9 +41,12 @@ from ilrec_dist.plan.workload import (
     ItemTokens,
     data_sizes,
     decoder_sizes,
+    division,
     item_tokens,
     micro_batch,
+    sequence_length,
 )
+from ilrec_dist.training.config import TrainConfig
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -107,7 +110,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     layout = StepLayout(
         config.launch.tp,
         config.launch.dp,
-        config.train.accumulation_steps,
+        division(config, sequence_length(config, tokens))[1],
         ELEMENT_BYTES[config.train.precision],
         config.train.zero_stage,
     )
@@ -200,20 +203,28 @@ def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Con
         larger = replace(hardware, nodes=nodes)
         for tp in range(config.launch.tp, hardware.gpus_per_node + 1):
             for times in (1, 2, 4, 8, 16, 32, 64):
-                steps = times * config.train.accumulation_steps
+                train, shorter = _shorter_micro_batches(config.train, times)
                 changes = [
                     f"--nodes {nodes}" if nodes != hardware.nodes else "",
                     f"launch.tp={tp}" if tp != config.launch.tp else "",
-                    f"train.accumulation_steps={steps}" if times > 1 else "",
+                    shorter if times > 1 else "",
                 ]
                 words = " ".join(change for change in changes if change)
                 if not words or hardware.gpus_per_node % tp:
                     continue
-                train = replace(config.train, accumulation_steps=steps)
                 changed = replace(
                     config, train=train, launch=replace(config.launch, workers=larger.gpus, tp=tp)
                 )
                 yield words, changed, larger
+
+
+def _shorter_micro_batches(train: TrainConfig, times: int) -> tuple[TrainConfig, str]:
+    """The section with micro-batches shorter by that factor, and the change."""
+    if train.micro_batch_tokens is None:
+        steps = times * train.accumulation_steps
+        return replace(train, accumulation_steps=steps), f"train.accumulation_steps={steps}"
+    tokens = max(1, train.micro_batch_tokens // times)
+    return replace(train, micro_batch_tokens=tokens), f"train.micro_batch_tokens={tokens}"
 
 
 def _on(config: Config, hardware: Hardware) -> Config:

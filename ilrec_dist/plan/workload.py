@@ -149,19 +149,33 @@ def sequence_length(config: Config, tokens: ItemTokens) -> int:
     return config.prompts.max_tokens
 
 
+def division(config: Config, length: int) -> tuple[int, int]:
+    """Sequences of a rank's largest micro-batch, and how many a step has.
+
+    Under train.micro_batch_tokens both are those of sequences
+    of `length` tokens; of shorter ones it takes more.
+    """
+    train = config.train
+    share = train.batch_size // config.launch.dp
+    if train.micro_batch_tokens is None:
+        return share // train.accumulation_steps, train.accumulation_steps
+    sequences = max(1, min(share, train.micro_batch_tokens // length))
+    return sequences, -(-share // sequences)
+
+
 def micro_batch(config: Config, tokens: ItemTokens, data: DataSizes) -> MicroBatch:
     """The largest micro-batch of a rank: all sequences are as long as they may be.
 
     A prompt has one item as its response, and
     so has a sequence with train.targets last.
     """
-    train = config.train
-    sequences = train.batch_size // (config.launch.dp * train.accumulation_steps)
+    train, length = config.train, sequence_length(config, tokens)
+    sequences, _ = division(config, length)
     one_target = train.targets == "last" or config.prompts.templates is not None
     targets = 1 if one_target else train.max_history
     return MicroBatch(
         sequences,
-        sequence_length(config, tokens),
+        length,
         sequences * targets * tokens.depth,
         sequences * targets * tokens.candidates(data.items),
     )

@@ -186,6 +186,22 @@ class BatchMaker:
             groups=None,
         )
 
+    @property
+    def packs(self) -> bool:
+        """Whether its batches may go through the layers without their padding."""
+        return True
+
+    def num_tokens(self, window_ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: the input tokens of each window's sequence."""
+        slices = self.windows.slices(window_ids)
+        if self.catalogue.pieces is None or len(slices) == 0:
+            return slices.lengths * self.catalogue.depth - 1
+        begin = self.dataset.offsets[slices.user] + slices.start
+        items = self.dataset.items[ragged_ranges(begin, slices.lengths)]
+        first = np.cumsum(slices.lengths) - slices.lengths
+        tokens = np.add.reduceat(self.catalogue.item_lengths(items), first)
+        return np.asarray(tokens - 1, np.int64)
+
     def num_rows(self, window_ids: np.ndarray) -> int:
         """Response rows of these windows: the tokens of their targets."""
         slices = self.windows.slices(window_ids)
@@ -199,14 +215,3 @@ class BatchMaker:
 
 def _int64(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array, dtype=np.int64))
-
-
-def micro_batches(
-    sample_ids: np.ndarray, dp_rank: int, dp: int, accumulation: int
-) -> list[np.ndarray]:
-    """The samples of each of this rank's micro-batches of a step.
-
-    They are dealt round-robin, so that sequence lengths are even over ranks.
-    """
-    stride = dp * accumulation
-    return [sample_ids[(dp_rank * accumulation + i) :: stride] for i in range(accumulation)]

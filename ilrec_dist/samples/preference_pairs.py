@@ -88,6 +88,20 @@ class PreferenceBatchMaker(BatchMaker):
         index: np.ndarray = self._first_target[users] + positions - 1
         return index
 
+    @property
+    def packs(self) -> bool:
+        """Branches are not packed."""
+        return self.negatives.count == 0
+
+    def num_tokens(self, window_ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: with the branches of as many targets as
+        a window of this length may have.
+        """
+        alone = self.windows.targets == "last"
+        targets = 1 if alone else self.windows.sizes(window_ids) - 1
+        branches = targets * self.negatives.count * (self.catalogue.depth - 1)
+        return super().num_tokens(window_ids) + branches
+
     def num_rows(self, window_ids: np.ndarray) -> int:
         """The targets of these windows: the loss is a mean over them.
 

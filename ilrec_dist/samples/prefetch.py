@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.distributed.layout import ParallelState
-from ilrec_dist.samples.collate import Batch, micro_batches
+from ilrec_dist.samples.collate import Batch
+from ilrec_dist.samples.micro_batches import PlannedBatch, micro_batches, within_budget
 from ilrec_dist.samples.windows import SampleSet, StepOrder
 
 # How long the thread that makes batches may keep the interpreter from the training thread, in
@@ -42,6 +43,15 @@ class BatchSource(Protocol):
         """The micro-batch of these samples (int64 [B]), possibly none of them."""
         ...
 
+    @property
+    def packs(self) -> bool:
+        """Whether its batches may go through the layers without their padding."""
+        ...
+
+    def num_tokens(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: the input tokens of each sample, at most."""
+        ...
+
     def num_rows(self, sample_ids: np.ndarray) -> int:
         """Response rows of these samples."""
         ...
@@ -53,6 +63,8 @@ class PrefetchedBatch:
 
     batch: Batch
     rewards: RewardFuture | None
+    # This rank's micro-batches of the optimizer step.
+    in_step: int = 1
 
     def reward_tensor(self, parallel: ParallelState) -> torch.Tensor:
         """The rewards of candidates, float32
@@ -79,19 +91,27 @@ def micro_batch_plan(
     last_step: int,
     accumulation: int,
     parallel: ParallelState,
-) -> Iterator[tuple[np.ndarray, int]]:
-    """(samples, N of the whole step) of this
-    rank's micro-batches of steps [first, last).
+    budget: int | None = None,
+) -> Iterator[PlannedBatch]:
+    """This rank's micro-batches of steps [first, last).
+
+    A step has `accumulation` of them, or as many as
+    its samples take with at most `budget` tokens each.
     """
     for step in range(first_step, last_step):
         sample_ids = order.sample_ids(step)
         step_rows = maker.num_rows(sample_ids)
-        for part in micro_batches(sample_ids, parallel.dp_rank, parallel.dp, accumulation):
-            yield part, step_rows
+        parts = micro_batches(sample_ids, parallel.dp_rank, parallel.dp, accumulation)
+        if budget is not None:
+            (share,) = parts
+            tokens = maker.num_tokens(share)
+            parts = [share[part] for part in within_budget(tokens, budget, maker.packs)]
+        for part in parts:
+            yield PlannedBatch(part, step_rows, len(parts))
 
 
 def prefetch(
-    plan: Iterator[tuple[np.ndarray, int]],
+    plan: Iterator[PlannedBatch],
     make: Callable[[np.ndarray, int], Batch],
     rewards: RewardSource | None,
     ahead: int = 4,
@@ -114,14 +134,14 @@ def prefetch(
 
     def work() -> None:
         try:
-            for sample_ids, step_rows in plan:
+            for planned in plan:
                 if stop.is_set():
                     return
-                batch = make(sample_ids, step_rows)
+                batch = make(planned.sample_ids, planned.step_rows)
                 future = None
                 if rewards is not None:
                     future = rewards.fetch_async(batch.users, batch.positions)
-                put(PrefetchedBatch(batch, future))
+                put(PrefetchedBatch(batch, future, planned.in_step))
             put(None)
         except BaseException as error:
             # The training thread raises it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -17,6 +18,20 @@ from ilrec_dist.samples.collate import Batch, ItemRows, RowGroups
 from ilrec_dist.samples.prompt_samples import PromptSample, PromptSamples
 
 
+@dataclass(frozen=True)
+class WrittenSample:
+    """A sample as tokens."""
+
+    sample: PromptSample
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def inputs(self) -> list[int]:
+        """A sequence's last token is never an input."""
+        return [*self.prompt, *self.response[:-1]]
+
+
 class PromptBatchMaker:
     """Builds batches from prompt samples, as `BatchMaker` does from windows."""
 
@@ -24,6 +39,8 @@ class PromptBatchMaker:
         self, catalogue: Catalogue, trie: Trie, samples: PromptSamples, writer: PromptWriter
     ) -> None:
         self.catalogue, self.trie, self.samples, self.writer = catalogue, trie, samples, writer
+        # What `num_tokens` has last written, by sample.
+        self._written: dict[int, WrittenSample] = {}
         # Tokens of each item's title as a response in words; 0 where they are not yet counted.
         self._text_lengths = np.zeros(catalogue.num_items, np.int32)
 
@@ -33,14 +50,10 @@ class PromptBatchMaker:
         No samples give one sequence of padding
         without rows: every rank takes part in a step.
         """
-        samples = sorted(self.samples.samples(sample_ids), key=lambda sample: _group(sample))
-        responses = self.responses(samples)
-        prompts = self.writer.write(self.requests(samples, responses))
-        # A sequence's last token is never an input.
-        sequences = [
-            [*prompt.tokens, *response[:-1]]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        written = sorted(self._write(sample_ids), key=lambda one: _group(one.sample))
+        samples = [one.sample for one in written]
+        responses = [one.response for one in written]
+        sequences = [one.inputs for one in written]
         width = max(map(len, sequences), default=1)
         padding = self.catalogue.vocabulary.padding
         tokens = np.full((max(len(samples), 1), width), padding, np.int64)
@@ -48,7 +61,7 @@ class PromptBatchMaker:
             tokens[row, : len(sequence)] = sequence
         lengths = np.array([len(response) for response in responses], np.int64)
         first_row = np.arange(len(samples)) * width - 1
-        first_row += np.array([len(prompt.tokens) for prompt in prompts], np.int64)
+        first_row += np.array([len(one.prompt) for one in written], np.int64)
 
         groups = np.array([_group(sample) for sample in samples], np.int64)
         items = np.array([sample.item for sample in samples], np.int64)[groups < 2]
@@ -71,6 +84,32 @@ class PromptBatchMaker:
             if item or text
             else None,
         )
+
+    @property
+    def packs(self) -> bool:
+        return True
+
+    def num_tokens(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: the input tokens of each sample.
+
+        They are known when the prompts are written, and these are kept for `make`.
+        """
+        self._written.clear()
+        written = self._write(sample_ids)
+        self._written = dict(zip(sample_ids.tolist(), written, strict=True))
+        return np.array([len(one.inputs) for one in written], np.int64)
+
+    def _write(self, sample_ids: np.ndarray) -> list[WrittenSample]:
+        """The samples with these ids, in their order."""
+        if all(number in self._written for number in sample_ids.tolist()):
+            return [self._written[number] for number in sample_ids.tolist()]
+        samples = self.samples.samples(sample_ids)
+        responses = self.responses(samples)
+        prompts = self.writer.write(self.requests(samples, responses))
+        return [
+            WrittenSample(sample, prompt.tokens, response)
+            for sample, prompt, response in zip(samples, prompts, responses, strict=True)
+        ]
 
     def num_rows(self, sample_ids: np.ndarray) -> int:
         """Response rows of these samples: the tokens of their responses."""

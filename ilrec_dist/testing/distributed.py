@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["ilrec_dist.training.trainer", "ilrec_dist.evaluation.ranking"]
+PRELOADED = ["ilrec_dist.pipeline.worker_tasks", "ilrec_dist.training.trainer"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

@@ -82,10 +82,13 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
                 engine.step()
     optimizer = engine.optimizer
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    weights = list(backbone.parameters())
+    masters = (group.master for group in flat_groups(optimizer))
     measured = MeasuredStep(
-        weights=storage_bytes(backbone.parameters()),
+        weights=storage_bytes(weights),
         gradients=gradients,
-        master_weights=storage_bytes(group.master for group in flat_groups(optimizer)),
+        # In fp32 they are the weights.
+        master_weights=storage_bytes([*weights, *masters]) - storage_bytes(weights),
         moments=storage_bytes(v for v in states if torch.is_tensor(v) and v.dim() > 0),
         activations=activations,
         collectives=collectives,

@@ -78,7 +78,16 @@ class TrainConfig:
     epochs: Positive = 10
     # Sequences per optimizer step, over all ranks and accumulation steps.
     batch_size: Positive = 256
-    accumulation_steps: Positive = 1
+    accumulation_steps: Annotated[
+        Positive,
+        OnlyIf(
+            "train.micro_batch_tokens null, which decides it otherwise",
+            lambda config: config.train.micro_batch_tokens is None,
+        ),
+    ] = 1
+    # Tokens of a micro-batch, at most, unless one sequence alone has more; each step then has as
+    # many micro-batches as its sequences take. None: accumulation_steps of them.
+    micro_batch_tokens: Annotated[Optional[Positive], Affects()] = None
     learning_rate: PositiveFloat = 2e-3
     # Of the rows of item tokens that were added to a pretrained model; None: learning_rate.
     new_rows_learning_rate: Annotated[

@@ -5,25 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ilrec_dist.distributed.deepspeed_mpu import DeepSpeedMPU, import_deepspeed
 from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.process_groups import return_freed_memory
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.trained_rows import TrainedRows
 from ilrec_dist.training.config import TrainConfig
 
 # The key of an optimizer's group with its learning rate as a multiple of train.learning_rate.
 RATE_RATIO = "rate_ratio"
+# Gradients, or one parameter's, that one rank alone copies at a time in fp32.
+LONE_BUCKET_GRADIENTS = 1 << 22
 
 
 def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for `dp` data-parallel ranks."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if dp == 1 and config.precision == "fp32":
+        # There is nothing to sum, so the copies that DeepSpeed makes for it are kept small.
+        zero |= {"contiguous_gradients": False, "reduce_bucket_size": LONE_BUCKET_GRADIENTS}
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (dp * config.accumulation_steps),
         "gradient_accumulation_steps": config.accumulation_steps,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -42,14 +50,38 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     micro-batches, so a loss that is a sum over rows must come
     scaled by dp × accumulation_steps / N (METHOD.md §6).
     """
+    optimizer = adamw(module, config)
     engine, *_ = import_deepspeed().initialize(
         model=module,
-        optimizer=adamw(module, config),
+        optimizer=optimizer,
         config=deepspeed_config(config, parallel.dp),
         mpu=DeepSpeedMPU(),
         dist_init_required=False,
     )
+    if config.precision == "fp32":
+        _share_weights(engine.optimizer)
+    return_freed_memory()
+
+    def after_first_step(*_: Any) -> None:
+        # What the first step has used beside the optimizer's new state fits no later one.
+        handle.remove()
+        return_freed_memory()
+
+    handle = optimizer.register_step_post_hook(after_first_step)
     return engine
+
+
+def _share_weights(optimizer: Any) -> None:
+    """Let the weights be the master weights; DeepSpeed copies them in fp32 too."""
+    for master, partitions, group in zip(
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.parallel_partitioned_bit16_groups,
+        optimizer.real_dp_process_group,
+        strict=True,
+    ):
+        master.data = partitions[dist.get_rank(group)].data
+    # What each weight knows of its master weights are views of the copy.
+    optimizer._link_all_hp_params()
 
 
 def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -35,6 +35,7 @@ from ilrec_dist.samples.prefetch import (
 )
 from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import bad_steps, checkpoint
+from ilrec_dist.training.accumulation import StepBatches
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine, set_learning_rate
 from ilrec_dist.training.optimizer_state import restore, take_part
@@ -131,15 +132,22 @@ class Trainer:
 
         Raises Stopped where it was asked to end; the newest checkpoint has all of it.
         """
+        try:
+            self._require_steps()
+            self._resume()
+            with self.stop.listening() if self.stop is not None and is_rank0() else nullcontext():
+                self._train_to_the_end()
+            self._finish()
+        finally:
+            # The engine's hooks and process groups would outlive it otherwise.
+            self.engine.destroy()
+
+    def _require_steps(self) -> None:
         if self.total_steps == 0:
             raise UserError(
                 f"{self.spec.title}: no user has two training items, so there is nothing to "
                 "train on; lower data.min_user_interactions or bring more data"
             )
-        self._resume()
-        with self.stop.listening() if self.stop is not None and is_rank0() else nullcontext():
-            self._train_to_the_end()
-        self._finish()
 
     def _train_to_the_end(self) -> None:
         self.objective.train()
@@ -177,20 +185,22 @@ class Trainer:
         all ranks and micro-batches. The engine averages over both, hence the scale.
         A step whose loss or gradient is not finite on any rank is left out by all.
         """
-        step, micro_batches = self.progress.step, self.config.accumulation_steps
+        step = self.progress.step
         statistics: list[tuple[Any, int, torch.Tensor | None]] = []
         self._set_learning_rate(learning_rate(self.config, step, self.total_steps))
         self.objective.begin_step(step, self.total_steps)
-        for micro in range(micro_batches):
+        with self.timer.part("data"):
+            micro_batches = StepBatches(batches, self.batch_maker, self.config, self.parallel)
+        for micro in range(micro_batches.count):
             with self.timer.part("data"):
-                prefetched = next(batches)
+                prefetched = micro_batches.next(self.engine)
                 batch, rewards = prefetched.batch, self._rewards_of(prefetched)
             self._seed_dropout(micro)
             with self.timer.part("forward"):
                 output = self.engine(
                     *batch.model_inputs(self.parallel.device),
                     rewards=rewards,
-                    loss_scale=self.parallel.dp * micro_batches / batch.step_rows,
+                    loss_scale=self.parallel.dp * micro_batches.divisor / batch.step_rows,
                 )
             with self.timer.part("backward"):
                 self.engine.backward(bad_steps.poisoned(output.loss))
@@ -235,6 +245,7 @@ class Trainer:
             self.phase_end,
             self.config.accumulation_steps,
             self.parallel,
+            self.config.micro_batch_tokens,
         )
         return prefetch(plan, self.batch_maker.make, self.rewards)
 
@@ -392,7 +403,6 @@ class Trainer:
         if self.log is not None:
             self.log.close()
         dist.barrier()
-        self.engine.destroy()
         raise Stopped(f"{self.spec.title}: asked to end after step {self.progress.step}")
 
     def _finish(self) -> None:
@@ -407,8 +417,6 @@ class Trainer:
             write_json(self.spec.folder / RESULT, self._result(final_sha256))
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         dist.barrier()
-        # The engine's hooks and process groups would outlive it otherwise.
-        self.engine.destroy()
 
     def _result(self, final_sha256: str) -> dict[str, Any]:
         progress = asdict(self.progress)

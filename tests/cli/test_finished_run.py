@@ -17,7 +17,16 @@ from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.records import read_record
 from ilrec_dist.testing.whole_weights import whole_weights
-from tests.support.shop import ITEMS, codes_of, damage, files, recommend, refused, write_shop
+from tests.support.shop import (
+    ITEMS,
+    codes_of,
+    damage,
+    files,
+    recommend,
+    refused,
+    write_history,
+    write_shop,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +124,7 @@ def test_a_flipped_byte_that_left_the_time_is_found_with_verify(shop, capsys):
 )
 def test_damage_in_what_describes_the_files_is_refused_by_name(shop, capsys, name):
     damage(shop / "runs/shop" / name, keep_time=True)
-    line = refused(capsys, "recommend", shop / "runs/shop", "--histories", shop / "h.parquet")
+    line = refused(capsys, "recommend", shop / "runs/shop", "--histories", write_history(shop))
     assert f"runs/shop/{name}: damaged" in line and "ilrec" in line
 
 

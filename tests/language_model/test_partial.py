@@ -212,6 +212,7 @@ def test_a_run_with_adapters_has_results_and_recommends(finished: Config, tmp_pa
     pq.write_table(table, tmp_path / "in.parquet")
     out = tmp_path / "out.parquet"
     words = ["--histories", str(tmp_path / "in.parquet"), "--out", str(out)]
+    words += ["launch.workers=1", "launch.tp=1"]
     assert main(["recommend", str(finished.run_dir), *words]) == 0
     assert pq.read_table(out).num_rows == 10
 

@@ -9,7 +9,7 @@ from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import Job, run_job
 from ilrec_dist.launch.workers import run_workers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("started_workers")]
 
 
 def job(tmp_path, function: str) -> Job:

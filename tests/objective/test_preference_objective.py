@@ -92,6 +92,7 @@ def test_scores_are_those_of_each_continuation_alone(parallel, form, config, sco
     maker = maker_of(catalogue, "all" if form == "all" else "last", 2)
     numbers = np.arange(8, 16)
     batch = maker.make(numbers, 1)
+    assert batch.tokens.numel() <= len(numbers) * maker.num_tokens(numbers).max()
     objective = objective_of(catalogue, config, parallel, scope).eval()
     with torch.no_grad():
         scores = objective.scores(*batch.model_inputs(parallel.device))

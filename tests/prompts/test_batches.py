@@ -103,6 +103,19 @@ def test_templates_are_drawn_by_seed_and_differ_between_epochs(maker) -> None:
     assert len(set(drawn)) == 3
 
 
+def test_the_tokens_of_samples_are_known_before_their_batch(maker) -> None:
+    """What was written to count them is what the batches are made of."""
+    ids = np.random.default_rng(1).permutation(len(maker.samples))[:12]
+    alone = [maker.make(ids[n : n + 1], 1) for n in range(len(ids))]
+    tokens = maker.num_tokens(ids)
+    assert tokens.tolist() == [batch.num_tokens for batch in alone]
+    for n, batch in enumerate(alone):
+        again = maker.make(ids[n : n + 1], 1)
+        assert again.tokens.tolist() == batch.tokens.tolist()
+        assert again.rows.tolist() == batch.rows.tolist()
+    assert maker.make(ids[:0], 1).tokens.shape[0] == 1
+
+
 def test_rows_candidates_and_groups_match_the_definition(maker) -> None:
     rng = np.random.default_rng(0)
     ids = maker.samples.of_epoch(rng.permutation(len(maker.samples))[:40], 2)

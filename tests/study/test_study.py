@@ -5,12 +5,13 @@ what is missing from it, and nothing run twice.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +42,23 @@ def finished(tmp_path_factory) -> Path:
     """
     root = tmp_path_factory.mktemp("study")
     path = write_study(root, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
-    command = [sys.executable, "-m", "ilrec_dist.cli", "study", str(path)]
-    with open(root / "study.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    cell = root / "runs/tiny-study/shop/sft-long-seed0"
+    output = io.StringIO()
+    with ThreadPoolExecutor(1) as beside, redirect_stdout(output), redirect_stderr(output):
+        killed = beside.submit(kill_in_training, root / "runs/tiny-study/shop/sft-long-seed0")
+        code = main(["study", str(path)])
+    killed.result()
+    (root / "study.log").write_text(output.getvalue())
+    assert code == 1, output.getvalue()
+    return root
+
+
+def kill_in_training(cell: Path) -> None:
+    """Wait for the cell's first checkpoint, and kill its `ilrec run`."""
     until = time.monotonic() + PATIENCE_SECONDS
     while not any(cell.glob("train/sft-seed0/checkpoints/step-*")):
-        assert process.poll() is None and time.monotonic() < until, (root / "study.log").read_text()
+        assert time.monotonic() < until
         time.sleep(0.05)
     os.kill(driver_of(cell), signal.SIGKILL)
-    assert process.wait(PATIENCE_SECONDS) == 1, (root / "study.log").read_text()
-    return root
 
 
 def results(root: Path) -> dict:

@@ -82,11 +82,16 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return line
 
 
-def recommend(root: Path) -> list[str]:
-    """The items that the run recommends to one user."""
+def write_history(root: Path) -> Path:
+    """A file with the history of one user."""
     histories = pa.table({"user": ["a"], "items": [["1", "2", "3"]]})
     pq.write_table(histories, root / "h.parquet")
-    argv = ["recommend", root / "runs/shop", "--histories", root / "h.parquet"]
+    return root / "h.parquet"
+
+
+def recommend(root: Path) -> list[str]:
+    """The items that the run recommends to one user."""
+    argv = ["recommend", root / "runs/shop", "--histories", write_history(root)]
     assert main([*map(str, argv), "--out", str(root / "out.parquet")]) == 0
     return pq.read_table(root / "out.parquet").column("item").to_pylist()
 

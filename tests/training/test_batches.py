@@ -9,7 +9,8 @@ import pytest
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.catalogue import make_catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.samples.collate import BatchMaker, micro_batches
+from ilrec_dist.samples.collate import BatchMaker
+from ilrec_dist.samples.micro_batches import PlannedBatch, micro_batches
 from ilrec_dist.samples.prefetch import prefetch
 from ilrec_dist.samples.windows import training_windows
 
@@ -143,7 +144,7 @@ def test_micro_batches_deal_out_every_window_once(dp, accumulation):
 
 
 def test_prefetching_keeps_the_order_and_hands_errors_on(maker):
-    plan = [(np.array([i]), i) for i in range(9)]
+    plan = [PlannedBatch(np.array([i]), i, 1) for i in range(9)]
     assert [ready.batch.step_rows for ready in prefetch(iter(plan), maker.make, None)] == list(
         range(9)
     )

@@ -2,6 +2,7 @@
 is trained, evaluated, reported and served.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import ConfigError, config_from_dict
@@ -42,7 +44,7 @@ register(
 """
 
 
-def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
+def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(REGISTER)
     path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
@@ -71,7 +73,9 @@ def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path):
     table = pa.table({"user": ["a", "b"], "items": [dataset.item_ids[:3], dataset.item_ids[5:6]]})
     pq.write_table(table, tmp_path / "histories.parquet")
     flags = ["--histories", tmp_path / "histories.parquet", "--out", tmp_path / "out.parquet"]
-    ilrec("recommend", run, "--method", "made-up", "--top", 3, *flags)
+    monkeypatch.setitem(METHODS, "made-up", dataclasses.replace(METHODS["ilrec"], name="made-up"))
+    words = ["recommend", run, "--method", "made-up", "--top", 3, *flags]
+    assert main(list(map(str, words))) == 0
     assert pq.read_table(tmp_path / "out.parquet").column("user").to_pylist() == list("aaabbb")
 
 

@@ -1,0 +1,118 @@
+"""The decoder's elementwise operations, with less kept for backward than torch's own
+derivatives would keep.
+
+Results and gradients are those of the plain expressions, bit for bit: they are made of
+the same roundings in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Cosines and sines of the positions' angles, [1 or B, S or 1, 1, head_dim] each.
+Rotary = tuple[Tensor, Tensor]
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """silu(gate) · up of the two halves of the last dimension, all that is kept."""
+    product: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
+    return product
+
+
+def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """RoPE on [B, S, heads, head_dim], of which nothing is kept."""
+    rotated: Tensor = _Rotation.apply(heads, *rotary)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+def normed(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of the residual stream [..., d], and the stream itself, to go on with.
+
+    torch's RMS norm on a CPU keeps the normalised rows besides the stream. This
+    one makes them again, and adds up the stream's gradients in the same order.
+    """
+    if not isinstance(norm, nn.RMSNorm) or hidden.is_cuda or hidden.dtype != torch.float32:
+        return norm(hidden), hidden
+    both: tuple[Tensor, Tensor] = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+        hidden, norm.weight, norm.eps
+    )
+    return both
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        scale = hidden.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, scale, weight)
+        ctx.set_materialize_grads(False)
+        return (hidden * scale).mul_(weight), hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, of_stream: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return of_stream, None, None
+        hidden, scale, weight = ctx.saved_tensors
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (hidden * scale).mul_(grad).sum(tuple(range(grad.dim() - 1)))
+        grad = grad * weight
+        of_square = (grad * hidden).sum(-1, keepdim=True).mul_(-0.5).mul_(scale.pow(3))
+        of_hidden = grad.mul_(scale)
+        if of_stream is not None:
+            of_hidden = of_hidden.add_(of_stream)
+        of_square.div_(hidden.shape[-1])
+        return of_hidden.add_((2 * hidden).mul_(of_square)), of_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        joint = torch.empty_like(gate_and_up)
+        of_gate, of_up = joint.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        return joint
+
+
+class _Rotation(torch.autograd.Function):
+    """(x₁, x₂) of each head → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = heads.chunk(2, dim=-1)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        rotated = heads * cos
+        rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+        rotated_first.sub_(second * sin_first)
+        rotated_second.add_(first * sin_second)
+        return rotated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        first, second = grad.chunk(2, dim=-1)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        of_heads = grad * cos
+        of_first, of_second = of_heads.chunk(2, dim=-1)
+        of_first.add_(second * sin_second)
+        of_second.sub_(first * sin_first)
+        return of_heads, None, None
