@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +18,6 @@ import pytest
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.common.files import file_lock
-from ilrec_dist.inference.recommend import Request
-from ilrec_dist.pipeline.artifacts import config_for_workers
-from ilrec_dist.pipeline.recommend_parts import Parts, join_parts
-from ilrec_dist.pipeline.run_config import run_config
-from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.shop import ITEMS, refused
 
 pytestmark = pytest.mark.slow
@@ -124,40 +117,18 @@ def test_killed_and_terminated_commands_leave_their_parts_and_the_same_command_g
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
 
 
-def test_two_workers_of_a_ray_make_the_bits_of_one_process(
-    small_parts: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out.parquet"
-    settings = ["launch.engine=ray", "launch.workers=2"]
-    assert main([*command(small_parts, out), *settings]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
-    assert out.read_bytes() == (small_parts / "whole.parquet").read_bytes()
-
-
-def rank_in(_mesh: Mesh, *arguments: Any) -> None:
-    """A worker's task, in a process that is there already."""
-    # Workers load this; the process of the tests need not.
-    from ilrec_dist.pipeline.worker_tasks import recommend_parts
-
-    recommend_parts(*arguments)
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_two_workers_make_the_lists_of_one_process(
     small_parts: Path, tmp_path: Path, tp: int
 ) -> None:
-    config = run_config(small_parts / "runs/shop", ["launch.workers=2", f"launch.tp={tp}"])
-    request = Request(str(small_parts / "h.parquet"), exclude_seen=True)
-    parts = Parts(request, None, str(tmp_path), USERS, PART_ROWS)
-    task = (config_for_workers(config), "sft", 0, dataclasses.asdict(parts))
-    run_distributed(rank_in, 2, tp, *task)
-    assert not parts.missing()
-    join_parts(parts, tmp_path / "out.parquet")
-    table = pq.read_table(tmp_path / "out.parquet")
-    whole = pq.read_table(small_parts / "whole.parquet")
+    out = tmp_path / "out.parquet"
+    settings = ["launch.engine=torchrun", "launch.workers=2", f"launch.tp={tp}"]
+    assert main([*command(small_parts, out), *settings]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+    table, whole = pq.read_table(out), pq.read_table(small_parts / "whole.parquet")
     assert table.drop(["score"]) == whole.drop(["score"])
     if tp == 1:
-        assert table == whole
+        assert out.read_bytes() == (small_parts / "whole.parquet").read_bytes()
     np.testing.assert_allclose(table["score"].to_numpy(), whole["score"].to_numpy(), atol=1e-5)
 
 

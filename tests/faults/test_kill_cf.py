@@ -40,7 +40,7 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
     # As many epochs as the workers of a killed driver cannot get through before they end.
     config = tiny_config(
         tmp_path / "runs",
-        cf={"epochs": 30, "patience": 30, "split_table": True},
+        cf={"epochs": 20, "patience": 20, "split_table": True},
         launch={"workers": 2, "tp": 1},
     )
     config = dataclasses.replace(config, name="killed")
