@@ -13,6 +13,7 @@ import pytest
 from ilrec_dist.cli.main import main
 from ilrec_dist.config.load import load_config
 from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.training import checkpoint
 
 RNG = np.random.default_rng(1)
 SEQUENCES = {f"u{u}": [f"i{i}" for i in RNG.choice(12, 8, replace=False)] for u in range(30)}
@@ -198,11 +199,9 @@ def test_a_damaged_checkpoint_with_no_earlier_one(place, capsys):
     folder.mkdir(parents=True)
     (folder / "state.pt").write_bytes(b"not what was written")
     fingerprint = open_run(config).fingerprint("train sft seed 0")
-    (folder / "manifest.json").write_text(
-        json.dumps(
-            {"step": 3, "fingerprint": fingerprint, "state": {}, "sha256": {"state.pt": "0" * 64}}
-        )
-    )
+    manifest = {"format": checkpoint.FORMAT, "step": 3, "fingerprint": fingerprint, "state": {}}
+    manifest["sha256"] = {"state.pt": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     (place / "runs/t/.stages/train sft seed 0.begun.json").write_text(
         json.dumps({"fingerprint": fingerprint})
     )

@@ -165,11 +165,6 @@ def test_a_hanging_rank_and_lost_nodes_change_no_bit(nodes: Nodes, tmp_path: Pat
     line = "ilrec: error: a node was lost and none took its place within launch.timeout_seconds = "
     line += f"{TIMEOUT_SECONDS}: the workers need 4 CPUs, the cluster has 2 CPUs on 1 node"
     assert run.last_line().startswith(line)
-    # No process of the command stays on a cluster that does.
-    until = time.monotonic() + 10
-    while left := [title for title in nodes.titles().values() if b"PlacementGroupCleaner" in title]:
-        assert time.monotonic() < until, left
-        time.sleep(0.1)
 
     # Parameters and moments.
     expected = manifest(checkpoint.committed(whole / "checkpoints")[-1])
