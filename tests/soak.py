@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ from tests.support.soaked_training import (  # noqa: E402
 )
 from tests.support.tiny_run import tiny_config  # noqa: E402
 
-EXAMPLE = "python tests/soak.py --faults 40 --seed 7 --folder /tmp/soak --log soak.log"
+EXAMPLE = "python tests/soak.py --faults 40 --seed 7 --folder soak --log soak.log"
 EPOCH_STEPS, STEPS_PER_FAULT, LAST_STEPS = 50, 40, 100
 # As often as a training logs: the first line after a resumption covers as many steps then.
 CHECKPOINT_STEPS = 10
@@ -379,8 +380,8 @@ def parse() -> argparse.Namespace:
         "--folder",
         metavar="F",
         type=Path,
-        default=Path("/tmp/ilrec-soak"),
-        help="of runs and state; default: /tmp/ilrec-soak",
+        default=Path(tempfile.gettempdir()) / "ilrec-soak",
+        help="of runs and state; default: ilrec-soak among the temporary files",
     )
     parser.add_argument("--log", metavar="FILE", type=Path, help="default: soak.log in the folder")
     parser.add_argument(

@@ -38,10 +38,19 @@ def recommend(
     UserError for a folder that holds no such trained model or fusion, for bad histories
     and for an unknown allowed item.
     """
+    if out is not None:
+        _require_a_file(out)
+    config = run_config(run, launch_settings)
+    weights = find_trained(config, method, seed)
     if out is None:
-        weights = find_trained(run_config(run, launch_settings), method, seed)
         show_first(weights, request, fusion)
         return
+    written = recommend_to(out, config, weights, request, fusion)
+    _say_without_items(written.users_without_items, written.users)
+    console.print(f"{written.rows:,} recommendations: {out}", highlight=False, markup=False)
+
+
+def _require_a_file(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(
             f"--out {out}: the folder {out.parent} does not exist; create it or choose another"
@@ -51,10 +60,6 @@ def recommend(
             f"--out {out}: this is a folder; expected the name of a Parquet file, such as "
             f"{out / 'recommendations.parquet'}"
         )
-    config = run_config(run, launch_settings)
-    written = recommend_to(out, config, find_trained(config, method, seed), request, fusion)
-    _say_without_items(written.users_without_items, written.users)
-    console.print(f"{written.rows:,} recommendations: {out}", highlight=False, markup=False)
 
 
 def show_first(weights: TrainedWeights, request: Request, fusion: str | None) -> None:

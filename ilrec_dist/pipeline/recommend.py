@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ilrec_dist import __version__
@@ -29,7 +30,7 @@ from ilrec_dist.pipeline.artifacts import config_for_workers
 from ilrec_dist.pipeline.recommend_parts import Parts, Written, join_parts, rank_parts
 from ilrec_dist.pipeline.records import content_hash, usable_record
 from ilrec_dist.pipeline.trained_model import TrainedWeights, loaded_here
-from ilrec_dist.reporting.progress import following, stage_progress
+from ilrec_dist.reporting.progress import follow_counter, following, stage_progress
 
 # Batches of a part. More would lose more of an interrupted part, and leave more workers without
 # work at the end; fewer would be cut up by the lengths of the histories.
@@ -86,7 +87,8 @@ def _rank_by_workers(config: Config, weights: TrainedWeights, parts: Parts) -> N
         str(folder),
         reads,
     )
-    with following(folder / COUNTER, "recommend", "users"), ray_session(config.launch):
+    follow = partial(follow_counter, folder / COUNTER, "recommend", "users")
+    with following(follow), ray_session(config.launch):
         run_workers(config.launch, job)
 
 

@@ -228,8 +228,8 @@ def live_bar(
 def follow_counter(
     path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5
 ) -> None:
-    """Show what another process writes to `path`
-    by `write_counter`, until `stop` is set.
+    """Show what another process writes to `path` by
+    `write_counter`, until `stop` is set (see `following`).
     """
     while (counted := _counted(path)) is None:
         if stop.wait(poll_seconds):
@@ -241,10 +241,12 @@ def follow_counter(
 
 
 @contextmanager
-def following(path: Path, title: str, unit: str) -> Iterator[None]:
-    """Show what other processes write to `path` by `write_counter` during the block."""
+def following(follow: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Show what other processes do, during the block: `follow`
+    runs in a thread, and is to end when its event is set.
+    """
     stop = threading.Event()
-    thread = threading.Thread(target=follow_counter, args=(path, title, unit, stop), daemon=True)
+    thread = threading.Thread(target=follow, args=(stop,), name="following", daemon=True)
     thread.start()
     try:
         yield

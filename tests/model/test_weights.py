@@ -20,6 +20,7 @@ from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_p
 from ilrec_dist.model import weight_layout
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, piece_name, plan_files, slices
@@ -35,10 +36,7 @@ LLAMA = BackboneConfig(
     num_kv_heads=1,
     ffn_hidden_size=64,
     init_std=0.2,
-    normalization="RMSNorm",
-    activation="swiglu",
-    position_embedding="rope",
-    bias=False,
+    **DECODER,
     tie_embeddings=False,
 )
 # With biases, which are cut along their one dimension or whole, learned positions, tied.

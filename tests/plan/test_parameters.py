@@ -11,6 +11,7 @@ import pytest
 from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.plan.decoder import DecoderSizes, summed
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
@@ -23,10 +24,7 @@ LLAMA = BackboneConfig(
     num_heads=4,
     num_kv_heads=2,
     ffn_hidden_size=48,
-    normalization="RMSNorm",
-    activation="swiglu",
-    position_embedding="rope",
-    bias=False,
+    **DECODER,
     tie_embeddings=False,
 )
 DECODERS = {
@@ -63,10 +61,7 @@ def test_a_published_model_has_the_number_of_its_card() -> None:
         num_heads=32,
         num_kv_heads=8,
         ffn_hidden_size=14336,
-        normalization="RMSNorm",
-        activation="swiglu",
-        position_embedding="rope",
-        bias=False,
+        **DECODER,
         tie_embeddings=False,
     )
     assert (

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.testing.measured_step import StepSpec, measure_step, reckoned_step
@@ -19,12 +20,8 @@ LLAMA = BackboneConfig(
     num_heads=4,
     num_kv_heads=2,
     ffn_hidden_size=240,
-    normalization="RMSNorm",
-    activation="swiglu",
-    position_embedding="rope",
-    bias=False,
+    **DECODER,
     tie_embeddings=False,
-    dropout=0.0,
 )
 QWEN = dataclasses.replace(LLAMA, num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True)
 ILREC = ObjectiveConfig()

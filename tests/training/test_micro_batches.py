@@ -16,6 +16,7 @@ from ilrec_dist.items.catalogue import make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.samples.collate import BatchMaker
@@ -28,11 +29,7 @@ BACKBONE = BackboneConfig(
     hidden_size=32,
     num_heads=4,
     num_kv_heads=2,
-    normalization="RMSNorm",
-    activation="swiglu",
-    position_embedding="rope",
-    bias=False,
-    dropout=0.0,
+    **DECODER,
     init_std=0.2,
 )
 ITEMS, PIECES, BATCH, BUDGET = 40, 9, 48, 96

@@ -5,6 +5,7 @@ together.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.reporting.progress import following, stage_progress
+from ilrec_dist.reporting.progress import follow_counter, following, stage_progress
 
 
 def cf_stage(config: Config) -> Stage:
@@ -68,8 +69,9 @@ def train_by_workers(config: Config) -> None:
         {"config": config_for_workers(config)},
         str(folders.cf_work.resolve()),
     )
+    follow = partial(follow_counter, folders.cf_work / COUNTER, "cf", "epochs")
     try:
-        with following(folders.cf_work / COUNTER, "cf", "epochs"), ray_session(config.launch):
+        with following(follow), ray_session(config.launch):
             run_workers(config.launch, job)
     finally:
         shutil.rmtree(folders.cf_work, ignore_errors=True)

@@ -37,7 +37,7 @@ from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
-from ilrec_dist.reporting.progress import LiveProgress, follow_counter
+from ilrec_dist.reporting.progress import LiveProgress, follow_counter, following
 from ilrec_dist.training.checkpoint import latest
 from ilrec_dist.training.schedule import warmup_warning
 from ilrec_dist.training.spec import TrainingSpec
@@ -189,9 +189,8 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
     steps = min(steps_of.values(), default=0)
     if trainings and (warning := warmup_warning(config.train, steps)) is not None:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    stop = threading.Event()
 
-    def follow() -> None:
+    def follow(stop: threading.Event) -> None:
         for training in trainings:
             steps = steps_of[training.method]
             with LiveProgress(training.folder, steps, training.title) as progress:
@@ -205,10 +204,5 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
             counter = RunFolders(config.run_dir).evaluation / COUNTER
             follow_counter(counter, "evaluate", "rankings", stop)
 
-    thread = threading.Thread(target=follow, name="following", daemon=True)
-    thread.start()
-    try:
+    with following(follow):
         yield
-    finally:
-        stop.set()
-        thread.join()
