@@ -59,6 +59,11 @@ def finished_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob(".*.parts-*/[0-9]*.parquet"))
 
 
+def stamps(folder: Path) -> dict[str, int]:
+    """When each finished part was written."""
+    return {part.name: part.stat().st_mtime_ns for part in finished_parts(folder)}
+
+
 def wait_for_parts(folder: Path, count: int) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while len(finished_parts(folder)) < count:
@@ -78,6 +83,7 @@ def test_killed_and_terminated_commands_leave_their_parts_and_the_same_command_g
         process.kill()
     killed_at = len(finished_parts(tmp_path))
     assert 1 <= killed_at <= 3 and not out.exists()
+    finished = stamps(tmp_path)
     (folder,) = {part.parent for part in finished_parts(tmp_path)}
     with file_lock(folder):
         assert "another `ilrec recommend` is writing it" in refused(capsys, *argv)
@@ -95,6 +101,8 @@ def test_killed_and_terminated_commands_leave_their_parts_and_the_same_command_g
     assert f"goes on, {left} of {USERS} users are left" in output.out
     assert output.err == "ilrec: terminated; the same command goes on where it stopped\n"
     assert not out.exists()
+    # What was finished is not ranked again.
+    assert finished.items() <= stamps(tmp_path).items()
 
     # With other histories it begins anew.
     shutil.copytree(folder, tmp_path / "kept")
