@@ -23,20 +23,21 @@ from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.launch.placement import check_placement
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
+from ilrec_dist.pipeline.evaluate_baselines import evaluate_baselines
 from ilrec_dist.pipeline.evaluate_trained import evaluate_trained
 from ilrec_dist.pipeline.recommend_parts import Parts, rank_parts
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.trained_model import find_trained
 from ilrec_dist.pipeline.usage import note_peak_memory
-from ilrec_dist.reporting.progress import write_counter
+from ilrec_dist.reporting.progress import Count, write_counter
 from ilrec_dist.training.spec import TrainingSpec
 
 
 def train_and_evaluate(
     config: dict[str, Any], trainings: list[dict[str, Any]], evaluate: bool
 ) -> None:
-    """Train one (method, seed) after the other;
-    then, if asked, evaluate all that is trained.
+    """Train one (method, seed) after the other; then, if
+    asked, evaluate all that is trained, and the baselines.
     """
     tree = config_from_dict(config)
     with worker_session(tree) as parallel:
@@ -47,6 +48,9 @@ def train_and_evaluate(
             note_peak_memory(spec.folder, parallel)
         if evaluate:
             evaluate_trained(tree, artifacts, parallel)
+            evaluate_baselines(tree, artifacts)
+            if is_rank0():
+                (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
 def train_cf_part(config: dict[str, Any]) -> None:
@@ -58,7 +62,8 @@ def train_cf_part(config: dict[str, Any]) -> None:
 
         def show(done: float, text: str) -> None:
             if shard.is_rank0:
-                write_counter(artifacts.folders.cf_work / COUNTER, done, cf_epochs(tree.cf), text)
+                count = Count("cf", done, cf_epochs(tree.cf), text)
+                write_counter(artifacts.folders.cf_work / COUNTER, count)
 
         show(0, "")
         train_cf(
@@ -81,7 +86,8 @@ def recommend_parts(config: dict[str, Any], method: str, seed: int, parts: dict[
 
         def show(done: int) -> None:
             if is_rank0():
-                write_counter(Path(work.folder) / COUNTER, min(done, left), left)
+                count = Count("recommend", min(done, left), left)
+                write_counter(Path(work.folder) / COUNTER, count)
 
         rank_parts(trained, work, show)
 

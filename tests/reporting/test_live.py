@@ -14,11 +14,14 @@ from rich.console import Console
 from ilrec_dist.reporting import progress as live
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED
 from ilrec_dist.reporting.progress import (
+    Count,
     LiveProgress,
     LogFollower,
     TrainingState,
     clock,
+    follow_counter,
     stage_progress,
+    write_counter,
 )
 
 
@@ -119,6 +122,31 @@ def test_a_failed_stage_does_not_say_done():
     with pytest.raises(RuntimeError), stage_progress("prepare", console=console):
         raise RuntimeError
     assert console.file.getvalue() == "prepare: stopped after 0:00\n"
+
+
+def test_what_another_process_counts_has_a_bar_for_each_title(tmp_path, capsys):
+    counts = iter([Count("evaluate", 5, 10, "sft"), Count("baselines", 2, 4, "bayes")])
+
+    class Stop:
+        """In the event's place: writes the next count before the file is read."""
+
+        def wait(self, seconds):
+            count = next(counts, None)
+            if count is not None:
+                write_counter(tmp_path / "run/counter", count)
+            return count is None
+
+    follow_counter(tmp_path / "run/counter", "rankings", Stop())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[0] for line in lines[::2]] == [
+        "evaluate: 5/10 rankings",
+        "baselines: 2/4 rankings",
+    ]
+    assert lines[0].endswith("sft") and lines[2].endswith("bayes")
+    assert [line.partition(" after")[0] for line in lines[1::2]] == [
+        "evaluate: done",
+        "baselines: done",
+    ]
 
 
 def test_a_terminal_gets_one_bar(tmp_path):

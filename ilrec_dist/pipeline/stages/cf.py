@@ -69,7 +69,7 @@ def train_by_workers(config: Config) -> None:
         {"config": config_for_workers(config)},
         str(folders.cf_work.resolve()),
     )
-    follow = partial(follow_counter, folders.cf_work / COUNTER, "cf", "epochs")
+    follow = partial(follow_counter, folders.cf_work / COUNTER, "epochs")
     try:
         with following(follow), ray_session(config.launch):
             run_workers(config.launch, job)
