@@ -1,4 +1,4 @@
-"""What the worker processes of a run do: train the CF models together, train, evaluate,
+"""What the worker processes of a run do: train the CF models, train, evaluate,
 recommend.
 
 Each function takes plain JSON values, as `launch.job.Job` hands them over.
@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist.cf.sasrec.cross_fit import train_cf
+import torch.distributed as dist
+
+from ilrec_dist.cf.sasrec.cross_fit import train_cf, train_share
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
+from ilrec_dist.common.errors import Stopped
 from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState, is_rank0
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
+from ilrec_dist.launch.job import is_refused
 from ilrec_dist.launch.placement import check_placement
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
@@ -74,6 +78,31 @@ def train_cf_part(config: dict[str, Any]) -> None:
             epochs_so_far(show),
             parallel.device.type,
             shard,
+        )
+
+
+def train_cf_share(config: dict[str, Any]) -> None:
+    """Train this worker's share of the CF models, which the driver puts together."""
+    tree = config_from_dict(config)
+    with worker_session(tree) as parallel:
+        artifacts, rank = RunArtifacts(tree), dist.get_rank()
+        work = artifacts.folders.cf_work
+
+        def show(done: float, text: str) -> None:
+            # No collective tells this worker that another one has met an error.
+            if is_refused(work):
+                raise Stopped
+            count = Count("cf", done, cf_epochs(tree.cf), text)
+            write_counter(work / f"{COUNTER}-{rank}", count)
+
+        train_share(
+            tree.cf,
+            artifacts.training,
+            artifacts.folders.cf,
+            rank,
+            dist.get_world_size(),
+            epochs_so_far(show),
+            parallel.device.type,
         )
 
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,16 +230,17 @@ def follow_counter(path: Path, unit: str, stop: threading.Event, poll_seconds: f
     """Show what another process writes to `path` by
     `write_counter`, until `stop` is set (see `following`).
 
-    A bar ends where another title comes.
+    A bar ends where another title comes. Where several processes have parts of the
+    work, each writes to a file of its own, whose name begins with that of `path`.
     """
     counts = _counts(path, stop, poll_seconds)
     count = next(counts, None)
     while count is not None:
         title = count.title
         with stage_progress(title, count.total, unit) as show_progress:
-            while count is not None and count.title == title:
+            # What was done before the bar began tells no rate.
+            while (count := next(counts, None)) is not None and count.title == title:
                 show_progress(count.done, count.note)
-                count = next(counts, None)
 
 
 @contextmanager
@@ -277,11 +278,21 @@ def write_counter(path: Path, count: Count) -> None:
 
 
 def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
-    """What stands in the file, time and again, until `stop` is set."""
+    """The latest count, with what all files say is done, again
+    and again until `stop` is set.
+    """
+    known: dict[Path, Count] = {}
+    latest = None
     while True:
-        # The file may not exist yet, or no longer, or be half written.
-        with suppress(FileNotFoundError, ValueError):
-            yield Count(**json.loads(path.read_text()))
+        for file in path.parent.glob(f"{path.name}*"):
+            # It may exist no longer, or be half written.
+            with suppress(FileNotFoundError, ValueError):
+                count = Count(**json.loads(file.read_text()))
+                if count != known.get(file):
+                    latest = known[file] = count
+        if latest is not None:
+            alike = (count for count in known.values() if count.title == latest.title)
+            yield replace(latest, done=sum(count.done for count in alike))
         if stop.wait(poll_seconds):
             return
 

@@ -124,29 +124,37 @@ def test_a_failed_stage_does_not_say_done():
     assert console.file.getvalue() == "prepare: stopped after 0:00\n"
 
 
-def test_what_another_process_counts_has_a_bar_for_each_title(tmp_path, capsys):
-    counts = iter([Count("evaluate", 5, 10, "sft"), Count("baselines", 2, 4, "bayes")])
+def test_what_other_processes_count_has_a_bar_for_each_title(tmp_path, capsys):
+    counts = iter(
+        [
+            ("counter-0", Count("cf", 1, 10, "full")),
+            ("counter-0", Count("cf", 2, 10, "full")),
+            ("counter-1", Count("cf", 3, 10, "fold0")),
+            ("counter-0", Count("baselines", 0, 8, "popularity")),
+            ("counter-0", Count("baselines", 1, 8, "bayes")),
+        ]
+    )
 
     class Stop:
         """In the event's place: writes the next count before the file is read."""
 
         def wait(self, seconds):
-            count = next(counts, None)
+            name, count = next(counts, ("", None))
             if count is not None:
-                write_counter(tmp_path / "run/counter", count)
+                write_counter(tmp_path / "run" / name, count)
             return count is None
 
-    follow_counter(tmp_path / "run/counter", "rankings", Stop())
+    follow_counter(tmp_path / "run/counter", "units", Stop())
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" · ")[0] for line in lines[::2]] == [
-        "evaluate: 5/10 rankings",
-        "baselines: 2/4 rankings",
-    ]
-    assert lines[0].endswith("sft") and lines[2].endswith("bayes")
-    assert [line.partition(" after")[0] for line in lines[1::2]] == [
-        "evaluate: done",
+    assert [line.split(" · ")[0].partition(" after")[0] for line in lines] == [
+        "cf: 2/10 units",
+        # What all have done.
+        "cf: 5/10 units",
+        "cf: done",
+        "baselines: 1/8 units",
         "baselines: done",
     ]
+    assert lines[1].endswith("fold0") and lines[3].endswith("bayes")
 
 
 def test_a_terminal_gets_one_bar(tmp_path):
