@@ -11,7 +11,7 @@ from ilrec_dist.plan.trained import ALL_WEIGHTS, Linear, TrainedWeights, linears
 
 @dataclass
 class Kept:
-    """Bytes for each token, and bytes that do not depend on how many tokens there are."""
+    """Bytes for each token, and bytes whatever the number of tokens is."""
 
     token: float = 0.0
     once: float = 0.0

@@ -43,12 +43,12 @@ class Decoding:
 def state_bytes(count: int, groups: Sequence[FlatGroup], layout: StepLayout) -> dict[str, float]:
     """Weights, gradients and optimizer state of a rank.
 
-    count: all parameters of the rank, and groups: those that it trains. The optimizer state
-    is divided over the dp ranks. In bf16 under ZeRO 1 a rank keeps all gradients in
-    bf16 and their sum in fp32. In fp32 under ZeRO 1 all are there before the first of
-    them goes through DeepSpeed's bucket. ZeRO 2 sends each through the bucket when it
-    is made, and keeps in bf16 the rank's range, in fp32 every parameter of which the
-    range has a part, and those of the micro-batch at hand beside the sum of the others.
+    count: all parameters of the rank, and groups: those that it trains. The optimizer
+    state is divided over the dp ranks. In bf16 under ZeRO 1 a rank keeps all gradients
+    in bf16 and their sum in fp32. In fp32 under ZeRO 1 all are there before the first
+    of them goes through DeepSpeed's bucket. ZeRO 2 sends each through the bucket when
+    it is made, and keeps in bf16 the rank's range, in fp32 every parameter of which the
+    range has a part, and those of the micro-batch at hand beside the others' sum.
     """
     trainable = sum(group.padded for group in groups)
     share = trainable / layout.dp

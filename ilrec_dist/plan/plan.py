@@ -56,6 +56,8 @@ from ilrec_dist.plan.workload import (
 from ilrec_dist.training.config import TrainConfig
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+# The data-parallel ranks agree on how many micro-batches a step has by an int64 number.
+COUNT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     trainable = sum(group.padded for group in groups)
     recompute = config.train.recompute
     collectives = step_collectives(sizes, objective, mean_batch, layout, groups, trained, recompute)
+    if config.train.micro_batch_tokens is not None and layout.dp > 1:
+        what = "number of micro-batches"
+        collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)

@@ -66,7 +66,7 @@ def trained_weights(train: TrainConfig, added: tuple[int, int]) -> TrainedWeight
 
 @dataclass(frozen=True)
 class LayerNeeds:
-    """Whether a layer's activations need a gradient, in the order of the forward pass."""
+    """Whether a layer's activations need a gradient, in the forward pass's order."""
 
     inputs: bool
     # Queries, keys and values.
@@ -79,7 +79,7 @@ class LayerNeeds:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map of a layer, whose parts are joined under tensor parallelism."""
+    """A linear map of a layer, of one part or of several that are joined."""
 
     name: str
     modules: tuple[TargetModule, ...]
@@ -111,7 +111,7 @@ def linears(sizes: DecoderSizes) -> list[Linear]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its elements in the whole model, and on each rank of a tp group."""
+    """A parameter's elements in the whole model, and on each rank of a tp group."""
 
     part: str
     group: Group
