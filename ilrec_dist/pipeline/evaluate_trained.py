@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.checkpoint import load_cf
 from ilrec_dist.common.files import write_json
-from ilrec_dist.common.run_layout import BEST, COUNTER
+from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.baselines.counting import count_training
@@ -21,12 +21,12 @@ from ilrec_dist.evaluation.fusion_ranking import (
     transitions_source,
 )
 from ilrec_dist.evaluation.ranking import evaluate_model
-from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import empty_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
+from ilrec_dist.pipeline.rankings import rankings_counter
 from ilrec_dist.pipeline.stages.evaluate import (
     FUSION_SUFFIX,
     fused_name,
@@ -34,7 +34,6 @@ from ilrec_dist.pipeline.stages.evaluate import (
     predictions_file,
     treatments,
 )
-from ilrec_dist.reporting.progress import write_counter
 
 # What a fusion may mix with the language model.
 FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
@@ -66,7 +65,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             continue
         weights = artifacts.folders.training(method, seed) / BEST
         backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
-        done, total = number * len(users), len(work) * len(users)
+        before, total = number * len(users), len(work) * len(users)
         predictions = evaluate_model(
             backbone.to(parallel.device),
             artifacts.dataset,
@@ -78,7 +77,7 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             inputs=inputs,
             parallel=parallel,
-            progress=_counter(artifacts, parallel.dp, done, total) if is_rank0 else None,
+            progress=rankings_counter(artifacts, "evaluate", method, before, total, parallel.dp),
             model_name=str(weights),
         )
         if is_rank0:
@@ -86,8 +85,6 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             predictions.save(path)
     if config.evaluation.fusion:
         evaluate_fusions(config, artifacts, parallel)
-    if is_rank0:
-        (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
 def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
@@ -137,17 +134,3 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
                 },
             )
             fusion.predictions.save(path)
-
-
-def _counter(artifacts: RunArtifacts, dp: int, before: int, total: int) -> RankingProgress:
-    """Write the rankings done so far where the driver reads them.
-
-    The other data-parallel ranks are taken to have done as many as this one.
-    """
-
-    def progress(done: int, of_rank: int) -> None:
-        write_counter(
-            artifacts.folders.evaluation / COUNTER, before + min(done, of_rank) * dp, total
-        )
-
-    return progress
