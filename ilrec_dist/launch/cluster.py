@@ -16,14 +16,13 @@ from typing import Any
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.job import UNCOMPILED
 
 CONNECT_SECONDS = 10.0
 # How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
 ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
 # For a local session. Nobody announces that its node will be taken away, for which Ray Train would
 # start a process that listens.
-LOCAL = {**UNCOMPILED, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # How a client of HTTP/2 begins, with an empty frame of settings, and the head of such a frame.
 HTTP2_FRAME_BYTES, HTTP2_SETTINGS = 9, 4
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(

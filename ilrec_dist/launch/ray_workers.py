@@ -28,7 +28,7 @@ from ilrec_dist.launch.cluster_check import (
     watched_nodes,
 )
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.job import Job, run_job
+from ilrec_dist.launch.job import UNCOMPILED, Job, run_job
 
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -85,10 +85,12 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             use_gpu=gpu,
             resources_per_worker={"GPU": 1} if gpu else {"CPU": 1},
         ),
-        run_config=RunConfig(
+        # Its declared type is that of Ray Train's first version, without the last argument.
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="workers",
             storage_path=str((Path(job.folder) / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=launch.max_failures),
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
     end = partial(trainer.end, stays=is_named)
@@ -112,6 +114,13 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             raise
     if watch.failure is not None:
         raise WorkersFailed(watch.failure)
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables for the workers, whatever those of the nodes are; as this process has
+    them, where it does.
+    """
+    return {name: os.environ.get(name, value) for name, value in UNCOMPILED.items()}
 
 
 def _on_gpus(launch: LaunchConfig) -> bool:
