@@ -36,10 +36,11 @@ WITHOUT_USE = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 class RayWorkers(TorchTrainer):
-    """Leaves Ctrl-C to this process; Ray's own handler ends it with status 1 and no word.
+    """Leaves Ctrl-C to this process; Ray's own
+    handler ends it with status 1 and no word.
 
-    It starts no helpers that nobody needs: seconds of each start, and a process that would
-    stay on a standing cluster.
+    It starts no helpers that nobody needs: seconds of each
+    start, and a process that would stay on a standing cluster.
     """
 
     controller: Any = None

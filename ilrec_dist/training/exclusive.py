@@ -16,8 +16,9 @@ from ilrec_dist.distributed.layout import from_rank0, is_rank0
 def exclusive_folder(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the training's folder, and say whether its training is finished already.
 
-    Rank 0 waits for the lock, which a killed run's last processes may still hold: they
-    may finish the training. UserError where one still holds it after `patience` seconds.
+    Rank 0 waits for the lock, which a killed run's last processes may still hold:
+    they may finish the training. Raises UserError where one still holds it after
+    `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -1,5 +1,5 @@
-"""A reward actor, a worker and the driver are killed in mid-training, a worker hangs, and
-the command is interrupted.
+"""In mid-training a reward actor, a worker and the driver
+are killed, a worker hangs, and the command is interrupted.
 
 The run goes on from a checkpoint and ends with the bits of a run without any fault.
 """
