@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ilrec_dist.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,22 @@ def from_rank0(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Raise the UserError that one rank meets in the block in all of them.
+
+    Collective: no rank leaves the block before all are at its end, and so none
+    waits for one that was refused.
+    """
+    refusal = None
+    try:
+        yield
+    except UserError as error:
+        refusal = str(error)
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    for line in refusals:
+        if line is not None:
+            raise UserError(line)

@@ -149,6 +149,17 @@ def recompute(path: str | Path) -> dict[str, float]:
     return Predictions.load(path).metrics()
 
 
+def join_predictions(parts: Sequence[Path], out: Path) -> None:
+    """Write what `Predictions.save` wrote for disjoint users, ascending from part to
+    part, as one file, whole or not at all; one part is in memory at a time.
+    """
+    with atomic_file(out) as staged:
+        schema = pq.read_schema(parts[0])
+        with pq.ParquetWriter(staged, schema) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part))
+
+
 def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of one method for disjoint users as one, ascending by user."""
     width = max(part.items.shape[1] for part in parts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -81,28 +80,25 @@ def history_ranges(dataset: InteractionDataset, users: np.ndarray, split: str) -
 
 def baseline_predictions(
     name: str,
-    dataset: InteractionDataset,
+    inputs: BaselineInputs,
     *,
     users: np.ndarray,
-    split: str,
     exclude_seen: bool,
-    cf_folder: str | Path | None = None,
-    data_folder: str | Path | None = None,
-    trained: Mapping[str, Path] | None = None,
+    progress: RankingProgress | None = None,
 ) -> Predictions:
     """One of BASELINES by full ranking over the catalogue.
 
-    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic
-    data, a sequence model its own in `trained`; ValueError where it is missing.
+    `sasrec` needs the folder of the CF stage, `bayes` that of prepared synthetic data,
+    a sequence model its own in `inputs.trained`; ValueError where it is missing.
     """
-    inputs = BaselineInputs(dataset, split, cf_folder, data_folder, trained or {})
     return rank_all(
         BASELINES[name].make_scorer(inputs),
-        dataset,
+        inputs.dataset,
         users=users,
-        split=split,
+        split=inputs.split,
         exclude_seen=exclude_seen,
         name=name,
+        progress=progress,
     )
 
 
@@ -114,15 +110,16 @@ def rank_all(
     split: str,
     exclude_seen: bool,
     name: str = "the model",
+    progress: RankingProgress | None = None,
 ) -> Predictions:
-    """Predictions of anything that scores every item.
+    """Predictions of anything that scores every item, a chunk of users at a time.
 
     Kept are the top KEPT_ITEMS items, equal scores in item-id order, and the target's
     ties in the full ranking. Raises UserError with `name` where a score is not finite.
     """
     users = np.asarray(users, np.int64)
-    parts = []
-    for batch in _chunks(users, max(1, CHUNK_SCORES // dataset.num_items)):
+    parts, done = [], 0
+    for batch in _chunks(users, _chunk_users(dataset.num_items)):
         # A copy, since excluded items are overwritten below.
         scores = np.array(score(batch))
         if not np.isfinite(scores).all():
@@ -137,7 +134,28 @@ def rank_all(
         ranks = ranks_of_scores(scores, targets)
         items, top = top_items(scores, KEPT_ITEMS)
         parts.append(Predictions(batch, targets, items, top, ranks.first, ranks.tied, exclude_seen))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(users))
     return concatenate_predictions(parts)
+
+
+def users_of_rank(users: np.ndarray, num_items: int, rank: int, world_size: int) -> np.ndarray:
+    """The users that one of several processes hands to `rank_all`; none where there are
+    more processes than chunks.
+
+    Whole chunks, so that a model's products have the shapes, and the scores the bits,
+    that they have in one process.
+    """
+    size = _chunk_users(num_items)
+    chunks = -(-len(users) // size)
+    first, stop = chunks * rank // world_size, chunks * (rank + 1) // world_size
+    return users[first * size : stop * size]
+
+
+def _chunk_users(num_items: int) -> int:
+    """Users that a full ranking scores at once."""
+    return max(1, CHUNK_SCORES // num_items)
 
 
 def top_items(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

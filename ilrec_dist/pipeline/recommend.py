@@ -87,7 +87,7 @@ def _rank_by_workers(config: Config, weights: TrainedWeights, parts: Parts) -> N
         str(folder),
         reads,
     )
-    follow = partial(follow_counter, folder / COUNTER, "recommend", "users")
+    follow = partial(follow_counter, folder / COUNTER, "users")
     with following(follow), ray_session(config.launch):
         run_workers(config.launch, job)
 

@@ -6,15 +6,20 @@ holds after a gathering. `Collective.wire_bytes` is what a rank sends for it in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
+from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedWeights, linears
 
+GroupName = Literal["tp", "dp"]
 Operation = Literal["all_reduce", "all_gather", "broadcast"]
 FP32 = 4
+# Whether a gradient is NaN or infinite.
+FLAG_BYTES = 1
 # The loss's ranks agree on the size of its chunks by two int64 numbers.
 AGREED_BYTES = 16
 # Statistics of a row that each rank sends: six of the final layer, three of every intermediate
@@ -33,16 +38,24 @@ class MicroBatch:
     rows: int
     # Candidates of all rows.
     entries: int
+    # Tokens without padding, where sequences are packed back to back.
+    packed_tokens: int | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packed_tokens is not None
 
     @property
     def tokens(self) -> int:
-        """With padding."""
+        """With padding, unless it is packed."""
+        if self.packed_tokens is not None:
+            return self.packed_tokens
         return self.sequences * self.tokens_per_sequence
 
 
 @dataclass(frozen=True)
 class Collective:
-    group: Literal["tp", "dp"]
+    group: GroupName
     what: str
     operation: Operation
     ranks: int
@@ -81,15 +94,22 @@ def step_collectives(
     batch: MicroBatch,
     layout: StepLayout,
     groups: Sequence[FlatGroup],
+    trained: TrainedWeights = ALL_WEIGHTS,
+    recompute: bool = False,
 ) -> list[Collective]:
-    """The collectives of one optimizer step;
-    `groups` are the parameters that a rank trains.
+    """The collectives of one optimizer step, whose micro-batches
+    are `batch`; `groups` are the parameters that a rank trains.
     """
     found = []
     # One sum of squares a group; where every rank has all gradients, one of all.
     norms = FP32 * (1 if layout.keeps_gradients else len(groups))
+    # In bf16 without all gradients the ranks agree on whether they are finite; elsewhere the norm
+    # tells.
+    has_flag = layout.element < FP32 and not layout.keeps_gradients
     if layout.tp > 1:
-        for what, operation, size in _of_micro_batch(sizes, objective, batch, layout):
+        in_layers = _of_layers(sizes, batch, layout, trained, recompute)
+        in_loss = _of_loss(sizes, objective, batch, layout)
+        for what, operation, size in itertools.chain(in_layers, in_loss):
             total = size * layout.accumulation_steps
             found.append(Collective("tp", what, operation, layout.tp, total))
         found.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
@@ -103,25 +123,61 @@ def step_collectives(
         ]
         if not layout.keeps_gradients:
             found.append(Collective("dp", "norm of the gradient", "all_reduce", layout.dp, norms))
+    if has_flag:
+        ranks: dict[GroupName, int] = {"tp": layout.tp, "dp": layout.dp}
+        found += [
+            Collective(group, "whether it is finite", "all_reduce", count, FLAG_BYTES)
+            for group, count in ranks.items()
+            if count > 1
+        ]
     return found
 
 
-def _of_micro_batch(
-    sizes: DecoderSizes, objective: ObjectiveConfig, batch: MicroBatch, layout: StepLayout
+def _of_layers(
+    sizes: DecoderSizes,
+    batch: MicroBatch,
+    layout: StepLayout,
+    trained: TrainedWeights,
+    recompute: bool,
 ) -> Iterator[tuple[str, Operation, int]]:
-    """(what, operation, bytes) over the tensor-parallel group."""
+    """(what, operation, bytes) over the tensor-parallel group, from the embeddings to
+    the last layer.
+    """
     residual = batch.tokens * sizes.hidden * layout.element
     yield "embeddings", "all_reduce", residual
     # Attention and feed-forward each end with one in forward, and begin with one in backward.
     yield "activations, forward", "all_reduce", 2 * sizes.layers * residual
-    yield "activations, backward", "all_reduce", 2 * sizes.layers * residual
-    if sizes.config.qk_norm:
+    needs = [trained.needs(sizes, is_first=layer == 0) for layer in range(sizes.layers)]
+    backward = sum(layer.inputs + layer.middle for layer in needs)
+    yield "activations, backward", "all_reduce", backward * residual
+    has = {linear.name: trained.adapters(linear) for linear in linears(sizes)}
+    # Recomputation ends with the last tensor that the layer keeps for backward. Without adapters
+    # or dropout there that is an input of the last product, before the sum over the ranks.
+    ends_behind_sum = has["linear_fc2"] > 0 or sizes.config.dropout > 0
+    if recompute:
+        again = sizes.layers * (1 + ends_behind_sum) * residual
+        yield "activations, recomputed", "all_reduce", again
+    if sizes.config.qk_norm and trained.all_weights:
         size = 2 * sizes.layers * sizes.head_dim * layout.element
         yield "head norms, backward", "all_reduce", size
     if sizes.kv_heads < layout.tp:
-        joint = sizes.layers * batch.tokens * sizes.qkv_width * layout.element
-        yield "shared key/value heads, forward", "all_gather", joint
-        yield "shared key/value heads, backward", "all_reduce", joint
+        joint = batch.tokens * sizes.qkv_width * layout.element
+        times = 2 if recompute else 1
+        yield "shared key/value heads, forward", "all_gather", times * sizes.layers * joint
+        backward = sum(layer.joint for layer in needs)
+        yield "shared key/value heads, backward", "all_reduce", backward * joint
+    if trained.lora is not None:
+        adapter = sizes.layers * batch.tokens * trained.lora.rank * layout.element
+        by_rows = (has["linear_proj"] + has["linear_fc2"]) * (2 if recompute else 1)
+        yield "adapters, forward", "all_reduce", by_rows * adapter
+        by_columns = has["linear_qkv"] + has["linear_fc1"]
+        yield "adapters, backward", "all_reduce", by_columns * adapter
+
+
+def _of_loss(
+    sizes: DecoderSizes, objective: ObjectiveConfig, batch: MicroBatch, layout: StepLayout
+) -> Iterator[tuple[str, Operation, int]]:
+    """(what, operation, bytes) over the tensor-parallel group, of the loss."""
     yield from loss_exchange(sizes, objective, batch, layout.tp)
     if objective.crr_lambda > 0:
         yield "rewards", "broadcast", batch.entries * FP32

@@ -128,8 +128,8 @@ def summed(counts: Iterable[Count]) -> Count:
 class FlatGroup:
     """Trainable parameters of a rank as DeepSpeed's ZeRO lays them end to end, padded.
 
-    Matrices are one group and vectors another,
-    because no weight decay applies to these.
+    Matrices are one group and vectors another, because no weight decay applies to
+    these; rows of the vocabulary that are parameters of their own are a third.
     """
 
     # Elements of each parameter.
@@ -155,11 +155,3 @@ class FlatGroup:
             )
             found.append(sum(inside))
         return max(found)
-
-
-def flat_groups(tensors: Iterable[tuple[int, int]], dp: int) -> list[FlatGroup]:
-    """The groups of a rank's trainable parameters, given as (dimensions, elements)."""
-    by_kind: dict[bool, list[int]] = {True: [], False: []}
-    for dimensions, size in tensors:
-        by_kind[dimensions >= 2].append(size)
-    return [FlatGroup(tuple(sizes), dp) for sizes in by_kind.values() if sizes]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ilrec_dist.plan.decoder import summed
 from ilrec_dist.plan.hardware import Hardware
 from ilrec_dist.plan.plan import Plan
+from ilrec_dist.plan.trained import fullest_rank
 
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -32,8 +32,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"tp {layout.tp} × dp {layout.dp}, {plan.config.train.precision}, "
         f"ZeRO {layout.zero_stage}; {plan.method}"
     )
-    budget = plan.config.train.micro_batch_tokens
-    limit = "" if budget is None else f"at most {budget:,} tokens; "
+    limit = f"{batch.tokens:,} tokens, packed; " if batch.is_packed else ""
     yield (
         f"a micro-batch: {limit}{batch.sequences} sequences of at most {batch.tokens_per_sequence} "
         f"tokens, {batch.rows:,} response rows; {layout.accumulation_steps} a step and rank"
@@ -52,10 +51,15 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
-    tp = plan.layout.tp
+    """The fullest rank's; only it may have rows of added tokens."""
+    found, rank = plan.parameters, fullest_rank(plan.parameters, plan.layout.tp)
     yield from ("", f"{'parameters':38}{'whole model':>16}{'a GPU':>18}")
-    for name, count in {**plan.parameters, "all": summed(plan.parameters.values())}.items():
-        yield f"  {name:36}{count.total:>16,}{count.per_rank(tp):>18,}"
+    parts = list(dict.fromkeys(one.part for one in found))
+    named = [(part, [one for one in found if one.part == part]) for part in parts]
+    named += [("all", found), ("trained", [one for one in found if one.is_trained])]
+    for name, chosen in named:
+        total, here = sum(one.total for one in chosen), sum(one.ranks[rank] for one in chosen)
+        yield f"  {name:36}{total:>16,}{here:>18,}"
 
 
 def _parts(title: str, parts: Mapping[str, float]) -> Iterator[str]:
@@ -90,13 +94,14 @@ def _host(plan: Plan) -> Iterator[str]:
 
 def _checkpoint(plan: Plan) -> Iterator[str]:
     kept = plan.config.train.keep_checkpoints
-    weights = 4 * summed(plan.parameters.values()).total
+    is_whole = plan.trained.all_weights
+    weights = "best and final weights in fp32" if is_whole else "what is trained as best and final"
     yield from (
         "",
         f"a checkpoint: {size(plan.checkpoint)}, {plan.checkpoint_seconds:.0f} s at "
         f"{size(plan.hardware.disk)}/s, every {plan.config.train.checkpoint_steps} steps",
-        f"on disk: {size((kept + 1) * plan.checkpoint + 2 * weights)} a training at its fullest: "
-        f"{kept} checkpoints, one in the making, best and final weights in fp32",
+        f"on disk: {size((kept + 1) * plan.checkpoint + 2 * plan.weights)} a training at its "
+        f"fullest: {kept} checkpoints, one in the making, {weights}",
     )
 
 

@@ -22,11 +22,13 @@ def host_bytes(
     checkpoint_part: int,
     gpus_per_node: int,
     needs_rewards: bool,
+    all_write_weights: bool,
 ) -> dict[str, float] | None:
     """Bytes of one node that holds all of it; None where the data's size is not known.
 
     weights_file, checkpoint_part: bytes that a worker
-    copies to host memory to write weights and checkpoints.
+    copies to host memory to write weights and checkpoints. Unless `all_write_weights`
+    only one does the former.
     What is mapped from files is shared by all processes of the node, and
     the system may drop it again; the rest is counted for each process.
     """
@@ -36,9 +38,12 @@ def host_bytes(
         "mapped histories": 4 * data.interactions + 8 * data.users,
         "mapped catalogue and trie": data.items * (4 * tokens.depth + 8 + TRIE_BYTES),
         "order of the windows, each worker": gpus_per_node * (8 + 4) * data.users,
-        "copy of a file of best or final, each worker": weights_file * gpus_per_node,
-        "copy of a checkpoint's part, each worker": checkpoint_part * gpus_per_node,
     }
+    if all_write_weights:
+        parts["copy of a file of best or final, each worker"] = weights_file * gpus_per_node
+    else:
+        parts["copy of a file of best or final"] = weights_file
+    parts["copy of a checkpoint's part, each worker"] = checkpoint_part * gpus_per_node
     if needs_rewards:
         rows = data.items * cf.cf_folds
         scans = cf.reward_index == "scan" or (

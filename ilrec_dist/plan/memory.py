@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, plan_files
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
+from ilrec_dist.plan.activations import norm_bytes
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
+from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, TrainedWeights, parameters
 
 MIB = 1 << 20
 # The loss's workspace on a GPU where objective.workspace_mib is null (ilrec_kernels.plan).
@@ -38,28 +40,31 @@ class Decoding:
     depth: int
 
 
-def state_bytes(
-    parameters: int, groups: Sequence[FlatGroup], layout: StepLayout
-) -> dict[str, float]:
+def state_bytes(count: int, groups: Sequence[FlatGroup], layout: StepLayout) -> dict[str, float]:
     """Weights, gradients and optimizer state of a rank.
 
-    parameters: all of the rank's, and groups: those that it trains. The optimizer state
-    is divided over the dp ranks. Gradients in fp32 with one micro-batch a step, or
-    under ZeRO 2, go through DeepSpeed's bucket, and a rank keeps those of the
-    parameters of which it updates a part. With more micro-batches it keeps all until
-    the last one. In bf16 under ZeRO 1 it keeps all in bf16 and their sum in fp32.
+    count: all parameters of the rank, and groups: those that it trains. The optimizer
+    state is divided over the dp ranks. In bf16 under ZeRO 1 a rank keeps all gradients
+    in bf16 and their sum in fp32. In fp32 under ZeRO 1 all are there before the first
+    of them goes through DeepSpeed's bucket. ZeRO 2 sends each through the bucket when
+    it is made, and keeps in bf16 the rank's range, in fp32 every parameter of which the
+    range has a part, and those of the micro-batch at hand beside the others' sum.
     """
     trainable = sum(group.padded for group in groups)
     share = trainable / layout.dp
+    touched = sum(group.touched() for group in groups)
+    gradients: float
     if layout.keeps_gradients:
         gradients = (FP32 + layout.element) * trainable
-    elif layout.accumulation_steps > 1 and layout.zero_stage == 1:
-        gradients = FP32 * trainable
+    elif layout.zero_stage == 1:
+        gradients = FP32 * max(trainable, trainable - BUCKET_GRADIENTS + touched)
+    elif layout.element < FP32:
+        gradients = FP32 * share
     else:
-        gradients = FP32 * sum(group.touched() for group in groups)
+        gradients = FP32 * touched * min(2, layout.accumulation_steps)
     padding = trainable - sum(sum(group.sizes) for group in groups)
     return {
-        "weights": layout.element * (parameters + padding),
+        "weights": layout.element * (count + padding),
         GRADIENTS: gradients,
         # In fp32 they are the weights themselves.
         "master weights": FP32 * share if layout.element < FP32 else 0.0,
@@ -68,83 +73,20 @@ def state_bytes(
 
 
 def bucket_bytes(trainable: int, layout: StepLayout) -> float:
-    """The buffer through which gradients go to be summed over the dp ranks.
+    """What the gradients go through to be summed over the dp ranks.
 
-    In bf16 under ZeRO 1 they are copied into one as large as they
-    need; otherwise DeepSpeed allocates it whatever the model's
-    size is, under ZeRO 2 in the precision of the weights. A
+    In bf16 under ZeRO 1 they are copied into a buffer as large as they need. Otherwise
+    DeepSpeed allocates one whatever the model's size is, in the precision of the
+    weights, and sums a copy of what is in it, which in bf16 there is in fp32 too. A
     lone rank in fp32 has none (training.engine).
     """
     if layout.dp == 1 and layout.element == FP32:
         return 0.0
+    filled = min(trainable, BUCKET_GRADIENTS)
     if layout.keeps_gradients:
-        return float(FP32 * min(trainable, BUCKET_GRADIENTS))
-    return float((FP32 if layout.zero_stage == 1 else layout.element) * BUCKET_GRADIENTS)
-
-
-def activation_bytes(
-    sizes: DecoderSizes, batch: MicroBatch, layout: StepLayout, recompute: bool = False
-) -> float:
-    """What autograd keeps of a micro-batch's layers until backward.
-
-    With `recompute` only the layers' inputs, and everything of one layer at a time.
-    """
-    layer = _layer_activations(sizes, layout) * batch.tokens
-    embedding = 0
-    if sizes.config.dropout > 0:
-        # The mask of the embeddings.
-        embedding = batch.tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
-    if sizes.config.position_embedding == "rope":
-        # Cosines and sines, which all layers share.
-        embedding += 2 * batch.tokens_per_sequence * sizes.head_dim * layout.element
-    if recompute:
-        kept = sizes.layers * sizes.hidden * layout.element * batch.tokens
-        return embedding + kept + layer
-    return embedding + sizes.layers * layer
-
-
-def _layer_activations(sizes: DecoderSizes, layout: StepLayout) -> float:
-    """Bytes a token that one layer keeps; the projections' are divided over tp."""
-    element = layout.element
-    # What goes into each of the two norms, which is the residual stream, and what comes out.
-    whole = 2 * (_norm_input(sizes, layout) + sizes.hidden * element)
-    if sizes.config.dropout > 0:
-        # The masks of the two outputs.
-        whole += 2 * sizes.hidden * (1 if layout.is_cuda else element)
-    # On a CPU in bf16 the attention itself works on copies in fp32.
-    copied = element < FP32 and not layout.is_cuda
-    inner = FP32 if copied else element
-    # The output of the attention, and what its backward pass needs of each head's softmax.
-    cut = sizes.query_width * (element + copied * inner) + FP32 * sizes.heads
-    queries_and_keys = sizes.query_width + sizes.kv_heads * sizes.head_dim
-    values = sizes.kv_heads * sizes.head_dim * inner
-    if sizes.config.position_embedding == "rope":
-        # After the rotation, and the values, which are by themselves then.
-        cut += queries_and_keys * inner + values
-    else:
-        # The joint projection.
-        cut += sizes.qkv_width * inner
-    if sizes.config.qk_norm:
-        # The joint projection after all; normalised, and on a CPU in bf16 as fp32 copies.
-        cut += sizes.qkv_width * element - (0 if copied else values)
-        copies = 1 if layout.is_cuda or element == FP32 else 2
-        cut += copies * queries_and_keys * (element if layout.is_cuda else FP32)
-        cut += FP32 * (sizes.heads + sizes.kv_heads)
-    # Before and after the activation.
-    cut += (sizes.fc1_width + sizes.ffn) * element
-    return whole + cut / layout.tp
-
-
-def _norm_input(sizes: DecoderSizes, layout: StepLayout) -> int:
-    """Bytes a row that a norm keeps of its input, with the statistics.
-
-    torch computes an RMS norm in one kernel on GPUs only; on CPUs in
-    bf16 it keeps the row in fp32 and the normalised row before the weight.
-    """
-    if sizes.config.normalization == "LayerNorm":
-        return sizes.hidden * layout.element + 2 * FP32
-    is_whole = layout.is_cuda or layout.element == FP32
-    return sizes.hidden * (layout.element if is_whole else 2 * FP32) + FP32
+        return float(FP32 * filled)
+    copies = layout.element + (FP32 if layout.element < FP32 else 0)
+    return float(layout.element * BUCKET_GRADIENTS + copies * filled)
 
 
 def loss_bytes(
@@ -152,21 +94,25 @@ def loss_bytes(
     objective: ObjectiveConfig,
     batch: MicroBatch,
     layout: StepLayout,
-    head_is_trained: bool = True,
+    trained: TrainedWeights = ALL_WEIGHTS,
+    tp_rank: int = 0,
 ) -> dict[str, float]:
-    """The loss's workspace, the head's gradient
-    in fp32, and the hidden rows of all streams.
+    """The loss's workspace, the gradient of a rank's trained
+    rows of the head in fp32, and the hidden rows of all streams.
     """
     workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
     # What each stream's norm keeps, and the gradient of what comes out of it.
-    row = _norm_input(sizes, layout) + sizes.hidden * layout.element
+    row = norm_bytes(sizes, layout, trained.all_weights) + sizes.hidden * layout.element
+    head_rows = sizes.vocab // layout.tp
+    if not trained.all_weights:
+        head_rows = trained.own_rows(sizes, layout.tp)[tp_rank]
     return {
         "workspace": workspace,
         "hidden rows": streams * batch.rows * row,
-        "head's gradient": FP32 * sizes.hidden * sizes.vocab // layout.tp * head_is_trained,
+        "head's gradient": FP32 * sizes.hidden * head_rows,
     }
 
 
@@ -182,21 +128,37 @@ def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) 
     }
 
 
-def checkpoint_bytes(trainable: int) -> int:
+def checkpoint_bytes(found: Sequence[Parameter]) -> int:
     """Of a checkpoint's parts: master weights and
     moments in fp32, from which weights follow.
+
+    What tensor parallelism does not cut is written by every rank of a group.
     """
-    return (FP32 + MOMENTS_BYTES) * trainable
+    return (FP32 + MOMENTS_BYTES) * sum(sum(one.ranks) for one in found if one.is_trained)
 
 
-def weights_file_bytes(sizes: DecoderSizes, layout: StepLayout) -> int:
-    """The largest file that a rank writes of the best or the final weights.
+def weights_files(
+    sizes: DecoderSizes, layout: StepLayout, trained: TrainedWeights
+) -> tuple[int, int]:
+    """Bytes of the best or the final weights, and of the largest file that a rank
+    writes of them.
 
-    Its tensors are in host memory, in fp32, while it is written.
+    All weights are written in fp32, by all ranks, and their copies are in host memory
+    meanwhile; where most are frozen, rank 0 writes what is trained as it is.
     """
-    tensors = {
-        str(number): StoredTensor([size.total], ShardSpec(0) if size.cut else None)
-        for number, (_, _, size) in enumerate(sizes.tensors())
-    }
-    files = plan_files(tensors, layout.tp, layout.dp)
-    return max(sum(tensors[name].piece_bytes(layout.tp) for name in file.pieces) for file in files)
+    if trained.all_weights:
+        tensors = {
+            str(number): StoredTensor([size.total], ShardSpec(0) if size.cut else None)
+            for number, (_, _, size) in enumerate(sizes.tensors())
+        }
+        tp, dp = layout.tp, layout.dp
+    else:
+        tensors = {
+            str(number): StoredTensor([one.total], None, layout.element)
+            for number, one in enumerate(parameters(sizes, trained, 1))
+            if one.is_trained
+        }
+        tp = dp = 1
+    files = plan_files(tensors, tp, dp)
+    total = sum(one.piece_bytes(1) for one in tensors.values())
+    return total, max(sum(tensors[name].piece_bytes(tp) for name in file.pieces) for file in files)

@@ -12,6 +12,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config, check_together
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
 from ilrec_dist.objective.registry import get_method
+from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import (
     Collective,
     MicroBatch,
@@ -19,7 +20,7 @@ from ilrec_dist.plan.communication import (
     step_collectives,
     streams_take_part,
 )
-from ilrec_dist.plan.decoder import Count, DecoderSizes, flat_groups, summed
+from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
 from ilrec_dist.plan.host import host_bytes
 from ilrec_dist.plan.memory import (
@@ -27,28 +28,36 @@ from ilrec_dist.plan.memory import (
     GRADIENTS,
     RESERVED,
     Decoding,
-    activation_bytes,
     bucket_bytes,
     checkpoint_bytes,
     decoding_bytes,
     loss_bytes,
     state_bytes,
-    weights_file_bytes,
+    weights_files,
 )
 from ilrec_dist.plan.speed import StepTime, step_time
+from ilrec_dist.plan.trained import (
+    Parameter,
+    TrainedWeights,
+    flat_groups,
+    fullest_rank,
+    parameters,
+    trained_weights,
+)
 from ilrec_dist.plan.workload import (
     DataSizes,
     ItemTokens,
+    added_tokens,
     data_sizes,
     decoder_sizes,
-    division,
     item_tokens,
-    micro_batch,
-    sequence_length,
+    micro_batches,
 )
 from ilrec_dist.training.config import TrainConfig
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+# The data-parallel ranks agree on how many micro-batches a step has by an int64 number.
+COUNT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,12 @@ class Plan:
     data: DataSizes
     tokens: ItemTokens
     sizes: DecoderSizes
-    parameters: dict[str, Count]
+    parameters: list[Parameter]
+    trained: TrainedWeights
     layout: StepLayout
+    # The largest micro-batch of a rank, and one of average size.
     batch: MicroBatch
+    mean_batch: MicroBatch
     # Bytes of one GPU by part, while it trains and while it validates.
     training: dict[str, float]
     validation: dict[str, float]
@@ -69,8 +81,9 @@ class Plan:
     time: StepTime
     # Bytes of one node's host by part; None where the data's size is not known.
     host: dict[str, float] | None
-    # Bytes of one checkpoint on disk.
+    # Bytes of one checkpoint on disk, and of the best or the final weights.
     checkpoint: int
+    weights: int
 
     @property
     def needed(self) -> float:
@@ -83,7 +96,7 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch.tokens * self.layout.accumulation_steps * self.layout.dp
+        return self.mean_batch.tokens * self.layout.accumulation_steps * self.layout.dp
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -106,29 +119,32 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     config = _on(config, hardware)
     _check_node(config, hardware)
     sizes = decoder_sizes(config, tokens)
-    parameters = sizes.parameters()
+    trained = trained_weights(config.train, added_tokens(config, tokens))
+    found = parameters(sizes, trained, config.launch.tp)
+    batch, mean_batch, steps = micro_batches(config, tokens, data)
     layout = StepLayout(
         config.launch.tp,
         config.launch.dp,
-        division(config, sequence_length(config, tokens))[1],
+        steps,
         ELEMENT_BYTES[config.train.precision],
         config.train.zero_stage,
     )
-    batch = micro_batch(config, tokens, data)
     method, objective = _heaviest(config, sizes)
-    count = summed(parameters.values())
-    groups = flat_groups(
-        ((dimensions, size.per_rank(layout.tp)) for _, dimensions, size in sizes.tensors()),
-        layout.dp,
-    )
-    per_rank = sum(group.padded for group in groups)
-    collectives = step_collectives(sizes, objective, batch, layout, groups)
+    rank = fullest_rank(found, layout.tp)
+    groups = flat_groups(found, rank, layout.dp)
+    trainable = sum(group.padded for group in groups)
+    recompute = config.train.recompute
+    collectives = step_collectives(sizes, objective, mean_batch, layout, groups, trained, recompute)
+    if config.train.micro_batch_tokens is not None and layout.dp > 1:
+        what = "number of micro-batches"
+        collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
     streams = 1
     if streams_take_part(objective):
         streams += num_intermediate_layers(objective, sizes.layers)
-    state = state_bytes(count.per_rank(layout.tp), groups, layout)
+    state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
-    loss = loss_bytes(sizes, objective, batch, layout)
+    loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
+    weights, largest_file = weights_files(sizes, layout, trained)
     decoding = Decoding(
         config.evaluation.batch_size,
         config.evaluation.beam,
@@ -142,14 +158,16 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         data=data,
         tokens=tokens,
         sizes=sizes,
-        parameters=parameters,
+        parameters=found,
+        trained=trained,
         layout=layout,
         batch=batch,
+        mean_batch=mean_batch,
         training=_with_reserve(
             {
                 **state,
-                "gradient bucket": bucket_bytes(per_rank, layout),
-                "activations": activation_bytes(sizes, batch, layout, config.train.recompute),
+                "gradient bucket": bucket_bytes(trainable, layout),
+                "activations": activation_bytes(sizes, batch, layout, trained, recompute),
                 **{f"loss: {name}": size for name, size in loss.items()},
             }
         ),
@@ -157,25 +175,27 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         collectives=collectives,
         time=step_time(
             sizes,
-            batch,
+            mean_batch,
             layout,
             hardware,
             collectives,
-            per_rank,
+            trainable,
             streams,
-            config.train.recompute,
+            trained,
+            recompute,
         ),
         host=host_bytes(
             data,
             tokens,
             config.cf,
-            weights_file_bytes(sizes, layout),
-            checkpoint_bytes(per_rank // layout.dp),
+            largest_file,
+            checkpoint_bytes(found) // layout.tp // layout.dp,
             hardware.gpus_per_node,
             get_method(method).needs_rewards(config.objective),
+            trained.all_weights,
         ),
-        # What tensor parallelism does not cut is written by every rank of a group.
-        checkpoint=checkpoint_bytes(layout.tp * per_rank),
+        checkpoint=checkpoint_bytes(found),
+        weights=weights,
     )
 
 
@@ -237,11 +257,6 @@ def _on(config: Config, hardware: Hardware) -> Config:
 
 
 def _check_node(config: Config, hardware: Hardware) -> None:
-    if config.train.trainable != "full":
-        raise UserError(
-            f"train.trainable {config.train.trainable}: a plan knows trainings of all weights "
-            "only; plan with train.trainable=full, which takes more"
-        )
     if hardware.gpus_per_node % config.launch.tp:
         raise UserError(
             f"launch.tp {config.launch.tp}: a tensor-parallel group lies on one node, and tp does "

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ilrec_dist.model.flops import Trained, Work, forward_flops, training_flops
 from ilrec_dist.plan.communication import Collective, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
+from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedWeights
 
 # AdamW reads weight, gradient and moments and writes weight and moments, all fp32.
 UPDATE_BYTES = 28
-# Forward, and backward to the activations and to the weights.
-PRODUCTS = 3
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,6 @@ class StepTime:
         return self.model_operations / (self.total * self.hardware.peak * self.hardware.gpus)
 
 
-def forward_operations(sizes: DecoderSizes, batch: MicroBatch) -> float:
-    """Operations of the layers in one forward
-    pass; causal attention is counted as half.
-    """
-    weights = (sizes.qkv_width + sizes.query_width + sizes.fc1_width + sizes.ffn) * sizes.hidden
-    attention = sizes.query_width * batch.tokens_per_sequence
-    return 2.0 * sizes.layers * batch.tokens * (weights + attention)
-
-
-def head_operations(sizes: DecoderSizes, batch: MicroBatch, streams: int) -> float:
-    """Operations of one product of all streams' rows with the head."""
-    return 2.0 * streams * batch.rows * sizes.hidden * sizes.vocab
-
-
 def step_time(
     sizes: DecoderSizes,
     batch: MicroBatch,
@@ -59,12 +45,24 @@ def step_time(
     collectives: Sequence[Collective],
     trainable_per_rank: int,
     streams: int,
+    trained: TrainedWeights = ALL_WEIGHTS,
     recompute: bool = False,
 ) -> StepTime:
-    """The time of a step in which every micro-batch is `batch`."""
-    layers, head = forward_operations(sizes, batch), head_operations(sizes, batch, streams)
-    asked = PRODUCTS * (layers + head) * layout.accumulation_steps * layout.dp
-    done = asked + (layers * layout.accumulation_steps * layout.dp if recompute else 0.0)
+    """The time of a step in which every micro-batch is `batch`.
+
+    A token attends to half of its sequence.
+    """
+    times = layout.accumulation_steps * layout.dp
+    work = Work(times * batch.tokens, batch.tokens_per_sequence / 2, times * batch.rows)
+    added = 0 if trained.rows is None else trained.rows[1] - trained.rows[0]
+    done = asked = training_flops(
+        sizes.config,
+        work,
+        [sizes.vocab] * streams,
+        Trained(trained.all_weights, trained.lora, added),
+    )
+    if recompute:
+        done += forward_flops(sizes.config, work, [], trained.lora)
     seconds = {"tp": 0.0, "dp": 0.0}
     for collective in collectives:
         seconds[collective.group] += collective.wire_bytes / link_speed(

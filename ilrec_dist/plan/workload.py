@@ -128,9 +128,17 @@ def decoder_sizes(config: Config, tokens: ItemTokens) -> DecoderSizes:
     pretrained = read_config(source)
     check_positions(pretrained, positions)
     decoder = decoder_of(config.backbone, pretrained)
-    base = _tokenizer_size(Path(source)) or pretrained.vocab_size
-    vocab = max(pretrained.vocab_size, base + tokens.new_tokens)
+    vocab = max(pretrained.vocab_size, added_tokens(config, tokens)[1])
     return DecoderSizes.of(decoder, vocab, pretrained.max_positions)
+
+
+def added_tokens(config: Config, tokens: ItemTokens) -> tuple[int, int]:
+    """The range of the item tokens that follow a model's own."""
+    source = config.backbone.from_
+    if source is None:
+        return 0, 0
+    base = _tokenizer_size(Path(source)) or read_config(source).vocab_size
+    return base, base + tokens.new_tokens
 
 
 def _tokenizer_size(folder: Path) -> int | None:
@@ -149,33 +157,32 @@ def sequence_length(config: Config, tokens: ItemTokens) -> int:
     return config.prompts.max_tokens
 
 
-def division(config: Config, length: int) -> tuple[int, int]:
-    """Sequences of a rank's largest micro-batch, and how many a step has.
+def micro_batches(
+    config: Config, tokens: ItemTokens, data: DataSizes
+) -> tuple[MicroBatch, MicroBatch, int]:
+    """A rank's largest micro-batch, one of average size, and how many a step has.
 
-    Under train.micro_batch_tokens both are those of sequences
-    of `length` tokens; of shorter ones it takes more.
-    """
-    train = config.train
-    share = train.batch_size // config.launch.dp
-    if train.micro_batch_tokens is None:
-        return share // train.accumulation_steps, train.accumulation_steps
-    sequences = max(1, min(share, train.micro_batch_tokens // length))
-    return sequences, -(-share // sequences)
-
-
-def micro_batch(config: Config, tokens: ItemTokens, data: DataSizes) -> MicroBatch:
-    """The largest micro-batch of a rank: all sequences are as long as they may be.
-
-    A prompt has one item as its response, and
-    so has a sequence with train.targets last.
+    All sequences are as long as they may be. A prompt has one item as its response, and
+    so has a sequence with train.targets last. Under train.micro_batch_tokens the
+    largest one is packed with as many tokens as it may have, and the average one with
+    those that the rank's sequences have together; of shorter sequences it takes more.
     """
     train, length = config.train, sequence_length(config, tokens)
-    sequences, _ = division(config, length)
     one_target = train.targets == "last" or config.prompts.templates is not None
     targets = 1 if one_target else train.max_history
-    return MicroBatch(
-        sequences,
-        length,
-        sequences * targets * tokens.depth,
-        sequences * targets * tokens.candidates(data.items),
-    )
+    share = train.batch_size // config.launch.dp
+
+    def batch(sequences: int, packed: int | None = None) -> MicroBatch:
+        rows = sequences * targets
+        return MicroBatch(
+            sequences, length, rows * tokens.depth, rows * tokens.candidates(data.items), packed
+        )
+
+    if train.micro_batch_tokens is None:
+        even = batch(share // train.accumulation_steps)
+        return even, even, train.accumulation_steps
+    budget = max(length, train.micro_batch_tokens)
+    steps = -(-share // min(share, budget // length))
+    most = min(budget, share * length)
+    mean = batch(-(-share // steps), -(-share * length // steps))
+    return batch(-(-most // length), most), mean, steps

@@ -13,7 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,19 +226,21 @@ def live_bar(
         display.stop(done)
 
 
-def follow_counter(
-    path: Path, title: str, unit: str, stop: threading.Event, poll_seconds: float = 0.5
-) -> None:
+def follow_counter(path: Path, unit: str, stop: threading.Event, poll_seconds: float = 0.5) -> None:
     """Show what another process writes to `path` by
     `write_counter`, until `stop` is set (see `following`).
+
+    A bar ends where another title comes. Where several processes have parts of the
+    work, each writes to a file of its own, whose name begins with that of `path`.
     """
-    while (counted := _counted(path)) is None:
-        if stop.wait(poll_seconds):
-            return
-    with stage_progress(title, counted[1], unit) as show_progress:
-        while not stop.wait(poll_seconds):
-            if (counted := _counted(path)) is not None:
-                show_progress(counted[0], counted[2])
+    counts = _counts(path, stop, poll_seconds)
+    count = next(counts, None)
+    while count is not None:
+        title = count.title
+        with stage_progress(title, count.total, unit) as show_progress:
+            # What was done before the bar began tells no rate.
+            while (count := next(counts, None)) is not None and count.title == title:
+                show_progress(count.done, count.note)
 
 
 @contextmanager
@@ -255,22 +258,43 @@ def following(follow: Callable[[threading.Event], None]) -> Iterator[None]:
         thread.join()
 
 
-def write_counter(path: Path, done: float, total: float, note: str = "") -> None:
-    """Write `done` of `total` and a note for `follow_counter` in another process.
+@dataclass(frozen=True)
+class Count:
+    """How far some work is."""
+
+    title: str
+    done: float
+    total: float
+    note: str = ""
+
+
+def write_counter(path: Path, count: Count) -> None:
+    """Write how far this process is, for `follow_counter` in another one.
 
     The folder is made when absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"done": done, "total": total, "note": note}))
+    path.write_text(json.dumps(asdict(count)))
 
 
-def _counted(path: Path) -> tuple[float, float, str] | None:
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        # The file does not exist yet, or no longer, or is being written.
-        return None
-    return values["done"], values["total"], values.get("note", "")
+def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
+    """The latest count, with what all files say is done, again
+    and again until `stop` is set.
+    """
+    known: dict[Path, Count] = {}
+    latest = None
+    while True:
+        for file in path.parent.glob(f"{path.name}*"):
+            # It may exist no longer, or be half written.
+            with suppress(FileNotFoundError, ValueError):
+                count = Count(**json.loads(file.read_text()))
+                if count != known.get(file):
+                    latest = known[file] = count
+        if latest is not None:
+            alike = (count for count in known.values() if count.title == latest.title)
+            yield replace(latest, done=sum(count.done for count in alike))
+        if stop.wait(poll_seconds):
+            return
 
 
 def clock(seconds: float) -> str:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from ilrec_dist.model import gpt
 
 # The functions through which the project, Megatron and DeepSpeed communicate, and which argument
 # is the whole tensor: what is reduced or sent, or what every rank holds after a gathering.
 _WHOLE_TENSOR = {"all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 0, "reduce": 0}
+
+RELEASE_SECONDS = 0.01
 
 
 @contextmanager
@@ -72,17 +82,74 @@ def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 @contextmanager
-def saved_for_backward() -> Iterator[list[Tensor]]:
+def saved_for_backward(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors that autograd keeps for backward in the block, parameters left out.
 
     The list is filled while the block runs, and keeps what it holds alive.
     """
     saved: list[Tensor] = []
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad) and tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
             saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield saved
+
+
+@contextmanager
+def kept_by_recomputation() -> Iterator[list[int]]:
+    """Bytes that each recomputation of a layer leaves for the layer's backward pass.
+
+    Of the layers that run in the block. The recomputations
+    fill the list, and go on behind the last tensor that is
+    kept, where a training's own end.
+    """
+    found: list[int] = []
+
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        with _NewStorages() as made:
+            yield
+        # A thread of the last collective may hold its tensor for a moment.
+        time.sleep(RELEASE_SECONDS)
+        found.append(made.alive())
+
+    contexts = partial(checkpoint, context_fn=lambda: (nullcontext(), recomputing()))
+    vars(gpt)["checkpoint"] = contexts
+    try:
+        with set_checkpoint_early_stop(False):
+            yield found
+    finally:
+        vars(gpt)["checkpoint"] = checkpoint
+
+
+class _NewStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The storages that operations make, as long as something holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.older: set[int] = set()
+        self.made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages(args):
+            if storage._cdata not in self.made:
+                self.older.add(storage._cdata)
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in self.older:
+                self.made[storage._cdata] = weakref.ref(storage)
+        return out
+
+    def alive(self) -> int:
+        storages = (reference() for reference in self.made.values())
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    for value in tree_leaves(values):
+        if torch.is_tensor(value) and value.is_floating_point():
+            yield value.untyped_storage()

@@ -7,7 +7,8 @@ what `ilrec plan` reckons for the same sizes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +18,33 @@ from torch import Tensor
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.launch.device import quiet
-from ilrec_dist.model.build import build_backbone
+from ilrec_dist.model.build import build_backbone, build_pretrained, load_pretrained
 from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.decoder import decoder_of
+from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import save_weights
+from ilrec_dist.model.hf.config import read_config
+from ilrec_dist.model.hf.new_rows import NewRows
+from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
+from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import MicroBatch, StepLayout, step_collectives
 from ilrec_dist.plan.decoder import DecoderSizes
-from ilrec_dist.plan.decoder import flat_groups as laid_out
-from ilrec_dist.plan.memory import activation_bytes, loss_bytes, state_bytes
+from ilrec_dist.plan.memory import checkpoint_bytes, loss_bytes, state_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
-from ilrec_dist.testing.accounting import counted_collectives, saved_for_backward, storage_bytes
+from ilrec_dist.plan.trained import TrainedWeights, fullest_rank, parameters, trained_weights
+from ilrec_dist.plan.trained import flat_groups as laid_out
+from ilrec_dist.testing.accounting import (
+    counted_collectives,
+    kept_by_recomputation,
+    saved_for_backward,
+    storage_bytes,
+)
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
-from ilrec_dist.training.optimizer_state import flat_groups
+from ilrec_dist.training.optimizer_state import flat_groups, take_part
 
 CANDIDATES = 2
 
@@ -44,10 +58,29 @@ class StepSpec:
     # Items of each sequence before the generated one, and tokens of an item.
     items: int
     depth: int
+    # The folder of a model with these sizes (`write_model`); None: a decoder from scratch.
+    model: str | None = None
+    # The last tokens of the vocabulary, which the model does not have.
+    new_rows: int = 0
+    # Whether sequences are of four lengths, and packed.
+    packs: bool = False
 
     @property
     def length(self) -> int:
         return (self.items + 1) * self.depth - 1
+
+    @property
+    def added(self) -> tuple[int, int]:
+        return self.vocab_size - self.new_rows, self.vocab_size
+
+    def lengths(self, sequences: int) -> Tensor:
+        """Tokens of each sequence, int64 [B]."""
+        shorter = torch.arange(sequences) % 4 if self.packs else torch.zeros(sequences).long()
+        return self.length - self.depth * shorter
+
+    @property
+    def trained(self) -> TrainedWeights:
+        return trained_weights(self.train, self.added)
 
 
 @dataclass(frozen=True)
@@ -59,44 +92,80 @@ class MeasuredStep:
     master_weights: int
     moments: int
     activations: int
+    # Bytes of the rank's part of a checkpoint.
+    checkpoint: int
     collectives: Counter[str]
     rows: int
     entries: int
 
 
+def write_model(mesh: Mesh, spec: StepSpec, folder: str) -> None:
+    """Write a model of random weights as a Hugging Face folder."""
+    initialize_parallel(mesh.tp)
+    size = spec.vocab_size - spec.new_rows
+    save_weights(build_backbone(spec.backbone, size, spec.length, "fp32", 0), folder)
+    destroy_parallel()
+
+
 def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
-    """The second of two steps: in the first the optimizer makes its state."""
+    """Of two steps: in the first the optimizer makes its state.
+
+    Where layers are recomputed, the first one also shows what that leaves.
+    """
     training = SmallTraining(mesh, spec)
     backbone, engine = training.objective.backbone, training.engine
-    activations = gradients = 0
-    for _ in range(2):
-        with counted_collectives() as collectives:
+    optimizer, weights = engine.optimizer, list(backbone.parameters())
+    activations, gradients = 0, [0]
+
+    def look() -> None:
+        gradients.append(_gradient_bytes(backbone, optimizer))
+
+    # Before the gradients are summed over the ranks, and before the bucket goes.
+    for name in ("reduce_gradients", "_release_ipg_buffers"):
+        _call_before(optimizer, name, look)
+    for step in range(2):
+        watching = kept_by_recomputation() if step == 0 else nullcontext([0])
+        with counted_collectives() as collectives, watching as recomputed:
             for _ in range(spec.train.accumulation_steps):
-                with saved_for_backward() as saved:
+                with saved_for_backward(weights) as saved:
                     batch, output = training.forward()
-                activations = storage_bytes(saved)
+                kept = storage_bytes(saved)
                 saved.clear()
                 engine.backward(output.loss)
-                gradients = max(gradients, _gradient_bytes(backbone, engine.optimizer))
+                activations = max(activations, kept + max(recomputed, default=0))
+                look()
                 del output
                 engine.step()
-    optimizer = engine.optimizer
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
-    weights = list(backbone.parameters())
     masters = (group.master for group in flat_groups(optimizer))
+    part = take_part(engine, training.objective, training.parallel)
     measured = MeasuredStep(
         weights=storage_bytes(weights),
-        gradients=gradients,
+        gradients=max(gradients),
         # In fp32 they are the weights.
         master_weights=storage_bytes([*weights, *masters]) - storage_bytes(weights),
         moments=storage_bytes(v for v in states if torch.is_tensor(v) and v.dim() > 0),
         activations=activations,
+        checkpoint=sum(tensor.numel() * tensor.element_size() for tensor in part.tensors.values()),
         collectives=collectives,
         rows=len(batch[1]),
         entries=len(batch[4]),
     )
     training.close()
     return measured
+
+
+def _call_before(owner: Any, name: str, look: Callable[[], None]) -> None:
+    """Let a call of the method, where there is one, begin with another."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
 
 
 class SmallTraining:
@@ -107,7 +176,7 @@ class SmallTraining:
         self.spec, self.parallel = spec, initialize_parallel(mesh.tp)
         train, vocab = spec.train, spec.vocab_size
         self.objective = CrossLayerObjective(
-            build_backbone(spec.backbone, vocab, spec.length, train.precision, 0),
+            _backbone(spec),
             spec.objective,
             spec.backbone.num_layers,
             vocab,
@@ -137,6 +206,23 @@ class SmallTraining:
         destroy_parallel()
 
 
+def _backbone(spec: StepSpec) -> Backbone:
+    """As `pipeline.backbones` builds it."""
+    train, vocab = spec.train, spec.vocab_size
+    if spec.model is None:
+        backbone = build_backbone(spec.backbone, vocab, spec.length, train.precision, 0)
+    else:
+        pretrained, longest = read_config(spec.model), spec.length
+        backbone = build_pretrained(spec.backbone, pretrained, vocab, longest, train.precision, 0)
+        load_pretrained(backbone, spec.model, NewRows(*spec.added))
+        if train.trainable != "full":
+            train_partially(backbone, train.trainable, train.lora, spec.model, spec.added, 0)
+        elif train.new_rows_learning_rate is not None:
+            separate_rows(backbone, spec.added)
+    backbone.recompute, backbone.packs = train.recompute, spec.packs
+    return backbone
+
+
 def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
     """(tokens, rows, targets, indptr, candidates,
     rewards) without end: all items are targets.
@@ -147,8 +233,9 @@ def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
         return torch.randint(1, spec.vocab_size, shape, generator=generator)
 
     while True:
-        first = torch.arange(sequences)[:, None] * spec.length
-        rows = (first + torch.arange(spec.depth - 1, spec.length)).flatten()
+        position = torch.arange(spec.length)
+        inside = (position >= spec.depth - 1) & (position < spec.lengths(sequences)[:, None])
+        rows = inside.flatten().nonzero().flatten()
         targets = tokens(len(rows))
         other = torch.where(targets == 1, 2, 1)
         candidates = torch.stack([targets, other], 1).sort(1).values.flatten()
@@ -168,11 +255,12 @@ def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
         for bucket in getattr(optimizer, "ipg_buckets", {}).values()
         for buffer in bucket.buffer
     }
-    averaged: Mapping[int, Any] = getattr(optimizer, "averaged_gradients", {})
     tensors: list[Tensor | None] = [p.grad for p in backbone.parameters()]
     tensors += getattr(optimizer, "fp32_groups_gradients_flat", [])
-    for value in averaged.values():
-        tensors += value if isinstance(value, list | tuple) else [value]
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        groups: Mapping[int, Any] = getattr(optimizer, name, {})
+        for value in groups.values():
+            tensors += value if isinstance(value, list | tuple) else [value]
     return storage_bytes(
         tensor
         for tensor in tensors
@@ -181,21 +269,37 @@ def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
 
 
 def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> MeasuredStep:
-    """What the plan says of the same step."""
-    train = spec.train
-    sizes = DecoderSizes.of(spec.backbone, spec.vocab_size, spec.length)
-    element = ELEMENT_BYTES[train.precision]
-    layout = StepLayout(tp, dp, train.accumulation_steps, element, is_cuda=False)
+    """What the plan says of the same step on the rank
+    that trains most, and of the whole checkpoint.
+    """
+    train, trained = spec.train, spec.trained
+    decoder = spec.backbone
+    if spec.model is not None:
+        decoder = decoder_of(decoder, read_config(spec.model))
+    sizes = DecoderSizes.of(decoder, spec.vocab_size, spec.length)
+    layout = StepLayout(
+        tp,
+        dp,
+        train.accumulation_steps,
+        ELEMENT_BYTES[train.precision],
+        train.zero_stage,
+        is_cuda=False,
+    )
     sequences = train.batch_size // (dp * train.accumulation_steps)
-    batch = MicroBatch(sequences, spec.length, rows, entries)
-    tensors = [(dimensions, count.per_rank(tp)) for _, dimensions, count in sizes.tensors()]
-    groups = laid_out(tensors, dp)
-    state = state_bytes(sum(size for _, size in tensors), groups, layout)
+    packed = int(spec.lengths(sequences).sum()) if spec.packs else None
+    batch = MicroBatch(sequences, spec.length, rows, entries, packed)
+    found = parameters(sizes, trained, tp)
+    rank = fullest_rank(found, tp)
+    groups = laid_out(found, rank, dp)
+    state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
     # The measured ones hold what the loss keeps as well.
-    kept_by_loss = sum(loss_bytes(sizes, spec.objective, batch, layout).values())
-    kept_by_loss -= loss_bytes(sizes, spec.objective, batch, layout)["workspace"]
+    of_loss = loss_bytes(sizes, spec.objective, batch, layout, trained, rank)
+    kept_by_loss = sum(of_loss.values()) - of_loss["workspace"]
+    kept = activation_bytes(sizes, batch, layout, trained, train.recompute) + kept_by_loss
     collectives: Counter[str] = Counter()
-    for item in step_collectives(sizes, spec.objective, batch, layout, groups):
+    for item in step_collectives(
+        sizes, spec.objective, batch, layout, groups, trained, train.recompute
+    ):
         # The batches that are measured come with their rewards.
         if item.what != "rewards":
             collectives[item.operation] += item.bytes
@@ -204,7 +308,8 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
         gradients=int(state["gradients"]),
         master_weights=int(state["master weights"]),
         moments=int(state["moments"]),
-        activations=int(activation_bytes(sizes, batch, layout) + kept_by_loss),
+        activations=int(kept),
+        checkpoint=checkpoint_bytes(found),
         collectives=collectives,
         rows=rows,
         entries=entries,

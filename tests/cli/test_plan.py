@@ -12,6 +12,10 @@ import pytest
 import yaml
 
 from ilrec_dist.cli.main import main
+from ilrec_dist.config.load import load_config
+from ilrec_dist.plan.hardware import Hardware
+from ilrec_dist.plan.plan import make_plan
+from ilrec_dist.plan.workload import DataSizes
 
 LLAMA = {
     "model_type": "llama",
@@ -95,6 +99,37 @@ def test_impossible_plans_are_one_line(config, capsys, arguments, message):
     assert plan(config, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_adapters_leave_the_state_of_frozen_weights_out(config, capsys):
+    assert plan(config, "train.trainable=lora+new_rows", "train.lora.rank=16") == 0
+    text = capsys.readouterr().out
+    # 16 × (in + out) of the seven maps of 32 layers, and 2 × 1,024 rows of 4,096 numbers.
+    adapters = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    rows = 2 * 1024 * 4096
+    assert re.search(rf"adapters +{adapters:,} ", text)
+    assert re.search(rf"added rows +{rows:,} ", text)
+    assert re.search(rf"all +{8_038_649_856 + adapters + rows:,} ", text)
+    assert re.search(rf"trained +{adapters + rows:,} ", text)
+    assert "tp 8: adapters, backward, all-reduce" in text
+    assert "what is trained as best and final" in text
+
+
+def test_a_budget_of_tokens_is_what_the_activations_are_of(config, capsys):
+    """A data-parallel rank has 32 sequences of 83 tokens, of which 16 fit in 1,400."""
+    assert plan(config, "train.micro_batch_tokens=1400", "launch.tp=4") == 0
+    assert "a micro-batch: 1,400 tokens, packed" in capsys.readouterr().out
+    gpus = Hardware(4, 8, 80e9, 5e10, 4.5e11, 6e14, 9.9e14, 3.3e12, 2e9)
+    found = []
+    for budget in (1400, 5000):
+        keys = [f"train.micro_batch_tokens={budget}", "launch.tp=4", "launch.workers=32"]
+        found.append(make_plan(load_config(config, keys), gpus, DataSizes()))
+    few, many = found
+    assert (few.batch.tokens, few.layout.accumulation_steps) == (1400, 2)
+    assert (many.batch.tokens, many.layout.accumulation_steps) == (32 * 83, 1)
+    activations = [one.training["activations"] for one in found]
+    assert activations[1] == pytest.approx(activations[0] * 32 * 83 / 1400)
+    assert few.tokens_per_step == many.tokens_per_step == 256 * 83
 
 
 def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilrec_dist.cf.sasrec.fit import TrainingSequences
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.config import DataConfig
@@ -21,13 +22,16 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.split import time_at
 from ilrec_dist.evaluation.baselines.counting import count_training
+from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions
 from ilrec_dist.export.interactions import export_data
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.evaluate_baselines import evaluate_baselines
 from ilrec_dist.pipeline.execute import execute
-from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines, predictions_file
+from ilrec_dist.pipeline.stages.evaluate import predictions_file
 from ilrec_dist.samples.windows import training_windows
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.masks import train_mask
 
 RNG = np.random.default_rng(4)
@@ -264,7 +268,7 @@ def test_baselines_rank_the_split_s_targets_after_its_histories(tmp_path, split)
     users = dataset.evaluated(split)
     assert 0 < len(users) < dataset.num_users
     predictions = baseline_predictions(
-        "transitions", dataset, users=users, split=split, exclude_seen=True
+        "transitions", BaselineInputs(dataset, split), users=users, exclude_seen=True
     )
     wanted = found(dataset)
     for user, target, listed in zip(
@@ -273,6 +277,11 @@ def test_baselines_rank_the_split_s_targets_after_its_histories(tmp_path, split)
         item, history = wanted[dataset.user_ids[int(user)]][1 if split == "validation" else 2]
         assert int(dataset.item_ids[int(target)]) == item
         assert not {int(dataset.item_ids[int(seen)]) for seen in listed if seen >= 0} & set(history)
+
+
+def rank_by_baselines(mesh: Mesh, tree: dict) -> None:
+    config = config_from_dict(tree)
+    evaluate_baselines(config, RunArtifacts(config))
 
 
 def test_the_stages_stand_on_a_chronological_split(tmp_path):
@@ -302,7 +311,7 @@ def test_the_stages_stand_on_a_chronological_split(tmp_path):
         == targets
     )
     assert artifacts.validation_users(0).tolist() == dataset.evaluated("validation").tolist()
-    evaluate_baselines(config, artifacts)
+    run_distributed(rank_by_baselines, 1, 1, config_to_dict(config))
     predictions = Predictions.load(predictions_file(config, "sasrec", None, True))
     assert predictions.users.tolist() == dataset.evaluated("test").tolist()
     assert predictions.targets.tolist() == [

@@ -13,6 +13,7 @@ from ilrec_dist.evaluation.baselines.counting import (
     popularity_scores,
     transition_scores,
 )
+from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.ranking import baseline_predictions
 from tests.support.real_histories import real_data
 
@@ -109,7 +110,10 @@ def test_published_rows(dataset: str, method: str) -> None:
     """
     data = real_data(dataset)
     figures = baseline_predictions(
-        method, data, users=np.arange(data.num_users), split="test", exclude_seen=True
+        method,
+        BaselineInputs(data, "test"),
+        users=np.arange(data.num_users),
+        exclude_seen=True,
     ).metrics()
     names = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
     found, expected = (
@@ -130,9 +134,8 @@ def test_published_transitions_with_history_items_kept() -> None:
     dataset = real_data("instruments")
     kept = baseline_predictions(
         "transitions",
-        dataset,
+        BaselineInputs(dataset, "test"),
         users=np.arange(dataset.num_users),
-        split="test",
         exclude_seen=False,
     ).metrics()
     assert kept["ndcg@10"] == pytest.approx(0.077, abs=0.0005)

@@ -14,6 +14,7 @@ import pytest
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
@@ -181,7 +182,7 @@ def test_top_items_keep_item_order_among_equals() -> None:
 def test_a_baseline_without_what_it_needs() -> None:
     with pytest.raises(ValueError, match="sasrec needs cf_folder"):
         baseline_predictions(
-            "sasrec", toy_data(), users=np.arange(3), split="test", exclude_seen=True
+            "sasrec", BaselineInputs(toy_data(), "test"), users=np.arange(3), exclude_seen=True
         )
 
 
@@ -221,7 +222,7 @@ def test_users_with_nothing_left_count_as_misses_for_every_method(
     dataset = dataset_of(sequences, num_items=2)
     users = np.arange(len(sequences))
     rankings = [beams] + [
-        baseline_predictions(name, dataset, users=users, split="test", exclude_seen=True)
+        baseline_predictions(name, BaselineInputs(dataset, "test"), users=users, exclude_seen=True)
         for name in ("popularity", "transitions")
     ]
     for predictions in rankings:

@@ -5,6 +5,7 @@ that fit their models, and `make llm` in small.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_configurations_fit_the_models_that_they_are_for(
     assert config.train.batch_size % (config.launch.dp * config.train.accumulation_steps) == 0
     # All five tasks of LC-Rec have a share.
     assert all(share > 0 for share in vars(config.prompts.shares).values())
+    # It fits the GPUs that it is for.
+    index = tmp_path / "index.json"
+    codes = [[f"<{level}_{code}>" for level in "abcd"] for code in range(256)]
+    index.write_text(json.dumps(dict(enumerate(codes))))
+    hardware = ["--nodes", str(workers // 8), "--gpus-per-node", "8", "--gpu-memory", "80GiB"]
+    overrides = [f"backbone.from={tmp_path}", f"items.index={index}"]
+    assert main(["plan", path, *overrides, *hardware]) == 0
+    trained = re.search(r"  trained +([\d,]+) ", capsys.readouterr().out)
+    assert trained is not None and (len(trained[1]) > 10) == (kind == "full")
 
 
 @pytest.mark.slow

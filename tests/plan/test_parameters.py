@@ -9,10 +9,13 @@ import dataclasses
 import pytest
 
 from ilrec_dist.distributed.process_groups import initialize_parallel
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import DECODER
+from ilrec_dist.model.lora import add_lora
+from ilrec_dist.model.partial import separate_rows
 from ilrec_dist.plan.decoder import DecoderSizes, summed
+from ilrec_dist.plan.trained import TrainedWeights, parameters
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 pytestmark = pytest.mark.slow
@@ -34,6 +37,16 @@ DECODERS = {
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=24, tie_embeddings=True),
 }
 VOCAB, POSITIONS = 101, 19
+# Rows that only the last of two ranks owns, and rows of both.
+LORA = LoraConfig(rank=3)
+ATTENTION = LoraConfig(rank=2, target_modules=["q_proj", "v_proj", "o_proj"])
+TRAINED = {
+    "adapters": TrainedWeights(False, LORA),
+    "adapters of the attention": TrainedWeights(False, ATTENTION, (90, 101)),
+    "adapters and rows": TrainedWeights(False, LORA, (40, 101)),
+    "rows": TrainedWeights(False, None, (90, 101)),
+    "rows apart from the rest": TrainedWeights(True, None, (90, 101)),
+}
 
 
 def tensors(mesh: Mesh, config: BackboneConfig) -> list[tuple[int, int]]:
@@ -52,6 +65,37 @@ def test_parameters_are_exactly_those_of_the_model(name: str, tp: int) -> None:
         assert planned == found
     total = sum(size for _, size in planned)
     assert summed(sizes.parameters().values()).per_rank(tp) == total
+
+
+def trained_tensors(mesh: Mesh, config: BackboneConfig) -> dict[str, list[tuple[int, int, bool]]]:
+    """(dimensions, elements, whether it is trained)
+    of each parameter of this rank, by what is trained.
+    """
+    initialize_parallel(mesh.tp)
+    found = {}
+    for name, trained in TRAINED.items():
+        backbone = Backbone(config, VOCAB, POSITIONS, initialize=False)
+        if trained.lora is not None:
+            add_lora(backbone, trained.lora)
+        backbone.gpt.requires_grad_(trained.all_weights)
+        if trained.rows is not None:
+            separate_rows(backbone, trained.rows)
+        found[name] = [(p.dim(), p.numel(), p.requires_grad) for p in backbone.parameters()]
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_trained_parameters_are_exactly_those_of_the_model(name: str, tp: int) -> None:
+    sizes = DecoderSizes.of(DECODERS[name], VOCAB, POSITIONS)
+    ranks = run_distributed(trained_tensors, tp, tp, DECODERS[name])
+    for what, trained in TRAINED.items():
+        planned = parameters(sizes, trained, tp)
+        for rank, tensors in enumerate(ranks):
+            assert tensors[what] == [
+                (1 if one.group == "vector" else 2, one.ranks[rank], one.is_trained)
+                for one in planned
+            ], (what, rank)
 
 
 def test_a_published_model_has_the_number_of_its_card() -> None:

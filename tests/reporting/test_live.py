@@ -14,11 +14,14 @@ from rich.console import Console
 from ilrec_dist.reporting import progress as live
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED
 from ilrec_dist.reporting.progress import (
+    Count,
     LiveProgress,
     LogFollower,
     TrainingState,
     clock,
+    follow_counter,
     stage_progress,
+    write_counter,
 )
 
 
@@ -119,6 +122,39 @@ def test_a_failed_stage_does_not_say_done():
     with pytest.raises(RuntimeError), stage_progress("prepare", console=console):
         raise RuntimeError
     assert console.file.getvalue() == "prepare: stopped after 0:00\n"
+
+
+def test_what_other_processes_count_has_a_bar_for_each_title(tmp_path, capsys):
+    counts = iter(
+        [
+            ("counter-0", Count("cf", 1, 10, "full")),
+            ("counter-0", Count("cf", 2, 10, "full")),
+            ("counter-1", Count("cf", 3, 10, "fold0")),
+            ("counter-0", Count("baselines", 0, 8, "popularity")),
+            ("counter-0", Count("baselines", 1, 8, "bayes")),
+        ]
+    )
+
+    class Stop:
+        """In the event's place: writes the next count before the file is read."""
+
+        def wait(self, seconds):
+            name, count = next(counts, ("", None))
+            if count is not None:
+                write_counter(tmp_path / "run" / name, count)
+            return count is None
+
+    follow_counter(tmp_path / "run/counter", "units", Stop())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[0].partition(" after")[0] for line in lines] == [
+        "cf: 2/10 units",
+        # What all have done.
+        "cf: 5/10 units",
+        "cf: done",
+        "baselines: 1/8 units",
+        "baselines: done",
+    ]
+    assert lines[1].endswith("fold0") and lines[3].endswith("bayes")
 
 
 def test_a_terminal_gets_one_bar(tmp_path):

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def train_cf(
     on_epoch: OnEpoch | None = None,
     device: str = "cpu",
     shard: ItemShard | None = None,
+    train_elsewhere: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train all CF models and write their folder, whole or not at all.
 
@@ -95,6 +96,9 @@ def train_cf(
     Deterministic for a seed, a number of torch threads and of shards. Returns the
     report, which is also written as report.json.
 
+    `train_elsewhere` is called first where models are left to train, and may have other
+    processes train them by `train_share` meanwhile.
+
     Raises UserError when a fold leaves too few users to train on, and when a model
     diverges.
     """
@@ -103,25 +107,19 @@ def train_cf(
     # What cannot be served is refused before it is trained.
     index_kind(config, dataset.num_items)
     shard = shard or ItemShard(dataset.num_items)
-    sequences = TrainingSequences(
-        dataset.items,
-        dataset.offsets[:-1],
-        dataset.train_lengths(),
-        dataset.target_positions("validation"),
-    )
+    sequences = _training_sequences(dataset)
     folds = user_folds(dataset.user_ids, config.cf_folds)
     with _unfinished_folder(out, config, dataset, folds, shard) as unfinished:
         work = unfinished / out.name
-        reports = {}
-        for name, users, seed in _model_users(config, folds):
-            path, report_path = work / f"{name}.safetensors", unfinished / f"{name}.json"
-            report = _finished_report(report_path, name, config, shard, on_epoch)
-            if report is None:
-                trained_on = sequences if users is None else sequences.select(users)
-                report = fit_sasrec(config, shard, trained_on, path, seed, on_epoch, device)
-                if shard.is_rank0:
-                    write_json(report_path, report)
-            reports[name] = report
+        models = list(_model_users(config, folds))
+        if train_elsewhere is not None and not all(
+            (unfinished / f"{name}.json").exists() for name, *_ in models
+        ):
+            train_elsewhere()
+        reports = {
+            model[0]: _trained(model, config, shard, sequences, out, on_epoch, device)
+            for model in models
+        }
         if config.cf_folds == 1 and shard.is_rank0:
             shutil.copyfile(work / "full.safetensors", work / "fold0.safetensors")
         shard.barrier()
@@ -136,6 +134,60 @@ def train_cf(
         if shard.is_rank0:
             _commit(config, dataset, catalogue, folds, report, work, out)
             shutil.rmtree(unfinished, ignore_errors=True)
+    return report
+
+
+def train_share(
+    config: CFConfig,
+    dataset: InteractionDataset,
+    out: str | Path,
+    rank: int,
+    processes: int,
+    on_epoch: OnEpoch | None = None,
+    device: str = "cpu",
+) -> None:
+    """Train every `processes`-th model from `rank` on, each by this process alone.
+
+    Another process is in `train_cf` with the same settings, data and folder, which both
+    see, and takes the models over. Raises UserError as `train_cf` does.
+    """
+    sequences, shard = _training_sequences(dataset), ItemShard(dataset.num_items)
+    models = list(_model_users(config, user_folds(dataset.user_ids, config.cf_folds)))
+    for model in models[rank::processes]:
+        _trained(model, config, shard, sequences, Path(out), on_epoch, device)
+
+
+def _training_sequences(dataset: InteractionDataset) -> TrainingSequences:
+    return TrainingSequences(
+        dataset.items,
+        dataset.offsets[:-1],
+        dataset.train_lengths(),
+        dataset.target_positions("validation"),
+    )
+
+
+def _trained(
+    model: tuple[str, np.ndarray | None, int],
+    config: CFConfig,
+    shard: ItemShard,
+    sequences: TrainingSequences,
+    out: Path,
+    on_epoch: OnEpoch | None,
+    device: str,
+) -> dict[str, Any]:
+    """Train one of `_model_users` into the folder of unfinished work, unless it is
+    there; its report.
+    """
+    name, users, seed = model
+    unfinished = _unfinished(out)
+    report_path = unfinished / f"{name}.json"
+    report = _finished_report(report_path, name, config, shard, on_epoch)
+    if report is None:
+        path = unfinished / out.name / f"{name}.safetensors"
+        trained_on = sequences if users is None else sequences.select(users)
+        report = fit_sasrec(config, shard, trained_on, path, seed, on_epoch, device)
+        if shard.is_rank0:
+            write_json(report_path, report)
     return report
 
 
@@ -196,7 +248,7 @@ def _unfinished_folder(
     It stays when the work is interrupted, for the next call with the same task; where
     the input is refused it vanishes.
     """
-    unfinished = out.with_name(f".{out.name}.unfinished")
+    unfinished = _unfinished(out)
     lock = None
     if shard.is_rank0:
         lock = _lock_folder(unfinished)
@@ -219,6 +271,10 @@ def _unfinished_folder(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
 
 
 def _task(

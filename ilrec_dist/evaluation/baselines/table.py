@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ilrec_dist.cf.sasrec.checkpoint import load_cf
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.data.synthetic.generate import bayes_scores
 from ilrec_dist.evaluation.baselines.counting import (
+    TrainingCounts,
     count_training,
     popularity_scores,
     transition_scores,
@@ -37,15 +39,18 @@ class BaselineInputs:
     # By name, the folders of sequence models.
     trained: Mapping[str, Path] = field(default_factory=dict)
 
+    @cached_property
+    def counts(self) -> TrainingCounts:
+        """The training split, counted once."""
+        return count_training(self.dataset)
+
 
 def _popularity(inputs: BaselineInputs) -> Scorer:
-    counts = count_training(inputs.dataset)
-    return lambda users: popularity_scores(counts, users)
+    return lambda users: popularity_scores(inputs.counts, users)
 
 
 def _transitions(inputs: BaselineInputs) -> Scorer:
-    counts = count_training(inputs.dataset)
-    return lambda users: transition_scores(counts, inputs.dataset, users, inputs.split)
+    return lambda users: transition_scores(inputs.counts, inputs.dataset, users, inputs.split)
 
 
 def _sasrec(inputs: BaselineInputs) -> Scorer:

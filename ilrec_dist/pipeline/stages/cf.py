@@ -1,5 +1,5 @@
-"""The cf stage: the collaborative-filtering models, trained here or by the workers
-together.
+"""The cf stage: the collaborative-filtering models, trained here, by the workers of a
+named cluster side by side, or by the workers together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
-from ilrec_dist.launch.cluster import ray_session
+from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.device import resolve_device
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
@@ -38,7 +38,7 @@ def cf_stage(config: Config) -> Stage:
 def train_cf_models(config: Config) -> str | None:
     """Train all models; returns what the full one came to."""
     if config.cf.split_table:
-        train_by_workers(config)
+        train_by_workers(config, "train_cf_part")
     else:
         train_here(config)
     models = read_report(RunFolders(config.run_dir).cf)["models"]
@@ -50,26 +50,40 @@ def train_cf_models(config: Config) -> str | None:
 
 
 def train_here(config: Config) -> None:
+    """Train what the workers do not train side by side, and complete the folder."""
     artifacts = RunArtifacts(config)
     # launch.device is that of the workers; this process may have no GPU where they have.
     device = resolve_device(config.launch) if torch.cuda.is_available() else "cpu"
-    with stage_progress("cf", cf_epochs(config.cf), "epochs") as show:
-        progress = epochs_so_far(show)
-        train_cf(config.cf, artifacts.training, None, artifacts.folders.cf, progress, device)
+    train = partial(train_cf, config.cf, artifacts.training, None, artifacts.folders.cf)
+    if is_side_by_side(config):
+        train(device=device, train_elsewhere=lambda: train_by_workers(config, "train_cf_share"))
+    else:
+        with stage_progress("cf", cf_epochs(config.cf), "epochs") as show:
+            train(epochs_so_far(show), device)
     # The workers may share the GPU.
     torch.cuda.empty_cache()
 
 
-def train_by_workers(config: Config) -> None:
-    """Train with the item table split over the workers; their epochs are shown here."""
+def is_side_by_side(config: Config) -> bool:
+    """Whether each worker trains some of the models.
+
+    Only where there is a named cluster: on one machine the
+    cores are busy already, and starting workers takes a while.
+    """
+    launch = config.launch
+    return is_on_named_cluster(launch) and launch.workers > 1 and config.cf.cf_folds > 1
+
+
+def train_by_workers(config: Config, task: str) -> None:
+    """Have the workers train by one of `worker_tasks`; their epochs are shown here."""
     folders = RunFolders(config.run_dir)
     shutil.rmtree(folders.cf_work, ignore_errors=True)
     job = Job(
-        "ilrec_dist.pipeline.worker_tasks:train_cf_part",
+        f"ilrec_dist.pipeline.worker_tasks:{task}",
         {"config": config_for_workers(config)},
         str(folders.cf_work.resolve()),
     )
-    follow = partial(follow_counter, folders.cf_work / COUNTER, "cf", "epochs")
+    follow = partial(follow_counter, folders.cf_work / COUNTER, "epochs")
     try:
         with following(follow), ray_session(config.launch):
             run_workers(config.launch, job)

@@ -1,5 +1,7 @@
-"""The evaluate stage: predictions of the trained
-models and the baselines on the test split.
+"""The evaluate stage: which predictions there are, where
+they lie, and the figures of the report made from them.
+
+The workers make them (`worker_tasks.train_and_evaluate`).
 """
 
 from __future__ import annotations
@@ -17,14 +19,12 @@ from ilrec_dist.evaluation.baselines.table import BASELINES, Baseline, baselines
 from ilrec_dist.evaluation.beyond_accuracy import ItemFacts, beyond_accuracy
 from ilrec_dist.evaluation.comparison import MethodFigures
 from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.evaluation.ranking import baseline_predictions
 from ilrec_dist.objective.registry import METHODS, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.baselines import baseline_stage
 from ilrec_dist.pipeline.training_cost import training_costs
 from ilrec_dist.reporting.html.examples import Example
-from ilrec_dist.reporting.progress import stage_progress
 from ilrec_dist.reporting.results import TRAINING_FLOPS, Interval, MethodLabel
 
 # Sources of each fusion besides the language model, the widest last.
@@ -82,36 +82,6 @@ def fusions(config: Config) -> tuple[tuple[str, ...], ...]:
 
 def fused_name(method: str, sources: Sequence[str]) -> str:
     return "+".join([method, *sources])
-
-
-def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
-    """Full ranking by every baseline under both
-    treatments of seen items, in this process.
-    """
-    users = artifacts.dataset.evaluated("test")
-    work = [
-        (baseline.name, exclude)
-        for baseline in baselines_in(config)
-        for exclude in treatments(config)
-    ]
-    with stage_progress("baselines", len(work), "rankings") as show:
-        for done, (name, exclude) in enumerate(work, start=1):
-            path = predictions_file(config, name, None, exclude)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            baseline_predictions(
-                name,
-                artifacts.dataset,
-                users=users,
-                split="test",
-                exclude_seen=exclude,
-                cf_folder=artifacts.folders.cf,
-                data_folder=artifacts.folders.data,
-                trained={
-                    wanted: artifacts.folders.baseline(wanted)
-                    for wanted in config.evaluation.baselines
-                },
-            ).save(path)
-            show(done, name)
 
 
 def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigures]:

@@ -36,7 +36,6 @@ from ilrec_dist.pipeline.artifacts import (
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.pipeline.stages.evaluate import evaluate_baselines
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter, following
 from ilrec_dist.training.checkpoint import latest
 from ilrec_dist.training.schedule import warmup_warning
@@ -137,7 +136,6 @@ def train_and_evaluate(
         seconds.append(max(end - at, over_all_attempts))
         at = max(at, end)
     if evaluate:
-        evaluate_baselines(config, RunArtifacts(config))
         seconds.append(time.time() - at)
     return seconds
 
@@ -202,7 +200,7 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
                 return
         if evaluate:
             counter = RunFolders(config.run_dir).evaluation / COUNTER
-            follow_counter(counter, "evaluate", "rankings", stop)
+            follow_counter(counter, "rankings", stop)
 
     with following(follow):
         yield

@@ -1,0 +1,173 @@
+"""What autograd keeps of a micro-batch's layers until the backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
+from ilrec_dist.plan.decoder import DecoderSizes
+from ilrec_dist.plan.trained import ALL_WEIGHTS, Linear, TrainedWeights, linears
+
+
+@dataclass
+class Kept:
+    """Bytes for each token, and bytes whatever the number of tokens is."""
+
+    token: float = 0.0
+    once: float = 0.0
+
+    def of(self, tokens: int) -> float:
+        return self.token * tokens + self.once
+
+
+def activation_bytes(
+    sizes: DecoderSizes,
+    batch: MicroBatch,
+    layout: StepLayout,
+    trained: TrainedWeights = ALL_WEIGHTS,
+    recompute: bool = False,
+) -> float:
+    """Of all layers; with `recompute` only the layers' inputs, and everything of one
+    layer at a time.
+    """
+    tokens, residual = batch.tokens, sizes.hidden * layout.element
+    first, later = (
+        _Layer(sizes, trained, layout, batch.is_packed, is_first).kept()
+        for is_first in (True, False)
+    )
+    embedding = 0.0
+    if sizes.config.dropout > 0 and (trained.all_weights or trained.rows is not None):
+        # The mask of the embeddings.
+        embedding = tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
+    if sizes.config.position_embedding == "rope":
+        # Cosines and sines, which all layers share.
+        positions = tokens if batch.is_packed else batch.tokens_per_sequence
+        embedding += 2 * positions * sizes.head_dim * layout.element
+    if not recompute:
+        return embedding + first.of(tokens) + (sizes.layers - 1) * later.of(tokens)
+    largest = (later if sizes.layers > 1 else first).of(tokens)
+    if norm_keeps_its_input(sizes, layout):
+        # Its input is among the layers' inputs.
+        largest -= tokens * residual
+    return embedding + sizes.layers * tokens * residual + largest
+
+
+class _Layer:
+    """One layer, from its first norm to its last product.
+
+    What belongs to heads and to the feed-forward's inner features is divided over tp.
+    """
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        trained: TrainedWeights,
+        layout: StepLayout,
+        is_packed: bool,
+        is_first: bool,
+    ) -> None:
+        self.sizes, self.trained, self.layout = sizes, trained, layout
+        self.is_packed, self.needs = is_packed, trained.needs(sizes, is_first)
+        self.linears = {linear.name: linear for linear in linears(sizes)}
+        # On a CPU in bf16 the attention itself works on copies in fp32.
+        self.copies = layout.element < FP32 and not layout.is_cuda
+        self.total = Kept()
+
+    def kept(self) -> Kept:
+        sizes, layout, needs = self.sizes, self.layout, self.needs
+        all_weights, element = self.trained.all_weights, layout.element
+        if all_weights or needs.inputs:
+            self.total.token += norm_bytes(sizes, layout, all_weights)
+        self._enter("linear_qkv", sizes.hidden, all_weights or needs.inputs)
+        if needs.joint:
+            self.total.token += self._attention()
+        # The attention's own copy of its output serves the projection as well, unless it is in
+        # another order or precision.
+        is_shared = needs.joint and not self.copies and not self.is_packed
+        self._enter("linear_proj", sizes.query_width / layout.tp, needs.joint, is_shared)
+        if all_weights or needs.middle:
+            self.total.token += norm_bytes(sizes, layout, all_weights)
+        self._enter("linear_fc1", sizes.hidden, all_weights or needs.middle)
+        if needs.expanded:
+            # Before the activation.
+            self.total.token += sizes.fc1_width * element / layout.tp
+        self._enter("linear_fc2", sizes.ffn / layout.tp, needs.expanded)
+        if sizes.config.dropout > 0:
+            # The masks of the two outputs.
+            self.total.token += 2 * sizes.hidden * (1 if layout.is_cuda else element)
+        return self.total
+
+    def _enter(self, name: str, width: float, needs: bool, is_kept: bool = False) -> None:
+        """What a linear map and its adapters keep: their input, of `width` features on
+        this rank, the adapters' factors A side by side, and what comes out of these.
+
+        needs: whether the input needs a gradient; is_kept: whether it is kept anyway. A
+        frozen map without adapters keeps nothing.
+        """
+        linear: Linear = self.linears[name]
+        element, lora = self.layout.element, self.trained.lora
+        count = self.trained.adapters(linear)
+        dropout = 0.0 if lora is None or count == 0 else lora.dropout
+        if (self.trained.all_weights or count) and not is_kept and dropout == 0:
+            self.total.token += width * element
+        if lora is None or count == 0:
+            return
+        if dropout > 0:
+            self.total.token += width * element
+            if needs:
+                self.total.token += width * (1 if self.layout.is_cuda else element)
+        self.total.token += count * lora.rank * element
+        if needs:
+            self.total.once += count * lora.rank * width * element
+
+    def _attention(self) -> float:
+        """Bytes a token of the attention on this rank."""
+        sizes, layout = self.sizes, self.layout
+        inner = FP32 if self.copies else layout.element
+        heads, groups = sizes.heads / layout.tp, max(1.0, sizes.kv_heads / layout.tp)
+        queries, keys = heads * sizes.head_dim, groups * sizes.head_dim
+        # Its output, and what its backward pass needs of each head's softmax.
+        total = queries * inner + FP32 * heads
+        # Queries, keys and values: after the rotation, the values by themselves; with learned
+        # positions as the joint projection.
+        total += (queries + 2 * keys) * inner
+        if sizes.config.qk_norm:
+            total += self._head_norms(queries + keys, heads + groups)
+            if not self.copies and not self.is_packed:
+                # The values are a part of the joint projection, which the norms keep.
+                total -= keys * inner
+        return total
+
+    def _head_norms(self, width: float, heads: float) -> float:
+        """Bytes a token that the norms of this rank's query and key heads keep."""
+        sizes, layout = self.sizes, self.layout
+        # Ranks that share key/value heads have the whole joint projection.
+        is_shared = sizes.kv_heads < layout.tp
+        joint = sizes.qkv_width * layout.element / (1 if is_shared else layout.tp)
+        if layout.is_cuda:
+            return joint + FP32 * heads
+        # As fp32 copies in bf16; for the weight's gradient also what it is multiplied with.
+        inputs = width * FP32 if self.copies else joint
+        return inputs + FP32 * heads + (width * FP32 if self.trained.all_weights else 0)
+
+
+def norm_keeps_its_input(sizes: DecoderSizes, layout: StepLayout) -> bool:
+    """Whether a norm keeps the residual stream itself, and no copy of it.
+
+    torch computes an RMS norm in one kernel on GPUs only; on CPUs in
+    fp32 the project's own is used (model.elementwise).
+    """
+    is_layer_norm = sizes.config.normalization == "LayerNorm"
+    return is_layer_norm or layout.is_cuda or layout.element == FP32
+
+
+def norm_bytes(sizes: DecoderSizes, layout: StepLayout, is_trained: bool) -> int:
+    """Bytes a row that a norm keeps of its input, with the statistics.
+
+    On CPUs in bf16 an RMS norm keeps the row in fp32 and, where
+    its weight is trained, the normalised row before the weight.
+    """
+    statistics = (2 if sizes.config.normalization == "LayerNorm" else 1) * FP32
+    if norm_keeps_its_input(sizes, layout):
+        return sizes.hidden * layout.element + statistics
+    return sizes.hidden * FP32 * (2 if is_trained else 1) + statistics
