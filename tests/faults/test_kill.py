@@ -30,8 +30,13 @@ from tests.support.tiny_run import tiny_config
 pytestmark = pytest.mark.slow
 CHECKPOINT_STEPS = 10
 # The worker of a killed driver trains on for some seconds, and must not reach the end in them.
-EPOCHS, LAST_STEP = 60, 420
+EPOCHS, LAST_STEP = 40, 280
 PATIENCE_SECONDS = 480
+# How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
+QUICK = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+}
 # A worker that does not answer is given up after these.
 TIMEOUT_SECONDS = 15
 
@@ -79,6 +84,7 @@ def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
         [sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags],
         stdout=log,
         stderr=log,
+        env=os.environ | QUICK,
         start_new_session=True,
         preexec_fn=default_signals,
     )
