@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -146,74 +147,79 @@ def score_candidates(
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """A fused ranking of the test split with its weights."""
+class FusedModel:
+    """A language model and the sources that it is mixed with.
 
-    predictions: Predictions
-    # float64 [1 + sources]: the language model's weight first.
-    weights: np.ndarray
-    # NDCG@10 on the validation split, which the weights were chosen by.
-    validation_ndcg: float
-
-
-def fuse_model(
-    backbone: Decoder,
-    dataset: InteractionDataset,
-    trie: Trie,
-    sources: Sequence[FusionSource],
-    *,
-    validation_users: np.ndarray,
-    test_users: np.ndarray,
-    config: EvaluationConfig,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
-    parallel: ParallelState,
-    model_name: str = "the model",
-) -> Fusion:
-    """Rank test users by a mixture whose weights are chosen on validation users.
-
-    Collective over `parallel`; the same on every rank.
+    What it does is collective over `parallel`, and the same on every rank.
     """
-    constraint = TrieConstraint(trie, parallel.device)
-    scores, targets = {}, {}
-    for split, users in (("validation", validation_users), ("test", test_users)):
+
+    backbone: Decoder
+    dataset: InteractionDataset
+    trie: Trie
+    sources: Sequence[FusionSource]
+    config: EvaluationConfig
+    softmax_scope: SoftmaxScope
+    inputs: InputForm
+    parallel: ParallelState
+    model_name: str = "the model"
+
+    @cached_property
+    def constraint(self) -> TrieConstraint:
+        return TrieConstraint(self.trie, self.parallel.device)
+
+    def choose_weights(self, users: np.ndarray) -> tuple[np.ndarray, float]:
+        """The weights by the validation split of these users, float64 [1 + sources]
+        with the language model's first, and the NDCG@10 there.
+        """
+        scores, beams = self._scores(users, "validation")
+        return choose_weights(scores, beams.targets)
+
+    def predictions(
+        self, weights: np.ndarray, *, users: np.ndarray, progress: RankingProgress | None = None
+    ) -> Predictions:
+        """Rank the test split of these users by the mixture with these weights."""
+        scores, beams = self._scores(users, "test", progress)
+        return fused_predictions(
+            scores,
+            weights,
+            users=beams.users,
+            targets=beams.targets,
+            exclude_seen=self.config.exclude_seen,
+        )
+
+    def _scores(
+        self, users: np.ndarray, split: str, progress: RankingProgress | None = None
+    ) -> tuple[FusionScores, Predictions]:
+        """The candidates and their scores, and the beams that some come from."""
         beams = evaluate_model(
-            backbone,
-            dataset,
-            trie.catalogue,
-            trie,
+            self.backbone,
+            self.dataset,
+            self.trie.catalogue,
+            self.trie,
             users=users,
             split=split,
-            config=config,
-            softmax_scope=softmax_scope,
-            inputs=inputs,
-            parallel=parallel,
-            model_name=model_name,
+            config=self.config,
+            softmax_scope=self.softmax_scope,
+            inputs=self.inputs,
+            parallel=self.parallel,
+            progress=progress,
+            model_name=self.model_name,
         )
-        targets[split] = beams.targets
-        scores[split] = score_candidates(
-            backbone,
-            constraint,
-            history_ranges(dataset, beams.users, split),
+        scores = score_candidates(
+            self.backbone,
+            self.constraint,
+            history_ranges(self.dataset, beams.users, split),
             beams.items,
-            sources,
-            num_candidates=config.fusion_candidates,
-            batch_size=config.batch_size,
-            softmax_scope=softmax_scope,
-            inputs=inputs,
-            exclude_seen=config.exclude_seen,
-            parallel=parallel,
-            model_name=model_name,
+            self.sources,
+            num_candidates=self.config.fusion_candidates,
+            batch_size=self.config.batch_size,
+            softmax_scope=self.softmax_scope,
+            inputs=self.inputs,
+            exclude_seen=self.config.exclude_seen,
+            parallel=self.parallel,
+            model_name=self.model_name,
         )
-    weights, ndcg = choose_weights(scores["validation"], targets["validation"])
-    predictions = fused_predictions(
-        scores["test"],
-        weights,
-        users=np.sort(test_users),
-        targets=targets["test"],
-        exclude_seen=config.exclude_seen,
-    )
-    return Fusion(predictions, weights, ndcg)
+        return scores, beams
 
 
 def fused_predictions(

@@ -47,6 +47,11 @@ def cluster_address(launch: LaunchConfig) -> str | None:
     return launch.ray_address or os.environ.get("RAY_ADDRESS")
 
 
+def is_on_named_cluster(launch: LaunchConfig) -> bool:
+    """Whether the workers are those of a Ray cluster that the user named."""
+    return launch.engine == "ray" and cluster_address(launch) is not None
+
+
 @contextlib.contextmanager
 def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
     """Connect to the named cluster, or start a local Ray, for the length of the block.

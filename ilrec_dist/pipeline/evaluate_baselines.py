@@ -7,12 +7,12 @@ import shutil
 import torch.distributed as dist
 
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.layout import from_rank0, refused_together
+from ilrec_dist.distributed.layout import refused_together
 from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.predictions import join_predictions
 from ilrec_dist.evaluation.ranking import baseline_predictions, users_of_rank
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.rankings import rankings_counter
+from ilrec_dist.pipeline.rankings import RankingsCounter, is_ranked, parts_folder
 from ilrec_dist.pipeline.stages.evaluate import baselines_in, predictions_file, treatments
 
 
@@ -41,11 +41,12 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
     ]
     for number, (name, exclude) in enumerate(work):
         path = predictions_file(config, name, None, exclude)
-        if from_rank0(path.exists()):
+        if is_ranked(path):
             continue
-        parts = path.with_name(f".{path.name}.parts")
+        parts = parts_folder(path)
         files = [parts / f"{r:06d}.parquet" for r in range(world_size)]
         before, total = number * len(users), len(work) * len(users)
+        counter = RankingsCounter(artifacts, "baselines", name, before, total, world_size)
         with refused_together():
             parts.mkdir(parents=True, exist_ok=True)
             if len(shares[rank]):
@@ -54,9 +55,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                     inputs,
                     users=shares[rank],
                     exclude_seen=exclude,
-                    progress=rankings_counter(
-                        artifacts, "baselines", name, before, total, world_size
-                    ),
+                    progress=counter.after(),
                 ).save(files[rank])
         if rank == 0:
             join_predictions([files[r] for r in range(world_size) if len(shares[r])], path)

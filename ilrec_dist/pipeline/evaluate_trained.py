@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
-import torch.distributed as dist
+import numpy as np
 
 from ilrec_dist.cf.sasrec.checkpoint import load_cf
-from ilrec_dist.common.files import write_json
+from ilrec_dist.common.files import read_json_object, write_json
 from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.layout import ParallelState, from_rank0, is_rank0
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.fusion_ranking import (
+    FusedModel,
     FusionSource,
     cf_source,
-    fuse_model,
     transitions_source,
 )
 from ilrec_dist.evaluation.ranking import evaluate_model
+from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import empty_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
-from ilrec_dist.pipeline.rankings import rankings_counter
+from ilrec_dist.pipeline.rankings import RankingsCounter, is_ranked, rank_in_parts
 from ilrec_dist.pipeline.stages.evaluate import (
     FUSION_SUFFIX,
     fused_name,
@@ -46,43 +49,32 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     """Beam search with the best weights of every
     trained (method, seed), on the test split.
 
-    Runs in every worker. Predictions that an
-    interrupted evaluation saved are not made again.
+    Runs in every worker. Predictions that an interrupted evaluation
+    saved are not made again, nor are parts of them.
     """
     users = artifacts.dataset.evaluated("test")
     inputs = input_form(config, artifacts, served_prompt(config))
-    is_rank0 = dist.get_rank() == 0
-    work = [
-        (method, seed, exclude)
-        for method in config.train.methods
-        for seed in config.train.seeds
-        for exclude in treatments(config)
-    ]
+    work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
     for number, (method, seed, exclude) in enumerate(work):
         path = predictions_file(config, method, seed, exclude)
-        # No rank gets here before all have finished the one before, so all see the same files.
-        if path.exists():
+        if is_ranked(path):
             continue
-        weights = artifacts.folders.training(method, seed) / BEST
-        backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
-        before, total = number * len(users), len(work) * len(users)
-        predictions = evaluate_model(
-            backbone.to(parallel.device),
+        evaluated = partial(
+            evaluate_model,
+            _best(config, artifacts, parallel, method, seed),
             artifacts.dataset,
             artifacts.catalogue,
             artifacts.trie,
-            users=users,
             split="test",
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             inputs=inputs,
             parallel=parallel,
-            progress=rankings_counter(artifacts, "evaluate", method, before, total, parallel.dp),
-            model_name=str(weights),
+            model_name=str(artifacts.folders.training(method, seed) / BEST),
         )
-        if is_rank0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            predictions.save(path)
+        before, total = number * len(users), len(work) * len(users)
+        counter = RankingsCounter(artifacts, "evaluate", method, before, total, parallel.dp)
+        rank_in_parts(path, users, evaluated, counter)
     if config.evaluation.fusion:
         evaluate_fusions(config, artifacts, parallel)
 
@@ -91,46 +83,65 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
     """Mixtures of every trained (method, seed),
     with weights chosen on validation users.
 
-    Each is saved like a method's predictions, with
-    its weights in a .fusion.json beside them.
+    Each is saved like a method's predictions, with its weights
+    in a .fusion.json beside them, which is written first.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     inputs = input_form(config, artifacts, served_prompt(config))
-    work = itertools.product(
-        config.train.methods, config.train.seeds, treatments(config), fusions(config)
-    )
-    for method, seed, exclude, names in work:
-        path = predictions_file(config, fused_name(method, names), seed, exclude)
-        # All ranks look before one of them writes.
-        exists = path.exists()
-        dist.barrier()
-        if exists:
+    users = artifacts.dataset.evaluated("test")
+    methods, seeds = config.train.methods, config.train.seeds
+    work = list(itertools.product(methods, seeds, treatments(config), fusions(config)))
+    for number, (method, seed, exclude, names) in enumerate(work):
+        title = fused_name(method, names)
+        path = predictions_file(config, title, seed, exclude)
+        if is_ranked(path):
             continue
-        weights_file = artifacts.folders.training(method, seed) / BEST
-        backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights_file)
-        fusion = fuse_model(
-            backbone.to(parallel.device),
+        model = FusedModel(
+            _best(config, artifacts, parallel, method, seed),
             artifacts.dataset,
             artifacts.trie,
             [sources[name] for name in names],
-            validation_users=artifacts.validation_users(config.train.validation_users),
-            test_users=artifacts.dataset.evaluated("test"),
             config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             inputs=inputs,
             parallel=parallel,
-            model_name=str(weights_file),
+            model_name=str(artifacts.folders.training(method, seed) / BEST),
         )
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                path.with_suffix(FUSION_SUFFIX),
-                {
-                    "weights": dict(zip([method, *names], fusion.weights.tolist(), strict=True)),
-                    "validation_ndcg@10": fusion.validation_ndcg,
-                    "exclude_seen": exclude,
-                    "beam": config.evaluation.beam,
-                    "candidates": config.evaluation.fusion_candidates,
-                },
-            )
-            fusion.predictions.save(path)
+        weights = _fusion_weights(config, artifacts, model, path, [method, *names])
+        before, total = number * len(users), len(work) * len(users)
+        counter = RankingsCounter(artifacts, "fusions", title, before, total, parallel.dp)
+        rank_in_parts(path, users, partial(model.predictions, weights), counter)
+
+
+def _fusion_weights(
+    config: Config, artifacts: RunArtifacts, model: FusedModel, path: Path, names: Sequence[str]
+) -> np.ndarray:
+    """The weights of `names`, from the file beside the
+    fusion's predictions, or chosen and written there.
+    """
+    file = path.with_suffix(FUSION_SUFFIX)
+    # All parts are of the same weights, whatever layout an interrupted evaluation had.
+    saved = from_rank0(read_json_object(file) if is_rank0() and file.exists() else None)
+    if saved is None:
+        users = artifacts.validation_users(config.train.validation_users)
+        weights, ndcg = model.choose_weights(users)
+        saved = {
+            "weights": dict(zip(names, weights.tolist(), strict=True)),
+            "validation_ndcg@10": ndcg,
+            "exclude_seen": model.config.exclude_seen,
+            "beam": model.config.beam,
+            "candidates": model.config.fusion_candidates,
+        }
+        if is_rank0():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, saved)
+    return np.array([saved["weights"][name] for name in names])
+
+
+def _best(
+    config: Config, artifacts: RunArtifacts, parallel: ParallelState, method: str, seed: int
+) -> Backbone:
+    """The model with the best weights of a training, on this rank's device."""
+    weights = artifacts.folders.training(method, seed) / BEST
+    backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
+    return backbone.to(parallel.device)

@@ -1,27 +1,126 @@
-"""How far the rankings of the evaluation are."""
+"""The rankings of the evaluation: what an interrupted one has saved of them is gone on
+with, part by part, and how far they are is counted.
+"""
 
 from __future__ import annotations
 
-from ilrec_dist.common.run_layout import COUNTER
-from ilrec_dist.distributed.layout import is_rank0
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch.distributed as dist
+
+from ilrec_dist.common.files import sha256_file, write_text
+from ilrec_dist.common.manifest import MANIFEST
+from ilrec_dist.common.parquet import is_whole_parquet
+from ilrec_dist.common.run_layout import BEST, COUNTER, MADE_WITH
+from ilrec_dist.config.tree import Config
+from ilrec_dist.distributed.layout import from_rank0, is_rank0
+from ilrec_dist.evaluation.predictions import Predictions, join_predictions
 from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.reporting.progress import Count, write_counter
 
+# Users that are ranked before their predictions are saved: all that an interruption loses, and
+# all whose lists are in memory. With fewer, more batches would be short of users, for each has
+# histories of one length.
+PART_USERS = 1 << 14
 
-def rankings_counter(
-    artifacts: RunArtifacts, title: str, note: str, before: int, total: int, ranks: int
-) -> RankingProgress | None:
-    """Writes the rankings done so far where the driver reads them, in rank 0.
 
-    before: those done before. The other ranks that share
-    the work are taken to have done as many as this one.
+class RankUsers(Protocol):
+    """Ranks some users, and counts those it has ranked."""
+
+    def __call__(self, *, users: np.ndarray, progress: RankingProgress | None) -> Predictions: ...
+
+
+@dataclass(frozen=True)
+class RankingsCounter:
+    """Writes the rankings done so far where the driver reads them, in rank 0."""
+
+    artifacts: RunArtifacts
+    # What is done, and by what.
+    title: str
+    note: str
+    # The rankings done before, and those of all that has this title.
+    before: int
+    total: int
+    # The ranks that share the work; all are taken to have done as many as this one.
+    ranks: int
+
+    def after(self, more: int = 0) -> RankingProgress | None:
+        """Counts those of a part that comes after as many `more`."""
+        if not is_rank0():
+            return None
+
+        def progress(done: int, of_rank: int) -> None:
+            so_far = self.before + more + min(done, of_rank) * self.ranks
+            count = Count(self.title, so_far, self.total, self.note)
+            write_counter(self.artifacts.folders.evaluation / COUNTER, count)
+
+        return progress
+
+
+def drop_rankings_of_others(config: Config, artifacts: RunArtifacts) -> None:
+    """Remove what an interrupted evaluation made with other weights, codes or data than
+    those that lie in the run's folder now; collective.
     """
-    if not is_rank0():
-        return None
+    if is_rank0():
+        folders = artifacts.folders
+        made_with = [folders.data, folders.items, folders.cf]
+        made_with += [folders.baseline(name) for name in config.evaluation.baselines]
+        made_with += [
+            folders.training(method, seed) / BEST
+            for method in config.train.methods
+            for seed in config.train.seeds
+        ]
+        hashes = {
+            path.relative_to(folders.root).as_posix(): sha256_file(path / MANIFEST)
+            for path in made_with
+        }
+        text = json.dumps({"part_users": PART_USERS, "sha256": hashes}, indent=2) + "\n"
+        note = folders.evaluation / MADE_WITH
+        if not note.exists() or note.read_text(encoding="utf-8", errors="replace") != text:
+            shutil.rmtree(folders.evaluation, ignore_errors=True)
+            folders.evaluation.mkdir(parents=True)
+            write_text(note, text)
+    dist.barrier()
 
-    def progress(done: int, of_rank: int) -> None:
-        count = Count(title, before + min(done, of_rank) * ranks, total, note)
-        write_counter(artifacts.folders.evaluation / COUNTER, count)
 
-    return progress
+def parts_folder(path: Path) -> Path:
+    """Where the parts of predictions lie until all are there."""
+    return path.with_name(f".{path.name}.parts")
+
+
+def is_ranked(path: Path) -> bool:
+    """Whether the predictions are there, whole; the same on every rank."""
+    exists: bool = from_rank0(path.exists())
+    if exists and is_rank0():
+        # Of a process that ended when it had joined them.
+        shutil.rmtree(parts_folder(path), ignore_errors=True)
+    return exists
+
+
+def rank_in_parts(path: Path, users: np.ndarray, rank: RankUsers, counter: RankingsCounter) -> None:
+    """Rank `users`, ascending, and write their predictions to `path`.
+
+    Collective; PART_USERS are ranked at a time, and rank 0 saves them. Parts that an
+    interrupted call has saved are not ranked again.
+    """
+    starts = range(0, len(users), PART_USERS)
+    files = [parts_folder(path) / f"{number:06d}.parquet" for number in range(len(starts))]
+    # One list for all, whatever each would see.
+    finished: list[bool] = from_rank0([is_whole_parquet(file) for file in files])
+    for file, start, is_finished in zip(files, starts, finished, strict=True):
+        if is_finished:
+            continue
+        part = users[start : start + PART_USERS]
+        predictions = rank(users=part, progress=counter.after(start))
+        if is_rank0():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            predictions.save(file)
+    if is_rank0():
+        join_predictions(files, path)
+        shutil.rmtree(parts_folder(path))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.files import atomic_file
+from ilrec_dist.common.parquet import is_whole_parquet
 from ilrec_dist.distributed.layout import from_rank0
 from ilrec_dist.inference.recommend import SCHEMA, Recommender, Request
 from ilrec_dist.launch.job import is_refused
@@ -54,20 +55,11 @@ class Parts:
 
     def missing(self) -> list[int]:
         """The parts that are not finished."""
-        return [number for number in range(self.count) if not _is_whole(self.path(number))]
+        return [number for number in range(self.count) if not is_whole_parquet(self.path(number))]
 
     def histories_of(self, numbers: list[int]) -> int:
         """How many histories these parts have."""
         return sum(min(self.rows, self.num_histories - number * self.rows) for number in numbers)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a part has its end, which a machine that lost its power may have lost."""
-    try:
-        pq.read_metadata(path)
-        return True
-    except (OSError, pa.ArrowInvalid):
-        return False
 
 
 def rank_parts(trained: TrainedModel, parts: Parts, progress: Callable[[int], None]) -> None:

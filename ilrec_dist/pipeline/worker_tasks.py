@@ -29,6 +29,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.evaluate_baselines import evaluate_baselines
 from ilrec_dist.pipeline.evaluate_trained import evaluate_trained
+from ilrec_dist.pipeline.rankings import drop_rankings_of_others
 from ilrec_dist.pipeline.recommend_parts import Parts, rank_parts
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.trained_model import find_trained
@@ -51,6 +52,7 @@ def train_and_evaluate(
             train_one(tree, spec, artifacts, parallel)
             note_peak_memory(spec.folder, parallel)
         if evaluate:
+            drop_rankings_of_others(tree, artifacts)
             evaluate_trained(tree, artifacts, parallel)
             evaluate_baselines(tree, artifacts)
             if is_rank0():

@@ -12,13 +12,13 @@ from ilrec_dist.evaluation.baselines.counting import count_training, transition_
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.fusion import FusionScores, log_of_counts
 from ilrec_dist.evaluation.fusion_ranking import (
-    Fusion,
+    FusedModel,
     FusionSource,
-    fuse_model,
     fused_predictions,
     score_candidates,
     transitions_source,
 )
+from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import history_ranges, top_items
 from ilrec_dist.inference.inputs import PlainSequences
 from ilrec_dist.inference.trie_constraint import TrieConstraint
@@ -112,7 +112,7 @@ def test_candidates_and_their_scores_are_those_of_the_definition(exclude_seen: b
         assert (found.log_p[row, ~listed] == -np.inf).all()
 
 
-def fuse(mesh: Mesh) -> Fusion:
+def fuse(mesh: Mesh) -> tuple[np.ndarray, float, Predictions]:
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
         dataset, catalogue = toy_data(), toy_catalogue()
@@ -120,29 +120,29 @@ def fuse(mesh: Mesh) -> Fusion:
         oracle = np.full((len(USERS), NUM_ITEMS), -9.0)
         for split in ("validation", "test"):
             oracle[USERS, dataset.targets(split, USERS)] = -0.7
-        return fuse_model(
+        model = FusedModel(
             toy_backbone(catalogue),
             dataset,
             Trie(catalogue),
             [FusionSource("oracle", lambda _, rows: oracle[rows])],
-            validation_users=USERS,
-            test_users=USERS,
             config=EvaluationConfig(beam=10, fusion_candidates=3),
             softmax_scope="all",
             inputs=PlainSequences(catalogue, MAX_HISTORY),
             parallel=parallel,
         )
+        weights, ndcg = model.choose_weights(USERS)
+        return weights, ndcg, model.predictions(weights, users=USERS)
     finally:
         destroy_parallel()
 
 
 def test_a_model_is_fused_with_the_weights_that_validation_chooses() -> None:
-    (fusion,) = run_distributed(fuse, 1, 1)
-    assert fusion.weights[1] > 0.5 and fusion.validation_ndcg > 0.6
-    assert fusion.weights.sum() == pytest.approx(1)
+    ((weights, ndcg, predictions),) = run_distributed(fuse, 1, 1)
+    assert weights[1] > 0.5 and ndcg > 0.6
+    assert weights.sum() == pytest.approx(1)
     # At test time the validation item is seen, so the oracle's first item is the target.
-    assert fusion.predictions.metrics()["hit@1"] > 0.9
-    assert fusion.predictions.users.tolist() == USERS.tolist()
+    assert predictions.metrics()["hit@1"] > 0.9
+    assert predictions.users.tolist() == USERS.tolist()
 
 
 def test_process_layouts_agree() -> None:

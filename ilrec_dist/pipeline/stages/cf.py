@@ -14,7 +14,7 @@ from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
-from ilrec_dist.launch.cluster import cluster_address, ray_session
+from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.device import resolve_device
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
@@ -71,8 +71,7 @@ def is_side_by_side(config: Config) -> bool:
     cores are busy already, and starting workers takes a while.
     """
     launch = config.launch
-    is_named = launch.engine == "ray" and cluster_address(launch) is not None
-    return is_named and launch.workers > 1 and config.cf.cf_folds > 1
+    return is_on_named_cluster(launch) and launch.workers > 1 and config.cf.cf_folds > 1
 
 
 def train_by_workers(config: Config, task: str) -> None:

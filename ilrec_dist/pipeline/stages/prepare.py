@@ -9,7 +9,7 @@ from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.prepare import input_files
 from ilrec_dist.data.prepare import prepare as prepare_data
-from ilrec_dist.launch.cluster import cluster_address, ray_session
+from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.pipeline.stage import Stage
 
 
@@ -29,11 +29,7 @@ def prepare(config: Config) -> str | None:
     """Read, filter and split; the nodes of a named Ray cluster read a folder's files
     together.
     """
-    spread = (
-        config.launch.engine == "ray"
-        and cluster_address(config.launch) is not None
-        and len(input_files(config.data)) > 1
-    )
+    spread = is_on_named_cluster(config.launch) and len(input_files(config.data)) > 1
     with ray_session(config.launch) if spread else nullcontext():
         prepare_data(config.data, RunFolders(config.run_dir).data, spread)
     return None

@@ -1,0 +1,142 @@
+"""The evaluation of trained models saves parts of users, and goes on from them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.config.tree import Config
+from ilrec_dist.evaluation import fusion_ranking
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.pipeline import evaluate_trained, rankings
+from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
+from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.tiny_run import tiny_config, train_here
+
+pytestmark = pytest.mark.slow
+# Of the 150 users: four parts.
+PART_USERS, PARTS = 40, 4
+FUSED = "sft+cf+transitions"
+NAMES = ("predictions.parquet", "predictions-seen-kept.parquet")
+# Rankings of a part: by the model and by two fusions, with and without seen items.
+OF_A_PART = 2 * (1 + 2)
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a run with a trained model that was not evaluated."""
+    root = tmp_path_factory.mktemp("parts")
+    shutil.copytree(tiny / "tiny", root / "tiny")
+    config = tiny_config(
+        root,
+        train={"methods": ["sft"], "epochs": 1},
+        backbone={"num_layers": 1},
+        evaluation={"fusion": True},
+        launch={"workers": 2},
+    )
+    folder = RunArtifacts(config).folders.training("sft", 0)
+    run_distributed(train_here, 2, 1, config_to_dict(config), "sft", str(folder))
+    return config
+
+
+def evaluate(
+    mesh: Mesh, tree: dict, part_users: int, stop_at: int | None = None, die: bool = False
+) -> list[int]:
+    """As a worker does; the sizes of the parts of test users that were ranked.
+
+    It stops when it is to rank part number `stop_at`; with `die`, rank 0 kills itself.
+    """
+    sizes: list[int] = []
+    whole = evaluate_trained.evaluate_model
+
+    def counted(*args: Any, users: np.ndarray, split: str, **rest: Any) -> Predictions:
+        if split == "test":
+            if len(sizes) == stop_at and die and mesh.rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif len(sizes) == stop_at and not die:
+                raise InterruptedError
+            sizes.append(len(users))
+        return whole(*args, users=users, split=split, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rankings, "PART_USERS", part_users)
+        for module in (evaluate_trained, fusion_ranking):
+            patch.setattr(module, "evaluate_model", counted)
+        with suppress(InterruptedError):
+            train_and_evaluate(tree, [], True)
+    return sizes
+
+
+def predictions(config: Config) -> dict[str, Any]:
+    folder = RunArtifacts(config).folders.evaluation
+    return {
+        path.relative_to(folder).as_posix(): pq.read_table(path)
+        for path in sorted(folder.rglob("*.parquet"))
+    }
+
+
+def lists(*tables: Any) -> list[list[list[int]]]:
+    return [table.column("items").to_pylist() for table in tables]
+
+
+def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config) -> None:
+    folder, tree = RunArtifacts(config).folders.evaluation, config_to_dict(config)
+    # Undisturbed, in parts and in one.
+    sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
+    assert sizes == [[40, 40, 40, 30] * OF_A_PART] * 2
+    in_parts = predictions(config)
+    assert {f"sft-seed0/{name}" for name in NAMES} <= in_parts.keys()
+    assert {f"{FUSED}-seed0/{name}" for name in NAMES} <= in_parts.keys()
+    shutil.rmtree(folder)
+    plain = tree | {"evaluation": tree["evaluation"] | {"fusion": False}}
+    assert run_distributed(evaluate, 2, 1, plain, 150) == [[150] * 2] * 2
+    for name in (f"sft-seed0/{name}" for name in NAMES):
+        whole = predictions(config)[name]
+        assert in_parts[name].column("user") == whole.column("user"), name
+        # Batches are others, and so are last bits.
+        same = [a == b for a, b in zip(*lists(in_parts[name], whole), strict=True)]
+        assert np.mean(same) > 0.9, name
+
+    # Killed in the model's third part, then stopped in the second part of a fusion's.
+    shutil.rmtree(folder)
+    with pytest.raises(RuntimeError, match="died"):
+        run_distributed(evaluate, 2, 1, tree, PART_USERS, 2, True)
+    saved = [folder / f"sft-seed0/.{NAMES[0]}.parts/{part:06d}.parquet" for part in (0, 1)]
+    assert sorted(folder.rglob("*.parquet")) == saved
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * PARTS - 2 + 1)
+    weights = folder / "sft+cf-seed0/predictions.fusion.json"
+    chosen = weights.stat().st_mtime_ns
+    assert list(weights.parent.rglob("*.parquet")) == [
+        weights.with_name(f".{NAMES[0]}.parts") / "000000.parquet"
+    ]
+    sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
+    assert sizes == [[40, 40, 30] + [40, 40, 40, 30] * (OF_A_PART - 3)] * 2
+    assert predictions(config) == in_parts and weights.stat().st_mtime_ns == chosen
+    assert not list(folder.rglob(".*parts"))
+
+
+def test_parts_of_another_model_are_never_joined(config: Config) -> None:
+    artifacts, tree = RunArtifacts(config), config_to_dict(config)
+    tree["evaluation"]["fusion"] = False
+    shutil.rmtree(artifacts.folders.evaluation, ignore_errors=True)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, PARTS + 1)
+    # All of the first treatment, and a part of the second.
+    assert len(predictions(config)) == 2
+    training = artifacts.folders.training("sft", 0)
+    another = training.with_name("another")
+    other = tree | {"train": tree["train"] | {"learning_rate": 0.01}}
+    run_distributed(train_here, 2, 1, other, "sft", str(another))
+    shutil.rmtree(training)
+    another.rename(training)
+    sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
+    assert sizes == [[40, 40, 40, 30] * 2] * 2
