@@ -28,7 +28,7 @@ METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, started_workers):
+def finished(tmp_path_factory):
     """A folder with a configuration and its finished run, tp 2 under torchrun."""
     root = tmp_path_factory.mktemp("run")
     sections = {

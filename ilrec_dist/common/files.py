@@ -2,8 +2,8 @@
 
 What a process writes appears whole or not at all: `atomic_file` for one file,
 `write_text` and `write_json` for short ones, `committed_folder` for a folder.
-`file_lock` and `acquire_lock` are the only locks, `sha256_file` and `sha256_files` the
-only hashes of files.
+`file_lock`, `inherited_lock` and `acquire_lock` are the only locks, `sha256_file` and
+`sha256_files` the only hashes of files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from ilrec_dist.common.errors import UserError
 HASH_THREADS = 8
 # Characters of a file's column names that an error shows.
 SHOWN_COLUMNS = 500
+LOCK_POLL_SECONDS = 0.1
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -183,6 +186,34 @@ def file_lock(path: str | Path, wait: bool = True) -> Iterator[int]:
     """Hold `acquire_lock(path, wait)` for a block; yields the file descriptor."""
     handle = acquire_lock(path, wait)
     try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def inherited_lock(path: Path, patience: float) -> Iterator[int]:
+    """Hold the lock of a file for a block; it says which process holds it.
+
+    The last processes of a killed command may still hold it, and end soon. Raises
+    UserError where one does not within `patience` seconds.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            handle = acquire_lock(path, wait=False)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{path.parent}: process {path.read_text()}, of an earlier command, still "
+                    f"holds it after {patience:g} s and may hang; end that process, then give "
+                    "the same command again"
+                ) from None
+            time.sleep(LOCK_POLL_SECONDS)
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
         yield handle
     finally:
         os.close(handle)

@@ -6,14 +6,12 @@ Only imported where Ray is used, and behind
 
 from __future__ import annotations
 
-import contextlib
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -32,33 +30,32 @@ from ilrec_dist.launch.job import UNCOMPILED, Job, run_job
 
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
-# How long the controller may take to end what it has started.
-ABORT_SECONDS = 20.0
+# What Ray Train would start processes for: to deal out Ray's own data sets, of which there are none
+# here, and to give back what a lost controller held, which Ray's head does itself.
+WITHOUT_USE = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
-class InterruptibleTrainer(TorchTrainer):
+class RayWorkers(TorchTrainer):
     """Leaves Ctrl-C to this process; Ray's own
     handler ends it with status 1 and no word.
+
+    It starts no helpers that nobody needs: seconds of each
+    start, and a process that would stay on a standing cluster.
     """
 
     controller: Any = None
 
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if type(one).__name__ not in WITHOUT_USE]
+
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
 
-    def end(self, stays: bool) -> None:
-        """End the workers, which end with their controller.
-
-        Where the cluster `stays`, the controller first
-        ends a helper that would stay too.
-        """
-        if self.controller is None:
-            return
-        if stays:
-            # An actor that has ended itself raises the first of these.
-            with contextlib.suppress(RayActorError, GetTimeoutError):
-                ray.get(self.controller.abort.remote(), timeout=ABORT_SECONDS)
-        ray.kill(self.controller)
+    def end(self) -> None:
+        """End the workers, which end with their controller."""
+        if self.controller is not None:
+            ray.kill(self.controller)
 
 
 def run_ray(launch: LaunchConfig, job: Job) -> None:
@@ -70,12 +67,11 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
     """
     gpu = _on_gpus(launch)
     demand = Demand("GPU" if gpu else "CPU", launch.workers)
-    is_named = cluster_address(launch) is not None
-    if is_named:
+    if cluster_address(launch) is not None:
         require_resources(launch, demand)
         check_nodes(Path(job.folder), job.reads)
     os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
-    trainer = InterruptibleTrainer(
+    trainer = RayWorkers(
         lambda: run_job(job),
         torch_config=TorchConfig(
             backend="nccl" if gpu else "gloo", timeout_s=int(launch.timeout_seconds)
@@ -93,8 +89,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
-    end = partial(trainer.end, stays=is_named)
-    with watched_nodes(demand, launch.timeout_seconds, end) as watch:
+    with watched_nodes(demand, launch.timeout_seconds, trainer.end) as watch:
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -110,7 +105,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             try:
                 StopRequest(Path(job.folder)).ask_if_terminated()
             finally:
-                end()
+                trainer.end()
             raise
     if watch.failure is not None:
         raise WorkersFailed(watch.failure)

@@ -42,7 +42,9 @@ def train_one(
 
     Does nothing where the training is finished. Collective over all workers.
     """
-    with exclusive_folder(spec.folder) as finished:
+    # The other ranks wait in a collective, which must not end before.
+    patience = config.launch.timeout_seconds / 2
+    with exclusive_folder(spec.folder, patience) as finished:
         if finished:
             return
         method = get_method(spec.method)

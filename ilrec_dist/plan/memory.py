@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, plan_files
@@ -138,13 +138,14 @@ def checkpoint_bytes(found: Sequence[Parameter]) -> int:
 
 
 def weights_files(
-    sizes: DecoderSizes, layout: StepLayout, trained: TrainedWeights
+    sizes: DecoderSizes, layout: StepLayout, trained: TrainedWeights, added: int
 ) -> tuple[int, int]:
     """Bytes of the best or the final weights, and of the largest file that a rank
     writes of them.
 
     All weights are written in fp32, by all ranks, and their copies are in host memory
-    meanwhile; where most are frozen, rank 0 writes what is trained as it is.
+    meanwhile. Where most are frozen, rank 0 writes the adapters and the rows of the
+    `added` tokens as they are, whether these are trained or not.
     """
     if trained.all_weights:
         tensors = {
@@ -153,9 +154,10 @@ def weights_files(
         }
         tp, dp = layout.tp, layout.dp
     else:
+        with_rows = replace(trained, rows=(0, added))
         tensors = {
             str(number): StoredTensor([one.total], None, layout.element)
-            for number, one in enumerate(parameters(sizes, trained, 1))
+            for number, one in enumerate(parameters(sizes, with_rows, 1))
             if one.is_trained
         }
         tp = dp = 1

@@ -119,7 +119,8 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     config = _on(config, hardware)
     _check_node(config, hardware)
     sizes = decoder_sizes(config, tokens)
-    trained = trained_weights(config.train, added_tokens(config, tokens))
+    added = added_tokens(config, tokens)
+    trained = trained_weights(config.train, added)
     found = parameters(sizes, trained, config.launch.tp)
     batch, mean_batch, steps = micro_batches(config, tokens, data)
     layout = StepLayout(
@@ -144,7 +145,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
-    weights, largest_file = weights_files(sizes, layout, trained)
+    weights, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
     decoding = Decoding(
         config.evaluation.batch_size,
         config.evaluation.beam,

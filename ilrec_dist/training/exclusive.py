@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ilrec_dist.common.files import file_lock
+from ilrec_dist.common.files import inherited_lock
 from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.distributed.layout import from_rank0, is_rank0
 
 
 @contextmanager
-def exclusive_folder(folder: Path) -> Iterator[bool]:
+def exclusive_folder(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the training's folder, and say whether its training is finished already.
 
     Rank 0 waits for the lock, which a killed run's last processes may still hold:
-    they may finish the training. The lock's file names its holder's process id.
+    they may finish the training. Raises UserError where one still holds it after
+    `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if is_rank0():
-            handle = stack.enter_context(file_lock(folder / ".lock"))
-            os.truncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            stack.enter_context(inherited_lock(folder / ".lock", patience))
             for leftover in folder.glob(".*.writing-*"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)

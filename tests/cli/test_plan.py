@@ -112,7 +112,7 @@ def test_adapters_leave_the_state_of_frozen_weights_out(config, capsys):
     assert re.search(rf"all +{8_038_649_856 + adapters + rows:,} ", text)
     assert re.search(rf"trained +{adapters + rows:,} ", text)
     assert "tp 8: adapters, backward, all-reduce" in text
-    assert "what is trained as best and final" in text
+    assert "adapters and added rows as best and final" in text
 
 
 def test_a_budget_of_tokens_is_what_the_activations_are_of(config, capsys):

@@ -293,6 +293,7 @@ def test_autocast_changes_no_bit(scopes):
     assert all(torch.equal(a, b) for a, b in zip(inside.hidden, plain.hidden, strict=True))
 
 
+@pytest.mark.slow
 def test_inside_a_compiled_function(monkeypatch):
     """The call breaks the graph; what stands around it is compiled.
 

@@ -133,6 +133,7 @@ def test_the_rayjob_asks_for_as_many_gpus_as_its_command_has_workers():
     assert settings["runs_dir"].startswith(mounts[0]["data"])
 
 
+@pytest.mark.slow
 def test_the_rayjob_gives_the_command_time_to_end():
     spec = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())["spec"]
     cluster = spec["rayClusterSpec"]

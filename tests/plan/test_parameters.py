@@ -13,8 +13,10 @@ from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.model.lora import add_lora
-from ilrec_dist.model.partial import separate_rows
+from ilrec_dist.model.partial import partial_state_dict, separate_rows
+from ilrec_dist.plan.communication import StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes, summed
+from ilrec_dist.plan.memory import weights_files
 from ilrec_dist.plan.trained import TrainedWeights, parameters
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
@@ -37,15 +39,16 @@ DECODERS = {
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=24, tie_embeddings=True),
 }
 VOCAB, POSITIONS = 101, 19
-# Rows that only the last of two ranks owns, and rows of both.
+# Added tokens that only the last of two ranks owns, and such that both have.
+ADDED = (90, 101)
 LORA = LoraConfig(rank=3)
 ATTENTION = LoraConfig(rank=2, target_modules=["q_proj", "v_proj", "o_proj"])
 TRAINED = {
     "adapters": TrainedWeights(False, LORA),
-    "adapters of the attention": TrainedWeights(False, ATTENTION, (90, 101)),
+    "adapters of the attention": TrainedWeights(False, ATTENTION, ADDED),
     "adapters and rows": TrainedWeights(False, LORA, (40, 101)),
-    "rows": TrainedWeights(False, None, (90, 101)),
-    "rows apart from the rest": TrainedWeights(True, None, (90, 101)),
+    "rows": TrainedWeights(False, None, ADDED),
+    "rows apart from the rest": TrainedWeights(True, None, ADDED),
 }
 
 
@@ -67,10 +70,18 @@ def test_parameters_are_exactly_those_of_the_model(name: str, tp: int) -> None:
     assert summed(sizes.parameters().values()).per_rank(tp) == total
 
 
-def trained_tensors(mesh: Mesh, config: BackboneConfig) -> dict[str, list[tuple[int, int, bool]]]:
-    """(dimensions, elements, whether it is trained)
-    of each parameter of this rank, by what is trained.
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """(dimensions, elements, whether it is trained) of each parameter of a rank, and
+    the bytes of the tensors that it would store of a training's weights.
     """
+
+    parameters: list[tuple[int, int, bool]]
+    stored: int
+
+
+def trained_tensors(mesh: Mesh, config: BackboneConfig) -> dict[str, Tensors]:
+    """Those of this rank, by what is trained."""
     initialize_parallel(mesh.tp)
     found = {}
     for name, trained in TRAINED.items():
@@ -78,9 +89,14 @@ def trained_tensors(mesh: Mesh, config: BackboneConfig) -> dict[str, list[tuple[
         if trained.lora is not None:
             add_lora(backbone, trained.lora)
         backbone.gpt.requires_grad_(trained.all_weights)
+        backbone.added_rows = trained.rows or ADDED
         if trained.rows is not None:
             separate_rows(backbone, trained.rows)
-        found[name] = [(p.dim(), p.numel(), p.requires_grad) for p in backbone.parameters()]
+        stored = partial_state_dict(backbone).values()
+        found[name] = Tensors(
+            [(p.dim(), p.numel(), p.requires_grad) for p in backbone.parameters()],
+            sum(tensor.numel() * tensor.element_size() for tensor in stored),
+        )
     return found
 
 
@@ -92,10 +108,14 @@ def test_trained_parameters_are_exactly_those_of_the_model(name: str, tp: int) -
     for what, trained in TRAINED.items():
         planned = parameters(sizes, trained, tp)
         for rank, tensors in enumerate(ranks):
-            assert tensors[what] == [
+            assert tensors[what].parameters == [
                 (1 if one.group == "vector" else 2, one.ranks[rank], one.is_trained)
                 for one in planned
             ], (what, rank)
+        if not trained.all_weights:
+            start, stop = trained.rows or ADDED
+            total, _ = weights_files(sizes, StepLayout(tp, 1, 1, 4), trained, stop - start)
+            assert ranks[0][what].stored == total, what
 
 
 def test_a_published_model_has_the_number_of_its_card() -> None:

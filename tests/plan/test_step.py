@@ -51,14 +51,15 @@ SPECS = {
     "qwen": StepSpec(QWEN, ILREC, train(), 257, items=5, depth=3),
     "llama, recomputed": StepSpec(LLAMA, ILREC, train(recompute=True), 1_031, items=8, depth=4),
 }
-# Of a model with 64 more tokens.
+# Of a model with 64 more tokens: tp, and what is trained.
 PARTIAL = {
-    "adapters": train(trainable="lora"),
-    "adapters and rows, recomputed, bf16": train(
-        1, "bf16", trainable="lora+new_rows", recompute=True
+    "adapters": (2, train(trainable="lora")),
+    "adapters and rows": (
+        2,
+        train(1, "bf16", trainable="lora+new_rows", recompute=True),
     ),
-    "rows": train(trainable="new_rows"),
-    "adapters and rows, packed": train(trainable="lora+new_rows"),
+    "rows": (1, train(trainable="new_rows")),
+    "adapters and rows, packed": (1, train(trainable="lora+new_rows")),
 }
 
 
@@ -80,20 +81,16 @@ def test_memory_and_collectives_of_a_step_are_those_of_the_plan(name: str, tp: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_under_zero_2_is_that_of_the_plan(precision: str, accumulation: int) -> None:
-    keys = train(accumulation, precision, zero_stage=2)
+def test_a_step_under_zero_2_is_that_of_the_plan(precision: str) -> None:
+    keys = train(2, precision, zero_stage=2)
     check(dataclasses.replace(SPECS["llama"], train=keys), 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTIAL)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_step_with_frozen_weights_is_that_of_the_plan(
-    name: str, tp: int, model: StepSpec
-) -> None:
-    packs = name.endswith("packed")
-    check(dataclasses.replace(model, train=PARTIAL[name], packs=packs), tp)
+def test_a_step_with_frozen_weights_is_that_of_the_plan(name: str, model: StepSpec) -> None:
+    tp, keys = PARTIAL[name]
+    check(dataclasses.replace(model, train=keys, packs=name.endswith("packed")), tp)
 
 
 def check(spec: StepSpec, tp: int) -> None:
@@ -106,8 +103,9 @@ def check(spec: StepSpec, tp: int) -> None:
     planned = reckoned_step(spec, tp, 2 // tp, found[0].rows, found[0].entries)
     for part in ("weights", "gradients", "master_weights", "moments"):
         assert getattr(planned, part) == most[part], part
-    # What autograd keeps depends on details of torch, and on the padding of packed batches.
-    assert planned.activations == pytest.approx(most["activations"], rel=0.1)
+    # Packed batches have some padding, and recomputation shares some tensors.
+    error = 0.1 if spec.packs or spec.train.recompute else 0.01
+    assert planned.activations == pytest.approx(most["activations"], rel=error)
     # Only the last rank of a tensor-parallel group has rows of added tokens.
     assert found[-1].collectives == planned.collectives
     assert sum(measured.checkpoint for measured in found) == planned.checkpoint

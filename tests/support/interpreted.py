@@ -286,7 +286,13 @@ SLICED: list[dict[str, Any]] = [
     dict(beta=0.0, mu=0.0, crr_lambda=0.0),
     dict(negatives_from="final", mu=0.0),
     dict(negative_scope="all"),
-    dict(negative_scope="all", distill_scope="all", max_negatives=128, negative_threshold=1e-3),
+    dict(
+        negative_scope="all",
+        distill_scope="all",
+        max_negatives=128,
+        negative_threshold=1e-3,
+        workspace_bytes=90_000,
+    ),
     dict(
         negative_scope="item_tokens",
         item_tokens=(350, 750),
@@ -301,17 +307,17 @@ SLICED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SLICED)
 def test_sliced_regime_agrees_with_the_reference(settings, plans, monkeypatch):
     """Regime V: a workspace that holds a few rows' logits at a time."""
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 10)
     case = make_case(
         **{
-            "n": 15,
+            "n": 10,
             "d": 16,
             "v": 1500,
             "longest": 40,
             "crr_lambda": 0.3,
             "mu": 0.5,
             "max_negatives": 5,
-            "workspace_bytes": 90_000,
+            "workspace_bytes": 70_000,
             **settings,
         }
     )
@@ -329,14 +335,14 @@ def test_a_rounded_threshold_loses_no_negative(monkeypatch):
 
     On a GPU its factors may have been rounded otherwise than the candidates'.
     """
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 15)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 10)
     monkeypatch.setattr(
         loop,
         "target_ensemble",
         lambda *a: (z := target_ensemble(*a)) + 1e-2 * z.abs().clamp(min=1.0),
     )
     case = make_case(
-        n=15,
+        n=10,
         d=16,
         v=1500,
         longest=40,
@@ -344,7 +350,7 @@ def test_a_rounded_threshold_loses_no_negative(monkeypatch):
         negative_scope="all",
         max_negatives=128,
         negative_threshold=20.0,
-        workspace_bytes=90_000,
+        workspace_bytes=70_000,
     )
     ours, truth = run_case(case, "triton"), run_case(case, "reference")
     assert not truth.output.rows.capped.all()
@@ -390,7 +396,7 @@ def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch
     """Wide rows, long lists, many candidates:
     few chunks, and slices as wide as is left.
     """
-    monkeypatch.setattr(plan, "SMALL_CHUNK", 48)
+    monkeypatch.setattr(plan, "SMALL_CHUNK", 24)
     calls: list[tuple[Problem, Plan]] = []
     monkeypatch.setattr(
         loop, "make_plan", lambda p: calls.append((p, make_plan(p))) or calls[-1][1]
@@ -402,7 +408,7 @@ def test_the_sliced_regime_keeps_to_the_workspace(d, longest, scope, monkeypatch
         "logits_to_gradients",
         lambda rows, *rest: widths.append(rows.final.shape[1]) or turn(rows, *rest),
     )
-    n, v, workspace = 24, 1000, 150_000
+    n, v, workspace = 12, 1000, 90_000
     options = dict(
         workspace_bytes=workspace, mu=0.5, crr_lambda=0.3, negative_scope=scope, max_negatives=5
     )

@@ -67,7 +67,6 @@ def stop_rank(run: SoakedTraining, chance: random.Random, until: float) -> None:
 def kill_driver(run: SoakedTraining, chance: random.Random, until: float) -> None:
     run.what = chance.choice(("again at once", "again when all had ended"))
     run.end(-signal.SIGKILL, until, signal.SIGKILL)
-    run.end_helpers()
     if run.what != "again at once":
         run.require_all_ended()
     run.start()

@@ -4,10 +4,8 @@ it: its command, its folder and its processes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -34,9 +32,6 @@ POLL_SECONDS = 0.05
 # are the node's or the cluster's own, for the jobs to come.
 OF_THE_CLUSTER = rb"IDLE|DashboardAgent|RuntimeEnvAgent|_AutoscalingCoordinatorActor"
 OF_A_RUN = re.compile(rb"ray::(?!" + OF_THE_CLUSTER + rb")|ilrec_dist\.cli")
-# Ray Train's helper is to end itself some seconds after its killed driver, but without Ray's
-# dashboard, which not every installation has, it finds no answer and stays.
-HELPER = b"ray::PlacementGroupCleaner"
 WORKER, ACTOR = b"ray::RayTrainWorker", b"ray::RewardActor"
 
 
@@ -265,12 +260,6 @@ class SoakedTraining:
     def require_all_ended(self) -> None:
         """After the command's end no process of the run is left."""
         self._require_none("processes of the ended run", self.of_run)
-
-    def end_helpers(self) -> None:
-        """End what a controller of Ray Train may leave when its driver is killed."""
-        for process in self.of_run(HELPER):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
 
     def require_none_too_many(self) -> None:
         """While it trains there are its workers and

@@ -1,0 +1,39 @@
+"""Locks that the processes of a killed command may still hold."""
+
+import os
+import threading
+
+import pytest
+
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import file_lock, inherited_lock
+
+
+def test_a_holder_that_does_not_end_is_named(tmp_path):
+    path = tmp_path / ".lock"
+    named = f"{tmp_path}: process {os.getpid()} on .* still holds it after 0.1 s and may hang"
+    with inherited_lock(path, 0.1):
+        with pytest.raises(UserError, match=named), inherited_lock(path, 0.1):
+            pass
+    # It is free again.
+    with inherited_lock(path, 0.1):
+        pass
+
+
+def test_a_holder_that_ends_in_time_is_waited_for(tmp_path):
+    path = tmp_path / ".lock"
+    released = threading.Event()
+
+    def hold() -> None:
+        with file_lock(path):
+            taken.set()
+            released.wait()
+
+    taken = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    threading.Timer(0.3, released.set).start()
+    with inherited_lock(path, 30):
+        assert released.is_set()
+    holder.join()
