@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 480
 SETTINGS = {
     # The weights are not finite after a few steps.
     "hot": {"set": {"train.learning_rate": 1.0e30}, "seeds": [0]},
-    "long": {"set": {"train.epochs": 60, "train.validate_epochs": 60}, "seeds": [0]},
+    "long": {"set": {"train.epochs": 30, "train.validate_epochs": 30}, "seeds": [0]},
 }
 
 
