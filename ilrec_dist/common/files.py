@@ -2,7 +2,7 @@
 
 What a process writes appears whole or not at all: `atomic_file` for one file,
 `write_text` and `write_json` for short ones, `committed_folder` for a folder.
-`file_lock`, `inherited_lock` and `acquire_lock` are the only locks, `sha256_file` and
+`file_lock`, `acquire_lock` and `inherit_lock` are the only locks, `sha256_file` and
 `sha256_files` the only hashes of files.
 """
 
@@ -191,12 +191,11 @@ def file_lock(path: str | Path, wait: bool = True) -> Iterator[int]:
         os.close(handle)
 
 
-@contextmanager
-def inherited_lock(path: Path, patience: float) -> Iterator[int]:
-    """Hold the lock of a file for a block; it says which process holds it.
+def inherit_lock(path: Path, patience: float) -> int:
+    """Lock a file that the last processes of a killed command may still hold.
 
-    The last processes of a killed command may still hold it, and end soon. Raises
-    UserError where one does not within `patience` seconds.
+    Returns a file descriptor, as `acquire_lock` does. The file says which process holds
+    it. Raises UserError where another one still does after `patience` seconds.
     """
     until = time.monotonic() + patience
     while True:
@@ -211,12 +210,9 @@ def inherited_lock(path: Path, patience: float) -> Iterator[int]:
                     "the same command again"
                 ) from None
             time.sleep(LOCK_POLL_SECONDS)
-    try:
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
-        yield handle
-    finally:
-        os.close(handle)
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+    return handle
 
 
 # Reading inputs

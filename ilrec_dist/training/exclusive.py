@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ilrec_dist.common.files import inherited_lock
+from ilrec_dist.common.files import inherit_lock
 from ilrec_dist.common.run_layout import RESULT
 from ilrec_dist.distributed.layout import from_rank0, is_rank0
 
@@ -23,7 +24,7 @@ def exclusive_folder(folder: Path, patience: float) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if is_rank0():
-            stack.enter_context(inherited_lock(folder / ".lock", patience))
+            stack.callback(os.close, inherit_lock(folder / ".lock", patience))
             for leftover in folder.glob(".*.writing-*"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)

@@ -6,18 +6,17 @@ import threading
 import pytest
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, inherited_lock
+from ilrec_dist.common.files import file_lock, inherit_lock
 
 
 def test_a_holder_that_does_not_end_is_named(tmp_path):
     path = tmp_path / ".lock"
     named = f"{tmp_path}: process {os.getpid()} on .* still holds it after 0.1 s and may hang"
-    with inherited_lock(path, 0.1):
-        with pytest.raises(UserError, match=named), inherited_lock(path, 0.1):
-            pass
-    # It is free again.
-    with inherited_lock(path, 0.1):
-        pass
+    handle = inherit_lock(path, 0.1)
+    with pytest.raises(UserError, match=named):
+        inherit_lock(path, 0.1)
+    os.close(handle)
+    os.close(inherit_lock(path, 0.1))
 
 
 def test_a_holder_that_ends_in_time_is_waited_for(tmp_path):
@@ -34,6 +33,7 @@ def test_a_holder_that_ends_in_time_is_waited_for(tmp_path):
     holder.start()
     taken.wait()
     threading.Timer(0.3, released.set).start()
-    with inherited_lock(path, 30):
-        assert released.is_set()
+    handle = inherit_lock(path, 30)
+    assert released.is_set()
+    os.close(handle)
     holder.join()

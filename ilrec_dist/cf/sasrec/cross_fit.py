@@ -37,8 +37,8 @@ from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import (
-    acquire_lock,
     clear_leftovers,
+    inherit_lock,
     put_in_place,
     read_json_object,
     write_json,
@@ -52,6 +52,9 @@ from ilrec_dist.items.catalogue import Catalogue
 REPORT_TARGETS = 20_000
 # In the folder of unfinished work: what is to be done, and the lock of who does it.
 TASK, LOCK = "task.json", ".lock"
+# How long the last processes of a killed run may hold the lock. Other ranks wait meanwhile, twice
+# as long by default.
+PATIENCE_SECONDS = 300.0
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
@@ -302,14 +305,14 @@ def _read_task(path: Path) -> dict[str, Any] | None:
 def _lock_folder(folder: Path) -> int:
     """Make the folder and hold its lock, for as long as the file descriptor is open.
 
-    Waits for the last processes of a killed run, and makes the folder anew where they
-    have removed it.
+    Waits for the last processes of a killed run, at most PATIENCE_SECONDS, and makes
+    the folder anew where they have removed it.
     """
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = acquire_lock(path)
+            lock = inherit_lock(path, PATIENCE_SECONDS)
         except FileNotFoundError:
             continue
         if path.exists() and os.path.samestat(os.fstat(lock), os.stat(path)):
