@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,22 +15,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.files import sha256_file, write_json
+from ilrec_dist.common.manifest import MANIFEST
+from ilrec_dist.common.run_layout import BEST, RESULT, WEIGHTS_SHA256
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation import fusion_ranking
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.pipeline import evaluate_trained, rankings
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.stages import evaluate as stage
 from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = pytest.mark.slow
-# Of the 150 users: four parts.
-PART_USERS, PARTS = 40, 4
-FUSED = "sft+cf+transitions"
+NUM_USERS, PART_USERS = 150, 60
+SIZES = [60, 60, 30]
+# Of the fusions this one.
+FUSIONS, FUSED = (("cf",),), "sft+cf"
 NAMES = ("predictions.parquet", "predictions-seen-kept.parquet")
-# Rankings of a part: by the model and by two fusions, with and without seen items.
-OF_A_PART = 2 * (1 + 2)
+# Rankings of a part: by the model and by the fusion, with and without seen items.
+OF_A_PART = 2 * (1 + 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,7 @@ def evaluate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankings, "PART_USERS", part_users)
+        patch.setattr(stage, "FUSIONS", FUSIONS)
         for module in (evaluate_trained, fusion_ranking):
             patch.setattr(module, "evaluate_model", counted)
         with suppress(InterruptedError):
@@ -93,13 +100,13 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     folder, tree = RunArtifacts(config).folders.evaluation, config_to_dict(config)
     # Undisturbed, in parts and in one.
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [[40, 40, 40, 30] * OF_A_PART] * 2
+    assert sizes == [SIZES * OF_A_PART] * 2
     in_parts = predictions(config)
     assert {f"sft-seed0/{name}" for name in NAMES} <= in_parts.keys()
     assert {f"{FUSED}-seed0/{name}" for name in NAMES} <= in_parts.keys()
     shutil.rmtree(folder)
     plain = tree | {"evaluation": tree["evaluation"] | {"fusion": False}}
-    assert run_distributed(evaluate, 2, 1, plain, 150) == [[150] * 2] * 2
+    assert run_distributed(evaluate, 2, 1, plain, NUM_USERS) == [[NUM_USERS] * 2] * 2
     for name in (f"sft-seed0/{name}" for name in NAMES):
         whole = predictions(config)[name]
         assert in_parts[name].column("user") == whole.column("user"), name
@@ -107,20 +114,20 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
         same = [a == b for a, b in zip(*lists(in_parts[name], whole), strict=True)]
         assert np.mean(same) > 0.9, name
 
-    # Killed in the model's third part, then stopped in the second part of a fusion's.
+    # Killed in the model's third part, then stopped in the second part of the fusion's.
     shutil.rmtree(folder)
     with pytest.raises(RuntimeError, match="died"):
         run_distributed(evaluate, 2, 1, tree, PART_USERS, 2, True)
     saved = [folder / f"sft-seed0/.{NAMES[0]}.parts/{part:06d}.parquet" for part in (0, 1)]
     assert sorted(folder.rglob("*.parquet")) == saved
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * PARTS - 2 + 1)
-    weights = folder / "sft+cf-seed0/predictions.fusion.json"
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * len(SIZES) - 2 + 1)
+    weights = folder / f"{FUSED}-seed0/predictions.fusion.json"
     chosen = weights.stat().st_mtime_ns
     assert list(weights.parent.rglob("*.parquet")) == [
         weights.with_name(f".{NAMES[0]}.parts") / "000000.parquet"
     ]
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [[40, 40, 30] + [40, 40, 40, 30] * (OF_A_PART - 3)] * 2
+    assert sizes == [SIZES[1:] + SIZES * (OF_A_PART - 3)] * 2
     assert predictions(config) == in_parts and weights.stat().st_mtime_ns == chosen
     assert not list(folder.rglob(".*parts"))
 
@@ -129,14 +136,15 @@ def test_parts_of_another_model_are_never_joined(config: Config) -> None:
     artifacts, tree = RunArtifacts(config), config_to_dict(config)
     tree["evaluation"]["fusion"] = False
     shutil.rmtree(artifacts.folders.evaluation, ignore_errors=True)
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, PARTS + 1)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, len(SIZES) + 1)
     # All of the first treatment, and a part of the second.
     assert len(predictions(config)) == 2
     training = artifacts.folders.training("sft", 0)
-    another = training.with_name("another")
-    other = tree | {"train": tree["train"] | {"learning_rate": 0.01}}
-    run_distributed(train_here, 2, 1, other, "sft", str(another))
-    shutil.rmtree(training)
-    another.rename(training)
+    # As if it were trained again: other weights have another manifest.
+    manifest = training / BEST / MANIFEST
+    manifest.write_text(manifest.read_text() + "\n")
+    result = json.loads((training / RESULT).read_text())
+    result[WEIGHTS_SHA256][BEST] = sha256_file(manifest)
+    write_json(training / RESULT, result)
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [[40, 40, 40, 30] * 2] * 2
+    assert sizes == [SIZES * 2] * 2
