@@ -21,6 +21,8 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Ray need not start processes before anybody asks for one.
 os.environ.setdefault("RAY_enable_worker_prestart", "0")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Its workers, on which tests wait, get as much of the cores as the other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A busy machine makes single examples slow.
 settings.register_profile("suite", deadline=None)

@@ -43,19 +43,19 @@ def from_rank0(value: Any) -> Any:
 
 
 @contextmanager
-def refused_together() -> Iterator[None]:
-    """Raise the UserError that one rank meets in the block in all of them.
+def refused_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise the UserError that one rank of the group meets in the block in all of them.
 
-    Collective: no rank leaves the block before all are at its end, and so none
-    waits for one that was refused.
+    Collective over the group, None being all ranks: no rank leaves the block
+    before all are at its end, and so none waits for one that was refused.
     """
     refusal = None
     try:
         yield
     except UserError as error:
         refusal = str(error)
-    refusals: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal)
+    refusals: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(refusals, refusal, group=group)
     for line in refusals:
         if line is not None:
             raise UserError(line)

@@ -5,6 +5,7 @@ like lengths, spread over data-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.layout import ParallelState, refused_together
 from ilrec_dist.inference.beam_search import Decoder, RankedItems, beam_search, expand_beams
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
@@ -44,7 +45,7 @@ def rank_histories(
     history is returned, and a row with nothing left has an empty list. Collective over
     `parallel`: the ranks of a tensor-parallel group work on the same histories. The
     backbone is in eval mode meanwhile. Raises UserError with `model_name` where a score
-    is not finite.
+    is not finite, on every rank.
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
@@ -52,24 +53,26 @@ def rank_histories(
     done, total = 0, sum(map(len, batches))
     was_training = backbone.training
     backbone.eval()
-    for rows in batches:
-        prefixes = inputs.prefixes(histories, rows).to(parallel.device)
-        excluded = histories.seen(rows) if exclude_seen else None
-        beams = beam_search(
-            backbone,
-            constraint,
-            prefixes,
-            vocab_size=catalogue.vocab_size,
-            beam=beam,
-            softmax_scope=softmax_scope,
-            excluded=excluded,
-            tp_group=parallel.tp_group,
-            model_name=model_name,
-        )
-        ranked.append((rows, expand_beams(constraint, beams, excluded)))
-        done += len(rows)
-        if progress is not None:
-            progress(done, total)
+    # A rank that meets an error leaves no other waiting for it.
+    with refused_together(parallel.dp_group) if parallel.dp > 1 else nullcontext():
+        for rows in batches:
+            prefixes = inputs.prefixes(histories, rows).to(parallel.device)
+            excluded = histories.seen(rows) if exclude_seen else None
+            beams = beam_search(
+                backbone,
+                constraint,
+                prefixes,
+                vocab_size=catalogue.vocab_size,
+                beam=beam,
+                softmax_scope=softmax_scope,
+                excluded=excluded,
+                tp_group=parallel.tp_group,
+                model_name=model_name,
+            )
+            ranked.append((rows, expand_beams(constraint, beams, excluded)))
+            done += len(rows)
+            if progress is not None:
+                progress(done, total)
     backbone.train(was_training)
     if parallel.dp > 1:
         gathered: list[list[tuple[np.ndarray, RankedItems]]] = [[] for _ in range(parallel.dp)]

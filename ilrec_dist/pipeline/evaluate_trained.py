@@ -55,10 +55,8 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     users = artifacts.dataset.evaluated("test")
     inputs = input_form(config, artifacts, served_prompt(config))
     work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
-    for number, (method, seed, exclude) in enumerate(work):
-        path = predictions_file(config, method, seed, exclude)
-        if is_ranked(path):
-            continue
+
+    def rank(number: int, path: Path, method: str, seed: int, exclude: bool) -> None:
         evaluated = partial(
             evaluate_model,
             _best(config, artifacts, parallel, method, seed),
@@ -75,6 +73,12 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         before, total = number * len(users), len(work) * len(users)
         counter = RankingsCounter(artifacts, "evaluate", method, before, total, parallel.dp)
         rank_in_parts(path, users, evaluated, counter)
+
+    for number, (method, seed, exclude) in enumerate(work):
+        path = predictions_file(config, method, seed, exclude)
+        if not is_ranked(path):
+            # One model is let go before the next is loaded.
+            rank(number, path, method, seed, exclude)
     if config.evaluation.fusion:
         evaluate_fusions(config, artifacts, parallel)
 
@@ -91,11 +95,10 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
     users = artifacts.dataset.evaluated("test")
     methods, seeds = config.train.methods, config.train.seeds
     work = list(itertools.product(methods, seeds, treatments(config), fusions(config)))
-    for number, (method, seed, exclude, names) in enumerate(work):
-        title = fused_name(method, names)
-        path = predictions_file(config, title, seed, exclude)
-        if is_ranked(path):
-            continue
+
+    def rank(
+        number: int, path: Path, method: str, seed: int, exclude: bool, names: Sequence[str]
+    ) -> None:
         model = FusedModel(
             _best(config, artifacts, parallel, method, seed),
             artifacts.dataset,
@@ -109,8 +112,14 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
         )
         weights = _fusion_weights(config, artifacts, model, path, [method, *names])
         before, total = number * len(users), len(work) * len(users)
+        title = fused_name(method, names)
         counter = RankingsCounter(artifacts, "fusions", title, before, total, parallel.dp)
         rank_in_parts(path, users, partial(model.predictions, weights), counter)
+
+    for number, (method, seed, exclude, names) in enumerate(work):
+        path = predictions_file(config, fused_name(method, names), seed, exclude)
+        if not is_ranked(path):
+            rank(number, path, method, seed, exclude, names)
 
 
 def _fusion_weights(

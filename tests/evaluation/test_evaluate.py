@@ -19,7 +19,7 @@ from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
 from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model, rank_all, top_items
-from ilrec_dist.inference.inputs import PlainSequences
+from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences, Prefixes
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -122,6 +122,39 @@ def test_process_layouts_and_batches_agree(scope: str, tied: bool) -> None:
     # The ranks of a group agree to the bit.
     for name in ("items", "scores"):
         assert np.array_equal(getattr(tensor_parallel[0], name), getattr(tensor_parallel[1], name))
+
+
+class RefusedInputs(PlainSequences):
+    def prefixes(self, histories: HistoryRanges, rows: np.ndarray) -> Prefixes:
+        raise UserError("a history of this rank")
+
+
+def refused(mesh: Mesh) -> str:
+    """What a rank says where the other one alone meets an error."""
+    parallel = initialize_parallel(mesh.tp, "cpu", timeout_seconds=60)
+    try:
+        catalogue, dataset = toy_catalogue(), toy_data()
+        inputs = RefusedInputs if parallel.dp_rank == 1 else PlainSequences
+        with pytest.raises(UserError) as error:
+            evaluate_model(
+                toy_backbone(catalogue, UNTIED),
+                dataset,
+                catalogue,
+                Trie(catalogue),
+                users=np.arange(dataset.num_users),
+                split="test",
+                config=EvaluationConfig(beam=8, batch_size=3),
+                softmax_scope="all",
+                inputs=inputs(catalogue, MAX_HISTORY),
+                parallel=parallel,
+            )
+        return str(error.value)
+    finally:
+        destroy_parallel()
+
+
+def test_no_rank_waits_for_one_that_is_refused() -> None:
+    assert run_distributed(refused, 2, 1) == ["a history of this rank"] * 2
 
 
 def test_predictions_as_a_file(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ QUICK = {
     # How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    "RAY_worker_niceness": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -12,6 +12,7 @@ import torch
 from ilrec_dist.cf.sasrec.checkpoint import read_report
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.config_fields import stage_settings
+from ilrec_dist.common.errors import WorkersFailed
 from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
@@ -87,5 +88,10 @@ def train_by_workers(config: Config, task: str) -> None:
     try:
         with following(follow), ray_session(config.launch):
             run_workers(config.launch, job)
-    finally:
+    except WorkersFailed:
+        # Its message may name the file there with the traceback.
+        raise
+    except BaseException:
         shutil.rmtree(folders.cf_work, ignore_errors=True)
+        raise
+    shutil.rmtree(folders.cf_work, ignore_errors=True)
