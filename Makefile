@@ -14,7 +14,7 @@ help:
 	@echo "make llm         fine-tune SmolLM2-135M with LoRA on a small generated shop, export it, and let transformers recommend"
 	@echo "make results     run the studies and write their tables into docs/results.md: many hours"
 	@echo "make test        lint, types and all tests"
-	@echo "make test-fast   lint and the quick tests, about two minutes: before each commit"
+	@echo "make test-fast   lint and the quick tests, under a minute and a half: before each commit"
 	@echo "make lint        ruff, the import contract, mypy"
 	@echo "make launchers   the launchers, as far as one machine can try them"
 	@echo "make format      let ruff rewrite the code"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -179,12 +179,13 @@ def worker_group(
         pass
 
 
-def status_mib(key: str) -> float:
-    """A line of /proc/self/status that is in kB, such as VmRSS, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status_mib(key: str, process: int | str = "self") -> float:
+    """A line of /proc/PROCESS/status that is in kB, such as VmRSS, in MiB."""
+    status = Path(f"/proc/{process}/status")
+    for line in status.read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {key}; this benchmark needs Linux")
+    raise RuntimeError(f"{status} has no {key}; this benchmark needs Linux")
 
 
 def peak_mib() -> float:
@@ -203,13 +204,25 @@ def anonymous_mib() -> float:
     return status_mib("RssAnon")
 
 
+def largest_child_mib() -> float:
+    """The same of the child that holds most, of those that the main thread started."""
+    held = [0.0]
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        # It may have just ended.
+        with suppress(OSError, RuntimeError):
+            held.append(status_mib("RssAnon", child))
+    return max(held)
+
+
 class PeakMemory:
-    """The most anonymous memory that this process held within the block, sampled every
-    5 ms.
+    """The most anonymous memory that this process held within the block, or what else
+    `read` says in MiB, sampled every 5 ms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[], float] = anonymous_mib) -> None:
         self.mib = 0.0
+        self._read = read
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -223,5 +236,5 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._end.is_set():
-            self.mib = max(self.mib, anonymous_mib())
+            self.mib = max(self.mib, self._read())
             self._end.wait(SAMPLE_SECONDS)

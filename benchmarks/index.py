@@ -1,9 +1,12 @@
 """How long does an index take, and how small and fast is its trie?
 
 python benchmarks/index.py [--quick] [--json FILE] [--items 1000000] [--trie 10000000]
+                           [--texts 1048576]
 
-Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped from a
-file as those of the CF model are) become 4 × 256 codes by residual quantisation,
+Texts: TF-IDF + SVD that was fitted on 50,000 drawn texts turns `--texts` such texts
+into vectors, in one process and then in one a core, their start included; both give the
+same bits. Build: item vectors (64 wide, drawn as sums of code vectors and noise, mapped
+from a file as those of the CF model are) become 4 × 256 codes by residual quantisation,
 collisions are repaired, and catalogue, report and index.json are written: all that
 `ilrec index build` does with CF vectors. Trie: random tuples of 4 × 256 codes; bytes of
 the trie's own arrays, and the next-token candidates (CSR) of 20,000 random prefixes at
@@ -13,11 +16,12 @@ of memory (without mapped files).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from harness import (
     command_line,
     describe_machine,
     in_own_process,
+    largest_child_mib,
     machine_line,
     write_figures,
 )
@@ -38,8 +43,13 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.build import build_catalogue
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.spread import Spread, processes
+from ilrec_dist.items.text_embeddings import embed_documents
+from ilrec_dist.items.tfidf import TfidfSpace
 from ilrec_dist.items.trie import Trie
 
+# Distinct words of the drawn texts, their words, and the texts that are fitted on.
+WORDS, WORDS_OF_A_TEXT, FITTED_TEXTS = 60_000, (6, 16), 50_000
 WIDTH, LEVELS, CODES, PREFIXES, CALLS = 64, 4, 256, 20_000, 9
 
 
@@ -55,6 +65,43 @@ def draw_vectors(items: int, seed: int = 0) -> np.ndarray:
         centres = spread * rng.standard_normal((CODES, WIDTH), dtype=np.float32)
         vectors += centres[rng.choice(CODES, items, p=weights)]
     return vectors
+
+
+def draw_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of words whose frequency falls with their rank."""
+    rng = np.random.default_rng(seed)
+    frequency = 1 / np.arange(1, WORDS + 1) ** 0.9
+    low, high = WORDS_OF_A_TEXT
+    drawn = rng.choice(WORDS, (count, high), p=frequency / frequency.sum())
+    stops = rng.integers(low, high + 1, count)
+    return [
+        " ".join(f"word{word}" for word in row[:stop])
+        for row, stop in zip(drawn.tolist(), stops, strict=True)
+    ]
+
+
+def measure_texts(count: int, threads: int) -> dict[str, Any]:
+    texts = draw_texts(count)
+    started = time.perf_counter()
+    space = TfidfSpace(texts[:FITTED_TEXTS], WIDTH, 0)
+    space.fitted = None
+    figures: dict[str, Any] = {
+        "texts": count,
+        "processes": threads,
+        "fit_seconds": time.perf_counter() - started,
+    }
+    alone, together = (np.empty((count, space.dim), np.float32) for _ in range(2))
+    started = time.perf_counter()
+    embed_documents(space.embed, texts, alone)
+    figures["one_process_seconds"] = time.perf_counter() - started
+    with PeakMemory(largest_child_mib) as peak:
+        started = time.perf_counter()
+        spread = Spread(partial(processes, count=threads))
+        embed_documents(space.embed, texts, together, spread)
+        figures["seconds"] = time.perf_counter() - started
+    assert together.tobytes() == alone.tobytes()
+    figures["speedup"] = figures["one_process_seconds"] / figures["seconds"]
+    return figures | {"process_mib": peak.mib}
 
 
 def measure_build(items: int) -> dict[str, Any]:
@@ -113,27 +160,38 @@ def candidates_ms(trie: Trie, depth: int, rng: np.random.Generator) -> float:
 def measure_here(part: str, items: int, threads: int) -> None:
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    print(json.dumps(measure_build(items) if part == "build" else measure_trie(items)))
+    if part == "texts":
+        measured = measure_texts(items, threads)
+    else:
+        measured = measure_build(items) if part == "build" else measure_trie(items)
+    print(json.dumps(measured))
 
 
 def main() -> None:
     parser = command_line(__doc__, "10⁵ and 10⁶ items, under 50 seconds on two free cores")
     parser.add_argument("--items", type=int, help="items of the build (default 10⁶)")
     parser.add_argument("--trie", type=int, help="items of the trie (default 10⁷)")
+    parser.add_argument("--texts", type=int, help="texts that become vectors (default 2²⁰)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        measure_here(arguments.one[0], int(arguments.one[1]), arguments.threads)
-        return
-    machine = describe_machine(threads=arguments.threads)
+    threads = arguments.threads
+    machine = describe_machine(threads=threads)
     print(machine_line(machine), flush=True)
 
     def measure(part: str, items: int) -> dict[str, Any]:
-        words = ("--one", part, str(items), "--threads", str(arguments.threads))
-        measured: dict[str, Any] = in_own_process(__file__, *words, threads=arguments.threads)
+        # Processes that it starts would load this script, but not such a command.
+        call = f"from index import measure_here; measure_here({part!r}, {items}, {threads})"
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        measured: dict[str, Any] = in_own_process("-c", call, threads=threads, PYTHONPATH=path)
         return measured
 
+    texts = measure("texts", arguments.texts or (1 << 16 if arguments.quick else 1 << 20))
+    print(
+        f"texts: {texts['texts']:,} to vectors in {texts['one_process_seconds']:.1f} s by one "
+        f"process, in {texts['seconds']:.1f} s by {texts['processes']} "
+        f"(× {texts['speedup']:.2f}), each of at most {texts['process_mib']:,.0f} MiB",
+        flush=True,
+    )
     build = measure("build", arguments.items or (100_000 if arguments.quick else 1_000_000))
     print(
         f"build: {build['items']:,} items in {build['seconds']:.1f} s, peak "
@@ -148,7 +206,9 @@ def main() -> None:
         f"{trie['trie_seconds']:.1f} s, peak {trie['peak_mib']:,.0f} MiB; candidates of "
         f"{PREFIXES:,} prefixes at depth 0 … {LEVELS - 1}: {milliseconds} ms"
     )
-    write_figures(arguments.json, {"machine": machine, "build": build, "trie": trie})
+    write_figures(
+        arguments.json, {"machine": machine, "texts": texts, "build": build, "trie": trie}
+    )
 
 
 if __name__ == "__main__":

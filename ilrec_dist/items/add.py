@@ -27,6 +27,7 @@ from ilrec_dist.items.index_report import catalogue_report, collision_warning, r
 from ilrec_dist.items.language_model import LANGUAGE_MODEL, extend_tokenizer
 from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 from ilrec_dist.items.residual_quantizer import CODEBOOKS, Codebooks, centroid_codebooks
+from ilrec_dist.items.spread import local_spread
 from ilrec_dist.items.text_embeddings import check_finite, item_documents, text_vectors
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer, spell
 
@@ -282,8 +283,15 @@ def _text_vectors(
                 else "give vectors of the old and the new items (--vectors OLD.npy NEW.npy)"
             )
         )
+    model = vectors["text_model"]
     return text_vectors(
-        documents, vectors["dim"], vectors["seed"], scratch, new_documents, vectors["text_model"]
+        documents,
+        vectors["dim"],
+        vectors["seed"],
+        scratch,
+        new_documents,
+        model,
+        local_spread(len(documents), model is not None),
     )
 
 

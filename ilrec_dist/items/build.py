@@ -29,6 +29,7 @@ from ilrec_dist.items.index_report import catalogue_report, collision_warning
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.items.lcrec_index import INDEX, read_index, write_index
 from ilrec_dist.items.residual_quantizer import Codebooks, centroid_codebooks, residual_codes
+from ilrec_dist.items.spread import Spread
 from ilrec_dist.items.text_embeddings import (
     check_cf_vectors,
     document_vectors,
@@ -74,6 +75,7 @@ def build_catalogue(
     out: str | Path,
     cf_embeddings: np.ndarray | None = None,
     model: LanguageModel | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Write the catalogue of all items to the folder `out` and return its report.
 
@@ -84,12 +86,12 @@ def build_catalogue(
     `items.collisions`: keep; refuse (UserError naming two items); resolve (see
     collisions.resolve_collisions). With `model` the codes are added to its tokenizer,
     which is stored as well, and have the ids that this gives them; titles are spelt in
-    its own tokens.
+    its own tokens. The workers of `spread` share the texts out among them.
     """
     if config.form == "titles":
         return _build_titles(config, dataset, out, model)
     scratch = Path(out).parent
-    item_codes = _codes(config, dataset, cf_embeddings, scratch)
+    item_codes = _codes(config, dataset, cf_embeddings, scratch, spread)
     before = collision_report(item_codes.codes)
     resolution = Resolution(item_codes.codes, item_codes.level_sizes, "none", 0)
     preview = resolution_preview(item_codes.codes, item_codes.level_sizes)
@@ -99,7 +101,9 @@ def build_catalogue(
     elif config.collisions == "resolve" and before["items"]:
         vectors, books = item_codes.vectors, item_codes.books
         if vectors is None:
-            vectors, books = _cost_vectors(config, dataset, cf_embeddings, item_codes, scratch)
+            vectors, books = _cost_vectors(
+                config, dataset, cf_embeddings, item_codes, scratch, spread
+            )
         resolution = resolve_collisions(item_codes.codes, item_codes.level_sizes, vectors, books)
         if len(resolution.level_sizes) > len(names):
             names = [*names, next(name for name in string.ascii_lowercase if name not in names)]
@@ -234,6 +238,7 @@ def _codes(
     dataset: InteractionDataset,
     cf_embeddings: np.ndarray | None,
     scratch: Path,
+    spread: Spread | None,
 ) -> _Codes:
     if config.form == "atomic":
         numbers = np.arange(dataset.num_items, dtype=np.int32)[:, None]
@@ -247,7 +252,7 @@ def _codes(
             index.level_names,
             items_passed_over=index.items_passed_over,
         )
-    vectors = quantizer_vectors(config, dataset, cf_embeddings, scratch)
+    vectors = quantizer_vectors(config, dataset, cf_embeddings, scratch, spread)
     codes, books = residual_codes(vectors, config.levels, config.codes_per_level, config.seed)
     documents = item_documents(dataset) if "text" in config.embedding else None
     return _Codes(
@@ -267,13 +272,14 @@ def _cost_vectors(
     cf_embeddings: np.ndarray | None,
     item_codes: _Codes,
     scratch: Path,
+    spread: Spread | None,
 ) -> tuple[np.ndarray | None, Codebooks | None]:
     """For a given index: vectors by text, by CF
     where there is no text, else none; centroids.
     """
     documents = item_documents(dataset)
     if documents is not None:
-        vectors = document_vectors(config, documents, dataset.item_ids, scratch)
+        vectors = document_vectors(config, documents, dataset.item_ids, scratch, spread)
     elif cf_embeddings is not None:
         vectors = check_cf_vectors(cf_embeddings, dataset.item_ids)
     else:

@@ -133,3 +133,9 @@ class ItemsConfig:
         vectors, so that the CF stage comes first.
         """
         return self.index is None and self.form == "semantic" and "cf" in self.embedding
+
+    @property
+    def from_texts(self) -> bool:
+        """Whether the texts of the items that have some become vectors."""
+        builds = self.index is None and "text" in self.embedding
+        return self.form == "semantic" and (builds or self.collisions == "resolve")

@@ -4,17 +4,22 @@ side.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.spread import Embed, Spread, spread_over
+from ilrec_dist.reporting.progress import stage_progress
 
 if TYPE_CHECKING:
     from ilrec_dist.items.tfidf import Texts
@@ -53,6 +58,7 @@ def quantizer_vectors(
     dataset: InteractionDataset,
     cf_embeddings: np.ndarray | None,
     scratch: Path,
+    spread: Spread | None = None,
 ) -> np.ndarray:
     """float32 [num_items, d] by item index, as `items.embedding` says: text, cf or
     text+cf.
@@ -71,7 +77,7 @@ def quantizer_vectors(
                 f"title or text (the first is {dataset.item_ids[0]!r}); give them in an item table "
                 "(data.items_path), or set items.index, items.embedding: cf or items.form: atomic"
             )
-        parts.append(document_vectors(config, documents, dataset.item_ids, scratch))
+        parts.append(document_vectors(config, documents, dataset.item_ids, scratch, spread))
     if "cf" in kinds:
         if cf_embeddings is None or len(cf_embeddings) != dataset.num_items:
             raise UserError(
@@ -83,11 +89,20 @@ def quantizer_vectors(
 
 
 def document_vectors(
-    config: ItemsConfig, documents: Texts, item_ids: Sequence[str], scratch: Path
+    config: ItemsConfig,
+    documents: Texts,
+    item_ids: Sequence[str],
+    scratch: Path,
+    spread: Spread | None = None,
 ) -> np.ndarray:
     """`text_vectors` of the items' documents, all of them finite."""
     vectors, _ = text_vectors(
-        documents, config.embedding_dim, config.seed, scratch, model=config.text_model
+        documents,
+        config.embedding_dim,
+        config.seed,
+        scratch,
+        model=config.text_model,
+        spread=spread,
     )
     source = f"items.text_model: {config.text_model}" if config.text_model else "items.embedding"
     check_finite(vectors, item_ids, source, "mend its title and text, or the model")
@@ -146,21 +161,27 @@ def text_vectors(
     scratch: Path,
     new: Sequence[str] = (),
     model: str | Path | None = None,
+    spread: Spread | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit-length vectors of texts, by the model in a folder or by TF-IDF + SVD.
 
     Returns (float32 [n, d] of `documents`, mapped, of a file in `scratch`; float32 [m,
     d] of `new` in the same space). TF-IDF + SVD has `dim` dimensions at most and is
-    fitted on `documents` (see TfidfSpace). Deterministic for one seed. Raises UserError
-    when the documents are blank or the model does not load.
+    fitted on `documents` (see TfidfSpace). Deterministic for one seed, and the same
+    whoever computes them: this process, or those of `spread`. Raises UserError when the
+    documents are blank or the model does not load, NotWritable where the file has no
+    room.
     """
     if model is not None:
         # torch and transformers take seconds to load, and only this needs them.
-        from ilrec_dist.items.text_model import TextModel
+        from ilrec_dist.items.text_model import TextModel, embed_texts
 
         text_model = TextModel(model)
         vectors = _mapped(scratch, len(documents), text_model.dim)
-        _fill(vectors, map(text_model.embed, _blocks(documents)))
+        # Others load the model themselves.
+        elsewhere = partial(embed_texts, str(Path(model).absolute()))
+        embed = text_model.embed if spread is None else elsewhere
+        embed_documents(embed, documents, vectors, spread)
         return vectors, text_model.embed(list(new))
     # scikit-learn takes a second to load, and only this needs it.
     from ilrec_dist.items.tfidf import TfidfSpace
@@ -173,9 +194,29 @@ def text_vectors(
             "items.embedding: cf"
         ) from None
     vectors = _mapped(scratch, len(documents), space.dim)
-    blocks = [space.fitted] if space.fitted is not None else map(space.embed, _blocks(documents))
-    _fill(vectors, blocks)
+    if space.fitted is not None:
+        vectors[:] = space.fitted
+    else:
+        embed_documents(space.embed, documents, vectors, spread)
     return vectors, space.embed(new)
+
+
+def embed_documents(
+    embed: Embed, documents: Texts, vectors: np.ndarray, spread: Spread | None = None
+) -> None:
+    """Fill float32 `vectors` [n, d] with those of n documents, a block at a time or by
+    the workers of `spread`.
+    """
+    if spread is None:
+        _fill(vectors, map(embed, _blocks(documents)))
+        return
+    with (
+        spread.start(embed) as workers,
+        stage_progress("index", len(documents), "texts") as progress,
+    ):
+        for rows, piece in spread_over(workers, _pieces(documents, spread.texts)):
+            vectors[rows] = piece
+            progress.advance(len(rows))
 
 
 def _blocks(documents: Texts) -> Iterator[list[str]]:
@@ -184,14 +225,30 @@ def _blocks(documents: Texts) -> Iterator[list[str]]:
         yield block
 
 
+def _pieces(documents: Texts, size: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """(rows, texts) of all documents, `size` at a time: in each block by length, as the
+    text model batches them.
+    """
+    start = 0
+    for block in _blocks(documents):
+        order = sorted(range(len(block)), key=lambda row: len(block[row]))
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
+            yield start + np.array(rows), [block[row] for row in rows]
+        start += len(block)
+
+
 def _mapped(scratch: Path, rows: int, dim: int) -> np.ndarray:
     """A new float32 array of a file that has no name and is gone with the array.
 
-    Its memory is given back to the disk when others need it.
+    Its memory is given back to the disk when others need it. Raises NotWritable where
+    there is no room for it.
     """
     if rows == 0:
         return np.zeros((0, dim), np.float32)
-    with tempfile.TemporaryFile(dir=scratch) as file:
+    with writing_to(scratch), tempfile.TemporaryFile(dir=scratch) as file:
+        # A mapped page for which the disk has no room would end the process.
+        os.posix_fallocate(file.fileno(), 0, 4 * rows * dim)
         return np.asarray(np.memmap(file, np.float32, "w+", shape=(rows, dim)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ class TextModel:
         if self._pooling.get("pooling_mode_max_tokens"):
             return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def embed_texts(folder: str, texts: Sequence[str]) -> np.ndarray:
+    """`TextModel(folder).embed(texts)`; a process loads the model once."""
+    return _loaded(folder).embed(texts)
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str) -> TextModel:
+    return TextModel(folder)
 
 
 def _load_tokenizer(folder: Path) -> Any:

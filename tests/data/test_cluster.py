@@ -1,7 +1,7 @@
-"""Many files of interactions, read one after the other and by a Ray cluster of two
-nodes.
+"""Many files of interactions, and the texts of many items, which one process reads and
+a Ray cluster of two nodes.
 
-The prepared folder is the same to the byte.
+The prepared folder, and the texts' vectors, are the same to the byte.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import gzip
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,22 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.reading.source import Rejects
+from ilrec_dist.items.ray_tasks import ray_tasks
+from ilrec_dist.items.spread import FEW_TEXTS, Spread
+from ilrec_dist.items.text_embeddings import embed_documents
+from ilrec_dist.items.tfidf import TfidfSpace
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.pipeline.stages.index import text_workers
 from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
+from tests.support.embedders import lengths
+from tests.support.item_words import words
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
@@ -188,6 +197,32 @@ def test_the_stage_uses_the_cluster_it_is_given(
         == (tmp_path / "b" / "run" / "data" / name).read_bytes()
         for name in names
     )
+
+
+def test_texts_become_the_vectors_of_one_process_on_both_nodes(cluster: Cluster) -> None:
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        time.sleep(0.1)
+        node = int(ray.get_runtime_context().get_node_id()[:5], 16)
+        return np.array([(len(text), node) for text in texts], np.float32)
+
+    texts = [text * (1 + number % 3) for number, text in enumerate(words(900))]
+    space = TfidfSpace(texts[:300], 16, 0)
+    alone, together = (np.empty((900, space.dim), np.float32) for _ in range(2))
+    embed_documents(space.embed, texts, alone)
+    with text_workers(Config(launch=LaunchConfig(ray_address=cluster.address)), FEW_TEXTS) as found:
+        assert found is not None
+        spread = replace(found, texts=64)
+        embed_documents(space.embed, texts, together, spread)
+        assert together.tobytes() == alone.tobytes()
+        seen = np.empty((900, 2), np.float32)
+        embed_documents(embed, texts, seen, spread)
+        assert seen[:, 0].tolist() == [len(text) for text in texts] and len(set(seen[:, 1])) == 2
+        with pytest.raises(UserError, match="^items.text_model: /gone is not a model folder$"):
+            embed_documents(lengths, ["oak", "refuse"], seen, spread)
+    once = Spread(partial(ray_tasks, retries=0))
+    with pytest.raises(WorkersFailed, match="^index: a task that turns texts into vec") as died:
+        embed_documents(lengths, ["oak", "kill"], seen, once)
+    assert "\n" not in str(died.value)
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

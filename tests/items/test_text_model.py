@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from transformers import (
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.config import ItemsConfig
+from ilrec_dist.items.spread import Spread, Workers
+from ilrec_dist.items.text_embeddings import text_vectors
 from ilrec_dist.items.text_model import TextModel
 from tests.support.item_words import toy
 
@@ -131,6 +134,22 @@ def test_a_damaged_folder_is_one_clear_line(model_folder, tmp_path, damage, mess
     ) as raised:
         TextModel(tmp_path / "model")
     assert "\n" not in str(raised.value)
+
+
+def test_pieces_of_whole_batches_give_the_bits_of_one_process(model_folder, tmp_path):
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(["oak", "elm", "ash"], n)) for n in random.integers(0, 30, 300)]
+
+    @contextmanager
+    def here(embed):
+        yield Workers(embed, lambda vectors: vectors, 1)
+
+    alone, _ = text_vectors(texts, 8, 0, tmp_path, model=model_folder)
+    pieces, _ = text_vectors(
+        texts, 8, 0, tmp_path, model=model_folder, spread=Spread(here, texts=64)
+    )
+    assert pieces.tobytes() == alone.tobytes()
+    assert np.allclose(alone, TextModel(model_folder, 1).embed(texts), atol=1e-5)
 
 
 def deepen(config):

@@ -4,16 +4,22 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.console import console
+from ilrec_dist.common.loading import load_function
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.index_report import index_summary
 from ilrec_dist.items.language_model import LanguageModel
+from ilrec_dist.items.spread import FEW_FOR_A_MODEL, FEW_TEXTS, Spread, local_spread
+from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import vocabulary_files
 from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
@@ -36,18 +42,38 @@ def index_stage(config: Config) -> Stage:
 def index(config: Config) -> str | None:
     artifacts = RunArtifacts(config)
     vectors = item_vectors(artifacts.folders.cf) if config.items.from_cf else None
-    report = build_catalogue(
-        config.items,
-        artifacts.dataset,
-        artifacts.folders.items,
-        vectors,
-        _language_model(config),
-    )
+    with text_workers(config, artifacts.dataset.num_items) as spread:
+        report = build_catalogue(
+            config.items,
+            artifacts.dataset,
+            artifacts.folders.items,
+            vectors,
+            _language_model(config),
+            spread,
+        )
     if report["warning"]:
         console.print(
             f"index: warning: {report['warning']}", highlight=False, markup=False, soft_wrap=True
         )
     return index_summary(report)
+
+
+@contextmanager
+def text_workers(config: Config, num_items: int) -> Iterator[Spread | None]:
+    """Who turns texts into vectors: the cores or GPUs of a named Ray cluster, else
+    processes of this machine; None: this process alone, as for few items.
+    """
+    items = config.items
+    by_model = items.text_model is not None
+    if not items.from_texts or num_items < (FEW_FOR_A_MODEL if by_model else FEW_TEXTS):
+        yield None
+    elif not is_on_named_cluster(config.launch):
+        yield local_spread(num_items, by_model)
+    else:
+        with ray_session(config.launch):
+            # Its module loads Ray.
+            start = load_function("ilrec_dist.items.ray_tasks:ray_tasks")
+            yield Spread(partial(start, on_gpus=by_model and config.launch.device != "cpu"))
 
 
 def _model_files(config: Config) -> list[Path]:
