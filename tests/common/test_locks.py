@@ -42,7 +42,7 @@ def test_a_holder_that_ends_in_time_is_waited_for(tmp_path):
 
 def test_a_lock_that_cannot_name_its_holder_is_let_go(tmp_path):
     path = tmp_path / ".lock"
-    path.symlink_to("/dev/full")
+    path.symlink_to("/dev/null")
     for _ in range(2):
         with pytest.raises(OSError):
             inherit_lock(path, 0.0)
