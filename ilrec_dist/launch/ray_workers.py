@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -63,8 +63,8 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
     """Run `job` in launch.workers processes of
     the cluster that this process is connected to.
 
-    Raises UserError where the cluster cannot run it, and WorkersFailed
-    when the retries are used up or a lost node is not replaced.
+    Raises UserError where the cluster cannot run it, and WorkersFailed when
+    the retries are used up, a lost node is not replaced, or Ray itself fails.
     """
     gpu = _on_gpus(launch)
     demand = Demand("GPU" if gpu else "CPU", launch.workers)
@@ -99,9 +99,13 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
                 f"the workers failed more than launch.max_failures = {launch.max_failures} times; "
                 f"the last failure: {lines[-1].strip() if lines else error}"
             ) from error
-        except RayActorError:
+        except (RayActorError, OutOfMemoryError) as error:
             if watch.failure is None:
-                raise
+                reason, *_ = (line for line in str(error).splitlines() if line.strip())
+                raise WorkersFailed(
+                    f"Ray lost the process that leads the workers: {reason.strip()} The same "
+                    "command goes on where it stopped"
+                ) from error
         except KeyboardInterrupt:
             try:
                 StopRequest(Path(job.folder)).ask_if_terminated()

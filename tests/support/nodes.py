@@ -30,6 +30,8 @@ QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
     "RAY_worker_niceness": "0",
+    # Of the memory that counts for Ray most may be other programs'.
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
