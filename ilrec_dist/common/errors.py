@@ -16,8 +16,8 @@ class WorkersFailed(RuntimeError):
 
 
 class NotWritable(Exception):
-    """Nothing can be written: the disk is full or
-    read-only, or not this user's. Exit code 1.
+    """Nothing can be written: the disk is full or read-only, or not this user's, or
+    another process holds the place. Exit code 1.
 
     The message is one line that names the path and says what to do.
     """

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ilrec_dist.common.disk import writing_to
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import NotWritable, UserError
 
 # Threads that hash files at once: enough to keep a disk busy.
 HASH_THREADS = 8
@@ -195,7 +195,8 @@ def inherit_lock(path: Path, patience: float) -> int:
     """Lock a file that the last processes of a killed command may still hold.
 
     Returns a file descriptor, as `acquire_lock` does. The file says which process holds
-    it. Raises UserError where another one still does after `patience` seconds.
+    it. Raises NotWritable where another one still does after `patience` seconds: that
+    is no fault of the input, for which a command's work would be taken back.
     """
     until = time.monotonic() + patience
     while True:
@@ -204,14 +205,17 @@ def inherit_lock(path: Path, patience: float) -> int:
             break
         except BlockingIOError:
             if time.monotonic() > until:
-                raise UserError(
-                    f"{path.parent}: process {path.read_text()}, of an earlier command, still "
-                    f"holds it after {patience:g} s and may hang; end that process, then give "
-                    "the same command again"
+                raise NotWritable(
+                    f"{path.parent}: process {path.read_text()}, of an earlier command or attempt, "
+                    f"still holds it after {patience:g} s and may hang; end that process"
                 ) from None
             time.sleep(LOCK_POLL_SECONDS)
-    os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+    try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
+    except BaseException:
+        os.close(handle)
+        raise
     return handle
 
 

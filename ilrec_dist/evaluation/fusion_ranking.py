@@ -5,6 +5,7 @@ every source, for many histories (METHOD.md §12).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.model import SASRec
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.layout import ParallelState
+from ilrec_dist.distributed.layout import ParallelState, refused_together
 from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
 from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
 from ilrec_dist.evaluation.config import EvaluationConfig
@@ -97,39 +98,43 @@ def score_candidates(
     Candidates are the items of the beams, int [n, W] padded with -1, and the top
     `num_candidates` of each source, without the items of the history where
     exclude_seen, and of `allowed`, bool [num_items], alone. Collective over `parallel`;
-    the same on every rank.
+    the same on every rank, and so is a UserError.
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     was_training = backbone.training
     backbone.eval()
-    for rows in batches:
-        by_source = [source.log_p(histories, rows) for source in sources]
-        seen = histories.seen(rows) if exclude_seen else None
-        lists = [beam_items[rows]]
-        for log_p in by_source:
-            ranked = log_p.copy()
-            if seen is not None:
-                ranked[seen.rows, seen.items] = -np.inf
-            if allowed is not None:
-                ranked[:, ~allowed] = -np.inf
-            lists.append(top_items(ranked, num_candidates)[0])
-        items = candidate_union(lists)
-        by_model = score_items(
-            backbone,
-            constraint,
-            inputs.prefixes(histories, rows).to(parallel.device),
-            torch.from_numpy(items).to(parallel.device),
-            vocab_size=catalogue.vocab_size,
-            softmax_scope=softmax_scope,
-            tp_group=parallel.tp_group,
-            model_name=model_name,
-        )
-        columns = [by_model.double().cpu().numpy()]
-        columns += [np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source]
-        scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
-        parts.append((rows, items, scores))
+    # A rank that meets an error leaves no other waiting for it.
+    with refused_together(parallel.dp_group) if parallel.dp > 1 else nullcontext():
+        for rows in batches:
+            by_source = [source.log_p(histories, rows) for source in sources]
+            seen = histories.seen(rows) if exclude_seen else None
+            lists = [beam_items[rows]]
+            for log_p in by_source:
+                ranked = log_p.copy()
+                if seen is not None:
+                    ranked[seen.rows, seen.items] = -np.inf
+                if allowed is not None:
+                    ranked[:, ~allowed] = -np.inf
+                lists.append(top_items(ranked, num_candidates)[0])
+            items = candidate_union(lists)
+            by_model = score_items(
+                backbone,
+                constraint,
+                inputs.prefixes(histories, rows).to(parallel.device),
+                torch.from_numpy(items).to(parallel.device),
+                vocab_size=catalogue.vocab_size,
+                softmax_scope=softmax_scope,
+                tp_group=parallel.tp_group,
+                model_name=model_name,
+            )
+            columns = [by_model.double().cpu().numpy()]
+            columns += [
+                np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source
+            ]
+            scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
+            parts.append((rows, items, scores))
     backbone.train(was_training)
     if parallel.dp > 1:
         gathered: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [

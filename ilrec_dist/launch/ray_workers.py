@@ -31,7 +31,8 @@ from ilrec_dist.launch.job import UNCOMPILED, Job, run_job
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 # What Ray Train would start processes for: to deal out Ray's own data sets, of which there are none
-# here, and to give back what a lost controller held, which Ray's head does itself.
+# here, and to give back what a lost controller held. Ray's head does that itself, but only when the
+# driver's connection ends, as it does with the command (`ray_session`).
 WITHOUT_USE = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 

@@ -86,6 +86,9 @@ def drop_rankings_of_others(config: Config, artifacts: RunArtifacts) -> None:
             shutil.rmtree(folders.evaluation, ignore_errors=True)
             folders.evaluation.mkdir(parents=True)
             write_text(note, text)
+        # Of a process that was killed while it wrote.
+        for leftover in folders.evaluation.rglob(".*.writing-*"):
+            leftover.unlink(missing_ok=True)
     dist.barrier()
 
 
@@ -96,7 +99,7 @@ def parts_folder(path: Path) -> Path:
 
 def is_ranked(path: Path) -> bool:
     """Whether the predictions are there, whole; the same on every rank."""
-    exists: bool = from_rank0(path.exists())
+    exists: bool = from_rank0(is_whole_parquet(path))
     if exists and is_rank0():
         # Of a process that ended when it had joined them.
         shutil.rmtree(parts_folder(path), ignore_errors=True)

@@ -18,7 +18,7 @@ def exclusive_folder(folder: Path, patience: float) -> Iterator[bool]:
     """Hold the training's folder, and say whether its training is finished already.
 
     Rank 0 waits for the lock, which a killed run's last processes may still hold:
-    they may finish the training. Raises UserError where one still holds it after
+    they may finish the training. Raises NotWritable where one still holds it after
     `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ The workers are real processes over gloo; only that Ray starts them is left out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.sasrec import cross_fit
+from ilrec_dist.cf.sasrec.cross_fit import train_cf, train_share
 from ilrec_dist.common.errors import Stopped, UserError, WorkersFailed
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch import workers
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import Job, run_job
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.stages import cf
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -90,9 +94,13 @@ def test_the_models_are_those_of_one_process_also_after_an_interruption(
     assert not [path.name for path in run.iterdir() if path.name.startswith(".cf")]
     monkeypatch.undo()
     alone = tiny_config(tmp_path / "alone")
-    for stage in ("prepare", "index", "cf"):
+    for stage in ("prepare", "index"):
         execute(alone, stage)
+    # What workers that failed leave, where the next command has none.
+    (alone.run_dir / ".cf-work/.failures").mkdir(parents=True)
+    execute(alone, "cf")
     assert hashes(run / "cf") == hashes(alone.run_dir / "cf")
+    assert not [path.name for path in alone.run_dir.iterdir() if path.name.startswith(".cf")]
 
 
 def test_an_error_of_one_worker_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +110,31 @@ def test_an_error_of_one_worker_ends_all(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="'fold0' diverged"):
         execute(config, "cf")
     assert not [path for path in config.run_dir.iterdir() if "cf" in path.name]
+
+
+def test_a_process_of_a_killed_command_does_not_write_among_the_models_of_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = prepared(tmp_path, monkeypatch)
+    artifacts = RunArtifacts(config)
+    cf_folder = artifacts.folders.cf
+    unfinished = cf_folder.with_name(".cf.unfinished")
+
+    def share(later: CFConfig) -> None:
+        """Train a model after another command has begun."""
+
+        def leave() -> None:
+            raise WorkersFailed("killed")
+
+        with pytest.raises(WorkersFailed):
+            train_cf(later, artifacts.training, None, cf_folder, train_elsewhere=leave)
+        train_share(config.cf, artifacts.training, cf_folder, 0, 3)
+
+    with pytest.raises(Stopped):
+        share(dataclasses.replace(config.cf, learning_rate=0.5))
+    assert not list(unfinished.rglob("full.*"))
+    share(config.cf)
+    assert len(list(unfinished.rglob("full.*"))) == 2
 
 
 @pytest.mark.parametrize(

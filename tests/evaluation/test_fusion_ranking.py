@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.evaluation.baselines.counting import count_training, transition_scores
 from ilrec_dist.evaluation.config import EvaluationConfig
@@ -20,7 +21,7 @@ from ilrec_dist.evaluation.fusion_ranking import (
 )
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import history_ranges, top_items
-from ilrec_dist.inference.inputs import PlainSequences
+from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -49,7 +50,14 @@ def beams() -> np.ndarray:
     return items
 
 
-def score(mesh: Mesh, exclude_seen: bool) -> FusionScores:
+def score(mesh: Mesh, exclude_seen: bool, refused_rank: int | None = None) -> FusionScores:
+    """A source may refuse what one rank asks for."""
+
+    def by_table(_: HistoryRanges, rows: np.ndarray) -> np.ndarray:
+        if mesh.rank == refused_rank:
+            raise UserError("table: refused")
+        return table[rows]
+
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
         dataset, catalogue, table = toy_data(), toy_catalogue(), fixed_log_p()
@@ -59,7 +67,7 @@ def score(mesh: Mesh, exclude_seen: bool) -> FusionScores:
             history_ranges(dataset, USERS, "test"),
             beams(),
             [
-                FusionSource("table", lambda _, rows: table[rows]),
+                FusionSource("table", by_table),
                 transitions_source(count_training(dataset)),
             ],
             num_candidates=CANDIDATES,
@@ -71,6 +79,12 @@ def score(mesh: Mesh, exclude_seen: bool) -> FusionScores:
         )
     finally:
         destroy_parallel()
+
+
+def refusal(mesh: Mesh) -> str:
+    with pytest.raises(UserError) as refused:
+        score(mesh, True, refused_rank=1)
+    return str(refused.value)
 
 
 def by_definition(mesh: Mesh) -> np.ndarray:
@@ -150,6 +164,10 @@ def test_process_layouts_agree() -> None:
     for other in (*run_distributed(score, 2, 2, True), *run_distributed(score, 2, 1, True)):
         assert np.array_equal(other.items, one.items)
         np.testing.assert_allclose(other.log_p, one.log_p, rtol=1e-4, atol=1e-4)
+
+
+def test_what_one_rank_refuses_all_refuse() -> None:
+    assert run_distributed(refusal, 2, 1, timeout=30) == ["table: refused"] * 2
 
 
 def test_fused_lists_hold_the_best_candidates() -> None:

@@ -120,7 +120,10 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
         run_distributed(evaluate, 2, 1, tree, PART_USERS, 2, True)
     saved = [folder / f"sft-seed0/.{NAMES[0]}.parts/{part:06d}.parquet" for part in (0, 1)]
     assert sorted(folder.rglob("*.parquet")) == saved
+    half = folder / f"sft-seed0/.{NAMES[0]}.writing-1"
+    half.touch()
     run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * len(SIZES) - 2 + 1)
+    assert not half.exists()
     weights = folder / f"{FUSED}-seed0/predictions.fusion.json"
     chosen = weights.stat().st_mtime_ns
     assert list(weights.parent.rglob("*.parquet")) == [

@@ -35,7 +35,7 @@ from ilrec_dist.cf.sasrec.fit import (
 )
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import stage_settings
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import Stopped, UserError
 from ilrec_dist.common.files import (
     clear_leftovers,
     inherit_lock,
@@ -152,12 +152,23 @@ def train_share(
     """Train every `processes`-th model from `rank` on, each by this process alone.
 
     Another process is in `train_cf` with the same settings, data and folder, which both
-    see, and takes the models over. Raises UserError as `train_cf` does.
+    see, and takes the models over. Raises UserError as `train_cf` does, and Stopped
+    before anything is written where the models that are asked for are others: a later
+    command may have begun, whose folder this process, left by a killed one, must not
+    write to.
     """
     sequences, shard = _training_sequences(dataset), ItemShard(dataset.num_items)
-    models = list(_model_users(config, user_folds(dataset.user_ids, config.cf_folds)))
-    for model in models[rank::processes]:
-        _trained(model, config, shard, sequences, Path(out), on_epoch, device)
+    folds = user_folds(dataset.user_ids, config.cf_folds)
+    task, asked = _task(config, dataset, folds, shard), _unfinished(Path(out)) / TASK
+
+    def go_on(event: dict[str, Any]) -> None:
+        if _read_task(asked) != task:
+            raise Stopped
+        if on_epoch is not None:
+            on_epoch(event)
+
+    for model in list(_model_users(config, folds))[rank::processes]:
+        _trained(model, config, shard, sequences, Path(out), go_on, device)
 
 
 def _training_sequences(dataset: InteractionDataset) -> TrainingSequences:

@@ -38,6 +38,8 @@ def cf_stage(config: Config) -> Stage:
 
 def train_cf_models(config: Config) -> str | None:
     """Train all models; returns what the full one came to."""
+    # Of workers that failed: this command may have none.
+    shutil.rmtree(RunFolders(config.run_dir).cf_work, ignore_errors=True)
     if config.cf.split_table:
         train_by_workers(config, "train_cf_part")
     else:
