@@ -417,6 +417,9 @@ def main() -> int:
     except UserError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("soak: interrupted; the same command goes on with the faults that are left")
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
