@@ -199,10 +199,16 @@ def test_the_stage_uses_the_cluster_it_is_given(
     )
 
 
-def test_texts_become_the_vectors_of_one_process_on_both_nodes(cluster: Cluster) -> None:
+def test_texts_become_the_vectors_of_one_process_on_both_nodes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     def embed(texts: Sequence[str]) -> np.ndarray:
-        time.sleep(0.1)
         node = int(ray.get_runtime_context().get_node_id()[:5], 16)
+        (tmp_path / str(node)).touch()
+        # The node that is ready first would do all of it.
+        until = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
         return np.array([(len(text), node) for text in texts], np.float32)
 
     texts = [text * (1 + number % 3) for number, text in enumerate(words(900))]
