@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ilrec_dist.common.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,20 @@ def from_rank0(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def over_data_parallel(parallel: ParallelState, make: Callable[[], list[T]]) -> list[T]:
+    """What `make` gives on each data-parallel rank, joined in their order; the same on
+    every rank, and so is a UserError that one of them meets.
+    """
+    if parallel.dp == 1:
+        return make()
+    # A rank that meets an error leaves no other waiting for it.
+    with refused_together(parallel.dp_group):
+        own = make()
+    gathered: list[list[T]] = [[] for _ in range(parallel.dp)]
+    dist.all_gather_object(gathered, own, group=parallel.dp_group)
+    return [one for rank in gathered for one in rank]
 
 
 @contextmanager

@@ -5,17 +5,15 @@ every source, for many histories (METHOD.md §12).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.model import SASRec
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.layout import ParallelState, refused_together
+from ilrec_dist.distributed.layout import ParallelState, over_data_parallel
 from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
 from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
 from ilrec_dist.evaluation.config import EvaluationConfig
@@ -102,11 +100,9 @@ def score_candidates(
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    was_training = backbone.training
-    backbone.eval()
-    # A rank that meets an error leaves no other waiting for it.
-    with refused_together(parallel.dp_group) if parallel.dp > 1 else nullcontext():
+
+    def score_own() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        parts = []
         for rows in batches:
             by_source = [source.log_p(histories, rows) for source in sources]
             seen = histories.seen(rows) if exclude_seen else None
@@ -135,13 +131,12 @@ def score_candidates(
             ]
             scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
             parts.append((rows, items, scores))
+        return parts
+
+    was_training = backbone.training
+    backbone.eval()
+    parts = over_data_parallel(parallel, score_own)
     backbone.train(was_training)
-    if parallel.dp > 1:
-        gathered: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [
-            [] for _ in range(parallel.dp)
-        ]
-        dist.all_gather_object(gathered, parts, group=parallel.dp_group)
-        parts = [part for rank in gathered for part in rank]
     width = max(items.shape[1] for _, items, _ in parts)
     union = np.full((len(beam_items), width), -1, np.int64)
     log_p = np.full((len(beam_items), width, 1 + len(sources)), -np.inf)

@@ -5,15 +5,13 @@ like lengths, spread over data-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch.distributed as dist
 
-from ilrec_dist.distributed.layout import ParallelState, refused_together
+from ilrec_dist.distributed.layout import ParallelState, over_data_parallel
 from ilrec_dist.inference.beam_search import Decoder, RankedItems, beam_search, expand_beams
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
@@ -49,12 +47,11 @@ def rank_histories(
     """
     catalogue = constraint.trie.catalogue
     batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
-    ranked: list[tuple[np.ndarray, RankedItems]] = []
-    done, total = 0, sum(map(len, batches))
-    was_training = backbone.training
-    backbone.eval()
-    # A rank that meets an error leaves no other waiting for it.
-    with refused_together(parallel.dp_group) if parallel.dp > 1 else nullcontext():
+    total = sum(map(len, batches))
+
+    def rank_own() -> list[tuple[np.ndarray, RankedItems]]:
+        ranked: list[tuple[np.ndarray, RankedItems]] = []
+        done = 0
         for rows in batches:
             prefixes = inputs.prefixes(histories, rows).to(parallel.device)
             excluded = histories.seen(rows) if exclude_seen else None
@@ -73,11 +70,12 @@ def rank_histories(
             done += len(rows)
             if progress is not None:
                 progress(done, total)
+        return ranked
+
+    was_training = backbone.training
+    backbone.eval()
+    ranked = over_data_parallel(parallel, rank_own)
     backbone.train(was_training)
-    if parallel.dp > 1:
-        gathered: list[list[tuple[np.ndarray, RankedItems]]] = [[] for _ in range(parallel.dp)]
-        dist.all_gather_object(gathered, ranked, group=parallel.dp_group)
-        ranked = [part for rank in gathered for part in rank]
     return ranked
 
 

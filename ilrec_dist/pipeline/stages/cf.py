@@ -80,7 +80,6 @@ def is_side_by_side(config: Config) -> bool:
 def train_by_workers(config: Config, task: str) -> None:
     """Have the workers train by one of `worker_tasks`; their epochs are shown here."""
     folders = RunFolders(config.run_dir)
-    shutil.rmtree(folders.cf_work, ignore_errors=True)
     job = Job(
         f"ilrec_dist.pipeline.worker_tasks:{task}",
         {"config": config_for_workers(config)},
