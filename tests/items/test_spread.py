@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ilrec_dist.common.errors import NotWritable, UserError, WorkersFailed
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.spread import FEW_TEXTS, Spread, processes
-from ilrec_dist.items.text_embeddings import embed_documents, text_vectors
+from ilrec_dist.items.text_embeddings import CHUNK_ROWS, embed_documents, text_vectors
 from ilrec_dist.items.tfidf import TfidfSpace
 from ilrec_dist.pipeline.stages.index import text_workers
 from tests.support.embedders import lengths
@@ -47,8 +48,9 @@ def test_several_processes_give_the_bits_of_one() -> None:
 
 
 def test_every_row_is_its_texts_and_other_processes_compute() -> None:
-    texts = ["x" * (number * 7919 % 500) for number in range(2000)]
-    found = embedded(texts)
+    # More than one block, within which they are ordered by length.
+    texts = ["x" * (number * 7919 % 50) for number in range(CHUNK_ROWS + 2000)]
+    found = embedded(texts, replace(TWO, texts=1 << 12))
     assert found[:, 0].tolist() == [len(text) for text in texts]
     assert os.getpid() not in found[:, 1]
 
