@@ -21,6 +21,7 @@ import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import load_config
+from ilrec_dist.launch.attempts import read_workers
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.whole_weights import whole_weights
@@ -58,7 +59,7 @@ def root(tmp_path_factory) -> Path:
         },
         launch={
             "engine": "ray",
-            "workers": 1,
+            "workers": 2,
             "max_failures": 20,
             "timeout_seconds": TIMEOUT_SECONDS,
         },
@@ -148,13 +149,13 @@ def test_faults_change_nothing(root):
     wait_for("resumption", lambda: len(resumptions(folder)) > 1, process, log)
     later = steps_logged(folder) + 10
     wait_for("steps of the resumed run", lambda: steps_logged(folder) >= later, process, log)
-    # A worker hangs, and another takes its place.
-    worker = trainer_of(folder)
-    os.kill(worker, signal.SIGSTOP)
+    # A worker hangs, for which the other one waits; two new ones take their places.
+    hanging = read_workers(folder.parent, 2)[1]["process"]
+    os.kill(hanging, signal.SIGSTOP)
     wait_for("resumption", lambda: len(resumptions(folder)) > 2, process, log)
     later = steps_logged(folder) + 10
-    wait_for("steps of the new worker", lambda: steps_logged(folder) >= later, process, log)
-    assert trainer_of(folder) != worker
+    wait_for("steps of the new workers", lambda: steps_logged(folder) >= later, process, log)
+    assert hanging not in [one["process"] for one in read_workers(folder.parent, 2)]
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_SECONDS) == 130, end_of(log)
@@ -163,9 +164,9 @@ def test_faults_change_nothing(root):
 
     # Under torchrun the same run goes on, too.
     execute(dataclasses.replace(load_config(root / "whole.yaml"), name="faulty"), "train")
-    found_at = resumptions(folder)
-    assert len(found_at) == 4
-    assert all(step >= 30 and dropped <= CHECKPOINT_STEPS for step, dropped in found_at)
+    (after_worker, _), *later_ones = found_at = resumptions(folder)
+    assert len(found_at) == 4 and all(dropped <= CHECKPOINT_STEPS for _, dropped in found_at)
+    assert after_worker >= 30 and all(step >= 70 for step, _ in later_ones)
     execute(load_config(root / "whole.yaml"), "train")
     expected, found = (
         whole_weights(training(root, name) / "final") for name in ("whole", "faulty")
