@@ -6,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ilrec_kernels.sources import vocab_slices
 from ilrec_kernels.sources.protocol import LogitSource
 from ilrec_kernels.steps.negatives import target_ensemble
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.live_bytes import live_bytes
@@ -81,6 +83,30 @@ SETTINGS: list[dict[str, Any]] = [
         softmax_scope="valid_next",
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched_once() -> Iterator[None]:
+    """The interpreter looks through Triton's language, and puts its own functions in their
+    places, at each call of a device function: half of the time of these tests. Here it
+    does so once for each module whose functions are called.
+    """
+    patch = interpreter._patch_lang
+    modules: set[str] = set()
+
+    class Nothing:
+        def restore(self) -> None:
+            """What was put in place stays: this process only interprets."""
+
+    def once(function: Any) -> Nothing:
+        if function.__module__ not in modules:
+            patch(function)
+            modules.add(function.__module__)
+        return Nothing()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", once)
+        yield
 
 
 @pytest.fixture
