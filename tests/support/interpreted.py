@@ -6,7 +6,7 @@ imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,30 @@ from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.live_bytes import live_bytes
 from tests.support.loss_cases import Case, Outcome, assert_close, make_case, run_case
 from tests.support.loss_shards import sharded, whole
+
+
+class Patched:
+    """The interpreter looks through Triton's language, and puts its own functions in their
+    places, at each call of a device function: half of the time of these tests. Here, and
+    in the ranks that load this file, it does so once for each module whose functions are
+    called, and what it has put in place stays.
+    """
+
+    def __init__(self, patch: Callable[[Any], Any]) -> None:
+        self.patch = patch
+        self.modules: set[str] = set()
+
+    def __call__(self, function: Any) -> Patched:
+        if function.__module__ not in self.modules:
+            self.patch(function)
+            self.modules.add(function.__module__)
+        return self
+
+    def restore(self) -> None:
+        """Nothing: this process only interprets."""
+
+
+interpreter._patch_lang = Patched(interpreter._patch_lang)
 
 SETTINGS: list[dict[str, Any]] = [
     dict(),
@@ -85,30 +109,6 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patched_once() -> Iterator[None]:
-    """The interpreter looks through Triton's language, and puts its own functions in their
-    places, at each call of a device function: half of the time of these tests. Here it
-    does so once for each module whose functions are called.
-    """
-    patch = interpreter._patch_lang
-    modules: set[str] = set()
-
-    class Nothing:
-        def restore(self) -> None:
-            """What was put in place stays: this process only interprets."""
-
-    def once(function: Any) -> Nothing:
-        if function.__module__ not in modules:
-            patch(function)
-            modules.add(function.__module__)
-        return Nothing()
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interpreter, "_patch_lang", once)
-        yield
-
-
 @pytest.fixture
 def plans(monkeypatch) -> list[Plan]:
     """The plans of the test's calls, in order."""
@@ -126,6 +126,10 @@ def sliced(plans: list[Plan]) -> bool:
 def test_agrees_with_the_reference(settings):
     case = make_case(**{"n": 11, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
     assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
+
+
+def shards(mesh: Mesh, cases: list[Case], edges: list[int]) -> list[Outcome]:
+    return sharded(mesh, cases, edges, "triton")
 
 
 def whole_numbers(case: Case) -> Case:
@@ -177,7 +181,7 @@ def test_shards_agree_with_the_reference(edges):
         make_case(**dense, **base),
         make_case(negative_scope="all", negative_threshold=1e-3, **base),
     ]
-    ranks = run_distributed(sharded, 2, 2, cases, edges, "triton")
+    ranks = run_distributed(shards, 2, 2, cases, edges)
     for i, case in enumerate(cases):
         assert_close(
             whole([r[i] for r in ranks], case), run_case(case, "reference", loss_scale=0.1), 1e-5
