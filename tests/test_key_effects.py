@@ -61,6 +61,7 @@ ALWAYS = {
     "launch.workers",
     "launch.tp",
     "launch.device",
+    "launch.threads",
     "launch.max_failures",
     "launch.timeout_seconds",
 }
@@ -330,11 +331,6 @@ SOMETIMES: dict[str, Case] = {
         "9",
         ["evaluation.fusion=true"],
         [([], "evaluation.fusion true")],
-    ),
-    "launch.threads": (
-        "2",
-        ["launch.device=cuda", "launch.engine=torchrun"],
-        [(["launch.device=cuda"], "launch.device cpu or auto")],
     ),
     "launch.tp_across_nodes": (
         "true",

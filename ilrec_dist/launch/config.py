@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 from ilrec_dist.common.config_fields import (
     Affects,
@@ -13,11 +13,6 @@ from ilrec_dist.common.config_fields import (
     PositiveFloat,
     section,
 )
-
-
-def _sets_threads(config: Any) -> bool:
-    launch = config.launch
-    return bool(launch.device != "cuda" or launch.engine == "torchrun")
 
 
 @section()
@@ -38,13 +33,8 @@ class LaunchConfig:
     ] = False
     # The device of the workers; auto: the GPUs, where every worker can have one.
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = "auto"
-    # CPU threads per worker; None: the cores shared evenly. Under torchrun also those that a
-    # worker has beside its GPU.
-    threads: Annotated[
-        Optional[Positive],
-        Affects(),
-        OnlyIf("launch.device cpu or auto, or launch.engine torchrun", _sets_threads),
-    ] = None
+    # CPU threads per worker, beside its GPU too; None: its share of the node's cores.
+    threads: Annotated[Optional[Positive], Affects()] = None
     # Restarts of the worker group before the run gives up.
     max_failures: Annotated[NonNegative, Affects()] = 3
     # After so many seconds a collective, a worker that does not answer and a lost node that

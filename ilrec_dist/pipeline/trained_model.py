@@ -138,8 +138,7 @@ def loaded_here(weights: TrainedWeights) -> Iterator[TrainedModel]:
     quiet()
     launch = weights.config.launch
     device, threads = resolve_device(launch), torch.get_num_threads()
-    if device == "cpu":
-        set_cpu_threads(launch)
+    set_cpu_threads(launch)
     is_own_group = not dist.is_initialized()
     parallel = initialize_parallel(1, device)
     try:

@@ -130,10 +130,8 @@ def worker_session(config: Config) -> Iterator[ParallelState]:
     """
     quiet()
     device = resolve_device(config.launch)
-    if device == "cpu":
-        set_cpu_threads(
-            config.launch, int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers))
-        )
+    # Beside a GPU too: Ray gives a worker that has no CPU of its own a single thread.
+    set_cpu_threads(config.launch, int(os.environ.get("LOCAL_WORLD_SIZE", config.launch.workers)))
     parallel = initialize_parallel(
         config.launch.tp, device, timeout_seconds=config.launch.timeout_seconds
     )
