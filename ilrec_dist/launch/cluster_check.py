@@ -31,8 +31,16 @@ from ilrec_dist.launch.config import LaunchConfig
 NODES_SECONDS = 30.0
 ANSWER_SECONDS = 25.0
 POLL_SECONDS = 1.0
-# Packages whose versions decide what a worker computes.
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "faiss-cpu", "triton")
+# Packages whose versions decide what a worker computes, or how it reads and writes, each with the
+# names of its builds, of which one is installed.
+ONE_BUILD = (
+    *("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "safetensors"),
+    *("pyarrow", "numpy", "scipy", "scikit-learn", "triton"),
+)
+PACKAGES = {name: (name,) for name in ONE_BUILD} | {"FAISS": ("faiss-cpu", "faiss-gpu-cu12")}
+# The project's own packages, which are compared by their source: it changes more often than their
+# version.
+SOURCES = ("ilrec_dist", "ilrec_kernels")
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
     mark.touch()
     try:
         probe = _make_probe()
-        asks = (str(mark), tuple(reads), PACKAGES)
+        asks = (str(mark), tuple(reads), PACKAGES, SOURCES)
         expected = probe(*asks)
         task: Any = ray.remote(probe)
         asked = {
@@ -144,7 +152,7 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
         mark.unlink(missing_ok=True)
 
 
-def _make_probe() -> Callable[[str, Sequence[str], Sequence[str]], dict[str, Any]]:
+def _make_probe() -> Callable[..., dict[str, Any]]:
     """The task that nodes run. A function of its own is sent whole, so that a
     node without this package, or with another version of it, can run it too.
     """
@@ -155,23 +163,39 @@ def _make_probe() -> Callable[[str, Sequence[str], Sequence[str]], dict[str, Any
             return {"": os.path.getsize(path)} if os.path.exists(path) else None
         return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
 
-    def probe(mark: str, reads: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {"Python": platform.python_version()}
-        for package in packages:
+    def version(builds: Sequence[str]) -> str | None:
+        """The version of the one of these that is installed; None for none."""
+        for package in builds:
             try:
-                found[package] = importlib.metadata.version(package)
+                return importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:
-                found[package] = None
-        spec = importlib.util.find_spec("ilrec_dist")
+                continue
+        return None
+
+    def source(package: str) -> str | None:
+        """A hash of the package's modules; None where there is no such package."""
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            return None
         digest = hashlib.sha256()
-        for root in spec.submodule_search_locations or () if spec else ():
+        for root in spec.submodule_search_locations or ():
             for folder, folders, names in os.walk(root):
                 folders.sort()
                 for name in sorted(names):
                     if name.endswith(".py"):
                         with open(os.path.join(folder, name), "rb") as file:
                             digest.update(file.read())
-        found["ilrec-dist"] = digest.hexdigest()[:12] if spec else None
+        return f"of source {digest.hexdigest()[:12]}"
+
+    def probe(
+        mark: str,
+        reads: Sequence[str],
+        packages: Mapping[str, Sequence[str]],
+        sources: Sequence[str],
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {"Python": platform.python_version()}
+        found |= {package: version(builds) for package, builds in packages.items()}
+        found |= {package: source(package) for package in sources}
         files = {path: sizes(path) for path in reads}
         return {"sees": os.path.exists(mark), "files": files, "versions": found}
 
@@ -208,10 +232,7 @@ def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any
 
 
 def _version(package: str, version: str | None) -> str:
-    if version is None:
-        return f"no {package}"
-    # The project's own is a hash of its source, which changes more often than its version.
-    return f"ilrec-dist of source {version}" if package == "ilrec-dist" else f"{package} {version}"
+    return f"no {package}" if version is None else f"{package} {version}"
 
 
 # While the workers run

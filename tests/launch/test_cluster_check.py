@@ -19,6 +19,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.launch import cluster_check
 from ilrec_dist.launch.cluster_check import Demand, LostNodes, check_nodes, require_resources
 from ilrec_dist.launch.config import LaunchConfig
 
@@ -45,9 +46,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     hidden = tmp_path_factory.mktemp("hidden")
     shadow = tmp_path_factory.mktemp("shadow")
     copy = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "ilrec_dist", copy / "ilrec_dist")
-    with open(copy / "ilrec_dist/__init__.py", "a") as file:
-        file.write("# another version\n")
+    for package in ("ilrec_dist", "kernels/ilrec_kernels"):
+        shutil.copytree(ROOT / package, copy / package)
+        with open(copy / package / "__init__.py", "a") as file:
+            file.write("# another version\n")
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to make a mount namespace")
     head = Cluster(
@@ -56,7 +58,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     )
     start = f"{sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=3"
     hide = f"mount -t tmpfs none {hidden}"
-    replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist"
+    replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist && "
+    replace += f"mount --bind {copy}/kernels {ROOT}/kernels"
     node = subprocess.Popen(
         ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
         env={**os.environ, "PYTHONPATH": f"{shadow}:{os.environ.get('PYTHONPATH', '')}"},
@@ -122,12 +125,13 @@ def test_a_model_that_a_node_does_not_have_is_refused(cluster, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_version_of_a_package_on_a_node_is_refused(cluster, tmp_path):
-    metadata = cluster.shadow / "transformers-0.1.dist-info" / "METADATA"
+@pytest.mark.parametrize(("package", "name"), [("faiss-cpu", "FAISS"), ("pyarrow", "pyarrow")])
+def test_another_version_of_a_package_on_a_node_is_refused(cluster, tmp_path, package, name):
+    metadata = cluster.shadow / f"{package.replace('-', '_')}-0.1.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.1\n")
-    here = importlib.metadata.version("transformers")
-    line = f"node .*: has transformers 0.1, and the node of this command has transformers {here};"
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
+    here = importlib.metadata.version(package)
+    line = f"node .*: has {name} 0.1, and the node of this command has {name} {here};"
     try:
         with pytest.raises(UserError, match=line):
             check_nodes(tmp_path, (), PATIENCE_SECONDS)
@@ -135,9 +139,21 @@ def test_another_version_of_a_package_on_a_node_is_refused(cluster, tmp_path):
         shutil.rmtree(metadata.parent)
 
 
-def test_another_version_of_the_project_on_a_node_is_refused(cluster, tmp_path):
-    with pytest.raises(UserError, match="node .*: has ilrec-dist of source .*; install the same"):
+@pytest.mark.parametrize("package", ["ilrec_dist", "ilrec_kernels"])
+def test_another_version_of_the_project_on_a_node_is_refused(
+    cluster, tmp_path, monkeypatch, package
+):
+    # Both are others there; each is noticed by itself.
+    monkeypatch.setattr(cluster_check, "SOURCES", [package])
+    with pytest.raises(UserError, match=f"node .*: has {package} of source .*; install the same"):
         check_nodes(tmp_path, (), PATIENCE_SECONDS)
+
+
+def test_packages_in_several_builds_are_compared_by_the_one_that_is_there():
+    packages = {"FAISS": ("no-such-build", "faiss-cpu"), "other": ("no-such-package",)}
+    found = cluster_check._make_probe()("/gone", (), packages, ["no_such_module"])["versions"]
+    assert found.pop("Python") and found.pop("FAISS") == importlib.metadata.version("faiss-cpu")
+    assert found == {"other": None, "no_such_module": None}
 
 
 def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
