@@ -21,8 +21,9 @@ CONNECT_SECONDS = 10.0
 # How often Ray asks a head that does not answer: once takes 40 s, and the default a quarter hour.
 ATTEMPTS = {"RAY_gcs_server_port_wait_time_s": "1"}
 # For a local session. Nobody announces that its node will be taken away, for which Ray Train would
-# start a process that listens.
-LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# start a process that listens. The second has its node on the loopback address, as Ray does by
+# itself where it has no clusters.
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # How a client of HTTP/2 begins, with an empty frame of settings, and the head of such a frame.
 HTTP2_FRAME_BYTES, HTTP2_SETTINGS = 9, 4
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
@@ -78,7 +79,12 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
         options = {"num_cpus": cores, "include_dashboard": False}
         _set_token()
     on_terminate = signal.getsignal(signal.SIGTERM)
+    # Ray's processes read it from their environment; this one had when Ray was loaded.
+    constants = ray._private.ray_constants
+    has_clusters = constants.ENABLE_RAY_CLUSTER
     with _environment(ATTEMPTS if address else LOCAL):
+        if not address:
+            constants.ENABLE_RAY_CLUSTER = False
         try:
             ray.init(
                 address=address or "local",
@@ -92,6 +98,8 @@ def ray_session(launch: LaunchConfig) -> Iterator[dict[str, float]]:
             if not address:
                 raise
             raise UserError(f"{source}: {_reason(error)}") from None
+        finally:
+            constants.ENABLE_RAY_CLUSTER = has_clusters
         # Ray's own handler exits in the middle of its C++ code.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)

@@ -32,6 +32,8 @@ FAILURE = ".failure.json"
 # For workers. Megatron-core hands functions to torch.compile when it is imported, and that
 # loads the compiler, a fifth of a worker's start, although none of these functions is used here.
 UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}
+# For workers that are all on one machine: where gloo and NCCL listen.
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)

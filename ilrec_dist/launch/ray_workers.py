@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ilrec_dist.common.errors import WorkersFailed
@@ -26,7 +27,8 @@ from ilrec_dist.launch.cluster_check import (
     watched_nodes,
 )
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.job import UNCOMPILED, Job, run_job
+from ilrec_dist.launch.job import ON_LOOPBACK, UNCOMPILED, Job, run_job
+from ilrec_dist.launch.loopback import LOOPBACK, loopback_store
 
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -34,6 +36,52 @@ HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 # here, and to give back what a lost controller held. Ray's head does that itself, but only when the
 # driver's connection ends, as it does with the command (`ray_session`).
 WITHOUT_USE = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+
+
+# For workers whose store is there already; torch's own is started by the first of them.
+WITH_STORE = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+# The store that this process has opened for its group.
+_stores: list[Any] = []
+
+
+class LoopbackConfig(TorchConfig):
+    """How torch.distributed is set up for workers of
+    one machine: nothing listens where others reach it.
+    """
+
+    @property
+    def backend_cls(self) -> type[Any]:
+        return LoopbackBackend
+
+
+class LoopbackBackend(_TorchBackend):
+    """Ray Train's own, with a store of ours in the first worker."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        group: Any = _WithStore(worker_group)
+        super().on_start(group, backend_config)
+
+
+class _WithStore:
+    """A worker group that is asked for a free port, and opens the store there."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def execute_single(self, index: int, function: Any, *arguments: Any) -> Any:
+        is_asked = function.__name__ == "get_address_and_port"
+        return self._group.execute_single(index, _open_store if is_asked else function, *arguments)
+
+
+def _open_store() -> tuple[str, int]:
+    _stores.append(loopback_store())
+    return LOOPBACK, _stores[-1].port
 
 
 class RayWorkers(TorchTrainer):
@@ -72,9 +120,11 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
         require_resources(launch, demand)
         check_nodes(Path(job.folder), job.reads)
     os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
+    is_here = cluster_address(launch) is None
+    config = LoopbackConfig if is_here else TorchConfig
     trainer = RayWorkers(
         lambda: run_job(job),
-        torch_config=TorchConfig(
+        torch_config=config(
             backend="nccl" if gpu else "gloo", timeout_s=int(launch.timeout_seconds)
         ),
         scaling_config=ScalingConfig(
@@ -87,7 +137,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             name="workers",
             storage_path=str((Path(job.folder) / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            worker_runtime_env={"env_vars": worker_environment()},
+            worker_runtime_env={"env_vars": worker_environment(is_here)},
         ),
     )
     with watched_nodes(demand, launch.timeout_seconds, trainer.end) as watch:
@@ -116,11 +166,12 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
         raise WorkersFailed(watch.failure)
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(is_here: bool) -> dict[str, str]:
     """Variables for the workers, whatever those of the nodes are; as this process has
-    them, where it does.
+    them, where it does. is_here: all workers are on this machine.
     """
-    return {name: os.environ.get(name, value) for name, value in UNCOMPILED.items()}
+    variables = UNCOMPILED | (ON_LOOPBACK | WITH_STORE if is_here else {})
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
 def _on_gpus(launch: LaunchConfig) -> bool:

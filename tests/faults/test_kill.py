@@ -25,6 +25,7 @@ from ilrec_dist.launch.attempts import read_workers
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.whole_weights import whole_weights
+from tests.support.ports import reached_from_outside
 from tests.support.signals import default_signals, require_ended
 from tests.support.tiny_run import tiny_config
 
@@ -129,6 +130,8 @@ def test_faults_change_nothing(root):
     process = run(root, "faulty")
     folder, log = training(root, "faulty"), root / "faulty.log"
     wait_for("step 20", lambda: steps_logged(folder) >= 20, process, log)
+    # Ray's processes, the workers and the actor.
+    assert reached_from_outside(process.pid) == []
     (actor,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -181,6 +184,7 @@ def test_torchrun_workers_end_with_a_killed_driver(root):
     process = run(root, "torchrun")
     folder = training(root, "torchrun")
     wait_for("step 10", lambda: steps_logged(folder) >= 10, process, root / "torchrun.log")
+    assert reached_from_outside(process.pid) == []
     worker = psutil.Process(trainer_of(folder))
     process.kill()
     process.wait()
