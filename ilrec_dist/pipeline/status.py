@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.run_layout import COUNTER, RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
+from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.reporting.metrics_log import read_metrics
-from ilrec_dist.reporting.progress import TrainingState, clock
+from ilrec_dist.reporting.progress import TrainingState, clock, read_counter
 from ilrec_dist.training.checkpoint import MANIFEST, committed
+from ilrec_dist.training.spec import TrainingSpec
 
 # Of the latest restarts, so many are listed.
 SHOWN_RESTARTS = 5
@@ -34,20 +37,39 @@ def status_lines(folder: Path, now: float | None = None) -> Iterator[str]:
         elif begun is None:
             yield f"{name}: not begun"
         elif stage.training is None:
-            yield f"{name}: begun, not done"
+            yield f"{name}: {', '.join(_counted(name, folders, now))}"
         else:
-            yield f"{name}: {', '.join(_training(config, stage.output, now))}"
+            yield f"{name}: {', '.join(_training(config, stage.training, now))}"
             yield from _checkpoint(stage.output, now)
     yield from _workers(folders.trainings, now)
 
 
-def _training(config: Config, folder: Path, now: float) -> Iterator[str]:
-    lines = read_metrics(folder)
+def _counted(name: str, folders: RunFolders, now: float) -> Iterator[str]:
+    """How far a stage is that is no training, where its processes count what they do."""
+    folder, unit = {
+        "cf": (folders.cf_work, "epochs"),
+        "evaluate": (folders.evaluation, "rankings"),
+    }.get(name, (None, ""))
+    found = None if folder is None else read_counter(folder / COUNTER)
+    if found is None:
+        yield "begun, not done"
+        return
+    count, when = found
+    of_what = "" if count.title == name else f"{count.title} "
+    yield f"{of_what}{count.done:,.0f}/{count.total:,.0f} {unit}"
+    if count.note:
+        yield count.note
+    yield f"last count {clock(now - when)} ago"
+
+
+def _training(config: Config, spec: TrainingSpec, now: float) -> Iterator[str]:
+    lines = read_metrics(spec.folder)
     if not lines:
         yield "begun, no step logged yet"
         return
     last = next((line for line in reversed(lines) if line.get("epoch")), None)
-    total = 0 if last is None else round(last["step"] / last["epoch"] * config.train.epochs)
+    epochs = training_settings(config, get_method(spec.method)).epochs
+    total = 0 if last is None else round(last["step"] / last["epoch"] * epochs)
     state = TrainingState(total)
     for line in lines:
         state.see(line)

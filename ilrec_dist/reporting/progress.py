@@ -277,6 +277,21 @@ def write_counter(path: Path, count: Count) -> None:
     path.write_text(json.dumps(asdict(count)))
 
 
+def read_counter(path: Path) -> tuple[Count, float] | None:
+    """The latest count that `write_counter` left, with what all files of its title say
+    is done, and when it was written (Unix seconds); None where there is none.
+    """
+    counts: list[tuple[float, Count]] = []
+    for file in path.parent.glob(f"{path.name}*"):
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            counts.append((file.stat().st_mtime, Count(**json.loads(file.read_text()))))
+    if not counts:
+        return None
+    when, latest = max(counts, key=lambda entry: entry[0])
+    done = sum(count.done for _, count in counts if count.title == latest.title)
+    return replace(latest, done=done), when
+
+
 def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
     """The latest count, with what all files say is done, again
     and again until `stop` is set.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
 from ilrec_dist.launch.job import Job, run_job
+from ilrec_dist.reporting.progress import Count, write_counter
 from tests.support.tiny_run import tiny_config
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder in the middle of a training, as its workers leave it."""
-    config = tiny_config(tmp_path, train={"methods": ["sft"], "epochs": 4})
+    config = tiny_config(
+        tmp_path, train={"methods": ["sft", "dpo"], "epochs": 4}, preference={"epochs": 2}
+    )
     folder = tmp_path / "tiny"
     training = folder / "train/sft-seed0"
     kept = training / "checkpoints/step-00000020"
@@ -39,6 +44,15 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def begin_stage(run: Path, name: str) -> None:
+    shutil.copy(run / ".stages/train sft seed 0.begun.json", run / f".stages/{name}.begun.json")
+
+
+def status(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["status", str(run)]) == 0
+    return capsys.readouterr().out
+
+
 def test_status_reads_the_folder_alone(run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
@@ -52,6 +66,32 @@ def test_status_reads_the_folder_alone(run, capsys, monkeypatch):
     assert re.search(line, text, re.MULTILINE)
     assert "last checkpoint: step 20, 0:0" in text
     assert "workers: 2 on 1 node (" in text and "restarts: 0" in text
+
+
+def test_a_preference_training_is_as_long_as_its_own_epochs(run, capsys):
+    begin_stage(run, "train dpo seed 0")
+    shutil.copytree(run / "train/sft-seed0", run / "train/dpo-seed0")
+    text = status(run, capsys)
+    assert "train sft seed 0: step 30/100," in text
+    assert re.search(r"train dpo seed 0: step 30/50, loss 3\.0000, 0:20 left", text)
+
+
+def test_cf_models_and_evaluation_tell_how_far_they_are(run, capsys):
+    for name in ("cf", "evaluate"):
+        begin_stage(run, name)
+    text = status(run, capsys)
+    assert "cf: begun, not done" in text and "evaluate: begun, not done" in text
+    # Two workers train CF models side by side; an older count is of something else.
+    for worker, done in ((0, 3), (1, 4)):
+        write_counter(run / f".cf-work/.progress.json-{worker}", Count("cf", done, 30, "full"))
+    counter = run / "evaluation/.progress.json"
+    write_counter(counter, Count("evaluate", 2048, 8000, "sft"))
+    os.utime(counter, (time.time() - 65,) * 2)
+    text = status(run, capsys)
+    assert re.search(r"^cf: 7/30 epochs, full, last count 0:0\d ago$", text, re.MULTILINE)
+    assert re.search(r"^evaluate: 2,048/8,000 rankings, sft, last count 1:0\d ago$", text, re.M)
+    write_counter(counter, Count("baselines", 10, 80, "popularity"))
+    assert "evaluate: baselines 10/80 rankings, popularity, last" in status(run, capsys)
 
 
 def test_restarts_are_listed_with_what_the_ranks_met(run, tmp_path, capsys, monkeypatch):
