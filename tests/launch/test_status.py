@@ -14,6 +14,8 @@ import yaml
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
+from ilrec_dist.common.files import write_json
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
 from ilrec_dist.launch.job import Job, run_job
 from ilrec_dist.reporting.progress import Count, write_counter
@@ -34,7 +36,8 @@ def run(tmp_path: Path) -> Path:
     (folder / ".stages").mkdir()
     begun = {"fingerprint": "f", "settings": {}}
     (folder / ".stages/train sft seed 0.begun.json").write_text(json.dumps(begun))
-    (kept / "manifest.json").write_text(json.dumps({"step": 20}))
+    manifest = {"format": 3, "step": 20, "fingerprint": "f", "state": {}, "sha256": {}}
+    write_json(kept / "manifest.json", with_checksum(manifest))
     now = time.time()
     lines = [
         {"step": step, "epoch": step / 25, "time": now - 100 + step, "loss/total": 3.0}
@@ -92,6 +95,56 @@ def test_cf_models_and_evaluation_tell_how_far_they_are(run, capsys):
     assert re.search(r"^evaluate: 2,048/8,000 rankings, sft, last count 1:0\d ago$", text, re.M)
     write_counter(counter, Count("baselines", 10, 80, "popularity"))
     assert "evaluate: baselines 10/80 rankings, popularity, last" in status(run, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 20', b"{}", b"[]", b'{"step": 20}', b"\xff"])
+def test_a_damaged_manifest_of_a_checkpoint_is_named(run, capsys, content):
+    checkpoints = run / "train/sft-seed0/checkpoints"
+    shutil.copytree(checkpoints / "step-00000020", checkpoints / "step-00000030")
+    damaged = checkpoints / "step-00000030/manifest.json"
+    damaged.write_bytes(content)
+    assert f"  {damaged}: missing, malformed" in status(run, capsys)
+    damaged.unlink()
+    text = status(run, capsys)
+    assert f"  {damaged}: missing, malformed" in text and "last checkpoint: step 20," in text
+
+
+def test_curves_without_times_and_with_damage_are_told_as_far_as_they_go(run, capsys):
+    metrics = run / "train/sft-seed0/metrics.jsonl"
+    lines = [{"step": 10, "epoch": "?", "time": None}, {"step": 20}, {"step": 30, "epoch": 1.2}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = status(run, capsys)
+    assert re.search(r"^train sft seed 0: step 30/100$", text, re.MULTILINE)
+    metrics.write_text("no JSON\n" + metrics.read_text())
+    text = status(run, capsys)
+    assert f"train sft seed 0: {metrics}: line 1 is not" in text and "last checkpoint" in text
+
+
+def test_notes_of_the_workers_that_are_damaged_are_left_out(run, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    begin_attempt(run / "train", run / "train/.failures")
+    notes = run / "train/.attempts"
+    with open(notes / "attempts.jsonl", "ab") as file:
+        file.write(b'{"time": "\xff"}\n\xfe\n7\n{"time": null, "workers": 2}\n')
+    for content in (b"{}", b"\xff", b""):
+        (notes / "rank-0.json").write_bytes(content)
+        text = status(run, capsys)
+        assert re.search(r"^workers: 2, begun 0:0\d ago$", text, re.MULTILINE)
+        assert "restarts: 0" in text
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_a_file(run, capsys, monkeypatch):
+    def broken(_: Path) -> list[str]:
+        raise KeyError("step")
+
+    monkeypatch.setattr("ilrec_dist.cli.status.status_lines", broken)
+    assert main(["status", str(run)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ilrec: error: an error that is not foreseen, KeyError: 'step'; its")
+    path = Path(re.search(r"is in (\S+): please", line)[1])
+    text = path.read_text()
+    assert "Traceback" in text and "in broken" in text and path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
 
 
 def test_restarts_are_listed_with_what_the_ranks_met(run, tmp_path, capsys, monkeypatch):
