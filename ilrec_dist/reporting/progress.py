@@ -66,6 +66,7 @@ class TrainingState:
         self.step = 0
         self.loss: float | None = None
         self.tokens_per_second: float | None = None
+        self.mfu: float | None = None
         self.ndcg: float | None = None
         self._pace: deque[tuple[int, float]] = deque(maxlen=RATE_LINES)
 
@@ -81,6 +82,7 @@ class TrainingState:
             self._pace.append((step, line["time"]))
         self.loss = _number(line, "loss/total", self.loss)
         self.tokens_per_second = _number(line, "rate/tokens_per_second", self.tokens_per_second)
+        self.mfu = _number(line, "rate/mfu", self.mfu)
         self.ndcg = _number(line, "validation/ndcg@10", self.ndcg)
 
     def seconds_left(self) -> float | None:
@@ -99,6 +101,8 @@ class TrainingState:
         shown = [f"step {self.step:,}/{self.total_steps:,}"]
         if self.tokens_per_second is not None:
             shown.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.mfu is not None:
+            shown.append(f"MFU {self.mfu:.1%}")
         if self.loss is not None:
             shown.append(f"loss {self.loss:.4f}")
         if self.ndcg is not None:

@@ -97,6 +97,8 @@ def test_training_learns_and_logs_what_the_method_names(trained):
         "rate/tokens_per_second",
     ):
         assert key in lines[0]
+    # Nothing here is on a GPU.
+    assert not any("gpu" in key or "mfu" in key for key in lines[0])
     assert (
         lines[0]["negatives/mean/pos0"] > 0
         and max(line["rewards/coverage"] or 0 for line in lines) > 0.5
