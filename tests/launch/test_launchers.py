@@ -133,6 +133,15 @@ def test_the_rayjob_asks_for_as_many_gpus_as_its_command_has_workers():
     assert settings["runs_dir"].startswith(mounts[0]["data"])
 
 
+def test_the_rayjob_has_kuberay_make_a_token():
+    cluster = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    # KubeRay leaves what a pod says of tokens itself as it is.
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    names = [entry["name"] for group in groups for entry in containers(group).get("env", [])]
+    assert not [name for name in names if name.startswith("RAY_AUTH_")]
+
+
 @pytest.mark.slow
 def test_the_rayjob_gives_the_command_time_to_end():
     spec = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())["spec"]
