@@ -48,7 +48,7 @@ def status_lines(folder: Path, now: float | None = None) -> Iterator[str]:
 
 
 def _counted(name: str, folders: RunFolders, now: float) -> Iterator[str]:
-    """How far a stage is that is no training, where its processes count what they do."""
+    """How far a stage is that is no training, where it counts what it does."""
     folder, unit = {
         "cf": (folders.cf_work, "epochs"),
         "evaluate": (folders.evaluation, "rankings"),
