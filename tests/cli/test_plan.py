@@ -101,6 +101,14 @@ def test_impossible_plans_are_one_line(config, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_a_damaged_tokenizer_is_one_line(config, capsys):
+    path = config.parent / "model" / "tokenizer.json"
+    path.write_text('{"model": ')
+    assert plan(config) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: not a tokenizer.json (backbone.from)" in error and error.count("\n") == 1
+
+
 def test_adapters_leave_the_state_of_frozen_weights_out(config, capsys):
     assert plan(config, "train.trainable=lora+new_rows", "train.lora.rank=16") == 0
     text = capsys.readouterr().out
