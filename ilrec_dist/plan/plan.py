@@ -57,6 +57,7 @@ from ilrec_dist.training.config import TrainConfig
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 # The data-parallel ranks agree on how many micro-batches a step has by an int64 number.
 COUNT_BYTES = 8
+ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Plan:
     # Bytes of one GPU by part, while it trains and while it validates.
     training: dict[str, float]
     validation: dict[str, float]
+    # As `training`, with the other value of train.recompute.
+    other_recompute: dict[str, float]
     collectives: list[Collective]
     time: StepTime
     # Bytes of one node's host by part; None where the data's size is not known.
@@ -148,6 +151,17 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         batch.tokens_per_sequence,
         tokens.depth,
     )
+    training, other_recompute = (
+        _with_reserve(
+            {
+                **state,
+                "gradient bucket": bucket_bytes(trainable, layout),
+                ACTIVATIONS: activation_bytes(sizes, batch, layout, trained, recomputes),
+                **{f"loss: {name}": size for name, size in loss.items()},
+            }
+        )
+        for recomputes in (recompute, not recompute)
+    )
     return Plan(
         config=config,
         hardware=hardware,
@@ -160,14 +174,8 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         layout=layout,
         batch=batch,
         mean_batch=mean_batch,
-        training=_with_reserve(
-            {
-                **state,
-                "gradient bucket": bucket_bytes(trainable, layout),
-                "activations": activation_bytes(sizes, batch, layout, trained, recompute),
-                **{f"loss: {name}": size for name, size in loss.items()},
-            }
-        ),
+        training=training,
+        other_recompute=other_recompute,
         validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
         collectives=collectives,
         time=step_time(
