@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -24,20 +23,11 @@ from ilrec_dist.common.errors import NotWritable, Stopped, UserError
 from ilrec_dist.common.files import read_json_object, write_json, write_text
 from ilrec_dist.common.loading import load_function
 from ilrec_dist.launch.attempts import begin_attempt
+from ilrec_dist.launch.failures import describe, identity, is_of_another_rank
 
 GOES_ON = "and the same command goes on from the last checkpoint"
 # In a job's folder: the failure that a worker leaves for the driver.
 FAILURE = ".failure.json"
-# Parts of the messages by which gloo, NCCL and TCP say that the other side is gone.
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Connection refused",
-    "Broken pipe",
-    "Timed out waiting",
-    "gloo",
-    "NCCL",
-)
 
 # For workers. Megatron-core hands functions to torch.compile when it is imported, and that
 # loads the compiler, a fifth of a worker's start, although none of these functions is used here.
@@ -112,7 +102,7 @@ def run_job(job: Job) -> None:
         if refused is not None:
             _leave_failure(job, f"{refused}, {GOES_ON}", by_user=False)
         elif _is_repeated(job, error):
-            line = f"{_describe(error)}; a second attempt failed in the same way, so no other is "
+            line = f"{describe(error)}; a second attempt failed in the same way, so no other is "
             line += f"made (the traceback is in {job.traceback_file})"
             _leave_failure(job, line, by_user=False)
         raise
@@ -157,16 +147,6 @@ def _left_failure(job: Job) -> Path | None:
     return None
 
 
-def _is_of_another_rank(error: Exception) -> bool:
-    """Whether the failure only says that another
-    process of the group, or an actor, is gone.
-    """
-    modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    is_distributed = any("Dist" in cls.__name__ for cls in type(error).__mro__)
-    is_lost = any(words in str(error) for words in LOST_PEER)
-    return "ray" in modules or is_distributed or is_lost or isinstance(error, ConnectionError)
-
-
 def _is_repeated(job: Job, error: Exception) -> bool:
     """Whether this rank met the same failure in
     an earlier attempt; notes it for the next.
@@ -176,21 +156,14 @@ def _is_repeated(job: Job, error: Exception) -> bool:
     folder = job.failures_folder
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-    described, of_another_rank = _describe(error), _is_of_another_rank(error)
-    repeated = note.exists() and read_json_object(note)["error"] == described
-    write_json(note, {"error": described, "of_another_rank": of_another_rank})
+    described, of_another_rank = describe(error), is_of_another_rank(error)
+    same = identity(error)
+    repeated = note.exists() and read_json_object(note)["identity"] == same
+    found = {"error": described, "identity": same, "of_another_rank": of_another_rank}
+    write_json(note, found)
     if not of_another_rank:
         write_text(job.traceback_file, "".join(traceback.format_exception(error)))
     return repeated and not of_another_rank
-
-
-def _describe(error: Exception) -> str:
-    """One line: the kind of failure, its message
-    without addresses, and where it arose.
-    """
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = re.sub(r"0x[0-9a-f]+", "0x…", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def main() -> None:
