@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ilrec_dist.plan.hardware import Hardware
-from ilrec_dist.plan.plan import Plan
+from ilrec_dist.plan.plan import ACTIVATIONS, Plan
 from ilrec_dist.plan.trained import fullest_rank
 
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -43,6 +43,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     yield from _parameters(plan)
     yield from _parts("memory of a GPU in training", plan.training)
+    yield _with_other_recompute(plan)
     yield from _parts("memory of a GPU in validation", plan.validation)
     yield from _communication(plan)
     yield from _host(plan)
@@ -67,6 +68,15 @@ def _parts(title: str, parts: Mapping[str, float]) -> Iterator[str]:
     for name, value in parts.items():
         yield f"  {name:60}{size(value):>12}"
     yield f"  {'all':60}{size(sum(parts.values())):>12}"
+
+
+def _with_other_recompute(plan: Plan) -> str:
+    other = plan.other_recompute
+    value = str(not plan.config.train.recompute).lower()
+    return (
+        f"  with train.recompute={value}: activations {size(other[ACTIVATIONS])}, "
+        f"all {size(sum(other.values()))}"
+    )
 
 
 def _communication(plan: Plan) -> Iterator[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config, check_together
-from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import (
@@ -18,7 +18,6 @@ from ilrec_dist.plan.communication import (
     MicroBatch,
     StepLayout,
     step_collectives,
-    streams_take_part,
 )
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
@@ -58,6 +57,7 @@ from ilrec_dist.training.config import TrainConfig
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 # The data-parallel ranks agree on how many micro-batches a step has by an int64 number.
 COUNT_BYTES = 8
+ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Plan:
     # Bytes of one GPU by part, while it trains and while it validates.
     training: dict[str, float]
     validation: dict[str, float]
+    # As `training`, with the other value of train.recompute.
+    other_recompute: dict[str, float]
     collectives: list[Collective]
     time: StepTime
     # Bytes of one node's host by part; None where the data's size is not known.
@@ -139,9 +141,6 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     if config.train.micro_batch_tokens is not None and layout.dp > 1:
         what = "number of micro-batches"
         collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
-    streams = 1
-    if streams_take_part(objective):
-        streams += num_intermediate_layers(objective, sizes.layers)
     state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
@@ -151,6 +150,17 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         config.evaluation.beam,
         batch.tokens_per_sequence,
         tokens.depth,
+    )
+    training, other_recompute = (
+        _with_reserve(
+            {
+                **state,
+                "gradient bucket": bucket_bytes(trainable, layout),
+                ACTIVATIONS: activation_bytes(sizes, batch, layout, trained, recomputes),
+                **{f"loss: {name}": size for name, size in loss.items()},
+            }
+        )
+        for recomputes in (recompute, not recompute)
     )
     return Plan(
         config=config,
@@ -164,14 +174,8 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         layout=layout,
         batch=batch,
         mean_batch=mean_batch,
-        training=_with_reserve(
-            {
-                **state,
-                "gradient bucket": bucket_bytes(trainable, layout),
-                "activations": activation_bytes(sizes, batch, layout, trained, recompute),
-                **{f"loss: {name}": size for name, size in loss.items()},
-            }
-        ),
+        training=training,
+        other_recompute=other_recompute,
         validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
         collectives=collectives,
         time=step_time(
@@ -181,7 +185,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             hardware,
             collectives,
             trainable,
-            streams,
+            num_streams(objective, sizes.layers),
             trained,
             recompute,
         ),
@@ -191,7 +195,9 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             config.cf,
             largest_file,
             checkpoint_bytes(found) // layout.tp // layout.dp,
+            hardware.nodes,
             hardware.gpus_per_node,
+            layout.tp,
             get_method(method).needs_rewards(config.objective),
             trained.all_weights,
         ),
@@ -269,9 +275,7 @@ def _heaviest(config: Config, sizes: DecoderSizes) -> tuple[str, ObjectiveConfig
     """The method whose loss has the most streams, and its objective."""
 
     def streams(name: str) -> int:
-        objective = get_method(name).objective(config.objective)
-        layers = num_intermediate_layers(objective, sizes.layers)
-        return layers if streams_take_part(objective) else 0
+        return num_streams(get_method(name).objective(config.objective), sizes.layers)
 
     method = max(config.train.methods, key=streams)
     return method, get_method(method).objective(config.objective)

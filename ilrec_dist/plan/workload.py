@@ -8,8 +8,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.config.tree import Config
@@ -143,7 +141,7 @@ def added_tokens(config: Config, tokens: ItemTokens) -> tuple[int, int]:
 
 def _tokenizer_size(folder: Path) -> int | None:
     path = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(path)).get_vocab_size() if path.is_file() else None
+    return load_tokenizer(path, "backbone.from").get_vocab_size() if path.is_file() else None
 
 
 def sequence_length(config: Config, tokens: ItemTokens) -> int:

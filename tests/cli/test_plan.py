@@ -101,6 +101,27 @@ def test_impossible_plans_are_one_line(config, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_activations_are_told_with_and_without_recomputation(config, capsys):
+    assert plan(config) == 0
+    kept = capsys.readouterr().out
+    assert plan(config, "train.recompute=true") == 0
+    recomputed = capsys.readouterr().out
+    for text, other, value in ((kept, recomputed, "true"), (recomputed, kept, "false")):
+        memory = other.split("memory of a GPU in training")[1]
+        activations = re.search(r"activations +([\d.]+ .iB)", memory)
+        total = re.search(r"  all +([\d.]+ .iB)", memory)
+        assert activations is not None and total is not None
+        assert f"with train.recompute={value}: activations {activations[1]}, all {total[1]}" in text
+
+
+def test_a_damaged_tokenizer_is_one_line(config, capsys):
+    path = config.parent / "model" / "tokenizer.json"
+    path.write_text('{"model": ')
+    assert plan(config) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: not a tokenizer.json (backbone.from)" in error and error.count("\n") == 1
+
+
 def test_adapters_leave_the_state_of_frozen_weights_out(config, capsys):
     assert plan(config, "train.trainable=lora+new_rows", "train.lora.rank=16") == 0
     text = capsys.readouterr().out

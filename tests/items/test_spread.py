@@ -141,7 +141,7 @@ def test_a_disk_without_room_for_the_vectors_is_one_line(tmp_path: Path) -> None
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_few_texts_stay_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_texts_and_few_cores_stay_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cases = [
         ({}, FEW_TEXTS, True),
@@ -154,6 +154,7 @@ def test_few_texts_stay_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text_model": "model"}, FEW_TEXTS, False),
     ]
     for settings, texts, expected in cases:
-        with text_workers(Config(items=ItemsConfig(**settings)), texts) as spread:
-            several = len(os.sched_getaffinity(0)) > 1
-            assert (spread is not None) == (expected and several), settings
+        for cores in (1, 2, 3):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+            with text_workers(Config(items=ItemsConfig(**settings)), texts) as spread:
+                assert (spread is not None) == (expected and cores > 2), (settings, cores)

@@ -5,6 +5,7 @@ SLURM, Kubernetes and docker can try them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import shlex
@@ -13,11 +14,15 @@ import stat
 import subprocess
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
+
+from tests.support.rayjob import RAY_JOB, schema_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -131,6 +136,35 @@ def test_the_rayjob_asks_for_as_many_gpus_as_its_command_has_workers():
     mounts = [{m["name"]: m["mountPath"] for m in c["volumeMounts"]} for c in (head, worker)]
     assert mounts[0]["data"] == mounts[1]["data"]
     assert settings["runs_dir"].startswith(mounts[0]["data"])
+
+
+def objects(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping of a YAML file, from the outside in."""
+    if isinstance(tree, dict):
+        yield tree
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for child in children:
+        yield from objects(child)
+
+
+# KubeRay's own file of the definition, where somebody has it.
+DEFINITIONS = [Path(path) for path in [os.environ.get("RAYJOB_CRD")] if path]
+
+
+@pytest.mark.parametrize("definition", [None, *DEFINITIONS])
+def test_the_rayjob_fits_its_definition_strictly(definition: Path | None) -> None:
+    schema = RAY_JOB if definition is None else schema_of(definition)
+    check = jsonschema.Draft202012Validator(schema)
+    job = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())
+    assert not [f"{error.json_path}: {error.message}" for error in check.iter_errors(job)]
+    # A key that there is not, and a key that another object has, is an error wherever it stands.
+    for number in range(len(list(objects(job)))):
+        changed = copy.deepcopy(job)
+        list(objects(changed))[number]["nonsense"] = []
+        assert not check.is_valid(changed), list(objects(job))[number]
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["workerGroupSpecs"][0]["template"]["restartPolicy"] = "Never"
+    assert not check.is_valid(job)
 
 
 def test_the_rayjob_has_kuberay_make_a_token():

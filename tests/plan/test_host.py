@@ -1,0 +1,133 @@
+"""The plan's memory of a host against the arrays that reward processes really hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from ilrec_dist.cf.config import CFConfig
+from ilrec_dist.cf.rewards import index, item_scorer, precomputed
+from ilrec_dist.cf.rewards.item_scorer import ItemScorer, in_memory_scorer, read_scorer
+from ilrec_dist.cf.rewards.precomputed import PrecomputedRewards
+from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.items.catalogue import Catalogue, make_catalogue
+from ilrec_dist.items.trie import Trie
+from ilrec_dist.plan import host
+from ilrec_dist.plan.host import host_bytes, kept_rewards, reward_process_bytes
+from ilrec_dist.plan.workload import DataSizes, ItemTokens
+
+WIDTH, FOLDS = 16, 2
+CF = CFConfig(hidden_size=WIDTH, cf_folds=FOLDS, rewards="actor")
+
+
+def evenly_used(items: int, sizes: tuple[int, ...]) -> Catalogue:
+    numbers, codes = np.arange(items), []
+    for size in sizes:
+        codes.append(numbers % size)
+        numbers = numbers // size
+    return make_catalogue(np.stack(codes, 1), sizes)
+
+
+def known_but_one(items: int) -> torch.Tensor:
+    known = torch.ones(items, dtype=torch.bool)
+    known[0] = False
+    return known
+
+
+def held(scorer: ItemScorer) -> dict[str, float]:
+    """Bytes of one fold in a process's own memory."""
+    assert scorer.bias is not None
+    if scorer.large is None:
+        return {"item vectors": scorer.vectors.nbytes, "known items": scorer.bias.nbytes}
+    large = scorer.large
+    tables = [t for m in large.moments for t in (m.mean, m.factor, m.diagonal, m.nodes, m.count)]
+    return {
+        "index": sum(len(faiss.serialize_index(one)) for one in large.indexes),
+        "known items": scorer.bias.nbytes + sum(known.nbytes for known in large.known),
+        "cell moments": sum(table.nbytes for table in tables),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "items", "sizes", "shards"),
+    [
+        ("scan", 3_000, (10, 30, 10), 1),
+        ("flat", 20_000, (1, 16, 2_048), 1),
+        ("hnsw", 17_000, (1, 16, 2_048), 1),
+        ("ivf_pq", 100_000, (4, 16, 2_048), 4),
+    ],
+)
+def test_a_reward_process_holds_what_the_plan_says(tmp_path: Path, kind, items, sizes, shards):
+    catalogue = evenly_used(items, sizes)
+    table, known = torch.randn(items, WIDTH), known_but_one(items)
+    if kind == "scan":
+        scorer = in_memory_scorer(table, known, catalogue)
+    else:
+        trie = Trie(catalogue)
+        item_scorer.write_scorer(tmp_path / "fold0", table, known, trie, kind, shards)
+        scorer = read_scorer(tmp_path / "fold0", trie, None if shards == 1 else shards - 1)
+    cf = dataclasses.replace(CF, reward_index=kind)
+    planned = reward_process_bytes(items, ItemTokens(sizes, sum(sizes), ""), cf, shards)
+    found = held(scorer)
+    assert set(planned) == set(found)
+    for name, size in planned.items():
+        # The lists of an index have centroids and padding, which count where items are few.
+        error = 0.15 if name == "index" else 0.001
+        assert size == pytest.approx(FOLDS * found[name], rel=error), name
+
+
+def test_kept_rewards_are_those_of_all_training_targets():
+    sizes, users, length = (6, 10), 50, 7
+    catalogue = evenly_used(60, sizes)
+    rng = np.random.default_rng(0)
+    dataset = InteractionDataset(
+        rng.integers(0, 60, users * length).astype(np.int32),
+        np.arange(0, users * length + 1, length),
+        [str(user) for user in range(users)],
+        [str(item) for item in range(60)],
+    )
+    kept = PrecomputedRewards(dataset, Trie(catalogue), lambda *_: pytest.fail("nothing is asked"))
+    arrays = (kept.rewards, kept.counts, kept.ends, kept.covered)
+    tokens = ItemTokens(sizes, sum(sizes), "")
+    planned = kept_rewards(60, users, users * length, tokens)
+    assert planned == sum(array.nbytes for array in arrays)
+    assert kept_rewards(60, users, host.KEPT_REWARDS, tokens) == 0
+
+
+def rewards_of_a_node(cf: CFConfig, nodes: int) -> float:
+    data = DataSizes(10**8, 10**6, 10**7)
+    tokens = ItemTokens((256,) * 4, 1_024, "")
+    parts = host_bytes(data, tokens, cf, 0, 0, nodes, 8, 2, True, True)
+    assert parts is not None
+    return sum(size for name, size in parts.items() if name.startswith("reward"))
+
+
+def test_every_shard_of_every_replica_that_runs_on_a_node_is_counted():
+    cf = dataclasses.replace(CF, cf_folds=4, hidden_size=64)
+    rows, users = 4 * 10**8, 8 * 10**6
+    # 256 first codes, and the children of all of these and of the second codes.
+    moments = 4 * (256 + 256**2) * (4 * 64 * 10 + 12)
+
+    def sharded(shards: int, replicas: int = 1) -> CFConfig:
+        return dataclasses.replace(cf, reward_shards=shards, reward_replicas=replicas)
+
+    assert rewards_of_a_node(sharded(1), 1) == rows * 32 + moments + users
+    # Together four shards hold one index, and each the biases, moments and users.
+    assert rewards_of_a_node(sharded(4), 1) == rows * (28 + 4 * 4) + 4 * (moments + users)
+    assert rewards_of_a_node(sharded(4, 2), 1) == 2 * rewards_of_a_node(sharded(4), 1)
+    # Eight actors on three nodes: three on one.
+    assert rewards_of_a_node(sharded(4, 2), 3) == 3 / 4 * rewards_of_a_node(sharded(4), 1)
+    # One worker of each of four groups, with all shards.
+    workers = dataclasses.replace(sharded(4), rewards="in_process")
+    assert rewards_of_a_node(workers, 1) == 4 * rewards_of_a_node(sharded(1), 1)
+
+
+def test_the_limits_are_those_of_the_rewards():
+    assert host.SCANNED_ITEMS == index.SCAN_ITEMS
+    assert host.PREFIX_ITEMS == item_scorer.PREFIX_ITEMS
+    assert host.KEPT_REWARDS == precomputed.LIMIT_BYTES
