@@ -133,6 +133,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"))
     whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    # They are as the model computes with them.
+    assert {str(one.dtype)[6:] for one in whole.values()} == {
+        {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    }
     steps = [line["step"] for line in read_metrics(tmp_path / "cut") if "loss/total" in line]
     assert steps == sorted(set(steps)) and steps == [
         line["step"] for line in read_metrics(tmp_path / "whole") if "loss/total" in line
