@@ -148,7 +148,7 @@ def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, tmp_p
     folder, alone = tmp_path / "elastic", tmp_path / "alone"
     sections = {
         "backbone": {"dropout": 0.0},
-        "train": {"batch_size": 12, "checkpoint_steps": 2, "validation_users": 4},
+        "train": {"epochs": 1, "batch_size": 6, "checkpoint_steps": 2, "validation_users": 4},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
     run_distributed(train_here, 1, 1, config, "ilrec", str(alone))
