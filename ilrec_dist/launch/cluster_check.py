@@ -12,10 +12,8 @@ import importlib.util
 import os
 import platform
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.launch.cluster import cluster_address
 from ilrec_dist.launch.config import LaunchConfig
 
 # How long a cluster may take to have enough nodes, and nodes to answer, together under a minute.
@@ -41,6 +40,8 @@ PACKAGES = {name: (name,) for name in ONE_BUILD} | {"FAISS": ("faiss-cpu", "fais
 # The project's own packages, which are compared by their source: it changes more often than their
 # version.
 SOURCES = ("ilrec_dist", "ilrec_kernels")
+# The folders and files with which nodes have passed, by the node's id.
+_passed: dict[str, list[tuple[Path, frozenset[str]]]] = {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,42 @@ class Demand:
         return f"{self.workers} {self.resource}s"
 
 
+def on_gpus(launch: LaunchConfig) -> bool:
+    """Whether each worker gets a GPU; the cluster
+    may have them where this process has none.
+
+    A named cluster that has some GPUs, but too few, is not taken for one without any.
+    """
+    if launch.device != "auto":
+        return launch.device == "cuda"
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wanted = 1 if cluster_address(launch) is not None else launch.workers
+    return resources.get("GPU", 0) >= wanted
+
+
+def demand_of(launch: LaunchConfig) -> Demand:
+    return Demand("GPU" if on_gpus(launch) else "CPU", launch.workers)
+
+
+def worker_nodes(launch: LaunchConfig) -> list[str]:
+    """The ids of the nodes that can hold workers, of the cluster
+    that this process is connected to.
+    """
+    resource = demand_of(launch).resource
+    return [node["NodeID"] for node in alive_nodes() if amount(node, resource)]
+
+
+def check_cluster(launch: LaunchConfig, folder: Path, reads: Sequence[str] = ()) -> None:
+    """`require_resources` and `check_nodes` of the cluster that this
+    process is connected to.
+
+    A command calls it before its first stage. What came well out
+    of it is not looked at again when its workers start.
+    """
+    require_resources(launch, demand_of(launch))
+    check_nodes(folder, reads)
+
+
 def alive_nodes() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in nodes if node["Alive"]]
@@ -62,19 +99,19 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 def cluster_words(nodes: Sequence[Mapping[str, Any]], resource: str) -> str:
     """`4 GPUs on 2 nodes (10.0.0.1: 2, 10.0.0.2: 2)`."""
-    counts = [(node["NodeManagerAddress"], _amount(node, resource)) for node in nodes]
+    counts = [(node["NodeManagerAddress"], amount(node, resource)) for node in nodes]
     total = sum(count for _, count in counts)
     each = ", ".join(f"{address}: {count}" for address, count in counts)
     plural = "node" if len(counts) == 1 else "nodes"
     return f"{total} {resource}s on {len(counts)} {plural} ({each})"
 
 
-def _amount(node: Mapping[str, Any], resource: str) -> int:
+def amount(node: Mapping[str, Any], resource: str) -> int:
     return int(node["Resources"].get(resource, 0))
 
 
-def _missing(demand: Demand, nodes: Sequence[Mapping[str, Any]]) -> bool:
-    return sum(_amount(node, demand.resource) for node in nodes) < demand.workers
+def is_missing(demand: Demand, nodes: Sequence[Mapping[str, Any]]) -> bool:
+    return sum(amount(node, demand.resource) for node in nodes) < demand.workers
 
 
 def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NODES_SECONDS) -> None:
@@ -84,7 +121,7 @@ def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NOD
     are there but cannot hold whole tensor-parallel groups.
     """
     until, said = time.monotonic() + seconds, False
-    while _missing(demand, nodes := alive_nodes()):
+    while is_missing(demand, nodes := alive_nodes()):
         if time.monotonic() > until:
             raise UserError(
                 f"launch.workers {demand.workers}: the workers need {demand.words}, and after "
@@ -92,10 +129,10 @@ def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NOD
                 "nodes, or lower launch.workers"
             )
         if not said:
-            _say_waiting(demand, nodes, seconds)
+            say_waiting(demand, nodes, seconds)
             said = True
         time.sleep(POLL_SECONDS)
-    groups = sum(_amount(node, demand.resource) // launch.tp for node in nodes)
+    groups = sum(amount(node, demand.resource) // launch.tp for node in nodes)
     if groups * launch.tp < demand.workers and not launch.tp_across_nodes:
         raise UserError(
             f"launch.tp {launch.tp}: a tensor-parallel group lies on one node, and "
@@ -105,7 +142,7 @@ def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NOD
         )
 
 
-def _say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: float) -> None:
+def say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: float) -> None:
     line = f"waiting up to {seconds:.0f} s for {demand.words}: the cluster has "
     line += cluster_words(nodes, demand.resource)
     console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -119,12 +156,17 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
     the files in `reads` and its packages with this process's.
 
     Raises UserError that names the first node that does not see the folder, has
-    other files or another version, or does not answer in `seconds`.
+    other files or another version, or does not answer in `seconds`. A node that has
+    passed is not asked again for files that it had, or a folder within that one.
     """
     nodes = alive_nodes()
     if len(nodes) == 1:
         # It is this one.
         return
+    nodes = [node for node in nodes if not _has_passed(node["NodeID"], folder, reads)]
+    if not nodes:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".seen-{secrets.token_hex(8)}"
     mark.touch()
     try:
@@ -150,6 +192,16 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
             _compare(asked[reference], folder, expected, ray.get(reference))
     finally:
         mark.unlink(missing_ok=True)
+    for node in nodes:
+        _passed.setdefault(node["NodeID"], []).append((folder.resolve(), frozenset(reads)))
+
+
+def _has_passed(node: str, folder: Path, reads: Sequence[str]) -> bool:
+    """Whether earlier checks of this process saw that the node has all of these."""
+    passed = _passed.get(node, [])
+    had = frozenset[str]().union(*(files for _, files in passed))
+    is_within = any(folder.resolve().is_relative_to(seen) for seen, _ in passed)
+    return is_within and had.issuperset(reads)
 
 
 def _make_probe() -> Callable[..., dict[str, Any]]:
@@ -233,59 +285,3 @@ def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any
 
 def _version(package: str, version: str | None) -> str:
     return f"no {package}" if version is None else f"{package} {version}"
-
-
-# While the workers run
-
-
-class LostNodes(threading.Thread):
-    """Watches the cluster while a group runs,
-    says what it waits for, and gives up in time.
-
-    `give_up` is called once, when the cluster has had too little for `seconds`.
-    """
-
-    def __init__(self, demand: Demand, seconds: float, give_up: Callable[[], None]) -> None:
-        super().__init__(name="nodes", daemon=True)
-        self.demand, self.seconds, self.give_up = demand, seconds, give_up
-        self.failure: str | None = None
-        self._stop_asked = threading.Event()
-
-    def stop(self) -> None:
-        self._stop_asked.set()
-        self.join()
-
-    def run(self) -> None:
-        since: float | None = None
-        while not self._stop_asked.wait(POLL_SECONDS):
-            nodes = alive_nodes()
-            if not _missing(self.demand, nodes):
-                if since is not None:
-                    console.print(f"the cluster has {self.demand.words} again", highlight=False)
-                since = None
-                continue
-            if since is None:
-                since = time.monotonic()
-                console.print("a node of the cluster is lost", highlight=False)
-                _say_waiting(self.demand, nodes, self.seconds)
-            elif time.monotonic() - since > self.seconds:
-                self.failure = (
-                    f"a node was lost and none took its place within launch.timeout_seconds = "
-                    f"{self.seconds:g}: the workers need {self.demand.words}, the cluster has "
-                    f"{cluster_words(nodes, self.demand.resource)}; add a node, and the same "
-                    "command goes on from the last checkpoint"
-                )
-                self.give_up()
-                return
-
-
-@contextmanager
-def watched_nodes(
-    demand: Demand, seconds: float, give_up: Callable[[], None]
-) -> Iterator[LostNodes]:
-    watch = LostNodes(demand, seconds, give_up)
-    watch.start()
-    try:
-        yield watch
-    finally:
-        watch.stop()

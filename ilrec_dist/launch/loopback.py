@@ -16,7 +16,7 @@ STORE_SECONDS = 300.0
 
 
 def loopback_store() -> TCPStore:
-    """A store whose server runs in this process, on a free port of the loopback address."""
+    """A store whose server is in this process, on a free port of loopback."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         port = listener.getsockname()[1]

@@ -20,12 +20,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ilrec_dist.common.errors import WorkersFailed
 from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.launch.cluster import cluster_address
-from ilrec_dist.launch.cluster_check import (
-    Demand,
-    check_nodes,
-    require_resources,
-    watched_nodes,
-)
+from ilrec_dist.launch.cluster_check import check_cluster, demand_of
+from ilrec_dist.launch.cluster_watch import watched_cluster
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import ON_LOOPBACK, UNCOMPILED, Job, run_job
 from ilrec_dist.launch.loopback import LOOPBACK, loopback_store
@@ -112,13 +108,13 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
     the cluster that this process is connected to.
 
     Raises UserError where the cluster cannot run it, and WorkersFailed when
-    the retries are used up, a lost node is not replaced, or Ray itself fails.
+    the retries are used up, a lost node is not replaced, other jobs have what the
+    workers need for too long, or Ray itself fails.
     """
-    gpu = _on_gpus(launch)
-    demand = Demand("GPU" if gpu else "CPU", launch.workers)
     if cluster_address(launch) is not None:
-        require_resources(launch, demand)
-        check_nodes(Path(job.folder), job.reads)
+        check_cluster(launch, Path(job.folder), job.reads)
+    demand = demand_of(launch)
+    gpu = demand.resource == "GPU"
     os.environ.setdefault(HEALTH_CHECK_TIMEOUT, str(launch.timeout_seconds))
     is_here = cluster_address(launch) is None
     config = LoopbackConfig if is_here else TorchConfig
@@ -140,7 +136,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             worker_runtime_env={"env_vars": worker_environment(is_here)},
         ),
     )
-    with watched_nodes(demand, launch.timeout_seconds, trainer.end) as watch:
+    with watched_cluster(demand, launch.timeout_seconds, trainer.end) as watch:
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -172,16 +168,3 @@ def worker_environment(is_here: bool) -> dict[str, str]:
     """
     variables = UNCOMPILED | (ON_LOOPBACK | WITH_STORE if is_here else {})
     return {name: os.environ.get(name, value) for name, value in variables.items()}
-
-
-def _on_gpus(launch: LaunchConfig) -> bool:
-    """Whether each worker gets a GPU; the cluster
-    may have them where this process has none.
-
-    A named cluster that has some GPUs, but too few, is not taken for one without any.
-    """
-    if launch.device != "auto":
-        return launch.device == "cuda"
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted = 1 if cluster_address(launch) is not None else launch.workers
-    return resources.get("GPU", 0) >= wanted

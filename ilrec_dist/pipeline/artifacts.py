@@ -26,7 +26,7 @@ from ilrec_dist.items.catalogue import REPAIR, Catalogue, catalogue_hash
 from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.decoder import max_positions
-from ilrec_dist.model.hf.source import model_folder
+from ilrec_dist.model.hf.source import is_gguf, model_folder
 from ilrec_dist.model.weight_layout import refuse_earlier_format
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
@@ -155,6 +155,17 @@ def worker_inputs(config: Config) -> list[str]:
     found = [] if model is None else [Path(model)]
     found += [] if templates is None else [template_file(templates)]
     return [str(path.resolve()) for path in found]
+
+
+def known_worker_inputs(config: Config) -> list[str]:
+    """`worker_inputs` of a configuration as it is given; a
+    GGUF file's are there once the file is dequantised.
+    """
+    source = config.backbone.from_
+    if source is None or not is_gguf(source):
+        return worker_inputs(with_local_model(config))
+    backbone = dataclasses.replace(config.backbone, from_=None)
+    return worker_inputs(dataclasses.replace(config, backbone=backbone))
 
 
 def with_local_model(config: Config) -> Config:

@@ -18,7 +18,9 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
-from ilrec_dist.launch.cluster import ray_session
+from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
+from ilrec_dist.launch.cluster_check import check_cluster
+from ilrec_dist.pipeline.artifacts import known_worker_inputs
 from ilrec_dist.pipeline.preserved import Preserved
 from ilrec_dist.pipeline.records import read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
@@ -27,7 +29,7 @@ from ilrec_dist.pipeline.stages.baselines import baseline_stages
 from ilrec_dist.pipeline.stages.cf import cf_stage
 from ilrec_dist.pipeline.stages.evaluate import evaluate_stage
 from ilrec_dist.pipeline.stages.index import index_stage
-from ilrec_dist.pipeline.stages.prepare import prepare_stage
+from ilrec_dist.pipeline.stages.prepare import prepare_stage, spread_files
 from ilrec_dist.pipeline.stages.report import report
 from ilrec_dist.pipeline.stages.rewards import rewards_stage
 from ilrec_dist.pipeline.stages.train import train_and_evaluate, training_stages
@@ -94,12 +96,21 @@ class Executor:
         needs_workers = any(not self.run.is_current(name) for name in of_workers)
         launch = self.config.launch
         with ray_session(launch) if needs_workers else nullcontext():
+            if needs_workers and is_on_named_cluster(launch):
+                self._check_cluster(names)
             for is_workers, group in itertools.groupby(names, key=lambda name: name in of_workers):
                 if is_workers:
                     self._execute_by_workers(list(group))
                 else:
                     for name in group:
                         self._execute_here(name)
+
+    def _check_cluster(self, names: Sequence[str]) -> None:
+        """Refuse a cluster that cannot run the workers, before the first stage."""
+        reads = known_worker_inputs(self.config)
+        if "prepare" in names and not self.run.is_current("prepare"):
+            reads += [str(path.resolve()) for path in spread_files(self.config)]
+        check_cluster(self.config.launch, self.run.folder, reads)
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
@@ -117,9 +128,9 @@ class Executor:
             else:
                 self.preserved.drop()
             # A folder in which nothing was finished vanishes again.
-            with suppress(OSError):
-                self.run.state_folder.rmdir()
-                self.run.folder.rmdir()
+            for folder in (self.run.state_folder, self.run.folder):
+                with suppress(OSError):
+                    folder.rmdir()
             raise
         if self._begun or not self.preserved.outputs:
             self.preserved.drop()

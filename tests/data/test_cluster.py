@@ -81,7 +81,8 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    root = Path(__file__).parents[2]
+    environment = {"env_vars": {"PYTHONPATH": f"{root}:{root / 'kernels'}"}}
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
@@ -172,6 +173,25 @@ def test_errors_of_a_file_are_those_of_one_machine(cluster: Cluster, tmp_path: P
     assert messages[0] == messages[1]
 
 
+def test_what_fails_on_a_node_is_one_line(cluster: Cluster) -> None:
+    def read_file(path: Path, _: Rejects) -> Iterator[pa.RecordBatch]:
+        if path.name == "gone":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        raise ValueError("no reader expects this")
+        yield
+
+    files = [Path("/data/gone"), Path("/data/gone")]
+    with pytest.raises(
+        UserError, match=r"^/data/gone: cannot be read on node .* \(No such file or directory\);"
+    ) as refused:
+        list(spread_batches(files, read_file, Rejects()))
+    with pytest.raises(
+        WorkersFailed, match="^prepare: a task that reads .*: ValueError: no reader expects"
+    ) as failed:
+        list(spread_batches([Path("/data/other")] * 2, read_file, Rejects()))
+    assert "\n" not in str(refused.value) + str(failed.value)
+
+
 def test_the_stage_uses_the_cluster_it_is_given(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +235,9 @@ def test_texts_become_the_vectors_of_one_process_on_both_nodes(
     space = TfidfSpace(texts[:300], 16, 0)
     alone, together = (np.empty((900, space.dim), np.float32) for _ in range(2))
     embed_documents(space.embed, texts, alone)
-    with text_workers(Config(launch=LaunchConfig(ray_address=cluster.address)), FEW_TEXTS) as found:
+    launch = LaunchConfig(ray_address=cluster.address)
+    config = Config(runs_dir=str(tmp_path.with_name("runs")), launch=launch)
+    with text_workers(config, FEW_TEXTS) as found:
         assert found is not None
         spread = replace(found, texts=64)
         embed_documents(space.embed, texts, together, spread)

@@ -5,6 +5,7 @@ in time, by one line that says what is missing.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,11 +18,24 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import placement_group, remove_placement_group
 
+from ilrec_dist.cf.rewards.service import _places
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.launch import cluster_check
-from ilrec_dist.launch.cluster_check import Demand, LostNodes, check_nodes, require_resources
+from ilrec_dist.items.spread import FEW_FOR_A_MODEL
+from ilrec_dist.launch import cluster_check, cluster_watch
+from ilrec_dist.launch.cluster_check import (
+    Demand,
+    alive_nodes,
+    check_nodes,
+    require_resources,
+    worker_nodes,
+)
+from ilrec_dist.launch.cluster_watch import ClusterWatch, waits_for_places
 from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.pipeline.stages.index import text_workers
+from tests.support.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -31,7 +45,7 @@ PATIENCE_SECONDS = 60
 @dataclass(frozen=True)
 class TwoNodes:
     """A head and a node of 3 CPUs each. The node has a
-    copy of the project with one line more.
+    copy of the project with one line more, and what Ray takes for a GPU.
     """
 
     head: Cluster
@@ -57,12 +71,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         head_node_args={"num_cpus": 3, "include_dashboard": False},
     )
     start = f"{sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=3"
+    start += " --num-gpus=1"
     hide = f"mount -t tmpfs none {hidden}"
     replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist && "
     replace += f"mount --bind {copy}/kernels {ROOT}/kernels"
     node = subprocess.Popen(
         ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
-        env={**os.environ, "PYTHONPATH": f"{shadow}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, "PYTHONPATH": f"{shadow}:{ROOT}:{ROOT}/kernels"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -91,7 +106,7 @@ def test_too_few_cpus_are_refused_with_what_is_there(cluster, capsys):
         require_resources(LaunchConfig(workers=8), Demand("CPU", 8), seconds=1)
     assert time.monotonic() - began < 20
     assert "waiting up to 1 s for 8 CPUs: the cluster has 6" in capsys.readouterr().out
-    with pytest.raises(UserError, match="need 2 GPUs, and after 0 s the cluster has 0 GPUs"):
+    with pytest.raises(UserError, match="need 2 GPUs, and after 0 s the cluster has 1 GPUs"):
         require_resources(LaunchConfig(workers=2), Demand("GPU", 2), seconds=0)
 
 
@@ -156,9 +171,100 @@ def test_packages_in_several_builds_are_compared_by_the_one_that_is_there():
     assert found == {"other": None, "no_such_module": None}
 
 
+@pytest.fixture
+def same_source(monkeypatch):
+    """The node's copy of the project counts as the same, and nothing has passed yet."""
+    monkeypatch.setattr(cluster_check, "SOURCES", ())
+    monkeypatch.setattr(cluster_check, "_passed", {})
+
+
+def test_a_node_that_has_passed_is_not_asked_again(cluster, same_source, tmp_path):
+    read = tmp_path / "model"
+    read.touch()
+    check_nodes(tmp_path, [str(read)], PATIENCE_SECONDS)
+    check_nodes(tmp_path, [str(read)], 0)
+    check_nodes(tmp_path / "train", (), 0)
+    other = tmp_path / "other"
+    other.touch()
+    for folder, reads in ((tmp_path, [str(other)]), (tmp_path.parent, [])):
+        with pytest.raises(UserError, match="did not answer within 0 s"):
+            check_nodes(folder, reads, 0)
+
+
+def test_a_cluster_is_refused_before_the_first_stage(cluster, same_source, tmp_path):
+    launch = {"engine": "ray", "workers": 6, "tp": 2, "ray_address": cluster.head.address}
+    config = tiny_config(tmp_path, train={"methods": ["sft"]}, launch=launch)
+    with pytest.raises(UserError, match=r"launch.tp 2: .* hold 2 groups of 3"):
+        execute(config, "run")
+    assert not config.run_dir.exists()
+
+
+def test_data_and_a_text_model_that_a_node_does_not_see_are_refused(cluster, same_source, tmp_path):
+    files = [cluster.hidden / f"part-{part}.csv" for part in range(2)]
+    for file in files:
+        file.write_text("user,item,timestamp\n1,2,3\n")
+    launch = {"engine": "ray", "ray_address": cluster.head.address}
+    data = {"format": "csv", "path": str(cluster.hidden)}
+    items = {"text_model": str(cluster.hidden)}
+    config = tiny_config(tmp_path, data=data, items=items, launch=launch)
+    try:
+        for command in ("prepare", "run"):
+            with pytest.raises(UserError, match=f"node .*: does not see {files[0]}, which the"):
+                execute(config, command)
+            assert not config.run_dir.exists()
+        config.run_dir.mkdir()
+        line = f"node .*: {cluster.hidden}/part-0.csv is not the file that"
+        with (
+            pytest.raises(UserError, match=line),
+            text_workers(config, FEW_FOR_A_MODEL),
+        ):
+            pass
+    finally:
+        for file in files:
+            file.unlink()
+
+
+def test_reward_actors_lie_where_workers_can_be(cluster):
+    with_gpu = [node["NodeID"] for node in alive_nodes() if "GPU" in node["Resources"]]
+    one, other = (node["NodeID"] for node in alive_nodes())
+    assert worker_nodes(LaunchConfig(device="cuda")) == with_gpu and len(with_gpu) == 1
+    assert len(worker_nodes(LaunchConfig(device="cpu"))) == 2
+    places = itertools.islice(_places([one, other]), 3)
+    # Another node has to do where that one is lost.
+    expected = [(one, True), (other, True), (one, True)]
+    assert [(place.node_id, place.soft) for place in places] == expected
+    assert next(_places([])) == "SPREAD"
+
+
+def test_workers_that_get_no_places_are_given_up_with_one_line(cluster, capsys, monkeypatch):
+    monkeypatch.setattr(cluster_watch, "PLACE_SECONDS", 0.0)
+    # Places that the cluster does not have are asked for, as by workers beside another job's.
+    group = placement_group([{"CPU": 1}] * 7)
+    try:
+        watch = ClusterWatch(Demand("CPU", 4), 2, lambda: None)
+        watch.start()
+        watch.join(PATIENCE_SECONDS)
+    finally:
+        remove_placement_group(group)
+    assert watch.failure is not None and watch.failure.startswith(
+        "the workers got no places within launch.timeout_seconds = 2: they need 4 CPUs, the "
+        "cluster has 6 CPUs on 2 nodes"
+    )
+    assert ", of which 6 are free; wait for the end of the jobs" in watch.failure
+    said = capsys.readouterr().out
+    assert said.count("waiting up to 2 s for 4 CPUs: the cluster has 6 CPUs on 2 nodes") == 1
+    # Workers that have their places are not given up.
+    group = placement_group([{"CPU": 1}] * 2)
+    try:
+        assert group.wait(PATIENCE_SECONDS)
+        assert waits_for_places() is False
+    finally:
+        remove_placement_group(group)
+
+
 def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
     given_up = []
-    watch = LostNodes(Demand("CPU", 8), 0.5, lambda: given_up.append(True))
+    watch = ClusterWatch(Demand("CPU", 8), 0.5, lambda: given_up.append(True))
     watch.start()
     watch.join(PATIENCE_SECONDS)
     assert given_up == [True] and watch.failure is not None
@@ -167,7 +273,7 @@ def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
 
 
 def test_a_node_that_joins_in_time_ends_the_wait(cluster, capsys):
-    watch = LostNodes(Demand("CPU", 8), PATIENCE_SECONDS, lambda: None)
+    watch = ClusterWatch(Demand("CPU", 8), PATIENCE_SECONDS, lambda: None)
     watch.start()
     node = cluster.head.add_node(num_cpus=2)
     until = time.monotonic() + PATIENCE_SECONDS

@@ -8,7 +8,7 @@ import psutil
 
 
 def reached_from_outside(process: int) -> list[str]:
-    """What the process and all that it has started listen on, but for loopback addresses."""
+    """What a process and all that it has started listen on, but for loopback."""
     root = psutil.Process(process)
     found = []
     for one in [root, *root.children(recursive=True)]:

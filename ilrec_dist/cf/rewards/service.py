@@ -5,10 +5,11 @@ The client survives the actors' deaths (METHOD.md §5).
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.futures import LatencyMeter, RewardFuture
@@ -97,12 +99,14 @@ def reward_actors(
     threads: int = 1,
     max_restarts: int = 3,
     both_directions: bool = False,
+    nodes: Sequence[str] = (),
 ) -> Iterator[list[Any]]:
     """Run `replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the block.
 
     Ray restarts each up to `max_restarts` times. With shards (as many as
     cf.reward_shards) each holds one range of the catalogue's codes. They are spread
-    over the cluster's nodes, ask for no CPUs of Ray's, which the training workers hold,
+    over the nodes with the ids `nodes`, or all of the cluster's; one whose node is lost
+    goes to any. They ask for no CPUs of Ray's, which the training workers hold,
     and end with the block or with the job that started them. `both_directions` as
     in the configuration's `data` section.
 
@@ -117,6 +121,7 @@ def reward_actors(
         )
     kind: Any = ray.remote(RewardActor)
     actors = []
+    places = _places(nodes)
     for replica in range(replicas):
         for shard in range(shards):
             load = partial(
@@ -126,7 +131,7 @@ def reward_actors(
                 "name": f"{name}-{replica}-{shard}",
                 "num_cpus": 0,
                 "max_restarts": max_restarts,
-                "scheduling_strategy": "SPREAD",
+                "scheduling_strategy": next(places),
             }
             actors.append(kind.options(**options).remote(load, threads))
     try:
@@ -138,6 +143,12 @@ def reward_actors(
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _places(nodes: Sequence[str]) -> Iterator[Any]:
+    """Ray's strategies for one actor after the other."""
+    on_nodes = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    return itertools.cycle(on_nodes or ["SPREAD"])
 
 
 def _reason(error: Exception) -> str:
@@ -269,11 +280,13 @@ def _request_counters(actor: Any) -> list[Any]:
 
 
 @contextmanager
-def reward_actor(cf: CFConfig, folders: RunFolders, both_directions: bool) -> Iterator[None]:
+def reward_actor(
+    cf: CFConfig, folders: RunFolders, both_directions: bool, nodes: Sequence[str] = ()
+) -> Iterator[None]:
     """The run's reward actors for the length of the block.
 
     Their counters are left in the run's CF folder when it ends. `both_directions` is
-    that of the configuration's `data` section.
+    that of the configuration's `data` section; `nodes` as in `reward_actors`.
     """
     with reward_actors(
         folders.cf,
@@ -284,6 +297,7 @@ def reward_actor(cf: CFConfig, folders: RunFolders, both_directions: bool) -> It
         shards=cf.reward_shards,
         max_restarts=-1,
         both_directions=both_directions,
+        nodes=nodes,
     ):
         yield
         counters = RewardClient(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.data.reading.source import Rejects
 
 ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
@@ -26,7 +27,8 @@ def spread_batches(
 
     Ray Data parses them, one task a file; the result is what reading them one by one
     gives. Ray must be connected, and every node must see the files under the same
-    paths. Raises UserError as read_file does.
+    paths. Raises UserError as read_file does, and for a file that a node cannot read;
+    WorkersFailed where a task fails otherwise.
     """
     # Ray is heavy, and reading on one machine does not need it.
     import ray
@@ -39,7 +41,19 @@ def spread_batches(
     parsed = names.map_batches(parse, batch_size=1, batch_format="pyarrow", num_cpus=1)
     parsed.context.execution_options.preserve_order = True
     parsed.context.enable_progress_bars = False
-    for table in parsed.iter_batches(batch_size=None, batch_format="pyarrow"):
+    tables = iter(parsed.iter_batches(batch_size=None, batch_format="pyarrow"))
+    while True:
+        try:
+            table = next(tables, None)
+        except ray.exceptions.RayError as failed:
+            cause = getattr(failed, "cause", None)
+            reason = f"{type(cause).__name__}: {cause}" if cause else str(failed)
+            raise WorkersFailed(
+                "prepare: a task that reads files failed on the cluster: "
+                f"{' '.join(reason.split())}; give the same command again"
+            ) from failed
+        if table is None:
+            return
         assert isinstance(table, pa.Table)
         columns = (table.column(name) for name in ("batch", "rejects", "error"))
         for batch, bad, error in zip(*columns, strict=True):
@@ -65,6 +79,9 @@ def _parse(names: pa.Table, read_file: ReadFile, allowed: int) -> Iterator[pa.Ta
                 reported = len(rejects.rows)
         except UserError as refused:
             error = str(refused)
+        except OSError as failed:
+            error = f"{name}: cannot be read on node {socket.gethostname()} "
+            error += f"({failed.strerror or failed}); every node reads files of data.path"
         yield _row(None, rejects.rows[reported:], error)
 
 

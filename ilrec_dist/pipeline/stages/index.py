@@ -20,6 +20,7 @@ from ilrec_dist.items.index_report import index_summary
 from ilrec_dist.items.language_model import LanguageModel
 from ilrec_dist.items.spread import FEW_FOR_A_MODEL, FEW_TEXTS, Spread, local_spread
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
+from ilrec_dist.launch.cluster_check import check_nodes
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import vocabulary_files
 from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
@@ -71,6 +72,8 @@ def text_workers(config: Config, num_items: int) -> Iterator[Spread | None]:
         yield local_spread(num_items, by_model)
     else:
         with ray_session(config.launch):
+            root = RunFolders(config.run_dir).root
+            check_nodes(root, [str(Path(items.text_model).resolve())] if items.text_model else [])
             # Its module loads Ray.
             start = load_function("ilrec_dist.items.ray_tasks:ray_tasks")
             yield Spread(partial(start, on_gpus=by_model and config.launch.device != "cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import RunFolders
@@ -10,6 +11,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.data.prepare import input_files
 from ilrec_dist.data.prepare import prepare as prepare_data
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
+from ilrec_dist.launch.cluster_check import check_nodes
 from ilrec_dist.pipeline.stage import Stage
 
 
@@ -29,7 +31,17 @@ def prepare(config: Config) -> str | None:
     """Read, filter and split; the nodes of a named Ray cluster read a folder's files
     together.
     """
-    spread = is_on_named_cluster(config.launch) and len(input_files(config.data)) > 1
-    with ray_session(config.launch) if spread else nullcontext():
-        prepare_data(config.data, RunFolders(config.run_dir).data, spread)
+    files, folders = spread_files(config), RunFolders(config.run_dir)
+    with ray_session(config.launch) if files else nullcontext():
+        if files:
+            check_nodes(folders.root, [str(path.resolve()) for path in files])
+        prepare_data(config.data, folders.data, bool(files))
     return None
+
+
+def spread_files(config: Config) -> list[Path]:
+    """The files that nodes of a named cluster read; none where this process does."""
+    if not is_on_named_cluster(config.launch):
+        return []
+    files = input_files(config.data)
+    return files if len(files) > 1 else []

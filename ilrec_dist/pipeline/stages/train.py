@@ -19,6 +19,7 @@ from ilrec_dist.common.console import console
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import BEST, COUNTER, FINAL, RESULT, RunFolders
 from ilrec_dist.config.tree import Config, check_together
+from ilrec_dist.launch.cluster_check import worker_nodes
 from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.model.decoder import check_positions
@@ -113,7 +114,7 @@ def train_and_evaluate(
         get_method(training.method).needs_rewards(config.objective) for training in trainings
     )
     actor = (
-        reward_actor(config.cf, folders, config.data.both_directions)
+        reward_actor(config.cf, folders, config.data.both_directions, worker_nodes(config.launch))
         if needs_rewards and config.cf.rewards == "actor"
         else nullcontext()
     )
