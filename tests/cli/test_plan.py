@@ -114,6 +114,18 @@ def test_activations_are_told_with_and_without_recomputation(config, capsys):
         assert f"with train.recompute={value}: activations {activations[1]}, all {total[1]}" in text
 
 
+def test_only_zero_2_sums_the_gradients_at_every_micro_batch(config):
+    gpus = Hardware(4, 8, 80e9, 5e10, 4.5e11, 6e14, 9.9e14, 3.3e12, 2e9)
+
+    def gradients(stage: int, steps: int) -> int:
+        keys = [f"train.zero_stage={stage}", f"train.accumulation_steps={steps}"]
+        found = make_plan(load_config(config, [*keys, "launch.workers=32"]), gpus, DataSizes())
+        return sum(one.bytes for one in found.collectives if one.what == "gradients")
+
+    assert gradients(1, 1) == gradients(1, 4) == gradients(2, 1)
+    assert gradients(2, 4) == 4 * gradients(2, 1)
+
+
 def test_a_damaged_tokenizer_is_one_line(config, capsys):
     path = config.parent / "model" / "tokenizer.json"
     path.write_text('{"model": ')
