@@ -90,6 +90,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
         (["launch.tp=3"], "launch.tp"),
         (["--gpus-per-node", "4"], "tp does not divide --gpus-per-node 4"),
         (["train.batch_size=102"], "train.batch_size"),
+        (["train.zero_stage=3"], "key 'train.zero_stage': input should be 1 or 2; ZeRO 3"),
         (["items.form=atomic", "items.levels=3"], "--items N"),
         (["--nodes", "0"], "--nodes: expected at least 1"),
         (["--users", "0"], "--users 0: expected at least 1"),
