@@ -5,6 +5,7 @@ Every stage, the results in their documented form, recommendations; nothing runs
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.evaluation.predictions import recompute
+from ilrec_dist.pipeline.status import status_lines
+from ilrec_dist.reporting.progress import Count, write_counter
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -247,9 +250,16 @@ def test_recommend_refuses_codes_that_the_model_was_not_trained_with(finished, t
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_none(
-    finished, tmp_path
+    finished, tmp_path, monkeypatch
 ):
     shutil.copytree(finished / "runs", tmp_path / "runs")
+    told: list[str] = []
+
+    def counted(path: Path, count: Count) -> None:
+        write_counter(path, count)
+        told.extend(status_lines(tmp_path / "runs/tiny"))
+
+    monkeypatch.setattr("ilrec_dist.pipeline.stages.cf.write_counter", counted)
     assert (
         main(
             [
@@ -263,6 +273,9 @@ def test_cf_models_are_trained_where_the_workers_have_gpus_and_this_process_has_
         )
         == 0
     )
+    # Meanwhile `ilrec status` says how far they are.
+    assert any(line.startswith("cf: 2/3 epochs, fold0 loss ") for line in told)
+    assert not (tmp_path / "runs/tiny/.cf-work").exists()
 
 
 def test_a_split_table_is_trained_by_the_workers(finished, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0, or 2 with one line on stderr for the user's own errors, 1 when the workers
-    failed or nothing can be written, 130 after Ctrl-C, 143 after SIGTERM.
+    failed, nothing can be written or an error was not foreseen, 130 after
+    Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["index"] and words[1:2] and words[1] in INDEX_COMMANDS:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (NotWritable, OSError) as error:
             refused = not_writable(error, Path.cwd())
             if refused is None:
-                raise
+                return _unforeseen(error)
             print(f"ilrec: error: {refused}, and give the same command again", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -51,6 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 128 + signal.SIGTERM
             print(f"ilrec: interrupted; {GOES_ON}", file=sys.stderr)
             return 128 + signal.SIGINT
+        except Exception as error:
+            return _unforeseen(error)
+
+
+def _unforeseen(error: Exception) -> int:
+    """Leave the traceback in a file, and one line on stderr."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    text = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="ilrec-traceback-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except OSError:
+        print(text, file=sys.stderr)
+        path = "what stands above"
+    line = f"an error that is not foreseen, {words}; its traceback is in {path}: please report it"
+    print(f"ilrec: error: {line}", file=sys.stderr)
+    return 1
 
 
 def _run(words: list[str]) -> None:

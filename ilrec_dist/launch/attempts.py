@@ -8,10 +8,12 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object, write_json
 
 # The folder of a job, below the job's own, with a line for each attempt and a file for each worker.
@@ -75,18 +77,32 @@ def read_attempts(folder: Path) -> list[Attempt]:
     path = folder / ATTEMPTS / LINES
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = []
     for line in lines:
         try:
-            found.append(Attempt(**json.loads(line)))
-        except (ValueError, TypeError):
-            # A killed worker tore the line.
+            entry = json.loads(line)
+            attempt = Attempt(
+                float(entry["time"]),
+                int(entry["workers"]),
+                bool(entry["is_restart"]),
+                str(entry["reason"]),
+            )
+        except (ValueError, TypeError, KeyError):
+            # A killed worker tore the line, or it was damaged.
             continue
+        found.append(attempt)
     return found
 
 
 def read_workers(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The workers of the last attempt by rank, as far as they have begun."""
-    paths = (folder / ATTEMPTS / f"rank-{rank}.json" for rank in range(count))
-    return [read_json_object(path) for path in paths if path.exists()]
+    """The workers of the last attempt by rank, as far as they
+    have begun, and what they noted is whole.
+    """
+    found = []
+    for rank in range(count):
+        with suppress(UserError):
+            worker = read_json_object(folder / ATTEMPTS / f"rank-{rank}.json")
+            if {"host", "node", "process"} <= worker.keys():
+                found.append(worker)
+    return found

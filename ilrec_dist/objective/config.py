@@ -120,6 +120,16 @@ def num_intermediate_layers(config: ObjectiveConfig, num_layers: int) -> int:
     return config.num_intermediate_layers or min(3, num_layers // 2)
 
 
+def num_streams(config: ObjectiveConfig, num_layers: int) -> int:
+    """Streams of hidden rows that the loss makes logits of:
+    the final layer's, and those of m intermediate layers.
+    """
+    needs_negatives = config.beta > 0 or config.crr_lambda > 0
+    from_layers = needs_negatives and config.negatives_from == "intermediate"
+    takes_part = config.cpd_mu > 0 or from_layers
+    return 1 + (num_intermediate_layers(config, num_layers) if takes_part else 0)
+
+
 @section(affects="train")
 class PreferenceConfig:
     """Preference methods (METHOD.md §11)."""

@@ -19,6 +19,7 @@ from ilrec_dist.objective.config import (
     ObjectiveConfig,
     PreferenceConfig,
     num_intermediate_layers,
+    num_streams,
 )
 from ilrec_dist.objective.metrics import LossStatistics
 from ilrec_dist.objective.objective import Objective
@@ -76,6 +77,7 @@ class CrossLayerObjective(Objective):
         self.terms = tuple(self.weights)
         self.num_layers = num_layers
         self.num_intermediate = num_intermediate_layers(config, num_layers)
+        self.streams = num_streams(config, num_layers)
         self.options = self.full_options = loss_options(config, vocab_size, item_tokens)
         self.ramp = config.ramp
         # Words compete with the whole vocabulary, without negatives or distillation.

@@ -56,6 +56,8 @@ class Objective(nn.Module):
     """
 
     needs_rewards = False
+    # The streams of hidden rows that go through the output head.
+    streams = 1
     # The loss terms, by the names under which the statistics report them.
     terms: tuple[str, ...]
 

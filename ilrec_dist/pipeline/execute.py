@@ -260,12 +260,14 @@ class Executor:
         if name in self._continued:
             return
         if not finished and _has_checkpoints(output):
-            console.print(
-                f"warning: {name}: the checkpoints of its unfinished work are dropped, which was "
-                f"of another configuration or other input{changed}; --resume refuses instead",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+            _warn(
+                f"{name}: the checkpoints of its unfinished work are dropped, which was "
+                f"of another configuration or other input{changed}; --resume refuses instead"
+            )
+        elif finished and not continues and self.run.stages[name].training is not None:
+            _warn(
+                f"{name}: what it had trained is replaced, which was of another configuration or "
+                f"other input{changed}; another name keeps both, and --resume refuses instead"
             )
         self.run.record_file(name).unlink(missing_ok=True)
         shutil.rmtree(output, ignore_errors=True)
@@ -292,6 +294,10 @@ class Executor:
 
 def _has_checkpoints(output: Path) -> bool:
     return any(output.glob("checkpoints/step-*"))
+
+
+def _warn(line: str) -> None:
+    console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_unchanged(name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers, num_streams
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedWeights, linears
 
@@ -195,12 +195,5 @@ def loss_exchange(
         columns += CANDIDATE_VALUES * (objective.max_negatives + 1)
         yield "loss, z̄ of the targets", "all_reduce", batch.rows * FP32
     yield "loss, statistics", "all_gather", batch.rows * columns * FP32 * tp
-    streams = 1 + (layers if streams_take_part(objective) else 0)
+    streams = num_streams(objective, sizes.layers)
     yield "loss, hidden gradients", "all_reduce", streams * batch.rows * sizes.hidden * FP32
-
-
-def streams_take_part(objective: ObjectiveConfig) -> bool:
-    """Whether the loss makes logits of the intermediate layers."""
-    needs_negatives = objective.beta > 0 or objective.crr_lambda > 0
-    from_layers = needs_negatives and objective.negatives_from == "intermediate"
-    return objective.cpd_mu > 0 or from_layers

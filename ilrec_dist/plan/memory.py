@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, plan_files
-from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.plan.activations import norm_bytes
-from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout, streams_take_part
+from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
 from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, TrainedWeights, parameters
 
@@ -101,9 +101,7 @@ def loss_bytes(
     rows of the head in fp32, and the hidden rows of all streams.
     """
     workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
-    streams = 1
-    if streams_take_part(objective):
-        streams += num_intermediate_layers(objective, sizes.layers)
+    streams = num_streams(objective, sizes.layers)
     # What each stream's norm keeps, and the gradient of what comes out of it.
     row = norm_bytes(sizes, layout, trained.all_weights) + sizes.hidden * layout.element
     head_rows = sizes.vocab // layout.tp

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.tree import Config, check_together
-from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers
+from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import (
@@ -18,7 +18,6 @@ from ilrec_dist.plan.communication import (
     MicroBatch,
     StepLayout,
     step_collectives,
-    streams_take_part,
 )
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
@@ -142,9 +141,6 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     if config.train.micro_batch_tokens is not None and layout.dp > 1:
         what = "number of micro-batches"
         collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
-    streams = 1
-    if streams_take_part(objective):
-        streams += num_intermediate_layers(objective, sizes.layers)
     state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
@@ -189,7 +185,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             hardware,
             collectives,
             trainable,
-            streams,
+            num_streams(objective, sizes.layers),
             trained,
             recompute,
         ),
@@ -279,9 +275,7 @@ def _heaviest(config: Config, sizes: DecoderSizes) -> tuple[str, ObjectiveConfig
     """The method whose loss has the most streams, and its objective."""
 
     def streams(name: str) -> int:
-        objective = get_method(name).objective(config.objective)
-        layers = num_intermediate_layers(objective, sizes.layers)
-        return layers if streams_take_part(objective) else 0
+        return num_streams(get_method(name).objective(config.objective), sizes.layers)
 
     method = max(config.train.methods, key=streams)
     return method, get_method(method).objective(config.objective)

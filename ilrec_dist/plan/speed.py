@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ilrec_dist.model.flops import Trained, Work, forward_flops, training_flops
+from ilrec_dist.model.utilisation import mfu
 from ilrec_dist.plan.communication import Collective, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
@@ -34,7 +35,7 @@ class StepTime:
     @property
     def mfu(self) -> float:
         """The share of the GPUs' peak that the model's own operations reach."""
-        return self.model_operations / (self.total * self.hardware.peak * self.hardware.gpus)
+        return mfu(self.model_operations, self.total, self.hardware.peak, self.hardware.gpus)
 
 
 def step_time(

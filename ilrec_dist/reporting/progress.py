@@ -66,6 +66,7 @@ class TrainingState:
         self.step = 0
         self.loss: float | None = None
         self.tokens_per_second: float | None = None
+        self.mfu: float | None = None
         self.ndcg: float | None = None
         self._pace: deque[tuple[int, float]] = deque(maxlen=RATE_LINES)
 
@@ -81,6 +82,7 @@ class TrainingState:
             self._pace.append((step, line["time"]))
         self.loss = _number(line, "loss/total", self.loss)
         self.tokens_per_second = _number(line, "rate/tokens_per_second", self.tokens_per_second)
+        self.mfu = _number(line, "rate/mfu", self.mfu)
         self.ndcg = _number(line, "validation/ndcg@10", self.ndcg)
 
     def seconds_left(self) -> float | None:
@@ -99,6 +101,8 @@ class TrainingState:
         shown = [f"step {self.step:,}/{self.total_steps:,}"]
         if self.tokens_per_second is not None:
             shown.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.mfu is not None:
+            shown.append(f"MFU {self.mfu:.1%}")
         if self.loss is not None:
             shown.append(f"loss {self.loss:.4f}")
         if self.ndcg is not None:
@@ -275,6 +279,21 @@ def write_counter(path: Path, count: Count) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(count)))
+
+
+def read_counter(path: Path) -> tuple[Count, float] | None:
+    """The latest count that `write_counter` left, with what all files of its title say
+    is done, and when it was written (Unix seconds); None where there is none.
+    """
+    counts: list[tuple[float, Count]] = []
+    for file in path.parent.glob(f"{path.name}*"):
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            counts.append((file.stat().st_mtime, Count(**json.loads(file.read_text()))))
+    if not counts:
+        return None
+    when, latest = max(counts, key=lambda entry: entry[0])
+    done = sum(count.done for _, count in counts if count.title == latest.title)
+    return replace(latest, done=done), when
 
 
 def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:

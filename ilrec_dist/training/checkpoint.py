@@ -175,7 +175,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     damaged: list[str] = []
     for path in reversed(committed(folder)):
         try:
-            manifest = _read_manifest(path / MANIFEST)
+            manifest = read_manifest(path / MANIFEST)
         except (OSError, ValueError):
             damaged.append(f"{path / MANIFEST}: missing, malformed, or not as it was written")
             continue
@@ -204,7 +204,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     return None, damaged
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where it is missing or damaged."""
     written = json.loads(path.read_text())
     contents = without_checksum(written) if isinstance(written, dict) else None

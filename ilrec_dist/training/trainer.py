@@ -38,6 +38,7 @@ from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.accumulation import StepBatches
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine, set_learning_rate
+from ilrec_dist.training.gpu_rates import GPURates
 from ilrec_dist.training.optimizer_state import restore, take_part
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
@@ -152,6 +153,7 @@ class Trainer:
     def _train_to_the_end(self) -> None:
         self.objective.train()
         self._since = time.monotonic()
+        self.gpu_rates = GPURates(self.objective, self.config, self.catalogue, self.progress.step)
         batches = self._begin_phase()
         while not self._is_done():
             if self.progress.step == self.phase_end:
@@ -293,6 +295,7 @@ class Trainer:
         values["learning_rate"] = self.rate
         values["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
         values |= self.timer.report(values["tokens"], values["rows"])
+        values |= self.gpu_rates.report(values, self.progress.step)
         if self.log is not None:
             self.log.write(self.progress.step, self._epoch, values)
         for term in (*self.objective.terms, "total"):

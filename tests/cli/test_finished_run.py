@@ -196,6 +196,12 @@ def test_dropped_checkpoints_are_announced_with_the_setting_that_changed(shop, c
     output = " ".join(capfd.readouterr().out.split())
     assert "checkpoints of its unfinished work are dropped" in output
     assert "train.epochs: 1 → 2" in output and not folder.exists()
+    assert "is replaced" not in output
+    # The training is finished now, and other settings do not replace it in silence either.
+    assert main(["train", str(shop / "c.yaml"), "train.epochs=1"]) == 0
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if "warning" in line)
+    assert line.startswith("warning: train sft seed 0: what it had trained is replaced")
+    assert "(train.epochs: 2 → 1)" in line and "--resume refuses" in line
 
 
 def test_a_changed_record_is_refused_by_name_and_the_advice_repairs_it(shop, capsys):

@@ -97,6 +97,8 @@ def test_training_learns_and_logs_what_the_method_names(trained):
         "rate/tokens_per_second",
     ):
         assert key in lines[0]
+    # Nothing here is on a GPU.
+    assert not any("gpu" in key or "mfu" in key for key in lines[0])
     assert (
         lines[0]["negatives/mean/pos0"] > 0
         and max(line["rewards/coverage"] or 0 for line in lines) > 0.5
@@ -137,19 +139,25 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     ]
 
 
-def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, trained, tmp_path):
-    """From tp 2 to one process, to four with tp 2 and dp 2, to two with dp 2."""
-    folder = tmp_path / "elastic"
-    for world, tp, stop in ((2, 2, 3), (1, 1, 6), (4, 2, 9), (2, 1, None)):
-        sections = {"launch": {"workers": world, "tp": tp}, "backbone": {"dropout": 0.0}}
-        config = config_to_dict(tiny_config(tiny, **sections))
+def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, tmp_path):
+    """From tp 2 to one process, to four with tp 2 and dp 2, to four with tp 4."""
+    folder, alone = tmp_path / "elastic", tmp_path / "alone"
+    sections = {
+        "backbone": {"dropout": 0.0},
+        "train": {"batch_size": 12, "checkpoint_steps": 2, "validation_users": 4},
+    }
+    config = config_to_dict(tiny_config(tiny, **sections))
+    run_distributed(train_here, 1, 1, config, "ilrec", str(alone))
+    for world, tp, stop in ((2, 2, 2), (1, 1, 4), (4, 2, 6), (4, 4, None)):
+        config = config_to_dict(tiny_config(tiny, **sections, launch={"workers": world, "tp": tp}))
         run_distributed(train_here, world, tp, config, "ilrec", str(folder), stop)
         if stop is not None:
             # Each rank has written its own part.
             parts = list((folder / f"checkpoints/step-{stop:08d}").glob("part-*.safetensors"))
             assert len(parts) == world
-    expected, found = losses_of(trained[0]), losses_of(folder)
-    assert len(expected) == len(found) > 10
+    expected, found = losses_of(alone), losses_of(folder)
+    # 20 and more come after the last change.
+    assert len(expected) == len(found) >= 6 + 20
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 

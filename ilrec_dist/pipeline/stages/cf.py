@@ -22,7 +22,13 @@ from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.reporting.progress import follow_counter, following, stage_progress
+from ilrec_dist.reporting.progress import (
+    Count,
+    follow_counter,
+    following,
+    stage_progress,
+    write_counter,
+)
 
 
 def cf_stage(config: Config) -> Stage:
@@ -61,8 +67,17 @@ def train_here(config: Config) -> None:
     if is_side_by_side(config):
         train(device=device, train_elsewhere=lambda: train_by_workers(config, "train_cf_share"))
     else:
-        with stage_progress("cf", cf_epochs(config.cf), "epochs") as show:
-            train(epochs_so_far(show), device)
+        total, counter = cf_epochs(config.cf), artifacts.folders.cf_work / COUNTER
+        with stage_progress("cf", total, "epochs") as show_progress:
+
+            def show(done: float, text: str) -> None:
+                show_progress(done, text)
+                write_counter(counter, Count("cf", done, total, text))
+
+            try:
+                train(epochs_so_far(show), device)
+            finally:
+                shutil.rmtree(counter.parent, ignore_errors=True)
     # The workers may share the GPU.
     torch.cuda.empty_cache()
 

@@ -152,6 +152,7 @@ def speed_charts(runs: Sequence[MethodMetrics]) -> list[Chart]:
     keys = (
         ("rate/tokens_per_second", "Tokens per second"),
         ("rate/rows_per_second", "Rows per second"),
+        ("rate/mfu", "Share of the GPUs' peak (MFU)"),
         ("learning_rate", "Learning rate"),
     )
     return _present(
