@@ -16,7 +16,6 @@ import yaml
 from safetensors.torch import load_file
 
 from ilrec_dist.cli.main import main
-from ilrec_dist.cli.recommend import print_recommendations
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
@@ -168,23 +167,6 @@ def test_recommend_decodes_as_the_model_was_trained_whatever_came_into_the_folde
         )
         found.append(pq.read_table(tmp_path / "out.parquet"))
     assert found[0].equals(found[1])
-
-
-def test_the_printed_recommendations_show_brackets_as_they_are_and_how_many_are_left_out(capsys):
-    columns = {
-        "user": ["[/x]", "[/x]", "u", "u"],
-        "rank": [1, 2, 1, 2],
-        "item": ["i"] * 4,
-        "title": ["Strings [pack of 7] [/bold]", None] * 2,
-        "score": [-1.0] * 4,
-    }
-    print_recommendations(pa.table(columns), 3)
-    shown = capsys.readouterr().out
-    assert (
-        shown.count("Strings [pack of 7] [/bold]") == 2
-        and shown.count("[/x]") == 2
-        and "and 3 more users" in shown
-    )
 
 
 def test_recommend_refuses_a_folder_to_write_to(finished, tmp_path, capsys):

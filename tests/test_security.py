@@ -5,22 +5,35 @@ from strangers is refused or shown, never run.
 from __future__ import annotations
 
 import ast
+import http.client
+import io
 import json
+import os
 import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from rich.console import Console
 from safetensors import SafetensorError
 
+from ilrec_dist.cli import recommend as recommend_command
 from ilrec_dist.cli.parser import build_parser
+from ilrec_dist.common import console as console_module
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import map_array, sha256_file
 from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.reporting.html.examples import Example, examples_section
+from ilrec_dist.serving.app import make_server
+from ilrec_dist.serving.backend import ScoredItem
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.optimizer_state import SavedState
 from tests.support.language_models import make_language_model
@@ -125,6 +138,102 @@ def test_titles_are_escaped_in_the_report() -> None:
     assert title not in page and "&lt;script&gt;" in page
 
 
-def test_the_server_listens_on_loopback_by_default() -> None:
+def test_titles_and_prompts_are_no_commands_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = io.StringIO()
+    for module in (console_module, recommend_command):
+        monkeypatch.setattr(
+            module, "console", Console(file=terminal, force_terminal=True, width=200)
+        )
+    title = "Strings [pack of 7] [/bold]"
+    # It would clear the screen, and these are 8-bit beginnings of such commands.
+    hostile, written = "\x1b[2J\x07\x9b2J\x7f", r"\x1b[2J\x07\x9b2J\x7f"
+    columns = {
+        "user": ["[/x]", f"[/x]{hostile}"],
+        "rank": [1, 2],
+        "item": ["i", hostile],
+        "title": [title, title + hostile],
+        "score": [-1.0] * 2,
+    }
+    recommend_command.print_recommendations(pa.table(columns), 3)
+    console_module.print_plain(f"prompt: {title}{hostile}\n  and so on")
+    shown = terminal.getvalue()
+    assert shown.count(title) == 3 and shown.count("[/x]") == 2 and "and 3 more users" in shown
+    assert shown.count(written) == 4 and "\n  and so on" in shown
+    # rich's own commands are for bold.
+    assert not {"\x07", "\x9b", "\x7f"} & set(shown) and "\x1b[2J" not in shown
+
+
+class Echo:
+    """Recommends the history itself."""
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], top: int, exclude_seen: bool
+    ) -> list[list[ScoredItem]]:
+        return [[ScoredItem(item, None, 0.0) for item in history] for history in histories]
+
+
+def test_the_server_is_on_loopback_takes_little_and_keeps_no_log(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     arguments = build_parser().parse_args(["serve", "runs/quickstart"])
-    assert arguments.host == "127.0.0.1"
+    with make_server(Echo(), arguments.host, 0) as server:
+        host, port = server.server_address[:2]
+        assert host == "127.0.0.1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answers = []
+        body = json.dumps({"histories": [["a-secret-item"]]})
+        # What is announced is refused before anything of it is read.
+        for length in (len(body), 16 << 20 | 1):
+            client = http.client.HTTPConnection(str(host), port, timeout=10)
+            client.request("POST", "/recommend", body, {"Content-Length": str(length)})
+            answer = client.getresponse()
+            answers.append((answer.status, json.load(answer)))
+            client.close()
+        server.shutdown()
+    (taken, lists), (refused, reason) = answers
+    assert taken == 200 and lists["recommendations"][0][0]["item"] == "a-secret-item"
+    assert refused == 400 and "at most 16,777,216 bytes" in reason["error"]
+    assert capfd.readouterr() == ("", "")
+
+
+LOCAL_RAY = """
+import contextlib, os, subprocess, sys
+import psutil, ray
+from ilrec_dist.launch.cluster import ray_session
+from ilrec_dist.launch.config import LaunchConfig
+strangers = dict(os.environ)
+with ray_session(LaunchConfig(workers=1)):
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run([sys.executable, "-c", sys.argv[1], address], env=strangers)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(word.endswith("/dashboard.py") for word in process.cmdline()):
+                links = process.net_connections("inet")
+                print("dashboard", [link.laddr for link in links if link.status == "LISTEN"])
+"""
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None)
+    print("connected")
+except Exception as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_local_ray_has_a_token_of_its_own_and_no_dashboard(tmp_path: Path) -> None:
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL_RAY, STRANGER],
+        env={**plain, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    # Ray starts the dashboard's process all the same, for its other duties; it serves nobody.
+    assert done.stdout.split("\n") == ["AuthenticationError", "dashboard []", ""], done.stderr
+    assert not list(tmp_path.rglob("*token*"))

@@ -10,7 +10,7 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, written_out
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.inference.recommend import Recommender, Request
 from ilrec_dist.pipeline.fusion import open_fusion
@@ -86,7 +86,8 @@ def _say_without_items(count: int, users: int) -> None:
 def print_recommendations(recommendations: pa.Table, left_out: int) -> None:
     """Print a table, and how many users are left out.
 
-    Titles and ids are shown as they are, with brackets.
+    Titles and ids are shown as they are, with brackets,
+    and their control characters are written out.
     """
     table = Table(box=None, pad_edge=False)
     for column in recommendations.column_names:
@@ -94,7 +95,7 @@ def print_recommendations(recommendations: pa.Table, left_out: int) -> None:
     for row in recommendations.to_pylist():
         table.add_row(
             *(
-                Text(text)
+                Text(written_out(text))
                 for text in (
                     row["user"],
                     str(row["rank"]),

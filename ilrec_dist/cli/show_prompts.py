@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--users {arguments.users}: expected at least 1")
     config = load_config(arguments.config, arguments.overrides)
     for line in prompt_lines(config, arguments.users):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_plain(line)
 
 
 def prompt_lines(config: Config, users: int) -> Iterator[str]:

@@ -5,25 +5,33 @@ SLURM, Kubernetes and docker can try them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
 import subprocess
+import sys
 import time
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
+
+from tests.support.rayjob import RAY_JOB, schema_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
 # Stand-ins: the node's part of srun, and a Ray that runs the command behind `--` on the head.
 STAND_INS = {
-    "scontrol": 'printf "%s\\nnode2\\n" "${HEAD:-node1}"',
+    "scontrol": 'printf "%s\\nnode2\\n" "${HEAD:-node1}"; seq -f node%.0f 3 "${NODES:-2}"',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "ray": """
 [ "$RAY_FAILS" = no ] || exit 0
@@ -76,6 +84,13 @@ def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does
     assert re.fullmatch("[0-9a-f]{64}", token)
     assert token not in said + arguments
     assert not list(tmp_path.glob(".ilrec-42-*"))
+
+
+def test_slurm_reads_a_list_of_nodes_that_fills_a_pipe(tmp_path):
+    # Whoever writes the list is not ended for a reader that wants its first line only.
+    job = submit(tmp_path, NODES="20000")
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode == 7, errors
 
 
 def test_slurm_says_so_where_ray_did_not_start_though_it_ended_well(tmp_path):
@@ -133,6 +148,35 @@ def test_the_rayjob_asks_for_as_many_gpus_as_its_command_has_workers():
     assert settings["runs_dir"].startswith(mounts[0]["data"])
 
 
+def objects(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping of a YAML file, from the outside in."""
+    if isinstance(tree, dict):
+        yield tree
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    for child in children:
+        yield from objects(child)
+
+
+# KubeRay's own file of the definition, where somebody has it.
+DEFINITIONS = [Path(path) for path in [os.environ.get("RAYJOB_CRD")] if path]
+
+
+@pytest.mark.parametrize("definition", [None, *DEFINITIONS])
+def test_the_rayjob_fits_its_definition_strictly(definition: Path | None) -> None:
+    schema = RAY_JOB if definition is None else schema_of(definition)
+    check = jsonschema.Draft202012Validator(schema)
+    job = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())
+    assert not [f"{error.json_path}: {error.message}" for error in check.iter_errors(job)]
+    # A key that there is not, and a key that another object has, is an error wherever it stands.
+    for number in range(len(list(objects(job)))):
+        changed = copy.deepcopy(job)
+        list(objects(changed))[number]["nonsense"] = []
+        assert not check.is_valid(changed), list(objects(job))[number]
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["workerGroupSpecs"][0]["template"]["restartPolicy"] = "Never"
+    assert not check.is_valid(job)
+
+
 def test_the_rayjob_has_kuberay_make_a_token():
     cluster = yaml.safe_load((LAUNCHERS / "kuberay.yaml").read_text())["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -180,6 +224,62 @@ def test_the_image_has_what_the_rayjob_calls_and_copies_what_there_is():
     (chosen,) = (rest for word, rest in instructions if word == "ARG")
     for extra in chosen.removeprefix("EXTRA=").split(","):
         assert extra in extras["optional-dependencies"]
+
+
+@pytest.mark.slow
+def test_the_image_installs_from_what_it_copies(tmp_path):
+    """The steps of `docker build` that need neither
+    docker nor a registry, in a folder of their own.
+    """
+    text = (LAUNCHERS / "Dockerfile").read_text()
+    source, extra = tmp_path / "source", re.search("^ARG EXTRA=(.*)$", text, re.M)[1]
+    source.mkdir()
+    for words in re.findall("^COPY (.*)$", text, re.M):
+        *names, target = words.split()
+        for name in names:
+            # As docker does, a folder's content comes into the target, a file by its name.
+            into = source / target if (ROOT / name).is_dir() else source / target / name
+            if (ROOT / name).is_dir():
+                leave_out = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, into, ignore=leave_out)
+            else:
+                shutil.copy(ROOT / name, into)
+    (install,) = re.findall("^RUN make (install .*)$", text, re.M)
+    said = subprocess.run(
+        ["bash", "-c", f"make --dry-run {install}"],
+        cwd=source,
+        env={**os.environ, "EXTRA": extra},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    assert f"--constraint constraints.txt --editable '.[{extra},dev]'" in said.stdout
+    # What pip would build there, without its own environment to build in.
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    built = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+        (about,) = (name for name in names if name.endswith("/METADATA"))
+        # The package's description.
+        assert (ROOT / "README.md").read_bytes() in packed.read(about)
+    assert about.replace("METADATA", "licenses/LICENSE") in names
+    for folder, package in (("", "ilrec_dist"), ("kernels", "ilrec_kernels")):
+        for path in (ROOT / folder / package).rglob("*"):
+            if path.suffix in (".py", ".yaml"):
+                assert str(path.relative_to(ROOT / folder)) in names
+    # The command itself, from there alone.
+    version = subprocess.run(
+        [sys.executable, "-m", "ilrec_dist.cli", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+    )
+    assert version.returncode == 0 and wheel.name.split("-")[1] in version.stdout
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCHERS.glob("*.sbatch")), ids=lambda path: path.name)

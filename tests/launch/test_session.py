@@ -79,12 +79,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(PATIENCE_SECONDS)
 
 
-def test_a_local_session_leaves_no_token_in_the_home(tmp_path):
-    said, _ = connect(tmp_path, "", None)
-    assert said == "connected"
-    assert not list(tmp_path.rglob("*token*"))
-
-
 def test_the_right_token_connects(head, tmp_path):
     assert connect(tmp_path, head, RIGHT)[0] == "connected"
 
