@@ -48,7 +48,7 @@ ALWAYS = {
             "methods seeds targets max_history epochs batch_size micro_batch_tokens learning_rate "
             "min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm precision "
             "checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
-            "max_bad_steps recompute"
+            "max_bad_steps recompute tracker"
         ).split()
     ),
     "evaluation.beam",

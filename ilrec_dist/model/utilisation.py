@@ -1,4 +1,4 @@
-"""The share of its GPUs' peak that a training reaches: model FLOPs utilisation (MFU)."""
+"""The share of its GPUs' peak that a training reaches (model FLOPs utilisation)."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ from ilrec_dist.model.weight_layout import (
 def save_training_weights(backbone: Backbone, folder: Path) -> str:
     """Write what was trained; a collective over all ranks.
 
-    That is all weights in fp32, of which each rank writes its part, or what
-    `train_partially` attached and the rows of added tokens, which rank 0 writes. The
-    folder appears whole or not at all, in the place of an earlier one. Returns the
-    SHA-256 of its manifest on rank 0, and "" elsewhere. Where a rank cannot write, all
-    raise its NotWritable.
+    That is all weights, of which each rank writes its part, or what `train_partially`
+    attached and the rows of added tokens, which rank 0 writes; in the precision that
+    the model computes in. The folder appears whole or not at all, in the place of an
+    earlier one. Returns the SHA-256 of its manifest on rank 0, and "" elsewhere. Where
+    a rank cannot write, all raise its NotWritable.
     """
     is_partial, tp, dp = backbone.base_sha256 is not None, backbone.tp_group.size(), 1
     if is_partial:
@@ -65,7 +65,7 @@ def save_training_weights(backbone: Backbone, folder: Path) -> str:
         staged: Path = from_rank0(own_folder)
         of_ranks: list[Any] = [None] * dist.get_world_size()
         own = [file for file in files if (file.tp_rank, file.dp_rank) == me]
-        dist.all_gather_object(of_ranks, _write_files(staged, own, state, is_partial))
+        dist.all_gather_object(of_ranks, _write_files(staged, own, state))
         for outcome in of_ranks:
             if isinstance(outcome, NotWritable):
                 raise outcome
@@ -178,7 +178,8 @@ def _cut_tensors(backbone: Backbone) -> dict[str, StoredTensor]:
     found = {}
     for name, parameter in backbone.gpt.named_parameters():
         spec = shard_spec(name, config)
-        found[name] = StoredTensor(full_shape(parameter.shape, spec, tp), spec)
+        shape = full_shape(parameter.shape, spec, tp)
+        found[name] = StoredTensor(shape, spec, parameter.element_size())
     return found
 
 
@@ -190,26 +191,21 @@ def _whole_tensors(state: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
 
 
 def _write_files(
-    staged: Path, files: Sequence[PlannedFile], state: Mapping[str, Tensor], keeps_dtype: bool
+    staged: Path, files: Sequence[PlannedFile], state: Mapping[str, Tensor]
 ) -> dict[str, str] | NotWritable:
     """Write this rank's files; their SHA-256, or why they cannot be written."""
     try:
         with writing_to(staged):
             for file in files:
-                _write(staged / file.name, file.pieces, state, keeps_dtype)
+                _write(staged / file.name, file.pieces, state)
             return {file.name: sha256_file(staged / file.name) for file in files}
     except NotWritable as error:
         return error
 
 
-def _write(
-    path: Path, pieces: Mapping[str, str], state: Mapping[str, Tensor], keeps_dtype: bool
-) -> None:
+def _write(path: Path, pieces: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
     """Write the named pieces of this rank's
     tensors; the host's copies of them go at the end.
     """
-    parts = {}
-    for name, key in pieces.items():
-        tensor = state[name].detach()
-        parts[key] = (tensor if keeps_dtype else tensor.float()).cpu().contiguous()
+    parts = {key: state[name].detach().cpu().contiguous() for name, key in pieces.items()}
     save_file(parts, path, metadata={"format": "pt"})

@@ -105,11 +105,7 @@ def _host(plan: Plan) -> Iterator[str]:
 def _checkpoint(plan: Plan) -> Iterator[str]:
     kept = plan.config.train.keep_checkpoints
     is_whole = plan.trained.all_weights
-    weights = (
-        "best and final weights in fp32"
-        if is_whole
-        else "adapters and added rows as best and final"
-    )
+    weights = "best and final weights" if is_whole else "adapters and added rows as best and final"
     yield from (
         "",
         f"a checkpoint: {size(plan.checkpoint)}, {plan.checkpoint_seconds:.0f} s at "

@@ -143,13 +143,15 @@ def weights_files(
     """Bytes of the best or the final weights, and of the largest file that a rank
     writes of them.
 
-    All weights are written in fp32, by all ranks, and their copies are in host memory
-    meanwhile. Where most are frozen, rank 0 writes the adapters and the rows of the
-    `added` tokens as they are, whether these are trained or not.
+    All weights are written by all ranks, in the precision of the model, and their
+    copies are in host memory meanwhile. Where most are frozen, rank 0 writes the
+    adapters and the rows of the `added` tokens, whether these are trained or not.
     """
     if trained.all_weights:
         tensors = {
-            str(number): StoredTensor([size.total], ShardSpec(0) if size.cut else None)
+            str(number): StoredTensor(
+                [size.total], ShardSpec(0) if size.cut else None, layout.element
+            )
             for number, (_, _, size) in enumerate(sizes.tensors())
         }
         tp, dp = layout.tp, layout.dp

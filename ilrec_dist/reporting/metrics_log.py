@@ -10,11 +10,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
+from ilrec_dist.reporting.trackers import TrackerName, close_within, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 # The key of a training's result.json that has the SHA-256 of its complete log.
@@ -34,10 +36,16 @@ class MetricsLog:
     dropped first, so that a step that is run again is logged once, and a line gives the
     number of dropped steps. Without it lines are added to what is there. A last line
     that a killed writer left torn is removed either way. Every line is flushed, so a
-    SIGKILL costs at most the line being written.
+    SIGKILL costs at most the line being written. A `tracker` gets the values as well;
+    what it meets after its beginning ends no training.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        resume_step: int | None = None,
+        tracker: TrackerName | None = None,
+    ) -> None:
         # The import takes two seconds, which readers of a log should not pay.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -49,6 +57,7 @@ class MetricsLog:
         self._tensorboard = SummaryWriter(
             str(self.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10
         )
+        self._tracker = None if tracker is None else open_tracker(tracker, self.folder)
         if resume_step is not None and last_step is not None:
             self._append(
                 {"step": resume_step, "time": _now(), RESUMED: max(0, last_step - resume_step)}
@@ -61,14 +70,35 @@ class MetricsLog:
         value that is not finite is written as null, because JSON has no word for it.
         """
         line: dict[str, float | int | None] = {"step": int(step), "epoch": epoch, "time": _now()}
+        finite = {}
         for key, value in flatten(values):
-            line[key] = value if math.isfinite(value) else None
+            line[key] = None
+            if math.isfinite(value):
+                line[key] = finite[key] = value
             self._tensorboard.add_scalar(key, value, int(step))
         self._append(line)
+        if self._tracker is not None:
+            with self._tracked():
+                self._tracker.write(int(step), {"epoch": epoch, **finite})
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
+        """finished: whether the training is at its end, and is not to go on later."""
         self._file.close()
         self._tensorboard.close()
+        if self._tracker is not None:
+            with self._tracked():
+                close_within(self._tracker, finished)
+            self._tracker = None
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Go on without the tracker after it has failed."""
+        try:
+            yield
+        except Exception as error:
+            self._tracker = None
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: train.tracker: {words}; it gets nothing more", flush=True)
 
     def __enter__(self) -> MetricsLog:
         return self

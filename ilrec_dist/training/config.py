@@ -23,6 +23,7 @@ from ilrec_dist.common.config_fields import (
 )
 from ilrec_dist.model.config import PRETRAINED, LoraConfig, Trainable
 from ilrec_dist.objective.registry import DEFAULT_METHODS, METHODS, known_names
+from ilrec_dist.reporting.trackers import TrackerName
 
 
 def _registered(name: str) -> str:
@@ -140,3 +141,5 @@ class TrainConfig:
     validation_users: NonNegative = 2000
     # Validations without a better NDCG@10 before stopping; 0: never stop early.
     patience: NonNegative = 0
+    # Where the metrics go beside metrics.jsonl and TensorBoard.
+    tracker: Annotated[Optional[TrackerName], Affects()] = None

@@ -369,7 +369,7 @@ class Trainer:
             restore(self.engine, self.objective, self.parallel, newest.parts)
             self.progress = TrainingProgress(**newest.state)
         if is_rank0():
-            self.log = MetricsLog(self.spec.folder, resume_step=self.progress.step)
+            self.log = MetricsLog(self.spec.folder, self.progress.step, self.config.tracker)
 
     @property
     def _checkpoints(self) -> Path:
@@ -404,7 +404,7 @@ class Trainer:
         """Leave the newest checkpoint committed, and raise Stopped."""
         self.writer.wait()
         if self.log is not None:
-            self.log.close()
+            self.log.close(finished=False)
         dist.barrier()
         raise Stopped(f"{self.spec.title}: asked to end after step {self.progress.step}")
 

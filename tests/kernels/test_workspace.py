@@ -45,7 +45,8 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_nothing_exceeds_the_workspace(settings):
     n, v = 128, 3000
-    workspace = n * v * 4 // 5
+    # Logits of all rows are larger than that, in bf16 too.
+    workspace = n * v * 8 // 5
     trainable = settings.get("trainable_rows")
     settings = {"d": 24, "item_tokens": (0, v)} | {
         name: value for name, value in settings.items() if name != "trainable_rows"

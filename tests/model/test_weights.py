@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ilrec_dist.common.errors import NotWritable, UserError
+from ilrec_dist.common.files import sha256_file
+from ilrec_dist.common.manifest import write_manifest
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.model import weight_layout
 from ilrec_dist.model.config import BackboneConfig
@@ -119,6 +122,15 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
+def in_fp32(folder: Path) -> None:
+    """Make the files as versions before wrote those of a bf16 training too."""
+    for file in folder.glob("*.safetensors"):
+        save_file({name: one.float() for name, one in load_file(file).items()}, file)
+    write_manifest(folder, {})
+    hashes = {"weights_sha256": {folder.name: sha256_file(folder / "manifest.json")}}
+    folder.with_name("result.json").write_text(json.dumps(hashes))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Path]:
     """A folder of LLAMA's weights written under each layout."""
@@ -150,10 +162,16 @@ def test_what_any_tp_wrote_is_read_by_slices_under_any_other(saved, world, tp) -
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_biases_and_whole_tensors_and_bf16_keep_their_bits(tmp_path: Path, precision: str) -> None:
     (start,) = run_distributed(write, 1, 1, GPT2, str(tmp_path / "best"), precision)
-    assert all(one.dtype == torch.float32 for one in whole_weights(tmp_path / "best").values())
+    stored = whole_weights(tmp_path / "best")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    assert all(one.dtype == dtype for one in stored.values())
+    assert equal({name: one.float() for name, one in stored.items()}, start["state"])
     for two in run_distributed(read, 2, 2, GPT2, str(tmp_path / "best"), precision):
         assert equal(two["state"], start["state"])
     run_distributed(write, 2, 2, GPT2, str(tmp_path / "best"), precision)
+    (back,) = run_distributed(read, 1, 1, GPT2, str(tmp_path / "best"), precision)
+    assert equal(back["state"], start["state"])
+    in_fp32(tmp_path / "best")
     (back,) = run_distributed(read, 1, 1, GPT2, str(tmp_path / "best"), precision)
     assert equal(back["state"], start["state"])
 

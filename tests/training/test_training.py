@@ -133,6 +133,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(tiny, tmp_path, precisi
     run_distributed(train_here, 1, 1, config, "ilrec", str(tmp_path / "cut"))
     whole, cut = (whole_weights(tmp_path / name / "final") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    # They are as the model computes with them.
+    assert {str(one.dtype)[6:] for one in whole.values()} == {
+        {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    }
     steps = [line["step"] for line in read_metrics(tmp_path / "cut") if "loss/total" in line]
     assert steps == sorted(set(steps)) and steps == [
         line["step"] for line in read_metrics(tmp_path / "whole") if "loss/total" in line
@@ -144,7 +148,7 @@ def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, tmp_p
     folder, alone = tmp_path / "elastic", tmp_path / "alone"
     sections = {
         "backbone": {"dropout": 0.0},
-        "train": {"batch_size": 12, "checkpoint_steps": 2, "validation_users": 4},
+        "train": {"epochs": 1, "batch_size": 6, "checkpoint_steps": 2, "validation_users": 4},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
     run_distributed(train_here, 1, 1, config, "ilrec", str(alone))

@@ -37,6 +37,7 @@ from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter, following
+from ilrec_dist.reporting.trackers import require_tracker
 from ilrec_dist.training.checkpoint import latest
 from ilrec_dist.training.schedule import warmup_warning
 from ilrec_dist.training.spec import TrainingSpec
@@ -103,6 +104,8 @@ def train_and_evaluate(
     if trainings or config.train.trainable != "full":
         config = with_local_model(config)
     if trainings:
+        if config.train.tracker is not None:
+            require_tracker(config.train.tracker)
         _check_model(config)
     _announce(trainings)
     folders = RunFolders(config.run_dir)
