@@ -65,7 +65,7 @@ lint: $(STAMP)
 
 launchers: $(STAMP)
 	$(BIN)/shellcheck launchers/*.sbatch
-	$(BIN)/python -m pytest -q tests/launch/test_launchers.py
+	LAUNCHERS=1 $(BIN)/python -m pytest -q tests/launch/test_launchers.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -57,8 +57,8 @@ class Spread:
 
 
 def local_spread(texts: int, by_model: bool) -> Spread | None:
-    """A process for each core that this one may use, where that pays: with many texts on
-    more than two cores.
+    """A process for each core that this one may use, where that pays: with many texts
+    on more than two cores.
 
     A text model's threads use all cores already, or it is on the GPU.
     """

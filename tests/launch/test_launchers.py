@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
+from tests.support.nodes import QUICK, Node, Nodes
 from tests.support.rayjob import RAY_JOB, schema_of
 
 ROOT = Path(__file__).parents[2]
@@ -285,3 +287,163 @@ def test_the_image_installs_from_what_it_copies(tmp_path):
 @pytest.mark.parametrize("path", sorted(LAUNCHERS.glob("*.sbatch")), ids=lambda path: path.name)
 def test_the_scripts_are_bash(path):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+class Machines(Nodes):
+    """Two machines, each with its network, processes and
+    /tmp/ray; the launcher starts Ray on them.
+    """
+
+    def _start(self, number: int, cpus: int, words: list[str]) -> Node:
+        # As a machine's first process does, bash waits for those that have lost their parents; Ray
+        # at its end would wait for those that nobody else does.
+        stays = "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && { sleep infinity & wait; }"
+        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        process = subprocess.Popen(self._inside(number, [*own, "bash", "-c", stays]))
+        self.nodes.append(Node(number, f"10.99.0.{1 + number}", process))
+        return self.nodes[-1]
+
+    def on(self, node: Node, folder: Path, command: list[str]) -> list[str]:
+        """The command that runs this one in a folder on a machine."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not (first := [one for one in self.processes(node) if comm(one) == "sleep"]):
+            assert time.monotonic() < until and node.process.poll() is None
+            time.sleep(0.05)
+        enter = ["nsenter", f"--target={first[0]}", "--net", "--mount", "--pid"]
+        return [*enter, "bash", "-c", 'cd "$1" && shift && exec "$@"', "bash", folder, *command]
+
+
+def comm(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    return ""
+
+
+# srun, which runs a job's command on all of its machines: on the head's here, and on the other the
+# test does, to whom this machine's processes are all that there is.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+env -0 >environment; printf '%s\\0' "$@" >words; mv words other-command
+status=0; "$@" || status=$?
+date +%s.%N >head-ended
+until [ -s other-status ]; do sleep 0.1; done
+read -r other <other-status; exit $((status > other ? status : other))
+"""
+# Ports that Ray would take on the head, which another program has: those of its client server,
+# dashboard and agent, and the first of its workers.
+TAKEN_PORTS = (10001, 8265, 52365, 10002, 10003)
+LISTEN = """
+import socket, time
+taken = [socket.create_server(("", port)) for port in %s]
+print("listens", flush=True)
+time.sleep(3600)
+"""
+# Until the nodes have found each other, which Ray looks for every five seconds.
+CLUSTER_SECONDS = 300
+# How long a node that asks for a head that is gone stays, and that Ray takes to end there.
+LEAVE_SECONDS = 40
+
+
+@contextlib.contextmanager
+def another_program(machines: Machines, node: Node, folder: Path) -> Iterator[None]:
+    """Has the ports that Ray would take."""
+    listen = [sys.executable, "-S", "-c", LISTEN % (TAKEN_PORTS,)]
+    entered = subprocess.Popen(machines.on(node, folder, listen), stdout=subprocess.PIPE)
+    assert entered.stdout is not None
+    try:
+        assert entered.stdout.readline() == b"listens\n"
+        yield
+    finally:
+        for child in psutil.Process(entered.pid).children():
+            child.kill()
+        entered.wait(PATIENCE_SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LAUNCHERS" not in os.environ, reason="`make launchers` runs it")
+def test_slurm_starts_ray_on_two_nodes_for_the_command_and_ends_it(tmp_path: Path) -> None:
+    machines = Machines(tmp_path, 0, **QUICK)
+    try:
+        if not machines.has_namespaces:
+            pytest.skip("needs the right to make network namespaces")
+        head, other = machines.nodes[0], machines.join(0)
+        run_a_job_on(machines, head, other, tmp_path)
+    finally:
+        machines.close()
+
+
+def run_a_job_on(machines: Machines, head: Node, other: Node, folder: Path) -> None:
+    binaries = folder / ".venv/bin"
+    binaries.mkdir(parents=True)
+    scripts = {
+        "scontrol": f'printf "%s\\n" {head.address} {other.address}',
+        "srun": SRUN,
+        "ray": f'exec {sys.executable} -m ray.scripts.scripts "$@"',
+        "ilrec": f'exec {sys.executable} -m ilrec_dist.cli "$@"',
+    }
+    for name, body in scripts.items():
+        (binaries / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (binaries / name).chmod(stat.S_IRWXU)
+    # Both nodes together have the CPUs of this group, and neither has: the command compares what
+    # all nodes of the cluster have before it trains.
+    workers = 2 * (os.cpu_count() or 1)
+    config = {
+        "name": "tiny",
+        "runs_dir": str(folder / "runs"),
+        "data": {"synthetic": {"users": 150, "items": 60, "categories": 5, "mean_length": 7.0}},
+        "items": {"levels": 2, "codes_per_level": 8},
+        "cf": {"epochs": 1, "hidden_size": 16, "num_layers": 1},
+        "backbone": {"num_layers": 1, "hidden_size": 8 * workers, "num_heads": workers},
+        "train": {"methods": ["sft"], "epochs": 1},
+        "launch": {"engine": "ray", "device": "cpu", "workers": workers, "tp": workers},
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+    (folder / "home").mkdir()
+    environment = {k: v for k, v in machines.environment.items() if "RAY_AUTH" not in k}
+    environment |= {"SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2"}
+    environment |= {"HOME": str(folder / "home"), "PATH": f"{binaries}:{os.environ['PATH']}"}
+    with (
+        open(folder / "head.log", "w") as log,
+        open(folder / "other.log", "w") as other_log,
+        another_program(machines, head, folder),
+    ):
+        submitted = ["bash", str(LAUNCHERS / "slurm.sbatch"), "c.yaml"]
+        job = subprocess.Popen(
+            machines.on(head, folder, submitted), env=environment, stdout=log, stderr=log
+        )
+        until = time.monotonic() + CLUSTER_SECONDS
+        while not (folder / "other-command").exists():
+            assert job.poll() is None and time.monotonic() < until, (
+                folder / "head.log"
+            ).read_text()
+            time.sleep(0.05)
+        command = (folder / "other-command").read_text().split("\0")[:-1]
+        given = (folder / "environment").read_text().split("\0")[:-1]
+        task = subprocess.Popen(
+            machines.on(other, folder, command),
+            env=dict(entry.split("=", 1) for entry in given),
+            stdout=other_log,
+            stderr=other_log,
+        )
+        status = task.wait(CLUSTER_SECONDS)
+        left = time.time()
+        (folder / "other-status").write_text(f"{abs(status)}\n")
+        code = job.wait(PATIENCE_SECONDS)
+    said = (folder / "head.log").read_text()
+    each = workers // 2
+    line = f"ilrec: error: launch.tp {workers}: a tensor-parallel group lies on one node, and "
+    line += f"{workers} CPUs on 2 nodes ("
+    found = next((text for text in said.splitlines() if text.startswith(line)), None)
+    assert found is not None, said + (folder / "other.log").read_text()
+    assert f"{head.address}: {each}" in found and f"{other.address}: {each}" in found
+    # The command's own status, whatever Ray's nodes end with.
+    assert code == 2, said
+    assert left - float((folder / "head-ended").read_text()) < LEAVE_SECONDS
+    # Nothing of Ray is left, nor the token.
+    for node in (head, other):
+        assert {comm(process) for process in machines.processes(node)} == {
+            "unshare",
+            "bash",
+            "sleep",
+        }
+    assert not list(folder.glob(".ilrec-42-*")) and not list((folder / "home").rglob("*token*"))

@@ -1,4 +1,4 @@
-"""Failures in torch, which takes seconds to load, of the workers of the launcher's tests."""
+"""Failures in torch, which is slow to load, of the workers of the launcher's tests."""
 
 from __future__ import annotations
 

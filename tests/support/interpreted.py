@@ -28,10 +28,10 @@ from tests.support.loss_shards import sharded, whole
 
 
 class Patched:
-    """The interpreter looks through Triton's language, and puts its own functions in their
-    places, at each call of a device function: half of the time of these tests. Here, and
-    in the ranks that load this file, it does so once for each module whose functions are
-    called, and what it has put in place stays.
+    """The interpreter looks through Triton's language, and puts its own functions in
+    their places, at each call of a device function: half of the time of these tests.
+    Here, and in the ranks that load this file, it does so once for each module whose
+    functions are called, and what it has put in place stays.
     """
 
     def __init__(self, patch: Callable[[Any], Any]) -> None:
