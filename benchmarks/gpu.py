@@ -1,18 +1,25 @@
-"""Which of its figures does the loss operator reach on a GPU? Correctness comes first.
+"""Which of its figures does the loss operator reach on a GPU, and what does a training
+step take? Correctness comes first.
 
     PYTHONPATH=kernels python benchmarks/gpu.py --json gpu.json
 
 Needs torch and Triton, and no installation; Liger's row is left out where Liger is not
-there. It takes about ten minutes on an H200, and ends with status 1, before anything is
-measured, when a backend disagrees with the fp64 reference.
+there, and so are the training steps (`training_step.py`, which runs alone as well)
+where the project is not installed. The operator's figures take about ten minutes on an
+H200. It ends with status 1, before anything is measured, when a backend disagrees with
+the fp64 reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -272,12 +279,31 @@ def medians(
     return milliseconds
 
 
+def training_steps(quick: bool) -> list[dict[str, Any]]:
+    """The rows of `training_step.py`, in a process of its own; none where the project
+    is not installed.
+    """
+    if any(find_spec(name) is None for name in ("ilrec_dist", "deepspeed", "megatron")):
+        print("training steps: left out, the project is not installed")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "steps.json")
+        script = str(Path(__file__).with_name("training_step.py"))
+        arguments = [sys.executable, script, "--json", str(path), *["--quick"] * quick]
+        subprocess.run(arguments, check=True)
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["training_steps"]
+        return rows
+
+
 def main() -> None:
-    parser = command_line(__doc__, None)
+    parser = command_line(__doc__, "training steps of tiny shapes alone, also on a CPU")
     parser.add_argument(
         "--check-only", action="store_true", help="compare with the reference and measure nothing"
     )
     args = parser.parse_args()
+    if args.quick:
+        write_figures(args.json, {"training_steps": training_steps(quick=True)})
+        return
     if not torch.cuda.is_available():
         parser.error("no CUDA device; on a CPU run benchmarks/loss.py")
     machine = loss.measured_machine("cuda")
@@ -301,6 +327,10 @@ def main() -> None:
         print(figure.line(), flush=True)
         # The file is written after every row, so that a run that is cut short leaves what it has.
         write_figures(args.json, {"machine": machine, "figures": rows})
+    # The process that trains has the GPU's memory for itself.
+    torch.cuda.empty_cache()
+    steps = training_steps(quick=False)
+    write_figures(args.json, {"machine": machine, "figures": rows, "training_steps": steps})
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def _add_plan(commands: Commands) -> None:
     command.add_argument("--nodes", type=int, required=True, metavar="N")
     command.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
     command.add_argument("--gpu-memory", required=True, metavar="80GiB", help="of one GPU")
+    command.add_argument("--host-memory", metavar="512GiB", help="of a node; more is refused")
     for flag, default, what in (
         ("--interconnect", "400Gb/s", "of one GPU to another node"),
         ("--node-link", "450GB/s", "of one GPU within its node"),

@@ -30,6 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         disk=parse_quantity(arguments.disk, "--disk", LINK, "2GB/s"),
     )
+    host_memory = arguments.host_memory
+    if host_memory is not None:
+        host_memory = parse_quantity(host_memory, "--host-memory", BYTES, "512GiB")
     for flag in ("nodes", "gpus_per_node"):
         if getattr(hardware, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected at least 1")
@@ -41,10 +44,30 @@ def run(arguments: argparse.Namespace) -> None:
     )
     given = DataSizes(arguments.items, arguments.users, arguments.interactions)
     plan = make_plan(config, hardware, given)
+    if host_memory is not None and plan.host is None:
+        raise UserError(
+            "--host-memory: the size of the data, from which the memory of a host follows, is not "
+            "known yet; give --items, --users and --interactions, or run `ilrec prepare` first"
+        )
     sys.stdout.write(describe(plan))
     sys.stdout.flush()
     if not plan.fits:
         raise UserError(_refusal(plan))
+    if host_memory is not None and plan.host is not None:
+        _check_host(plan.host, host_memory)
+
+
+def _check_host(host: dict[str, float], limit: float) -> None:
+    """Raise UserError where a node's host has less memory than its parts take."""
+    needed = sum(host.values())
+    if needed <= limit:
+        return
+    part = max(host, key=lambda name: host[name])
+    raise UserError(
+        f"it does not fit: a node's host needs {size(needed)} of {size(limit)} (--host-memory), "
+        f"most of it {part} ({size(host[part])}); take nodes with more memory, or more nodes, "
+        "which share out checkpoints and reward actors"
+    )
 
 
 def _refusal(plan: Plan) -> str:

@@ -87,6 +87,11 @@ class StepLayout:
         """Whether DeepSpeed keeps buffers of all gradients from step to step."""
         return self.element < FP32 and self.zero_stage == 1
 
+    @property
+    def overlaps_reduction(self) -> bool:
+        """Whether gradients are summed while others are computed (training.engine)."""
+        return self.is_cuda and self.dp > 1 and not self.keeps_gradients
+
 
 def step_collectives(
     sizes: DecoderSizes,

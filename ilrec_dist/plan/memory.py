@@ -77,8 +77,9 @@ def bucket_bytes(trainable: int, layout: StepLayout) -> float:
 
     In bf16 under ZeRO 1 they are copied into a buffer as large as they need. Otherwise
     DeepSpeed allocates one whatever the model's size is, in the precision of the
-    weights, and sums a copy of what is in it, which in bf16 there is in fp32 too. A
-    lone rank in fp32 has none (training.engine).
+    weights, and sums a copy of what is in it, which in bf16 there is in fp32 too. It
+    allocates two where the sum goes on beside the backward pass. A lone rank in fp32
+    has none (training.engine).
     """
     if layout.dp == 1 and layout.element == FP32:
         return 0.0
@@ -86,7 +87,8 @@ def bucket_bytes(trainable: int, layout: StepLayout) -> float:
     if layout.keeps_gradients:
         return float(FP32 * filled)
     copies = layout.element + (FP32 if layout.element < FP32 else 0)
-    return float(layout.element * BUCKET_GRADIENTS + copies * filled)
+    buffers = 2 if layout.overlaps_reduction else 1
+    return float(layout.element * BUCKET_GRADIENTS * buffers + copies * filled)
 
 
 def loss_bytes(

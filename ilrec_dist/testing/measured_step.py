@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from ilrec_kernels import TokenLists
 from torch import Tensor
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
@@ -25,6 +26,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import save_weights
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
+from ilrec_dist.model.lora import add_lora
 from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
@@ -46,8 +48,6 @@ from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
 from ilrec_dist.training.optimizer_state import flat_groups, take_part
 
-CANDIDATES = 2
-
 
 @dataclass(frozen=True)
 class StepSpec:
@@ -64,6 +64,12 @@ class StepSpec:
     new_rows: int = 0
     # Whether sequences are of four lengths, and packed.
     packs: bool = False
+    # Codes of each level, of which an item's tokens are one each and all a row's candidates. They
+    # are the last tokens of the vocabulary. None: any tokens, and two candidates a row.
+    codes: int | None = None
+    # The model type that a drawn model passes for, whose optimizer has a fused step.
+    family: str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def length(self) -> int:
@@ -77,6 +83,10 @@ class StepSpec:
         """Tokens of each sequence, int64 [B]."""
         shorter = torch.arange(sequences) % 4 if self.packs else torch.zeros(sequences).long()
         return self.length - self.depth * shorter
+
+    @property
+    def first_item_token(self) -> int:
+        return 1 if self.codes is None else self.vocab_size - self.depth * self.codes
 
     @property
     def trained(self) -> TrainedWeights:
@@ -173,16 +183,16 @@ class SmallTraining:
 
     def __init__(self, mesh: Mesh, spec: StepSpec) -> None:
         quiet()
-        self.spec, self.parallel = spec, initialize_parallel(mesh.tp)
+        self.spec, self.parallel = spec, initialize_parallel(mesh.tp, spec.device)
         train, vocab = spec.train, spec.vocab_size
         self.objective = CrossLayerObjective(
             _backbone(spec),
             spec.objective,
             spec.backbone.num_layers,
             vocab,
-            np.arange(1, vocab, dtype=np.int32),
+            np.arange(spec.first_item_token, vocab, dtype=np.int32),
             self.parallel,
-        )
+        ).to(self.parallel.device)
         self.engine = build_engine(self.objective, train, self.parallel)
         self.objective.train()
         sequences = train.batch_size // (self.parallel.dp * train.accumulation_steps)
@@ -193,6 +203,29 @@ class SmallTraining:
         *batch, rewards = next(self.batches)
         scale = self.parallel.dp * self.spec.train.accumulation_steps / len(batch[1])
         return tuple(batch), self.engine(*batch, rewards=rewards, loss_scale=scale)
+
+    def loss_alone(self) -> Callable[[], None]:
+        """A call that runs the loss operator of a step, forward
+        and backward, on hidden rows that were computed before.
+        """
+        objective = self.objective
+        tokens, rows, targets, indptr, candidates, rewards = next(self.batches)
+        with torch.no_grad():
+            hidden = objective.backbone(tokens, rows, objective.num_intermediate)
+        streams = tuple(h.detach().requires_grad_() for h in (hidden.final, *hidden.layers))
+        lists, backbone = TokenLists(indptr, candidates), objective.backbone
+        head = backbone.head_weight
+        if backbone.trained_head_rows is not None:
+            head = backbone.trained_head_rows
+        leaves = [*streams, *([head] if head.requires_grad else [])]
+
+        def run() -> None:
+            options, scale = objective.options, 1 / len(rows)
+            output = objective._loss(streams, targets, lists, rewards, options, scale)
+            # The engine's hooks on the parameters stay out of it.
+            torch.autograd.grad(output.loss, leaves)
+
+        return run
 
     def step(self) -> None:
         """One optimizer step."""
@@ -211,6 +244,9 @@ def _backbone(spec: StepSpec) -> Backbone:
     train, vocab = spec.train, spec.vocab_size
     if spec.model is None:
         backbone = build_backbone(spec.backbone, vocab, spec.length, train.precision, 0)
+        backbone.checkpoint_family = spec.family
+        if train.trainable != "full":
+            _train_adapters(backbone, spec)
     else:
         pretrained, longest = read_config(spec.model), spec.length
         backbone = build_pretrained(spec.backbone, pretrained, vocab, longest, train.precision, 0)
@@ -221,6 +257,16 @@ def _backbone(spec: StepSpec) -> Backbone:
             separate_rows(backbone, spec.added)
     backbone.recompute, backbone.packs = train.recompute, spec.packs
     return backbone
+
+
+def _train_adapters(backbone: Backbone, spec: StepSpec) -> None:
+    """As `train_partially`, of a model that is in no folder."""
+    backbone.base_sha256, backbone.added_rows = "drawn", spec.added
+    if spec.trained.lora is not None:
+        add_lora(backbone, spec.trained.lora)
+    backbone.gpt.requires_grad_(False)
+    if spec.trained.rows is not None:
+        separate_rows(backbone, spec.added)
 
 
 def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
@@ -236,14 +282,21 @@ def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
         position = torch.arange(spec.length)
         inside = (position >= spec.depth - 1) & (position < spec.lengths(sequences)[:, None])
         rows = inside.flatten().nonzero().flatten()
-        targets = tokens(len(rows))
-        other = torch.where(targets == 1, 2, 1)
-        candidates = torch.stack([targets, other], 1).sort(1).values.flatten()
-        indptr = torch.arange(0, CANDIDATES * len(rows) + 1, CANDIDATES)
-        rewards = None
+        if spec.codes is None:
+            targets = tokens(len(rows))
+            other = torch.where(targets == 1, 2, 1)
+            lists = torch.stack([targets, other], 1).sort(1).values
+        else:
+            # The token after a position is of the next level.
+            first = spec.first_item_token + (rows % spec.length + 1) % spec.depth * spec.codes
+            targets = first + torch.randint(spec.codes, first.shape, generator=generator)
+            lists = first[:, None] + torch.arange(spec.codes)
+        indptr = torch.arange(len(rows) + 1) * lists.shape[1]
+        candidates, rewards = lists.flatten(), None
         if spec.objective.crr_lambda > 0:
             rewards = torch.rand(len(candidates), generator=generator)
-        yield tokens(sequences, spec.length), rows, targets, indptr, candidates, rewards
+        batch = (tokens(sequences, spec.length), rows, targets, indptr, candidates, rewards)
+        yield tuple(None if one is None else one.to(spec.device) for one in batch)
 
 
 def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:

@@ -21,9 +21,15 @@ RATE_RATIO = "rate_ratio"
 LONE_BUCKET_GRADIENTS = 1 << 22
 
 
-def deepspeed_config(config: TrainConfig, dp: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, dp: int, is_cuda: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration for `dp` data-parallel ranks."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    # In bf16 under ZeRO 1 DeepSpeed has another optimizer, which sums the gradients when all are
+    # there.
+    sums_buckets = config.precision == "fp32" or config.zero_stage == 2
+    if is_cuda and dp > 1 and sums_buckets:
+        # A bucket of gradients is summed on a stream of its own while the next one fills.
+        zero["overlap_comm"] = True
     if dp == 1 and config.precision == "fp32":
         # There is nothing to sum, so the copies that DeepSpeed makes for it are kept small.
         zero |= {"contiguous_gradients": False, "reduce_bucket_size": LONE_BUCKET_GRADIENTS}
@@ -54,7 +60,7 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     engine, *_ = import_deepspeed().initialize(
         model=module,
         optimizer=optimizer,
-        config=deepspeed_config(config, parallel.dp),
+        config=deepspeed_config(config, parallel.dp, parallel.device.type == "cuda"),
         mpu=DeepSpeedMPU(),
         dist_init_required=False,
     )

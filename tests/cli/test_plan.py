@@ -90,7 +90,10 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
         (["launch.tp=3"], "launch.tp"),
         (["--gpus-per-node", "4"], "tp does not divide --gpus-per-node 4"),
         (["train.batch_size=102"], "train.batch_size"),
+        (["train.zero_stage=3"], "key 'train.zero_stage': input should be 1 or 2; ZeRO 3"),
         (["items.form=atomic", "items.levels=3"], "--items N"),
+        (["--host-memory", "512"], "--host-memory: expected a positive number with its unit"),
+        (["--host-memory", "512GiB"], "--host-memory: the size of the data, from which"),
         (["--nodes", "0"], "--nodes: expected at least 1"),
         (["--users", "0"], "--users 0: expected at least 1"),
     ],
@@ -112,6 +115,18 @@ def test_activations_are_told_with_and_without_recomputation(config, capsys):
         total = re.search(r"  all +([\d.]+ .iB)", memory)
         assert activations is not None and total is not None
         assert f"with train.recompute={value}: activations {activations[1]}, all {total[1]}" in text
+
+
+def test_only_zero_2_sums_the_gradients_at_every_micro_batch(config):
+    gpus = Hardware(4, 8, 80e9, 5e10, 4.5e11, 6e14, 9.9e14, 3.3e12, 2e9)
+
+    def gradients(stage: int, steps: int) -> int:
+        keys = [f"train.zero_stage={stage}", f"train.accumulation_steps={steps}"]
+        found = make_plan(load_config(config, [*keys, "launch.workers=32"]), gpus, DataSizes())
+        return sum(one.bytes for one in found.collectives if one.what == "gradients")
+
+    assert gradients(1, 1) == gradients(1, 4) == gradients(2, 1)
+    assert gradients(2, 4) == 4 * gradients(2, 1)
 
 
 def test_a_damaged_tokenizer_is_one_line(config, capsys):
@@ -160,6 +175,15 @@ def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):
     # 4 bytes an interaction and 8 a user.
     assert re.search(r"mapped histories +267\.0 MiB", text)
     assert "copy of a file of best or final, each worker" in text
+    total = re.search(r"host, libraries left out.*?  all +([\d.]+) GiB", text, re.DOTALL)
+    assert total is not None
+    # What is there is compared with it.
+    assert plan(config, *sizes, "--host-memory", f"{float(total[1]) + 0.1}GiB") == 0
+    capsys.readouterr()
+    assert plan(config, *sizes, "--host-memory", f"{float(total[1]) - 0.1}GiB") == 2
+    error = capsys.readouterr().err
+    assert f"a node's host needs {total[1]} GiB of " in error and error.count("\n") == 1
+    assert "most of it copy of a checkpoint's part, each worker" in error
 
 
 def test_sizes_that_the_prepared_data_do_not_have_are_refused(tmp_path, capsys):
