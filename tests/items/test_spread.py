@@ -25,6 +25,7 @@ from ilrec_dist.items.tfidf import TfidfSpace
 from ilrec_dist.pipeline.stages.index import text_workers
 from tests.support.embedders import lengths
 from tests.support.item_words import words
+from tests.support.signals import default_signals
 
 pytestmark = pytest.mark.slow
 TWO = Spread(partial(processes, count=2), texts=64)
@@ -113,6 +114,7 @@ def test_no_process_outlives_its_command(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
     ) as started:
         until = time.monotonic() + 60
         while len(list(pids.iterdir())) < 2:
@@ -120,7 +122,10 @@ def test_no_process_outlives_its_command(
             time.sleep(0.05)
         children = [psutil.Process(int(path.name)) for path in pids.iterdir()]
         (os.killpg if to_all else os.kill)(started.pid, number)
-        assert started.wait(10) == code
+        try:
+            assert started.wait(10) == code
+        finally:
+            started.kill()
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive
         assert started.stderr is not None
