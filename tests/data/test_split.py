@@ -284,6 +284,7 @@ def rank_by_baselines(mesh: Mesh, tree: dict) -> None:
     evaluate_baselines(config, RunArtifacts(config))
 
 
+@pytest.mark.slow
 def test_the_stages_stand_on_a_chronological_split(tmp_path):
     load(tmp_path)
     config = config_from_dict(

@@ -447,6 +447,7 @@ def test_atomic_ids_are_one_token_an_item(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "name", "colliding", "largest"),
     [

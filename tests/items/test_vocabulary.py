@@ -141,6 +141,7 @@ def test_losses_do_not_depend_on_where_the_item_tokens_lie(form, own, parallel):
             torch.testing.assert_close(found[1][1][name], values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("own", [toy_catalogue(), toy_titles()], ids=["codes", "titles"])
 def test_ranked_items_do_not_depend_on_where_the_item_tokens_lie(form, own, parallel):
