@@ -32,6 +32,7 @@ from ilrec_dist.config.load import config_from_dict  # noqa: E402
 from ilrec_dist.config.tree import Config  # noqa: E402
 from ilrec_dist.model.decoder import decoder_of  # noqa: E402
 from ilrec_dist.model.hf.config import read_config  # noqa: E402
+from ilrec_dist.model.utilisation import peak_of  # noqa: E402
 from ilrec_dist.objective.registry import get_method  # noqa: E402
 from ilrec_dist.plan.hardware import Hardware  # noqa: E402
 from ilrec_dist.plan.memory import RESERVED  # noqa: E402
@@ -42,8 +43,6 @@ from ilrec_dist.testing.measured_step import SmallTraining, StepSpec  # noqa: E4
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
-# What an H100 and an H200 do at best in bf16, by the datasheet.
-PEAK = 989e12
 KINDS, METHODS = ("full", "lora+new_rows"), ("sft", "ilrec")
 # Links are not used by one GPU.
 UNUSED = 1.0
@@ -257,7 +256,8 @@ def memory_of(device: Device) -> tuple[float | None, float | None]:
 def measured_hardware(device: Device, sizes: StepSizes) -> Hardware:
     """The speeds of this device that a plan asks for.
 
-    Of a GPU the peak is the datasheet's; a CPU's is what its bare products reach.
+    The peak is the datasheet's where that of this GPU is known, else what bare
+    products reach.
     """
     rows = sizes.sequences * ((sizes.items + 1) * sizes.depth - 1)
     hidden, ffn = sizes.model["hidden_size"], sizes.model["intermediate_size"]
@@ -269,15 +269,18 @@ def measured_hardware(device: Device, sizes: StepSizes) -> Hardware:
     product = timed(lambda: left @ right, sizes, device)
     copy = timed(lambda: target.copy_(block), sizes, device)
     gemm = 2 * rows * hidden * ffn / product
-    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else 16 * GIB
+    memory, peak = float(16 * GIB), None
+    if device == "cuda":
+        memory = float(torch.cuda.mem_get_info()[1])
+        peak = peak_of(torch.cuda.get_device_name())
     return Hardware(
         nodes=1,
         gpus_per_node=1,
-        gpu_memory=float(memory),
+        gpu_memory=memory,
         interconnect=UNUSED,
         node_link=UNUSED,
         gemm=gemm,
-        peak=PEAK if device == "cuda" else gemm,
+        peak=peak or gemm,
         memory_bandwidth=2 * block.nbytes / copy,
         disk=UNUSED,
     )

@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -285,15 +285,11 @@ def read_counter(path: Path) -> tuple[Count, float] | None:
     """The latest count that `write_counter` left, with what all files of its title say
     is done, and when it was written (Unix seconds); None where there is none.
     """
-    counts: list[tuple[float, Count]] = []
-    for file in path.parent.glob(f"{path.name}*"):
-        with suppress(FileNotFoundError, ValueError, TypeError):
-            counts.append((file.stat().st_mtime, Count(**json.loads(file.read_text()))))
+    counts = [(when, count) for _, count, when in _written(path)]
     if not counts:
         return None
     when, latest = max(counts, key=lambda entry: entry[0])
-    done = sum(count.done for _, count in counts if count.title == latest.title)
-    return replace(latest, done=done), when
+    return _together(latest, (count for _, count in counts)), when
 
 
 def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
@@ -303,17 +299,31 @@ def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[
     known: dict[Path, Count] = {}
     latest = None
     while True:
-        for file in path.parent.glob(f"{path.name}*"):
-            # It may exist no longer, or be half written.
-            with suppress(FileNotFoundError, ValueError):
-                count = Count(**json.loads(file.read_text()))
-                if count != known.get(file):
-                    latest = known[file] = count
+        for file, count, _ in _written(path):
+            if count != known.get(file):
+                latest = known[file] = count
         if latest is not None:
-            alike = (count for count in known.values() if count.title == latest.title)
-            yield replace(latest, done=sum(count.done for count in alike))
+            yield _together(latest, known.values())
         if stop.wait(poll_seconds):
             return
+
+
+def _written(path: Path) -> Iterator[tuple[Path, Count, float]]:
+    """The files whose names begin with that of `path`, what each
+    counts, and when it was written (Unix seconds).
+    """
+    for file in path.parent.glob(f"{path.name}*"):
+        try:
+            count, when = Count(**json.loads(file.read_text())), file.stat().st_mtime
+        except (FileNotFoundError, ValueError, TypeError):
+            # It exists no longer, or is half written.
+            continue
+        yield file, count, when
+
+
+def _together(latest: Count, counts: Iterable[Count]) -> Count:
+    """The latest count, with what all of its title say is done."""
+    return replace(latest, done=sum(one.done for one in counts if one.title == latest.title))
 
 
 def clock(seconds: float) -> str:
