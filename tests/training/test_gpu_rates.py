@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.model.utilisation import peak_of
+from ilrec_dist.model.utilisation import mfu, peak_of
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.plan.communication import MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes
@@ -70,3 +70,8 @@ def test_the_log_has_what_a_gpu_does_as_the_plan_reckons_it(tiny, tmp_path, prec
 )
 def test_a_peak_is_that_of_the_whole_gpu_of_this_name(name, peak):
     assert peak_of(name) == peak
+
+
+def test_mfu_is_what_all_gpus_did_of_what_they_can_do():
+    # Four GPUs of 10 FLOP/s could have done 80 in two seconds.
+    assert mfu(20.0, 2.0, 10.0, 4) == 0.25
