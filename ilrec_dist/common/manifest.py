@@ -157,13 +157,11 @@ def with_checksum(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_checksum(written: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object that was written; None where its checksum is of another one.
-
-    One that was written without a checksum, as earlier versions did, is taken as it is.
+    """The object that was written; None where its checksum is missing or of another
+    one.
     """
     contents = {key: value for key, value in written.items() if key != CHECKSUM}
-    is_whole = CHECKSUM not in written or written[CHECKSUM] == _checksum(contents)
-    return contents if is_whole else None
+    return contents if written.get(CHECKSUM) == _checksum(contents) else None
 
 
 def _checksum(contents: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE
 from ilrec_dist.model.sharding import ShardSpec
@@ -157,15 +156,3 @@ def slices(
             start, stop = max(low, begin), min(high, begin + theirs)
             offset, target = part * theirs - begin, part * mine - low
             yield PieceSlice(piece, spec.dim, start + offset, stop + offset, start + target)
-
-
-def refuse_earlier_format(folder: Path) -> None:
-    """Raise UserError where the weights are one
-    file, as versions before this format wrote them.
-    """
-    earlier = folder.with_name(f"{folder.name}.safetensors")
-    if not folder.exists() and earlier.exists():
-        raise UserError(
-            f"{earlier}: written by another version of this project, which alone can read it; "
-            f"delete {folder.parent} and run `ilrec run` again to train anew"
-        )

@@ -34,7 +34,6 @@ from ilrec_dist.model.weight_layout import (
     StoredWeights,
     index_of,
     plan_files,
-    refuse_earlier_format,
     slices,
 )
 
@@ -118,7 +117,6 @@ def _check_manifest(folder: Path, repair: str) -> dict[str, Any]:
     """The result.json beside a folder of weights, after the manifest was compared with
     it.
     """
-    refuse_earlier_format(folder)
     result = read_json_object(folder.with_name(RESULT), repair)
     expected = result.get(WEIGHTS_SHA256, {}).get(folder.name)
     check_hashes(folder.parent, {f"{folder.name}/{MANIFEST}": expected}, RESULT, repair)

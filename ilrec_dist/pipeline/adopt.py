@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.files import committed_folder, write_json
-from ilrec_dist.common.manifest import folder_files
+from ilrec_dist.common.manifest import folder_files, with_checksum
 from ilrec_dist.common.run_layout import STAGES
 from ilrec_dist.pipeline.preserved import link_file
-from ilrec_dist.pipeline.records import damaged_file, read_record
+from ilrec_dist.pipeline.records import damaged_file, read_begun, read_record
 from ilrec_dist.pipeline.run import Run
 
 
@@ -49,7 +49,7 @@ def _finished(folder: Path, name: str, fingerprint: str) -> dict[str, Any] | Non
     if it is whole and has that fingerprint.
     """
     record = read_record(folder / STAGES / f"{name}.json")
-    begun = read_record(folder / STAGES / f"{name}.begun.json")
+    begun = read_begun(folder / STAGES / f"{name}.begun.json")
     if record is None or record["fingerprint"] != fingerprint:
         return None
     if begun is not None and begun["fingerprint"] != fingerprint:
@@ -70,4 +70,4 @@ def _take_over(run: Run, name: str, folder: Path, record: dict[str, Any]) -> Non
             link_file(str(output / file), str(staged / file))
     run.begin(name)
     # Last, so that a process that is killed before leaves a stage that has not been made.
-    write_json(run.record_file(name), record)
+    write_json(run.record_file(name), with_checksum(record))

@@ -27,7 +27,6 @@ from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.decoder import max_positions
 from ilrec_dist.model.hf.source import is_gguf, model_folder
-from ilrec_dist.model.weight_layout import refuse_earlier_format
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
 
@@ -97,7 +96,6 @@ class RunArtifacts:
         on other data or other item codes than those that lie in the folder now.
         """
         weights = self.folders.training(method, seed) / BEST
-        refuse_earlier_format(weights)
         stage = f"train {method} seed {seed}"
         # Where the training is finished, a missing or damaged file is named.
         verify_descriptions(self.folders, stage)

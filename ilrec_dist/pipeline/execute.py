@@ -316,6 +316,6 @@ def _say_unchanged(name: str) -> None:
 
 
 def _say_damaged(name: str, reason: str) -> None:
-    if reason.startswith(("is damaged", "was made by an earlier version")):
+    if reason.startswith("is damaged"):
         line = f"{name}: {reason}; made again"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

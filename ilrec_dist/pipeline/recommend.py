@@ -105,7 +105,7 @@ def _identity(weights: TrainedWeights, request: Request, fusion: str | None, row
         "exclude_seen": request.exclude_seen,
         "method": weights.method,
         "seed": weights.seed,
-        "weights": weights.result.get(WEIGHTS_SHA256, {}).get(BEST),
+        "weights": weights.result[WEIGHTS_SHA256][BEST],
         "model": weights.result["model"],
         "catalogue": weights.result["catalogue"],
         "data": None if data is None else content_hash(data),

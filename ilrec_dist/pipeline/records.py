@@ -35,32 +35,25 @@ DESCRIPTIONS = (MANIFEST, RESULT)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record's content; None where there is none, and where it is damaged or of old
-    form.
+    """A record's content; None where there is none, or it is not as it was written."""
+    record = _read_object(path)
+    return None if record is None else without_checksum(record)
+
+
+def read_begun(path: Path) -> dict[str, Any] | None:
+    """The fingerprint and settings of a stage's last attempt; None where there is no
+    note of it (`.stages/NAME.begun.json`), or it is damaged.
     """
+    begun = _read_object(path)
+    return begun if begun is not None and "fingerprint" in begun else None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    if not isinstance(record, dict) or "fingerprint" not in record:
-        return None
-    record = without_checksum(record)
-    if record is None:
-        return None
-    is_begun = path.name.endswith(".begun.json")
-    return record if is_begun or _describes_a_stage(record) else None
-
-
-def _describes_a_stage(record: Mapping[str, Any]) -> bool:
-    if not {"files", "inputs", "seconds", "output"} <= record.keys():
-        return False
-    files, inputs = record["files"], record["inputs"]
-    if not (isinstance(files, dict) and isinstance(inputs, dict)):
-        return False
-    return all(
-        isinstance(entry, dict) and {"bytes", "mtime_ns", "sha256"} <= entry.keys()
-        for entry in files.values()
-    )
+    return value if isinstance(value, dict) else None
 
 
 def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, dict[str, Any]]:

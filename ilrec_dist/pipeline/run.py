@@ -22,6 +22,7 @@ from ilrec_dist.pipeline.records import (
     content_hash,
     damaged_file,
     describe_files,
+    read_begun,
     read_record,
 )
 from ilrec_dist.pipeline.stage import Stage
@@ -77,7 +78,7 @@ class Run:
 
     def begun(self, name: str) -> dict[str, Any] | None:
         """The fingerprint and settings of the stage's last attempt."""
-        return read_record(self.begun_file(name))
+        return read_begun(self.begun_file(name))
 
     def is_current(self, name: str) -> bool:
         return self.reason_to_run(name) is None
@@ -91,9 +92,6 @@ class Run:
             return "has not been made"
         if record["fingerprint"] != self.fingerprint(name):
             return "was made by another configuration or other input"
-        for part in self.stages[name].required or ():
-            if not any(file == part or file.startswith(f"{part}/") for file in record["files"]):
-                return f"was made by an earlier version, without {part}"
         damaged = damaged_file(self.stages[name].output, record, self.verify)
         if damaged is not None:
             return f"is damaged ({damaged} is missing or not what was written)"
@@ -242,8 +240,7 @@ def config_problem(folder: Path) -> str | None:
     try:
         expected = digest.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
-        # Runs of earlier releases have none.
-        return None
+        return f"{config}: not known to be whole ({digest} is missing)"
     if sha256_file(config) == expected:
         return None
     return f"{config}: damaged or edited (its SHA-256 is not the one in {digest})"

@@ -89,8 +89,7 @@ class TrainedWeights:
         config, artifacts, model = self.config, self.artifacts, self.result["model"]
         backbone = empty_backbone(config, artifacts, self.seed)
         backbone = load_training_weights(backbone, self.folder).to(parallel.device)
-        # Trainings of earlier versions had none.
-        prompt = model.get("prompts")
+        prompt = model["prompts"]
         return TrainedModel(
             config,
             artifacts,

@@ -26,8 +26,6 @@ from ilrec_dist.common.manifest import with_checksum, without_checksum
 from ilrec_dist.training.optimizer_state import Part
 
 MANIFEST = "manifest.json"
-# Its keys beside its checksum, which manifests of earlier versions lack.
-MANIFEST_KEYS = {"format", "step", "fingerprint", "state", "sha256"}
 STAGING = ".writing-"
 # Of what a checkpoint holds; another one cannot be read.
 FORMAT = 3
@@ -190,7 +188,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
                 f"{path}: this checkpoint belongs to another configuration; restore that "
                 "configuration, or choose another name or runs_dir"
             )
-        if manifest.get("format") != FORMAT:
+        if manifest["format"] != FORMAT:
             raise UserError(
                 f"{path}: written by another version of this project, which alone can go on from "
                 f"it; delete {folder} to train from the start"
@@ -208,7 +206,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Raises OSError or ValueError where it is missing or damaged."""
     written = json.loads(path.read_text())
     contents = without_checksum(written) if isinstance(written, dict) else None
-    if contents is None or contents.keys() != MANIFEST_KEYS:
+    if contents is None:
         raise ValueError("not a checkpoint's manifest")
     return contents
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ilrec_dist.cli.main import main
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import load_config
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.training import checkpoint
@@ -201,7 +202,7 @@ def test_a_damaged_checkpoint_with_no_earlier_one(place, capsys):
     fingerprint = open_run(config).fingerprint("train sft seed 0")
     manifest = {"format": checkpoint.FORMAT, "step": 3, "fingerprint": fingerprint, "state": {}}
     manifest["sha256"] = {"state.pt": "0" * 64}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     (place / "runs/t/.stages/train sft seed 0.begun.json").write_text(
         json.dumps({"fingerprint": fingerprint})
     )

@@ -11,11 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.cli.main import main
-from ilrec_dist.common.files import write_json
-from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import dump_config, load_config
 from ilrec_dist.pipeline.execute import open_run
-from ilrec_dist.pipeline.records import read_record
 from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.shop import (
     ITEMS,
@@ -283,15 +280,3 @@ def test_a_late_refusal_leaves_a_new_training_beside_the_finished_ones(shop, cap
     begun = state.begun(name)
     assert begun is not None and begun["fingerprint"] == state.fingerprint(name)
     assert "train/sft-seed1/result.json" in new
-
-
-def test_a_training_in_the_form_of_an_earlier_version_is_made_again(shop):
-    name = "train sft seed 0"
-    path = shop / f"runs/shop/.stages/{name}.json"
-    record = read_record(path)
-    record["files"] = {
-        file.replace("best/", "old-"): entry for file, entry in record["files"].items()
-    }
-    write_json(path, with_checksum(record))
-    reason = open_run(load_config(shop / "c.yaml")).reason_to_run(name)
-    assert reason == "was made by an earlier version, without best"

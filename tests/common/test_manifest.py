@@ -10,7 +10,14 @@ import pytest
 
 from ilrec_dist.common import manifest
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.manifest import hash_files, verified, verify, write_manifest
+from ilrec_dist.common.manifest import (
+    hash_files,
+    verified,
+    verify,
+    with_checksum,
+    without_checksum,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -70,3 +77,11 @@ def test_a_file_is_hashed_once_until_it_changes(folder, monkeypatch):
     hash_files(folder)
     hash_files(folder)
     assert [path.name for path in read] == ["a.bin"]
+
+
+def test_an_object_without_its_own_checksum_is_not_whole():
+    contents = {"step": 3}
+    written = with_checksum(contents)
+    assert without_checksum(written) == contents
+    assert without_checksum(contents) is None
+    assert without_checksum(written | {"step": 4}) is None

@@ -14,7 +14,7 @@ import yaml
 
 from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.common.files import write_json
+from ilrec_dist.common.files import sha256_file, write_json
 from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
 from ilrec_dist.launch.job import Job, run_job
@@ -34,6 +34,7 @@ def run(tmp_path: Path) -> Path:
     kept.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     (folder / ".stages").mkdir()
+    (folder / ".stages/config.sha256").write_text(sha256_file(folder / "config.yaml"))
     begun = {"fingerprint": "f", "settings": {}}
     (folder / ".stages/train sft seed 0.begun.json").write_text(json.dumps(begun))
     manifest = {"format": 3, "step": 20, "fingerprint": "f", "state": {}, "sha256": {}}

@@ -258,14 +258,6 @@ def test_weights_that_are_not_finite_are_refused_although_their_hash_fits(value,
     assert "best: tensor 'decoder.layers.1.mlp.linear_fc2.weight' holds numbers" in line
 
 
-@pytest.mark.slow
-def test_weights_of_earlier_versions_are_refused_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "best.safetensors").touch()
-    (line,) = run_distributed(read, 1, 1, LLAMA, str(tmp_path / "best"), "fp32")
-    assert line.startswith(f"{tmp_path / 'best.safetensors'}: written by another version")
-    assert f"delete {tmp_path}" in line and "\n" not in line
-
-
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 @pytest.mark.parametrize("spec", [ShardSpec(0), ShardSpec(1), ShardSpec(0, parts=2), None], ids=str)

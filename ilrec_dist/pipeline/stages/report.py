@@ -33,9 +33,8 @@ def training_metrics(folders: RunFolders, method: str, seed: int) -> list[dict[s
     """
     folder = folders.training(method, seed)
     verify_descriptions(folders, f"train {method} seed {seed}")
-    # Runs of earlier releases have no hash of it.
-    digest = read_json_object(folder / RESULT).get(METRICS_SHA256)
-    if digest is not None and (folder / METRICS_FILE).exists():
+    if (folder / METRICS_FILE).exists():
+        digest = read_json_object(folder / RESULT)[METRICS_SHA256]
         repair = "restore it, or delete it for a report without this training's curves"
         check_hashes(folder, {METRICS_FILE: digest}, RESULT, repair)
     return read_metrics(folder)
