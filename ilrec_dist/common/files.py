@@ -3,7 +3,7 @@
 What a process writes appears whole or not at all: `atomic_file` for one file,
 `write_text` and `write_json` for short ones, `committed_folder` for a folder.
 `file_lock`, `acquire_lock` and `inherit_lock` are the only locks, `sha256_file` and
-`sha256_files` the only hashes of files.
+`sha256_files` the only hashes of files, `sha256_json` that of values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,13 +55,19 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
+def sha256_files(
+    folder: str | Path, names: Iterable[str], hash_file: Callable[[Path], str] = sha256_file
+) -> dict[str, str]:
     """Name → hex SHA-256 of files in `folder`, hashed in parallel."""
-    names = list(names)
+    folder, names = Path(folder), list(names)
     with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="sha256") as pool:
-        return dict(
-            zip(names, pool.map(lambda name: sha256_file(Path(folder) / name), names), strict=True)
-        )
+        hashes = pool.map(lambda name: hash_file(folder / name), names)
+        return dict(zip(names, hashes, strict=True))
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # Atomic writes

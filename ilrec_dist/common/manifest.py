@@ -8,15 +8,18 @@ this process, by its size and modification time, is not read again for its hash.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import HASH_THREADS, read_json_object, sha256_file, write_json
+from ilrec_dist.common.files import (
+    read_json_object,
+    sha256_file,
+    sha256_files,
+    sha256_json,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 # What to do about a damaged file, unless the caller knows better.
@@ -48,9 +51,7 @@ def hash_files(folder: str | Path, names: Iterable[str] | None = None) -> dict[s
     """
     folder = Path(folder)
     names = sorted(folder_files(folder) if names is None else names)
-    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="sha256") as pool:
-        hashes = pool.map(lambda name: cached_sha256(folder / name), names)
-        return dict(zip(names, hashes, strict=True))
+    return sha256_files(folder, names, cached_sha256)
 
 
 def folder_files(folder: str | Path) -> list[str]:
@@ -153,7 +154,7 @@ def with_checksum(contents: Mapping[str, Any]) -> dict[str, Any]:
     """The object as it is written: a byte that is changed later is found by its
     checksum.
     """
-    return {**contents, CHECKSUM: _checksum(contents)}
+    return {**contents, CHECKSUM: sha256_json(contents)}
 
 
 def without_checksum(written: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -161,8 +162,4 @@ def without_checksum(written: Mapping[str, Any]) -> dict[str, Any] | None:
     one.
     """
     contents = {key: value for key, value in written.items() if key != CHECKSUM}
-    return contents if written.get(CHECKSUM) == _checksum(contents) else None
-
-
-def _checksum(contents: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    return contents if written.get(CHECKSUM) == sha256_json(contents) else None

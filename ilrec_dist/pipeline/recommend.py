@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from ilrec_dist import __version__
 from ilrec_dist.common.console import console
 from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.errors import UserError, WorkersFailed
-from ilrec_dist.common.files import file_lock, sha256_file
+from ilrec_dist.common.files import file_lock, sha256_file, sha256_json
 from ilrec_dist.common.run_layout import BEST, COUNTER, WEIGHTS_SHA256
 from ilrec_dist.config.tree import Config
 from ilrec_dist.inference.recommend import Request
@@ -114,7 +112,7 @@ def _identity(weights: TrainedWeights, request: Request, fusion: str | None, row
         "batch_size": evaluation.batch_size,
         "rows": rows,
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return sha256_json(decides)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ output, the hash of the outputs that the stage stands on, and a checksum of all 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import sha256_json
 from ilrec_dist.common.manifest import (
     MANIFEST,
     REPAIR,
@@ -115,7 +115,7 @@ def content_hash(record: Mapping[str, Any]) -> str:
         for name, entry in sorted(record["files"].items())
         if Path(name).name not in UNSTABLE
     ]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return sha256_json(files)
 
 
 def usable_record(folders: RunFolders, name: str) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ It knows stages only as `Stage` declares them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import file_lock, sha256_file, write_json, write_text
+from ilrec_dist.common.files import file_lock, sha256_file, sha256_json, write_json, write_text
 from ilrec_dist.common.manifest import cached_sha256, with_checksum
 from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, STAGES
 from ilrec_dist.pipeline.records import (
@@ -59,8 +58,7 @@ class Run:
                 "inputs": [(path.name, cached_sha256(path)) for path in stage.inputs()],
                 "after": [self.fingerprint(before) for before in stage.after],
             }
-            text = json.dumps(parts, sort_keys=True)
-            self._fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()
+            self._fingerprints[name] = sha256_json(parts)
         return self._fingerprints[name]
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -169,7 +167,7 @@ class Run:
 
     def _write_config(self) -> None:
         write_text(self.folder / CONFIG, self.config_text)
-        digest = hashlib.sha256(self.config_text.encode()).hexdigest()
+        digest = sha256_file(self.folder / CONFIG)
         write_text(self.state_folder / CONFIG_SHA256, f"{digest}\n")
 
     def finish(self, name: str, seconds: float) -> None:

@@ -21,7 +21,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import read_json_object, sha256_file, sha256_files, write_json
+from ilrec_dist.common.files import (
+    put_in_place,
+    read_json_object,
+    sha256_file,
+    sha256_files,
+    write_json,
+)
 from ilrec_dist.common.manifest import with_checksum, without_checksum
 from ilrec_dist.training.optimizer_state import Part
 
@@ -148,12 +154,9 @@ class CheckpointWriter:
             "state": state,
             "sha256": hashes,
         }
-        manifest.write_text(json.dumps(with_checksum(contents), indent=1))
+        write_json(manifest, with_checksum(contents))
         _sync(manifest)
-        final = self.folder / f"step-{step:08d}"
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(staged, final)
+        put_in_place(staged, self.folder / f"step-{step:08d}")
         _sync(self.folder)
         for old in committed(self.folder)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)

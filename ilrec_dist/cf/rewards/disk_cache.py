@@ -5,8 +5,6 @@ A second epoch or run reads what the first one computed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import uuid
 import zlib
@@ -19,6 +17,7 @@ import numpy as np
 from ilrec_dist.cf.rewards.futures import RewardFuture, RewardSource
 from ilrec_dist.cf.rewards.layout import num_rewards
 from ilrec_dist.cf.sasrec.checkpoint import data_hash, read_code_order
+from ilrec_dist.common.files import sha256_json
 from ilrec_dist.common.run_layout import CODE_ORDER
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.items.trie import Trie
@@ -34,8 +33,7 @@ def cache_folder(cf_folder: str | Path, dataset: InteractionDataset) -> Path:
     Its name is a hash over the contents of all of them. It lies in the folder that is
     made for the codes, so that it goes when they do.
     """
-    contents = json.dumps([read_code_order(cf_folder), data_hash(dataset)], sort_keys=True)
-    name = hashlib.sha256(contents.encode()).hexdigest()[:32]
+    name = sha256_json([read_code_order(cf_folder), data_hash(dataset)])[:32]
     return Path(cf_folder) / CODE_ORDER / "reward-cache" / name
 
 
