@@ -36,6 +36,7 @@ from ilrec_dist.launch.device import quiet
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import build_backbone
+from ilrec_dist.pipeline.reward_source import open_reward_source
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import PrefetchedBatch
 from ilrec_dist.samples.windows import StepOrder, training_windows
@@ -70,7 +71,7 @@ def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queu
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     order = StepOrder(windows, config.train.batch_size, config.train.epochs, seed=0)
     maker = BatchMaker(artifacts.training, catalogue, artifacts.trie, windows)
-    rewards = artifacts.reward_source() if parallel.tp_rank == 0 else None
+    rewards = open_reward_source(artifacts) if parallel.tp_rank == 0 else None
     module.train()
     started = time.monotonic()
     for step in range(steps):

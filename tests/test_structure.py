@@ -30,6 +30,15 @@ def parsed(path: Path) -> tuple[list[str], list[ast.AST]]:
     return text.splitlines(), list(ast.walk(ast.parse(text)))
 
 
+def is_late_import(node: ast.AST) -> bool:
+    """An import statement, or a call that imports what a literal names."""
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+        name = called.id if isinstance(called, ast.Name) else called
+        return name in ("import_module", "__import__", "load_function")
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
 def late_imports() -> Iterator[tuple[Path, int, bool]]:
     """(file, line, whether a comment stands
     above it) of every import inside a function.
@@ -41,7 +50,7 @@ def late_imports() -> Iterator[tuple[Path, int, bool]]:
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             for statement in ast.walk(function):
-                if not isinstance(statement, ast.Import | ast.ImportFrom):
+                if not is_late_import(statement):
                     continue
                 if statement.lineno in covered:
                     continue

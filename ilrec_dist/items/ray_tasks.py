@@ -1,4 +1,4 @@
-"""Texts → vectors by the tasks of a Ray cluster. Loaded where one is named."""
+"""Texts → vectors by the tasks of a Ray cluster."""
 
 from __future__ import annotations
 

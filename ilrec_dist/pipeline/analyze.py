@@ -32,6 +32,7 @@ from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.prompting import target_batches
+from ilrec_dist.pipeline.reward_source import open_reward_source
 from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.pipeline.stages.evaluate import predictions_file
 from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
@@ -228,7 +229,7 @@ def gradients(trained: TrainedModel, name: str, seed: int) -> dict[str, Any]:
     batch = maker.make(order.sample_ids(0), 1)
     rewards = None
     if own.crr_lambda > 0:
-        future = artifacts.reward_source().fetch_async(batch.users, batch.positions)
+        future = open_reward_source(artifacts).fetch_async(batch.users, batch.positions)
         rewards = torch.from_numpy(np.asarray(future.result(), np.float32))
         rewards = rewards.to(trained.parallel.device)
     whole, *parts = term_gradients(objective, batch, rewards, artifacts.catalogue.depth)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
@@ -75,18 +74,6 @@ class RunArtifacts:
             REPAIR,
         )
         return self.folders.items / LANGUAGE_MODEL
-
-    def reward_source(self) -> RewardSource:
-        """The run's Ray actors, or the same computation in this process.
-
-        Where `cf.reward_cache` asks for it, rewards on disk are read before either.
-        """
-        # It loads FAISS, which most readers of a run's folder do not need.
-        from ilrec_dist.pipeline.reward_source import open_reward_source
-
-        return open_reward_source(
-            self.config.cf, self.folders, self.training, self.catalogue, self.trie
-        )
 
     def trained_model(self, method: str, seed: int) -> dict[str, Any]:
         """The result.json of a finished training

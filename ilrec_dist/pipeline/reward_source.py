@@ -4,28 +4,17 @@ cache.
 
 from __future__ import annotations
 
-from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.disk_cache import CachedRewards, cache_folder
 from ilrec_dist.cf.rewards.futures import RewardSource
 from ilrec_dist.cf.rewards.token_rewards import TokenRewards
-from ilrec_dist.common.run_layout import RunFolders
-from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.items.trie import Trie
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 
 
-def open_reward_source(
-    config: CFConfig,
-    folders: RunFolders,
-    training: InteractionDataset,
-    catalogue: Catalogue,
-    trie: Trie,
-) -> RewardSource:
+def open_reward_source(artifacts: RunArtifacts) -> RewardSource:
     """The source that `cf.rewards` names, behind the disk cache where `cf.reward_cache`
     is set.
-
-    `training` is what the CF models were trained on.
     """
+    config, folders, training = artifacts.config.cf, artifacts.folders, artifacts.training
     source: RewardSource
     if config.rewards == "actor":
         # Ray takes a second to load, and rewards of this process do not need it.
@@ -33,7 +22,8 @@ def open_reward_source(
 
         source = reward_client(config, folders)
     else:
-        source = TokenRewards.open(folders.cf, training, catalogue, trie)
+        source = TokenRewards.open(folders.cf, training, artifacts.catalogue, artifacts.trie)
     if config.reward_cache:
-        source = CachedRewards(source, cache_folder(folders.cf, training), training, trie)
+        cache = cache_folder(folders.cf, training)
+        source = CachedRewards(source, cache, training, artifacts.trie)
     return source

@@ -18,6 +18,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.preference import first_weights, sample_source
 from ilrec_dist.pipeline.prompting import input_form, served_prompt, target_batches
+from ilrec_dist.pipeline.reward_source import open_reward_source
 from ilrec_dist.samples.collate import Batch
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.training.exclusive import exclusive_folder
@@ -98,7 +99,7 @@ def train_one(
             artifacts.catalogue,
             parallel,
             validate,
-            artifacts.reward_source() if reads_rewards else None,
+            open_reward_source(artifacts) if reads_rewards else None,
             prompts=prompt,
             phases=phases,
             stop=StopRequest(spec.folder.parent),

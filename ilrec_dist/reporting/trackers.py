@@ -64,7 +64,9 @@ def open_tracker(name: TrackerName, folder: Path) -> Tracker:
         noted = read_json_object(note, "delete it, and the tracker gets a new run")
         known = noted.get("run") if noted.get("tracker") == name else None
     try:
-        tracker: Tracker = (_MLflow if name == "mlflow" else _WandB)(folder, known)
+        # The libraries are optional, and take seconds to load.
+        library: Any = importlib.import_module(name)
+        tracker: Tracker = (_MLflow if name == "mlflow" else _WandB)(library, folder, known)
     except Exception as error:
         words = " ".join(str(error).split())
         raise UserError(
@@ -98,12 +100,10 @@ def close_within(tracker: Tracker, finished: bool, seconds: float = CLOSE_SECOND
 
 
 class _MLflow:
-    def __init__(self, folder: Path, known: str | None) -> None:
+    def __init__(self, library: Any, folder: Path, known: str | None) -> None:
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
-        self._library: Any = importlib.import_module("mlflow")
-        self._metric: Any = importlib.import_module("mlflow.entities").Metric
-        self._client: Any = self._library.MlflowClient()
+        self._library, self._client = library, library.MlflowClient()
         if known is not None:
             self.run_id = known
             self._client.update_run(known, status="RUNNING")
@@ -117,7 +117,8 @@ class _MLflow:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [self._metric(_flat(key), value, now, step) for key, value in values.items()]
+        metric = self._library.entities.Metric
+        metrics = [metric(_flat(key), value, now, step) for key, value in values.items()]
         self._client.log_batch(self.run_id, metrics, synchronous=False)
 
     def close(self, finished: bool) -> None:
@@ -132,8 +133,7 @@ def _flat(key: str) -> str:
 
 
 class _WandB:
-    def __init__(self, folder: Path, known: str | None) -> None:
-        library: Any = importlib.import_module("wandb")
+    def __init__(self, library: Any, folder: Path, known: str | None) -> None:
         self._run = library.init(
             project=os.environ.get("WANDB_PROJECT", folder.absolute().parents[1].name),
             name=folder.name,

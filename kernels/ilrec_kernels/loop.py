@@ -66,20 +66,18 @@ def make_sources(p: Problem, plan: Plan, chunk: Chunk) -> list[LogitSource]:
     """Make the chunk's logits; return their sources, that of the negatives first."""
     sources: list[LogitSource] = []
     stored = None
-    if plan.source is DenseSource.SLICES:
-        # Triton is optional, and reads TRITON_INTERPRET when kernels are defined.
-        from ilrec_kernels.sources.vocab_slices import VocabSlices
-
-        sources.append(VocabSlices(p, plan))
-    elif plan.source is not DenseSource.NONE:
+    if plan.source is DenseSource.TORCH:
         stored = make_dense_logits(p, plan, chunk)
-        if plan.source is DenseSource.TRITON:
-            # Triton is optional here too.
-            from ilrec_kernels.sources.dense_triton import DenseTriton
+        sources.append(DenseTorch(p, plan, stored))
+    elif plan.source is not DenseSource.NONE:
+        # Triton is optional, and reads TRITON_INTERPRET when kernels are defined.
+        from ilrec_kernels.sources import dense_triton, vocab_slices
 
-            sources.append(DenseTriton(p, plan, stored))
+        if plan.source is DenseSource.SLICES:
+            sources.append(vocab_slices.VocabSlices(p, plan))
         else:
-            sources.append(DenseTorch(p, plan, stored))
+            stored = make_dense_logits(p, plan, chunk)
+            sources.append(dense_triton.DenseTriton(p, plan, stored))
     if any(scope.is_lists for scope in (plan.softmax, plan.distill, plan.negatives)):
         lists = CandidateLists(p, plan, chunk, stored)
         sources.insert(0 if plan.negatives.is_lists else len(sources), lists)

@@ -30,6 +30,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import load_config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import open_run
+from ilrec_dist.pipeline.reward_source import open_reward_source
 from tests.support.shop import files, recommend
 
 pytestmark = pytest.mark.slow
@@ -89,7 +90,7 @@ def _training(root: Path) -> str:
     artifacts = RunArtifacts(load_config(root / "c.yaml"))
     data, trie = artifacts.training, artifacts.trie
     users = np.arange(data.num_users)
-    rewards = artifacts.reward_source().fetch_async(users, np.full(len(users), 2)).result()
+    rewards = open_reward_source(artifacts).fetch_async(users, np.full(len(users), 2)).result()
     return repr([data.items[:].tobytes(), trie.catalogue.tokens.tobytes(), rewards.tobytes()])
 
 

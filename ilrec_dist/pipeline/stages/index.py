@@ -12,12 +12,12 @@ from pathlib import Path
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.console import console
-from ilrec_dist.common.loading import load_function
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.build import build_catalogue, input_files
 from ilrec_dist.items.index_report import index_summary
 from ilrec_dist.items.language_model import LanguageModel
+from ilrec_dist.items.ray_tasks import ray_tasks
 from ilrec_dist.items.spread import FEW_FOR_A_MODEL, FEW_TEXTS, Spread, local_spread
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.cluster_check import check_nodes
@@ -74,9 +74,7 @@ def text_workers(config: Config, num_items: int) -> Iterator[Spread | None]:
         with ray_session(config.launch):
             root = RunFolders(config.run_dir).root
             check_nodes(root, [str(Path(items.text_model).resolve())] if items.text_model else [])
-            # Its module loads Ray.
-            start = load_function("ilrec_dist.items.ray_tasks:ray_tasks")
-            yield Spread(partial(start, on_gpus=by_model and config.launch.device != "cpu"))
+            yield Spread(partial(ray_tasks, on_gpus=by_model and config.launch.device != "cpu"))
 
 
 def _model_files(config: Config) -> list[Path]:
