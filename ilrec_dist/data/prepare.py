@@ -16,6 +16,7 @@ from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, sha256_file
 from ilrec_dist.common.manifest import write_manifest
+from ilrec_dist.common.places import TakePlaces
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import FORMAT_VERSION
 from ilrec_dist.data.dataset_writer import write_interactions, write_tables
@@ -40,7 +41,9 @@ def input_files(config: DataConfig) -> list[Path]:
     return load_format(config.format).files(config)
 
 
-def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[str, Any]:
+def prepare(
+    config: DataConfig, out: str | Path, spread: TakePlaces | None = None
+) -> dict[str, Any]:
     """Read, sort, filter and write a data set to the folder `out`.
 
     Returns its manifest.
@@ -53,8 +56,9 @@ def prepare(config: DataConfig, out: str | Path, spread: bool = False) -> dict[s
     split_positions.npy a chronological split. manifest.json has the counts, `summary`
     in one line (which is printed too), and the SHA-256 of every input and output file.
 
-    spread: where `data.path` is a folder of many files, the Ray cluster that this
-    process is connected to parses them; the result is the same bytes. `out` is replaced
+    spread: where `data.path` is a folder of many files, they are parsed on the places
+    that it takes of the Ray cluster that this process is connected to; the result is
+    the same bytes. `out` is replaced
     as a whole. Raises UserError for unreadable input, item texts that fit no item,
     users too short for leave-one-out, or nothing left by the k-core.
     """
@@ -90,7 +94,9 @@ def _input_names(files: list[Path]) -> dict[str, Path]:
     return {path.absolute().relative_to(shared).as_posix(): path for path in files}
 
 
-def _ingest(source: Source, config: DataConfig, folder: Path, spread: bool) -> dict[str, Any]:
+def _ingest(
+    source: Source, config: DataConfig, folder: Path, spread: TakePlaces | None
+) -> dict[str, Any]:
     """Write the files of a foreign data set; returns the manifest's counts."""
     rejects = Rejects(config.max_bad_rows)
     scratch = folder / "scratch"
@@ -98,11 +104,12 @@ def _ingest(source: Source, config: DataConfig, folder: Path, spread: bool) -> d
     # Read: ids become codes, rows are spilled to disk.
     users, items = Encoder(), Encoder()
     read = Spill(scratch / "read", source.timed)
-    if spread and source.parts is not None and len(source.parts[0]) > 1:
-        batches = spread_batches(*source.parts, rejects)
+    if spread is not None and source.parts is not None and len(source.parts[0]) > 1:
+        with spread(len(source.parts[0])) as places:
+            batches = spread_batches(*source.parts, rejects, places)
+            spill_batches(ahead(batches, check=places.check), read, users, items)
     else:
-        batches = source.batches(rejects)
-    spill_batches(ahead(batches), read, users, items)
+        spill_batches(ahead(source.batches(rejects)), read, users, items)
     total = read.rows
     if total == 0:
         raise UserError(f"{source.main_file}: no interactions")

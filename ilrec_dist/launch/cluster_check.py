@@ -53,7 +53,7 @@ class Demand:
 
     @property
     def words(self) -> str:
-        return f"{self.workers} {self.resource}s"
+        return f"{self.workers} {self.resource}{'s' * (self.workers != 1)}"
 
 
 def on_gpus(launch: LaunchConfig) -> bool:

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util import placement_group_table
@@ -28,16 +30,44 @@ PLACE_SECONDS = 5.0
 WITHOUT_PLACES = ("PENDING", "PREPARED", "RESCHEDULING")
 
 
+@dataclass(frozen=True)
+class Waiters:
+    """Who waits for places, in words, and whether all places must be there."""
+
+    who: str = "the workers"
+    # Before what is said while they wait.
+    prefix: str = ""
+    need_all: bool = True
+    # How long they wait before anything is said.
+    quiet_seconds: float = PLACE_SECONDS
+    # What to do, when others have the places, and when a node is gone.
+    instead: str = "wait for the end of the jobs that have the others"
+    goes_on: str = "give the same command again"
+
+
+WORKERS = Waiters(
+    instead="wait for the end of the jobs that have the others, or lower launch.workers",
+    goes_on="the same command goes on from the last checkpoint",
+)
+
+
 class ClusterWatch(threading.Thread):
     """Says what the group waits for, and gives up in time.
 
     `give_up` is called once, when for `seconds` the cluster has had
-    too little, or other jobs have had what the workers need.
+    too little, or other jobs have had what the waiters need.
     """
 
-    def __init__(self, demand: Demand, seconds: float, give_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        demand: Demand,
+        seconds: float,
+        give_up: Callable[[], None],
+        waiters: Waiters = WORKERS,
+    ) -> None:
         super().__init__(name="nodes", daemon=True)
         self.demand, self.seconds, self.give_up = demand, seconds, give_up
+        self.waiters = waiters
         self.failure: str | None = None
         self._stop_asked = threading.Event()
         self._lost_since: float | None = None
@@ -69,18 +99,18 @@ class ClusterWatch(threading.Thread):
         elif now - self._lost_since > self.seconds:
             return (
                 f"a node was lost and none took its place within launch.timeout_seconds = "
-                f"{self.seconds:g}: the workers need {self.demand.words}, the cluster has "
-                f"{cluster_words(nodes, self.demand.resource)}; add a node, and the same "
-                "command goes on from the last checkpoint"
+                f"{self.seconds:g}: {self.waiters.who} need {self.demand.words}, the cluster has "
+                f"{cluster_words(nodes, self.demand.resource)}; add a node, and "
+                f"{self.waiters.goes_on}"
             )
         return None
 
     def _watch_places(self) -> str | None:
         """Why the group is given up: for too long its workers have had no places."""
-        is_waiting, now = waits_for_places(), time.monotonic()
+        is_waiting, now = waits_for_places(self.waiters.need_all), time.monotonic()
         if self._lost_since is not None or is_waiting is False:
             if self._is_crowding_said and is_waiting is False:
-                console.print("the workers have their places", highlight=False)
+                console.print(f"{self.waiters.who} have their places", highlight=False)
             self._crowded_since, self._is_crowding_said = None, False
             return None
         if self._crowded_since is None:
@@ -88,13 +118,13 @@ class ClusterWatch(threading.Thread):
             return None
         if now - self._crowded_since > self.seconds:
             return (
-                f"the workers got no places within launch.timeout_seconds = {self.seconds:g}: "
-                f"they need {self.demand.words}, {self._free_words()}; wait for the end of the "
-                "jobs that have the others, or lower launch.workers"
+                f"{self.waiters.who} got no places within launch.timeout_seconds = "
+                f"{self.seconds:g}: they need {self.demand.words}, {self._free_words()}; "
+                f"{self.waiters.instead}"
             )
-        if now - self._crowded_since > PLACE_SECONDS and not self._is_crowding_said:
-            line = f"waiting up to {self.seconds:.0f} s for {self.demand.words}: "
-            line += self._free_words()
+        if now - self._crowded_since > self.waiters.quiet_seconds and not self._is_crowding_said:
+            line = f"{self.waiters.prefix}waiting up to {self.seconds:.0f} s for "
+            line += f"{self.demand.words}: {self._free_words()}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._is_crowding_said = True
         return None
@@ -106,29 +136,34 @@ class ClusterWatch(threading.Thread):
         return f"the cluster has {there}, of which {int(free.get(resource, 0))} are free"
 
 
-def waits_for_places() -> bool | None:
+def waits_for_places(need_all: bool = True) -> bool | None:
     """Whether this job's workers wait for places, which
     other jobs have; None where none are asked for.
 
+    need_all: whether one that has lost a part of its places waits.
     Between two of its requests Ray Train has none for a moment.
     """
     job = ray.get_runtime_context().get_job_id()
     # A group's id ends with that of its job.
-    states = [
-        group["state"] for name, group in placement_group_table().items() if name.endswith(job)
-    ]
-    if "CREATED" in states:
+    groups = [group for name, group in placement_group_table().items() if name.endswith(job)]
+    waiting = [group for group in groups if group["state"] in WITHOUT_PLACES]
+    if any(group["state"] == "CREATED" for group in groups):
         return False
-    return True if set(states) & set(WITHOUT_PLACES) else None
+    if not need_all and any(_has_some(group) for group in waiting):
+        return False
+    return True if waiting else None
+
+
+def _has_some(group: dict[str, Any]) -> bool:
+    """Whether some of a group's places are on nodes that are there."""
+    there = {node["NodeID"] for node in alive_nodes()}
+    return bool(there & set(group["bundles_to_node_id"].values()))
 
 
 @contextmanager
-def watched_cluster(
-    demand: Demand, seconds: float, give_up: Callable[[], None]
-) -> Iterator[ClusterWatch]:
-    watch = ClusterWatch(demand, seconds, give_up)
+def watched_cluster(watch: ClusterWatch) -> Iterator[None]:
     watch.start()
     try:
-        yield watch
+        yield
     finally:
         watch.stop()

@@ -21,7 +21,7 @@ from ilrec_dist.common.errors import WorkersFailed
 from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.launch.cluster import cluster_address
 from ilrec_dist.launch.cluster_check import check_cluster, demand_of
-from ilrec_dist.launch.cluster_watch import watched_cluster
+from ilrec_dist.launch.cluster_watch import ClusterWatch, watched_cluster
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.job import ON_LOOPBACK, UNCOMPILED, Job, run_job
 from ilrec_dist.launch.loopback import LOOPBACK, loopback_store
@@ -136,7 +136,8 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             worker_runtime_env={"env_vars": worker_environment(is_here)},
         ),
     )
-    with watched_cluster(demand, launch.timeout_seconds, trainer.end) as watch:
+    watch = ClusterWatch(demand, launch.timeout_seconds, trainer.end)
+    with watched_cluster(watch):
         try:
             trainer.fit()
         except TrainingFailedError as error:

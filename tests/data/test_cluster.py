@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gzip
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +26,20 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
+from ilrec_dist.common.places import Places
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.ingest.cluster import spread_batches
+from ilrec_dist.data.ingest.cluster import ReadFile, spread_batches
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.reading.source import Rejects
 from ilrec_dist.items.ray_tasks import ray_tasks
 from ilrec_dist.items.spread import FEW_TEXTS, Spread
 from ilrec_dist.items.text_embeddings import embed_documents
 from ilrec_dist.items.tfidf import TfidfSpace
+from ilrec_dist.launch import task_places as places_module
 from ilrec_dist.launch.cluster import ray_session
 from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.launch.task_places import task_places
 from ilrec_dist.pipeline.stages.index import text_workers
 from ilrec_dist.pipeline.stages.prepare import prepare as prepare_stage
 from tests.support.embedders import lengths
@@ -93,6 +99,37 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+def places(most: int | None, seconds: float = 60) -> AbstractContextManager[Places]:
+    return task_places(most, "test", seconds)
+
+
+def read_by_tasks(files: list[Path], read_file: ReadFile) -> list[pa.RecordBatch]:
+    with places(len(files)) as taken:
+        return list(spread_batches(files, read_file, Rejects(), taken))
+
+
+@contextmanager
+def held(count: int) -> Iterator[list[Any]]:
+    """As many CPUs are another job's: actors."""
+    kind: Any = ray.remote(Other)
+    actors = [kind.options(num_cpus=1).remote() for _ in range(count)]
+    ray.get([actor.is_there.remote() for actor in actors])
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        until = time.monotonic() + 60
+        while ray.available_resources().get("CPU", 0) < count:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+class Other:
+    def is_there(self) -> bool:
+        return True
+
+
 def write_parts(folder: Path, form: str, bad: bool = False) -> DataConfig:
     """Six files of one shop's interactions: users are in several of them, some rows in
     two.
@@ -130,7 +167,7 @@ def test_the_cluster_gives_the_same_bytes(
     config = write_parts(tmp_path / "parts", form, bad)
     alone, together = (
         prepare(config, tmp_path / "alone"),
-        prepare(config, tmp_path / "together", spread=True),
+        prepare(config, tmp_path / "together", spread=places),
     )
     # The hash of every written file is in the manifest.
     assert alone == together
@@ -152,7 +189,7 @@ def test_both_nodes_parse_and_the_order_is_that_of_the_files(
                 }
             )
 
-    found = list(spread_batches([Path(str(part)) for part in range(8)], read_file, Rejects()))
+    found = read_by_tasks([Path(str(part)) for part in range(8)], read_file)
     assert [batch.column("user")[0].as_py() for batch in found] == [
         f"{part}-{batch}" for part in range(8) for batch in range(2)
     ]
@@ -164,7 +201,7 @@ def test_errors_of_a_file_are_those_of_one_machine(cluster: Cluster, tmp_path: P
     with open(tmp_path / "parts" / "part-4.csv", "a") as file:
         file.write("1,2,1400000000\n7,3,yesterday\n")
     messages = []
-    for spread in (False, True):
+    for spread in (None, places):
         with pytest.raises(
             UserError, match=r"part-4.csv: line 903: time 'yesterday' is not an integer"
         ) as error:
@@ -184,11 +221,11 @@ def test_what_fails_on_a_node_is_one_line(cluster: Cluster) -> None:
     with pytest.raises(
         UserError, match=r"^/data/gone: cannot be read on node .* \(No such file or directory\);"
     ) as refused:
-        list(spread_batches(files, read_file, Rejects()))
+        read_by_tasks(files, read_file)
     with pytest.raises(
         WorkersFailed, match="^prepare: a task that reads .*: ValueError: no reader expects"
     ) as failed:
-        list(spread_batches([Path("/data/other")] * 2, read_file, Rejects()))
+        read_by_tasks([Path("/data/other")] * 2, read_file)
     assert "\n" not in str(refused.value) + str(failed.value)
 
 
@@ -247,10 +284,85 @@ def test_texts_become_the_vectors_of_one_process_on_both_nodes(
         assert seen[:, 0].tolist() == [len(text) for text in texts] and len(set(seen[:, 1])) == 2
         with pytest.raises(UserError, match="^items.text_model: /gone is not a model folder$"):
             embed_documents(lengths, ["oak", "refuse"], seen, spread)
-    once = Spread(partial(ray_tasks, retries=0))
+    once = Spread(partial(ray_tasks, take_places=places, retries=0))
     with pytest.raises(WorkersFailed, match="^index: a task that turns texts into vec") as died:
         embed_documents(lengths, ["oak", "kill"], seen, once)
     assert "\n" not in str(died.value)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places_module, "PLACE_SECONDS", 1.0)
+
+
+def test_reading_that_gets_no_place_says_so_and_is_given_up(
+    cluster: Cluster, soon: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = LaunchConfig(ray_address=cluster.address, timeout_seconds=2)
+    data = write_parts(tmp_path / "parts", "csv")
+    config = Config(runs_dir=str(tmp_path / "runs"), data=data, launch=launch)
+    line = "the tasks got no places within launch.timeout_seconds = 2: they need 1 CPU, the "
+    line += "cluster has 2 CPUs on 2 nodes (.*), of which 0 are free; wait for the end of the jobs"
+    with held(2):
+        for stage, work in (("prepare", prepare_stage), ("index", embed_some)):
+            with pytest.raises(WorkersFailed, match=f"^{stage}: {line}") as failure:
+                work(config)
+            assert "\n" not in str(failure.value)
+            said = capsys.readouterr().out
+            assert said.count(f"{stage}: waiting up to 2 s for 1 CPU: the cluster has 2 CPUs") == 1
+    assert not list((tmp_path / "runs/run").glob("data*"))
+
+
+def embed_some(config: Config) -> None:
+    with text_workers(config, FEW_TEXTS) as spread:
+        embed_documents(lengths, ["oak"], np.empty((1, 2), np.float32), spread)
+
+
+def test_tasks_go_on_with_what_other_jobs_leave(
+    cluster: Cluster, soon: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_parts(tmp_path / "parts", "csv")
+    alone = prepare(config, tmp_path / "alone")
+    capsys.readouterr()
+    with held(2) as others:
+        # One is done while this job waits.
+        timer = threading.Timer(4, ray.kill, [others[0]])
+        timer.start()
+        together = prepare(config, tmp_path / "together", places)
+    assert alone == together
+    said = capsys.readouterr().out
+    assert said.index("test: waiting up to 60 s for 1 CPU") < said.index("test: the tasks have")
+    assert "test: runs on 1 of the cluster's 2 CPUs; other jobs have the others" in said
+    # And all are given back.
+    with places(None) as taken:
+        assert taken.count == 2
+
+
+def test_a_lost_node_of_several_is_done_without_and_the_last_is_waited_for(
+    cluster: Cluster, soon: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = np.zeros((400, 2), np.float32)
+
+    def embed(seconds: float, texts: Sequence[str]) -> np.ndarray:
+        time.sleep(seconds)
+        return np.array([(len(text), 1) for text in texts], np.float32)
+
+    with held(2):
+        first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
+        spread = Spread(partial(ray_tasks, take_places=partial(places, seconds=3)), texts=100)
+        timer = threading.Timer(3, cluster.remove_node, [first])
+        timer.start()
+        embed_documents(partial(embed, 2), ["oak"] * 400, found, spread)
+        timer.join()
+        assert found[:, 0].tolist() == [3] * 400
+        assert "waiting" not in capsys.readouterr().out
+        timer = threading.Timer(3, cluster.remove_node, [second])
+        timer.start()
+        line = "^test: the tasks got no places within launch.timeout_seconds = 3"
+        with pytest.raises(WorkersFailed, match=line):
+            embed_documents(partial(embed, 60), ["oak"] * 400, found, spread)
+        timer.join()
+    assert capsys.readouterr().out.count("test: waiting up to 3 s for 1 CPU") == 1
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from ilrec_dist.common.errors import UserError, WorkersFailed
+from ilrec_dist.common.places import Places
 from ilrec_dist.data.reading.source import Rejects
 
 ReadFile = Callable[[Path, Rejects], Iterator[pa.RecordBatch]]
 
 
 def spread_batches(
-    files: list[Path], read_file: ReadFile, rejects: Rejects
+    files: list[Path], read_file: ReadFile, rejects: Rejects, places: Places
 ) -> Iterator[pa.RecordBatch]:
     """Yield the batches of read_file(file) of all files, in the order of `files`.
 
@@ -30,16 +32,21 @@ def spread_batches(
     paths. Raises UserError as read_file does, and for a file that a node cannot read;
     WorkersFailed where a task fails otherwise.
     """
-    # Ray is heavy, and reading on one machine does not need it.
-    import ray
+    # Ray is heavy, and reading on one machine does not need it. Its import sets the level that is
+    # set here again.
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     parse = partial(_parse, read_file=read_file, allowed=rejects.allowed)
     names = ray.data.from_items(
         [{"file": str(path)} for path in files], override_num_blocks=len(files)
     )
-    parsed = names.map_batches(parse, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    with warnings.catch_warnings():
+        # Ray 2.64 shall place tasks by itself alone.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parsed = names.map_batches(parse, batch_size=1, batch_format="pyarrow", **places.options)
     parsed.context.execution_options.preserve_order = True
+    parsed.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=places.count)
     parsed.context.enable_progress_bars = False
     tables = iter(parsed.iter_batches(batch_size=None, batch_format="pyarrow"))
     while True:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from ilrec_dist.common.places import POLL_SECONDS
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -44,10 +46,14 @@ def ordered_map(
                 future.cancel()
 
 
-def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
+def ahead(
+    items: Iterable[A], count: int = 2, check: Callable[[], None] | None = None
+) -> Iterator[A]:
     """Yield the same items, made in a thread at most `count` before their use.
 
-    An error there is raised here.
+    An error there is raised here. `check`, for items that others make, is called
+    every POLL_SECONDS while there is none; when it raises, or this process is
+    interrupted, the thread that still waits for them is left alone.
     """
     ready: queue.Queue[tuple[A | None, BaseException | None]] = queue.Queue(count)
     stopped = threading.Event()
@@ -74,7 +80,12 @@ def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=None if check is None else POLL_SECONDS)
+            except queue.Empty:
+                assert check is not None
+                check()
+                continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -84,4 +95,5 @@ def ahead(items: Iterable[A], count: int = 2) -> Iterator[A]:
             item = None
     finally:
         stopped.set()
-        thread.join()
+        if check is None:
+            thread.join()

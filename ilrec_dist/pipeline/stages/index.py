@@ -21,6 +21,7 @@ from ilrec_dist.items.ray_tasks import ray_tasks
 from ilrec_dist.items.spread import FEW_FOR_A_MODEL, FEW_TEXTS, Spread, local_spread
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.cluster_check import check_nodes
+from ilrec_dist.launch.task_places import task_places
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.source import vocabulary_files
 from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
@@ -74,7 +75,13 @@ def text_workers(config: Config, num_items: int) -> Iterator[Spread | None]:
         with ray_session(config.launch):
             root = RunFolders(config.run_dir).root
             check_nodes(root, [str(Path(items.text_model).resolve())] if items.text_model else [])
-            yield Spread(partial(ray_tasks, on_gpus=by_model and config.launch.device != "cpu"))
+            take = partial(
+                task_places,
+                stage="index",
+                seconds=config.launch.timeout_seconds,
+                on_gpus=by_model and config.launch.device != "cpu",
+            )
+            yield Spread(partial(ray_tasks, take_places=take))
 
 
 def _model_files(config: Config) -> list[Path]:

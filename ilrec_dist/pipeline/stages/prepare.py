@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from ilrec_dist.common.config_fields import stage_settings
@@ -12,6 +13,7 @@ from ilrec_dist.data.prepare import input_files
 from ilrec_dist.data.prepare import prepare as prepare_data
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.cluster_check import check_nodes
+from ilrec_dist.launch.task_places import task_places
 from ilrec_dist.pipeline.stage import Stage
 
 
@@ -35,7 +37,8 @@ def prepare(config: Config) -> str | None:
     with ray_session(config.launch) if files else nullcontext():
         if files:
             check_nodes(folders.root, [str(path.resolve()) for path in files])
-        prepare_data(config.data, folders.data, bool(files))
+        take = partial(task_places, stage="prepare", seconds=config.launch.timeout_seconds)
+        prepare_data(config.data, folders.data, take if files else None)
     return None
 
 
