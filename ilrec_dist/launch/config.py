@@ -37,8 +37,8 @@ class LaunchConfig:
     threads: Annotated[Optional[Positive], Affects()] = None
     # Restarts of the worker group before the run gives up.
     max_failures: Annotated[NonNegative, Affects()] = 3
-    # After so many seconds a collective, a worker that does not answer, a lost node that nothing
-    # replaces and places that other jobs hold are given up.
+    # After so many seconds a collective, a worker or reward actors that do not answer, a lost node
+    # that nothing replaces and places that other jobs hold are given up.
     timeout_seconds: Annotated[PositiveFloat, Affects()] = 600.0
     # The Ray cluster to use; None: RAY_ADDRESS, or a local Ray that is started for the run.
     ray_address: Annotated[

@@ -20,7 +20,7 @@ def open_reward_source(artifacts: RunArtifacts) -> RewardSource:
         # Ray takes a second to load, and rewards of this process do not need it.
         from ilrec_dist.cf.rewards.service import reward_client
 
-        source = reward_client(config, folders)
+        source = reward_client(config, folders, artifacts.config.launch.timeout_seconds)
     else:
         source = TokenRewards.open(folders.cf, training, artifacts.catalogue, artifacts.trie)
     if config.reward_cache:

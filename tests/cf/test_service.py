@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from ilrec_dist.cf.rewards import service
 from ilrec_dist.cf.rewards.service import (
     RewardActor,
     RewardClient,
@@ -21,7 +24,7 @@ from ilrec_dist.cf.rewards.service import (
     reward_actors,
 )
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
@@ -39,6 +42,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -182,6 +186,71 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(
     Trie(other).save(tmp_path / "other")
     with pytest.raises(UserError, match="made for another catalogue"):
         load_rewards(world.cf, world.data, tmp_path / "other", None, False)
+
+
+@pytest.fixture
+def locked_items(world: World, tmp_path: Path) -> tuple[Path, Callable[[], None]]:
+    """The items' folder, with a file that no one can read before the function is called."""
+    items = Path(shutil.copytree(world.items, tmp_path / "items"))
+    content = (items / "catalogue.json").read_bytes()
+    (items / "catalogue.json").unlink()
+    os.mkfifo(items / "catalogue.json")
+
+    def unlock() -> None:
+        # A reader may open it more than once.
+        (items / "new").write_bytes(content)
+        with open(items / "catalogue.json", "wb") as pipe:
+            (items / "new").rename(items / "catalogue.json")
+            pipe.write(content)
+
+    return items, unlock
+
+
+def test_actors_that_load_slowly_are_spoken_of_and_given_up_in_time(
+    session: None,
+    world: World,
+    locked_items: tuple[Path, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(service, "QUIET_SECONDS", 1.0)
+    items, unlock = locked_items
+    slow = {"name": "slow", "replicas": 2}
+    state = f"0 of 2 reward actors have loaded {world.cf}"
+    with (
+        pytest.raises(WorkersFailed, match=f"^{state} within launch.timeout_seconds = 3;") as late,
+        reward_actors(world.cf, world.data, items, **slow, timeout=3),
+    ):
+        pass
+    assert "\n" not in str(late.value)
+    line = "waiting up to {} s for the reward actors: " + state
+    assert capsys.readouterr().out.splitlines() == [line.format(3)]
+    timer = threading.Timer(4, unlock)
+    timer.start()
+    slow["replicas"] = 1
+    with reward_actors(world.cf, world.data, items, **slow):
+        batch = batches(world)[0]
+        answer = RewardClient("slow").fetch_async(*batch).result()
+        assert np.array_equal(answer, world.rewards().fetch(*batch))
+    assert "waiting up to 600 s for the reward actors: 0 of 1" in capsys.readouterr().out
+
+
+def test_actors_that_hang_are_given_up_in_time(session: None, world: World) -> None:
+    with reward_actors(world.cf, world.data, world.items, name="hangs", replicas=2):
+        client = RewardClient("hangs", replicas=2, timeout=4)
+        batch = batches(world)[0]
+        client.fetch_async(*batch).result()
+        victims = [pid(client, replica) for replica in range(2)]
+        os.kill(victims[0], signal.SIGSTOP)
+        # The other one answers in its place, whichever is asked first.
+        for _ in range(2):
+            client.fetch_async(*batch).result()
+        os.kill(victims[1], signal.SIGSTOP)
+        began = time.monotonic()
+        line = "^the reward actors gave no answer within launch.timeout_seconds = 4: they hang"
+        with pytest.raises(UserError, match=line):
+            client.fetch_async(*batch).result()
+        assert time.monotonic() - began < 20
 
 
 def test_shards_are_merged(session: None, world: World, flat_cf: Path) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from ray.util import placement_group, remove_placement_group
 from ilrec_dist.cf.rewards.service import _places
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.items.spread import FEW_FOR_A_MODEL
-from ilrec_dist.launch import cluster_check, cluster_watch
+from ilrec_dist.launch import cluster_check
 from ilrec_dist.launch.cluster_check import (
     Demand,
     alive_nodes,
@@ -31,7 +31,7 @@ from ilrec_dist.launch.cluster_check import (
     require_resources,
     worker_nodes,
 )
-from ilrec_dist.launch.cluster_watch import ClusterWatch, waits_for_places
+from ilrec_dist.launch.cluster_watch import WORKERS, ClusterWatch, waits_for_places
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.stages.index import text_workers
@@ -236,12 +236,11 @@ def test_reward_actors_lie_where_workers_can_be(cluster):
     assert next(_places([])) == "SPREAD"
 
 
-def test_workers_that_get_no_places_are_given_up_with_one_line(cluster, capsys, monkeypatch):
-    monkeypatch.setattr(cluster_watch, "PLACE_SECONDS", 0.0)
+def test_workers_that_get_no_places_are_given_up_with_one_line(cluster, capsys):
     # Places that the cluster does not have are asked for, as by workers beside another job's.
     group = placement_group([{"CPU": 1}] * 7)
     try:
-        watch = ClusterWatch(Demand("CPU", 4), 2, lambda: None)
+        watch = ClusterWatch(Demand("CPU", 4), 2, lambda: None, replace(WORKERS, quiet_seconds=0.0))
         watch.start()
         watch.join(PATIENCE_SECONDS)
     finally:
@@ -275,13 +274,19 @@ def test_a_lack_that_lasts_is_given_up_with_one_line(cluster, capsys):
 def test_a_node_that_joins_in_time_ends_the_wait(cluster, capsys):
     watch = ClusterWatch(Demand("CPU", 8), PATIENCE_SECONDS, lambda: None)
     watch.start()
-    node = cluster.head.add_node(num_cpus=2)
-    until = time.monotonic() + PATIENCE_SECONDS
     said = ""
-    while "the cluster has 8 CPUs again" not in said:
-        assert time.monotonic() < until and watch.is_alive()
-        time.sleep(0.1)
-        said += capsys.readouterr().out
+
+    def wait_for(line):
+        nonlocal said
+        until = time.monotonic() + PATIENCE_SECONDS
+        while line not in said:
+            assert time.monotonic() < until and watch.is_alive()
+            time.sleep(0.1)
+            said += capsys.readouterr().out
+
+    wait_for("waiting up to 60 s for 8 CPUs")
+    node = cluster.head.add_node(num_cpus=2)
+    wait_for("the cluster has 8 CPUs again")
     watch.stop()
     cluster.head.remove_node(node)
     assert watch.failure is None

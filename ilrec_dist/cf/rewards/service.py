@@ -27,13 +27,19 @@ from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.futures import LatencyMeter, RewardFuture
 from ilrec_dist.cf.rewards.token_rewards import ShardRewards, TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import read_code_order
-from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.console import console
+from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.reversed import both_directions as read_both_directions
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
+
+# Actors that load faster are not spoken of.
+QUIET_SECONDS = 5.0
+POLL_SECONDS = 1.0
+RAISE_OR_DO_WITHOUT = "raise launch.timeout_seconds, or set cf.rewards=in_process"
 
 
 class RewardActor:
@@ -100,6 +106,7 @@ def reward_actors(
     max_restarts: int = 3,
     both_directions: bool = False,
     nodes: Sequence[str] = (),
+    timeout: float = 600.0,
 ) -> Iterator[list[Any]]:
     """Run `replicas` × `shards` actors, named `name`-REPLICA-SHARD, for the block.
 
@@ -111,7 +118,8 @@ def reward_actors(
     in the configuration's `data` section.
 
     Raises UserError when one cannot load (a folder that is damaged or belongs to other
-    data, or to another number of shards) and ValueError when the name is taken.
+    data, or to another number of shards), WorkersFailed when one has not loaded after
+    `timeout` seconds, and ValueError when the name is taken.
     """
     cf, data, items = (Path(folder).resolve() for folder in (cf_folder, data_folder, items_folder))
     if shards > 1 and (written := read_code_order(cf)["shards"]) != shards:
@@ -136,13 +144,32 @@ def reward_actors(
             actors.append(kind.options(**options).remote(load, threads))
     try:
         try:
-            ray.get([actor.counters.remote() for actor in actors])
+            _wait_until_loaded(actors, cf, timeout)
         except RayActorError as error:
             raise UserError(f"the reward actors {name!r} did not start: {_reason(error)}") from None
         yield actors
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _wait_until_loaded(actors: Sequence[Any], cf: Path, seconds: float) -> None:
+    """Say after a while what is waited for. Raises what the first one to fail raises."""
+    waiting, began, is_said = [actor.counters.remote() for actor in actors], time.monotonic(), False
+    while waiting:
+        loaded, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+        ray.get(loaded)
+        spent = time.monotonic() - began
+        state = f"{len(actors) - len(waiting)} of {len(actors)} reward actors have loaded {cf}"
+        if waiting and spent > seconds:
+            raise WorkersFailed(
+                f"{state} within launch.timeout_seconds = {seconds:g}; look whether their nodes "
+                f"have memory left and read that folder, {RAISE_OR_DO_WITHOUT}"
+            )
+        if waiting and spent > QUIET_SECONDS and not is_said:
+            line = f"waiting up to {seconds:.0f} s for the reward actors: {state}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            is_said = True
 
 
 def _places(nodes: Sequence[str]) -> Iterator[Any]:
@@ -163,9 +190,10 @@ class RewardClient:
     """Sends each request to the next replica of the reward actors.
 
     It sends the request again, to the replica after it, when an actor or its node dies
-    or stays silent for `timeout` seconds. Any process of the Ray job can make a client.
-    The rewards depend neither on which replica answers nor on retries. With shards,
-    every shard of a replica is asked and the answers are merged.
+    or stays silent for its share of `timeout` seconds, after which it gives up. Any
+    process of the Ray job can make a client. The rewards depend neither on which
+    replica answers nor on retries. With shards, every shard of a replica is asked and
+    the answers are merged.
     """
 
     def __init__(
@@ -250,10 +278,11 @@ class RewardClient:
 
         Raises UserError after the last retry, and at once where an actor raised one.
         """
-        failure = ""
+        failure, silent = "", 0
         for attempt in range(self.retries + 1):
             try:
-                answers: list[Any] = ray.get(references, timeout=self.timeout)
+                share = self.timeout / len(self.actors)
+                answers: list[Any] = ray.get(references, timeout=share)
                 return answers
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
@@ -262,6 +291,13 @@ class RewardClient:
             except (RayActorError, ObjectLostError, GetTimeoutError) as error:
                 # An object is lost when its node dies after it was computed.
                 failure = type(error).__name__
+                silent += isinstance(error, GetTimeoutError)
+            if silent == len(self.actors):
+                raise UserError(
+                    f"the reward actors gave no answer within launch.timeout_seconds = "
+                    f"{self.timeout:g}: they hang, or still load after a restart; look whether "
+                    f"their nodes have memory left, {RAISE_OR_DO_WITHOUT}"
+                )
             if attempt < self.retries:
                 self.meter.retries += 1
                 if attempt > 0:
@@ -281,12 +317,17 @@ def _request_counters(actor: Any) -> list[Any]:
 
 @contextmanager
 def reward_actor(
-    cf: CFConfig, folders: RunFolders, both_directions: bool, nodes: Sequence[str] = ()
+    cf: CFConfig,
+    folders: RunFolders,
+    both_directions: bool,
+    nodes: Sequence[str] = (),
+    timeout: float = 600.0,
 ) -> Iterator[None]:
     """The run's reward actors for the length of the block.
 
     Their counters are left in the run's CF folder when it ends. `both_directions` is
-    that of the configuration's `data` section; `nodes` as in `reward_actors`.
+    that of the configuration's `data` section; `nodes` and `timeout` as in
+    `reward_actors`.
     """
     with reward_actors(
         folders.cf,
@@ -298,6 +339,7 @@ def reward_actor(
         max_restarts=-1,
         both_directions=both_directions,
         nodes=nodes,
+        timeout=timeout,
     ):
         yield
         counters = RewardClient(
@@ -306,13 +348,14 @@ def reward_actor(
         write_json(folders.cf / "actor-counters.json", counters)
 
 
-def reward_client(cf: CFConfig, folders: RunFolders) -> RewardClient:
-    """A client of the run's reward actors, for a worker."""
+def reward_client(cf: CFConfig, folders: RunFolders, timeout: float) -> RewardClient:
+    """A client of the run's reward actors, for a worker; `timeout` in seconds."""
     return RewardClient(
         reward_actor_name(folders),
         cf.reward_replicas,
         cf.reward_shards,
         retries=cf.reward_retries,
+        timeout=timeout,
     )
 
 

@@ -114,7 +114,13 @@ def train_and_evaluate(
         get_method(training.method).needs_rewards(config.objective) for training in trainings
     )
     actor = (
-        reward_actor(config.cf, folders, config.data.both_directions, worker_nodes(config.launch))
+        reward_actor(
+            config.cf,
+            folders,
+            config.data.both_directions,
+            worker_nodes(config.launch),
+            config.launch.timeout_seconds,
+        )
         if needs_rewards and config.cf.rewards == "actor"
         else nullcontext()
     )
