@@ -190,7 +190,7 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_up(
 
 @pytest.fixture
 def locked_items(world: World, tmp_path: Path) -> tuple[Path, Callable[[], None]]:
-    """The items' folder, with a file that no one can read before the function is called."""
+    """The items' folder, with a file that nobody can read before the call."""
     items = Path(shutil.copytree(world.items, tmp_path / "items"))
     content = (items / "catalogue.json").read_bytes()
     (items / "catalogue.json").unlink()

@@ -154,7 +154,7 @@ def reward_actors(
 
 
 def _wait_until_loaded(actors: Sequence[Any], cf: Path, seconds: float) -> None:
-    """Say after a while what is waited for. Raises what the first one to fail raises."""
+    """Say after a while what is waited for; raise what the first one to fail raises."""
     waiting, began, is_said = [actor.counters.remote() for actor in actors], time.monotonic(), False
     while waiting:
         loaded, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
