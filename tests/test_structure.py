@@ -9,8 +9,10 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 from ilrec_dist.objective.registry import METHODS
@@ -94,6 +96,13 @@ def test_imports_inside_functions_are_few_and_give_their_reason() -> None:
         place for place, (*_, commented) in zip(places, imports, strict=True) if not commented
     ]
     assert not silent, silent
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = grimp.build_graph("ilrec_dist", "ilrec_kernels", cache_dir=None)
+    imported = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    # Raises CycleError, which names the circle.
+    TopologicalSorter(imported).prepare()
 
 
 def test_only_the_registry_names_a_method() -> None:

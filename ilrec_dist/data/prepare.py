@@ -20,12 +20,11 @@ from ilrec_dist.common.places import TakePlaces
 from ilrec_dist.data.config import DataConfig
 from ilrec_dist.data.dataset import FORMAT_VERSION
 from ilrec_dist.data.dataset_writer import write_interactions, write_tables
-from ilrec_dist.data.formats import load_format
 from ilrec_dist.data.ingest.cluster import spread_batches
 from ilrec_dist.data.ingest.encoder import Encoder
 from ilrec_dist.data.ingest.spill import Core, Spill, k_core, sort_rows, spill_batches
 from ilrec_dist.data.ingest.threads import ahead, ordered_map
-from ilrec_dist.data.reading.source import Rejects, Source
+from ilrec_dist.data.reading.source import Rejects, Source, load_format
 from ilrec_dist.data.report import match_items, summary_line
 from ilrec_dist.data.split import Cuts, find_cuts, split_positions
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.formats import NAMES, load_format
+from ilrec_dist.data.formats import NAMES
+from ilrec_dist.data.reading.source import load_format
 
 # What some keys do in a format that does not read them.
 INSTEAD = {

@@ -10,7 +10,8 @@ from ilrec_dist.common.files import committed_folder
 from ilrec_dist.common.manifest import MANIFEST, manifest_hashes, verify
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.data.dataset import load_dataset
-from ilrec_dist.data.formats import NAMES, load_format
+from ilrec_dist.data.formats import NAMES
+from ilrec_dist.data.reading.source import load_format
 from ilrec_dist.items.lcrec_index import INDEX, stored_ids
 
 

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from ilrec_dist.data.config import DataConfig
-from ilrec_dist.data.formats import NAMES, load_format
+from ilrec_dist.data.formats import NAMES
+from ilrec_dist.data.reading.source import load_format
 from ilrec_dist.data.settings import ineffective_settings
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
@@ -105,3 +106,12 @@ class Format:
     generate: Callable[[DataConfig, Path], dict[str, Any]] | None = None
     # The keys of DataConfig that this format reads besides those that all formats read.
     settings: frozenset[str] = frozenset({"path"})
+
+
+def load_format(name: str) -> Format:
+    """The format of that name.
+
+    Its module is imported now: the configuration needs names only.
+    """
+    module = importlib.import_module(f"ilrec_dist.data.formats.{name}")
+    return cast(Format, module.FORMAT)
