@@ -67,7 +67,7 @@ def test_overrides_replace_values(tmp_path):
         ("objectiv.cpd_mu=1", ["objectiv", "nearest key is 'objective'"]),
         ("train.epochs=many", ["train.epochs", "integer", "many"]),
         ("train.epochs=0", ["train.epochs", "greater than or equal to 1"]),
-        ("data.format=excel", ["data.format", "'amazon', 'csv', 'lcrec'", "excel"]),
+        ("data.format=excel", ["data.format", "'amazon', 'csv', ", "excel"]),
         ("train.methods=[dpo]", ["train.methods", "sft", "dpo"]),
         ("backbone=3", ["backbone"]),
         ("launch.workers=3", ["launch.workers", "tp 2", "3"]),

@@ -14,7 +14,8 @@ def test_terms_are_logged_by_position_and_add_up_to_the_total():
     rng = torch.Generator().manual_seed(3)
     weights = ObjectiveConfig(cpd_mu=0.3, crr_lambda=0.7).term_weights
     rows = RowStats.zeros(12, 1, torch.float32, torch.device("cpu"))
-    rows = dataclasses.replace(rows, **{term: torch.rand(12, generator=rng) for term in weights})
+    drawn = {term: torch.rand(12, generator=rng) for term in ("cpo", "cpd", "crr")}
+    rows = dataclasses.replace(rows, **drawn)
     statistics = LossStatistics(3, [1], weights, torch.device("cpu"))
     statistics.add(rows, num_tokens=20)
     report = statistics.report(None)
