@@ -210,11 +210,11 @@ def figures(device: str, backend: str, sizes: Sizes) -> Iterator[Figure]:
     }
     if theirs:
         times = medians(theirs, x, device, sizes.repeats)
-        own = next(value for name, value in times.items() if name.startswith("ilrec_kernels"))
+        ours = next(value for name, value in times.items() if name.startswith("ilrec_kernels"))
         rival = min(value for name, value in times.items() if not name.startswith("ilrec_kernels"))
         yield Figure(
             f"{sizes.distilled}: Liger's JSD ÷ our CE + CPD",
-            rival / own,
+            rival / ours,
             3.0,
             higher_is_better=True,
         )
@@ -310,11 +310,11 @@ def main() -> None:
     print(machine_line(machine))
     wrong = 0
     for backend in ("torch", "triton"):
-        for what, found, bound in distances("cuda", backend):
-            wrong += not found <= bound
+        for what, distance, bound in distances("cuda", backend):
+            wrong += not distance <= bound
             print(
-                f"{backend}, {what}: {found:.1e} from the reference, "
-                f"{'ok' if found <= bound else f'MORE THAN {bound:.0e}'}",
+                f"{backend}, {what}: {distance:.1e} from the reference, "
+                f"{'ok' if distance <= bound else f'MORE THAN {bound:.0e}'}",
                 flush=True,
             )
     if wrong:

@@ -127,9 +127,9 @@ def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
     peak: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(rounds):
         for name, changes in (("first", row.first), ("second", row.second)):
-            found = run_side(spec, **changes)
-            cpu[name] += found["cpu_s"]
-            peak[name].append(found["peak_mib"])
+            measured = run_side(spec, **changes)
+            cpu[name] += measured["cpu_s"]
+            peak[name].append(measured["peak_mib"])
     seconds = {name: statistics.median(values) for name, values in cpu.items()}
     memory = {name: max(values) for name, values in peak.items()}
     print(
@@ -147,10 +147,10 @@ def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
 
 
 def single(spec: Spec, row: str) -> dict[str, Any]:
-    found = run_side(spec, side=row)
+    measured = run_side(spec, side=row)
     figures = {
         name: statistics.median(values)
-        for name, values in found.items()
+        for name, values in measured.items()
         if isinstance(values, list)
     }
     print(f"{SINGLE[row]}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}", flush=True)
@@ -160,7 +160,7 @@ def single(spec: Spec, row: str) -> dict[str, Any]:
         for name in DTYPES:
             times = figures[f"sft_{name}_cpu_s"] / figures[f"products_{name}_cpu_s"]
             print(f"  SFT in {name} is {times:.2f} × its bare products")
-    return found | {"medians": figures}
+    return measured | {"medians": figures}
 
 
 def write_random_model(folder: Path, layers: int) -> Path:

@@ -110,13 +110,13 @@ class Drawn:
         for row, sequence in zip(tokens, sequences, strict=True):
             row[: len(sequence) - 1] = sequence[:-1]
         ends = np.arange(len(tokens)) * tokens.shape[1] + lengths
-        found = ItemRows.of(self.catalogue, self.trie, items)
+        rows = ItemRows.of(self.catalogue, self.trie, items)
         return Batch(
             tokens=torch.from_numpy(tokens),
             rows=torch.from_numpy((ends[:, None] + np.arange(-LEVELS, 0)).ravel()),
-            targets=found.targets,
-            candidate_indptr=found.indptr,
-            candidate_tokens=found.tokens,
+            targets=rows.targets,
+            candidate_indptr=rows.indptr,
+            candidate_tokens=rows.tokens,
             reward_mask=None,
             grid_index=None,
             users=np.zeros(len(items), np.int64),
@@ -188,11 +188,11 @@ def training_step(spec: Spec, drawn: Drawn, method: str) -> Callable[[], int]:
 def timed(steps: dict[str, Callable[[], int]], count: int) -> Samples:
     """CPU seconds by unit of `count` rounds of the steps, after one that warms up."""
     seconds: Samples = {name: [] for name in steps}
-    for turn in range(count + 1):
+    for repeat in range(count + 1):
         for name, step in steps.items():
             begin = time.process_time()
             units = step()
-            if turn:
+            if repeat:
                 seconds[name].append((time.process_time() - begin) / units)
     return seconds
 

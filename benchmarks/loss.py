@@ -124,17 +124,18 @@ def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: T
     z = [(h @ head.T).float() for h in hidden]
     with torch.no_grad():
         ensemble = torch.stack(z[1:]).mean(0)
-        bar = ensemble.gather(1, targets[:, None])
+        threshold = ensemble.gather(1, targets[:, None])
         ensemble.scatter_(1, targets[:, None], -torch.inf)
         value, index = ensemble.topk(K, 1)
-        member = value >= bar
+        member = value >= threshold
         weight = value.masked_fill(~member, -torch.inf).softmax(1).nan_to_num()
-        own = rewards.gather(1, targets[:, None])
+        target_label = rewards.gather(1, targets[:, None])
         label = (rewards.gather(1, index) + FLOOR) * member
         covered = (rewards.gather(1, index) * member).amax(1, keepdim=True) > 0
-        total = label.sum(1, keepdim=True) + own + FLOOR
-        label, own = label / total * covered, torch.where(covered, (own + FLOOR) / total, 1.0)
-        some = member.any(1)
+        total = label.sum(1, keepdim=True) + target_label + FLOOR
+        label = label / total * covered
+        target_label = torch.where(covered, (target_label + FLOOR) / total, 1.0)
+        has_negative = member.any(1)
     z_target = z[0].gather(1, targets[:, None])[:, 0]
     cpo = z[0].scatter_add(1, index, BETA * weight).logsumexp(1) - z_target
     log_p = z[0].log_softmax(1)
@@ -148,9 +149,9 @@ def materialised(hidden: list[Tensor], head: Tensor, targets: Tensor, rewards: T
     crr = (
         -(
             (label * log_p.gather(1, index)).sum(1)
-            + own[:, 0] * log_p.gather(1, targets[:, None])[:, 0]
+            + target_label[:, 0] * log_p.gather(1, targets[:, None])[:, 0]
         )
-        * some
+        * has_negative
     )
     return (cpo + MU * cpd + LAMBDA * crr).sum() / n
 
@@ -202,7 +203,7 @@ def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
         torch.repeat_interleave(torch.arange(n, device=device), x.lists.indptr.diff()),
         x.lists.tokens,
     ] = x.rewards
-    found: dict[str, Provider] = {
+    table: dict[str, Provider] = {
         "bare GEMMs, whole": (lambda: bare(x, n * streams), 1),
         "bare GEMMs, chunked": (
             lambda: bare(x, max(64, (64 << 20) // (4 * v)) if device == "cpu" else 4096),
@@ -211,25 +212,25 @@ def providers(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
     }
     for backend in ["torch", "triton"] if device == "cuda" else ["torch"]:
         full, plain = (options(v, backend, args.workspace, **changes) for changes in ({}, PLAIN))
-        found[f"ilrec_kernels {backend}"] = (partial(ours, x, full), 1)
-        found[f"ilrec_kernels {backend}, CE + CPD only"] = (partial(ours, x, plain), 1)
+        table[f"ilrec_kernels {backend}"] = (partial(ours, x, full), 1)
+        table[f"ilrec_kernels {backend}, CE + CPD only"] = (partial(ours, x, plain), 1)
     compiled = torch.compile(materialised)
-    found["eager torch, materialised"] = (
+    table["eager torch, materialised"] = (
         lambda: torch.autograd.backward(materialised(x.hidden, x.head, x.targets, dense)),
         1,
     )
-    found["torch.compile, materialised"] = (
+    table["torch.compile, materialised"] = (
         lambda: torch.autograd.backward(compiled(x.hidden, x.head, x.targets, dense)),
         1,
     )
     few = min(n, 8)
-    found["row loop (authors' form)"] = (lambda: row_loop(x, few), n / few)
-    return found | (others(x, args) if device == "cuda" else {})
+    table["row loop (authors' form)"] = (lambda: row_loop(x, few), n / few)
+    return table | (others(x, args) if device == "cuda" else {})
 
 
 def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
     """Liger's and Apple's Triton kernels, where they are installed."""
-    found: dict[str, Provider] = {}
+    table: dict[str, Provider] = {}
     teacher, head = x.hidden[0].detach(), x.head.detach()
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -237,32 +238,32 @@ def others(x: Inputs, args: argparse.Namespace) -> dict[str, Provider]:
 
         cross, jsd = LigerFusedLinearCrossEntropyLoss(), LigerFusedLinearJSD(jsd_beta=0.0)
         chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
-        found["Liger fused linear cross-entropy, CE alone"] = (
+        table["Liger fused linear cross-entropy, CE alone"] = (
             lambda: cross(x.head, x.hidden[0], x.targets).backward(),
             1,
         )
-        found["Liger fused linear JSD, one layer's CPD"] = (
+        table["Liger fused linear JSD, one layer's CPD"] = (
             lambda: jsd(x.hidden[1], x.head, teacher, head, x.targets).backward(),
             1,
         )
-        found["Liger chunked JSD loss, one layer's CPD"] = (
+        table["Liger chunked JSD loss, one layer's CPD"] = (
             lambda: chunked(x.hidden[1], x.head, teacher, head, x.targets).backward(),
             1,
         )
         o = options(x.head.shape[0], "triton", args.workspace, **PLAIN)
         one = [teacher, x.hidden[1]]
-        found["ilrec_kernels triton, CE + one layer's CPD"] = (
+        table["ilrec_kernels triton, CE + one layer's CPD"] = (
             lambda: ours(replace(x, hidden=one), o),
             1,
         )
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cut-cross-entropy, CE alone"] = (
+        table["cut-cross-entropy, CE alone"] = (
             lambda: linear_cross_entropy(x.hidden[0], x.head, x.targets).backward(),
             1,
         )
-    return found
+    return table
 
 
 def timed(fn: Callable[[], Any], device: str) -> float:

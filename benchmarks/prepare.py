@@ -170,22 +170,22 @@ def main() -> None:
         f"{'peak GiB':>9} {'disk GiB':>9}",
         flush=True,
     )
-    found = []
+    measured = []
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="prepare-") as folder:
         for case in wanted:
-            found.append(row := measure(Path(folder), *case))
+            measured.append(row := measure(Path(folder), *case))
             print(
                 f"{row['format']:>8} {row['rows']:>12,} {row['users']:>11,} {row['items']:>10,} "
                 f"{row['rows_per_second']:>10,.0f} {row['seconds']:>8.1f} {row['peak_gib']:>9.2f} "
                 f"{row['disk_gib']:>9.2f}",
                 flush=True,
             )
-    result: dict[str, Any] = {"machine": machine, "rows": found}
+    result: dict[str, Any] = {"machine": machine, "rows": measured}
     if not arguments.no_growth:
-        result["peak_growth"] = found[-1]["peak_gib"] / found[-2]["peak_gib"]
+        result["peak_growth"] = measured[-1]["peak_gib"] / measured[-2]["peak_gib"]
         print(
-            f"peak memory grows {result['peak_growth']:.2f} × from {found[-2]['rows']:,} to "
-            f"{found[-1]['rows']:,} rows of the same users and items"
+            f"peak memory grows {result['peak_growth']:.2f} × from {measured[-2]['rows']:,} to "
+            f"{measured[-1]['rows']:,} rows of the same users and items"
         )
     write_figures(arguments.json, result)
 

@@ -319,14 +319,14 @@ def take_steps(
     """
     runs = {method: training.run(count + 1) for method, training in trainings.items()}
     steps: dict[str, list[Step]] = {method: [] for method in trainings}
-    for turn in range(count + 1):
+    for repeat in range(count + 1):
         for method, run in runs.items():
             step = next(run)
-            if turn > 0:
+            if repeat > 0:
                 steps[method].append(step)
-        if show and turn > 0:
+        if show and repeat > 0:
             last = [f"{method} {1e3 * taken[-1]['all']:.0f} ms" for method, taken in steps.items()]
-            print(f"step {turn} of {count}: {', '.join(last)}", flush=True)
+            print(f"step {repeat} of {count}: {', '.join(last)}", flush=True)
     return steps
 
 

@@ -297,9 +297,9 @@ def main() -> None:
         machine["gpu"] = torch.cuda.get_device_name()
     print(machine_line(machine))
     rows = []
-    for found in training_steps(device, TINY if arguments.quick else FOUR_LAYERS):
-        print(found.line(), flush=True)
-        rows.append(asdict(found))
+    for measured in training_steps(device, TINY if arguments.quick else FOUR_LAYERS):
+        print(measured.line(), flush=True)
+        rows.append(asdict(measured))
         # After every row, so that a run that is cut short leaves what it has.
         write_figures(arguments.json, {"machine": machine, "training_steps": rows})
 

@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(
         arguments.config, [*arguments.overrides, f"launch.workers={hardware.gpus}"]
     )
-    given = DataSizes(arguments.items, arguments.users, arguments.interactions)
-    plan = make_plan(config, hardware, given)
+    stated = DataSizes(arguments.items, arguments.users, arguments.interactions)
+    plan = make_plan(config, hardware, stated)
     if host_memory is not None and plan.host is None:
         raise UserError(
             "--host-memory: the size of the data, from which the memory of a host follows, is not "

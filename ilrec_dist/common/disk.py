@@ -66,10 +66,10 @@ def writing_to(path: str | Path) -> Iterator[None]:
         # What it was handling may be an input that cannot be read.
         raise
     except Exception as error:
-        found = not_writable(error, path)
-        if found is None or found is error:
+        refusal = not_writable(error, path)
+        if refusal is None or refusal is error:
             raise
-        raise found from error
+        raise refusal from error
 
 
 def _number(error: BaseException) -> int | None:

@@ -202,13 +202,14 @@ def _training_problems(config: Config) -> Iterator[Problem]:
         yield "train.methods", f"expected distinct methods, found {train.methods}"
     for name in train.methods:
         method = get_method(name)
-        own = method.preference(config.preference)
-        epochs = own.epochs or train.epochs
-        if method.samples == "self_play_pairs" and epochs < 2 * own.rounds:
+        preference = method.preference(config.preference)
+        epochs = preference.epochs or train.epochs
+        if method.samples == "self_play_pairs" and epochs < 2 * preference.rounds:
             yield (
                 "preference.rounds",
-                f"{own.rounds} rounds of {name} need two epochs each, one of them supervised, and "
-                f"there are {epochs}; lower preference.rounds or raise preference.epochs",
+                f"{preference.rounds} rounds of {name} need two epochs each, one of them "
+                f"supervised, and there are {epochs}; lower preference.rounds or raise "
+                "preference.epochs",
             )
         start = method.starts_from
         if start is not None and start not in train.methods:
@@ -314,15 +315,15 @@ def _idle_keys(config: Config) -> Iterator[Problem]:
                     f"cf.{name} out",
                 )
     yield from _unread_settings(
-        "objective", config.objective, methods, lambda method, own: method.objective(own)
+        "objective", config.objective, methods, lambda method, values: method.objective(values)
     )
     yield from _unread_settings(
-        "preference", config.preference, methods, lambda method, own: method.preference(own)
+        "preference", config.preference, methods, lambda method, values: method.preference(values)
     )
 
 
 def _unread_settings(
-    section: str, config: T, methods: Sequence[Method], own: Callable[[Method, T], T]
+    section: str, config: T, methods: Sequence[Method], settings_of: Callable[[Method, T], T]
 ) -> Iterator[Problem]:
     """Settings of a section that do not change
     what any of the methods takes from it.
@@ -333,7 +334,7 @@ def _unread_settings(
         if getattr(config, item.name) == default:
             continue
         without = dataclasses.replace(config, **{item.name: default})  # type: ignore[type-var]
-        if all(own(method, without) == own(method, config) for method in methods):
+        if all(settings_of(method, without) == settings_of(method, config) for method in methods):
             key = f"{section}.{key_of(item.name)}"
             yield (
                 key,

@@ -52,9 +52,9 @@ def over_data_parallel(parallel: ParallelState, make: Callable[[], list[T]]) -> 
         return make()
     # A rank that meets an error leaves no other waiting for it.
     with refused_together(parallel.dp_group):
-        own = make()
+        local = make()
     gathered: list[list[T]] = [[] for _ in range(parallel.dp)]
-    dist.all_gather_object(gathered, own, group=parallel.dp_group)
+    dist.all_gather_object(gathered, local, group=parallel.dp_group)
     return [one for rank in gathered for one in rank]
 
 

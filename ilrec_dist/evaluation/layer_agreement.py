@@ -51,11 +51,11 @@ def _best_candidates(
         last = min(first + step, len(hidden))
         logits = hidden[first:last].float() @ weight.T
         counts = indptr[first : last + 1].diff()
-        own = tokens[indptr[first] : indptr[last]]
+        candidates = tokens[indptr[first] : indptr[last]]
         row = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
-        here = (own >= start) & (own < stop)
+        here = (candidates >= start) & (candidates < stop)
         allowed = torch.full_like(logits, -torch.inf)
-        index = row[here], own[here] - start
+        index = row[here], candidates[here] - start
         allowed[index] = logits[index]
         if allowed.shape[1]:
             value[first:last], column = allowed.max(dim=1)

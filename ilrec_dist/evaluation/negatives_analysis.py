@@ -45,7 +45,7 @@ def negatives_of_rows(objective: CrossLayerObjective, batch: Batch) -> Pairs:
     streams = [hidden.final] if from_final else hidden.layers
     weight = objective.backbone.head_weight[: objective.options.vocab_size].double()
     step = max(1, CHUNK_ELEMENTS // len(weight))
-    found: list[tuple[Tensor, Tensor]] = []
+    negatives: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(targets), step):
         last = min(first + step, len(targets))
         low, high = int(indptr[first]), int(indptr[last])
@@ -54,8 +54,8 @@ def negatives_of_rows(objective: CrossLayerObjective, batch: Batch) -> Pairs:
         ensemble = torch.stack([s[first:last].double() @ weight.T for s in streams]).mean(0)
         chosen, _ = select_negatives(ensemble, scope, objective.options)
         row, token = chosen.nonzero(as_tuple=True)
-        found.append((row + first, token))
-    rows_found, tokens_found = (torch.cat(parts) for parts in zip(*found, strict=True))
+        negatives.append((row + first, token))
+    rows_found, tokens_found = (torch.cat(parts) for parts in zip(*negatives, strict=True))
     return Pairs(rows_found.cpu().numpy(), tokens_found.cpu().numpy())
 
 
@@ -69,9 +69,9 @@ def is_below(trie: Trie, batch_items: np.ndarray, pairs: Pairs, lists: np.ndarra
     depth, catalogue = trie.depth, trie.catalogue
     target, position = np.divmod(pairs.row, depth)
     listed = catalogue.item_tokens(np.maximum(lists, 0))  # [T, K, C]
-    own = catalogue.item_tokens(batch_items)  # [T, C]
+    target_codes = catalogue.item_tokens(batch_items)  # [T, C]
     # How many leading tokens each listed item shares with its target.
-    shared = np.cumprod(listed == own[:, None], axis=2).sum(axis=2)  # [T, K]
+    shared = np.cumprod(listed == target_codes[:, None], axis=2).sum(axis=2)  # [T, K]
     at = np.take_along_axis(listed[target], position[:, None, None], axis=2)[..., 0]
     below = (shared[target] >= position[:, None]) & (at == pairs.token[:, None])
     result: np.ndarray = (below & (lists[target] >= 0)).any(axis=1)
@@ -135,8 +135,8 @@ def _rows_at(
     wanted = torch.arange(len(rows), device=rows.device) % depth == position
     counts = indptr.diff()
     listed = torch.repeat_interleave(wanted, counts)
-    own = torch.cat([indptr[:1], counts[wanted].cumsum(0)])
-    inputs = tokens, rows[wanted], targets[wanted], own, candidates[listed]
+    wanted_indptr = torch.cat([indptr[:1], counts[wanted].cumsum(0)])
+    inputs = tokens, rows[wanted], targets[wanted], wanted_indptr, candidates[listed]
     return inputs, None if rewards is None else rewards[listed]
 
 

@@ -50,14 +50,14 @@ class ExtendedTokenizer:
     def __init__(self, model: LanguageModel, names: Sequence[str]) -> None:
         self.model = model
         self.tokenizer = _load(model.folder)
-        own = self.tokenizer.get_vocab()
+        known = self.tokenizer.get_vocab()
         for name in names:
-            if name in own:
+            if name in known:
                 raise UserError(
                     f"{model.folder}: the model's tokenizer has the token {name!r} already (id "
-                    f"{own[name]}); give the items' codes other names in items.index"
+                    f"{known[name]}); give the items' codes other names in items.index"
                 )
-        base_size = 1 + max(own.values())
+        base_size = 1 + max(known.values())
         if base_size > model.embedding_rows:
             raise UserError(
                 f"{model.folder}: the tokenizer's largest id is {base_size - 1}, and the model has "
@@ -152,9 +152,9 @@ def title_counts(folder: Path, catalogue: Catalogue, titles: Sequence[str]) -> c
     for start in range(0, len(titles), TITLES_AT_ONCE):
         texts = list(map(single_spaced, titles[start : start + TITLES_AT_ONCE]))
         for item, encoding in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
-            own = [token for token in encoding.ids if token < vocabulary.base_size]
-            items += [start + item] * len(own)
-            tokens += own
+            base_tokens = [token for token in encoding.ids if token < vocabulary.base_size]
+            items += [start + item] * len(base_tokens)
+            tokens += base_tokens
     by_item = csr_matrix(
         (np.ones(len(items)), (items, tokens)), (catalogue.num_items, vocabulary.base_size)
     )

@@ -21,7 +21,7 @@ def nearest_items(vectors: np.ndarray, count: int, device: torch.device) -> np.n
     step = max(1, CHUNK_ELEMENTS // max(len(table), 1))
     for first in range(0, len(table), step):
         scores = table[first : first + step] @ table.T
-        own = torch.arange(len(scores), device=device)
-        scores[own, first + own] = -torch.inf
+        row = torch.arange(len(scores), device=device)
+        scores[row, first + row] = -torch.inf
         nearest[first : first + step, :width] = scores.topk(width, dim=1).indices.cpu().numpy()
     return nearest

@@ -37,9 +37,9 @@ class BranchedSequences:
         sees_trunk = index <= last_seen[:, :, None]  # [B, S, W]
         of = torch.arange(branches, device=device).repeat_interleave(length)
         order = within.repeat(branches)
-        own = (of[:, None] == of) & (order <= order[:, None])  # [K · D, K · D]
-        own = torch.cat([own.new_zeros(trunk, branches * length), own])  # [S, K · D]
-        self.mask = torch.cat([sees_trunk, own.expand(rows, -1, -1)], dim=2)[:, None]
+        branch = (of[:, None] == of) & (order <= order[:, None])  # [K · D, K · D]
+        branch = torch.cat([branch.new_zeros(trunk, branches * length), branch])  # [S, K · D]
+        self.mask = torch.cat([sees_trunk, branch.expand(rows, -1, -1)], dim=2)[:, None]
 
     @property
     def num_tokens(self) -> int:

@@ -38,10 +38,10 @@ def normed(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(norm, nn.RMSNorm) or hidden.is_cuda or hidden.dtype != torch.float32:
         return norm(hidden), hidden
-    both: tuple[Tensor, Tensor] = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, Tensor] = _RMSNorm.apply(  # type: ignore[no-untyped-call]
         hidden, norm.weight, norm.eps
     )
-    return both
+    return outputs
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -89,10 +89,10 @@ def load_partial(backbone: Backbone, folder: Path) -> None:
     if stop > start:
         shapes |= {ROWS + name: [stop - start, table.shape[1]] for name, table in tables.items()}
     for name in sorted(shapes.keys() | reader.entries.keys()):
-        found = reader.entries[name].shape if name in reader.entries else None
-        if found != shapes.get(name):
+        shape = reader.entries[name].shape if name in reader.entries else None
+        if shape != shapes.get(name):
             raise UserError(
-                f"{folder}: tensor {name!r} has shape {found}, expected {shapes.get(name)}; is it "
+                f"{folder}: tensor {name!r} has shape {shape}, expected {shapes.get(name)}; is it "
                 "of another configuration?"
             )
     if isinstance(adapters, Lora):

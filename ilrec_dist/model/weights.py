@@ -63,8 +63,8 @@ def save_training_weights(backbone: Backbone, folder: Path) -> str:
         own_folder = stack.enter_context(committed_folder(folder)) if is_rank0() else None
         staged: Path = from_rank0(own_folder)
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        own = [file for file in files if (file.tp_rank, file.dp_rank) == me]
-        dist.all_gather_object(of_ranks, _write_files(staged, own, state))
+        files_here = [file for file in files if (file.tp_rank, file.dp_rank) == me]
+        dist.all_gather_object(of_ranks, _write_files(staged, files_here, state))
         for outcome in of_ranks:
             if isinstance(outcome, NotWritable):
                 raise outcome
@@ -162,10 +162,10 @@ def _check_tensors(
         problem = "missing" if name in expected else "not part of this backbone"
         raise UserError(f"{folder}: tensor {name!r} is {problem}; is it of another configuration?")
     for name, one in expected.items():
-        found = stored.tensors[name]
-        if (found.shape, found.spec) != (one.shape, one.spec):
+        actual = stored.tensors[name]
+        if (actual.shape, actual.spec) != (one.shape, one.spec):
             raise UserError(
-                f"{folder}: tensor {name!r} has shape {found.shape}, expected {one.shape}; is it "
+                f"{folder}: tensor {name!r} has shape {actual.shape}, expected {one.shape}; is it "
                 "of another configuration?"
             )
 
@@ -173,12 +173,12 @@ def _check_tensors(
 def _cut_tensors(backbone: Backbone) -> dict[str, StoredTensor]:
     """The backbone's tensors, with how they are cut over ranks."""
     config, tp = backbone.config, backbone.tp_group.size()
-    found = {}
+    cut = {}
     for name, parameter in backbone.gpt.named_parameters():
         spec = shard_spec(name, config)
         shape = full_shape(parameter.shape, spec, tp)
-        found[name] = StoredTensor(shape, spec, parameter.element_size())
-    return found
+        cut[name] = StoredTensor(shape, spec, parameter.element_size())
+    return cut
 
 
 def _whole_tensors(state: Mapping[str, Tensor]) -> dict[str, StoredTensor]:

@@ -27,12 +27,12 @@ def _reads(
 ) -> Callable[[PreferenceConfig], PreferenceConfig]:
     """The schedule and β, whose default is the method's own, and the named settings."""
 
-    def own(config: PreferenceConfig) -> PreferenceConfig:
+    def settings(config: PreferenceConfig) -> PreferenceConfig:
         read = {"epochs", "learning_rate", *names}
         values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in read}
         return PreferenceConfig(**{"negatives": negatives} | values | {"beta": config.beta or beta})
 
-    return own
+    return settings
 
 
 @dataclass(frozen=True)

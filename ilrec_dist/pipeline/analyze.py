@@ -130,22 +130,22 @@ def positions(trained: TrainedModel, name: str, count: int) -> list[dict[str, An
     for first in range(0, len(users), BATCH_USERS):
         ids = np.arange(first, min(first + BATCH_USERS, len(users)))
         batch = maker.make(ids, 1)
-        found = {"rows": np.ones(len(batch.rows))}
+        shares = {"rows": np.ones(len(batch.rows))}
         for layer, same in layer_agreement(trained.backbone, batch, trained.parallel).items():
-            found[f"agreement/layer{layer}"] = same.cpu().numpy().astype(float)
-        totals = {key: value.reshape(-1, depth).sum(0) for key, value in found.items()}
+            shares[f"agreement/layer{layer}"] = same.cpu().numpy().astype(float)
+        totals = {key: value.reshape(-1, depth).sum(0) for key, value in shares.items()}
         if beams is not None:
             items = artifacts.dataset.targets("validation", users[ids]).astype(np.int64)
             negatives = negatives_of_rows(objective, batch)
-            others = candidates_but_target(batch)
+            other_candidates = candidates_but_target(batch)
             plausible = _plausible_items(artifacts, users[ids])
             for key, pairs, lists in (
                 ("negatives", negatives, None),
-                ("others", others, None),
+                ("others", other_candidates, None),
                 ("plausible", negatives, plausible),
-                ("plausible_others", others, plausible),
+                ("plausible_others", other_candidates, plausible),
                 ("in_beams", negatives, beams[ids]),
-                ("others_in_beams", others, beams[ids]),
+                ("others_in_beams", other_candidates, beams[ids]),
             ):
                 flags = np.ones(len(pairs.row))
                 if lists is not None:
@@ -212,23 +212,23 @@ def _plausible_items(artifacts: RunArtifacts, users: np.ndarray) -> np.ndarray:
     queries = encode(model, dataset.items, starts, stops)
     scores = model.items.logits(queries).masked_fill(~model.known, -torch.inf)
     best = scores.topk(min(PLAUSIBLE_ITEMS, scores.shape[1]), dim=1).indices
-    found: np.ndarray = best.cpu().numpy()
-    return found
+    best_nodes: np.ndarray = best.cpu().numpy()
+    return best_nodes
 
 
 def gradients(trained: TrainedModel, name: str, seed: int) -> dict[str, Any]:
     """The size of each term's gradient on training windows, by position in the item."""
     artifacts, config = trained.artifacts, trained.config
-    own = get_method(name).objective(config.objective)
+    objective_config = get_method(name).objective(config.objective)
     objective = CrossLayerObjective.build(
-        trained.backbone, own, artifacts.catalogue, trained.parallel
+        trained.backbone, objective_config, artifacts.catalogue, trained.parallel
     ).eval()
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
     order = StepOrder(windows, GRADIENT_WINDOWS, 1, seed)
     maker = target_batches(config, artifacts, artifacts.training, windows)
     batch = maker.make(order.sample_ids(0), 1)
     rewards = None
-    if own.crr_lambda > 0:
+    if objective_config.crr_lambda > 0:
         future = open_reward_source(artifacts).fetch_async(batch.users, batch.positions)
         rewards = torch.from_numpy(np.asarray(future.result(), np.float32))
         rewards = rewards.to(trained.parallel.device)

@@ -137,9 +137,9 @@ def worker_inputs(config: Config) -> list[str]:
     """
     model = config.backbone.from_
     templates = config.prompts.templates
-    found = [] if model is None else [Path(model)]
-    found += [] if templates is None else [template_file(templates)]
-    return [str(path.resolve()) for path in found]
+    paths = [] if model is None else [Path(model)]
+    paths += [] if templates is None else [template_file(templates)]
+    return [str(path.resolve()) for path in paths]
 
 
 def known_worker_inputs(config: Config) -> list[str]:

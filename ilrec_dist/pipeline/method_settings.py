@@ -18,13 +18,13 @@ def training_settings(config: Config, method: Method) -> TrainConfig:
     """
     if method.samples == "targets":
         return config.train
-    own, train = method.preference(config.preference), config.train
-    rate, of_rows = own.learning_rate or LEARNING_RATE_SHARE * train.learning_rate, None
+    preference, train = method.preference(config.preference), config.train
+    rate, of_rows = preference.learning_rate or LEARNING_RATE_SHARE * train.learning_rate, None
     if train.new_rows_learning_rate is not None:
         of_rows = train.new_rows_learning_rate * rate / train.learning_rate
     return dataclasses.replace(
         train,
-        epochs=own.epochs or train.epochs,
+        epochs=preference.epochs or train.epochs,
         learning_rate=rate,
         new_rows_learning_rate=of_rows,
     )

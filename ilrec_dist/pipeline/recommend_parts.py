@@ -71,14 +71,14 @@ def rank_parts(trained: TrainedModel, parts: Parts, progress: Callable[[int], No
     parallel = trained.parallel
     # One list for all, whatever each would see.
     missing = from_rank0(parts.missing())
-    own = missing[parallel.dp_rank :: parallel.dp]
-    if not own:
+    assigned = missing[parallel.dp_rank :: parallel.dp]
+    if not assigned:
         return
     alone = dataclasses.replace(trained, parallel=dataclasses.replace(parallel, dp=1, dp_rank=0))
     ranker = alone.ranker if parts.fusion is None else open_fusion(alone, parts.fusion)
     recommender = Recommender(ranker, trained.artifacts.dataset, parts.request)
     done = 0
-    for number, histories in recommender.histories.parts(parts.rows, set(own)):
+    for number, histories in recommender.histories.parts(parts.rows, set(assigned)):
         # No collective tells this rank that another one has met an error.
         if parallel.dp > 1 and is_refused(Path(parts.folder)):
             return
@@ -91,7 +91,7 @@ def rank_parts(trained: TrainedModel, parts: Parts, progress: Callable[[int], No
         if parallel.tp_rank == 0:
             with atomic_file(parts.path(number)) as staged:
                 pq.write_table(table, staged)
-        if number == own[-1]:
+        if number == assigned[-1]:
             return
 
 

@@ -110,10 +110,10 @@ class SelfPlay:
         """
         dataset, windows = self.supervised.dataset, self.supervised.windows
         constraint = TrieConstraint(self.supervised.trie, self.parallel.device)
-        found = np.full(self.supervised.num_targets, -1, np.int32)
+        negatives = np.full(self.supervised.num_targets, -1, np.int32)
         lengths = dataset.train_lengths()
         users = np.repeat(np.arange(dataset.num_users), np.maximum(lengths - 1, 0))
-        for first in range(0, len(found), CHUNK_TARGETS):
+        for first in range(0, len(negatives), CHUNK_TARGETS):
             part = slice(first, first + CHUNK_TARGETS)
             start = dataset.offsets[users[part]]
             positions = np.arange(first, first + len(start)) - self.supervised.target_index(
@@ -134,12 +134,12 @@ class SelfPlay:
                 model_name=self.spec.title,
             )
             for rows, items in ranked:
-                found[first + rows] = best_but_target(
+                negatives[first + rows] = best_but_target(
                     self.supervised, items.items.astype(np.int64), targets[rows]
                 )
         if dist.get_rank() == 0:
             with atomic_file(path) as staged, open(staged, "wb") as file:
-                np.save(file, found)
+                np.save(file, negatives)
 
 
 def best_but_target(
@@ -151,7 +151,7 @@ def best_but_target(
     Lists end with -1.
     """
     exists = items >= 0
-    others = exists & ~same_tokens(maker.trie, np.where(exists, items, 0), targets[:, None])
-    column = others.argmax(axis=1)[:, None]
+    is_other = exists & ~same_tokens(maker.trie, np.where(exists, items, 0), targets[:, None])
+    column = is_other.argmax(axis=1)[:, None]
     best = np.take_along_axis(items, column, axis=1)[:, 0]
-    return np.where(others.any(axis=1), best, -1)
+    return np.where(is_other.any(axis=1), best, -1)

@@ -53,11 +53,11 @@ def _counted(name: str, folders: RunFolders, now: float) -> Iterator[str]:
         "cf": (folders.cf_work, "epochs"),
         "evaluate": (folders.evaluation, "rankings"),
     }.get(name, (None, ""))
-    found = None if folder is None else read_counter(folder / COUNTER)
-    if found is None:
+    counted = None if folder is None else read_counter(folder / COUNTER)
+    if counted is None:
         yield "begun, not done"
         return
-    count, when = found
+    count, when = counted
     of_what = "" if count.title == name else f"{count.title} "
     yield f"{of_what}{count.done:,.0f}/{count.total:,.0f} {unit}"
     if count.note:

@@ -105,7 +105,7 @@ def step_collectives(
     """The collectives of one optimizer step, whose micro-batches
     are `batch`; `groups` are the parameters that a rank trains.
     """
-    found = []
+    collectives = []
     # One sum of squares a group; where every rank has all gradients, one of all.
     norms = FP32 * (1 if layout.keeps_gradients else len(groups))
     # In bf16 without all gradients the ranks agree on whether they are finite; elsewhere the norm
@@ -116,26 +116,28 @@ def step_collectives(
         in_loss = _of_loss(sizes, objective, batch, layout)
         for what, operation, size in itertools.chain(in_layers, in_loss):
             total = size * layout.accumulation_steps
-            found.append(Collective("tp", what, operation, layout.tp, total))
-        found.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
+            collectives.append(Collective("tp", what, operation, layout.tp, total))
+        collectives.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
     if layout.dp > 1:
         flat = sum(group.padded for group in groups)
         # ZeRO 2 sums the gradients of every micro-batch, ZeRO 1 those of the step.
         sums = layout.accumulation_steps if layout.zero_stage == 2 else 1
-        found += [
+        collectives += [
             Collective("dp", "gradients", "all_reduce", layout.dp, sums * FP32 * flat),
             Collective("dp", "updated weights", "all_gather", layout.dp, layout.element * flat),
         ]
         if not layout.keeps_gradients:
-            found.append(Collective("dp", "norm of the gradient", "all_reduce", layout.dp, norms))
+            collectives.append(
+                Collective("dp", "norm of the gradient", "all_reduce", layout.dp, norms)
+            )
     if has_flag:
         ranks: dict[GroupName, int] = {"tp": layout.tp, "dp": layout.dp}
-        found += [
+        collectives += [
             Collective(group, "whether it is finite", "all_reduce", count, FLAG_BYTES)
             for group, count in ranks.items()
             if count > 1
         ]
-    return found
+    return collectives
 
 
 def _of_layers(

@@ -145,7 +145,7 @@ class FlatGroup:
         """The most elements of whole parameters of which a rank's range has a part."""
         size = self.padded // self.dp
         stops = list(itertools.accumulate(self.sizes))
-        found = []
+        sizes = []
         for rank in range(self.dp):
             low, high = rank * size, (rank + 1) * size
             inside = (
@@ -153,5 +153,5 @@ class FlatGroup:
                 for count, stop in zip(self.sizes, stops, strict=True)
                 if stop > low and stop - count < high
             )
-            found.append(sum(inside))
-        return max(found)
+            sizes.append(sum(inside))
+        return max(sizes)

@@ -53,11 +53,11 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _parameters(plan: Plan) -> Iterator[str]:
     """The fullest rank's; only it may have rows of added tokens."""
-    found, rank = plan.parameters, fullest_rank(plan.parameters, plan.layout.tp)
+    counted, rank = plan.parameters, fullest_rank(plan.parameters, plan.layout.tp)
     yield from ("", f"{'parameters':38}{'whole model':>16}{'a GPU':>18}")
-    parts = list(dict.fromkeys(one.part for one in found))
-    named = [(part, [one for one in found if one.part == part]) for part in parts]
-    named += [("all", found), ("trained", [one for one in found if one.is_trained])]
+    parts = list(dict.fromkeys(one.part for one in counted))
+    named = [(part, [one for one in counted if one.part == part]) for part in parts]
+    named += [("all", counted), ("trained", [one for one in counted if one.is_trained])]
     for name, chosen in named:
         total, here = sum(one.total for one in chosen), sum(one.ranks[rank] for one in chosen)
         yield f"  {name:36}{total:>16,}{here:>18,}"

@@ -128,13 +128,13 @@ def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) 
     }
 
 
-def checkpoint_bytes(found: Sequence[Parameter]) -> int:
+def checkpoint_bytes(parameters: Sequence[Parameter]) -> int:
     """Of a checkpoint's parts: master weights and
     moments in fp32, from which weights follow.
 
     What tensor parallelism does not cut is written by every rank of a group.
     """
-    return (FP32 + MOMENTS_BYTES) * sum(sum(one.ranks) for one in found if one.is_trained)
+    return (FP32 + MOMENTS_BYTES) * sum(sum(one.ranks) for one in parameters if one.is_trained)
 
 
 def weights_files(

@@ -106,13 +106,13 @@ class Plan:
         return 2 * self.checkpoint / self.hardware.disk
 
 
-def make_plan(config: Config, hardware: Hardware, given: DataSizes) -> Plan:
+def make_plan(config: Config, hardware: Hardware, stated: DataSizes) -> Plan:
     """The plan of the configured method that asks for most.
 
     launch.workers is taken to be one for each GPU. Raises UserError where the sizes
     are not known, and where the configuration is impossible on this hardware.
     """
-    data = data_sizes(config, given)
+    data = data_sizes(config, stated)
     return plan_for(config, hardware, data, item_tokens(config, data))
 
 
@@ -123,7 +123,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     sizes = decoder_sizes(config, tokens)
     added = added_tokens(config, tokens)
     trained = trained_weights(config.train, added)
-    found = parameters(sizes, trained, config.launch.tp)
+    counted = parameters(sizes, trained, config.launch.tp)
     batch, mean_batch, steps = micro_batches(config, tokens, data)
     layout = StepLayout(
         config.launch.tp,
@@ -133,15 +133,15 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         config.train.zero_stage,
     )
     method, objective = _heaviest(config, sizes)
-    rank = fullest_rank(found, layout.tp)
-    groups = flat_groups(found, rank, layout.dp)
+    rank = fullest_rank(counted, layout.tp)
+    groups = flat_groups(counted, rank, layout.dp)
     trainable = sum(group.padded for group in groups)
     recompute = config.train.recompute
     collectives = step_collectives(sizes, objective, mean_batch, layout, groups, trained, recompute)
     if config.train.micro_batch_tokens is not None and layout.dp > 1:
         what = "number of micro-batches"
         collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
-    state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
+    state = state_bytes(sum(one.ranks[rank] for one in counted), groups, layout)
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
     weights, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
@@ -169,7 +169,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         data=data,
         tokens=tokens,
         sizes=sizes,
-        parameters=found,
+        parameters=counted,
         trained=trained,
         layout=layout,
         batch=batch,
@@ -194,14 +194,14 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             tokens,
             config.cf,
             largest_file,
-            checkpoint_bytes(found) // layout.tp // layout.dp,
+            checkpoint_bytes(counted) // layout.tp // layout.dp,
             hardware.nodes,
             hardware.gpus_per_node,
             layout.tp,
             get_method(method).needs_rewards(config.objective),
             trained.all_weights,
         ),
-        checkpoint=checkpoint_bytes(found),
+        checkpoint=checkpoint_bytes(counted),
         weights=weights,
     )
 

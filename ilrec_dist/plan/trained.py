@@ -122,7 +122,7 @@ class Parameter:
 
 def parameters(sizes: DecoderSizes, trained: TrainedWeights, tp: int) -> list[Parameter]:
     """All of the training's, in the order of the module's."""
-    found = [
+    counted = [
         Parameter(
             part,
             "matrix" if dimensions >= 2 else "vector",
@@ -134,14 +134,14 @@ def parameters(sizes: DecoderSizes, trained: TrainedWeights, tp: int) -> list[Pa
     ]
     if trained.lora is not None:
         layer = [one for linear in linears(sizes) for one in _adapters(linear, sizes, trained, tp)]
-        found += layer * sizes.layers
+        counted += layer * sizes.layers
     if trained.rows is not None:
         start, stop = trained.rows
         ranks = tuple(count * sizes.hidden for count in trained.own_rows(sizes, tp))
         tables = 1 if sizes.config.tie_embeddings else 2
         rows = Parameter("added rows", "rows", True, (stop - start) * sizes.hidden, ranks)
-        found += [rows] * tables
-    return found
+        counted += [rows] * tables
+    return counted
 
 
 def _adapters(
@@ -178,15 +178,17 @@ def _rows_of_ranks(linear: Linear, part: int, sizes: DecoderSizes, tp: int) -> l
     ]
 
 
-def fullest_rank(found: Sequence[Parameter], tp: int) -> int:
+def fullest_rank(parameters: Sequence[Parameter], tp: int) -> int:
     """The rank of a tp group that trains most."""
-    return max(range(tp), key=lambda rank: sum(one.ranks[rank] for one in found if one.is_trained))
+    return max(
+        range(tp), key=lambda rank: sum(one.ranks[rank] for one in parameters if one.is_trained)
+    )
 
 
-def flat_groups(found: Iterable[Parameter], rank: int, dp: int) -> list[FlatGroup]:
+def flat_groups(parameters: Iterable[Parameter], rank: int, dp: int) -> list[FlatGroup]:
     """How DeepSpeed lays out the parameters that a rank of a tp group trains."""
     by_group: dict[Group, list[int]] = {group: [] for group in GROUPS}
-    for one in found:
+    for one in parameters:
         if one.is_trained:
             by_group[one.group].append(one.ranks[rank])
     return [FlatGroup(tuple(sizes), dp) for sizes in by_group.values() if sizes]

@@ -53,7 +53,7 @@ class ItemTokens:
         return total
 
 
-def data_sizes(config: Config, given: DataSizes) -> DataSizes:
+def data_sizes(config: Config, stated: DataSizes) -> DataSizes:
     """The sizes of the run's prepared data, else those given, else the generator's.
 
     Raises UserError where one is given that the prepared data do not have.
@@ -62,20 +62,20 @@ def data_sizes(config: Config, given: DataSizes) -> DataSizes:
         dataset = RunArtifacts(config).dataset
         counted = DataSizes(dataset.num_items, dataset.num_users, dataset.num_interactions)
         for field in dataclasses.fields(DataSizes):
-            wanted, found = getattr(given, field.name), getattr(counted, field.name)
-            if wanted is not None and wanted != found:
+            wanted, actual = getattr(stated, field.name), getattr(counted, field.name)
+            if wanted is not None and wanted != actual:
                 raise UserError(
                     f"--{field.name} {wanted}: has no effect, for the data in {config.run_dir} are "
-                    f"prepared and have {found}; leave it out, or set another name"
+                    f"prepared and have {actual}; leave it out, or set another name"
                 )
         return counted
     if config.data.format != "synthetic":
-        return given
+        return stated
     synthetic = config.data.synthetic
     return DataSizes(
-        given.items or synthetic.items,
-        given.users or synthetic.users,
-        given.interactions or int(synthetic.users * synthetic.mean_length),
+        stated.items or synthetic.items,
+        stated.users or synthetic.users,
+        stated.interactions or int(synthetic.users * synthetic.mean_length),
     )
 
 

@@ -170,15 +170,15 @@ class BatchMaker:
         sequence, ordinal = np.nonzero(is_target)  # [T]
         target_lengths = item_lengths[sequence, ordinal]
         first_row = sequence * width + ends[sequence, ordinal] - target_lengths - 1
-        found = ItemRows.of(self.catalogue, self.trie, items[sequence, ordinal])
+        rows = ItemRows.of(self.catalogue, self.trie, items[sequence, ordinal])
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :width])),
             rows=torch.from_numpy(ragged_ranges(first_row, target_lengths)),
-            targets=found.targets,
-            candidate_indptr=found.indptr,
-            candidate_tokens=found.tokens,
-            reward_mask=found.reward_mask,
-            grid_index=found.grid_index,
+            targets=rows.targets,
+            candidate_indptr=rows.indptr,
+            candidate_tokens=rows.tokens,
+            reward_mask=rows.reward_mask,
+            grid_index=rows.grid_index,
             users=slices.user[sequence],
             positions=(slices.start[sequence] + ordinal).astype(np.int64),
             step_rows=step_rows,

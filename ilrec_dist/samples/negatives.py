@@ -74,17 +74,17 @@ class UniformNegatives:
         any but the target where none is left.
         """
         every = np.arange(self.dataset.num_items)
-        others = every[~same_tokens(self.trie, every, np.array(target))]
-        if not len(others):
+        other_items = every[~same_tokens(self.trie, every, np.array(target))]
+        if not len(other_items):
             raise UserError(
                 "preference: the catalogue has no item besides the target, so there is nothing "
                 "that it could be preferred to; bring more items"
             )
         history = self.dataset.sequence(user)[:position]
-        rest = np.setdiff1d(others, np.concatenate([history, drawn]))
-        rest = rest if len(rest) else others
+        undrawn = np.setdiff1d(other_items, np.concatenate([history, drawn]))
+        undrawn = undrawn if len(undrawn) else other_items
         key = hashed(self.seed, self.stream, len(drawn), ATTEMPTS, user, position)
-        return int(rest[int(key) % len(rest)])
+        return int(undrawn[int(key) % len(undrawn)])
 
 
 class NoNegatives:
@@ -179,9 +179,9 @@ def is_free(
     return free
 
 
-def same_tokens(trie: Trie, items: np.ndarray, others: np.ndarray) -> np.ndarray:
+def same_tokens(trie: Trie, items: np.ndarray, other_items: np.ndarray) -> np.ndarray:
     """bool: whether the items have the same token sequence as the others."""
-    equal: np.ndarray = trie.item_node(trie.depth, items) == trie.item_node(trie.depth, others)
+    equal: np.ndarray = trie.item_node(trie.depth, items) == trie.item_node(trie.depth, other_items)
     return equal
 
 
@@ -204,8 +204,8 @@ def in_history(
     wanted = local[:, None] * dataset.num_items + items
     index = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     begin = (np.cumsum(lengths) - lengths)[local]
-    found = (keys[index] == wanted) & (first[index] - begin[:, None] < positions[:, None])
-    return np.asarray(found)
+    is_member = (keys[index] == wanted) & (first[index] - begin[:, None] < positions[:, None])
+    return np.asarray(is_member)
 
 
 def hashed(*parts: int | np.ndarray) -> np.ndarray:

@@ -66,21 +66,21 @@ class PromptBatchMaker:
         groups = np.array([_group(sample) for sample in samples], np.int64)
         items = np.array([sample.item for sample in samples], np.int64)[groups < 2]
         rewarded = groups == 0
-        found = ItemRows.of(self.catalogue, self.trie, items)
+        rows = ItemRows.of(self.catalogue, self.trie, items)
         history, item, text = (int(lengths[groups == group].sum()) for group in range(3))
         return Batch(
             tokens=torch.from_numpy(tokens),
             rows=torch.from_numpy(ragged_ranges(first_row, lengths)),
             targets=torch.tensor(list(chain.from_iterable(responses)), dtype=torch.int64),
-            candidate_indptr=found.indptr,
-            candidate_tokens=found.tokens,
-            reward_mask=found.reward_mask_of(int(rewarded.sum())),
-            grid_index=found.grid_index,
+            candidate_indptr=rows.indptr,
+            candidate_tokens=rows.tokens,
+            reward_mask=rows.reward_mask_of(int(rewarded.sum())),
+            grid_index=rows.grid_index,
             users=np.array([sample.user for sample in samples], np.int64)[rewarded],
             positions=np.array([sample.position for sample in samples], np.int64)[rewarded],
             step_rows=step_rows,
             num_tokens=sum(map(len, sequences)),
-            groups=RowGroups(history, item, text, int(found.indptr[history]))
+            groups=RowGroups(history, item, text, int(rows.indptr[history]))
             if item or text
             else None,
         )
@@ -128,9 +128,9 @@ class PromptBatchMaker:
         items = np.array([sample.item for sample in samples], np.int64)
         in_words = [sample.item for sample in samples if _task(sample).is_text]
         words = iter(self.writer.responses(in_words) if in_words else [])
-        own, lengths = self.catalogue.item_tokens(items), self.catalogue.item_lengths(items)
+        tokens, lengths = self.catalogue.item_tokens(items), self.catalogue.item_lengths(items)
         return [
-            next(words) if _task(sample).is_text else own[row, : lengths[row]].tolist()
+            next(words) if _task(sample).is_text else tokens[row, : lengths[row]].tolist()
             for row, sample in enumerate(samples)
         ]
 

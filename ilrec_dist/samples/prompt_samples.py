@@ -100,20 +100,20 @@ class PromptSamples:
 
     def samples(self, sample_ids: np.ndarray) -> list[PromptSample]:
         """The samples with these ids (int64 [n]), in their order."""
-        found: dict[int, PromptSample] = {}
+        samples: dict[int, PromptSample] = {}
         for numbers, task, shown in self._by_task(sample_ids):
             choices = self.templates[task.name]
-            for place, (number, items) in enumerate(
+            for index, (number, items) in enumerate(
                 zip(numbers.tolist(), np.split(shown.items, shown.first[1:]), strict=True)
             ):
-                found[number] = PromptSample(
+                samples[number] = PromptSample(
                     choices[_draw(len(choices), self.seed, int(sample_ids[number]))],
                     items,
-                    int(shown.targets[place]),
-                    int(shown.users[place]),
-                    int(shown.positions[place]),
+                    int(shown.targets[index]),
+                    int(shown.users[index]),
+                    int(shown.positions[index]),
                 )
-        return [found[number] for number in range(len(sample_ids))]
+        return [samples[number] for number in range(len(sample_ids))]
 
     def _by_task(self, sample_ids: np.ndarray) -> Iterator[tuple[np.ndarray, Task, _Shown]]:
         """For each task: indices into sample_ids,

@@ -163,16 +163,16 @@ def _cell_config(
     tree = _copy(base)
     _set(tree, values)
     parts = [method, setting, f"seed{seed}"]
-    own = {
+    overrides = {
         "name": "-".join(part for part in parts if part),
         "runs_dir": str(study.folder / configuration),
         "train.methods": _with_starts(method),
         "train.seeds": [seed],
     }
     for key in values:
-        if key in own:
+        if key in overrides:
             raise ConfigError(f"{source}: key {key!r} is the study's; leave it out of the setting")
-    _set(tree, own)
+    _set(tree, overrides)
     # Keys of the configuration that other methods read have no effect on this one.
     config, dropped = drop_idle_keys(validated(Config, tree, source))
     for key in values:

@@ -98,13 +98,13 @@ def time_cells(
                 dataclasses.replace(cell.config, name=run.config.name) for cell in rows.values()
             ]
             try:
-                found = time_trainings(configs, folder)
+                timings = time_trainings(configs, folder)
             except (UserError, WorkersFailed):
                 # The cells themselves will say what is wrong.
                 continue
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            times |= {row: one for row, one in zip(rows, found, strict=True) if one is not None}
+            times |= {row: one for row, one in zip(rows, timings, strict=True) if one is not None}
     return times
 
 
@@ -131,8 +131,8 @@ def _seconds(cell: Cell) -> float:
     """
     stages = cell.run.stage_seconds()
     state = read_state(cell)
-    own = sum(stages.get(name, 0.0) for name in (*cell.trainings, cell.evaluation))
-    return max(own, state.seconds if state is not None else 0.0)
+    in_stages = sum(stages.get(name, 0.0) for name in (*cell.trainings, cell.evaluation))
+    return max(in_stages, state.seconds if state is not None else 0.0)
 
 
 def _finished_rate(cell: Cell, rates: Sequence[tuple[Cell, float]]) -> tuple[float | None, str]:
@@ -155,11 +155,13 @@ def _timed_seconds(
     the mean over other rows where it has none.
     """
     row = f"{cell.configuration}/{cell.row}"
-    others = [one for key, one in timed.items() if key.startswith(f"{cell.configuration}/")]
-    if not others:
+    of_configuration = [
+        one for key, one in timed.items() if key.startswith(f"{cell.configuration}/")
+    ]
+    if not of_configuration:
         return None, UNKNOWN
     basis = FROM_STEPS if row in timed else FROM_OTHER_STEPS
-    chosen = [timed[row]] if row in timed else others
+    chosen = [timed[row]] if row in timed else of_configuration
     config = cell.config
     validations = -(-config.train.epochs // config.train.validate_epochs)
     searched = validations * len(artifacts.validation_users(config.train.validation_users))

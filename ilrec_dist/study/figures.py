@@ -226,12 +226,12 @@ def _rows(study: StudyConfig, configuration: str, figures: Sequence[CellFigures]
             and one.cell.row == summary.method == entry.method
             and entry.exclude_seen == summary.exclude_seen
         )
-        own = tuple(
+        differences = tuple(
             interval
             for interval in intervals
             if interval.method == summary.method and interval.exclude_seen == summary.exclude_seen
         )
-        rows.append(Row(configuration, summary, cells, own))
+        rows.append(Row(configuration, summary, cells, differences))
     return rows
 
 

@@ -105,7 +105,7 @@ def _validation_chart(rows: Sequence[Row]) -> Chart:
         for one in row.cells:
             for epoch, value in one.curve:
                 values.setdefault(epoch, []).append(value)
-        points = [(epoch, statistics.fmean(found)) for epoch, found in sorted(values.items())]
+        points = [(epoch, statistics.fmean(of_epoch)) for epoch, of_epoch in sorted(values.items())]
         series.append(Series(row.name, points, number % 8, number // 8))
     return Chart("Validation NDCG@10", series, "means over seeds", "epoch", marks=True)
 

@@ -88,10 +88,10 @@ def saved_for_backward(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     The list is filled while the block runs, and keeps what it holds alive.
     """
     saved: list[Tensor] = []
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    of_parameters = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in of_parameters:
             saved.append(tensor)
         return tensor
 
@@ -107,7 +107,7 @@ def kept_by_recomputation() -> Iterator[list[int]]:
     fill the list, and go on behind the last tensor that is
     kept, where a training's own end.
     """
-    found: list[int] = []
+    alive: list[int] = []
 
     @contextmanager
     def recomputing() -> Iterator[None]:
@@ -115,13 +115,13 @@ def kept_by_recomputation() -> Iterator[list[int]]:
             yield
         # A thread of the last collective may hold its tensor for a moment.
         time.sleep(RELEASE_SECONDS)
-        found.append(made.alive())
+        alive.append(made.alive())
 
     contexts = partial(checkpoint, context_fn=lambda: (nullcontext(), recomputing()))
     vars(gpt)["checkpoint"] = contexts
     try:
         with set_checkpoint_early_stop(False):
-            yield found
+            yield alive
     finally:
         vars(gpt)["checkpoint"] = checkpoint
 

@@ -53,8 +53,8 @@ class MeasuredCheckpoint:
 def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheckpoint:
     """One checkpoint, with the training going on beside it."""
     training = SmallTraining(mesh, spec)
-    place, world = Path(folder), dist.get_world_size()
-    writer = CheckpointWriter(place, "measured", 2, mesh.rank, world, TIMEOUT_SECONDS)
+    target, world = Path(folder), dist.get_world_size()
+    writer = CheckpointWriter(target, "measured", 2, mesh.rank, world, TIMEOUT_SECONDS)
     for _ in range(2):
         training.step()
     alone = [_seconds(training.step) for _ in range(STEPS)]
@@ -62,7 +62,7 @@ def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheck
     take = training.engine, training.objective, training.parallel
     stall = _seconds(lambda: writer.begin(STEPS, {}, lambda: take_part(*take)))
     beside = []
-    while not _is_committed(place):
+    while not _is_committed(target):
         beside.append(_seconds(training.step))
     seconds = time.perf_counter() - began
     writer.wait()
@@ -77,7 +77,7 @@ def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheck
         writing_steps=len(beside),
         stall_seconds=stall,
         seconds=seconds,
-        bytes=sum(path.stat().st_size for path in place.rglob("*") if path.is_file()),
+        bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
         parameters=parameters,
     )
 

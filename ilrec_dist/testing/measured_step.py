@@ -341,10 +341,10 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
     sequences = train.batch_size // (dp * train.accumulation_steps)
     packed = int(spec.lengths(sequences).sum()) if spec.packs else None
     batch = MicroBatch(sequences, spec.length, rows, entries, packed)
-    found = parameters(sizes, trained, tp)
-    rank = fullest_rank(found, tp)
-    groups = laid_out(found, rank, dp)
-    state = state_bytes(sum(one.ranks[rank] for one in found), groups, layout)
+    counted = parameters(sizes, trained, tp)
+    rank = fullest_rank(counted, tp)
+    groups = laid_out(counted, rank, dp)
+    state = state_bytes(sum(one.ranks[rank] for one in counted), groups, layout)
     # The measured ones hold what the loss keeps as well.
     of_loss = loss_bytes(sizes, spec.objective, batch, layout, trained, rank)
     kept_by_loss = sum(of_loss.values()) - of_loss["workspace"]
@@ -362,7 +362,7 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
         master_weights=int(state["master weights"]),
         moments=int(state["moments"]),
         activations=int(kept),
-        checkpoint=checkpoint_bytes(found),
+        checkpoint=checkpoint_bytes(counted),
         collectives=collectives,
         rows=rows,
         entries=entries,

@@ -25,9 +25,9 @@ def term_in_words(rows: Sequence[Any]) -> str:
 
     rows: the statistics of this rank's micro-batches.
     """
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _bad_term(rows))
-    for rank, term in enumerate(found):
+    terms: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(terms, _bad_term(rows))
+    for rank, term in enumerate(terms):
         if term is not None:
             return f"rank {rank}: the loss term {term}"
     return "the gradient is not finite"

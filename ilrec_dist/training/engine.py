@@ -100,11 +100,14 @@ def adamw(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     pretrained = any(isinstance(m, Backbone) and m.checkpoint_family for m in module.modules())
     rows = [p for m in module.modules() if isinstance(m, TrainedRows) for p in m.parameters()]
     among_rows = set(map(id, rows))
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in among_rows]
+    weights = [p for p in module.parameters() if p.requires_grad and id(p) not in among_rows]
     rate, rows_rate = config.learning_rate, config.new_rows_learning_rate or config.learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in weights if p.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
         {"params": rows, "weight_decay": config.weight_decay, RATE_RATIO: rows_rate / rate},
     ]
     return torch.optim.AdamW(

@@ -77,10 +77,10 @@ def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
     for fragment in _fragments(optimizer, module):
         master = groups[fragment.group].master
         state = optimizer.optimizer.state.get(master, {})
-        place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
+        span = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
         kept = {WEIGHT: master, **{moment: state[moment] for moment in MOMENTS if moment in state}}
         for kind, values in kept.items():
-            tensors[f"{kind}/{fragment.name}"] = values.detach()[place].to("cpu", copy=True)
+            tensors[f"{kind}/{fragment.name}"] = values.detach()[span].to("cpu", copy=True)
         described[fragment.name] = {
             "start": fragment.start,
             "stop": fragment.stop,
@@ -121,10 +121,10 @@ def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequ
                 state[moment] = kept[moment] = torch.zeros_like(group.master)
         states.append(kept)
     for fragment in _fragments(optimizer, module):
-        place = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
+        span = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
         for kind, target in states[fragment.group].items():
             values = saved.read(kind, fragment, parameters[fragment.name], parallel)
-            target[place].copy_(values)
+            target[span].copy_(values)
     optimizer.update_lp_params()
 
 
@@ -151,7 +151,7 @@ def flat_groups(optimizer: Any) -> list[FlatGroup]:
         if is_bf16
         else optimizer.single_partition_of_fp32_groups
     )
-    found = []
+    flat = []
     for number, parameters in enumerate(groups):
         if is_bf16:
             sizes = [parameter.numel() for parameter in parameters]
@@ -160,8 +160,8 @@ def flat_groups(optimizer: Any) -> list[FlatGroup]:
             offsets = optimizer.round_robin_bit16_offsets[number]
         master, rank = masters[number], dist.get_rank(optimizer.real_dp_process_group[number])
         size = master.numel()
-        found.append(FlatGroup(parameters, offsets, rank * size, (rank + 1) * size, master))
-    return found
+        flat.append(FlatGroup(parameters, offsets, rank * size, (rank + 1) * size, master))
+    return flat
 
 
 class SavedState:

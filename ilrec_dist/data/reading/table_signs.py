@@ -89,8 +89,8 @@ class TableSigns:
         if self.width <= 0:
             return
         is_time = self.times == self.lines
-        others = np.delete(self.times, np.flatnonzero(is_time))
-        one_of_the_items = is_time.sum() == 1 and not is_time[1] and not others.any()
+        other_times = np.delete(self.times, np.flatnonzero(is_time))
+        one_of_the_items = is_time.sum() == 1 and not is_time[1] and not other_times.any()
         if self.lines >= LINES_FOR_TIMES and one_of_the_items:
             column = int(np.flatnonzero(is_time)[0])
             is_movielens = self.width == 4 and column == 3

@@ -89,9 +89,9 @@ def _check_downloaded(folder: Path, names: Sequence[str]) -> None:
     Their hashes decide what is trained again, so that they are computed anyway.
     """
     expected = {name: sha256 for name in names if (sha256 := _hub_sha256(folder / name))}
-    found = hash_files(folder, expected)
+    actual = hash_files(folder, expected)
     for name, sha256 in expected.items():
-        if found[name] != sha256:
+        if actual[name] != sha256:
             raise UserError(
                 f"{folder / name}: damaged (its SHA-256 is not the one that the Hugging Face hub "
                 "gave with it); download it again"

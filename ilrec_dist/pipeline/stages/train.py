@@ -60,12 +60,12 @@ def training_name(method: str, seed: int) -> str:
 def _training_stage(config: Config, name: str, seed: int) -> Stage:
     method = get_method(name)
     # The method's own objective: a setting that does not reach it does not run it again.
-    own = dataclasses.replace(
+    effective = dataclasses.replace(
         config,
         objective=method.objective(config.objective),
         preference=method.preference(config.preference),
     )
-    settings = stage_settings(own, "train")
+    settings = stage_settings(effective, "train")
     if method.samples == "targets":
         del settings["preference"]
     folder = RunFolders(config.run_dir).training(name, seed)

@@ -185,9 +185,9 @@ def propose_listed(
     if keep is not None:
         entry, row = entry.take(keep), row.take(keep)
     if p.options.negatives_from == "random":
-        others = local.has_target.take(local.row)
-        others[local.target] = False
-        entry = draw_entries(local.row, others, row_counts(row, chunk.n))
+        is_other = local.has_target.take(local.row)
+        is_other[local.target] = False
+        entry = draw_entries(local.row, is_other, row_counts(row, chunk.n))
         row = local.row.take(entry)
     return entry, row, Selection(None, capped) if alone else None
 

@@ -54,8 +54,8 @@ def draw_entries(row: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     # Within a row the entries are now in a random order.
     order = torch.argsort(of + draws)
     present = row_counts(of, counts.numel())
-    place = torch.arange(entry.numel(), device=row.device) - (present.cumsum(0) - present).take(of)
-    return entry.take(order[place < counts.take(of)]).sort().values
+    number = torch.arange(entry.numel(), device=row.device) - (present.cumsum(0) - present).take(of)
+    return entry.take(order[number < counts.take(of)]).sort().values
 
 
 def largest(values: Tensor, k: int) -> Tensor:
