@@ -28,6 +28,7 @@ from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common import console as console_module
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import map_array, sha256_file
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.model.hf.source import model_folder
@@ -86,8 +87,8 @@ def test_a_pickle_in_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     part.write_bytes(pickle.dumps(Payload(marker)))
     manifest = {"format": checkpoint.FORMAT, "step": 1, "fingerprint": "f", "state": {}}
     for sha256 in ("0" * 64, sha256_file(part)):
-        text = json.dumps({**manifest, "sha256": {part.name: sha256}})
-        (folder / checkpoint.MANIFEST).write_text(text)
+        written = with_checksum({**manifest, "sha256": {part.name: sha256}})
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(written))
         if sha256 == "0" * 64:
             with pytest.raises(UserError, match=f"{part}: .*SHA-256"):
                 checkpoint.latest(folder.parent, "f")
