@@ -1,24 +1,29 @@
-"""SIGKILL `ilrec cf` after its first model: run again, it trains the others only.
+"""SIGKILL `ilrec cf`, or one of its workers, after the first model: the others are
+trained, and no more.
 
 The models are those of a run that was not killed.
 """
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ray.cluster_utils import Cluster
 
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.launch.attempts import read_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -66,5 +71,50 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
     for name in ("full", "fold0", "fold1"):
         assert sha256_file(run / f"cf/{name}.safetensors") == sha256_file(
             tmp_path / f"whole/{name}.safetensors"
+        )
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".cf")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(tmp_path: Path) -> None:
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
+    config = tiny_config(
+        tmp_path,
+        cf={"epochs": 60, "patience": 60},
+        launch={"engine": "ray", "workers": 2, "ray_address": cluster.address},
+    )
+    run, killed = config.run_dir, []
+    finished = run / ".cf.unfinished/cf/fold0.safetensors"
+
+    def kill() -> None:
+        """Kill the first worker, which has two models, when the second has its only
+        one.
+        """
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not (run / ".cf.unfinished/fold0.json").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        killed.append(finished.stat().st_mtime_ns)
+        assert not (run / ".cf.unfinished/fold1.json").exists()
+        os.kill(read_workers(run / ".cf-work", 2)[0]["process"], signal.SIGKILL)
+
+    try:
+        for stage in ("prepare", "index"):
+            execute(config, stage)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        execute(config, "cf")
+        killer.join()
+    finally:
+        cluster.shutdown()
+    assert killed == [(run / "cf/fold0.safetensors").stat().st_mtime_ns]
+    alone = tiny_config(tmp_path / "alone", cf={"epochs": 60, "patience": 60})
+    for stage in ("prepare", "index", "cf"):
+        execute(alone, stage)
+    for name in ("full", "fold0", "fold1"):
+        assert sha256_file(run / f"cf/{name}.safetensors") == sha256_file(
+            alone.run_dir / f"cf/{name}.safetensors"
         )
     assert not [path.name for path in run.iterdir() if path.name.startswith(".cf")]
