@@ -20,24 +20,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from rich.console import Console
 from safetensors import SafetensorError
 
 from ilrec_dist.cli import recommend as recommend_command
+from ilrec_dist.cli.main import main
 from ilrec_dist.cli.parser import build_parser
 from ilrec_dist.common import console as console_module
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import map_array, sha256_file
 from ilrec_dist.common.manifest import with_checksum
+from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.reporting.html.examples import Example, examples_section
+from ilrec_dist.reporting.progress import Count, write_counter
 from ilrec_dist.serving.app import make_server
 from ilrec_dist.serving.backend import ScoredItem
 from ilrec_dist.training import checkpoint
 from ilrec_dist.training.optimizer_state import SavedState
 from tests.support.language_models import make_language_model
+from tests.support.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names whose use would unpickle or run what a file says.
@@ -164,6 +170,43 @@ def test_titles_and_prompts_are_no_commands_to_the_terminal(
     assert shown.count(written) == 4 and "\n  and so on" in shown
     # rich's own commands are for bold.
     assert not {"\x07", "\x9b", "\x7f"} & set(shown) and "\x1b[2J" not in shown
+
+
+def test_a_run_folder_and_what_errors_quote_are_no_commands_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile, written = "\x1b[2J\x07\x9b2J\r\n", r"\x1b[2J\x07\x9b2J\x0d\x0a"
+    run = tmp_path / "tiny"
+    config = tiny_config(tmp_path, train={"methods": ["sft"]})
+    (run / ".stages").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    (run / ".stages/config.sha256").write_text(sha256_file(run / "config.yaml"))
+    begun = {"fingerprint": "f", "settings": {}}
+    for stage in ("cf", "train sft seed 0"):
+        (run / f".stages/{stage}.begun.json").write_text(json.dumps(begun))
+    training = run / "train/sft-seed0"
+    training.mkdir(parents=True)
+    (training / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss/total": hostile}) + "\n")
+    (run / "train/.attempts").mkdir()
+    attempts = [
+        {"time": 1.0, "workers": 1, "is_restart": is_restart, "reason": hostile}
+        for is_restart in (False, True)
+    ]
+    lines = "".join(json.dumps(attempt) + "\n" for attempt in attempts)
+    (run / "train/.attempts/attempts.jsonl").write_text(lines)
+    worker = {"host": hostile, "node": "0", "process": 1}
+    (run / "train/.attempts/rank-0.json").write_text(json.dumps(worker))
+    (run / ".cf-work").mkdir()
+    write_counter(run / ".cf-work" / COUNTER, Count("cf", 1, 2, hostile))
+    assert main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    # The reason of the restart, the worker's host, and the note of the CF models.
+    assert shown.count(written) == 3
+    (tmp_path / "c.yaml").write_text('"\\e[2J\\x07\\x9b2J": 1\n')
+    assert main(["config", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert r"\x1b[2J\x07\x9b2J" in error and error.count("\n") == 1
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(shown + error)
 
 
 class Echo:

@@ -13,6 +13,7 @@ import numpy as np
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import require_file
 from ilrec_dist.common.run_layout import RunFolders
+from ilrec_dist.common.terminal import written_out
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.data.reading.item_table import read_item_table
 from ilrec_dist.items.add import GivenVectors, add_items
@@ -116,8 +117,9 @@ def run_add(arguments: argparse.Namespace) -> None:
     run = Path(arguments.run)
     check_stands_on(RunFolders(run), "index", ("prepare",))
     vectors = [Path(path) for path in arguments.vectors]
-    print(add_to_index(run, Path(arguments.items), Path(arguments.out), vectors))
+    print(written_out(add_to_index(run, Path(arguments.items), Path(arguments.out), vectors)))
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    print(report_index(Path(arguments.index), Path(arguments.plot) if arguments.plot else None))
+    plot = Path(arguments.plot) if arguments.plot else None
+    print(written_out(report_index(Path(arguments.index), plot)))

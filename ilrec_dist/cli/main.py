@@ -16,6 +16,7 @@ from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import NotWritable, UserError, WorkersFailed
 from ilrec_dist.common.loading import load_function
 from ilrec_dist.common.stop_request import TERMINATED
+from ilrec_dist.common.terminal import one_line, written_out
 
 INDEX_COMMANDS = ("build", "add", "report")
 GOES_ON = "the same command goes on where it stopped"
@@ -37,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(words)
             return 0
         except UserError as error:
-            print(f"ilrec: error: {' '.join(str(error).split())}", file=sys.stderr)
+            _say_error(str(error))
             return 2
         except WorkersFailed as error:
-            print(f"ilrec: error: {error}", file=sys.stderr)
+            _say_error(str(error))
             return 1
         except (NotWritable, OSError) as error:
             refused = not_writable(error, Path.cwd())
             if refused is None:
                 return _unforeseen(error)
-            print(f"ilrec: error: {refused}, and give the same command again", file=sys.stderr)
+            _say_error(f"{refused}, and give the same command again")
             return 1
         except KeyboardInterrupt:
             if signals:
@@ -60,18 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _unforeseen(error: Exception) -> int:
     """Leave the traceback in a file, and one line on stderr."""
-    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = f"{type(error).__name__}: {error}"
     text = "".join(traceback.format_exception(error))
     try:
         handle, path = tempfile.mkstemp(prefix="ilrec-traceback-", suffix=".txt")
         with open(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
     except OSError:
-        print(text, file=sys.stderr)
+        print(written_out(text), file=sys.stderr)
         path = "what stands above"
-    line = f"an error that is not foreseen, {words}; its traceback is in {path}: please report it"
-    print(f"ilrec: error: {line}", file=sys.stderr)
+    _say_error(
+        f"an error that is not foreseen, {words}; its traceback is in {path}: please report it"
+    )
     return 1
+
+
+def _say_error(words: str) -> None:
+    """One line; some of the words may be those of files that strangers wrote."""
+    print(f"ilrec: error: {one_line(' '.join(words.split()))}", file=sys.stderr)
 
 
 def _run(words: list[str]) -> None:

@@ -10,8 +10,9 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from ilrec_dist.common.console import console, written_out
+from ilrec_dist.common.console import console
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.terminal import written_out
 from ilrec_dist.inference.recommend import Recommender, Request
 from ilrec_dist.pipeline.fusion import open_fusion
 from ilrec_dist.pipeline.recommend import recommend_to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ilrec_dist.cli.index_commands import report_index
+from ilrec_dist.common.terminal import written_out
 from ilrec_dist.config.load import load_config
 from ilrec_dist.pipeline.execute import execute
 
@@ -24,4 +25,4 @@ def run_stage(arguments: argparse.Namespace) -> None:
 def build_index(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     execute(config, "index")
-    print(report_index(config.run_dir))
+    print(written_out(report_index(config.run_dir)))

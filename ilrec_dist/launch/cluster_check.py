@@ -152,7 +152,7 @@ def say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: flo
 
 
 def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER_SECONDS) -> None:
-    """Compare every other node's view of the run folder, of
+    """Compare every other node's view of a folder that is written here, of
     the files in `reads` and its packages with this process's.
 
     Raises UserError that names the first node that does not see the folder, has
@@ -166,6 +166,7 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
     nodes = [node for node in nodes if not _has_passed(node["NodeID"], folder, reads)]
     if not nodes:
         return
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".seen-{secrets.token_hex(8)}"
     mark.touch()
@@ -190,8 +191,12 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
             )
         for reference in answered:
             _compare(asked[reference], folder, expected, ray.get(reference))
-    finally:
+    except BaseException:
         mark.unlink(missing_ok=True)
+        if is_new:
+            folder.rmdir()
+        raise
+    mark.unlink(missing_ok=True)
     for node in nodes:
         _passed.setdefault(node["NodeID"], []).append((folder.resolve(), frozenset(reads)))
 
@@ -257,8 +262,8 @@ def _make_probe() -> Callable[..., dict[str, Any]]:
 def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any) -> None:
     if not found["sees"]:
         raise UserError(
-            f"node {address}: does not see {folder}; every node needs the run's folder under the "
-            "same path: set runs_dir to storage that all of them mount"
+            f"node {address}: does not see {folder}; every node needs that folder under the same "
+            "path: set runs_dir to storage that all of them mount"
         )
     for path, sizes in expected["files"].items():
         other = found["files"][path]

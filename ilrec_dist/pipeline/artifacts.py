@@ -143,14 +143,20 @@ def worker_inputs(config: Config) -> list[str]:
 
 
 def known_worker_inputs(config: Config) -> list[str]:
-    """`worker_inputs` of a configuration as it is given; a
-    GGUF file's are there once the file is dequantised.
+    """`worker_inputs` of a configuration as it is given; a GGUF file's
+    are there once the file is dequantised, in `dequantised_models`.
     """
     source = config.backbone.from_
     if source is None or not is_gguf(source):
         return worker_inputs(with_local_model(config))
     backbone = dataclasses.replace(config.backbone, from_=None)
     return worker_inputs(dataclasses.replace(config, backbone=backbone))
+
+
+def dequantised_models(config: Config) -> Path | None:
+    """The folder for what is made of a GGUF file; None where there is none."""
+    source = config.backbone.from_
+    return Path(config.runs_dir) / MODELS if source is not None and is_gguf(source) else None
 
 
 def with_local_model(config: Config) -> Config:

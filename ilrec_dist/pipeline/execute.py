@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.run_layout import CONFIG, CONFIG_SHA256, RunFolders
 from ilrec_dist.config.load import dump_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
-from ilrec_dist.launch.cluster_check import check_cluster
-from ilrec_dist.pipeline.artifacts import known_worker_inputs
+from ilrec_dist.launch.cluster_check import check_cluster, check_nodes
+from ilrec_dist.pipeline.artifacts import dequantised_models, known_worker_inputs
 from ilrec_dist.pipeline.preserved import Preserved
 from ilrec_dist.pipeline.records import read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
@@ -111,6 +111,9 @@ class Executor:
         if "prepare" in names and not self.run.is_current("prepare"):
             reads += [str(path.resolve()) for path in spread_files(self.config)]
         check_cluster(self.config.launch, self.run.folder, reads)
+        models = dequantised_models(self.config)
+        if models is not None:
+            check_nodes(models)
 
     @contextmanager
     def unchanged_if_refused(self) -> Iterator[None]:
@@ -308,7 +311,7 @@ def _has_checkpoints(output: Path) -> bool:
 
 
 def _warn(line: str) -> None:
-    console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    print_plain(f"warning: {line}")
 
 
 def _say_unchanged(name: str) -> None:
@@ -318,4 +321,4 @@ def _say_unchanged(name: str) -> None:
 def _say_damaged(name: str, reason: str) -> None:
     if reason.startswith("is damaged"):
         line = f"{name}: {reason}; made again"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_plain(line)

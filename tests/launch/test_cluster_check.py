@@ -22,6 +22,7 @@ from ray.util import placement_group, remove_placement_group
 
 from ilrec_dist.cf.rewards.service import _places
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.run_layout import MODELS
 from ilrec_dist.items.spread import FEW_FOR_A_MODEL
 from ilrec_dist.launch import cluster_check
 from ilrec_dist.launch.cluster_check import (
@@ -33,8 +34,9 @@ from ilrec_dist.launch.cluster_check import (
 )
 from ilrec_dist.launch.cluster_watch import WORKERS, ClusterWatch, waits_for_places
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.pipeline.execute import Executor, execute, open_run
 from ilrec_dist.pipeline.stages.index import text_workers
+from tests.support.language_models import model_config
 from tests.support.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -222,6 +224,22 @@ def test_data_and_a_text_model_that_a_node_does_not_see_are_refused(cluster, sam
     finally:
         for file in files:
             file.unlink()
+
+
+def test_a_folder_for_dequantised_models_that_a_node_does_not_see_is_refused(
+    cluster, same_source, tmp_path
+):
+    launch = {"engine": "ray", "ray_address": cluster.head.address}
+    config = model_config(tmp_path, tmp_path / "model.gguf", launch=launch)
+    models = Path(config.runs_dir) / MODELS
+    models.symlink_to(cluster.hidden)
+    line = f"node .*: does not see {models}; every node needs that folder under the same path"
+    with pytest.raises(UserError, match=line):
+        Executor(open_run(config), config)._check_cluster(["prepare", "train"])
+    assert list(cluster.hidden.iterdir()) == []
+    # Of a decoder that is trained from scratch nothing is made.
+    other = tiny_config(tmp_path, launch=launch)
+    Executor(open_run(other), other)._check_cluster(["prepare", "train"])
 
 
 def test_reward_actors_lie_where_workers_can_be(cluster):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ilrec_dist.cf.rewards.service import reward_actor
 from ilrec_dist.common.config_fields import stage_settings
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.run_layout import BEST, COUNTER, FINAL, RESULT, RunFolders
 from ilrec_dist.config.tree import Config, check_together
@@ -177,8 +177,7 @@ def _announce(trainings: Sequence[TrainingSpec]) -> None:
     for training in trainings:
         checkpoint, damaged = latest(training.folder / "checkpoints", training.fingerprint)
         for line in damaged:
-            warning = f"warning: {line}; the checkpoint before it is used"
-            console.print(warning, highlight=False, markup=False, soft_wrap=True)
+            print_plain(f"warning: {line}; the checkpoint before it is used")
         if checkpoint is not None:
             line = f"{training.title}: goes on from step {checkpoint.step}"
             console.print(line, highlight=False)
