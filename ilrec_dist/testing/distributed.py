@@ -156,6 +156,8 @@ atexit.register(close_pools)
 def _serve(connection: Connection, rank: int, world_size: int, folder: str, port: int) -> None:
     """A pool's process: answer calls until the parent closes the pipe."""
     torch.set_num_threads(1)
+    # What is imported stays, and need not be looked through after every call.
+    gc.freeze()
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(
