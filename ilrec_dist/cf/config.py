@@ -24,23 +24,27 @@ def _by_actors(config: Any) -> bool:
     return bool(config.cf.rewards == "actor")
 
 
+# The baselines' sequence models are trained with these keys too.
+_BASELINES = Affects("cf", "baseline")
+
+
 @section(affects="cf")
 class CFConfig:
     """SASRec with full-softmax cross-entropy (METHOD.md §5)."""
 
-    hidden_size: Positive = 64
+    hidden_size: Annotated[Positive, _BASELINES] = 64
     num_layers: Positive = 2
     num_heads: Positive = 2
-    dropout: Fraction = 0.2
+    dropout: Annotated[Fraction, _BASELINES] = 0.2
     # Items that the model reads at most.
-    max_history: Positive = 50
-    epochs: Positive = 30
+    max_history: Annotated[Positive, _BASELINES] = 50
+    epochs: Annotated[Positive, _BASELINES] = 30
     # Epochs without a better validation NDCG@10 before the training stops.
-    patience: Positive = 3
+    patience: Annotated[Positive, _BASELINES] = 3
     # Windows in a batch: most users have one.
-    batch_size: Positive = 128
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegativeFloat = 0.0
+    batch_size: Annotated[Positive, _BASELINES] = 128
+    learning_rate: Annotated[PositiveFloat, _BASELINES] = 1e-3
+    weight_decay: Annotated[NonNegativeFloat, _BASELINES] = 0.0
     # Models for cross-fitting. With 1 the rewards leak the target: for the leakage test only.
     cf_folds: Annotated[Int, Ge(1)] = 2
     # Shard the item table and its optimizer state over the launch.workers.
@@ -66,4 +70,4 @@ class CFConfig:
     reward_retries: Annotated[NonNegative, Affects(), OnlyIf("cf.rewards actor", _by_actors)] = 16
     # Keep rewards on disk per (user, position).
     reward_cache: Annotated[Bool, Affects()] = False
-    seed: NonNegative = 0
+    seed: Annotated[NonNegative, _BASELINES] = 0

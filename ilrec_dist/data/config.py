@@ -66,5 +66,5 @@ class DataConfig:
     # Malformed rows that are tolerated; they are listed in rejects.jsonl.
     max_bad_rows: NonNegative = 0
     # Training reads every user's training items backwards too.
-    both_directions: Annotated[Bool, Affects("cf", "train")] = False
+    both_directions: Annotated[Bool, Affects("cf", "baseline", "train")] = False
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

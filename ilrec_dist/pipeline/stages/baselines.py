@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ilrec_dist.common.config_fields import stage_settings
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.baselines.fit import train_baseline
@@ -16,19 +17,6 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.reporting.progress import stage_progress
 
-# The keys of the section `cf` that the models are trained with.
-SETTINGS = (
-    "hidden_size",
-    "dropout",
-    "max_history",
-    "epochs",
-    "patience",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
-    "seed",
-)
-
 
 def baseline_stage(name: str) -> str:
     """The name of the stage that trains a sequence model."""
@@ -36,8 +24,7 @@ def baseline_stage(name: str) -> str:
 
 
 def baseline_stages(config: Config) -> list[Stage]:
-    settings = {key: getattr(config.cf, key) for key in SETTINGS}
-    settings["both_directions"] = config.data.both_directions
+    settings = stage_settings(config.cf, "baseline") | stage_settings(config.data, "baseline")
     return [
         Stage(
             baseline_stage(name),
