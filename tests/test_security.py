@@ -36,7 +36,9 @@ from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.model.hf.source import model_folder
+from ilrec_dist.reporting import trackers
 from ilrec_dist.reporting.html.examples import Example, examples_section
+from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.reporting.progress import Count, write_counter
 from ilrec_dist.serving.app import make_server
 from ilrec_dist.serving.backend import ScoredItem
@@ -207,6 +209,69 @@ def test_a_run_folder_and_what_errors_quote_are_no_commands_to_the_terminal(
     error = capsys.readouterr().err
     assert r"\x1b[2J\x07\x9b2J" in error and error.count("\n") == 1
     assert not {"\x1b", "\x07", "\x9b", "\r"} & set(shown + error)
+
+
+TRACKER = """
+import json, os
+from pathlib import Path
+
+def note(*given):
+    with open(Path(__file__).parent / "given.jsonl", "a") as file:
+        file.write(json.dumps(given) + "\\n")
+
+note({name: value for name, value in os.environ.items() if name.startswith(("WANDB", "MLFLOW"))})
+
+def Settings(**given):
+    return given
+
+class Run:
+    id = "a"
+
+    def define_metric(self, *given, **named):
+        pass
+
+    def log(self, given):
+        note(given)
+
+    def finish(self, exit_code):
+        pass
+
+def init(**given):
+    note(given)
+    return Run()
+"""
+
+
+def test_a_tracker_gets_names_and_numbers_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    # What is set by the test is taken away after it.
+    for name in trackers.RESERVE | trackers.PATIENCE:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    folder = tmp_path / "runs/tiny/train/sft-seed0"
+    given = tmp_path / "given.jsonl"
+    try:
+        for tracker in (None, "wandb"):
+            with MetricsLog(folder, 0, tracker) as log:
+                log.write(10, 1.0, {"loss": {"total": 3.0}})
+            assert given.exists() == (tracker == "wandb")
+    finally:
+        sys.modules.pop("wandb", None)
+    environment, begun, logged = (json.loads(line)[0] for line in given.read_text().splitlines())
+    assert environment.items() >= (trackers.RESERVE | trackers.PATIENCE).items()
+    assert begun == {
+        "project": "tiny",
+        "name": "sft-seed0",
+        "id": None,
+        "resume": "allow",
+        "dir": str(folder),
+        "settings": {"console": "off", "silent": True},
+    }
+    assert logged == {"step": 10, "epoch": 1.0, "loss/total": 3.0}
 
 
 class Echo:

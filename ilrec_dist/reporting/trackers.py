@@ -28,6 +28,15 @@ TRACKED_RUN = ".tracked-run.json"
 CLOSE_SECONDS = 60.0
 # MLflow's own defaults try for minutes, in which the other ranks wait.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# By default they also send their makers reports of themselves, and W&B the host's name, the command
+# line, paths, the git repository, the installed packages and what it measures of the machine.
+RESERVE = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_HOST": "worker",
+    "WANDB_X_DISABLE_MACHINE_INFO": "true",
+    "WANDB_X_SAVE_REQUIREMENTS": "false",
+}
 
 
 class Tracker(Protocol):
@@ -59,6 +68,8 @@ def open_tracker(name: TrackerName, folder: Path) -> Tracker:
     training, unless the environment names another experiment or project.
     """
     require_tracker(name)
+    for variable, value in (PATIENCE | RESERVE).items():
+        os.environ.setdefault(variable, value)
     note, known = folder / TRACKED_RUN, None
     if note.exists():
         noted = read_json_object(note, "delete it, and the tracker gets a new run")
@@ -101,8 +112,6 @@ def close_within(tracker: Tracker, finished: bool, seconds: float = CLOSE_SECOND
 
 class _MLflow:
     def __init__(self, library: Any, folder: Path, known: str | None) -> None:
-        for name, value in PATIENCE.items():
-            os.environ.setdefault(name, value)
         self._library, self._client = library, library.MlflowClient()
         if known is not None:
             self.run_id = known

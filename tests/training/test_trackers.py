@@ -8,10 +8,13 @@ import importlib
 import importlib.util
 import json
 import math
+import platform
 import shutil
+import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +149,22 @@ def test_wandb_has_one_run_that_goes_on_after_a_resume(tmp_path, monkeypatch):
     name = json.loads((folder / ".tracked-run.json").read_text())["run"]
     keys = {"negatives/mean", "negatives/mean/pos0", "sft-seed0", "tiny"}
     assert {path.name for path in wandb_files(folder, keys)} == {f"run-{name}.wandb"}
+
+
+@needs("wandb")
+def test_wandb_gets_nothing_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOSTNAME", "a-secret-host")
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-secret-host")
+    monkeypatch.setattr(sys, "argv", ["/secret/program", "a-secret-word"])
+    folder = tmp_path / "tiny/train/sft-seed0"
+    with MetricsLog(folder, 0, "wandb") as log:
+        log.write(10, 1.0, {"loss/total": 3.0})
+    (file,) = wandb_files(folder, {"loss/total"})
+    content = file.read_bytes()
+    secrets = ["secret", str(tmp_path), str(Path.cwd()), platform.platform(), "memory_percent"]
+    assert [word for word in secrets if word.encode() in content] == []
+    assert not list(file.parent.glob("files/*"))
 
 
 @needs("wandb")
