@@ -35,7 +35,7 @@ from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.launch.device import quiet
 from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.backbones import build_backbone
+from ilrec_dist.pipeline.backbones import initial_backbone
 from ilrec_dist.pipeline.reward_source import open_reward_source
 from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import PrefetchedBatch
@@ -65,7 +65,7 @@ def worker(rank: int, tree: dict[str, Any], tp: int, steps: int, port: int, queu
     parallel = initialize_parallel(tp, "cpu")
     artifacts = RunArtifacts(config)
     catalogue = artifacts.catalogue
-    backbone = build_backbone(config, artifacts, seed=0)
+    backbone = initial_backbone(config, artifacts, seed=0)
     module = CrossLayerObjective.build(backbone, config.objective, catalogue, parallel)
     engine = build_engine(module, config.train, parallel)
     windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)

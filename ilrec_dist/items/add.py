@@ -116,12 +116,12 @@ def add_items(
                 (work / name).parent.mkdir(exist_ok=True)
                 shutil.copy(verified(folder, name, REPAIR), work / name)
         if (work / LANGUAGE_MODEL).is_dir():
-            extend_tokenizer(work / LANGUAGE_MODEL, added_tokens(old, catalogue))
+            extend_tokenizer(work / LANGUAGE_MODEL, new_token_texts(old, catalogue))
         write_items(work, catalogue, [*old_ids, *new_ids], report)
     return report
 
 
-def added_tokens(old: Catalogue, new: Catalogue) -> dict[int, str]:
+def new_token_texts(old: Catalogue, new: Catalogue) -> dict[int, str]:
     """Token id → name of the item tokens that only the longer catalogue has."""
     before = old.token_names()
     return {token: name for token, name in new.token_names().items() if token not in before}

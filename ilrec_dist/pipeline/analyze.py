@@ -66,7 +66,7 @@ def analyze(run: Path, method: str | None, seed: int | None, users: int) -> dict
         analysis: dict[str, Any] = {
             "method": name,
             "seed": seed,
-            "weights": trained_weights(RunFolders(config.run_dir), name, seed),
+            "weights": best_weights_sha256(RunFolders(config.run_dir), name, seed),
             "gains": gains(config, trained.artifacts, name),
             "positions": positions(trained, name, users),
         }
@@ -77,7 +77,7 @@ def analyze(run: Path, method: str | None, seed: int | None, users: int) -> dict
     return analysis
 
 
-def trained_weights(folders: RunFolders, method: str, seed: int) -> str:
+def best_weights_sha256(folders: RunFolders, method: str, seed: int) -> str:
     """The SHA-256 of the manifest of a training's best
     weights, by which an analysis is known to be of them.
     """

@@ -13,7 +13,7 @@ from ilrec_dist.model.partial import separate_rows, train_partially
 from ilrec_dist.pipeline.artifacts import RunArtifacts, item_titles, longest_input
 
 
-def build_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
+def initial_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:
     """The run's backbone as its training begins:
     freshly initialised, or with a model's weights.
 

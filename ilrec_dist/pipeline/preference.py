@@ -24,7 +24,7 @@ from ilrec_dist.objective.objective import Objective
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.objective.registry import Method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.backbones import build_backbone, empty_backbone
+from ilrec_dist.pipeline.backbones import empty_backbone, initial_backbone
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import batch_source
 from ilrec_dist.pipeline.self_play import SelfPlay
@@ -47,7 +47,7 @@ def first_weights(config: Config, artifacts: RunArtifacts, method: Method, seed:
     Freshly made, or with the best weights of the method that this one starts from.
     """
     if method.starts_from is None:
-        return build_backbone(config, artifacts, seed)
+        return initial_backbone(config, artifacts, seed)
     weights = artifacts.folders.training(method.starts_from, seed) / BEST
     return load_training_weights(empty_backbone(config, artifacts, seed), weights)
 

@@ -17,7 +17,7 @@ from ilrec_dist.distributed.layout import ParallelState, is_rank0
 from ilrec_dist.evaluation.ranking import evaluate_model
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.backbones import build_backbone
+from ilrec_dist.pipeline.backbones import initial_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.step_time import TIMES
 from ilrec_dist.pipeline.train_one import train_one
@@ -67,7 +67,7 @@ def _time_training(
         # The cell itself will say what is wrong.
         return None
     steps = [line["time/all"] for line in read_metrics(folder) if "time/all" in line]
-    backbone = build_backbone(config, artifacts, seed).to(parallel.device).eval()
+    backbone = initial_backbone(config, artifacts, seed).to(parallel.device).eval()
     users = artifacts.dataset.evaluated("validation")[: config.evaluation.batch_size * parallel.dp]
     began = time.monotonic()
     evaluate_model(

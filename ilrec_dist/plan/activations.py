@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes
-from ilrec_dist.plan.trained import ALL_WEIGHTS, Linear, TrainedWeights, linears
+from ilrec_dist.plan.trained import ALL_WEIGHTS, Linear, TrainedParts, linears
 
 
 @dataclass
@@ -24,7 +24,7 @@ def activation_bytes(
     sizes: DecoderSizes,
     batch: MicroBatch,
     layout: StepLayout,
-    trained: TrainedWeights = ALL_WEIGHTS,
+    trained: TrainedParts = ALL_WEIGHTS,
     recompute: bool = False,
 ) -> float:
     """Of all layers; with `recompute` only the layers' inputs, and everything of one
@@ -61,7 +61,7 @@ class _Layer:
     def __init__(
         self,
         sizes: DecoderSizes,
-        trained: TrainedWeights,
+        trained: TrainedParts,
         layout: StepLayout,
         is_packed: bool,
         is_first: bool,

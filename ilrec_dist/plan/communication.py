@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers, num_streams
-from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
-from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedWeights, linears
+from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
+from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedParts, linears
 
 GroupName = Literal["tp", "dp"]
 Operation = Literal["all_reduce", "all_gather", "broadcast"]
@@ -98,8 +98,8 @@ def step_collectives(
     objective: ObjectiveConfig,
     batch: MicroBatch,
     layout: StepLayout,
-    groups: Sequence[FlatGroup],
-    trained: TrainedWeights = ALL_WEIGHTS,
+    groups: Sequence[PlannedGroup],
+    trained: TrainedParts = ALL_WEIGHTS,
     recompute: bool = False,
 ) -> list[Collective]:
     """The collectives of one optimizer step, whose micro-batches
@@ -144,7 +144,7 @@ def _of_layers(
     sizes: DecoderSizes,
     batch: MicroBatch,
     layout: StepLayout,
-    trained: TrainedWeights,
+    trained: TrainedParts,
     recompute: bool,
 ) -> Iterator[tuple[str, Operation, int]]:
     """(what, operation, bytes) over the tensor-parallel group, from the embeddings to

@@ -14,7 +14,7 @@ ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
-class Count:
+class ParameterCount:
     """Parameters of a part of the model: those
     that every rank holds, and those cut over tp.
     """
@@ -76,56 +76,56 @@ class DecoderSizes:
     def fc1_width(self) -> int:
         return self.ffn * (2 if self.gated else 1)
 
-    def tensors(self) -> Iterator[tuple[str, int, Count]]:
+    def tensors(self) -> Iterator[tuple[str, int, ParameterCount]]:
         """(part, dimensions, elements) of every
         parameter, in the order of the module's.
 
         Together they are exactly the parameters of `model.gpt.Backbone`.
         """
         config, hidden = self.config, self.hidden
-        yield "embedding", 2, Count(0, self.vocab * hidden)
+        yield "embedding", 2, ParameterCount(0, self.vocab * hidden)
         if config.position_embedding == "learned":
-            yield "embedding", 2, Count(self.positions * hidden, 0)
+            yield "embedding", 2, ParameterCount(self.positions * hidden, 0)
         for _ in range(self.layers):
             yield from self._norm()
-            yield "attention", 2, Count(0, self.query_width * hidden)
+            yield "attention", 2, ParameterCount(0, self.query_width * hidden)
             if config.bias:
-                yield "biases", 1, Count(hidden, 0)
-            yield "attention", 2, Count(0, self.qkv_width * hidden)
+                yield "biases", 1, ParameterCount(hidden, 0)
+            yield "attention", 2, ParameterCount(0, self.qkv_width * hidden)
             if config.bias or config.qkv_bias:
-                yield "biases", 1, Count(0, self.qkv_width)
+                yield "biases", 1, ParameterCount(0, self.qkv_width)
             for _ in range(2 if config.qk_norm else 0):
-                yield "norms", 1, Count(self.head_dim, 0)
+                yield "norms", 1, ParameterCount(self.head_dim, 0)
             yield from self._norm()
-            yield "feed-forward", 2, Count(0, self.fc1_width * hidden)
+            yield "feed-forward", 2, ParameterCount(0, self.fc1_width * hidden)
             if config.bias:
-                yield "biases", 1, Count(0, self.fc1_width)
-            yield "feed-forward", 2, Count(0, self.ffn * hidden)
+                yield "biases", 1, ParameterCount(0, self.fc1_width)
+            yield "feed-forward", 2, ParameterCount(0, self.ffn * hidden)
             if config.bias:
-                yield "biases", 1, Count(hidden, 0)
+                yield "biases", 1, ParameterCount(hidden, 0)
         yield from self._norm()
         if not config.tie_embeddings:
-            yield "head", 2, Count(0, self.vocab * hidden)
+            yield "head", 2, ParameterCount(0, self.vocab * hidden)
 
-    def _norm(self) -> Iterator[tuple[str, int, Count]]:
+    def _norm(self) -> Iterator[tuple[str, int, ParameterCount]]:
         for _ in range(2 if self.config.normalization == "LayerNorm" else 1):
-            yield "norms", 1, Count(self.hidden, 0)
+            yield "norms", 1, ParameterCount(self.hidden, 0)
 
-    def parameters(self) -> dict[str, Count]:
+    def parameters(self) -> dict[str, ParameterCount]:
         """The parameters of each part."""
-        parts: dict[str, Count] = {}
+        parts: dict[str, ParameterCount] = {}
         for part, _, count in self.tensors():
-            parts[part] = summed([parts.get(part, Count(0, 0)), count])
+            parts[part] = summed([parts.get(part, ParameterCount(0, 0)), count])
         return parts
 
 
-def summed(counts: Iterable[Count]) -> Count:
+def summed(counts: Iterable[ParameterCount]) -> ParameterCount:
     counts = list(counts)
-    return Count(sum(count.whole for count in counts), sum(count.cut for count in counts))
+    return ParameterCount(sum(count.whole for count in counts), sum(count.cut for count in counts))
 
 
 @dataclass(frozen=True)
-class FlatGroup:
+class PlannedGroup:
     """Trainable parameters of a rank as DeepSpeed's ZeRO lays them end to end, padded.
 
     Matrices are one group and vectors another, because no weight decay applies to

@@ -10,8 +10,8 @@ from ilrec_dist.model.weight_layout import StoredTensor, plan_files
 from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.plan.activations import norm_bytes
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
-from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
-from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, TrainedWeights, parameters
+from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
+from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, TrainedParts, parameters
 
 MIB = 1 << 20
 # The loss's workspace on a GPU where objective.workspace_mib is null (ilrec_kernels.plan).
@@ -31,7 +31,7 @@ BEAM_ELEMENTS, BEAM_COPIES = 1 << 27, 3
 
 
 @dataclass(frozen=True)
-class Decoding:
+class BeamBatch:
     """A batch of a validation's beam search."""
 
     users: int
@@ -40,7 +40,7 @@ class Decoding:
     depth: int
 
 
-def state_bytes(count: int, groups: Sequence[FlatGroup], layout: StepLayout) -> dict[str, float]:
+def state_bytes(count: int, groups: Sequence[PlannedGroup], layout: StepLayout) -> dict[str, float]:
     """Weights, gradients and optimizer state of a rank.
 
     count: all parameters of the rank, and groups: those that it trains. The optimizer
@@ -96,7 +96,7 @@ def loss_bytes(
     objective: ObjectiveConfig,
     batch: MicroBatch,
     layout: StepLayout,
-    trained: TrainedWeights = ALL_WEIGHTS,
+    trained: TrainedParts = ALL_WEIGHTS,
     tp_rank: int = 0,
 ) -> dict[str, float]:
     """The loss's workspace, the gradient of a rank's trained
@@ -116,7 +116,9 @@ def loss_bytes(
     }
 
 
-def decoding_bytes(sizes: DecoderSizes, decoding: Decoding, layout: StepLayout) -> dict[str, float]:
+def decoding_bytes(
+    sizes: DecoderSizes, decoding: BeamBatch, layout: StepLayout
+) -> dict[str, float]:
     """The caches of a validation's beam search, and its logits."""
     heads = max(1, sizes.kv_heads // layout.tp)
     token = 2 * sizes.layers * heads * sizes.head_dim * layout.element
@@ -138,7 +140,7 @@ def checkpoint_bytes(parameters: Sequence[Parameter]) -> int:
 
 
 def weights_files(
-    sizes: DecoderSizes, layout: StepLayout, trained: TrainedWeights, added: int
+    sizes: DecoderSizes, layout: StepLayout, trained: TrainedParts, added: int
 ) -> tuple[int, int]:
     """Bytes of the best or the final weights, and of the largest file that a rank
     writes of them.

@@ -26,7 +26,7 @@ from ilrec_dist.plan.memory import (
     FRAGMENTS,
     GRADIENTS,
     RESERVED,
-    Decoding,
+    BeamBatch,
     bucket_bytes,
     checkpoint_bytes,
     decoding_bytes,
@@ -37,16 +37,16 @@ from ilrec_dist.plan.memory import (
 from ilrec_dist.plan.speed import StepTime, step_time
 from ilrec_dist.plan.trained import (
     Parameter,
-    TrainedWeights,
-    flat_groups,
+    TrainedParts,
     fullest_rank,
     parameters,
-    trained_weights,
+    planned_groups,
+    trained_parts,
 )
 from ilrec_dist.plan.workload import (
     DataSizes,
     ItemTokens,
-    added_tokens,
+    added_token_range,
     data_sizes,
     decoder_sizes,
     item_tokens,
@@ -69,7 +69,7 @@ class Plan:
     tokens: ItemTokens
     sizes: DecoderSizes
     parameters: list[Parameter]
-    trained: TrainedWeights
+    trained: TrainedParts
     layout: StepLayout
     # The largest micro-batch of a rank, and one of average size.
     batch: MicroBatch
@@ -121,8 +121,8 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     config = _on(config, hardware)
     _check_node(config, hardware)
     sizes = decoder_sizes(config, tokens)
-    added = added_tokens(config, tokens)
-    trained = trained_weights(config.train, added)
+    added = added_token_range(config, tokens)
+    trained = trained_parts(config.train, added)
     counted = parameters(sizes, trained, config.launch.tp)
     batch, mean_batch, steps = micro_batches(config, tokens, data)
     layout = StepLayout(
@@ -134,7 +134,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     )
     method, objective = _heaviest(config, sizes)
     rank = fullest_rank(counted, layout.tp)
-    groups = flat_groups(counted, rank, layout.dp)
+    groups = planned_groups(counted, rank, layout.dp)
     trainable = sum(group.padded for group in groups)
     recompute = config.train.recompute
     collectives = step_collectives(sizes, objective, mean_batch, layout, groups, trained, recompute)
@@ -145,7 +145,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
     weights, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
-    decoding = Decoding(
+    decoding = BeamBatch(
         config.evaluation.batch_size,
         config.evaluation.beam,
         batch.tokens_per_sequence,

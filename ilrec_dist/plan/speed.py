@@ -10,7 +10,7 @@ from ilrec_dist.model.utilisation import mfu
 from ilrec_dist.plan.communication import Collective, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.hardware import Hardware
-from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedWeights
+from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedParts
 
 # AdamW reads weight, gradient and moments and writes weight and moments, all fp32.
 UPDATE_BYTES = 28
@@ -46,7 +46,7 @@ def step_time(
     collectives: Sequence[Collective],
     trainable_per_rank: int,
     streams: int,
-    trained: TrainedWeights = ALL_WEIGHTS,
+    trained: TrainedParts = ALL_WEIGHTS,
     recompute: bool = False,
 ) -> StepTime:
     """The time of a step in which every micro-batch is `batch`.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ilrec_dist.model.config import LoraConfig, TargetModule
 from ilrec_dist.model.hf.slices import shard_slices
-from ilrec_dist.plan.decoder import DecoderSizes, FlatGroup
+from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
 from ilrec_dist.training.config import TrainConfig
 
 # The optimizer's groups, in its order: decayed, not decayed, and rows of the vocabulary.
@@ -17,7 +17,7 @@ GROUPS: tuple[Group, ...] = ("matrix", "vector", "rows")
 
 
 @dataclass(frozen=True)
-class TrainedWeights:
+class TrainedParts:
     """All weights, or adapters and rows of added tokens beside frozen ones."""
 
     all_weights: bool = True
@@ -50,10 +50,10 @@ class TrainedWeights:
         return tuple(max(1, min(stop, last) - max(start, first)) for first, last in edges)
 
 
-ALL_WEIGHTS = TrainedWeights()
+ALL_WEIGHTS = TrainedParts()
 
 
-def trained_weights(train: TrainConfig, added: tuple[int, int]) -> TrainedWeights:
+def trained_parts(train: TrainConfig, added: tuple[int, int]) -> TrainedParts:
     """What a training trains; added: the range of the tokens that are added to a
     model's own.
     """
@@ -61,7 +61,7 @@ def trained_weights(train: TrainConfig, added: tuple[int, int]) -> TrainedWeight
     is_full = kind == "full"
     apart = train.new_rows_learning_rate is not None if is_full else kind.endswith("new_rows")
     lora = train.lora if kind.startswith("lora") else None
-    return TrainedWeights(is_full, lora, added if apart else None)
+    return TrainedParts(is_full, lora, added if apart else None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Parameter:
     ranks: tuple[int, ...]
 
 
-def parameters(sizes: DecoderSizes, trained: TrainedWeights, tp: int) -> list[Parameter]:
+def parameters(sizes: DecoderSizes, trained: TrainedParts, tp: int) -> list[Parameter]:
     """All of the training's, in the order of the module's."""
     counted = [
         Parameter(
@@ -145,7 +145,7 @@ def parameters(sizes: DecoderSizes, trained: TrainedWeights, tp: int) -> list[Pa
 
 
 def _adapters(
-    linear: Linear, sizes: DecoderSizes, trained: TrainedWeights, tp: int
+    linear: Linear, sizes: DecoderSizes, trained: TrainedParts, tp: int
 ) -> list[Parameter]:
     """The factors A of a map's adapters, and then their factors B."""
     lora = trained.lora
@@ -185,10 +185,10 @@ def fullest_rank(parameters: Sequence[Parameter], tp: int) -> int:
     )
 
 
-def flat_groups(parameters: Iterable[Parameter], rank: int, dp: int) -> list[FlatGroup]:
+def planned_groups(parameters: Iterable[Parameter], rank: int, dp: int) -> list[PlannedGroup]:
     """How DeepSpeed lays out the parameters that a rank of a tp group trains."""
     by_group: dict[Group, list[int]] = {group: [] for group in GROUPS}
     for one in parameters:
         if one.is_trained:
             by_group[one.group].append(one.ranks[rank])
-    return [FlatGroup(tuple(sizes), dp) for sizes in by_group.values() if sizes]
+    return [PlannedGroup(tuple(sizes), dp) for sizes in by_group.values() if sizes]

@@ -126,11 +126,11 @@ def decoder_sizes(config: Config, tokens: ItemTokens) -> DecoderSizes:
     pretrained = read_config(source)
     check_positions(pretrained, positions)
     decoder = decoder_of(config.backbone, pretrained)
-    vocab = max(pretrained.vocab_size, added_tokens(config, tokens)[1])
+    vocab = max(pretrained.vocab_size, added_token_range(config, tokens)[1])
     return DecoderSizes.of(decoder, vocab, pretrained.max_positions)
 
 
-def added_tokens(config: Config, tokens: ItemTokens) -> tuple[int, int]:
+def added_token_range(config: Config, tokens: ItemTokens) -> tuple[int, int]:
     """The range of the item tokens that follow a model's own."""
     source = config.backbone.from_
     if source is None:

@@ -27,7 +27,7 @@ TERMINATE_SECONDS = 120.0
 
 
 @dataclass
-class Attempt:
+class RunningCell:
     """A cell's process."""
 
     cell: Cell
@@ -48,7 +48,7 @@ class Schedule:
     def __init__(self, cells: Sequence[Cell], room: Room, jobs: int | None = None) -> None:
         self.room, self.jobs = room, jobs
         self.waiting = list(cells)
-        self.running: list[Attempt] = []
+        self.running: list[RunningCell] = []
         self.ended: list[Cell] = []
         # The title of the cell that makes each training: others that have the same one wait for it.
         self._makers: dict[str, str] = {}
@@ -125,7 +125,7 @@ class Schedule:
             start_new_session=True,
             preexec_fn=_beginning(),
         )
-        self.running.append(Attempt(cell, process, log, began, share, devices))
+        self.running.append(RunningCell(cell, process, log, began, share, devices))
 
     def _collect(self) -> None:
         for attempt in list(self.running):
@@ -133,7 +133,7 @@ class Schedule:
             if code is not None:
                 self._note_end(attempt, code)
 
-    def _note_end(self, attempt: Attempt, code: int) -> None:
+    def _note_end(self, attempt: RunningCell, code: int) -> None:
         attempt.log.close()
         self.running.remove(attempt)
         self.ended.append(attempt.cell)

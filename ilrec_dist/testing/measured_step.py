@@ -35,8 +35,13 @@ from ilrec_dist.plan.communication import MicroBatch, StepLayout, step_collectiv
 from ilrec_dist.plan.decoder import DecoderSizes
 from ilrec_dist.plan.memory import checkpoint_bytes, loss_bytes, state_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
-from ilrec_dist.plan.trained import TrainedWeights, fullest_rank, parameters, trained_weights
-from ilrec_dist.plan.trained import flat_groups as laid_out
+from ilrec_dist.plan.trained import (
+    TrainedParts,
+    fullest_rank,
+    parameters,
+    planned_groups,
+    trained_parts,
+)
 from ilrec_dist.testing.accounting import (
     counted_collectives,
     kept_by_recomputation,
@@ -89,8 +94,8 @@ class StepSpec:
         return 1 if self.codes is None else self.vocab_size - self.depth * self.codes
 
     @property
-    def trained(self) -> TrainedWeights:
-        return trained_weights(self.train, self.added)
+    def trained(self) -> TrainedParts:
+        return trained_parts(self.train, self.added)
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
     batch = MicroBatch(sequences, spec.length, rows, entries, packed)
     counted = parameters(sizes, trained, tp)
     rank = fullest_rank(counted, tp)
-    groups = laid_out(counted, rank, dp)
+    groups = planned_groups(counted, rank, dp)
     state = state_bytes(sum(one.ranks[rank] for one in counted), groups, layout)
     # The measured ones hold what the loss keeps as well.
     of_loss = loss_bytes(sizes, spec.objective, batch, layout, trained, rank)

@@ -17,7 +17,7 @@ from ilrec_dist.model.partial import partial_state_dict, separate_rows
 from ilrec_dist.plan.communication import StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes, summed
 from ilrec_dist.plan.memory import weights_files
-from ilrec_dist.plan.trained import TrainedWeights, parameters
+from ilrec_dist.plan.trained import TrainedParts, parameters
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 pytestmark = pytest.mark.slow
@@ -44,11 +44,11 @@ ADDED = (90, 101)
 LORA = LoraConfig(rank=3)
 ATTENTION = LoraConfig(rank=2, target_modules=["q_proj", "v_proj", "o_proj"])
 TRAINED = {
-    "adapters": TrainedWeights(False, LORA),
-    "adapters of the attention": TrainedWeights(False, ATTENTION, ADDED),
-    "adapters and rows": TrainedWeights(False, LORA, (40, 101)),
-    "rows": TrainedWeights(False, None, ADDED),
-    "rows apart from the rest": TrainedWeights(True, None, ADDED),
+    "adapters": TrainedParts(False, LORA),
+    "adapters of the attention": TrainedParts(False, ATTENTION, ADDED),
+    "adapters and rows": TrainedParts(False, LORA, (40, 101)),
+    "rows": TrainedParts(False, None, ADDED),
+    "rows apart from the rest": TrainedParts(True, None, ADDED),
 }
 
 

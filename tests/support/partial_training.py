@@ -16,7 +16,7 @@ from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import loss_options
 from ilrec_dist.pipeline import train_one
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.backbones import build_backbone
+from ilrec_dist.pipeline.backbones import initial_backbone
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.spec import TrainingSpec
 
@@ -50,7 +50,7 @@ def train(
     try:
         spec = TrainingSpec("sft", 0, Path(folder), "test")
         train_one.train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
-        before = dict(build_backbone(config, artifacts, 0).gpt.named_parameters())
+        before = dict(initial_backbone(config, artifacts, 0).gpt.named_parameters())
         trained[0].write_trained_rows()
         return {
             name: int((parameter != before[name]).sum())
@@ -69,7 +69,7 @@ def gradients(mesh: Mesh, tree: dict[str, Any], trainable: str) -> dict[str, tor
     artifacts = RunArtifacts(config)
     initialize_parallel(mesh.tp, "cpu")
     try:
-        backbone = build_backbone(config, artifacts, 0)
+        backbone = initial_backbone(config, artifacts, 0)
         catalogue = artifacts.catalogue
         first, stop = catalogue.vocabulary.added_tokens
         generator = torch.Generator().manual_seed(5)

@@ -12,7 +12,7 @@ from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.backbones import build_backbone
+from ilrec_dist.pipeline.backbones import initial_backbone
 from ilrec_dist.testing.distributed import Mesh
 from tests.support.whole_model import full_state_dict
 
@@ -36,6 +36,6 @@ def start_weights(mesh: Mesh, tree: dict[str, Any]) -> dict[str, torch.Tensor]:
     config = config_from_dict(tree)
     initialize_parallel(mesh.tp, "cpu")
     try:
-        return full_state_dict(build_backbone(config, ShopArtifacts(config), 3))
+        return full_state_dict(initial_backbone(config, ShopArtifacts(config), 3))
     finally:
         destroy_parallel()
