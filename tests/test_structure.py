@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,16 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     imported = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
     # Raises CycleError, which names the circle.
     TopologicalSorter(imported).prepare()
+
+
+def test_sections_of_the_method_that_the_code_cites_exist() -> None:
+    headings = re.findall(r"^## (\d+)\.", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    missing = {}
+    for path in SOURCES:
+        for cited in re.findall(r"METHOD\.md\s+§+([\d–, -]*\d)", path.read_text(encoding="utf-8")):
+            if not set(re.findall(r"\d+", cited)) <= set(headings):
+                missing[str(path.relative_to(ROOT))] = cited
+    assert headings and not missing, missing
 
 
 def test_only_the_registry_names_a_method() -> None:
