@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import atomic_file
+from ilrec_dist.common.parquet import read_checked, write_checked
 from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, mean_metrics, per_user, ranks_of_lists
 
 SCHEMA = pa.schema(
@@ -106,18 +107,12 @@ class Predictions:
         ]
         schema = SCHEMA.with_metadata({"exclude_seen": str(self.exclude_seen).lower()})
         with atomic_file(path) as staged:
-            pq.write_table(pa.Table.from_arrays(columns, schema=schema), staged)
+            write_checked(pa.Table.from_arrays(columns, schema=schema), staged)
 
     @staticmethod
     def load(path: str | Path) -> Predictions:
         """Read what `save` wrote. Raises UserError for a missing or foreign file."""
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"{path}: cannot be read as predictions ({str(error).splitlines()[0]}); "
-                "run `ilrec evaluate` again"
-            ) from None
+        table = read_checked(path, "predictions", "run `ilrec evaluate` again")
         metadata = table.schema.metadata or {}
         if not table.schema.equals(SCHEMA) or b"exclude_seen" not in metadata:
             raise UserError(
@@ -151,13 +146,18 @@ def recompute(path: str | Path) -> dict[str, float]:
 
 def join_predictions(parts: Sequence[Path], out: Path) -> None:
     """Write what `Predictions.save` wrote for disjoint users, ascending from part to
-    part, as one file, whole or not at all; one part is in memory at a time.
+    part, as one file, whole or not at all; one part is in memory at a time. Raises
+    ValueError for no users.
     """
+    if not parts:
+        raise ValueError("predictions of no users")
     with atomic_file(out) as staged:
         schema = pq.read_schema(parts[0])
-        with pq.ParquetWriter(staged, schema) as writer:
+        with pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
             for part in parts:
-                writer.write_table(pq.read_table(part))
+                writer.write_table(
+                    read_checked(part, "a part of predictions", "run `ilrec evaluate` again")
+                )
 
 
 def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:

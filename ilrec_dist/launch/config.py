@@ -50,3 +50,10 @@ class LaunchConfig:
     @property
     def dp(self) -> int:
         return self.workers // self.tp
+
+    @property
+    def lock_seconds(self) -> float:
+        """How long rank 0 waits for a folder that a killed command's last processes
+        hold: the other ranks wait in a collective, which must not end before.
+        """
+        return self.timeout_seconds / 2

@@ -99,7 +99,7 @@ def parts_folder(path: Path) -> Path:
 
 def is_ranked(path: Path) -> bool:
     """Whether the predictions are there, whole; the same on every rank."""
-    exists: bool = from_rank0(is_whole_parquet(path))
+    exists: bool = from_rank0(is_rank0() and is_whole_parquet(path))
     if exists and is_rank0():
         # Of a process that ended when it had joined them.
         shutil.rmtree(parts_folder(path), ignore_errors=True)
@@ -115,7 +115,7 @@ def rank_in_parts(path: Path, users: np.ndarray, rank: RankUsers, counter: Ranki
     starts = range(0, len(users), PART_USERS)
     files = [parts_folder(path) / f"{number:06d}.parquet" for number in range(len(starts))]
     # One list for all, whatever each would see.
-    finished: list[bool] = from_rank0([is_whole_parquet(file) for file in files])
+    finished: list[bool] = from_rank0([is_rank0() and is_whole_parquet(file) for file in files])
     for file, start, is_finished in zip(files, starts, finished, strict=True):
         if is_finished:
             continue

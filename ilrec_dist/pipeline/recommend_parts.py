@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.files import atomic_file
-from ilrec_dist.common.parquet import is_whole_parquet
-from ilrec_dist.distributed.layout import from_rank0
+from ilrec_dist.common.parquet import is_whole_parquet, read_checked, write_checked
+from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.inference.recommend import SCHEMA, Recommender, Request
 from ilrec_dist.launch.job import is_refused
 from ilrec_dist.pipeline.fusion import open_fusion
@@ -70,7 +70,7 @@ def rank_parts(trained: TrainedModel, parts: Parts, progress: Callable[[int], No
     """
     parallel = trained.parallel
     # One list for all, whatever each would see.
-    missing = from_rank0(parts.missing())
+    missing = from_rank0(parts.missing() if is_rank0() else [])
     assigned = missing[parallel.dp_rank :: parallel.dp]
     if not assigned:
         return
@@ -90,7 +90,7 @@ def rank_parts(trained: TrainedModel, parts: Parts, progress: Callable[[int], No
         done += len(histories.users)
         if parallel.tp_rank == 0:
             with atomic_file(parts.path(number)) as staged:
-                pq.write_table(table, staged)
+                write_checked(table, staged)
         if number == assigned[-1]:
             return
 
@@ -112,9 +112,10 @@ def join_parts(parts: Parts, out: Path) -> Written:
     # Among the parts, whose folder is emptied by the next command where this one is killed.
     joined = Path(parts.folder) / "joined.parquet"
     with writing_to(out):
-        with pq.ParquetWriter(joined, SCHEMA) as writer:
+        with pq.ParquetWriter(joined, SCHEMA, write_page_checksum=True) as writer:
             for number in range(parts.count):
-                table = pq.read_table(parts.path(number))
+                again = "give the same command again"
+                table = read_checked(parts.path(number), "a part of the answer", again)
                 pending.append(table)
                 rows += table.num_rows
                 users_with_items += pc.sum(pc.equal(table.column("rank"), 1)).as_py() or 0

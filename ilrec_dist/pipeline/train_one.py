@@ -43,9 +43,7 @@ def train_one(
 
     Does nothing where the training is finished. Collective over all workers.
     """
-    # The other ranks wait in a collective, which must not end before.
-    patience = config.launch.timeout_seconds / 2
-    with exclusive_folder(spec.folder, patience) as finished:
+    with exclusive_folder(spec.folder, config.launch.lock_seconds) as finished:
         if finished:
             return
         method = get_method(spec.method)

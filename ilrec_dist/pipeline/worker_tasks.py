@@ -35,6 +35,7 @@ from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.trained_model import find_trained
 from ilrec_dist.pipeline.usage import note_peak_memory
 from ilrec_dist.reporting.progress import Count, write_counter
+from ilrec_dist.training.exclusive import exclusive_folder
 from ilrec_dist.training.spec import TrainingSpec
 
 
@@ -52,11 +53,14 @@ def train_and_evaluate(
             train_one(tree, spec, artifacts, parallel)
             note_peak_memory(spec.folder, parallel)
         if evaluate:
-            drop_rankings_of_others(tree, artifacts)
-            evaluate_trained(tree, artifacts, parallel)
-            evaluate_baselines(tree, artifacts)
-            if is_rank0():
-                (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
+            # The evaluation's own folder may be removed while a killed command's last processes
+            # still work.
+            with exclusive_folder(artifacts.folders.trainings, tree.launch.lock_seconds):
+                drop_rankings_of_others(tree, artifacts)
+                evaluate_trained(tree, artifacts, parallel)
+                evaluate_baselines(tree, artifacts)
+                if is_rank0():
+                    (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 
 
 def train_cf_part(config: dict[str, Any]) -> None:

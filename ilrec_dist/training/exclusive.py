@@ -1,4 +1,4 @@
-"""One command at a time trains into a folder."""
+"""One command at a time trains into a folder, or evaluates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ilrec_dist.distributed.layout import from_rank0, is_rank0
 
 @contextmanager
 def exclusive_folder(folder: Path, patience: float) -> Iterator[bool]:
-    """Hold the training's folder, and say whether its training is finished already.
+    """Hold a training's folder, and say whether its training is finished already, or
+    hold that of all trainings, of which the evaluation is the last work.
 
     Rank 0 waits for the lock, which a killed run's last processes may still hold:
     they may finish the training. Raises NotWritable where one still holds it after

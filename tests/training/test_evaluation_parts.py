@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.common.files import sha256_file, write_json
+from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import BEST, RESULT, WEIGHTS_SHA256
 from ilrec_dist.config.tree import Config
@@ -133,6 +133,40 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     assert sizes == [SIZES[1:] + SIZES * (OF_A_PART - 3)] * 2
     assert predictions(config) == in_parts and weights.stat().st_mtime_ns == chosen
     assert not list(folder.rglob(".*parts"))
+
+
+def test_a_damaged_part_is_ranked_again(config: Config) -> None:
+    folder, tree = RunArtifacts(config).folders.evaluation, config_to_dict(config)
+    tree["evaluation"]["fusion"] = False
+    shutil.rmtree(folder, ignore_errors=True)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, len(SIZES) + 2)
+    before = predictions(config)
+    # A byte in the middle of a part, and of all predictions of the first treatment.
+    part = folder / f"sft-seed0/.{NAMES[1]}.parts/000000.parquet"
+    for path in (part, folder / "sft-seed0" / NAMES[0]):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4] ^= 1
+        path.write_bytes(content)
+    sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
+    assert sizes == [[*SIZES, SIZES[0], SIZES[2]]] * 2
+    found = predictions(config)
+    assert found[f"sft-seed0/{NAMES[0]}"] == before[f"sft-seed0/{NAMES[0]}"]
+
+
+def test_processes_of_a_killed_command_and_a_later_one_do_not_rank_together(
+    config: Config,
+) -> None:
+    folders, tree = RunArtifacts(config).folders, config_to_dict(config)
+    tree["evaluation"]["fusion"] = False
+    tree["launch"]["timeout_seconds"] = 4.0
+    shutil.rmtree(folders.evaluation, ignore_errors=True)
+    with file_lock(folders.trainings / ".lock") as handle:
+        os.write(handle, b"12 on there")
+        line = f"{folders.trainings}: process 12 on there, of an earlier command or attempt, still"
+        with pytest.raises(RuntimeError, match=line):
+            run_distributed(evaluate, 2, 1, tree, PART_USERS)
+        assert not folders.evaluation.exists()
+    assert run_distributed(evaluate, 2, 1, tree, PART_USERS) == [SIZES * 2] * 2
 
 
 def test_parts_of_another_model_are_never_joined(config: Config) -> None:
