@@ -106,6 +106,18 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(imported).prepare()
 
 
+def test_names_say_what_they_hold() -> None:
+    vague = set("found given told own each both only others some gone turn place".split())
+    places = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+        for path in SOURCES
+        for node in parsed(path)[1]
+        if isinstance(node, ast.Name | ast.arg)
+        and (name := node.id if isinstance(node, ast.Name) else node.arg) in vague
+    ]
+    assert not places, places
+
+
 def test_sections_of_the_method_that_the_code_cites_exist() -> None:
     headings = re.findall(r"^## (\d+)\.", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
     missing = {}

@@ -68,8 +68,8 @@ def _reason(failures: Path, since: float) -> str:
     """
     paths = sorted(failures.glob("rank-*.json"))
     notes = [read_json_object(path) for path in paths if path.stat().st_mtime >= since]
-    own = [note["error"] for note in notes if not note.get("of_another_rank")]
-    return own[0] if own else LOST
+    messages = [note["error"] for note in notes if not note.get("of_another_rank")]
+    return messages[0] if messages else LOST
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
@@ -78,7 +78,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
+    attempts = []
     for line in lines:
         try:
             entry = json.loads(line)
@@ -91,18 +91,18 @@ def read_attempts(folder: Path) -> list[Attempt]:
         except (ValueError, TypeError, KeyError):
             # A killed worker tore the line, or it was damaged.
             continue
-        found.append(attempt)
-    return found
+        attempts.append(attempt)
+    return attempts
 
 
 def read_workers(folder: Path, count: int) -> list[dict[str, Any]]:
     """The workers of the last attempt by rank, as far as they
     have begun, and what they noted is whole.
     """
-    found = []
+    workers = []
     for rank in range(count):
         with suppress(UserError):
             worker = read_json_object(folder / ATTEMPTS / f"rank-{rank}.json")
             if {"host", "node", "process"} <= worker.keys():
-                found.append(worker)
-    return found
+                workers.append(worker)
+    return workers

@@ -101,9 +101,9 @@ def cluster_words(nodes: Sequence[Mapping[str, Any]], resource: str) -> str:
     """`4 GPUs on 2 nodes (10.0.0.1: 2, 10.0.0.2: 2)`."""
     counts = [(node["NodeManagerAddress"], amount(node, resource)) for node in nodes]
     total = sum(count for _, count in counts)
-    each = ", ".join(f"{address}: {count}" for address, count in counts)
+    counted = ", ".join(f"{address}: {count}" for address, count in counts)
     plural = "node" if len(counts) == 1 else "nodes"
-    return f"{total} {resource}s on {len(counts)} {plural} ({each})"
+    return f"{total} {resource}s on {len(counts)} {plural} ({counted})"
 
 
 def amount(node: Mapping[str, Any], resource: str) -> int:
@@ -250,23 +250,23 @@ def _make_probe() -> Callable[..., dict[str, Any]]:
         packages: Mapping[str, Sequence[str]],
         sources: Sequence[str],
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {"Python": platform.python_version()}
-        found |= {package: version(builds) for package, builds in packages.items()}
-        found |= {package: source(package) for package in sources}
+        versions: dict[str, Any] = {"Python": platform.python_version()}
+        versions |= {package: version(builds) for package, builds in packages.items()}
+        versions |= {package: source(package) for package in sources}
         files = {path: sizes(path) for path in reads}
-        return {"sees": os.path.exists(mark), "files": files, "versions": found}
+        return {"sees": os.path.exists(mark), "files": files, "versions": versions}
 
     return probe
 
 
-def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any) -> None:
-    if not found["sees"]:
+def _compare(address: str, folder: Path, expected: Mapping[str, Any], answer: Any) -> None:
+    if not answer["sees"]:
         raise UserError(
             f"node {address}: does not see {folder}; every node needs that folder under the same "
             "path: set runs_dir to storage that all of them mount"
         )
     for path, sizes in expected["files"].items():
-        other = found["files"][path]
+        other = answer["files"][path]
         if sizes is None or other == sizes:
             continue
         if other is None:
@@ -280,7 +280,7 @@ def _compare(address: str, folder: Path, expected: Mapping[str, Any], found: Any
             "command has there; copy the same to all nodes"
         )
     for package, version in expected["versions"].items():
-        other = found["versions"][package]
+        other = answer["versions"][package]
         if other != version:
             raise UserError(
                 f"node {address}: has {_version(package, other)}, and the node of this command has "

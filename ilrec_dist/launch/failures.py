@@ -66,7 +66,7 @@ def describe(error: Exception) -> str:
     without addresses, and where it arose.
     """
     message = re.sub(r"0x[0-9a-f]+", "0x…", _message(error))
-    return f"{type(error).__name__}: {message} ({_place(error)})"
+    return f"{type(error).__name__}: {message} ({_origin(error)})"
 
 
 def identity(error: Exception) -> str:
@@ -77,9 +77,9 @@ def identity(error: Exception) -> str:
     was free, and who had it, never is the same twice.
     """
     if _is_memory(error):
-        return f"{type(error).__name__}: memory ({_place(error)})"
+        return f"{type(error).__name__}: memory ({_origin(error)})"
     message = re.sub("|".join(OF_ONE_ATTEMPT), "…", _message(error))
-    return f"{type(error).__name__}: {message} ({_place(error)})"
+    return f"{type(error).__name__}: {message} ({_origin(error)})"
 
 
 def _is_memory(error: Exception) -> bool:
@@ -100,6 +100,6 @@ def _message(error: Exception) -> str:
     return " ".join(str(cause if isinstance(cause, Exception) else error).split())
 
 
-def _place(error: Exception) -> str:
+def _origin(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"

@@ -161,8 +161,8 @@ def _is_repeated(job: Job, error: Exception) -> bool:
     described, of_another_rank = describe(error), is_of_another_rank(error)
     same = identity(error)
     repeated = note.exists() and read_json_object(note)["identity"] == same
-    found = {"error": described, "identity": same, "of_another_rank": of_another_rank}
-    write_json(note, found)
+    contents = {"error": described, "identity": same, "of_another_rank": of_another_rank}
+    write_json(note, contents)
     if not of_another_rank:
         write_text(job.traceback_file, "".join(traceback.format_exception(error)))
     return repeated and not of_another_rank

@@ -30,11 +30,11 @@ def check_placement(launch: LaunchConfig, parallel: ParallelState) -> None:
         return
     ranks = ", ".join(str(rank) for *_, rank in places)
     where = ", ".join(f"{name} (node {number})" for number, name in sorted(nodes.items()))
-    found = f"launch.tp {launch.tp}: the tensor-parallel group of ranks {ranks} lies on {where}"
+    problem = f"launch.tp {launch.tp}: the tensor-parallel group of ranks {ranks} lies on {where}"
     if not launch.tp_across_nodes:
         raise UserError(
-            f"{found}, whose links are slow for it; give each node a multiple of launch.tp, choose "
-            "another launch.tp, or allow it with launch.tp_across_nodes=true"
+            f"{problem}, whose links are slow for it; give each node a multiple of launch.tp, "
+            "choose another launch.tp, or allow it with launch.tp_across_nodes=true"
         )
     if parallel.tp_rank == 0:
-        print(f"warning: {found}; its steps wait for the links between nodes", flush=True)
+        print(f"warning: {problem}; its steps wait for the links between nodes", flush=True)
