@@ -18,6 +18,8 @@ ID_BYTES, LINK_BYTES = 8, 272
 # Known items of a fold: a bias in fp32 and, in the shard that holds the item, its position.
 BIAS_BYTES, POSITION_BYTES = 4, 4
 FP32 = 4
+# Of a user: offsets in int64 and three positions in int32 of two sequences.
+BOTH_DIRECTIONS_BYTES = 2 * (8 + 3 * 4)
 
 
 def host_bytes(
@@ -31,22 +33,28 @@ def host_bytes(
     tp: int,
     needs_rewards: bool,
     all_write_weights: bool,
+    both_directions: bool,
 ) -> dict[str, float] | None:
     """Bytes of the node that holds most; None where the data's size is not known.
 
     weights_file, checkpoint_part: bytes that a worker
     copies to host memory to write weights and checkpoints. Unless `all_write_weights`
-    only one does the former.
+    only one does the former. `both_directions` as in the `data` section.
     What is mapped from files is shared by all processes of the node, and
     the system may drop it again; the rest is counted for each process.
     """
     if data.items is None or data.users is None or data.interactions is None:
         return None
+    sequences = (2 if both_directions else 1) * data.users
     parts: dict[str, float] = {
         "mapped histories": 4 * data.interactions + 8 * data.users,
         "mapped catalogue and trie": data.items * (4 * tokens.depth + 8 + TRIE_BYTES),
-        "order of the windows, each worker": gpus_per_node * (8 + 4) * data.users,
+        "order of the windows, each worker": gpus_per_node * (8 + 4) * sequences,
     }
+    if both_directions:
+        parts["sequences in both directions, each worker"] = (
+            gpus_per_node * BOTH_DIRECTIONS_BYTES * data.users
+        )
     if all_write_weights:
         parts["copy of a file of best or final, each worker"] = weights_file * gpus_per_node
     else:
@@ -67,9 +75,13 @@ def host_bytes(
         what = f"rewards in workers ({processes} on a node)"
     process = reward_process_bytes(data.items, tokens, cf, shards)
     # The fold of each user.
-    process["users"] = 8.0 * data.users
+    process["users"] = 8.0 * sequences
+    if both_directions and cf.rewards == "actor":
+        process["sequences in both directions"] = BOTH_DIRECTIONS_BYTES * data.users
     if kind == "scan":
-        process["kept rewards"] = kept_rewards(data.items, data.users, data.interactions, tokens)
+        process["kept rewards"] = kept_rewards(
+            data.items, data.users, data.interactions, tokens, both_directions
+        )
     for name, value in process.items():
         if value > 0:
             parts[f"{what}: {name}"] = processes * value
@@ -124,11 +136,15 @@ def moment_cells(items: int, level_sizes: tuple[int, ...]) -> int:
     return cells
 
 
-def kept_rewards(items: int, users: int, interactions: int, tokens: ItemTokens) -> float:
+def kept_rewards(
+    items: int, users: int, interactions: int, tokens: ItemTokens, both_directions: bool
+) -> float:
     """Bytes of all training targets' rewards where a process keeps them, else 0."""
-    if FP32 * min(items, tokens.level_sizes[0]) * interactions > KEPT_REWARDS:
+    # All but the validation item and the test item of a user are read backwards too.
+    read = interactions + (interactions - 2 * users if both_directions else 0)
+    if FP32 * min(items, tokens.level_sizes[0]) * read > KEPT_REWARDS:
         return 0.0
-    # All but the first item of a user, the validation item and the test item.
-    targets = max(0, interactions - 3 * users)
+    # Without the first item of each sequence.
+    targets = max(0, interactions - 3 * users) * (2 if both_directions else 1)
     # With three int64 numbers of each target: how many rewards, where they end, covered rows.
     return targets * (FP32 * tokens.candidates(items) + 3 * 8.0)

@@ -200,6 +200,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             layout.tp,
             get_method(method).needs_rewards(config.objective),
             trained.all_weights,
+            config.data.both_directions,
         ),
         checkpoint=checkpoint_bytes(counted),
         weights=weights,

@@ -300,7 +300,7 @@ class Machines(Nodes):
         stays = "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && { sleep infinity & wait; }"
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         process = subprocess.Popen(self._inside(number, [*own, "bash", "-c", stays]))
-        self.nodes.append(Node(number, f"10.99.0.{1 + number}", process))
+        self.nodes.append(Node(number, self.address_of(number), process))
         return self.nodes[-1]
 
     def on(self, node: Node, folder: Path, command: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from ilrec_dist.cf.rewards import index, item_scorer, precomputed
 from ilrec_dist.cf.rewards.item_scorer import ItemScorer, in_memory_scorer, read_scorer
 from ilrec_dist.cf.rewards.precomputed import PrecomputedRewards
 from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.plan import host
@@ -81,7 +82,8 @@ def test_a_reward_process_holds_what_the_plan_says(tmp_path: Path, kind, items, 
         assert size == pytest.approx(FOLDS * found[name], rel=error), name
 
 
-def test_kept_rewards_are_those_of_all_training_targets():
+@pytest.mark.parametrize("both", [False, True])
+def test_kept_rewards_are_those_of_all_training_targets(both):
     sizes, users, length = (6, 10), 50, 7
     catalogue = evenly_used(60, sizes)
     rng = np.random.default_rng(0)
@@ -91,18 +93,41 @@ def test_kept_rewards_are_those_of_all_training_targets():
         [str(user) for user in range(users)],
         [str(item) for item in range(60)],
     )
+    forward, dataset = dataset, both_directions(dataset) if both else dataset
     kept = PrecomputedRewards(dataset, Trie(catalogue), lambda *_: pytest.fail("nothing is asked"))
     arrays = (kept.rewards, kept.counts, kept.ends, kept.covered)
     tokens = ItemTokens(sizes, sum(sizes), "")
-    planned = kept_rewards(60, users, users * length, tokens)
+    planned = kept_rewards(60, users, users * length, tokens, both)
     assert planned == sum(array.nbytes for array in arrays)
-    assert kept_rewards(60, users, host.KEPT_REWARDS, tokens) == 0
+    assert kept_rewards(60, users, host.KEPT_REWARDS, tokens, both) == 0
+    # Twice as many sequences, which the loader keeps beside those that are mapped.
+    data = DataSizes(60, users, users * length)
+    own = {
+        name: size
+        for name, size in of_a_node(data, tokens, both_directions=both).items()
+        if "directions" in name or "windows" in name or "users" in name
+    }
+    arrays = [dataset.offsets[1:], dataset.split_positions] if both else []
+    orders = 2 * 12 * dataset.num_users
+    assert sum(own.values()) == 3 * sum(map(size_of, arrays)) + orders + 8 * dataset.num_users
+    assert dataset.num_users == len(forward.user_ids) * (2 if both else 1)
+
+
+def size_of(array: np.ndarray) -> int:
+    return array.nbytes
+
+
+def of_a_node(data: DataSizes, tokens: ItemTokens, both_directions: bool) -> dict[str, float]:
+    """Of two workers and a reward actor."""
+    parts = host_bytes(data, tokens, CF, 0, 0, 1, 2, 1, True, True, both_directions)
+    assert parts is not None
+    return parts
 
 
 def rewards_of_a_node(cf: CFConfig, nodes: int) -> float:
     data = DataSizes(10**8, 10**6, 10**7)
     tokens = ItemTokens((256,) * 4, 1_024, "")
-    parts = host_bytes(data, tokens, cf, 0, 0, nodes, 8, 2, True, True)
+    parts = host_bytes(data, tokens, cf, 0, 0, nodes, 8, 2, True, True, False)
     assert parts is not None
     return sum(size for name, size in parts.items() if name.startswith("reward"))
 

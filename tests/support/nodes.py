@@ -54,6 +54,9 @@ class Nodes:
 
     def __init__(self, folder: Path, cpus: int, **environment: str) -> None:
         self.folder, self.name = folder, f"ilrec-{os.getpid()}-{secrets.token_hex(2)}"
+        # Ray sees the heads of other runs, in their namespaces too, and starts none at the address
+        # of another.
+        self.network = f"10.{64 + secrets.randbelow(64)}.{secrets.randbelow(256)}"
         self.has_namespaces = self._make_namespace(0)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -61,7 +64,7 @@ class Nodes:
         interface = {"GLOO_SOCKET_IFNAME": "eth0"} if self.has_namespaces else {}
         cleared = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment = cleared | token | path | interface | environment
-        address = "10.99.0.1" if self.has_namespaces else "127.0.0.1"
+        address = self.address_of(0)
         self.address = f"{address}:{6379 if self.has_namespaces else _free_port()}"
         self.nodes: list[Node] = []
         self._joined = 0
@@ -78,7 +81,7 @@ class Nodes:
         return self._start(number, cpus, [f"--address={self.address}"])
 
     def _start(self, number: int, cpus: int, words: list[str]) -> Node:
-        address = f"10.99.0.{1 + number}" if self.has_namespaces else "127.0.0.1"
+        address = self.address_of(number)
         options = [f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", "--block"]
         options += [f"--node-ip-address={address}", "--disable-usage-stats"]
         options += ["--include-log-monitor=false"]
@@ -93,6 +96,9 @@ class Nodes:
             )
         self.nodes.append(Node(number, address, process))
         return self.nodes[-1]
+
+    def address_of(self, number: int) -> str:
+        return f"{self.network}.{1 + number}" if self.has_namespaces else "127.0.0.1"
 
     def wait_for_head(self) -> None:
         """Wait until the head listens, for at most PATIENCE_SECONDS."""
@@ -180,7 +186,7 @@ class Nodes:
         if not made:
             _ip("netns", "delete", name)
             return False
-        _ip("-n", name, "addr", "add", f"10.99.0.{1 + number}/24", "dev", "eth0")
+        _ip("-n", name, "addr", "add", f"{self.network}.{1 + number}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", name, "link", "set", device, "up")
         return True

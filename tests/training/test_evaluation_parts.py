@@ -117,7 +117,7 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     # Killed in the model's third part, then stopped in the second part of the fusion's.
     shutil.rmtree(folder)
     # The other rank may be the first to say that it is gone.
-    with pytest.raises(RuntimeError, match="died|Connection closed by peer"):
+    with pytest.raises(RuntimeError, match="died|by peer"):
         run_distributed(evaluate, 2, 1, tree, PART_USERS, 2, True)
     saved = [folder / f"sft-seed0/.{NAMES[0]}.parts/{part:06d}.parquet" for part in (0, 1)]
     assert sorted(folder.rglob("*.parquet")) == saved
