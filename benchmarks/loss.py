@@ -21,12 +21,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import command_line, describe_machine, machine_line, status_mib, write_figures
+from harness import (
+    command_line,
+    describe_machine,
+    machine_line,
+    peak_mib,
+    reset_peak,
+    status_mib,
+    write_figures,
+)
 from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
 from torch import Tensor
 
@@ -296,11 +303,10 @@ def extra_bytes(fn: Callable[[], Any], x: Inputs) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before - gradients
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    # This resets VmHWM.
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before = status_mib("VmRSS")
     fn()
-    return max(0, int(2**20 * (status_mib("VmHWM") - before)) - gradients)
+    return max(0, int(2**20 * (peak_mib() - before)) - gradients)
 
 
 def measure(

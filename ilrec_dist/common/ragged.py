@@ -15,5 +15,11 @@ def ragged_arange(counts: np.ndarray) -> np.ndarray:
 
 def ragged_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start … start + count − 1 of each range, concatenated; int64."""
-    positions: np.ndarray = np.repeat(starts, counts) + ragged_arange(counts)
-    return positions
+    return ragged_csr(starts, counts)[1]
+
+
+def ragged_csr(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """R ranges in CSR form: (indptr int64 [R+1], `ragged_ranges` int64)."""
+    indptr = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ilrec_dist.common.files import map_array, read_json_object, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST, check_hashes, verified
+from ilrec_dist.common.ragged import ragged_csr
 from ilrec_dist.items.catalogue import REPAIR, Catalogue
 
 
@@ -118,7 +119,7 @@ class Trie:
         """
         nodes = np.asarray(nodes)
         start = self.child_start[p][nodes]
-        indptr, child = _ranges(start, self.child_start[p][nodes + 1] - start)
+        indptr, child = ragged_csr(start, self.child_start[p][nodes + 1] - start)
         return indptr, self.node_token[p + 1][child].astype(np.int64), child
 
     def candidates(self, p: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +131,7 @@ class Trie:
         counts = self.child_start[p][np.asarray(nodes) + 1] - start
         width = int(counts.max(initial=0))
         if len(start) * width > 2 * counts.sum():
-            indptr, where = _ranges(start + self._token_base[p], counts)
+            indptr, where = ragged_csr(start + self._token_base[p], counts)
             return indptr, self._tokens[where]
         # Where rows are of about one length, copying fixed windows and cutting them is faster than
         # an index for each element.
@@ -183,7 +184,7 @@ class Trie:
         """
         nodes = np.asarray(nodes)
         start = self.node_start[p][nodes]
-        indptr, where = _ranges(start, self.node_start[p][nodes + 1] - start)
+        indptr, where = ragged_csr(start, self.node_start[p][nodes + 1] - start)
         return indptr, self.catalogue.items[where].astype(np.int64)
 
     def target_candidates(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,18 +202,9 @@ class Trie:
             first = self.child_start[p][nodes]
             counts[:, p] = self.child_start[p][nodes + 1] - first
             starts[:, p] = first + self._token_base[p]
-        indptr, where = _ranges(starts.ravel(), counts.ravel())
+        indptr, where = ragged_csr(starts.ravel(), counts.ravel())
         return indptr, self._tokens[where].astype(np.int64)
 
 
 def _cut(array: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     return np.split(array, np.cumsum(lengths)[:-1])
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indptr int64 [R+1], the ranges [starts[r], starts[r] + counts[r]) concatenated,
-    int64).
-    """
-    indptr = np.zeros(len(starts) + 1, np.int64)
-    np.cumsum(counts, out=indptr[1:])
-    return indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
