@@ -46,7 +46,7 @@ _passed: dict[str, list[tuple[Path, frozenset[str]]]] = {}
 
 @dataclass(frozen=True)
 class Demand:
-    """What the workers take: one unit of a resource each."""
+    """What the workers take, or the tasks of a stage: one unit of a resource each."""
 
     resource: str
     workers: int
@@ -103,7 +103,7 @@ def cluster_words(nodes: Sequence[Mapping[str, Any]], resource: str) -> str:
     total = sum(count for _, count in counts)
     counted = ", ".join(f"{address}: {count}" for address, count in counts)
     plural = "node" if len(counts) == 1 else "nodes"
-    return f"{total} {resource}s on {len(counts)} {plural} ({counted})"
+    return f"{Demand(resource, total).words} on {len(counts)} {plural} ({counted})"
 
 
 def amount(node: Mapping[str, Any], resource: str) -> int:

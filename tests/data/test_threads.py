@@ -33,6 +33,24 @@ def test_results_come_in_order_with_few_in_flight():
     assert list(results) == [number * number for number in range(1, 12)] and most[0] == 3
 
 
+def test_a_source_that_waits_for_ever_is_left_when_the_check_says_so():
+    def items():
+        yield 1
+        threading.Event().wait()
+
+    def check():
+        raise TimeoutError("no place")
+
+    stream = ahead(items(), check=check)
+    assert next(stream) == 1
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="no place"):
+        next(stream)
+    assert time.monotonic() - began < 30
+    # A source that comes to its end is not disturbed.
+    assert list(ahead(range(3), check=lambda: None)) == [0, 1, 2]
+
+
 def test_an_error_reaches_the_consumer_after_what_came_before_it():
     def items():
         yield from range(3)

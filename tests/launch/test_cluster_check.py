@@ -108,7 +108,7 @@ def test_too_few_cpus_are_refused_with_what_is_there(cluster, capsys):
         require_resources(LaunchConfig(workers=8), Demand("CPU", 8), seconds=1)
     assert time.monotonic() - began < 20
     assert "waiting up to 1 s for 8 CPUs: the cluster has 6" in capsys.readouterr().out
-    with pytest.raises(UserError, match="need 2 GPUs, and after 0 s the cluster has 1 GPUs"):
+    with pytest.raises(UserError, match="need 2 GPUs, and after 0 s the cluster has 1 GPU on"):
         require_resources(LaunchConfig(workers=2), Demand("GPU", 2), seconds=0)
 
 
