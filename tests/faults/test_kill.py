@@ -110,7 +110,7 @@ def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen, lo
     while not ready():
         assert process.poll() is None, f"exit {process.returncode} before {what}: {end_of(log)}"
         assert time.monotonic() < until, f"no {what} within {PATIENCE_SECONDS} s: {end_of(log)}"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def steps_logged(folder: Path) -> int:
