@@ -25,7 +25,7 @@ from ilrec_dist.study.priority import lower_priority
 from ilrec_dist.study.schedule import Schedule, side_by_side
 from ilrec_dist.study.shared import SharedRun, shared_runs
 from ilrec_dist.study.state import is_done, read_state, write_state
-from ilrec_dist.study.table import as_json, markdown, write_csv, write_into
+from ilrec_dist.study.table import as_json, markdown, read_page, write_csv, write_into
 from ilrec_dist.study.watch import watching
 
 TABLE_FILE, CSV_FILE = "results.md", "results.csv"
@@ -56,6 +56,9 @@ def run_study(
         check_against(study, cells)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if into is not None:
+        # It is refused before the cells take their hours.
+        read_page(into)
     if low_priority:
         lower_priority()
     with _alone(study.folder):

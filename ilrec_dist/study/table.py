@@ -220,12 +220,17 @@ def write_into(path: Path, name: str, text: str) -> None:
     under a heading. Raises UserError where there is no such file.
     """
     begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
-    try:
-        page = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--into {path}: cannot be read ({error}); name a Markdown file") from None
+    page = read_page(path)
     if begin not in page or end not in page.partition(begin)[2]:
         page = f"{page.rstrip()}\n\n## Study `{name}`\n\n{begin}\n{end}\n"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     write_text(path, f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def read_page(path: Path) -> str:
+    """The text of the file that gets a table. Raises UserError where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--into {path}: cannot be read ({error}); name a Markdown file") from None

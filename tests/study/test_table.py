@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ilrec_dist.cli.main import main
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.reporting.results import Figure, Interval
 from ilrec_dist.study.table import flops_text, interval_text, memory_text, write_into
+from tests.support.tiny_study import write_study
 
 
 def test_a_table_takes_the_place_of_the_one_before_or_the_end_of_the_page(tmp_path):
@@ -21,6 +23,13 @@ def test_a_table_takes_the_place_of_the_one_before_or_the_end_of_the_page(tmp_pa
     assert "first table" not in text and text.count("## Study") == 2
     with pytest.raises(UserError, match="none.md: cannot be read"):
         write_into(tmp_path / "none.md", "one", "table")
+
+
+def test_a_page_that_is_not_there_is_refused_before_any_cell_runs(tmp_path, capsys):
+    path = write_study(tmp_path, seeds=[0])
+    assert main(["study", str(path), "--into", str(tmp_path / "none.md")]) == 2
+    assert "none.md: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_numbers_are_written_as_tables_have_them():
