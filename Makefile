@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 EXTRA ?= $(if $(filter 0,$(GPUS)),cpu,gpu)
-# Tests run in as many processes as there are cores, up to eight.
-SPREAD := -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+# Tests of faults and clusters wait for much of their time: one process more than there are cores, up to eight.
+SPREAD = -n $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))') --dist loadscope --no-loadscope-reorder
 STAMP := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help install quickstart llm results test test-fast lint launchers format clean

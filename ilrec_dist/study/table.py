@@ -229,7 +229,10 @@ def write_into(path: Path, name: str, text: str) -> None:
 
 
 def read_page(path: Path) -> str:
-    """The text of the file that gets a table. Raises UserError where there is no such file."""
+    """The text of the file that gets a table.
+
+    Raises UserError where there is no such file.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
