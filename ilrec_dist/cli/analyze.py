@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.run_layout import ANALYSIS
 from ilrec_dist.pipeline.analyze import analyze
 from ilrec_dist.pipeline.execute import open_run
@@ -22,4 +22,4 @@ def run(arguments: argparse.Namespace) -> None:
     config = run_config(folder)
     report(config, open_run(config).stage_seconds())
     print_analysis(analysis)
-    console.print(f"analysis: {folder / ANALYSIS}", highlight=False, markup=False, soft_wrap=True)
+    print_plain(f"analysis: {folder / ANALYSIS}")

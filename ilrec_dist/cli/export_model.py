@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.export.hf_model import Decoding, export_adapter, export_model
 from ilrec_dist.export.merge import merge_rounded
@@ -58,11 +58,8 @@ def _merge(trained: TrainedModel, dtype: torch.dtype) -> None:
         sequences += [row[:n] for row, n in zip(prefixes.tokens, lengths, strict=True)]
     shift = merge_rounded(trained.backbone, dtype, sequences)
     if shift is not None:
-        console.print(
+        print_plain(
             f"merged in fp32 and rounded to {str(dtype).removeprefix('torch.')} once: this moves "
             f"the logits by {shift.by_rounding:.2%} of their norm, the adapters move them by "
-            f"{shift.by_adapters:.2%} ({len(sequences)} users)",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{shift.by_adapters:.2%} ({len(sequences)} users)"
         )

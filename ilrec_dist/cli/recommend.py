@@ -10,7 +10,7 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.terminal import written_out
 from ilrec_dist.inference.recommend import Recommender, Request
@@ -81,7 +81,7 @@ def _say_without_items(count: int, users: int) -> None:
     if count:
         line = f"{count:,} of {users:,} users get no item: every item that may be recommended "
         line += "stands in their history"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_plain(line)
 
 
 def print_recommendations(recommendations: pa.Table, left_out: int) -> None:

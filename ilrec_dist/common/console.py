@@ -8,7 +8,7 @@ console = Console()
 
 
 def print_plain(line: str) -> None:
-    """Print what strangers wrote: no brackets are
-    markup, and no control characters commands.
+    """Print the text as it is: no brackets are markup,
+    and no control characters of strangers commands.
     """
     console.print(written_out(line), highlight=False, markup=False, soft_wrap=True)

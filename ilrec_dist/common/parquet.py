@@ -18,7 +18,7 @@ def write_checked(table: pa.Table, path: str | Path) -> None:
 
 
 def read_checked(path: str | Path, what: str, repair: str) -> pa.Table:
-    """Read what `write_checked` wrote, also of versions before, without checksums.
+    """Read what `write_checked` wrote.
 
     Raises UserError where the file is missing or damaged, with `what` it should be and
     what to do about it.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import committed_folder, sha256_file
 from ilrec_dist.common.manifest import write_manifest
@@ -80,7 +80,7 @@ def prepare(
             },
         }
         manifest = write_manifest(folder, manifest | {"summary": summary_line(manifest)})
-    console.print(manifest["summary"], highlight=False, markup=False, soft_wrap=True)
+    print_plain(manifest["summary"])
     return manifest
 
 

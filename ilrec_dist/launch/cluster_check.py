@@ -14,6 +14,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.launch.cluster import cluster_address
 from ilrec_dist.launch.config import LaunchConfig
@@ -145,7 +146,7 @@ def require_resources(launch: LaunchConfig, demand: Demand, seconds: float = NOD
 def say_waiting(demand: Demand, nodes: Sequence[Mapping[str, Any]], seconds: float) -> None:
     line = f"waiting up to {seconds:.0f} s for {demand.words}: the cluster has "
     line += cluster_words(nodes, demand.resource)
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_plain(line)
 
 
 # What nodes see
@@ -194,7 +195,9 @@ def check_nodes(folder: Path, reads: Sequence[str] = (), seconds: float = ANSWER
     except BaseException:
         mark.unlink(missing_ok=True)
         if is_new:
-            folder.rmdir()
+            # Another command may have written there since.
+            with suppress(OSError):
+                folder.rmdir()
         raise
     mark.unlink(missing_ok=True)
     for node in nodes:

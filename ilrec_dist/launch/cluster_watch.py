@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util import placement_group_table
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.launch.cluster_check import (
     POLL_SECONDS,
     Demand,
@@ -125,7 +125,7 @@ class ClusterWatch(threading.Thread):
         if now - self._crowded_since > self.waiters.quiet_seconds and not self._is_crowding_said:
             line = f"{self.waiters.prefix}waiting up to {self.seconds:.0f} s for "
             line += f"{self.demand.words}: {self._free_words()}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_plain(line)
             self._is_crowding_said = True
         return None
 

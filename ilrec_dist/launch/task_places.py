@@ -9,7 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import WorkersFailed
 from ilrec_dist.common.places import Places
 from ilrec_dist.launch.cluster_check import POLL_SECONDS, Demand, alive_nodes, amount
@@ -53,7 +53,7 @@ def task_places(
             if count < wanted:
                 line = f"{stage}: runs on {count} of the cluster's {total} {resource}s; other "
                 line += "jobs have the others"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+                print_plain(line)
             yield Places(resource, count, PlacementGroupSchedulingStrategy(group), check)
     finally:
         remove_placement_group(group)

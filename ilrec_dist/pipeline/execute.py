@@ -233,7 +233,7 @@ class Executor:
         self.run.finish(name, seconds)
         console.print(f"[bold]{name}[/bold]: done in {seconds:.1f} s")
         if summary:
-            console.print(f"  {summary}", highlight=False, markup=False, soft_wrap=True)
+            print_plain(f"  {summary}")
 
     @contextmanager
     def _as_before_if_refused(self, name: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ilrec_dist import __version__
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.disk import writing_to
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import file_lock, sha256_file, sha256_json
@@ -148,7 +148,7 @@ def _drop(folder: Path, out: Path) -> None:
         shutil.rmtree(folder)
     line = f"{out}: unfinished work of an earlier command is dropped, which had other weights, "
     line += "options or histories"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_plain(line)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.disk import not_writable
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import file_lock, write_json, write_text
@@ -66,7 +66,7 @@ def run_study(
         made = {cell.title for run in shared for cell in run.cells}
         pending = [cell for cell in cells if cell.title in made and _is_pending(cell, retry)]
         if not pending:
-            _say("nothing to run")
+            print_plain("nothing to run")
         else:
             _run_cells(study, cells, pending, shared, jobs, estimate_only, time_steps)
         if estimate_only:
@@ -75,7 +75,7 @@ def run_study(
         write_figures(figures)
         if into is not None:
             write_into(into, study.name, markdown(figures))
-            _say(f"table: {into}")
+            print_plain(f"table: {into}")
     missing = figures.missing()
     if missing:
         raise WorkersFailed(
@@ -94,8 +94,8 @@ def write_figures(figures: StudyFigures) -> None:
     write_csv(figures, folder / CSV_FILE)
     write_json(folder / RESULTS_FILE, as_json(figures))
     write_page(figures, folder / REPORT_FILE)
-    _say(markdown(figures))
-    _say(f"table: {folder / TABLE_FILE}   report: {folder / REPORT_FILE}")
+    print_plain(markdown(figures))
+    print_plain(f"table: {folder / TABLE_FILE}   report: {folder / REPORT_FILE}")
 
 
 def _run_cells(
@@ -113,7 +113,7 @@ def _run_cells(
     estimates = estimate_cells(pending, done, shared, timed)
     room = find_room(pending[0].config.launch)
     parallel = side_by_side(pending, room, jobs)
-    _say(describe(estimates, parallel))
+    print_plain(describe(estimates, parallel))
     if estimate_only:
         return
     with watching(study.name, pending, estimates, parallel) as watch:
@@ -128,7 +128,7 @@ def _is_made(shared: SharedRun) -> bool:
         shared.make()
         return True
     except (UserError, WorkersFailed) as error:
-        _say(f"{shared.cells[0].configuration}: {error}")
+        print_plain(f"{shared.cells[0].configuration}: {error}")
         for cell in shared.cells:
             write_state(cell, "failed", str(error), 0.0)
         return False
@@ -164,7 +164,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.__exit__(None, None, None)
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

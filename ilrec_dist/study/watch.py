@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.reporting.progress import LogFollower, TrainingState, clock, live_bar
 from ilrec_dist.study.cells import Cell
@@ -105,4 +105,4 @@ class _Watch:
             if state.outcome == "done"
             else f"{state.outcome}: {state.reason}"
         )
-        console.print(f"{cell.title}: {words}", highlight=False, markup=False, soft_wrap=True)
+        print_plain(f"{cell.title}: {words}")

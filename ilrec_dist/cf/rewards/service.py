@@ -27,7 +27,7 @@ from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.cf.rewards.futures import LatencyMeter, RewardFuture
 from ilrec_dist.cf.rewards.token_rewards import ShardRewards, TokenRewards, merge_shards
 from ilrec_dist.cf.sasrec.checkpoint import read_code_order
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.files import write_json
 from ilrec_dist.common.run_layout import RunFolders
@@ -168,7 +168,7 @@ def _wait_until_loaded(actors: Sequence[Any], cf: Path, seconds: float) -> None:
             )
         if waiting and spent > QUIET_SECONDS and not is_said:
             line = f"waiting up to {seconds:.0f} s for the reward actors: {state}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_plain(line)
             is_said = True
 
 

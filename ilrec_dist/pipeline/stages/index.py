@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ilrec_dist.cf.sasrec.checkpoint import item_vectors
 from ilrec_dist.common.config_fields import stage_settings
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.run_layout import RunFolders
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.build import build_catalogue, input_files
@@ -54,9 +54,7 @@ def index(config: Config) -> str | None:
             spread,
         )
     if report["warning"]:
-        console.print(
-            f"index: warning: {report['warning']}", highlight=False, markup=False, soft_wrap=True
-        )
+        print_plain(f"index: warning: {report['warning']}")
     return index_summary(report)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ilrec_dist.common.console import console
+from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.manifest import check_hashes
 from ilrec_dist.common.run_layout import RESULT, RunFolders
@@ -73,9 +73,4 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
         **material,
     )
     shares = " · ".join(f"{name} {seconds:.0f} s" for name, seconds in stage_seconds.items())
-    console.print(
-        f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    print_plain(f"{shares}\nresults: {config.run_dir / RESULTS_FILE}   report: {path}")

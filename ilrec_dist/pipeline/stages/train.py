@@ -195,7 +195,7 @@ def _following(config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
     }
     steps = min(steps_of.values(), default=0)
     if trainings and (warning := warmup_warning(config.train, steps)) is not None:
-        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+        print_plain(f"warning: {warning}")
 
     def follow(stop: threading.Event) -> None:
         for training in trainings:
