@@ -157,9 +157,10 @@ def single(spec: Spec, row: str) -> dict[str, Any]:
     if row == "methods":
         print(f"  ILRec's step is {figures['ilrec_cpu_s'] / figures['sft_cpu_s']:.3f} × SFT's")
     else:
-        for name in DTYPES:
-            times = figures[f"sft_{name}_cpu_s"] / figures[f"products_sft_{name}_cpu_s"]
-            print(f"  SFT in {name} is {times:.2f} × its bare products")
+        for name, seconds in figures.items():
+            if name.startswith("products_"):
+                loss = name.removeprefix("products_")
+                print(f"  {loss} is {figures[loss] / seconds:.2f} × its bare products")
     return measured | {"medians": figures}
 
 
