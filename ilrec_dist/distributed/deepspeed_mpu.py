@@ -10,6 +10,8 @@ from types import ModuleType
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ilrec_dist.common.loading import uncollected_imports
+
 
 class DeepSpeedMPU:
     """Megatron's groups under DeepSpeed's names.
@@ -49,8 +51,9 @@ def import_deepspeed() -> ModuleType:
     Call `initialize_parallel` first: on a CPU run it keeps DeepSpeed from taking a GPU
     that it finds.
     """
-    # Inside the function because importing DeepSpeed takes seconds and chooses the accelerator.
-    import deepspeed
+    with uncollected_imports():
+        # Inside the function because importing DeepSpeed takes seconds and chooses the accelerator.
+        import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
