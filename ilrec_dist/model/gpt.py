@@ -8,7 +8,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
@@ -186,12 +185,10 @@ class Backbone(nn.Module):
         else:
             hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
         first = self.config.num_layers - num_intermediate
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            if self.recompute and self.training and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, context, rotary, use_reentrant=False)
-            else:
-                hidden = layer(hidden, context, rotary)
+            hidden = layer(hidden, context, rotary, recompute)
             if number >= first:
                 taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
         final, *layers = reversed(taps)

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ilrec_dist.model.attention import AttentionContext, CoreAttention, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
@@ -100,8 +101,24 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     The parent's forward turns gradients on even under no_grad, so this one replaces it.
     """
 
-    def forward(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
-        """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions."""
+    def forward(
+        self,
+        hidden: Tensor,
+        context: AttentionContext,
+        rotary: Rotary | None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions.
+
+        With `recompute` autograd keeps the input alone. The layer is computed again
+        within it, so that hooks on it are called once a pass.
+        """
+        if recompute:
+            again: Tensor = checkpoint(self._run, hidden, context, rotary, use_reentrant=False)
+            return again
+        return self._run(hidden, context, rotary)
+
+    def _run(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
         inputs, hidden = normed(self.input_layernorm, hidden)
         hidden = self._add(self.self_attention(inputs, context, rotary), hidden)
         inputs, hidden = normed(self.pre_mlp_layernorm, hidden)

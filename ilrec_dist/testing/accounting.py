@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ilrec_dist.model import gpt
+from ilrec_dist.model import layers
 
 # The functions through which the project, Megatron and DeepSpeed communicate, and which argument
 # is the whole tensor: what is reduced or sent, or what every rank holds after a gathering.
@@ -118,12 +118,12 @@ def kept_by_recomputation() -> Iterator[list[int]]:
         alive.append(made.alive())
 
     contexts = partial(checkpoint, context_fn=lambda: (nullcontext(), recomputing()))
-    vars(gpt)["checkpoint"] = contexts
+    vars(layers)["checkpoint"] = contexts
     try:
         with set_checkpoint_early_stop(False):
             yield alive
     finally:
-        vars(gpt)["checkpoint"] = checkpoint
+        vars(layers)["checkpoint"] = checkpoint
 
 
 class _NewStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
