@@ -35,6 +35,7 @@ from harness import (
 from llm_sides import DTYPES, LEVELS, SIDES, Drawn, Spec
 
 from ilrec_dist.launch.device import quiet
+from ilrec_dist.launch.job import UNCOMPILED
 
 SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
@@ -116,8 +117,12 @@ SINGLE = {"methods": "ILRec's step and SFT's", "operator": "the loss alone"}
 
 def run_side(spec: Spec, **changes: Any) -> dict[str, Any]:
     """Measure in a process of its own."""
-    words = json.dumps(vars(spec) | changes)
-    figures: dict[str, Any] = in_own_process(__file__, "--side", words, threads=spec.threads)
+    words = vars(spec) | changes
+    # As the product starts its workers.
+    environment = {} if words["side"] in ("peft", "generate") else UNCOMPILED
+    figures: dict[str, Any] = in_own_process(
+        __file__, "--side", json.dumps(words), threads=spec.threads, **environment
+    )
     return figures
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ilrec_dist.model.branches import BranchedSequences
 
@@ -160,19 +161,12 @@ class CoreAttention(torch.nn.Module):
         """Attention on [B, heads, S, head_dim]:
         causal, or as the mask [B, 1, S, S] says.
         """
-        dtype = query.dtype
-        if dtype == torch.bfloat16 and not query.is_cuda and query.requires_grad:
-            # On a CPU the backward pass in bf16 takes several times as long as the one in fp32.
-            query, key, value = query.float(), key.float(), value.float()
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).to(dtype)
+        if query.dtype == torch.bfloat16 and not query.is_cuda and query.requires_grad:
+            attended: Tensor = _InFP32.apply(  # type: ignore[no-untyped-call]
+                query, key, value, mask, self.scale
+            )
+            return attended
+        return _attention(query, key, value, mask, self.scale)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Causal attention within each sample of a row, [1, T, heads, head_dim]."""
@@ -232,3 +226,49 @@ class CoreAttention(torch.nn.Module):
         suffix_out = (suffix_weights * layer.suffix_value.unsqueeze(4)).sum(2)  # b k g r d
         output: Tensor = (prefix_out + suffix_out).to(value.dtype).flatten(2)
         return output
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+class _InFP32(torch.autograd.Function):
+    """Attention in fp32 of what comes and goes in bf16.
+
+    On a CPU the backward pass in bf16 takes several times as long as the one in fp32.
+    The copies in fp32 are made again there, and so is the output of those.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        output = _attention(query.float(), key.float(), value.float(), mask, scale)
+        return output.to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *heads, mask = ctx.saved_tensors
+        query, key, value = copies = [part.float().requires_grad_() for part in heads]
+        with torch.enable_grad():
+            output = _attention(query, key, value, mask, ctx.scale)
+        gradients = torch.autograd.grad(output, copies, grad.float())
+        return *(one.to(grad.dtype) for one in gradients), None, None

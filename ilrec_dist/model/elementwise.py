@@ -7,6 +7,7 @@ the same roundings in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ Rotary = tuple[Tensor, Tensor]
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) · up of the two halves of the last dimension, all that is kept."""
     product: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
-    return product
+    return remakable(product, _gated, gate_and_up)
 
 
 def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
@@ -33,24 +34,45 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 def normed(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of the residual stream [..., d], and the stream itself, to go on with.
 
-    torch's RMS norm on a CPU keeps the normalised rows besides the stream. This
-    one makes them again, and adds up the stream's gradients in the same order.
+    torch's RMS norm on a CPU keeps the normalised rows besides the stream, and a copy
+    in fp32 of a stream in bf16. This one makes them again, and adds up the stream's
+    gradients in the same order.
     """
-    if not isinstance(norm, nn.RMSNorm) or hidden.is_cuda or hidden.dtype != torch.float32:
-        return norm(hidden), hidden
-    outputs: tuple[Tensor, Tensor] = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-        hidden, norm.weight, norm.eps
-    )
-    return outputs
+    if not isinstance(norm, nn.RMSNorm) or hidden.is_cuda:
+        rows, stream = norm(hidden), hidden
+    else:
+        rows, stream = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+            hidden, norm.weight, norm.eps
+        )
+    return remakable(rows, norm, stream), stream
+
+
+def remakable(result: Tensor, function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+    """Mark the result as `function(source)`, elementwise or nearly so, of a source that
+    is kept for backward anyway.
+
+    Who needs the result there may keep the source, and make it again.
+    """
+    result.remake = (function, source)  # type: ignore[attr-defined]
+    return result
+
+
+def remake_of(result: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
+    """The function and the source; None where
+    nothing is marked or the source is not kept.
+    """
+    remake: tuple[Callable[[Tensor], Tensor], Tensor] | None = getattr(result, "remake", None)
+    return remake if remake is not None and remake[1].requires_grad else None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        scale = hidden.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        scale = hidden.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, scale, weight)
         ctx.set_materialize_grads(False)
-        return (hidden * scale).mul_(weight), hidden.view_as(hidden)
+        rows = (hidden * scale).mul_(weight).to(hidden.dtype)
+        return rows, hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
@@ -63,21 +85,31 @@ class _RMSNorm(torch.autograd.Function):
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (hidden * scale).mul_(grad).sum(tuple(range(grad.dim() - 1)))
-        grad = grad * weight
+            of_weight = of_weight.to(weight.dtype)
+        grad = grad.float() * weight
         of_square = (grad * hidden).sum(-1, keepdim=True).mul_(-0.5).mul_(scale.pow(3))
         of_hidden = grad.mul_(scale)
-        if of_stream is not None:
+        if of_stream is not None and hidden.dtype == torch.float32:
             of_hidden = of_hidden.add_(of_stream)
         of_square.div_(hidden.shape[-1])
-        return of_hidden.add_((2 * hidden).mul_(of_square)), of_weight, None
+        of_hidden = of_hidden.add_((2 * hidden.float()).mul_(of_square))
+        if hidden.dtype != torch.float32:
+            of_hidden = of_hidden.to(hidden.dtype)
+            if of_stream is not None:
+                of_hidden = of_hidden.add_(of_stream)
+        return of_hidden, of_weight, None
+
+
+def _gated(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(gate_and_up)
 
     @staticmethod
     @once_differentiable

@@ -66,7 +66,10 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
             packed = isinstance(context, PackedSequences)
-            if value.requires_grad and self.q_layernorm is None and not packed:
+            # In fp32 and on GPUs the heads' norms keep the joint projection.
+            in_bf16 = value.dtype == torch.bfloat16 and not value.is_cuda
+            is_kept = self.q_layernorm is not None and not in_bf16
+            if value.requires_grad and not is_kept and not packed:
                 # A view would keep the whole joint projection until the backward pass.
                 value = value.clone()
         output: tuple[Tensor, Tensor | None] = self.linear_proj(

@@ -9,7 +9,7 @@ up) have one adapter for each of their parts, as PEFT has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model import sharding
 from ilrec_dist.model.config import LoraConfig
+from ilrec_dist.model.elementwise import remake_of
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import Family, checkpoint_names, family_of_config
 from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
@@ -42,6 +43,29 @@ class Piece(NamedTuple):
     stop: int
     adapter: int | None
     offset: int
+
+
+class _Project(torch.autograd.Function):
+    """x Aᵀ for x = remake(source), which is made again for A's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, remake: Callable[[Tensor], Tensor], source: Tensor
+    ) -> Tensor:
+        ctx.remake = remake
+        ctx.save_for_backward(a, source)
+        return F.linear(x, a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        a, source = ctx.saved_tensors
+        of_x = of_a = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ a
+        if ctx.needs_input_grad[1]:
+            of_a = grad.flatten(0, -2).t() @ ctx.remake(source).flatten(0, -2)
+        return of_x, of_a, None, None
 
 
 class _AddAdapters(torch.autograd.Function):
@@ -176,16 +200,24 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the adapters' output to the layer's own; x as the layer gets it."""
-        x = F.dropout(x, self.lora.dropout, self.training)
+        remake = None
+        if self.lora.dropout > 0 and self.training:
+            x = F.dropout(x, self.lora.dropout)
+        else:
+            remake = remake_of(x)
         modules = [module for _, module in self.targeted()]
         a = torch.cat([self.parameter_a(module) for module in modules])
+        if remake is not None:
+            projected = _Project.apply(x, a, *remake)  # type: ignore[no-untyped-call]
+        else:
+            projected = F.linear(x, a)
         if self.is_row_parallel:
-            hidden = reduce_from_tensor_model_parallel_region(F.linear(x, a))
+            hidden = reduce_from_tensor_model_parallel_region(projected)
             # Megatron's output may be a view, which autograd lets nobody write to.
             output = output.clone()
         else:
             # Backward sums the gradient of all parts over the ranks at once.
-            hidden = copy_to_tensor_model_parallel_region(F.linear(x, a))
+            hidden = copy_to_tensor_model_parallel_region(projected)
         added: Tensor = _AddAdapters.apply(  # type: ignore[no-untyped-call]
             output,
             self.lora.scaling,

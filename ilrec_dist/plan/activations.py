@@ -45,10 +45,8 @@ def activation_bytes(
         embedding += 2 * positions * sizes.head_dim * layout.element
     if not recompute:
         return embedding + first.of(tokens) + (sizes.layers - 1) * later.of(tokens)
-    largest = (later if sizes.layers > 1 else first).of(tokens)
-    if norm_keeps_its_input(sizes, layout):
-        # Its input is among the layers' inputs.
-        largest -= tokens * residual
+    # Its input is among the layers' inputs.
+    largest = (later if sizes.layers > 1 else first).of(tokens) - tokens * residual
     return embedding + sizes.layers * tokens * residual + largest
 
 
@@ -69,7 +67,7 @@ class _Layer:
         self.sizes, self.trained, self.layout = sizes, trained, layout
         self.is_packed, self.needs = is_packed, trained.needs(sizes, is_first)
         self.linears = {linear.name: linear for linear in linears(sizes)}
-        # On a CPU in bf16 the attention itself works on copies in fp32.
+        # On a CPU in bf16 the attention works on copies in fp32, which it makes again.
         self.copies = layout.element < FP32 and not layout.is_cuda
         self.total = Kept()
 
@@ -77,8 +75,11 @@ class _Layer:
         sizes, layout, needs = self.sizes, self.layout, self.needs
         all_weights, element = self.trained.all_weights, layout.element
         if all_weights or needs.inputs:
-            self.total.token += norm_bytes(sizes, layout, all_weights)
-        self._enter("linear_qkv", sizes.hidden, all_weights or needs.inputs)
+            self.total.token += norm_bytes(sizes, layout)
+        # Adapters make the outputs of the norms and of SwiGLU again, from what these keep.
+        remakes = not all_weights
+        inputs = all_weights or needs.inputs
+        self._enter("linear_qkv", sizes.hidden, inputs, remakes and needs.inputs)
         if needs.joint:
             self.total.token += self._attention()
         # The attention's own copy of its output serves the projection as well, unless it is in
@@ -86,12 +87,15 @@ class _Layer:
         is_shared = needs.joint and not self.copies and not self.is_packed
         self._enter("linear_proj", sizes.query_width / layout.tp, needs.joint, is_shared)
         if all_weights or needs.middle:
-            self.total.token += norm_bytes(sizes, layout, all_weights)
-        self._enter("linear_fc1", sizes.hidden, all_weights or needs.middle)
+            self.total.token += norm_bytes(sizes, layout)
+        self._enter(
+            "linear_fc1", sizes.hidden, all_weights or needs.middle, remakes and needs.middle
+        )
         if needs.expanded:
             # Before the activation.
             self.total.token += sizes.fc1_width * element / layout.tp
-        self._enter("linear_fc2", sizes.ffn / layout.tp, needs.expanded)
+        remakes = remakes and needs.expanded and sizes.config.activation == "swiglu"
+        self._enter("linear_fc2", sizes.ffn / layout.tp, needs.expanded, remakes)
         if sizes.config.dropout > 0:
             # The masks of the two outputs.
             self.total.token += 2 * sizes.hidden * (1 if layout.is_cuda else element)
@@ -123,19 +127,20 @@ class _Layer:
     def _attention(self) -> float:
         """Bytes a token of the attention on this rank."""
         sizes, layout = self.sizes, self.layout
-        inner = FP32 if self.copies else layout.element
+        element = layout.element
         heads, groups = sizes.heads / layout.tp, max(1.0, sizes.kv_heads / layout.tp)
         queries, keys = heads * sizes.head_dim, groups * sizes.head_dim
-        # Its output, and what its backward pass needs of each head's softmax.
-        total = queries * inner + FP32 * heads
         # Queries, keys and values: after the rotation, the values by themselves; with learned
         # positions as the joint projection.
-        total += (queries + 2 * keys) * inner
+        total = (queries + 2 * keys) * element
+        if not self.copies:
+            # Its output, and what its backward pass needs of each head's softmax.
+            total += queries * element + FP32 * heads
         if sizes.config.qk_norm:
             total += self._head_norms(queries + keys, heads + groups)
             if not self.copies and not self.is_packed:
                 # The values are a part of the joint projection, which the norms keep.
-                total -= keys * inner
+                total -= keys * element
         return total
 
     def _head_norms(self, width: float, heads: float) -> float:
@@ -151,23 +156,7 @@ class _Layer:
         return inputs + FP32 * heads + (width * FP32 if self.trained.all_weights else 0)
 
 
-def norm_keeps_its_input(sizes: DecoderSizes, layout: StepLayout) -> bool:
-    """Whether a norm keeps the residual stream itself, and no copy of it.
-
-    torch computes an RMS norm in one kernel on GPUs only; on CPUs in
-    fp32 the project's own is used (model.elementwise).
-    """
-    is_layer_norm = sizes.config.normalization == "LayerNorm"
-    return is_layer_norm or layout.is_cuda or layout.element == FP32
-
-
-def norm_bytes(sizes: DecoderSizes, layout: StepLayout, is_trained: bool) -> int:
-    """Bytes a row that a norm keeps of its input, with the statistics.
-
-    On CPUs in bf16 an RMS norm keeps the row in fp32 and, where
-    its weight is trained, the normalised row before the weight.
-    """
+def norm_bytes(sizes: DecoderSizes, layout: StepLayout) -> int:
+    """Bytes a row that a norm keeps: its input, and the statistics."""
     statistics = (2 if sizes.config.normalization == "LayerNorm" else 1) * FP32
-    if norm_keeps_its_input(sizes, layout):
-        return sizes.hidden * layout.element + statistics
-    return sizes.hidden * FP32 * (2 if is_trained else 1) + statistics
+    return sizes.hidden * layout.element + statistics

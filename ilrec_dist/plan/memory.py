@@ -105,7 +105,7 @@ def loss_bytes(
     workspace = LOSS_WORKSPACE if objective.workspace_mib is None else objective.workspace_mib * MIB
     streams = num_streams(objective, sizes.layers)
     # What each stream's norm keeps, and the gradient of what comes out of it.
-    row = norm_bytes(sizes, layout, trained.all_weights) + sizes.hidden * layout.element
+    row = norm_bytes(sizes, layout) + sizes.hidden * layout.element
     head_rows = sizes.vocab // layout.tp
     if not trained.all_weights:
         head_rows = trained.own_rows(sizes, layout.tp)[tp_rank]

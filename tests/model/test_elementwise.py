@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ilrec_dist.model.elementwise import normed, rotate, swiglu
+from ilrec_dist.model.attention import CoreAttention
+from ilrec_dist.model.elementwise import normed, remake_of, rotate, swiglu
 
 SHAPES = [(1, 1, 4), (3, 7, 24), (2, 50, 576)]
 
@@ -25,7 +27,7 @@ def require_equal(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *in
     for function in (ours, plain):
         copies = [one.detach().clone().requires_grad_(one.requires_grad) for one in inputs]
         result = function(*copies)
-        result.backward(drawn(*result.shape, seed=9).detach())
+        result.backward(drawn(*result.shape, seed=9).detach().to(result.dtype))
         found.append([result, *(one.grad for one in copies if one.requires_grad)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -55,15 +57,53 @@ def test_rotation(shape):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_norm_and_the_stream_that_goes_on(shape):
+def test_norm_and_the_stream_that_goes_on(shape, dtype):
     norm = nn.RMSNorm(shape[-1], eps=1e-5)
-    hidden, weight = drawn(*shape), drawn(shape[-1], seed=2).detach()
+    hidden, weight = drawn(*shape).to(dtype), drawn(shape[-1], seed=2).detach().to(dtype)
     gradients = []
     for function in (normed, lambda norm, hidden: (norm(hidden), hidden)):
         norm.weight = nn.Parameter(weight.clone())
         stream_in = hidden.detach().clone().requires_grad_()
         rows, stream = function(norm, stream_in)
-        (stream + rows.tanh()).backward(drawn(*shape, seed=9).detach())
+        (stream + rows.tanh()).backward(drawn(*shape, seed=9).detach().to(dtype))
         gradients.append((rows, stream, stream_in.grad, norm.weight.grad))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_what_is_marked_is_made_again():
+    norm, hidden = nn.RMSNorm(24, eps=1e-5), drawn(3, 24)
+    for result in (normed(norm, hidden)[0], swiglu(hidden)):
+        remake = remake_of(result)
+        assert remake is not None
+        function, source = remake
+        assert torch.equal(function(source), result)
+    # What needs no gradient is not kept anyway.
+    assert remake_of(swiglu(hidden.detach())) is None
+    assert remake_of(hidden) is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bf16_is_that_of_copies_in_fp32(masked):
+    core = CoreAttention(TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4), 1)
+    query = drawn(2, 4, 9, 8).detach().bfloat16().requires_grad_()
+    key, value = (drawn(2, 2, 9, 8, seed=s).detach().bfloat16().requires_grad_() for s in (1, 2))
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril() if masked else None
+
+    def plain(*heads: Tensor) -> Tensor:
+        copies = (one.float() for one in heads)
+        return F.scaled_dot_product_attention(
+            *copies, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        ).bfloat16()
+
+    kept: list[Tensor] = []
+
+    def keep(one: Tensor) -> Tensor:
+        kept.append(one)
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        core._attend(query, key, value, mask)
+    assert all(one.dtype != torch.float32 for one in kept)
+    require_equal(lambda *heads: core._attend(*heads, mask), plain, query, key, value)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.model import lora
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
 from ilrec_dist.model.hf.config import read_config
@@ -119,6 +120,44 @@ def test_tp_changes_nothing_and_merging_keeps_the_logits(
         assert relative_error(logits[tp], logits[1]) <= 1e-4
     modules = {name.split(".")[-3] for name in adapters[1]}
     assert modules == set(config.target_modules)
+
+
+def gradients_and_kept_bytes(mesh: Mesh, base: str, makes_again: bool) -> tuple[dict, int]:
+    """The adapters' gradients, and what autograd keeps between the passes."""
+    initialize_parallel(mesh.tp, "cpu")
+    try:
+        model = load_backbone(base)
+        add_lora(model, ALL, seed=3)
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(one: torch.Tensor) -> torch.Tensor:
+            kept[one.untyped_storage().data_ptr()] = one
+            return one
+
+        with pytest.MonkeyPatch.context() as patch:
+            if not makes_again:
+                patch.setattr(lora, "remake_of", lambda _: None)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+                tokens = make_tokens()
+                loss = loss_of(model(tokens, torch.arange(tokens.numel())).final)
+        loss.backward()
+        size = sum(one.untyped_storage().nbytes() for one in kept.values())
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, size
+    finally:
+        destroy_parallel()
+
+
+def test_what_adapters_make_again_changes_no_bit_and_is_not_kept(tmp_path: Path) -> None:
+    make_pretrained("llama", tmp_path)
+    (gradients, size), *_ = run_distributed(gradients_and_kept_bytes, 1, 1, str(tmp_path), True)
+    (plain, more), *_ = run_distributed(gradients_and_kept_bytes, 1, 1, str(tmp_path), False)
+    assert gradients.keys() == plain.keys()
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    assert size < 0.9 * more
 
 
 @needs_peft
