@@ -4,8 +4,9 @@
 
 Real steps of decoders of three sizes, dp 2 and tp 1 or 2: all weights trained, or LoRA
 and the rows of added tokens of a model of random weights; ZeRO 1 and 2; with and
-without recomputation. For one of the sizes also bf16, accumulated micro-batches, a lone
-data-parallel rank, adapters or rows alone, and packed sequences of several lengths.
+without recomputation, and with tokens cut over tp 2. For one of the sizes also bf16,
+accumulated micro-batches, a lone data-parallel rank, adapters or rows alone, and packed
+sequences of several lengths.
 The bytes of weights, gradients, optimizer state and activations stand beside the plan's
 (at most 10 % apart), and the bytes of the collectives and of a checkpoint (equal). All
 are bytes of tensors, so another machine gives the same.
@@ -99,6 +100,9 @@ def specs(name: str, folder: Path) -> Iterator[tuple[str, StepSpec, tuple[int, i
     ):
         what = f"{kind}, ZeRO {zero}{', recomputed' * recompute}"
         yield what, step(kind, zero_stage=zero, recompute=recompute), layout
+    for kind, recompute in itertools.product(("full", "lora+new_rows"), (False, True)):
+        what = f"{kind}, ZeRO 1{', recomputed' * recompute}, tokens cut"
+        yield what, cut(step(kind, recompute=recompute)), (2, 2)
     if name != VARIED:
         return
     for kind, zero, layout in itertools.product(("full", "lora+new_rows"), (1, 2), LAYOUTS):
@@ -115,6 +119,14 @@ def specs(name: str, folder: Path) -> Iterator[tuple[str, StepSpec, tuple[int, i
         yield f"{kind}, ZeRO 1", step(kind), (2, 1)
         packed = dataclasses.replace(step(kind), packs=True)
         yield f"{kind}, ZeRO 1, packed", packed, (2, 2)
+        yield f"{kind}, ZeRO 1, packed, tokens cut", cut(packed), (2, 2)
+        spec = cut(step(kind, precision="bf16", accumulation_steps=2))
+        yield f"{kind}, ZeRO 1, bf16 × 2, tokens cut", spec, (2, 2)
+
+
+def cut(spec: StepSpec) -> StepSpec:
+    """The step with sequence parallelism."""
+    return dataclasses.replace(spec, sequence_parallel=True)
 
 
 def main() -> int:

@@ -332,6 +332,11 @@ SOMETIMES: dict[str, Case] = {
         ["evaluation.fusion=true"],
         [([], "evaluation.fusion true")],
     ),
+    "launch.sequence_parallel": (
+        "true",
+        ["launch.workers=2", "launch.tp=2"],
+        [([], "launch.tp above 1")],
+    ),
     "launch.tp_across_nodes": (
         "true",
         ["launch.workers=2", "launch.tp=2"],

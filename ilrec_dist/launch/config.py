@@ -24,6 +24,11 @@ class LaunchConfig:
     workers: Annotated[Positive, Affects()] = 1
     # Processes that share one copy of the model.
     tp: Annotated[Positive, Affects()] = 1
+    # Whether training cuts norms, the residual stream and dropout over these processes too, along
+    # the tokens.
+    sequence_parallel: Annotated[
+        Bool, Affects(), OnlyIf("launch.tp above 1", lambda config: config.launch.tp > 1)
+    ] = False
     # Whether a tensor-parallel group may lie on several nodes, whose links are slow for it.
     tp_across_nodes: Annotated[
         Bool,

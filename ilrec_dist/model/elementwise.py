@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ilrec_dist.model.sequence_parallel import TokenCut
+
 # Cosines and sines of the positions' angles, [1 or B, S or 1, 1, head_dim] each.
 Rotary = tuple[Tensor, Tensor]
 
@@ -31,19 +33,24 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
     return rotated
 
 
-def normed(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def normed(norm: nn.Module, hidden: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, Tensor]:
     """The norm of the residual stream [..., d], and the stream itself, to go on with.
 
-    torch's RMS norm on a CPU keeps the normalised rows besides the stream, and a copy
-    in fp32 of a stream in bf16. This one makes them again, and adds up the stream's
-    gradients in the same order.
+    With a cut the stream is this rank's tokens of it. torch's RMS norm on a CPU keeps
+    the normalised rows besides the stream, and a copy in fp32 of a stream in bf16. This
+    one makes them again, and adds up the stream's gradients in the same order.
     """
-    if not isinstance(norm, nn.RMSNorm) or hidden.is_cuda:
-        rows, stream = norm(hidden), hidden
-    else:
+    weights: dict[str, Tensor] = {}
+    if cut is not None:
+        weights = {name: cut.shared(weight) for name, weight in norm.named_parameters()}
+    if isinstance(norm, nn.RMSNorm) and not hidden.is_cuda:
         rows, stream = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-            hidden, norm.weight, norm.eps
+            hidden, weights.get("weight", norm.weight), norm.eps
         )
+    elif cut is not None:
+        rows, stream = torch.func.functional_call(norm, weights, (hidden,)), hidden
+    else:
+        rows, stream = norm(hidden), hidden
     return remakable(rows, norm, stream), stream
 
 

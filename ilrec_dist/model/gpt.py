@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from ilrec_dist.common.errors import UserError
@@ -18,6 +22,7 @@ from ilrec_dist.model.decoder import padded_vocab_size
 from ilrec_dist.model.elementwise import Rotary, normed
 from ilrec_dist.model.layers import Precision, layer_spec, transformer_config
 from ilrec_dist.model.packing import pack
+from ilrec_dist.model.sequence_parallel import TokenCut
 from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
 
 # Positions of the first table of rotary angles, or max_positions where that is less.
@@ -92,6 +97,8 @@ class Backbone(nn.Module):
         self.packs = False
         # Whether training keeps only the layers' inputs, and computes the rest again in backward.
         self.recompute = False
+        # Whether training cuts what lies between the tensor-parallel products along the tokens.
+        self.sequence_parallel = False
         self._angles: Tensor | None = None
 
     @torch.no_grad()
@@ -178,19 +185,24 @@ class Backbone(nn.Module):
         if packed is None and branches is None and self.packs and self.training:
             tokens, rows, packed = pack(tokens, rows) or (tokens, rows, None)
         context: AttentionContext = packed or branches
+        cut = self._token_cut(tokens)
         if packed is not None:
-            hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions)
+            hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions, cut)
         elif branches is not None:
-            hidden, rotary = self._embed(tokens, 0, branches.num_positions, branches.positions)
+            hidden, rotary = self._embed(tokens, 0, branches.num_positions, branches.positions, cut)
         else:
-            hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
+            hidden, rotary = self._embed(tokens, 0, tokens.shape[1], None, cut)
         first = self.config.num_layers - num_intermediate
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         taps = []
         for number, layer in enumerate(self.gpt.decoder.layers, start=1):
-            hidden = layer(hidden, context, rotary, recompute)
+            hidden = layer(hidden, context, rotary, cut, recompute)
             if number >= first:
-                taps.append(self._norm(hidden.flatten(0, 1).index_select(0, rows)))
+                if cut is None:
+                    tapped = hidden.flatten(0, 1).index_select(0, rows)
+                else:
+                    tapped = cut.rows(hidden, rows)
+                taps.append(self._norm(tapped))
         final, *layers = reversed(taps)
         return HiddenRows(final, layers)
 
@@ -229,6 +241,13 @@ class Backbone(nn.Module):
         cache.suffix += 1
         return self._norm(hidden)
 
+    def _token_cut(self, tokens: Tensor) -> TokenCut | None:
+        """How a batch [B, S] is cut between the products, or None."""
+        if not (self.sequence_parallel and self.training and self.tp_group.size() > 1):
+            return None
+        batch, length = tokens.shape
+        return TokenCut(batch, length, self.tp_group)
+
     def _run(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
         """The residual stream after the last layer, [B, S, d]."""
         for layer in self.gpt.decoder.layers:
@@ -239,20 +258,22 @@ class Backbone(nn.Module):
         return normed(self.gpt.decoder.final_layernorm, hidden)[0]
 
     def _embed(
-        self, tokens: Tensor, start: int, stop: int, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        start: int,
+        stop: int,
+        positions: Tensor | None = None,
+        cut: TokenCut | None = None,
     ) -> tuple[Tensor, Rotary | None]:
         """Embed tokens [B, S] at positions start … stop-1, or at one position.
 
         positions [S] or [B, S], below stop, replace the range. Returns the start of the
-        residual stream [B, S, d] and, with rope, what all layers rotate by.
+        residual stream, [B, S, d] or this rank's tokens of a cut, and, with rope, what
+        all layers rotate by.
         """
         index = slice(start, stop) if positions is None else positions
         embedding = self.gpt.embedding
-        if self.trained_rows is None:
-            hidden = embedding.word_embeddings(tokens)
-        else:
-            table = embedding.word_embeddings.weight
-            hidden = self.trained_rows.embed(table, tokens, self.tp_group)
+        hidden = self._look_up(tokens, cut)
         if self.config.position_embedding == "rope":
             angles = self._rotary(stop, hidden.device)[index]
             # By token, or by user and token.
@@ -264,8 +285,33 @@ class Backbone(nn.Module):
                 f"a sequence of {stop} tokens exceeds the backbone's {self.max_positions} "
                 "learned positions; shorten train.max_history"
             )
-        hidden = hidden + embedding.position_embeddings.weight[index]
+        table = embedding.position_embeddings.weight
+        if cut is None:
+            hidden = hidden + table[index]
+        else:
+            range_ = torch.arange(start, stop, device=tokens.device)
+            index = (range_ if positions is None else positions).expand_as(tokens)
+            hidden = hidden + cut.shared(table)[cut.owned(index)]
         return embedding.embedding_dropout(hidden), None
+
+    def _look_up(self, tokens: Tensor, cut: TokenCut | None) -> Tensor:
+        """The rows of the vocabulary's table, which is cut over the ranks."""
+        words = self.gpt.embedding.word_embeddings
+        rows = self.trained_rows
+        if rows is None and cut is None:
+            hidden: Tensor = words(tokens)
+            return hidden
+        summed: Callable[[Tensor], Tensor] | None = None
+        if cut is not None:
+            summed = cut.scattered_sum
+        elif self.tp_group.size() > 1:
+            summed = partial(reduce_from_tensor_model_parallel_region, group=self.tp_group)
+        if rows is not None:
+            return rows.embed(words.weight, tokens, summed)
+        is_other = (tokens < words.vocab_start_index) | (tokens >= words.vocab_end_index)
+        local = (tokens - words.vocab_start_index).masked_fill(is_other, 0)
+        assert summed is not None
+        return summed(F.embedding(local, words.weight).masked_fill_(is_other[..., None], 0))
 
     def _rotary(self, stop: int, device: torch.device) -> Tensor:
         """Rotary angles of the positions below `stop` and more, [positions, head_dim].

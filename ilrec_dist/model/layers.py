@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from ilrec_dist.model.attention import AttentionContext, CoreAttention, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.elementwise import Rotary, normed, rotate, swiglu
+from ilrec_dist.model.sequence_parallel import TokenCut
 
 Precision = Literal["fp32", "bf16"]
 
@@ -52,17 +53,66 @@ class _GatherFeatures(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
 
 
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's column-parallel linear layer, whose input may be cut by tokens."""
+
+    def forward(self, inputs: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, Tensor | None]:
+        """inputs [B, S, in], or this rank's tokens of a cut → [B, S, out / tp].
+
+        The second result is a bias that is not yet added.
+        """
+        if cut is None:
+            output: tuple[Tensor, Tensor | None] = super().forward(inputs)
+            return output
+        added, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
+        return cut.column_product(inputs, self.weight, added), left
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """Megatron's row-parallel linear layer, whose output may be cut by tokens."""
+
+    def forward(self, inputs: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, Tensor | None]:
+        """inputs [B, S, in / tp] → [B, S, out], or this rank's tokens of a cut.
+
+        The second result is the bias, which is not yet added. The product is Megatron's
+        own in both cases, and only the sum over the ranks is another.
+        """
+        if cut is None:
+            output: tuple[Tensor, Tensor | None] = super().forward(inputs)
+            return output
+        partial = self._forward_impl(
+            input=inputs,
+            weight=self.weight,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            tp_group=self.tp_group,
+            grad_output_buffer=None,
+        )
+        return cut.scattered_sum(partial), self.bias
+
+
 class DecoderAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self-attention with a forward that hands an attention context on."""
 
     def forward(
-        self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None
+        self,
+        hidden: Tensor,
+        context: AttentionContext,
+        rotary: Rotary | None,
+        cut: TokenCut | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden [B, S, d] → the output [B, S, d] and its bias, not yet added."""
+        """hidden [B, S, d], or this rank's tokens of it → as much of the output, and
+        its bias, not yet added.
+        """
+        joint, _ = self.linear_qkv(hidden, cut)
         if self.config.num_query_groups < self.tp_group.size():
-            query, key, value = self._shared_key_value_heads(hidden)
+            query, key, value = self._shared_key_value_heads(joint)
         else:
-            query, key, value = self.get_query_key_value_tensors(hidden)
+            query, key, value = self._own_heads(joint)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
             packed = isinstance(context, PackedSequences)
@@ -73,11 +123,22 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
                 # A view would keep the whole joint projection until the backward pass.
                 value = value.clone()
         output: tuple[Tensor, Tensor | None] = self.linear_proj(
-            self.core_attention(query, key, value, context)
+            self.core_attention(query, key, value, context), cut
         )
         return output
 
-    def _shared_key_value_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _own_heads(self, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, S, heads / tp, head_dim], key and value [B, S, heads_kv / tp,
+        head_dim] of this rank's joint projection, which has each key/value head behind
+        its query heads.
+        """
+        width, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
+        joint = joint.view(*joint.shape[:-1], groups, -1)
+        sizes = [joint.shape[-1] - 2 * width, width, width]
+        query, key, value = torch.split(joint, sizes, dim=-1)
+        return query.reshape(*query.shape[:2], -1, width), key, value
+
+    def _shared_key_value_heads(self, joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, S, heads / tp, head_dim], key and value [B, S, 1, head_dim].
 
         There are fewer key/value heads than ranks. The rows of the joint projection are
@@ -85,17 +146,12 @@ class DecoderAttention(SelfAttention):  # type: ignore[misc]
         key/value head. (Megatron's own form of this gathers on CUDA devices only.)
         """
         tp, rank, groups = self.tp_group.size(), self.tp_group.rank(), self.config.num_query_groups
-        joint: Tensor = _GatherFeatures.apply(  # type: ignore[no-untyped-call]
-            self.linear_qkv(hidden)[0], self.tp_group
-        )
+        joint = _GatherFeatures.apply(joint, self.tp_group)  # type: ignore[no-untyped-call]
         joint = joint.view(*joint.shape[:-1], groups, -1, self.hidden_size_per_attention_head)
         sharing = tp // groups
         group = joint[..., rank // sharing, :, :]  # [B, S, queries of the group + 2, head_dim]
         query = group[..., :-2, :].chunk(sharing, dim=-2)[rank % sharing]
-        key, value = group[..., -2:-1, :], group[..., -1:, :]
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+        return query, group[..., -2:-1, :], group[..., -1:, :]
 
 
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
@@ -109,39 +165,51 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         hidden: Tensor,
         context: AttentionContext,
         rotary: Rotary | None,
+        cut: TokenCut | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions.
 
-        With `recompute` autograd keeps the input alone. The layer is computed again
-        within it, so that hooks on it are called once a pass.
+        With a cut both are this rank's tokens of it. With `recompute` autograd keeps
+        the input alone. The layer is computed again within it, so that hooks on it are
+        called once a pass.
         """
         if recompute:
-            again: Tensor = checkpoint(self._run, hidden, context, rotary, use_reentrant=False)
+            again: Tensor = checkpoint(self._run, hidden, context, rotary, cut, use_reentrant=False)
             return again
-        return self._run(hidden, context, rotary)
+        return self._run(hidden, context, rotary, cut)
 
-    def _run(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
-        inputs, hidden = normed(self.input_layernorm, hidden)
-        hidden = self._add(self.self_attention(inputs, context, rotary), hidden)
-        inputs, hidden = normed(self.pre_mlp_layernorm, hidden)
-        return self._add(self._feed_forward(inputs), hidden)
+    def _run(
+        self,
+        hidden: Tensor,
+        context: AttentionContext,
+        rotary: Rotary | None,
+        cut: TokenCut | None,
+    ) -> Tensor:
+        inputs, hidden = normed(self.input_layernorm, hidden, cut)
+        hidden = self._add(self.self_attention(inputs, context, rotary, cut), hidden, cut)
+        inputs, hidden = normed(self.pre_mlp_layernorm, hidden, cut)
+        return self._add(self._feed_forward(inputs, cut), hidden, cut)
 
-    def _feed_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _feed_forward(self, inputs: Tensor, cut: TokenCut | None) -> tuple[Tensor, Tensor | None]:
         """Megatron's, whose gated form is SwiGLU: output and bias, not yet added."""
         mlp: Any = self.mlp
-        output: tuple[Tensor, Tensor | None]
-        if not self.config.gated_linear_unit:
-            output = mlp(inputs)
-            return output
-        gate_and_up, bias = mlp.linear_fc1(inputs)
-        output = mlp.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
+        expanded, bias = mlp.linear_fc1(inputs, cut)
+        if bias is not None:
+            expanded = expanded + bias
+        activation = swiglu if self.config.gated_linear_unit else mlp.activation_func
+        output: tuple[Tensor, Tensor | None] = mlp.linear_fc2(activation(expanded), cut)
         return output
 
-    def _add(self, out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+    def _add(
+        self,
+        out_and_bias: tuple[Tensor, Tensor | None],
+        residual: Tensor,
+        cut: TokenCut | None,
+    ) -> Tensor:
         out, bias = out_and_bias
         if bias is not None:
-            out = out + bias
+            out = out + (bias if cut is None else cut.shared(bias))
         return residual + F.dropout(out, self.hidden_dropout, self.training)
 
 
@@ -202,9 +270,9 @@ def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
     """The layer specification with our attention, and the one final norm."""
     head_norm: Any = HeadNorm if config.qk_norm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=ColumnLinear,
         core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
+        linear_proj=RowLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
@@ -217,7 +285,7 @@ def layer_spec(config: BackboneConfig) -> TransformerBlockSubmodules:
         pre_mlp_layernorm=WrappedTorchNorm,
         mlp=ModuleSpec(
             MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
         ),
         mlp_bda=get_bias_dropout_add,
     )

@@ -3,7 +3,9 @@
 Column-parallel layers keep A whole on every rank, its gradient summed over the ranks,
 and B cut like W. Row-parallel layers cut A like W and keep B whole; the r-vector Ax is
 summed over the ranks before B. The joint projections (query, key and value; gate and
-up) have one adapter for each of their parts, as PEFT has.
+up) have one adapter for each of their parts, as PEFT has. Where the tokens are cut
+(model/sequence_parallel.py), column-parallel layers multiply this rank's tokens with A
+and gather Ax, and row-parallel ones scatter its sum.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ilrec_dist.model.elementwise import remake_of
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.families import Family, checkpoint_names, family_of_config
 from ilrec_dist.model.hf.slices import shard_slices, tensor_shapes
+from ilrec_dist.model.sequence_parallel import TokenCut
 
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 COLUMN_PARALLEL = ("linear_qkv.weight", "linear_fc1.weight")
@@ -198,8 +201,10 @@ class LoraLinear(nn.Module):
         mine = [s for s in self.slices[self.rank_index] if s.tensor == part]
         return torch.cat([full[:0], *(full[s.start : s.stop] for s in mine)])
 
-    def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add the adapters' output to the layer's own; x as the layer gets it."""
+    def forward(self, x: Tensor, output: Tensor, cut: TokenCut | None = None) -> Tensor:
+        """Add the adapters' output to the layer's own; x and cut as the layer gets
+        them.
+        """
         remake = None
         if self.lora.dropout > 0 and self.training:
             x = F.dropout(x, self.lora.dropout)
@@ -207,11 +212,20 @@ class LoraLinear(nn.Module):
             remake = remake_of(x)
         modules = [module for _, module in self.targeted()]
         a = torch.cat([self.parameter_a(module) for module in modules])
+        b: list[Tensor] = [self.parameter_b(module) for module in modules]
+        if cut is not None and self.is_row_parallel:
+            b = [cut.shared(one) for one in b]
+        elif cut is not None:
+            a = cut.shared(a)
         if remake is not None:
             projected = _Project.apply(x, a, *remake)  # type: ignore[no-untyped-call]
         else:
             projected = F.linear(x, a)
-        if self.is_row_parallel:
+        if cut is not None and self.is_row_parallel:
+            hidden = cut.scattered_sum(projected)
+        elif cut is not None:
+            hidden = cut.gathered(projected)
+        elif self.is_row_parallel:
             hidden = reduce_from_tensor_model_parallel_region(projected)
             # Megatron's output may be a view, which autograd lets nobody write to.
             output = output.clone()
@@ -219,11 +233,7 @@ class LoraLinear(nn.Module):
             # Backward sums the gradient of all parts over the ranks at once.
             hidden = copy_to_tensor_model_parallel_region(projected)
         added: Tensor = _AddAdapters.apply(  # type: ignore[no-untyped-call]
-            output,
-            self.lora.scaling,
-            self.pieces,
-            *hidden.chunk(len(modules), -1),
-            *(self.parameter_b(module) for module in modules),
+            output, self.lora.scaling, self.pieces, *hidden.chunk(len(modules), -1), *b
         )
         return added
 
@@ -313,9 +323,10 @@ def _adding(layer: nn.Module):  # type: ignore[no-untyped-def]
     """A forward hook that adds the adapters' output to the linear layer's."""
 
     def hook(
-        _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+        _: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        return layer(inputs[0], output[0]), output[1]
+        x, *cut = inputs
+        return layer(x, output[0], *cut), output[1]
 
     return hook
 

@@ -8,13 +8,11 @@ the embedding and the head are frozen or trained as before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from ilrec_dist.model.sharding import ShardSpec, mark_parallel
@@ -50,10 +48,13 @@ class TrainedRows(nn.Module):
             self.weights[name] = nn.Parameter(first.clone())
             mark_parallel(self.weights[name], ShardSpec(0))
 
-    def embed(self, table: Tensor, tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def embed(
+        self, table: Tensor, tokens: Tensor, summed: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         """The embeddings of tokens int64 [B, S] of the whole vocabulary, [B, S, d].
 
-        A gradient of the rows is summed in fp32 and rounded once.
+        summed: sums those of the ranks, of which one has each token; None where this
+        rank has all. A gradient of the rows is summed in fp32 and rounded once.
         """
         local = tokens - self.first_token
         owned = (local >= 0) & (local < len(table))
@@ -63,12 +64,7 @@ class TrainedRows(nn.Module):
         index = (local - self.low).masked_fill(~is_row, 0)
         row = F.embedding(index, rows.float()).to(rows.dtype)
         hidden = torch.where(is_row[..., None], row, hidden)
-        if group.size() == 1:
-            return hidden
-        whole: Tensor = reduce_from_tensor_model_parallel_region(
-            hidden.masked_fill(~owned[..., None], 0), group=group
-        )
-        return whole
+        return hidden if summed is None else summed(hidden.masked_fill(~owned[..., None], 0))
 
     @property
     def head_rows(self) -> nn.Parameter:

@@ -50,6 +50,7 @@ def train_one(
         objective = method.objective(config.objective)
         backbone = first_weights(config, artifacts, method, spec.seed)
         backbone.recompute = config.train.recompute
+        backbone.sequence_parallel = config.launch.sequence_parallel
         # A decoder from scratch keeps the bits that it has had without a budget.
         packs = config.train.micro_batch_tokens is not None
         backbone.packs = packs or config.backbone.from_ is not None

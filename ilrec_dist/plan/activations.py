@@ -11,13 +11,16 @@ from ilrec_dist.plan.trained import ALL_WEIGHTS, Linear, TrainedParts, linears
 
 @dataclass
 class Kept:
-    """Bytes for each token, and bytes whatever the number of tokens is."""
+    """Bytes for each token, for each of those between whose products the rank works,
+    and bytes whatever the number of tokens is.
+    """
 
     token: float = 0.0
+    between: float = 0.0
     once: float = 0.0
 
-    def of(self, tokens: int) -> float:
-        return self.token * tokens + self.once
+    def of(self, tokens: int, tokens_between: int) -> float:
+        return self.token * tokens + self.between * tokens_between + self.once
 
 
 def activation_bytes(
@@ -31,23 +34,24 @@ def activation_bytes(
     layer at a time.
     """
     tokens, residual = batch.tokens, sizes.hidden * layout.element
+    between = layout.tokens_per_rank(tokens)
     first, later = (
-        _Layer(sizes, trained, layout, batch.is_packed, is_first).kept()
+        _Layer(sizes, trained, layout, batch.is_packed, is_first).kept().of(tokens, between)
         for is_first in (True, False)
     )
     embedding = 0.0
     if sizes.config.dropout > 0 and (trained.all_weights or trained.rows is not None):
         # The mask of the embeddings.
-        embedding = tokens * sizes.hidden * (1 if layout.is_cuda else layout.element)
+        embedding = between * sizes.hidden * (1 if layout.is_cuda else layout.element)
     if sizes.config.position_embedding == "rope":
         # Cosines and sines, which all layers share.
         positions = tokens if batch.is_packed else batch.tokens_per_sequence
         embedding += 2 * positions * sizes.head_dim * layout.element
     if not recompute:
-        return embedding + first.of(tokens) + (sizes.layers - 1) * later.of(tokens)
+        return embedding + first + (sizes.layers - 1) * later
     # Its input is among the layers' inputs.
-    largest = (later if sizes.layers > 1 else first).of(tokens) - tokens * residual
-    return embedding + sizes.layers * tokens * residual + largest
+    largest = (later if sizes.layers > 1 else first) - between * residual
+    return embedding + sizes.layers * between * residual + largest
 
 
 class _Layer:
@@ -75,7 +79,7 @@ class _Layer:
         sizes, layout, needs = self.sizes, self.layout, self.needs
         all_weights, element = self.trained.all_weights, layout.element
         if all_weights or needs.inputs:
-            self.total.token += norm_bytes(sizes, layout)
+            self.total.between += norm_bytes(sizes, layout)
         # Adapters make the outputs of the norms and of SwiGLU again, from what these keep.
         remakes = not all_weights
         inputs = all_weights or needs.inputs
@@ -87,7 +91,7 @@ class _Layer:
         is_shared = needs.joint and not self.copies and not self.is_packed
         self._enter("linear_proj", sizes.query_width / layout.tp, needs.joint, is_shared)
         if all_weights or needs.middle:
-            self.total.token += norm_bytes(sizes, layout)
+            self.total.between += norm_bytes(sizes, layout)
         self._enter(
             "linear_fc1", sizes.hidden, all_weights or needs.middle, remakes and needs.middle
         )
@@ -98,7 +102,7 @@ class _Layer:
         self._enter("linear_fc2", sizes.ffn / layout.tp, needs.expanded, remakes)
         if sizes.config.dropout > 0:
             # The masks of the two outputs.
-            self.total.token += 2 * sizes.hidden * (1 if layout.is_cuda else element)
+            self.total.between += 2 * sizes.hidden * (1 if layout.is_cuda else element)
         return self.total
 
     def _enter(self, name: str, width: float, needs: bool, is_kept: bool = False) -> None:
@@ -112,16 +116,20 @@ class _Layer:
         element, lora = self.layout.element, self.trained.lora
         count = self.trained.adapters(linear)
         dropout = 0.0 if lora is None or count == 0 else lora.dropout
+        kept = 0.0
         if (self.trained.all_weights or count) and not is_kept and dropout == 0:
-            self.total.token += width * element
-        if lora is None or count == 0:
-            return
+            kept += width * element
         if dropout > 0:
-            self.total.token += width * element
+            kept += width * element
             if needs:
-                self.total.token += width * (1 if self.layout.is_cuda else element)
-        self.total.token += count * lora.rank * element
-        if needs:
+                kept += width * (1 if self.layout.is_cuda else element)
+        out = 0.0 if lora is None else count * lora.rank * element
+        # Cut tokens come together in a column-parallel map, and go apart behind a row-parallel one.
+        if linear.is_row_parallel:
+            kept, out = out, kept
+        self.total.between += kept
+        self.total.token += out
+        if lora is not None and needs:
             self.total.once += count * lora.rank * width * element
 
     def _attention(self) -> float:

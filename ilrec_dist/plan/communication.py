@@ -16,7 +16,7 @@ from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
 from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedParts, linears
 
 GroupName = Literal["tp", "dp"]
-Operation = Literal["all_reduce", "all_gather", "broadcast"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 FP32 = 4
 # Whether a gradient is NaN or infinite.
 FLAG_BYTES = 1
@@ -81,11 +81,17 @@ class StepLayout:
     zero_stage: int = 1
     # Some operations keep less for backward on a GPU.
     is_cuda: bool = True
+    # Whether what lies between the tensor-parallel products is cut along the tokens.
+    sequence_parallel: bool = False
 
     @property
     def keeps_gradients(self) -> bool:
         """Whether DeepSpeed keeps buffers of all gradients from step to step."""
         return self.element < FP32 and self.zero_stage == 1
+
+    def tokens_per_rank(self, tokens: int) -> int:
+        """The tokens of a micro-batch between whose products a rank works."""
+        return -(-tokens // self.tp) if self.sequence_parallel else tokens
 
     @property
     def overlaps_reduction(self) -> bool:
@@ -112,9 +118,13 @@ def step_collectives(
     # tells.
     has_flag = layout.element < FP32 and not layout.keeps_gradients
     if layout.tp > 1:
-        in_layers = _of_layers(sizes, batch, layout, trained, recompute)
-        in_loss = _of_loss(sizes, objective, batch, layout)
-        for what, operation, size in itertools.chain(in_layers, in_loss):
+        between = _between_cut_tokens if layout.sequence_parallel else _between_products
+        for what, operation, size in itertools.chain(
+            between(sizes, batch, layout, trained, recompute),
+            _within_attention(sizes, batch, layout, trained, recompute),
+            _of_rows(sizes, objective, batch, layout),
+            _of_loss(sizes, objective, batch, layout),
+        ):
             total = size * layout.accumulation_steps
             collectives.append(Collective("tp", what, operation, layout.tp, total))
         collectives.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
@@ -140,7 +150,7 @@ def step_collectives(
     return collectives
 
 
-def _of_layers(
+def _between_products(
     sizes: DecoderSizes,
     batch: MicroBatch,
     layout: StepLayout,
@@ -158,12 +168,84 @@ def _of_layers(
     backward = sum(layer.inputs + layer.middle for layer in needs)
     yield "activations, backward", "all_reduce", backward * residual
     has = {linear.name: trained.adapters(linear) for linear in linears(sizes)}
-    # Recomputation ends with the last tensor that the layer keeps for backward. Without adapters
-    # or dropout there that is an input of the last product, before the sum over the ranks.
-    ends_behind_sum = has["linear_fc2"] > 0 or sizes.config.dropout > 0
     if recompute:
-        again = sizes.layers * (1 + ends_behind_sum) * residual
+        again = sizes.layers * _sums_again(sizes, trained) * residual
         yield "activations, recomputed", "all_reduce", again
+    if trained.lora is not None:
+        adapter = sizes.layers * batch.tokens * trained.lora.rank * layout.element
+        by_rows = (has["linear_proj"] + has["linear_fc2"]) * (2 if recompute else 1)
+        yield "adapters, forward", "all_reduce", by_rows * adapter
+        by_columns = has["linear_qkv"] + has["linear_fc1"]
+        yield "adapters, backward", "all_reduce", by_columns * adapter
+
+
+def _sums_again(sizes: DecoderSizes, trained: TrainedParts) -> int:
+    """How many of a layer's two sums over the ranks its recomputation takes again.
+
+    It ends with the last tensor that the layer keeps for backward. Without adapters or
+    dropout there that is an input of the last product, before the sum.
+    """
+    last = {linear.name: linear for linear in linears(sizes)}["linear_fc2"]
+    return 2 if trained.adapters(last) > 0 or sizes.config.dropout > 0 else 1
+
+
+def _between_cut_tokens(
+    sizes: DecoderSizes,
+    batch: MicroBatch,
+    layout: StepLayout,
+    trained: TrainedParts,
+    recompute: bool,
+) -> Iterator[tuple[str, Operation, int]]:
+    """As `_between_products`, where the tokens are cut (model.sequence_parallel)."""
+    layers, times = sizes.layers, 2 if recompute else 1
+    token = layout.tp * layout.tokens_per_rank(batch.tokens) * layout.element
+    residual = token * sizes.hidden
+    needs = [trained.needs(sizes, is_first=layer == 0) for layer in range(layers)]
+    yield "embeddings", "reduce_scatter", residual
+    if needs[0].inputs:
+        yield "embeddings, backward", "all_gather", residual
+    yield "activations, forward", "all_gather", 2 * layers * residual
+    yield "activations, forward", "reduce_scatter", 2 * layers * residual
+    # Of outputs the gradients; the inputs themselves where they meet the weights' gradients.
+    gathered = sum(layer.joint + layer.expanded for layer in needs)
+    gathered += 2 * layers * trained.all_weights
+    yield "activations, backward", "all_gather", gathered * residual
+    scattered = sum(layer.inputs + layer.middle for layer in needs)
+    yield "activations, backward", "reduce_scatter", scattered * residual
+    if recompute:
+        yield "activations, recomputed", "all_gather", 2 * layers * residual
+        again = layers * _sums_again(sizes, trained) * residual
+        yield "activations, recomputed", "reduce_scatter", again
+    if trained.all_weights:
+        # What every rank holds whole and has used on its own tokens.
+        norms = 2 * (2 if sizes.config.normalization == "LayerNorm" else 1)
+        vectors = layers * (norms + (2 if sizes.config.bias else 0))
+        if sizes.config.position_embedding == "learned":
+            vectors += sizes.positions
+        size = vectors * sizes.hidden * layout.element
+        yield "norms, biases, positions", "all_reduce", size
+    if trained.lora is not None:
+        has = {linear.name: trained.adapters(linear) for linear in linears(sizes)}
+        by_rows = layers * (has["linear_proj"] + has["linear_fc2"])
+        by_columns = layers * (has["linear_qkv"] + has["linear_fc1"])
+        adapter = token * trained.lora.rank
+        yield "adapters, forward", "all_gather", times * by_columns * adapter
+        yield "adapters, forward", "reduce_scatter", times * by_rows * adapter
+        yield "adapters, backward", "all_gather", by_rows * adapter
+        yield "adapters, backward", "reduce_scatter", by_columns * adapter
+        # The factors that every rank holds whole: A of columns and B of rows.
+        factor = trained.lora.rank * sizes.hidden * layout.element
+        yield "adapters, backward", "all_reduce", (by_rows + by_columns) * factor
+
+
+def _within_attention(
+    sizes: DecoderSizes,
+    batch: MicroBatch,
+    layout: StepLayout,
+    trained: TrainedParts,
+    recompute: bool,
+) -> Iterator[tuple[str, Operation, int]]:
+    """(what, operation, bytes) over the tensor-parallel group, of heads."""
     if sizes.config.qk_norm and trained.all_weights:
         size = 2 * sizes.layers * sizes.head_dim * layout.element
         yield "head norms, backward", "all_reduce", size
@@ -171,14 +253,21 @@ def _of_layers(
         joint = batch.tokens * sizes.qkv_width * layout.element
         times = 2 if recompute else 1
         yield "shared key/value heads, forward", "all_gather", times * sizes.layers * joint
+        needs = (trained.needs(sizes, is_first=layer == 0) for layer in range(sizes.layers))
         backward = sum(layer.joint for layer in needs)
         yield "shared key/value heads, backward", "all_reduce", backward * joint
-    if trained.lora is not None:
-        adapter = sizes.layers * batch.tokens * trained.lora.rank * layout.element
-        by_rows = (has["linear_proj"] + has["linear_fc2"]) * (2 if recompute else 1)
-        yield "adapters, forward", "all_reduce", by_rows * adapter
-        by_columns = has["linear_qkv"] + has["linear_fc1"]
-        yield "adapters, backward", "all_reduce", by_columns * adapter
+
+
+def _of_rows(
+    sizes: DecoderSizes, objective: ObjectiveConfig, batch: MicroBatch, layout: StepLayout
+) -> Iterator[tuple[str, Operation, int]]:
+    """(what, operation, bytes) of the rows that the loss needs, which are on every rank
+    unless the tokens are cut.
+    """
+    if layout.sequence_parallel:
+        streams = 1 + num_intermediate_layers(objective, sizes.layers)
+        size = streams * batch.rows * sizes.hidden * layout.element
+        yield "hidden rows", "all_reduce", size
 
 
 def _of_loss(

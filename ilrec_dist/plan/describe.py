@@ -43,7 +43,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     yield from _parameters(plan)
     yield from _parts("memory of a GPU in training", plan.training)
-    yield _with_other_recompute(plan)
+    yield _with_other("train.recompute", not plan.config.train.recompute, plan.other_recompute)
+    if plan.other_sequence_parallel is not None:
+        value = not plan.config.launch.sequence_parallel
+        yield _with_other("launch.sequence_parallel", value, plan.other_sequence_parallel)
     yield from _parts("memory of a GPU in validation", plan.validation)
     yield from _communication(plan)
     yield from _host(plan)
@@ -70,12 +73,11 @@ def _parts(title: str, parts: Mapping[str, float]) -> Iterator[str]:
     yield f"  {'all':60}{size(sum(parts.values())):>12}"
 
 
-def _with_other_recompute(plan: Plan) -> str:
-    other = plan.other_recompute
-    value = str(not plan.config.train.recompute).lower()
+def _with_other(key: str, value: bool, parts: Mapping[str, float]) -> str:
+    """What another value of a key would take."""
     return (
-        f"  with train.recompute={value}: activations {size(other[ACTIVATIONS])}, "
-        f"all {size(sum(other.values()))}"
+        f"  with {key}={str(value).lower()}: activations {size(parts[ACTIVATIONS])}, "
+        f"all {size(sum(parts.values()))}"
     )
 
 

@@ -77,8 +77,10 @@ class Plan:
     # Bytes of one GPU by part, while it trains and while it validates.
     training: dict[str, float]
     validation: dict[str, float]
-    # As `training`, with the other value of train.recompute.
+    # As `training`, with the other value of train.recompute, or of launch.sequence_parallel, which
+    # is None without tensor parallelism.
     other_recompute: dict[str, float]
+    other_sequence_parallel: dict[str, float] | None
     collectives: list[Collective]
     time: StepTime
     # Bytes of one node's host by part; None where the data's size is not known.
@@ -131,6 +133,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         steps,
         ELEMENT_BYTES[config.train.precision],
         config.train.zero_stage,
+        sequence_parallel=config.launch.sequence_parallel,
     )
     method, objective = _heaviest(config, sizes)
     rank = fullest_rank(counted, layout.tp)
@@ -151,16 +154,21 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         batch.tokens_per_sequence,
         tokens.depth,
     )
-    training, other_recompute = (
+    other_layout = replace(layout, sequence_parallel=not layout.sequence_parallel)
+    training, other_recompute, other_sequence_parallel = (
         _with_reserve(
             {
                 **state,
                 "gradient bucket": bucket_bytes(trainable, layout),
-                ACTIVATIONS: activation_bytes(sizes, batch, layout, trained, recomputes),
+                ACTIVATIONS: activation_bytes(sizes, batch, kept_layout, trained, recomputes),
                 **{f"loss: {name}": size for name, size in loss.items()},
             }
         )
-        for recomputes in (recompute, not recompute)
+        for kept_layout, recomputes in (
+            (layout, recompute),
+            (layout, not recompute),
+            (other_layout, recompute),
+        )
     )
     return Plan(
         config=config,
@@ -176,6 +184,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         mean_batch=mean_batch,
         training=training,
         other_recompute=other_recompute,
+        other_sequence_parallel=other_sequence_parallel if layout.tp > 1 else None,
         validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
         collectives=collectives,
         time=step_time(

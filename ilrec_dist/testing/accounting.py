@@ -22,7 +22,13 @@ from ilrec_dist.model import layers
 
 # The functions through which the project, Megatron and DeepSpeed communicate, and which argument
 # is the whole tensor: what is reduced or sent, or what every rank holds after a gathering.
-_WHOLE_TENSOR = {"all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 0, "reduce": 0}
+_WHOLE_TENSOR = {
+    "all_reduce": (0, "tensor"),
+    "broadcast": (0, "tensor"),
+    "all_gather_into_tensor": (0, "output_tensor"),
+    "reduce": (0, "tensor"),
+    "reduce_scatter_tensor": (1, "input"),
+}
 
 RELEASE_SECONDS = 0.01
 
@@ -42,7 +48,7 @@ def counted_collectives() -> Iterator[Counter[str]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group")
             if dist.get_world_size(group) > 1:
-                operation = "all_gather" if name.startswith("all_gather") else name
+                operation = name.removesuffix("_into_tensor").removesuffix("_tensor")
                 counter[operation] += _whole_bytes(name, args, kwargs)
             return original(*args, **kwargs)
 
@@ -66,8 +72,8 @@ def _whole_bytes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> in
     if name == "all_gather":
         shards: list[Tensor] = args[0] if args else kwargs["tensor_list"]
         return sum(shard.numel() * shard.element_size() for shard in shards)
-    keys = ("tensor", "output_tensor")
-    whole: Tensor = args[0] if args else next(kwargs[key] for key in keys if key in kwargs)
+    position, key = _WHOLE_TENSOR[name]
+    whole: Tensor = args[position] if len(args) > position else kwargs[key]
     return whole.numel() * whole.element_size()
 
 

@@ -69,6 +69,8 @@ class StepSpec:
     new_rows: int = 0
     # Whether sequences are of four lengths, and packed.
     packs: bool = False
+    # Whether what lies between the tensor-parallel products is cut along the tokens.
+    sequence_parallel: bool = False
     # Codes of each level, of which an item's tokens are one each and all a row's candidates. They
     # are the last tokens of the vocabulary. None: any tokens, and two candidates a row.
     codes: int | None = None
@@ -261,6 +263,7 @@ def _backbone(spec: StepSpec) -> Backbone:
         elif train.new_rows_learning_rate is not None:
             separate_rows(backbone, spec.added)
     backbone.recompute, backbone.packs = train.recompute, spec.packs
+    backbone.sequence_parallel = spec.sequence_parallel
     return backbone
 
 
@@ -342,6 +345,7 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
         ELEMENT_BYTES[train.precision],
         train.zero_stage,
         is_cuda=False,
+        sequence_parallel=spec.sequence_parallel,
     )
     sequences = train.batch_size // (dp * train.accumulation_steps)
     packed = int(spec.lengths(sequences).sum()) if spec.packs else None

@@ -263,10 +263,13 @@ class Trainer:
     def _seed_dropout(self, micro: int) -> None:
         """Make dropout a function of (seed, step, micro-batch, data-parallel rank).
 
-        It is then equal over the ranks of a tensor-parallel group, and
-        a resumed training draws what an uninterrupted one would have.
+        It is then equal over the ranks of a tensor-parallel group, unless each of them
+        has tokens of its own, and a resumed training draws what an uninterrupted one
+        would have.
         """
         entropy = [self.spec.seed, self.progress.step, micro, self.parallel.dp_rank]
+        if self.backbone.sequence_parallel:
+            entropy.append(self.parallel.tp_rank)
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         torch.manual_seed(int(state >> 1))
 

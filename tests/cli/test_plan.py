@@ -104,17 +104,24 @@ def test_impossible_plans_are_one_line(config, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_activations_are_told_with_and_without_recomputation(config, capsys):
+@pytest.mark.parametrize("key", ["train.recompute", "launch.sequence_parallel"])
+def test_activations_are_told_for_both_values_of_a_key(config, capsys, key):
     assert plan(config) == 0
     kept = capsys.readouterr().out
-    assert plan(config, "train.recompute=true") == 0
-    recomputed = capsys.readouterr().out
-    for text, other, value in ((kept, recomputed, "true"), (recomputed, kept, "false")):
+    assert plan(config, f"{key}=true") == 0
+    saved = capsys.readouterr().out
+    for text, other, value in ((kept, saved, "true"), (saved, kept, "false")):
         memory = other.split("memory of a GPU in training")[1]
         activations = re.search(r"activations +([\d.]+ .iB)", memory)
         total = re.search(r"  all +([\d.]+ .iB)", memory)
         assert activations is not None and total is not None
-        assert f"with train.recompute={value}: activations {activations[1]}, all {total[1]}" in text
+        assert f"with {key}={value}: activations {activations[1]}, all {total[1]}" in text
+
+
+def test_sequence_parallelism_is_no_alternative_without_tensor_parallelism(config, capsys):
+    plan(config, "launch.tp=1")
+    text = capsys.readouterr().out
+    assert "with train.recompute=true" in text and "sequence_parallel" not in text
 
 
 def test_only_zero_2_sums_the_gradients_at_every_micro_batch(config):

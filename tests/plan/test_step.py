@@ -60,6 +60,7 @@ PARTIAL = {
     ),
     "rows": (1, train(trainable="new_rows")),
     "adapters and rows, packed": (1, train(trainable="lora+new_rows")),
+    "adapters, cut tokens, packed": (2, train(trainable="lora")),
 }
 
 
@@ -80,6 +81,12 @@ def test_memory_and_collectives_of_a_step_are_those_of_the_plan(name: str, tp: i
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "qwen", "llama, recomputed"])
+def test_a_step_whose_tokens_are_cut_is_that_of_the_plan(name: str) -> None:
+    check(dataclasses.replace(SPECS[name], sequence_parallel=True), 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_under_zero_2_is_that_of_the_plan(precision: str) -> None:
     keys = train(2, precision, zero_stage=2)
@@ -90,7 +97,8 @@ def test_a_step_under_zero_2_is_that_of_the_plan(precision: str) -> None:
 @pytest.mark.parametrize("name", PARTIAL)
 def test_a_step_with_frozen_weights_is_that_of_the_plan(name: str, model: StepSpec) -> None:
     tp, keys = PARTIAL[name]
-    check(dataclasses.replace(model, train=keys, packs=name.endswith("packed")), tp)
+    is_cut, packs = "cut tokens" in name, name.endswith("packed")
+    check(dataclasses.replace(model, train=keys, packs=packs, sequence_parallel=is_cut), tp)
 
 
 def check(spec: StepSpec, tp: int) -> None:

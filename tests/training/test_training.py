@@ -110,6 +110,39 @@ def test_training_learns_and_logs_what_the_method_names(trained):
     assert whole_weights(folder / "best").keys() == whole_weights(folder / "final").keys()
 
 
+def test_sequence_parallelism_changes_neither_losses_nor_weights(trained, tiny, tmp_path):
+    """Beside recomputation, and compared with the layout that differs in this alone."""
+    sections = {
+        "launch": {"workers": 2, "tp": 2, "sequence_parallel": True},
+        "train": {"recompute": True},
+        "backbone": {"dropout": 0.0},
+    }
+    config = config_to_dict(tiny_config(tiny, **sections))
+    run_distributed(train_here, 2, 2, config, "ilrec", str(tmp_path))
+    whole = trained[LAYOUTS.index((2, 2, {}))]
+    np.testing.assert_allclose(losses_of(tmp_path), losses_of(whole), rtol=1e-5)
+    weights = whole_weights(tmp_path / "final")
+    for name, expected in whole_weights(whole / "final").items():
+        # Key biases have no true gradient: Adam walks them by rounding alone.
+        if not name.endswith("linear_qkv.bias"):
+            assert (weights[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def seed_after_training(mesh: Mesh, tree: dict, folder: str) -> int:
+    """What dropout was seeded with at the last step."""
+    train_here(mesh, tree, "sft", folder)
+    return torch.initial_seed()
+
+
+def test_tp_ranks_draw_other_dropout_for_tokens_of_their_own(tiny, tmp_path):
+    launch = {"workers": 2, "tp": 2, "sequence_parallel": True}
+    config = config_to_dict(tiny_config(tiny, launch=launch, train={"epochs": 1}))
+    seeds = run_distributed(seed_after_training, 2, 2, config, str(tmp_path))
+    assert len(set(seeds)) == 2
+    losses = losses_of(tmp_path)
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_tp_ranks_draw_the_same_dropout(tiny, tmp_path):
     found = []
     for world in (1, 2):
