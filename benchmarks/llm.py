@@ -35,7 +35,7 @@ from harness import (
 from llm_sides import DTYPES, LEVELS, SIDES, Drawn, Spec
 
 from ilrec_dist.launch.device import quiet
-from ilrec_dist.launch.job import UNCOMPILED
+from ilrec_dist.launch.job import FOR_WORKERS
 
 SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
@@ -119,7 +119,7 @@ def run_side(spec: Spec, **changes: Any) -> dict[str, Any]:
     """Measure in a process of its own."""
     words = vars(spec) | changes
     # As the product starts its workers.
-    environment = {} if words["side"] in ("peft", "generate") else UNCOMPILED
+    environment = {} if words["side"] in ("peft", "generate") else FOR_WORKERS
     figures: dict[str, Any] = in_own_process(
         __file__, "--side", json.dumps(words), threads=spec.threads, **environment
     )

@@ -23,7 +23,7 @@ from ilrec_dist.launch.cluster import cluster_address
 from ilrec_dist.launch.cluster_check import check_cluster, demand_of
 from ilrec_dist.launch.cluster_watch import ClusterWatch, watched_cluster
 from ilrec_dist.launch.config import LaunchConfig
-from ilrec_dist.launch.job import ON_LOOPBACK, UNCOMPILED, Job, run_job
+from ilrec_dist.launch.job import FOR_WORKERS, ON_LOOPBACK, Job, run_job
 from ilrec_dist.launch.loopback import LOOPBACK, loopback_store
 
 # After this long without an answer Ray Train takes a worker for dead: a stopped process too.
@@ -167,5 +167,5 @@ def worker_environment(is_here: bool) -> dict[str, str]:
     """Variables for the workers, whatever those of the nodes are; as this process has
     them, where it does. is_here: all workers are on this machine.
     """
-    variables = UNCOMPILED | (ON_LOOPBACK | WITH_STORE if is_here else {})
+    variables = FOR_WORKERS | (ON_LOOPBACK | WITH_STORE if is_here else {})
     return {name: os.environ.get(name, value) for name, value in variables.items()}

@@ -17,7 +17,7 @@ from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import default_threads
-from ilrec_dist.launch.job import ON_LOOPBACK, UNCOMPILED, Job, take_failure
+from ilrec_dist.launch.job import FOR_WORKERS, ON_LOOPBACK, Job, take_failure
 
 # How long torchrun may take to end its workers.
 TERMINATE_SECONDS = 40.0
@@ -62,7 +62,7 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         threads = launch.threads or default_threads(launch.workers)
         process = subprocess.Popen(
             command,
-            env={"OMP_NUM_THREADS": str(threads), **UNCOMPILED, **ON_LOOPBACK, **os.environ},
+            env={"OMP_NUM_THREADS": str(threads), **FOR_WORKERS, **ON_LOOPBACK, **os.environ},
             preexec_fn=end_with_parent(),
         )
         try:

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.failures import describe, identity, is_of_another_rank
-from ilrec_dist.launch.job import Job, run_job
+from ilrec_dist.launch.job import FOR_WORKERS, Job, run_job
 from ilrec_dist.launch.workers import run_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("started_workers")]
@@ -123,3 +123,13 @@ def test_torchrun_ends_with_the_cause(tmp_path):
     assert attempts(tmp_path) == 2
     with pytest.raises(UserError, match="data.csv: row 3"):
         run_workers(launch, job(tmp_path, "refuse"))
+
+
+@pytest.mark.parametrize("engine", ["torchrun", "ray"])
+def test_workers_start_with_their_variables(tmp_path, monkeypatch, engine):
+    for name in FOR_WORKERS:
+        monkeypatch.delenv(name, raising=False)
+    launch = LaunchConfig(engine=engine, device="cpu", threads=1)
+    run_workers(launch, job(tmp_path, "note_environment"))
+    started_with = (tmp_path / "environment").read_text().splitlines()
+    assert all(f"{name}={value}" in started_with for name, value in FOR_WORKERS.items())

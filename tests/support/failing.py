@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import time
 from pathlib import Path
 
 from ilrec_dist.common.errors import UserError
@@ -42,9 +40,7 @@ def fill_disk(folder: str) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "/run/best.safetensors")
 
 
-def run_on(folder: str) -> None:
-    """Note that this worker is there, and go on until it is ended."""
-    with open(Path(folder) / f"worker-{os.environ['RANK']}", "a") as file:
-        file.write("x")
-    while True:
-        time.sleep(0.1)
+def note_environment(folder: str) -> None:
+    """The variables that this worker was started with."""
+    started_with = Path("/proc/self/environ").read_text().split("\0")
+    (Path(folder) / "environment").write_text("\n".join(started_with))
