@@ -5,9 +5,9 @@ is read-only: one line, and nothing is lost.
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,21 +58,22 @@ def test_a_full_disk_and_a_read_only_one_end_the_command_with_one_line(
     path.write_text(yaml.safe_dump(config_to_dict(config)))
     checkpoints = runs / "tiny/train/sft-seed0/checkpoints"
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ilrec_dist.cli", "train", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not checkpoint.committed(checkpoints):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
     ballast = small_disk / "ballast"
-    fill(ballast)
-    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+
+    def fill_in_training() -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not checkpoint.committed(checkpoints):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        fill(ballast)
+
+    with ThreadPoolExecutor(1) as beside:
+        filled = beside.submit(fill_in_training)
+        code = main(["train", str(path)])
+    filled.result()
+    errors = capsys.readouterr().err
+    assert code == 1, errors
     line = errors.strip().splitlines()[-1]
-    assert process.returncode == 1, errors
     assert line.startswith(f"ilrec: error: {runs}") and "No space left on device; make room" in line
     assert "from the last checkpoint" in line
     (newest,) = checkpoint.committed(checkpoints)[-1:]
@@ -80,9 +81,8 @@ def test_a_full_disk_and_a_read_only_one_end_the_command_with_one_line(
     found, damaged = checkpoint.latest(checkpoints, fingerprint)
     assert found is not None and not damaged
 
-    # The file system is read-only now; this ends before any process is started.
+    # The file system is read-only now; this ends before any worker is asked.
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    capsys.readouterr()
     assert main(["train", str(path)]) == 1
     line = capsys.readouterr().err.strip()
     assert line.startswith(f"ilrec: error: {runs}") and "\n" not in line

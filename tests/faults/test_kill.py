@@ -1,38 +1,39 @@
-"""In mid-training a reward actor, a worker and the driver
-are killed, a worker hangs, and the command is interrupted.
+"""In mid-training a reward actor and the driver are killed,
+a worker hangs, and the command is terminated.
 
-The run goes on from a checkpoint and ends with the bits of a run without any fault.
+The run goes on from a checkpoint and has the bits of a run without any fault.
+tests/launch/test_nodes.py kills workers, with the node they are on.
 """
 
-import dataclasses
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
 
 from ilrec_dist.common.config_fields import config_to_dict
-from ilrec_dist.config.load import load_config
+from ilrec_dist.common.stop_request import StopRequest
+from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.attempts import read_workers
-from ilrec_dist.pipeline.execute import execute
+from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.reporting.metrics_log import read_metrics
-from ilrec_dist.testing.whole_weights import whole_weights
+from ilrec_dist.testing.distributed import run_distributed
+from ilrec_dist.training import checkpoint
 from tests.support.ports import reached_from_outside
-from tests.support.signals import default_signals, require_ended
-from tests.support.tiny_run import tiny_config
+from tests.support.signals import require_ended
+from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 CHECKPOINT_STEPS = 10
-# The worker of a killed driver trains on for some seconds, and must not reach the end in them.
-EPOCHS, LAST_STEP = 40, 280
 PATIENCE_SECONDS = 480
 # How often Ray Train asks the workers, and how long it waits for one that hangs at its end.
 QUICK = {
@@ -43,20 +44,19 @@ QUICK = {
 TIMEOUT_SECONDS = 15
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A folder of configurations whose runs are prepared up to the CF models.
-
-    `faulty` has Ray and a reward actor, `whole` and `torchrun` have neither.
-    """
-    root = tmp_path_factory.mktemp("faults")
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Of a run under Ray with a reward actor, which is prepared up to the CF models."""
     config = tiny_config(
-        root / "runs",
+        tmp_path / "runs",
+        # It is ended before its last step. Steps are short, epochs long.
         train={
-            "epochs": EPOCHS,
-            "checkpoint_steps": CHECKPOINT_STEPS,
             "methods": ["ilrec"],
-            "validate_epochs": EPOCHS,
+            "epochs": 1000,
+            "validate_epochs": 1000,
+            "batch_size": 4,
+            "max_history": 2,
+            "checkpoint_steps": CHECKPOINT_STEPS,
         },
         launch={
             "engine": "ray",
@@ -67,38 +67,20 @@ def root(tmp_path_factory) -> Path:
         cf={"rewards": "actor"},
     )
     for stage in ("prepare", "index", "cf"):
-        execute(dataclasses.replace(config, name="faulty"), stage)
-    tree = config_to_dict(config)
-    torchrun = {
-        "launch": tree["launch"] | {"engine": "torchrun"},
-        "cf": tree["cf"] | {"rewards": "in_process"},
-    }
-    for name, changes in (("faulty", {}), ("whole", torchrun), ("torchrun", torchrun)):
-        (root / f"{name}.yaml").write_text(yaml.safe_dump(tree | changes | {"name": name}))
-        if name != "faulty":
-            shutil.copytree(root / "runs" / "faulty", root / "runs" / name)
-    return root
+        execute(config, stage)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    return config
 
 
-def run(root: Path, name: str, *flags: str) -> subprocess.Popen:
-    log = open(root / f"{name}.log", "a")
+def run(root: Path, *words: str) -> subprocess.Popen:
+    log = open(root / "log", "a")
     return subprocess.Popen(
-        [sys.executable, "-m", "ilrec_dist.cli", "train", root / f"{name}.yaml", *flags],
+        [sys.executable, "-m", "ilrec_dist.cli", "train", root / "config.yaml", *words],
         stdout=log,
         stderr=log,
         env=os.environ | QUICK,
         start_new_session=True,
-        preexec_fn=default_signals,
     )
-
-
-def training(root: Path, name: str) -> Path:
-    return root / "runs" / name / "train" / "ilrec-seed0"
-
-
-def trainer_of(folder: Path) -> int:
-    """The process that trains there."""
-    return int((folder / ".lock").read_text().split()[0])
 
 
 def end_of(log: Path) -> str:
@@ -111,6 +93,12 @@ def wait_for(what: str, ready: Callable[[], bool], process: subprocess.Popen, lo
         assert process.poll() is None, f"exit {process.returncode} before {what}: {end_of(log)}"
         assert time.monotonic() < until, f"no {what} within {PATIENCE_SECONDS} s: {end_of(log)}"
         time.sleep(0.2)
+
+
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
+    """Its manifest."""
+    (newest,) = checkpoint.committed(folder / "checkpoints")[-1:]
+    return json.loads((newest / checkpoint.MANIFEST).read_text())
 
 
 def steps_logged(folder: Path) -> int:
@@ -126,9 +114,16 @@ def resumptions(folder: Path) -> list[tuple[int, int]]:
     ]
 
 
-def test_faults_change_nothing(root):
-    process = run(root, "faulty")
-    folder, log = training(root, "faulty"), root / "faulty.log"
+def test_faults_change_nothing(config: Config, tmp_path: Path) -> None:
+    folder, log = config.run_dir / "train/ilrec-seed0", tmp_path / "log"
+
+    def wait_for_attempt(count: int) -> None:
+        """Wait until the training has gone on from a checkpoint so many times."""
+        wait_for(f"resumption {count}", lambda: len(resumptions(folder)) >= count, process, log)
+        later = steps_logged(folder) + 10
+        wait_for("its steps", lambda: steps_logged(folder) >= later, process, log)
+
+    process = run(tmp_path)
     wait_for("step 20", lambda: steps_logged(folder) >= 20, process, log)
     # Ray's processes, the workers and the actor.
     assert reached_from_outside(process.pid) == []
@@ -140,54 +135,41 @@ def test_faults_change_nothing(root):
     actor.kill()
     wait_for("step 40 after the actor's death", lambda: steps_logged(folder) >= 40, process, log)
     assert not resumptions(folder)
-    worker = trainer_of(folder)
-    os.kill(worker, signal.SIGKILL)
-    wait_for("step 80 after the worker's death", lambda: steps_logged(folder) >= 80, process, log)
-    assert trainer_of(folder) != worker
-    process.kill()
-    process.wait()
-
-    # A worker's death was resumed from without a command, the driver's is by the command.
-    process = run(root, "faulty", "--resume")
-    wait_for("resumption", lambda: len(resumptions(folder)) > 1, process, log)
-    later = steps_logged(folder) + 10
-    wait_for("steps of the resumed run", lambda: steps_logged(folder) >= later, process, log)
     # A worker hangs, for which the other one waits; two new ones take their places.
     hanging = read_workers(folder.parent, 2)[1]["process"]
     os.kill(hanging, signal.SIGSTOP)
-    wait_for("resumption", lambda: len(resumptions(folder)) > 2, process, log)
-    later = steps_logged(folder) + 10
-    wait_for("steps of the new workers", lambda: steps_logged(folder) >= later, process, log)
+    wait_for_attempt(1)
     assert hanging not in [one["process"] for one in read_workers(folder.parent, 2)]
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE_SECONDS) == 130, end_of(log)
-    require_ended(children, end_of(log), "interrupted")
-    assert steps_logged(folder) < LAST_STEP
-
-    # Under torchrun the same run goes on, too.
-    execute(dataclasses.replace(load_config(root / "whole.yaml"), name="faulty"), "train")
-    (after_worker, _), *later_ones = found_at = resumptions(folder)
-    assert len(found_at) == 4 and all(dropped <= CHECKPOINT_STEPS for _, dropped in found_at)
-    assert after_worker >= 30 and all(step >= 70 for step, _ in later_ones)
-    execute(load_config(root / "whole.yaml"), "train")
-    expected, found = (
-        whole_weights(training(root, name) / "final") for name in ("whole", "faulty")
-    )
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    lines = [line["step"] for line in read_metrics(folder) if "loss/total" in line]
-    assert lines[-1] == LAST_STEP and lines == sorted(set(lines))
-
-
-def test_torchrun_workers_end_with_a_killed_driver(root):
-    process = run(root, "torchrun")
-    folder = training(root, "torchrun")
-    wait_for("step 10", lambda: steps_logged(folder) >= 10, process, root / "torchrun.log")
-    assert reached_from_outside(process.pid) == []
-    worker = psutil.Process(trainer_of(folder))
     process.kill()
     process.wait()
-    # This raises when the worker goes on.
-    worker.wait(60)
-    assert not (folder / "result.json").exists()
+
+    # From a hanging worker the run went on without a command, from the driver's death it does with
+    # one. That ends with a checkpoint, although none is due.
+    process = run(tmp_path, "--resume", "train.checkpoint_steps=1000000")
+    wait_for_attempt(2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_SECONDS) == 143, log.read_text()
+    require_ended(children, log.read_text(), "terminated")
+    ended_at = newest_checkpoint(folder)["step"]
+    assert ended_at == read_metrics(folder)[-1]["step"]
+
+    # Under torchrun the same run goes on, too.
+    tree = config_to_dict(config)
+    tree["launch"]["engine"], tree["cf"]["rewards"] = "torchrun", "in_process"
+    stages = open_run(config_from_dict(tree))
+    (name,) = (name for name, stage in stages.stages.items() if stage.training is not None)
+    fingerprint = stages.fingerprint(name)
+    StopRequest(folder.parent).clear()
+    last = (ended_at // CHECKPOINT_STEPS + 2) * CHECKPOINT_STEPS
+    for place in (folder, tmp_path / "whole"):
+        run_distributed(train_here, 2, 1, tree, "ilrec", str(place), last, None, fingerprint)
+    found_at = resumptions(folder)
+    assert len(found_at) == 3 and all(dropped <= CHECKPOINT_STEPS for _, dropped in found_at)
+    assert all(step >= 30 for step, _ in found_at)
+    found, expected = newest_checkpoint(folder), newest_checkpoint(tmp_path / "whole")
+    assert found["step"] == expected["step"] == last
+    # Parameters and moments.
+    assert len(expected["sha256"]) == 2 and found["sha256"] == expected["sha256"]
+    lines = [line["step"] for line in read_metrics(folder) if "loss/total" in line]
+    assert lines[-1] == last and lines == sorted(set(lines))

@@ -1,7 +1,7 @@
 """SIGKILL `ilrec cf`, or one of its workers, after the first model: the others are
 trained, and no more.
 
-The models are those of a run that was not killed.
+The models are those of a run that was not killed. The workers of a killed command end.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -27,10 +28,16 @@ from ilrec_dist.launch.attempts import read_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.nodes import BARE_HEAD, QUICK
+from tests.support.ports import reached_from_outside
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 120
+
+
+# The worker with one model has it when the other one has not got two.
+CF = {"epochs": 25, "patience": 25}
 
 
 def train_whole(mesh: Mesh, tree: dict, out: str) -> None:
@@ -61,8 +68,13 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
     while not (run / ".cf.unfinished/full.json").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
+    workers = [psutil.Process(one["process"]) for one in read_workers(run / ".cf-work", 2)]
+    assert reached_from_outside(process.pid) == []
     process.send_signal(signal.SIGKILL)
     process.wait()
+    # This raises when a worker goes on.
+    for worker in workers:
+        worker.wait(PATIENCE_SECONDS)
     finished = (run / ".cf.unfinished/cf/full.safetensors").stat().st_mtime_ns
     assert not (run / "cf").exists()
     execute(config, "cf")
@@ -76,16 +88,21 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(tmp_path: Path) -> None:
+def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, **BARE_HEAD},
     )
     config = tiny_config(
         tmp_path,
-        cf={"epochs": 60, "patience": 60},
+        cf=CF,
         launch={"engine": "ray", "workers": 2, "ray_address": cluster.address},
     )
-    run, killed = config.run_dir, []
+    run, killed, on_interrupt = config.run_dir, [], []
     finished = run / ".cf.unfinished/cf/fold0.safetensors"
 
     def kill() -> None:
@@ -98,6 +115,7 @@ def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(tmp_path
             time.sleep(0.01)
         killed.append(finished.stat().st_mtime_ns)
         assert not (run / ".cf.unfinished/fold1.json").exists()
+        on_interrupt.append(signal.getsignal(signal.SIGINT))
         os.kill(read_workers(run / ".cf-work", 2)[0]["process"], signal.SIGKILL)
 
     try:
@@ -109,8 +127,10 @@ def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(tmp_path
         killer.join()
     finally:
         cluster.shutdown()
+    # Ctrl-C stays this command's own while Ray Train runs.
+    assert on_interrupt == [signal.getsignal(signal.SIGINT)]
     assert killed == [(run / "cf/fold0.safetensors").stat().st_mtime_ns]
-    alone = tiny_config(tmp_path / "alone", cf={"epochs": 60, "patience": 60})
+    alone = tiny_config(tmp_path / "alone", cf=CF)
     for stage in ("prepare", "index", "cf"):
         execute(alone, stage)
     for name in ("full", "fold0", "fold1"):

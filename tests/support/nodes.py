@@ -38,6 +38,10 @@ QUICK = {
 }
 
 
+# A head of ray.cluster_utils without helpers that no test looks at.
+BARE_HEAD = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+
+
 @dataclass
 class Node:
     number: int

@@ -22,7 +22,7 @@ def tiny_config(runs_dir, **sections) -> Config:
         "items": {"levels": 2, "codes_per_level": 8},
         "cf": {"epochs": 2, "hidden_size": 16, "num_layers": 1},
         "backbone": {
-            "num_layers": 3,
+            "num_layers": 2,
             "hidden_size": 32,
             "num_heads": 4,
             "dropout": 0.1,
@@ -56,6 +56,7 @@ def train_here(
     folder: str,
     stop_after: int | None = None,
     items_per_user: int | None = None,
+    fingerprint: str = "test",
 ) -> None:
     """Train in this process, with a line of metrics
     every step; end early after a checkpoint.
@@ -70,7 +71,7 @@ def train_here(
 
     torch.set_num_threads(1)
     config = config_from_dict(tree)
-    spec = TrainingSpec(method, 0, Path(folder), "test")
+    spec = TrainingSpec(method, 0, Path(folder), fingerprint)
     artifacts = RunArtifacts(config)
     if items_per_user is not None:
         artifacts.__dict__["training"] = first_items(artifacts.dataset, items_per_user)
