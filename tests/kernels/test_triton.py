@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+compiler = pytest.importorskip("triton.compiler.compiler")
+variants = pytest.importorskip("ilrec_kernels.triton.compile_matrix").variants
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,23 +79,34 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_every_launched_configuration_compiles_without_spills(capability):
-    from ilrec_kernels.triton.compile_matrix import Variant, variants
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compiled(variant: Any, capability: int) -> Any:
+    source = compiler.ASTSource(
+        variant.kernel,
+        signature=variant.signature,
+        constexprs=variant.constants,
+        attrs=variant.attributes,
+    )
+    return triton.compile(
+        source, target=compiler.GPUTarget("cuda", capability, 32), options=variant.options
+    )
 
-    def check(variant: Variant) -> None:
-        source = ASTSource(
-            variant.kernel,
-            signature=variant.signature,
-            constexprs=variant.constants,
-            attrs=variant.attributes,
-        )
-        kernel = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options=variant.options
-        )
-        used, shared = resources(kernel.asm["cubin"]), kernel.metadata.shared
+
+def for_sm_80(ptx: str) -> str:
+    """The PTX that Triton makes for compute capability 8.0, from that for 9.0."""
+    return ptx.replace(".target sm_90a", ".target sm_80")
+
+
+def assembled_for_sm_80(variant: Any, ptx: str) -> bytes:
+    backend = compiler.make_backend(compiler.GPUTarget("cuda", 80, 32))
+    return backend.make_cubin(ptx, {}, backend.parse_options(dict(variant.options)), 80)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_every_launched_configuration_compiles_without_spills(capability):
+    """What is compiled for 9.0 is assembled for 8.0 too."""
+
+    def check(variant: Any, capability: int, cubin: bytes, shared: int) -> None:
+        used = resources(cubin)
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (variant.name, used)
         assert used["REG"] <= 255, (variant.name, used)
         assert shared <= SHARED_MEMORY[capability], (variant.name, shared)
@@ -100,7 +114,25 @@ def test_every_launched_configuration_compiles_without_spills(capability):
     found = list(variants())
     assert len(found) > 10
     for variant in found:
-        check(variant)
+        kernel = compiled(variant, capability)
+        check(variant, capability, kernel.asm["cubin"], kernel.metadata.shared)
+        if capability == 90:
+            cubin = assembled_for_sm_80(variant, for_sm_80(kernel.asm["ptx"]))
+            check(variant, 80, cubin, kernel.metadata.shared)
+
+
+def test_triton_makes_the_same_ptx_for_8_0_as_for_9_0():
+    """Of the kernel of each kind with the most terms, and so of the others."""
+    most: dict[str, Any] = {}
+    for variant in variants():
+        name, terms = variant.kernel.__name__, sum(map(bool, variant.constants.values()))
+        if name not in most or terms > sum(map(bool, most[name].constants.values())):
+            most[name] = variant
+    assert len(most) == 2
+    for variant in most.values():
+        old, new = (compiled(variant, capability) for capability in (80, 90))
+        assert old.asm["ptx"] == for_sm_80(new.asm["ptx"]) != new.asm["ptx"]
+        assert old.metadata.shared == new.metadata.shared
 
 
 def test_compiled_forms_are_those_that_a_launch_chooses():
@@ -108,8 +140,6 @@ def test_compiled_forms_are_those_that_a_launch_chooses():
 
     The two forms of each kernel are its extremes.
     """
-    from ilrec_kernels.triton.compile_matrix import variants
-
     forms: dict[str, list[bool]] = {}
     for variant in variants():
         forms.setdefault(variant.kernel.__name__, []).append(bool(variant.attributes))

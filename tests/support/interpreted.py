@@ -21,6 +21,7 @@ from ilrec_kernels.steps.negatives import target_ensemble
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from ilrec_dist.testing import distributed
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.live_bytes import live_bytes
 from tests.support.loss_cases import Case, Outcome, assert_close, make_case, run_case
@@ -48,6 +49,8 @@ class Patched:
         """Nothing: this process only interprets."""
 
 
+# Ranks are forked with this file alone.
+distributed.PRELOADED[:] = [__name__]
 interpreter._patch_lang = Patched(interpreter._patch_lang)
 
 SETTINGS: list[dict[str, Any]] = [
