@@ -9,7 +9,9 @@ import io
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,6 +26,7 @@ from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.study.cells import make_cells
 from ilrec_dist.study.config import load_study
 from ilrec_dist.study.state import write_state
+from tests.support.one_process import write_interpreter
 from tests.support.tiny_study import write_study
 
 pytestmark = pytest.mark.slow
@@ -31,8 +34,17 @@ PATIENCE_SECONDS = 480
 SETTINGS = {
     # The weights are not finite after a few steps.
     "hot": {"set": {"train.learning_rate": 1.0e30}, "seeds": [0]},
-    "long": {"set": {"train.epochs": 30, "train.validate_epochs": 30}, "seeds": [0]},
+    "long": {"set": {"train.epochs": 15, "train.validate_epochs": 15}, "seeds": [0]},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cells_of_one_process(tmp_path_factory) -> Iterator[None]:
+    """A cell trains in the process of its command."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("interpreter")
+        patch.setattr(sys, "executable", write_interpreter(folder / "python"))
+        yield
 
 
 @pytest.fixture(scope="module")
