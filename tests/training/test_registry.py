@@ -4,10 +4,9 @@ is trained, evaluated, reported and served.
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,46 +18,58 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import ConfigError, config_from_dict
 from ilrec_dist.data.dataset import load_dataset
+from ilrec_dist.launch.config import LaunchConfig
+from ilrec_dist.launch.job import Job, run_job
 from ilrec_dist.objective.config import ObjectiveConfig, PreferenceConfig
 from ilrec_dist.objective.registry import METHODS, Method, default_method, get_method, register
 from ilrec_dist.pipeline.stages.train import training_stages
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.tiny_run import tiny_config
+from tests.support.warm_workers import torchrun_is
 
 pytestmark = pytest.mark.slow
 
-# Every process of a run imports sitecustomize at its start, so that all know the method, as if
-# the table itself had it.
-REGISTER = """
-import dataclasses
-
-from ilrec_dist.objective.registry import Method, register
-
-register(
-    Method(
-        "made-up",
-        "A made-up method",
-        lambda config: dataclasses.replace(config, cpd_mu=0.5, crr_lambda=0.0),
-        compared_with=("transitions",),
-    )
+MADE_UP = Method(
+    "made-up",
+    "A made-up method",
+    lambda config: dataclasses.replace(config, cpd_mu=0.5, crr_lambda=0.0),
+    compared_with=("transitions",),
 )
-"""
 
 
-def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(REGISTER)
-    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+@contextmanager
+def made_up_registered() -> Iterator[None]:
+    register(MADE_UP)
+    try:
+        yield
+    finally:
+        del METHODS[MADE_UP.name]
 
-    def ilrec(*words: object) -> None:
-        command = [sys.executable, "-m", "ilrec_dist.cli", *map(str, words)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
 
+def work(_: Mesh, job: str) -> None:
+    """A worker that knows the method, as the command does."""
+    with made_up_registered():
+        run_job(Job.from_json(job))
+
+
+def run_knowing(launch: LaunchConfig, job: Job) -> None:
+    run_distributed(work, launch.workers, 1, job.to_json())
+
+
+@pytest.fixture
+def made_up() -> Iterator[None]:
+    with made_up_registered():
+        yield
+
+
+def test_a_registered_method_is_trained_reported_and_served(made_up, tiny, tmp_path):
     tree = config_to_dict(tiny_config(tmp_path, train={"epochs": 1}))
     tree["train"]["methods"] = ["made-up"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     run = tmp_path / "tiny"
     shutil.copytree(tiny / "tiny", run)
-    ilrec("run", tmp_path / "config.yaml")
+    with torchrun_is(run_knowing):
+        assert main(["run", str(tmp_path / "config.yaml")]) == 0
 
     results = json.loads((run / "results.json").read_text())
     rows = [row for row in results["rows"] if row["method"] == "made-up"]
@@ -73,7 +84,6 @@ def test_a_registered_method_is_trained_reported_and_served(tiny, tmp_path, monk
     table = pa.table({"user": ["a", "b"], "items": [dataset.item_ids[:3], dataset.item_ids[5:6]]})
     pq.write_table(table, tmp_path / "histories.parquet")
     flags = ["--histories", tmp_path / "histories.parquet", "--out", tmp_path / "out.parquet"]
-    monkeypatch.setitem(METHODS, "made-up", dataclasses.replace(METHODS["ilrec"], name="made-up"))
     words = ["recommend", run, "--method", "made-up", "--top", 3, *flags]
     assert main(list(map(str, words))) == 0
     assert pq.read_table(tmp_path / "out.parquet").column("user").to_pylist() == list("aaabbb")
