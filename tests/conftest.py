@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
 from tests.support.warm_workers import run_torchrun, run_warm, torchrun_is
+
+# Of the seconds that importing everything takes, looking for garbage would be one fifth.
+gc.disable()
 
 # Megatron marks functions for torch.compile, which nothing here calls: of each process's imports
 # this leaves out a third.
@@ -66,6 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Look for garbage again, but not in what has been imported, which stays."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["ilrec_dist.pipeline.worker_tasks"]
+PRELOADED = ["ilrec_dist.testing.preloaded"]
 
 
 @dataclass(frozen=True)
