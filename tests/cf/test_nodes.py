@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ilrec_dist.cf.rewards.service import RewardClient
+from tests.support.nodes import BARE_HEAD
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
@@ -29,7 +30,7 @@ def nodes() -> Iterator[Cluster]:
     }
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={**size, "include_dashboard": False, "_system_config": soon},
+        head_node_args={**size, **BARE_HEAD, "_system_config": soon},
     )
     try:
         ray.init(address=cluster.address, log_to_driver=False)

@@ -115,7 +115,27 @@ def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, worl
         assert np.array_equal(answer, local.fetch(*batch))
 
 
-def test_replicas_share_the_requests_and_stand_in_for_each_other(
+def with_hanging_actors(batch: tuple[np.ndarray, np.ndarray]) -> None:
+    """Stop the actors of `pair`, and let them go on: what hangs is given up in time."""
+    client = RewardClient("pair", replicas=2, timeout=4)
+    victims = [pid(client, replica) for replica in range(2)]
+    try:
+        os.kill(victims[0], signal.SIGSTOP)
+        # The other one answers in its place, whichever is asked first.
+        for _ in range(2):
+            client.fetch_async(*batch).result()
+        os.kill(victims[1], signal.SIGSTOP)
+        began = time.monotonic()
+        line = "^the reward actors gave no answer within launch.timeout_seconds = 4: they hang"
+        with pytest.raises(UserError, match=line):
+            client.fetch_async(*batch).result()
+        assert time.monotonic() - began < 20
+    finally:
+        for victim in victims:
+            os.kill(victim, signal.SIGCONT)
+
+
+def test_replicas_share_the_requests_and_stand_in_for_those_that_hang_or_die(
     session: None, world: World, tmp_path: Path
 ) -> None:
     """The actors read histories in both directions, as `data.both_directions` says."""
@@ -142,6 +162,7 @@ def test_replicas_share_the_requests_and_stand_in_for_each_other(
         with pytest.raises(RayTaskError):
             # An error that is no bad input of the user's keeps its traceback.
             client.fetch_async(np.array([0]), np.array([0])).result()
+        with_hanging_actors(todo[0])
         for replica, survivors in ((0, 1), (1, 0)):
             os.kill(pid(client, replica), signal.SIGKILL)
             if survivors:
@@ -215,11 +236,10 @@ def test_actors_that_load_slowly_are_spoken_of_and_given_up_in_time(
 ) -> None:
     monkeypatch.setattr(service, "QUIET_SECONDS", 1.0)
     items, unlock = locked_items
-    slow = {"name": "slow", "replicas": 2}
-    state = f"0 of 2 reward actors have loaded {world.cf}"
+    state = f"0 of 1 reward actors have loaded {world.cf}"
     with (
         pytest.raises(WorkersFailed, match=f"^{state} within launch.timeout_seconds = 3;") as late,
-        reward_actors(world.cf, world.data, items, **slow, timeout=3),
+        reward_actors(world.cf, world.data, items, name="slow", timeout=3),
     ):
         pass
     assert "\n" not in str(late.value)
@@ -227,30 +247,11 @@ def test_actors_that_load_slowly_are_spoken_of_and_given_up_in_time(
     assert capsys.readouterr().out.splitlines() == [line.format(3)]
     timer = threading.Timer(4, unlock)
     timer.start()
-    slow["replicas"] = 1
-    with reward_actors(world.cf, world.data, items, **slow):
+    with reward_actors(world.cf, world.data, items, name="slow"):
         batch = batches(world)[0]
         answer = RewardClient("slow").fetch_async(*batch).result()
         assert np.array_equal(answer, world.rewards().fetch(*batch))
     assert "waiting up to 600 s for the reward actors: 0 of 1" in capsys.readouterr().out
-
-
-def test_actors_that_hang_are_given_up_in_time(session: None, world: World) -> None:
-    with reward_actors(world.cf, world.data, world.items, name="hangs", replicas=2):
-        client = RewardClient("hangs", replicas=2, timeout=4)
-        batch = batches(world)[0]
-        client.fetch_async(*batch).result()
-        victims = [pid(client, replica) for replica in range(2)]
-        os.kill(victims[0], signal.SIGSTOP)
-        # The other one answers in its place, whichever is asked first.
-        for _ in range(2):
-            client.fetch_async(*batch).result()
-        os.kill(victims[1], signal.SIGSTOP)
-        began = time.monotonic()
-        line = "^the reward actors gave no answer within launch.timeout_seconds = 4: they hang"
-        with pytest.raises(UserError, match=line):
-            client.fetch_async(*batch).result()
-        assert time.monotonic() - began < 20
 
 
 def test_shards_are_merged(session: None, world: World, flat_cf: Path) -> None:

@@ -37,6 +37,7 @@ from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.execute import Executor, execute, open_run
 from ilrec_dist.pipeline.stages.index import text_workers
 from tests.support.language_models import model_config
+from tests.support.nodes import BARE_HEAD
 from tests.support.tiny_run import tiny_config
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -70,7 +71,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         pytest.skip("needs the right to make a mount namespace")
     head = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 3, "include_dashboard": False},
+        head_node_args={"num_cpus": 3, **BARE_HEAD},
     )
     start = f"{sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=3"
     start += " --num-gpus=1"

@@ -123,7 +123,7 @@ def test_analyze_says_what_the_negatives_are_and_who_gains(run, tmp_path, capsys
     assert analysis["method"] == "ilrec" and len(analysis["positions"]) == 2
     for row in analysis["positions"]:
         assert row["rows"] == 30 and 0 <= row["plausible"] <= 1 and 0 <= row["in_beams"] <= 1
-        assert 0 <= row["agreement/layer2"] <= 1 and row["mean_negatives"] > 0
+        assert 0 <= row["agreement/layer1"] <= 1 and row["mean_negatives"] > 0
     whole = analysis["gradients"]["all"]
     assert whole["cross_entropy"] > 0 and min(whole[term] for term in ("cpo", "cpd", "crr")) > 0
     gains = analysis["gains"]

@@ -93,7 +93,7 @@ def test_training_learns_and_logs_what_the_method_names(trained):
         "p_target",
         "loss/cpd/pos1",
         "negatives/mean/pos0",
-        "kl/layer2",
+        "kl/layer1",
         "rate/tokens_per_second",
     ):
         assert key in lines[0]
