@@ -289,6 +289,8 @@ def measured_hardware(device: Device, sizes: StepSizes) -> Hardware:
 def main() -> None:
     parser = command_line(__doc__, "tiny shapes, also on a CPU")
     arguments = parser.parse_args()
+    # DeepSpeed looks for garbage several times where it begins, and what is imported stays.
+    gc.freeze()
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.quick:
         parser.error("no CUDA device; only --quick runs on a CPU")

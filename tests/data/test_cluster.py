@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gzip
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -339,32 +341,38 @@ def test_tasks_go_on_with_what_other_jobs_leave(
 
 
 def test_a_lost_node_of_several_is_done_without_and_the_last_is_waited_for(
-    cluster: Cluster, soon: None, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, soon: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = np.zeros((400, 2), np.float32)
 
     def embed(seconds: float, texts: Sequence[str]) -> np.ndarray:
+        # What has begun.
+        tempfile.mkstemp(dir=tmp_path)
         time.sleep(seconds)
         return np.array([(len(text), 1) for text in texts], np.float32)
 
-    with held(2):
+    def lose(node: Any, begun: int) -> None:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < begun:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        cluster.remove_node(node)
+
+    # Ray's head is busy as long as it looks for another place, so the tasks are short.
+    with held(2), ThreadPoolExecutor(1) as beside:
         first, second = (cluster.add_node(num_cpus=1) for _ in range(2))
-        spread = Spread(partial(ray_tasks, take_places=partial(places, seconds=3)), texts=100)
-        timer = threading.Timer(3, cluster.remove_node, [first])
-        timer.start()
-        embed_documents(partial(embed, 2), ["oak"] * 400, found, spread)
-        timer.join()
+        spread = Spread(partial(ray_tasks, take_places=partial(places, seconds=2)), texts=100)
+        losing = beside.submit(lose, first, 2)
+        embed_documents(partial(embed, 0.5), ["oak"] * 400, found, spread)
+        losing.result()
         assert found[:, 0].tolist() == [3] * 400
         assert "waiting" not in capsys.readouterr().out
-        # Ray's head is busy as long as it looks for another place.
-        spread = Spread(partial(ray_tasks, take_places=partial(places, seconds=1)), texts=100)
-        timer = threading.Timer(3, cluster.remove_node, [second])
-        timer.start()
-        line = "^test: the tasks got no places within launch.timeout_seconds = 1"
+        losing = beside.submit(lose, second, len(list(tmp_path.iterdir())) + 1)
+        line = "^test: the tasks got no places within launch.timeout_seconds = 2"
         with pytest.raises(WorkersFailed, match=line):
             embed_documents(partial(embed, 60), ["oak"] * 400, found, spread)
-        timer.join()
-    assert capsys.readouterr().out.count("test: waiting up to 1 s for 1 CPU") == 1
+        losing.result()
+    assert capsys.readouterr().out.count("test: waiting up to 2 s for 1 CPU") == 1
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
