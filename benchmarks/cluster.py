@@ -3,13 +3,14 @@
     python benchmarks/cluster.py [--quick] [--json FILE]
 
 Real steps of decoders of three sizes, dp 2 and tp 1 or 2: all weights trained, or LoRA
-and the rows of added tokens of a model of random weights; ZeRO 1 and 2; with and
+and the rows of added tokens of a model of random weights; ZeRO 1, 2 and 3; with and
 without recomputation, and with tokens cut over tp 2. For one of the sizes also bf16,
 accumulated micro-batches, a lone data-parallel rank, adapters or rows alone, and packed
 sequences of several lengths.
-The bytes of weights, gradients, optimizer state and activations stand beside the plan's
-(at most 10 % apart), and the bytes of the collectives and of a checkpoint (equal). All
-are bytes of tensors, so another machine gives the same.
+The bytes of weights (with what is gathered of them under ZeRO 3), gradients, optimizer
+state and activations stand beside the plan's (at most 10 % apart), and the bytes of the
+collectives and of a checkpoint (equal). All are bytes of tensors, so another machine
+gives the same.
 
 Then a checkpoint of the largest of them in bf16: how long the training waits for it,
 and how much longer the steps beside its writing take, together at most 3 % of 200
@@ -43,7 +44,7 @@ from ilrec_dist.training.config import TrainConfig
 ERROR_LIMIT = 0.10
 # Of the time between checkpoints, and of bytes a parameter.
 STALL_LIMIT, CHECKPOINT_STEPS, BYTES_LIMIT = 0.03, 200, 14
-PARTS = ("weights", "gradients", "master_weights", "moments", "activations")
+PARTS = ("weights", "gathered", "gradients", "master_weights", "moments", "activations")
 LLAMA = BackboneConfig(
     normalization="RMSNorm",
     activation="swiglu",
@@ -96,7 +97,7 @@ def specs(name: str, folder: Path) -> Iterator[tuple[str, StepSpec, tuple[int, i
         return dataclasses.replace(spec, train=dataclasses.replace(spec.train, **keys))
 
     for kind, zero, recompute, layout in itertools.product(
-        ("full", "lora+new_rows"), (1, 2), (False, True), LAYOUTS
+        ("full", "lora+new_rows"), (1, 2, 3), (False, True), LAYOUTS
     ):
         what = f"{kind}, ZeRO {zero}{', recomputed' * recompute}"
         yield what, step(kind, zero_stage=zero, recompute=recompute), layout
@@ -105,7 +106,7 @@ def specs(name: str, folder: Path) -> Iterator[tuple[str, StepSpec, tuple[int, i
         yield what, cut(step(kind, recompute=recompute)), (2, 2)
     if name != VARIED:
         return
-    for kind, zero, layout in itertools.product(("full", "lora+new_rows"), (1, 2), LAYOUTS):
+    for kind, zero, layout in itertools.product(("full", "lora+new_rows"), (1, 2, 3), LAYOUTS):
         spec = step(kind, zero_stage=zero, precision="bf16", accumulation_steps=2)
         yield f"{kind}, ZeRO {zero}, bf16 × 2", spec, layout
         if kind == "full":

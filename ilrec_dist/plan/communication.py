@@ -13,11 +13,13 @@ from typing import Literal
 
 from ilrec_dist.objective.config import ObjectiveConfig, num_intermediate_layers, num_streams
 from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
-from ilrec_dist.plan.trained import ALL_WEIGHTS, TrainedParts, linears
+from ilrec_dist.plan.trained import ALL_WEIGHTS, RankWeights, TrainedParts, linears
 
 GroupName = Literal["tp", "dp"]
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 FP32 = 4
+# Of the sum of squares of a group's gradients; under ZeRO 3 it is of double precision.
+NORM_BYTES, CUT_NORM_BYTES = 4, 8
 # Whether a gradient is NaN or infinite.
 FLAG_BYTES = 1
 # The loss's ranks agree on the size of its chunks by two int64 numbers.
@@ -94,6 +96,11 @@ class StepLayout:
         return -(-tokens // self.tp) if self.sequence_parallel else tokens
 
     @property
+    def cuts_weights(self) -> bool:
+        """Whether the weights are cut over the dp ranks, and gathered for use."""
+        return self.zero_stage == 3
+
+    @property
     def overlaps_reduction(self) -> bool:
         """Whether gradients are summed while others are computed (training.engine)."""
         return self.is_cuda and self.dp > 1 and not self.keeps_gradients
@@ -104,19 +111,21 @@ def step_collectives(
     objective: ObjectiveConfig,
     batch: MicroBatch,
     layout: StepLayout,
+    weights: RankWeights,
     groups: Sequence[PlannedGroup],
     trained: TrainedParts = ALL_WEIGHTS,
     recompute: bool = False,
 ) -> list[Collective]:
-    """The collectives of one optimizer step, whose micro-batches
-    are `batch`; `groups` are the parameters that a rank trains.
+    """The collectives of one optimizer step, whose micro-batches are `batch`;
+    `weights` are a rank's, and `groups` those that it trains.
     """
     collectives = []
     # One sum of squares a group; where every rank has all gradients, one of all.
-    norms = FP32 * (1 if layout.keeps_gradients else len(groups))
-    # In bf16 without all gradients the ranks agree on whether they are finite; elsewhere the norm
+    norms = CUT_NORM_BYTES if layout.cuts_weights else NORM_BYTES
+    norms *= 1 if layout.keeps_gradients else len(groups)
+    # In bf16 under ZeRO 2 the ranks agree on whether the gradients are finite; elsewhere the norm
     # tells.
-    has_flag = layout.element < FP32 and not layout.keeps_gradients
+    has_flag = layout.element < FP32 and layout.zero_stage == 2
     if layout.tp > 1:
         between = _between_cut_tokens if layout.sequence_parallel else _between_products
         for what, operation, size in itertools.chain(
@@ -130,12 +139,20 @@ def step_collectives(
         collectives.append(Collective("tp", "norm of the gradient", "all_reduce", layout.tp, norms))
     if layout.dp > 1:
         flat = sum(group.padded for group in groups)
-        # ZeRO 2 sums the gradients of every micro-batch, ZeRO 1 those of the step.
-        sums = layout.accumulation_steps if layout.zero_stage == 2 else 1
-        collectives += [
-            Collective("dp", "gradients", "all_reduce", layout.dp, sums * FP32 * flat),
-            Collective("dp", "updated weights", "all_gather", layout.dp, layout.element * flat),
-        ]
+        # ZeRO 2 and 3 sum the gradients of every micro-batch, ZeRO 1 those of the step.
+        sums = layout.accumulation_steps if layout.zero_stage >= 2 else 1
+        reduced = sums * FP32 * flat
+        if layout.cuts_weights:
+            for what, elements in _gathered(weights, layout):
+                size = layout.element * elements
+                collectives.append(Collective("dp", what, "all_gather", layout.dp, size))
+            collectives.append(Collective("dp", "gradients", "reduce_scatter", layout.dp, reduced))
+        else:
+            updated = layout.element * flat
+            collectives += [
+                Collective("dp", "gradients", "all_reduce", layout.dp, reduced),
+                Collective("dp", "updated weights", "all_gather", layout.dp, updated),
+            ]
         if not layout.keeps_gradients:
             collectives.append(
                 Collective("dp", "norm of the gradient", "all_reduce", layout.dp, norms)
@@ -148,6 +165,17 @@ def step_collectives(
             if count > 1
         ]
     return collectives
+
+
+def _gathered(weights: RankWeights, layout: StepLayout) -> Iterator[tuple[str, int]]:
+    """(what, elements) of the weights that ZeRO 3 gathers in a step.
+
+    Each layer's once in the forward and once in the backward pass of every micro-batch,
+    but for those of the last layer, which stay between the two.
+    """
+    passes = layout.accumulation_steps * (2 * weights.layers - 1)
+    yield "layers' weights", passes * weights.padded_layer(layout.dp)
+    yield "weights outside of layers", weights.padded_others(layout.dp)
 
 
 def _between_products(

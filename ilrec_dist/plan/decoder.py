@@ -87,25 +87,30 @@ class DecoderSizes:
         if config.position_embedding == "learned":
             yield "embedding", 2, ParameterCount(self.positions * hidden, 0)
         for _ in range(self.layers):
-            yield from self._norm()
-            yield "attention", 2, ParameterCount(0, self.query_width * hidden)
-            if config.bias:
-                yield "biases", 1, ParameterCount(hidden, 0)
-            yield "attention", 2, ParameterCount(0, self.qkv_width * hidden)
-            if config.bias or config.qkv_bias:
-                yield "biases", 1, ParameterCount(0, self.qkv_width)
-            for _ in range(2 if config.qk_norm else 0):
-                yield "norms", 1, ParameterCount(self.head_dim, 0)
-            yield from self._norm()
-            yield "feed-forward", 2, ParameterCount(0, self.fc1_width * hidden)
-            if config.bias:
-                yield "biases", 1, ParameterCount(0, self.fc1_width)
-            yield "feed-forward", 2, ParameterCount(0, self.ffn * hidden)
-            if config.bias:
-                yield "biases", 1, ParameterCount(hidden, 0)
+            yield from self.layer()
         yield from self._norm()
         if not config.tie_embeddings:
             yield "head", 2, ParameterCount(0, self.vocab * hidden)
+
+    def layer(self) -> Iterator[tuple[str, int, ParameterCount]]:
+        """Those of one layer."""
+        config, hidden = self.config, self.hidden
+        yield from self._norm()
+        yield "attention", 2, ParameterCount(0, self.query_width * hidden)
+        if config.bias:
+            yield "biases", 1, ParameterCount(hidden, 0)
+        yield "attention", 2, ParameterCount(0, self.qkv_width * hidden)
+        if config.bias or config.qkv_bias:
+            yield "biases", 1, ParameterCount(0, self.qkv_width)
+        for _ in range(2 if config.qk_norm else 0):
+            yield "norms", 1, ParameterCount(self.head_dim, 0)
+        yield from self._norm()
+        yield "feed-forward", 2, ParameterCount(0, self.fc1_width * hidden)
+        if config.bias:
+            yield "biases", 1, ParameterCount(0, self.fc1_width)
+        yield "feed-forward", 2, ParameterCount(0, self.ffn * hidden)
+        if config.bias:
+            yield "biases", 1, ParameterCount(hidden, 0)
 
     def _norm(self) -> Iterator[tuple[str, int, ParameterCount]]:
         for _ in range(2 if self.config.normalization == "LayerNorm" else 1):
@@ -117,6 +122,11 @@ class DecoderSizes:
         for part, _, count in self.tensors():
             parts[part] = summed([parts.get(part, ParameterCount(0, 0)), count])
         return parts
+
+
+def padded_each(sizes: Iterable[int], dp: int) -> int:
+    """Elements of parameters that are padded and cut over dp ranks each by itself."""
+    return sum(-(-size // dp) * dp for size in sizes)
 
 
 def summed(counts: Iterable[ParameterCount]) -> ParameterCount:
@@ -135,9 +145,13 @@ class PlannedGroup:
     # Elements of each parameter.
     sizes: tuple[int, ...]
     dp: int
+    # Whether each parameter is padded and cut by itself, as under ZeRO 3.
+    cuts_each: bool = False
 
     @property
     def padded(self) -> int:
+        if self.cuts_each:
+            return padded_each(self.sizes, self.dp)
         step = ALIGNMENT * self.dp
         return -(-sum(self.sizes) // step) * step
 

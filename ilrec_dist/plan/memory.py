@@ -10,15 +10,18 @@ from ilrec_dist.model.weight_layout import StoredTensor, plan_files
 from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.plan.activations import norm_bytes
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
-from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
-from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, TrainedParts, parameters
+from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup, padded_each
+from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, RankWeights, TrainedParts, parameters
 
 MIB = 1 << 20
 # The loss's workspace on a GPU where objective.workspace_mib is null (ilrec_kernels.plan).
 LOSS_WORKSPACE = 1024 * MIB
 # DeepSpeed's reduce_bucket_size, in gradients; its buffer has this size whatever the model's is.
 BUCKET_GRADIENTS = 500_000_000
+# The same under ZeRO 3 (training.engine).
+CUT_BUCKET_GRADIENTS = 50_000_000
 GRADIENTS = "gradients"
+GATHERED = "gathered weights"
 # Adam's two moments, in fp32.
 MOMENTS_BYTES = 8
 # CUDA's context, cuBLAS and NCCL's channels of the tp and dp groups: about what an H100 shows.
@@ -40,21 +43,27 @@ class BeamBatch:
     depth: int
 
 
-def state_bytes(count: int, groups: Sequence[PlannedGroup], layout: StepLayout) -> dict[str, float]:
+def state_bytes(
+    weights: RankWeights, groups: Sequence[PlannedGroup], layout: StepLayout
+) -> dict[str, float]:
     """Weights, gradients and optimizer state of a rank.
 
-    count: all parameters of the rank, and groups: those that it trains. The optimizer
-    state is divided over the dp ranks. In bf16 under ZeRO 1 a rank keeps all gradients
-    in bf16 and their sum in fp32. In fp32 under ZeRO 1 all are there before the first
-    of them goes through DeepSpeed's bucket. ZeRO 2 sends each through the bucket when
-    it is made, and keeps in bf16 the rank's range, in fp32 every parameter of which the
-    range has a part, and those of the micro-batch at hand beside the others' sum.
+    groups: the parameters that it trains. The optimizer state is divided over the dp
+    ranks. In bf16 under ZeRO 1 a rank keeps all gradients in bf16 and their sum in
+    fp32. In fp32 under ZeRO 1 all are there before the first of them goes through
+    DeepSpeed's bucket. ZeRO 2 sends each through the bucket when it is made, and keeps
+    in bf16 the rank's range, in fp32 every parameter of which the range has a part, and
+    those of the micro-batch at hand beside the others' sum. ZeRO 3 keeps a range of
+    each weight and gradient, and gathers two layers at a time, and for a whole step the
+    weights outside of layers.
     """
     trainable = sum(group.padded for group in groups)
     share = trainable / layout.dp
     touched = sum(group.touched() for group in groups)
     gradients: float
-    if layout.keeps_gradients:
+    if layout.cuts_weights:
+        gradients = FP32 * share
+    elif layout.keeps_gradients:
         gradients = (FP32 + layout.element) * trainable
     elif layout.zero_stage == 1:
         gradients = FP32 * max(trainable, trainable - BUCKET_GRADIENTS + touched)
@@ -62,9 +71,18 @@ def state_bytes(count: int, groups: Sequence[PlannedGroup], layout: StepLayout) 
         gradients = FP32 * share
     else:
         gradients = FP32 * touched * min(2, layout.accumulation_steps)
-    padding = trainable - sum(sum(group.sizes) for group in groups)
+    if layout.cuts_weights:
+        whole = weights.padded_others(layout.dp)
+        whole += min(2, weights.layers) * weights.padded_layer(layout.dp)
+        kept = {
+            "weights": layout.element * padded_each(weights.all, layout.dp) / layout.dp,
+            GATHERED: float(layout.element * whole),
+        }
+    else:
+        padding = trainable - sum(sum(group.sizes) for group in groups)
+        kept = {"weights": float(layout.element * (sum(weights.all) + padding))}
     return {
-        "weights": layout.element * (count + padding),
+        **kept,
         GRADIENTS: gradients,
         # In fp32 they are the weights themselves.
         "master weights": FP32 * share if layout.element < FP32 else 0.0,
@@ -72,18 +90,24 @@ def state_bytes(count: int, groups: Sequence[PlannedGroup], layout: StepLayout) 
     }
 
 
-def bucket_bytes(trainable: int, layout: StepLayout) -> float:
+def bucket_bytes(groups: Sequence[PlannedGroup], layout: StepLayout) -> float:
     """What the gradients go through to be summed over the dp ranks.
 
     In bf16 under ZeRO 1 they are copied into a buffer as large as they need. Otherwise
     DeepSpeed allocates one whatever the model's size is, in the precision of the
     weights, and sums a copy of what is in it, which in bf16 there is in fp32 too. It
     allocates two where the sum goes on beside the backward pass. A lone rank in fp32
-    has none (training.engine).
+    has none (training.engine). ZeRO 3 has a smaller bucket, in fp32; a
+    larger gradient than it goes by itself.
     """
     if layout.dp == 1 and layout.element == FP32:
         return 0.0
-    filled = min(trainable, BUCKET_GRADIENTS)
+    if layout.cuts_weights:
+        sizes = [size for group in groups for size in group.sizes]
+        # A copy of what is in it, or of the largest gradient that is not.
+        copied = max(min(sum(sizes), CUT_BUCKET_GRADIENTS), *sizes)
+        return float(FP32 * (CUT_BUCKET_GRADIENTS + copied))
+    filled = min(sum(group.padded for group in groups), BUCKET_GRADIENTS)
     if layout.keeps_gradients:
         return float(FP32 * filled)
     copies = layout.element + (FP32 if layout.element < FP32 else 0)

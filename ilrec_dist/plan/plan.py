@@ -14,16 +14,19 @@ from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import (
+    FP32,
     Collective,
     MicroBatch,
     StepLayout,
     step_collectives,
 )
-from ilrec_dist.plan.decoder import DecoderSizes
+from ilrec_dist.plan.decoder import DecoderSizes, padded_each
 from ilrec_dist.plan.hardware import Hardware
 from ilrec_dist.plan.host import host_bytes
 from ilrec_dist.plan.memory import (
+    CUT_BUCKET_GRADIENTS,
     FRAGMENTS,
+    GATHERED,
     GRADIENTS,
     RESERVED,
     BeamBatch,
@@ -37,6 +40,7 @@ from ilrec_dist.plan.memory import (
 from ilrec_dist.plan.speed import StepTime, step_time
 from ilrec_dist.plan.trained import (
     Parameter,
+    RankWeights,
     TrainedParts,
     fullest_rank,
     parameters,
@@ -137,17 +141,26 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     )
     method, objective = _heaviest(config, sizes)
     rank = fullest_rank(counted, layout.tp)
-    groups = planned_groups(counted, rank, layout.dp)
+    weights = RankWeights.of(sizes, counted, rank, layout.tp)
+    groups = planned_groups(counted, rank, layout.dp, layout.zero_stage)
     trainable = sum(group.padded for group in groups)
     recompute = config.train.recompute
-    collectives = step_collectives(sizes, objective, mean_batch, layout, groups, trained, recompute)
+    collectives = step_collectives(
+        sizes, objective, mean_batch, layout, weights, groups, trained, recompute
+    )
     if config.train.micro_batch_tokens is not None and layout.dp > 1:
         what = "number of micro-batches"
         collectives.append(Collective("dp", what, "all_reduce", layout.dp, COUNT_BYTES))
-    state = state_bytes(sum(one.ranks[rank] for one in counted), groups, layout)
-    kept = state if layout.keeps_gradients else {k: v for k, v in state.items() if k != GRADIENTS}
+    state = state_bytes(weights, groups, layout)
+    kept = dict(state)
+    if layout.cuts_weights:
+        # All are gathered for it, and the bucket stays.
+        kept[GATHERED] = float(layout.element * padded_each(weights.all, layout.dp))
+        kept["gradient bucket"] = float(FP32 * CUT_BUCKET_GRADIENTS)
+    elif not layout.keeps_gradients:
+        del kept[GRADIENTS]
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
-    weights, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
+    stored, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
     decoding = BeamBatch(
         config.evaluation.batch_size,
         config.evaluation.beam,
@@ -159,7 +172,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         _with_reserve(
             {
                 **state,
-                "gradient bucket": bucket_bytes(trainable, layout),
+                "gradient bucket": bucket_bytes(groups, layout),
                 ACTIVATIONS: activation_bytes(sizes, batch, kept_layout, trained, recomputes),
                 **{f"loss: {name}": size for name, size in loss.items()},
             }
@@ -212,7 +225,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
             config.data.both_directions,
         ),
         checkpoint=checkpoint_bytes(counted),
-        weights=weights,
+        weights=stored,
     )
 
 

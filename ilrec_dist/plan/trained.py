@@ -8,7 +8,7 @@ from typing import Literal
 
 from ilrec_dist.model.config import LoraConfig, TargetModule
 from ilrec_dist.model.hf.slices import shard_slices
-from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup
+from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup, padded_each
 from ilrec_dist.training.config import TrainConfig
 
 # The optimizer's groups, in its order: decayed, not decayed, and rows of the vocabulary.
@@ -185,10 +185,36 @@ def fullest_rank(parameters: Sequence[Parameter], tp: int) -> int:
     )
 
 
-def planned_groups(parameters: Iterable[Parameter], rank: int, dp: int) -> list[PlannedGroup]:
+def planned_groups(
+    parameters: Iterable[Parameter], rank: int, dp: int, zero_stage: int
+) -> list[PlannedGroup]:
     """How DeepSpeed lays out the parameters that a rank of a tp group trains."""
     by_group: dict[Group, list[int]] = {group: [] for group in GROUPS}
     for one in parameters:
         if one.is_trained:
             by_group[one.group].append(one.ranks[rank])
-    return [PlannedGroup(tuple(sizes), dp) for sizes in by_group.values() if sizes]
+    cuts_each = zero_stage == 3
+    return [PlannedGroup(tuple(sizes), dp, cuts_each) for sizes in by_group.values() if sizes]
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """Elements of each weight of a rank of a tp group, trained or frozen."""
+
+    all: tuple[int, ...]
+    layer: tuple[int, ...]
+    layers: int
+
+    @classmethod
+    def of(
+        cls, sizes: DecoderSizes, parameters: Iterable[Parameter], rank: int, tp: int
+    ) -> RankWeights:
+        layer = tuple(count.per_rank(tp) for _, _, count in sizes.layer())
+        return cls(tuple(one.ranks[rank] for one in parameters), layer, sizes.layers)
+
+    def padded_layer(self, dp: int) -> int:
+        return padded_each(self.layer, dp)
+
+    def padded_others(self, dp: int) -> int:
+        """Of those outside of the layers."""
+        return padded_each(self.all, dp) - self.layers * self.padded_layer(dp)

@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -28,6 +28,12 @@ _WHOLE_TENSOR = {
     "all_gather_into_tensor": (0, "output_tensor"),
     "reduce": (0, "tensor"),
     "reduce_scatter_tensor": (1, "input"),
+}
+
+# The functions that DeepSpeed has kept from the time when it was imported, and their names.
+_KEPT = {
+    "all_gather_function": "all_gather_into_tensor",
+    "reduce_scatter_function": "reduce_scatter_tensor",
 }
 
 RELEASE_SECONDS = 0.01
@@ -54,16 +60,17 @@ def counted_collectives() -> Iterator[Counter[str]]:
 
         return call
 
-    # DeepSpeed has kept a function of its own from the time when it was imported.
     backend = deepspeed.comm.comm.cdb
-    gather = backend.all_gather_function
+    kept = {key: getattr(backend, key) for key in _KEPT}
     try:
         for name, original in originals.items():
             setattr(dist, name, counting(name, original))
-        backend.all_gather_function = counting("all_gather_into_tensor", gather)
+        for key, original in kept.items():
+            setattr(backend, key, counting(_KEPT[key], original))
         yield counter
     finally:
-        backend.all_gather_function = gather
+        for key, original in kept.items():
+            setattr(backend, key, original)
         for name, original in originals.items():
             setattr(dist, name, original)
 
@@ -97,7 +104,10 @@ def saved_for_backward(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     of_parameters = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in of_parameters:
+        # A weight that is gathered for each use has another storage every time.
+        is_weight = isinstance(tensor, nn.Parameter)
+        is_weight = is_weight or tensor.untyped_storage().data_ptr() in of_parameters
+        if tensor.is_floating_point() and not is_weight:
             saved.append(tensor)
         return tensor
 

@@ -7,7 +7,7 @@ what `ilrec plan` reckons for the same sizes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,9 +33,10 @@ from ilrec_dist.objective.ilrec import CrossLayerObjective
 from ilrec_dist.plan.activations import activation_bytes
 from ilrec_dist.plan.communication import MicroBatch, StepLayout, step_collectives
 from ilrec_dist.plan.decoder import DecoderSizes
-from ilrec_dist.plan.memory import checkpoint_bytes, loss_bytes, state_bytes
+from ilrec_dist.plan.memory import GATHERED, checkpoint_bytes, loss_bytes, state_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
 from ilrec_dist.plan.trained import (
+    RankWeights,
     TrainedParts,
     fullest_rank,
     parameters,
@@ -52,6 +53,8 @@ from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import build_engine
 from ilrec_dist.training.optimizer_state import flat_groups, take_part
+from ilrec_dist.training.weight_ranges import cuts_weights, own_part
+from ilrec_dist.training.whole_weights import forget_engine
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ class StepSpec:
 class MeasuredStep:
     """What one rank's step took; bytes of tensors, and of collectives by operation."""
 
+    # Those that the rank keeps, and those that are whole for use under ZeRO 3.
     weights: int
+    gathered: int
     gradients: int
     master_weights: int
     moments: int
@@ -125,22 +130,30 @@ def write_model(mesh: Mesh, spec: StepSpec, folder: str) -> None:
 
 
 def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
-    """Of two steps: in the first the optimizer makes its state.
+    """Of the last of some steps: in the first the optimizer makes its state, and under
+    ZeRO 3 DeepSpeed learns the order of the layers from two micro-batches.
 
     Where layers are recomputed, the first one also shows what that leaves.
     """
     training = SmallTraining(mesh, spec)
     backbone, engine = training.objective.backbone, training.engine
     optimizer, weights = engine.optimizer, list(backbone.parameters())
-    activations, gradients = 0, [0]
+    activations, gradients, gathered = 0, [0], [0]
+    is_cut = cuts_weights(engine)
 
     def look() -> None:
         gradients.append(_gradient_bytes(backbone, optimizer))
 
     # Before the gradients are summed over the ranks, and before the bucket goes.
     for name in ("reduce_gradients", "_release_ipg_buffers"):
-        _call_before(optimizer, name, look)
-    for step in range(2):
+        _call_around(optimizer, name, before=look)
+    if is_cut:
+        _call_around(
+            optimizer.parameter_offload.param_coordinator,
+            "fetch_sub_module",
+            after=lambda: gathered.append(_whole_bytes(engine, weights)),
+        )
+    for step in range(3 if is_cut else 2):
         watching = kept_by_recomputation() if step == 0 else nullcontext([0])
         with counted_collectives() as collectives, watching as recomputed:
             for _ in range(spec.train.accumulation_steps):
@@ -154,13 +167,15 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
                 del output
                 engine.step()
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    kept_weights = [own_part(weight) for weight in weights]
     masters = (group.master for group in flat_groups(optimizer))
     part = take_part(engine, training.objective, training.parallel)
     measured = MeasuredStep(
-        weights=storage_bytes(weights),
+        weights=storage_bytes(kept_weights),
+        gathered=max(gathered),
         gradients=max(gradients),
         # In fp32 they are the weights.
-        master_weights=storage_bytes([*weights, *masters]) - storage_bytes(weights),
+        master_weights=storage_bytes([*kept_weights, *masters]) - storage_bytes(kept_weights),
         moments=storage_bytes(v for v in states if torch.is_tensor(v) and v.dim() > 0),
         activations=activations,
         checkpoint=sum(tensor.numel() * tensor.element_size() for tensor in part.tensors.values()),
@@ -172,17 +187,37 @@ def measure_step(mesh: Mesh, spec: StepSpec) -> MeasuredStep:
     return measured
 
 
-def _call_before(owner: Any, name: str, look: Callable[[], None]) -> None:
-    """Let a call of the method, where there is one, begin with another."""
+def _nothing() -> None:
+    pass
+
+
+def _call_around(
+    owner: Any,
+    name: str,
+    before: Callable[[], None] = _nothing,
+    after: Callable[[], None] = _nothing,
+) -> None:
+    """Let a call of the method, where there is one, begin and end with others."""
     original = getattr(owner, name, None)
     if original is None:
         return
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        look()
-        return original(*args, **kwargs)
+        before()
+        answer = original(*args, **kwargs)
+        after()
+        return answer
 
     setattr(owner, name, call)
+
+
+def _whole_bytes(engine: Any, weights: Sequence[Tensor]) -> int:
+    """Weights that are whole, and buffers of those that are on their way."""
+    on_their_way: list[Tensor] = []
+    for several in engine.module.ds_inflight_param_registry.values():
+        for handle in getattr(several, "handles", [several]):
+            on_their_way += getattr(handle, "partitions", [])
+    return storage_bytes([*weights, *on_their_way])
 
 
 class SmallTraining:
@@ -243,6 +278,7 @@ class SmallTraining:
 
     def close(self) -> None:
         self.engine.destroy()
+        forget_engine(self.engine)
         destroy_parallel()
 
 
@@ -311,13 +347,13 @@ def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:
     """Gradients of the parameters, and what
     DeepSpeed keeps of them, its bucket left out.
     """
-    buckets = {
-        buffer.untyped_storage().data_ptr()
-        for bucket in getattr(optimizer, "ipg_buckets", {}).values()
-        for buffer in bucket.buffer
-    }
+    buckets = set()
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+        buffers = [bucket.buffer] if torch.is_tensor(bucket.buffer) else bucket.buffer
+        buckets |= {buffer.untyped_storage().data_ptr() for buffer in buffers}
     tensors: list[Tensor | None] = [p.grad for p in backbone.parameters()]
     tensors += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    tensors.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
     for name in ("averaged_gradients", "all_grad_tensors"):
         groups: Mapping[int, Any] = getattr(optimizer, name, {})
         for value in groups.values():
@@ -352,21 +388,23 @@ def reckoned_step(spec: StepSpec, tp: int, dp: int, rows: int, entries: int) -> 
     batch = MicroBatch(sequences, spec.length, rows, entries, packed)
     counted = parameters(sizes, trained, tp)
     rank = fullest_rank(counted, tp)
-    groups = planned_groups(counted, rank, dp)
-    state = state_bytes(sum(one.ranks[rank] for one in counted), groups, layout)
+    weights = RankWeights.of(sizes, counted, rank, tp)
+    groups = planned_groups(counted, rank, dp, train.zero_stage)
+    state = state_bytes(weights, groups, layout)
     # The measured ones hold what the loss keeps as well.
     of_loss = loss_bytes(sizes, spec.objective, batch, layout, trained, rank)
     kept_by_loss = sum(of_loss.values()) - of_loss["workspace"]
     kept = activation_bytes(sizes, batch, layout, trained, train.recompute) + kept_by_loss
     collectives: Counter[str] = Counter()
     for item in step_collectives(
-        sizes, spec.objective, batch, layout, groups, trained, train.recompute
+        sizes, spec.objective, batch, layout, weights, groups, trained, train.recompute
     ):
         # The batches that are measured come with their rewards.
         if item.what != "rewards":
             collectives[item.operation] += item.bytes
     return MeasuredStep(
         weights=int(state["weights"]),
+        gathered=int(state.get(GATHERED, 0)),
         gradients=int(state["gradients"]),
         master_weights=int(state["master weights"]),
         moments=int(state["moments"]),

@@ -50,17 +50,6 @@ def _steps_or_share(value: Any) -> int | float:
     )
 
 
-def _not_zero_3(value: Any) -> Any:
-    if value == 3:
-        raise PydanticCustomError(
-            "zero_3",
-            "input should be 1 or 2; ZeRO 3 is not offered, for weights and checkpoints are read "
-            "and written in the layout of ZeRO 1 and 2 (docs/clusters.md); to save memory take 2, "
-            "a larger launch.tp, train.recompute or train.trainable lora",
-        )
-    return value
-
-
 def _has_adapters(config: Any) -> bool:
     return bool(config.train.trainable.startswith("lora"))
 
@@ -123,10 +112,10 @@ class TrainConfig:
     # Keep only the layers' inputs in memory, and compute the rest of a layer again in backward.
     recompute: Annotated[Bool, Affects()] = False
     # DeepSpeed's ZeRO: 1 cuts the optimizer's state over the data-parallel ranks, 2 the
-    # gradients as well.
+    # gradients as well, 3 the weights too.
     zero_stage: Annotated[
-        Literal[1, 2],
-        BeforeValidator(_not_zero_3),
+        Literal[1, 2, 3],
+        Affects(),
         OnlyIf(
             "several data-parallel processes (launch.workers above launch.tp)",
             lambda config: config.launch.dp > 1,

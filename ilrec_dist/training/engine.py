@@ -14,22 +14,43 @@ from ilrec_dist.distributed.process_groups import return_freed_memory
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.trained_rows import TrainedRows
 from ilrec_dist.training.config import TrainConfig
+from ilrec_dist.training.weight_ranges import cuts_weights
+from ilrec_dist.training.whole_weights import fetch_by_layer, layers_of
 
 # The key of an optimizer's group with its learning rate as a multiple of train.learning_rate.
 RATE_RATIO = "rate_ratio"
 # Gradients, or one parameter's, that one rank alone copies at a time in fp32.
 LONE_BUCKET_GRADIENTS = 1 << 22
+# Gradients that go through DeepSpeed's bucket at a time under ZeRO 3, which is for saving memory.
+CUT_BUCKET_GRADIENTS = 50_000_000
 
 
-def deepspeed_config(config: TrainConfig, dp: int, is_cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's own configuration for `dp` data-parallel ranks."""
+def deepspeed_config(
+    config: TrainConfig, dp: int, is_cuda: bool, layer_weights: int = 0
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for `dp` data-parallel ranks.
+
+    layer_weights: the elements of a decoder layer on this rank.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     # In bf16 under ZeRO 1 DeepSpeed has another optimizer, which sums the gradients when all are
     # there.
-    sums_buckets = config.precision == "fp32" or config.zero_stage == 2
-    if is_cuda and dp > 1 and sums_buckets:
-        # A bucket of gradients is summed on a stream of its own while the next one fills.
-        zero["overlap_comm"] = True
+    sums_buckets = config.precision == "fp32" or config.zero_stage >= 2
+    # A bucket of gradients is summed on a stream of its own while the next one fills.
+    zero["overlap_comm"] = is_cuda and dp > 1 and sums_buckets
+    if config.zero_stage == 3:
+        zero |= {
+            "reduce_bucket_size": CUT_BUCKET_GRADIENTS,
+            # Two layers are whole at a time, the one at hand and the one that comes next.
+            "stage3_prefetch_bucket_size": layer_weights,
+            "stage3_max_live_parameters": 2 * layer_weights,
+            # The last layer stays whole till its backward pass, which comes next.
+            "stage3_max_reuse_distance": 1,
+            # No weight is kept whole for being small.
+            "stage3_param_persistence_threshold": 0,
+            # It would replace torch's function for the whole process.
+            "memory_efficient_linear": False,
+        }
     if dp == 1 and config.precision == "fp32":
         # There is nothing to sum, so the copies that DeepSpeed makes for it are kept small.
         zero |= {"contiguous_gradients": False, "reduce_bucket_size": LONE_BUCKET_GRADIENTS}
@@ -57,15 +78,20 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     scaled by dp × accumulation_steps / N (METHOD.md §6).
     """
     optimizer = adamw(module, config)
+    layer = next(iter(layers_of(module)), None)
+    layer_weights = 0 if layer is None else sum(weight.numel() for weight in layer.parameters())
+    is_cuda = parallel.device.type == "cuda"
     engine, *_ = import_deepspeed().initialize(
         model=module,
         optimizer=optimizer,
-        config=deepspeed_config(config, parallel.dp, parallel.device.type == "cuda"),
+        config=deepspeed_config(config, parallel.dp, is_cuda, layer_weights),
         mpu=DeepSpeedMPU(),
         dist_init_required=False,
     )
     if config.precision == "fp32":
-        _share_weights(engine.optimizer)
+        _share_weights(engine)
+    if cuts_weights(engine):
+        fetch_by_layer(engine)
     return_freed_memory()
 
     def after_first_step(*_: Any) -> None:
@@ -77,8 +103,17 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     return engine
 
 
-def _share_weights(optimizer: Any) -> None:
+def _share_weights(engine: Any) -> None:
     """Let the weights be the master weights; DeepSpeed copies them in fp32 too."""
+    optimizer = engine.optimizer
+    if cuts_weights(engine):
+        for master, weights in zip(
+            optimizer.fp32_partitioned_groups_flat,
+            optimizer.fp16_partitioned_groups_flat,
+            strict=True,
+        ):
+            master.data = weights.data
+        return
     for master, partitions, group in zip(
         optimizer.single_partition_of_fp32_groups,
         optimizer.parallel_partitioned_bit16_groups,

@@ -3,9 +3,10 @@ it is put together again for another layout.
 
 DeepSpeed's ZeRO 1 and 2 lay the parameters of a tensor-parallel rank end to end, and
 give every data-parallel rank one range of that: its master weights and moments in fp32.
-A part is the fragments of parameters in that range, by name, so that it can be read
-under any tp and dp. The weights themselves are the rounded master weights, and frozen
-ones those of the model that the training began with.
+ZeRO 3 gives it a range of every parameter instead. A part is the fragments of
+parameters in those ranges, by name, so that it can be read under any tp, dp and stage.
+The weights themselves are the rounded master weights, and frozen ones those of the
+model that the training began with.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.model.sharding import ShardSpec
+from ilrec_dist.training.weight_ranges import cuts_weights, own_range, shape_of
 
 # The master weight and Adam's two moments, under the names of the files.
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -34,27 +36,30 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 @dataclass(frozen=True)
 class Fragment:
     """Elements [start, stop) of a parameter's
-    flattened shard, at `offset` of the rank's range.
+    flattened shard, at `offset` of the rank's master weights.
     """
 
-    name: str
-    group: int
+    parameter: nn.Parameter
     start: int
     stop: int
     offset: int
 
+    @property
+    def span(self) -> slice:
+        """Of the master weights."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters that DeepSpeed lays end to end, and this rank's range of them."""
+    """Master weights that lie end to end, one
+    parameter of the optimizer inside, and of what they are.
+    """
 
-    parameters: list[nn.Parameter]
-    # Where each parameter begins.
-    offsets: list[int]
-    low: int
-    high: int
-    # The range's master weights, one parameter of the optimizer inside.
     master: Tensor
+    fragments: list[Fragment]
+    # The optimizer's group that has their learning rate.
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,20 @@ def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
     optimizer = engine.optimizer
     tensors: dict[str, Tensor] = {}
     described = {}
-    shapes = {name: list(p.shape) for name, p in module.named_parameters()}
-    groups = flat_groups(optimizer)
-    for fragment in _fragments(optimizer, module):
-        master = groups[fragment.group].master
-        state = optimizer.optimizer.state.get(master, {})
-        span = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
-        kept = {WEIGHT: master, **{moment: state[moment] for moment in MOMENTS if moment in state}}
-        for kind, values in kept.items():
-            tensors[f"{kind}/{fragment.name}"] = values.detach()[span].to("cpu", copy=True)
-        described[fragment.name] = {
-            "start": fragment.start,
-            "stop": fragment.stop,
-            "shape": shapes[fragment.name],
-        }
+    names = _names(module)
+    for group in flat_groups(optimizer):
+        state = optimizer.optimizer.state.get(group.master, {})
+        kept = {WEIGHT: group.master} | {kind: state[kind] for kind in MOMENTS if kind in state}
+        for fragment in group.fragments:
+            name = names[id(fragment.parameter)]
+            for kind, values in kept.items():
+                part = values.detach()[fragment.span]
+                tensors[f"{kind}/{name}"] = part.to("cpu", copy=True)
+            described[name] = {
+                "start": fragment.start,
+                "stop": fragment.stop,
+                "shape": list(shape_of(fragment.parameter)),
+            }
     steps = {float(state["step"]) for state in optimizer.optimizer.state.values()}
     return Part(
         tensors,
@@ -107,42 +112,57 @@ def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequ
     the parts do not have or cannot be cut for this tp.
     """
     optimizer = engine.optimizer
-    saved = SavedState.open(files)
-    parameters = dict(module.named_parameters())
-    states = []
-    for group, options in zip(flat_groups(optimizer), optimizer.param_groups, strict=True):
+    saved, names = SavedState.open(files), _names(module)
+    for group in flat_groups(optimizer):
         kept = {WEIGHT: group.master.detach()}
         if saved.step > 0:
             state = optimizer.optimizer.state[group.master]
             # A fused step reads its number on the device.
-            device = group.master.device if options.get("fused") else torch.device("cpu")
+            device = group.master.device if group.options.get("fused") else torch.device("cpu")
             state["step"] = torch.tensor(saved.step, dtype=torch.float32, device=device)
             for moment in MOMENTS:
                 state[moment] = kept[moment] = torch.zeros_like(group.master)
-        states.append(kept)
-    for fragment in _fragments(optimizer, module):
-        span = slice(fragment.offset, fragment.offset + fragment.stop - fragment.start)
-        for kind, target in states[fragment.group].items():
-            values = saved.read(kind, fragment, parameters[fragment.name], parallel)
-            target[span].copy_(values)
-    optimizer.update_lp_params()
+        for fragment in group.fragments:
+            for kind, target in kept.items():
+                name = names[id(fragment.parameter)]
+                target[fragment.span].copy_(saved.read(kind, name, fragment, parallel))
+    if cuts_weights(engine):
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    else:
+        optimizer.update_lp_params()
 
 
-def _fragments(optimizer: Any, module: nn.Module) -> Iterator[Fragment]:
-    """The fragments of this rank's ranges."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for number, group in enumerate(flat_groups(optimizer)):
-        for parameter, offset in zip(group.parameters, group.offsets, strict=True):
-            start = max(group.low, offset) - offset
-            stop = min(group.high, offset + parameter.numel()) - offset
-            if start < stop:
-                at = offset + start - group.low
-                yield Fragment(names[id(parameter)], number, start, stop, at)
+def _names(module: nn.Module) -> dict[int, str]:
+    """The names of the parameters by their `id`."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def flat_groups(optimizer: Any) -> list[FlatGroup]:
-    """The layout of either of DeepSpeed's optimizers:
-    in bf16 under ZeRO 1 it is another one.
+    """What this rank keeps, in the layout of whichever
+    of DeepSpeed's optimizers it is.
+    """
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(_groups_of_cut_weights(optimizer))
+    return list(_groups_end_to_end(optimizer))
+
+
+def _groups_of_cut_weights(optimizer: Any) -> Iterator[FlatGroup]:
+    """Under ZeRO 3: this rank's range of every parameter, with its padding."""
+    for number, parameters in enumerate(optimizer.fp16_groups):
+        fragments, offset = [], 0
+        for parameter in parameters:
+            start, stop = own_range(parameter)
+            if start < stop:
+                fragments.append(Fragment(parameter, start, stop, offset))
+            offset += parameter.ds_tensor.ds_numel
+        options = optimizer.param_groups[optimizer.sub_group_to_group_id[number]]
+        yield FlatGroup(optimizer.fp32_partitioned_groups_flat[number], fragments, options)
+
+
+def _groups_end_to_end(optimizer: Any) -> Iterator[FlatGroup]:
+    """Under ZeRO 1 and 2: the range of all parameters that
+    lie end to end. In bf16 under ZeRO 1 it is another optimizer.
     """
     is_bf16 = hasattr(optimizer, "bf16_groups")
     groups = optimizer.bf16_groups if is_bf16 else optimizer.round_robin_bit16_groups
@@ -151,7 +171,6 @@ def flat_groups(optimizer: Any) -> list[FlatGroup]:
         if is_bf16
         else optimizer.single_partition_of_fp32_groups
     )
-    flat = []
     for number, parameters in enumerate(groups):
         if is_bf16:
             sizes = [parameter.numel() for parameter in parameters]
@@ -159,9 +178,14 @@ def flat_groups(optimizer: Any) -> list[FlatGroup]:
         else:
             offsets = optimizer.round_robin_bit16_offsets[number]
         master, rank = masters[number], dist.get_rank(optimizer.real_dp_process_group[number])
-        size = master.numel()
-        flat.append(FlatGroup(parameters, offsets, rank * size, (rank + 1) * size, master))
-    return flat
+        low, high = rank * master.numel(), (rank + 1) * master.numel()
+        fragments = []
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start = max(low, offset) - offset
+            stop = min(high, offset + parameter.numel()) - offset
+            if start < stop:
+                fragments.append(Fragment(parameter, start, stop, offset + start - low))
+        yield FlatGroup(master, fragments, optimizer.param_groups[number])
 
 
 class SavedState:
@@ -185,27 +209,25 @@ class SavedState:
         readers: list[Any] = [safe_open(path, framework="pt") for path in files]
         return cls(readers, [json.loads(reader.metadata()["part"]) for reader in readers])
 
-    def read(
-        self, kind: str, fragment: Fragment, parameter: nn.Parameter, parallel: ParallelState
-    ) -> Tensor:
-        """The fragment's values, fp32 [stop - start]."""
-        if fragment.name not in self.places:
+    def read(self, kind: str, name: str, fragment: Fragment, parallel: ParallelState) -> Tensor:
+        """The values of a fragment of the named parameter, fp32 [stop - start]."""
+        if name not in self.places:
             raise UserError(
-                f"checkpoint: has no parameter {fragment.name!r}; it is of another configuration"
+                f"checkpoint: has no parameter {name!r}; it is of another configuration"
             )
-        spec = spec_of(parameter)
+        spec = spec_of(fragment.parameter)
         if self.tp == parallel.tp or spec is None:
             rank = parallel.tp_rank if self.tp == parallel.tp else 0
-            return self._range(kind, fragment.name, rank, fragment.start, fragment.stop)
+            return self._range(kind, name, rank, fragment.start, fragment.stop)
         shards = []
         for rank in range(self.tp):
-            shape = self.shapes[fragment.name, rank]
+            shape = self.shapes[name, rank]
             size = torch.Size(shape).numel()
-            shards.append(self._range(kind, fragment.name, rank, 0, size).view(shape))
+            shards.append(self._range(kind, name, rank, 0, size).view(shape))
         mine = spec.slice(spec.join(shards), parallel.tp_rank, parallel.tp)
-        if mine.shape != parameter.shape:
+        if mine.shape != shape_of(fragment.parameter):
             raise UserError(
-                f"checkpoint: the parameter {fragment.name!r} of tp {self.tp} cannot be cut for tp "
+                f"checkpoint: the parameter {name!r} of tp {self.tp} cannot be cut for tp "
                 f"{parallel.tp}; go on with launch.tp={self.tp}"
             )
         return mine.flatten()[fragment.start : fragment.stop]

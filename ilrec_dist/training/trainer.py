@@ -44,6 +44,8 @@ from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.schedule import learning_rate
 from ilrec_dist.training.spec import TrainingSpec
 from ilrec_dist.training.timer import StepTimer
+from ilrec_dist.training.weight_ranges import own_part
+from ilrec_dist.training.whole_weights import forget_engine, whole_weights
 
 # Optimizer steps between two lines of metrics.jsonl.
 LOG_STEPS = 10
@@ -142,6 +144,7 @@ class Trainer:
         finally:
             # The engine's hooks and process groups would outlive it otherwise.
             self.engine.destroy()
+            forget_engine(self.engine)
 
     def _require_steps(self) -> None:
         if self.total_steps == 0:
@@ -166,7 +169,7 @@ class Trainer:
             if is_logged:
                 self._log_step()
             if self._validation_is_due():
-                with self.timer.pause():
+                with self.timer.pause(), whole_weights(self.engine):
                     self._validate()
             # The ranks agree on it where they have just met to log.
             must_stop = is_logged and self._must_stop()
@@ -237,7 +240,7 @@ class Trainer:
         """
         self.phase_end = self.total_steps
         if self.phases is not None and not self._is_done():
-            with self.timer.pause():
+            with self.timer.pause(), whole_weights(self.engine):
                 self.batch_maker = self.phases.begin(self.progress.step)
             self.phase_end = self.phases.end(self.progress.step)
         plan = micro_batch_plan(
@@ -341,7 +344,8 @@ class Trainer:
 
     def _require_finite_weights(self) -> None:
         """UserError, on every rank, where a weight of any rank is not finite."""
-        flags = [torch.isfinite(weight).all() for weight in self.backbone.parameters()]
+        parts = (own_part(weight) for weight in self.backbone.parameters())
+        flags = [torch.isfinite(part).all() for part in parts]
         finite = torch.stack(flags).all().to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
@@ -417,7 +421,8 @@ class Trainer:
         """
         self.writer.wait()
         self._require_finite_weights()
-        final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
+        with whole_weights(self.engine):
+            final_sha256 = save_training_weights(self.backbone, self.spec.folder / FINAL)
         if self.log is not None:
             self.log.close()
             write_json(self.spec.folder / RESULT, self._result(final_sha256))

@@ -14,7 +14,7 @@ import yaml
 from ilrec_dist.cli.main import main
 from ilrec_dist.config.load import load_config
 from ilrec_dist.plan.hardware import Hardware
-from ilrec_dist.plan.plan import make_plan
+from ilrec_dist.plan.plan import Plan, make_plan
 from ilrec_dist.plan.workload import DataSizes
 
 LLAMA = {
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
         (["launch.tp=3"], "launch.tp"),
         (["--gpus-per-node", "4"], "tp does not divide --gpus-per-node 4"),
         (["train.batch_size=102"], "train.batch_size"),
-        (["train.zero_stage=3"], "key 'train.zero_stage': input should be 1 or 2; ZeRO 3"),
+        (["train.zero_stage=4"], "key 'train.zero_stage': input should be 1, 2 or 3"),
         (["items.form=atomic", "items.levels=3"], "--items N"),
         (["--host-memory", "512"], "--host-memory: expected a positive number with its unit"),
         (["--host-memory", "512GiB"], "--host-memory: the size of the data, from which"),
@@ -124,16 +124,29 @@ def test_sequence_parallelism_is_no_alternative_without_tensor_parallelism(confi
     assert "with train.recompute=true" in text and "sequence_parallel" not in text
 
 
-def test_only_zero_2_sums_the_gradients_at_every_micro_batch(config):
+def test_zero_2_and_3_sum_the_gradients_at_every_micro_batch(config):
     gpus = Hardware(4, 8, 80e9, 5e10, 4.5e11, 6e14, 9.9e14, 3.3e12, 2e9)
 
-    def gradients(stage: int, steps: int) -> int:
+    def planned(stage: int, steps: int) -> Plan:
         keys = [f"train.zero_stage={stage}", f"train.accumulation_steps={steps}"]
-        found = make_plan(load_config(config, [*keys, "launch.workers=32"]), gpus, DataSizes())
-        return sum(one.bytes for one in found.collectives if one.what == "gradients")
+        return make_plan(load_config(config, [*keys, "launch.workers=32"]), gpus, DataSizes())
 
-    assert gradients(1, 1) == gradients(1, 4) == gradients(2, 1)
-    assert gradients(2, 4) == 4 * gradients(2, 1)
+    def sent(plan: Plan, what: str = "gradients") -> int:
+        return sum(one.bytes for one in plan.collectives if one.what == what)
+
+    assert sent(planned(1, 1)) == sent(planned(1, 4)) == sent(planned(2, 1))
+    cut, cut_four = planned(3, 1), planned(3, 4)
+    assert sent(planned(2, 4)) == 4 * sent(planned(2, 1)) and sent(cut_four) == 4 * sent(cut)
+    # ZeRO 3 gathers the layers for every micro-batch, and the other weights for the step.
+    layers, others = "layers' weights", "weights outside of layers"
+    assert sent(cut_four, layers) == 4 * sent(cut, layers) > 0
+    assert sent(cut_four, others) == sent(cut, others) > 0
+    # Which saves memory in training; for the validation all weights are there as well.
+    zero_2 = planned(2, 1)
+    assert sum(cut.training.values()) < sum(zero_2.training.values())
+    whole = cut.validation["gathered weights"]
+    assert whole == pytest.approx(zero_2.validation["weights"], rel=0.01)
+    assert cut.validation["weights"] == pytest.approx(whole / cut.layout.dp)
 
 
 def test_a_damaged_tokenizer_is_one_line(config, capsys):

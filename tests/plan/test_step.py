@@ -30,6 +30,7 @@ LLAMA = BackboneConfig(
 )
 QWEN = dataclasses.replace(LLAMA, num_layers=2, num_kv_heads=1, qk_norm=True, tie_embeddings=True)
 ILREC = ObjectiveConfig()
+STATE = ("weights", "gathered", "gradients", "master_weights", "moments")
 CROSS_ENTROPY = ObjectiveConfig(cpo_beta=0.0, cpd_mu=0.0, crr_lambda=0.0)
 
 
@@ -61,6 +62,10 @@ PARTIAL = {
     "rows": (1, train(trainable="new_rows")),
     "adapters and rows, packed": (1, train(trainable="lora+new_rows")),
     "adapters, cut tokens, packed": (2, train(trainable="lora")),
+    "adapters and rows, ZeRO 3": (
+        1,
+        train(trainable="lora+new_rows", zero_stage=3, recompute=True),
+    ),
 }
 
 
@@ -88,8 +93,9 @@ def test_a_step_whose_tokens_are_cut_is_that_of_the_plan(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_under_zero_2_is_that_of_the_plan(precision: str) -> None:
-    keys = train(2, precision, zero_stage=2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_under_zero_2_and_3_is_that_of_the_plan(precision: str, stage: int) -> None:
+    keys = train(2, precision, zero_stage=stage)
     check(dataclasses.replace(SPECS["llama"], train=keys), 1)
 
 
@@ -105,11 +111,10 @@ def check(spec: StepSpec, tp: int) -> None:
     """Compare the plan with a step of two processes."""
     found = run_distributed(measure_step, 2, tp, spec)
     most = {
-        part: max(getattr(measured, part) for measured in found)
-        for part in ("weights", "gradients", "master_weights", "moments", "activations")
+        part: max(getattr(measured, part) for measured in found) for part in (*STATE, "activations")
     }
     planned = reckoned_step(spec, tp, 2 // tp, found[0].rows, found[0].entries)
-    for part in ("weights", "gradients", "master_weights", "moments"):
+    for part in STATE:
         assert getattr(planned, part) == most[part], part
     # Packed batches have some padding, and recomputation shares some tensors.
     error = 0.1 if spec.packs or spec.train.recompute else 0.01

@@ -66,6 +66,7 @@ def train_with_bad_steps(mesh: Mesh, tree: dict, folder: str, value: float) -> d
         (float("nan"), 1, {}),
         (float("inf"), 1, {"precision": "bf16"}),
         (float("nan"), 1, {"precision": "bf16", "zero_stage": 2}),
+        (float("inf"), 1, {"precision": "bf16", "zero_stage": 3}),
         (float("inf"), 2, {}),
     ],
 )

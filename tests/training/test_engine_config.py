@@ -8,13 +8,18 @@ import pytest
 
 from ilrec_dist.distributed.deepspeed_mpu import import_deepspeed
 from ilrec_dist.plan.communication import StepLayout
-from ilrec_dist.plan.memory import BUCKET_GRADIENTS, bucket_bytes
+from ilrec_dist.plan.decoder import PlannedGroup
+from ilrec_dist.plan.memory import BUCKET_GRADIENTS, CUT_BUCKET_GRADIENTS, bucket_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
 from ilrec_dist.training.config import TrainConfig
 from ilrec_dist.training.engine import deepspeed_config
 
-OVERLAPPING = {("fp32", 1, 2, True), ("fp32", 2, 2, True), ("bf16", 2, 2, True)}
-CASES = list(itertools.product(("fp32", "bf16"), (1, 2), (1, 2), (False, True)))
+OVERLAPPING = {
+    (precision, stage, 2, True)
+    for precision, stage in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 2), ("bf16", 3))
+}
+CASES = list(itertools.product(("fp32", "bf16"), (1, 2, 3), (1, 2), (False, True)))
+GROUPS = [PlannedGroup((1000,), 2)]
 
 
 @pytest.mark.parametrize(("precision", "stage", "dp", "is_cuda"), CASES)
@@ -30,6 +35,15 @@ def test_gradients_are_summed_beside_the_backward_pass_where_that_works(
     def layout(is_cuda: bool) -> StepLayout:
         return StepLayout(1, dp, 1, ELEMENT_BYTES[precision], stage, is_cuda)
 
-    # The plan counts the second bucket.
-    more = bucket_bytes(1000, layout(is_cuda)) - bucket_bytes(1000, layout(False))
-    assert more == (ELEMENT_BYTES[precision] * BUCKET_GRADIENTS if overlaps else 0)
+    # The plan counts the second bucket, which ZeRO 3 does not have.
+    more = bucket_bytes(GROUPS, layout(is_cuda)) - bucket_bytes(GROUPS, layout(False))
+    has_second = overlaps and stage < 3
+    assert more == (ELEMENT_BYTES[precision] * BUCKET_GRADIENTS if has_second else 0)
+
+
+@pytest.mark.parametrize("size", [1000, 3 * CUT_BUCKET_GRADIENTS])
+def test_the_plan_knows_the_bucket_of_zero_3(size):
+    config = TrainConfig(precision="bf16", zero_stage=3)
+    bucket = deepspeed_config(config, 2, True, 5000)["zero_optimization"]["reduce_bucket_size"]
+    planned = bucket_bytes([PlannedGroup((size,), 2, True)], StepLayout(1, 2, 1, 2, 3))
+    assert planned == 4 * (bucket + size)
