@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.cf.sasrec.sharded_table import ItemShard
+from ilrec_dist.cli.main import main
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import sha256_file
 from ilrec_dist.config.load import config_from_dict
@@ -88,8 +89,8 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_worker_and_ctrl_c_lose_only_what_was_not_finished_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
@@ -102,12 +103,17 @@ def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(
         cf=CF,
         launch={"engine": "ray", "workers": 2, "ray_address": cluster.address},
     )
-    run, killed, on_interrupt = config.run_dir, [], []
+    run, killed = config.run_dir, []
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(config)))
     finished = run / ".cf.unfinished/cf/fold0.safetensors"
+
+    def worker() -> int:
+        return int(read_workers(run / ".cf-work", 2)[0]["process"])
 
     def kill() -> None:
         """Kill the first worker, which has two models, when the second has its only
-        one.
+        one, and interrupt the command when there is another one.
         """
         until = time.monotonic() + PATIENCE_SECONDS
         while not (run / ".cf.unfinished/fold0.json").exists():
@@ -115,20 +121,29 @@ def test_a_killed_worker_of_those_side_by_side_loses_its_own_model_only(
             time.sleep(0.01)
         killed.append(finished.stat().st_mtime_ns)
         assert not (run / ".cf.unfinished/fold1.json").exists()
-        on_interrupt.append(signal.getsignal(signal.SIGINT))
-        os.kill(read_workers(run / ".cf-work", 2)[0]["process"], signal.SIGKILL)
+        first = worker()
+        os.kill(first, signal.SIGKILL)
+        while worker() == first:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background jobs ignore it.
+    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for stage in ("prepare", "index"):
             execute(config, stage)
         killer = threading.Thread(target=kill)
         killer.start()
-        execute(config, "cf")
+        assert main(["cf", str(path)]) == 130
         killer.join()
+        line = "ilrec: interrupted; the same command goes on where it stopped"
+        assert capsys.readouterr().err.strip().splitlines()[-1] == line
+        assert not (run / "cf").exists()
+        assert main(["cf", str(path)]) == 0
     finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         cluster.shutdown()
-    # Ctrl-C stays this command's own while Ray Train runs.
-    assert on_interrupt == [signal.getsignal(signal.SIGINT)]
     assert killed == [(run / "cf/fold0.safetensors").stat().st_mtime_ns]
     alone = tiny_config(tmp_path / "alone", cf=CF)
     for stage in ("prepare", "index", "cf"):
