@@ -110,15 +110,18 @@ def test_training_learns_and_logs_what_the_method_names(trained):
     assert whole_weights(folder / "best").keys() == whole_weights(folder / "final").keys()
 
 
-def test_sequence_parallelism_changes_neither_losses_nor_weights(trained, tiny, tmp_path):
-    """Beside recomputation, and compared with the layout that differs in this alone."""
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), (4, 3)])
+def test_sequence_parallelism_changes_neither_losses_nor_weights(
+    trained, tiny, tmp_path, world, stage
+):
+    """Beside recomputation and ZeRO 3 too; compared with tp 2 alone."""
     sections = {
-        "launch": {"workers": 2, "tp": 2, "sequence_parallel": True},
-        "train": {"recompute": True},
+        "launch": {"workers": world, "tp": 2, "sequence_parallel": True},
+        "train": {"recompute": True, "zero_stage": stage},
         "backbone": {"dropout": 0.0},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
-    run_distributed(train_here, 2, 2, config, "ilrec", str(tmp_path))
+    run_distributed(train_here, world, 2, config, "ilrec", str(tmp_path))
     whole = trained[LAYOUTS.index((2, 2, {}))]
     np.testing.assert_allclose(losses_of(tmp_path), losses_of(whole), rtol=1e-5)
     weights = whole_weights(tmp_path / "final")
