@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +19,19 @@ from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.testing.measured_step import SmallTraining, StepSpec, write_model
 from ilrec_dist.testing.whole_weights import whole_weights
 from ilrec_dist.training.config import TrainConfig
-from ilrec_dist.training.optimizer_state import flat_groups
+from ilrec_dist.training.engine import set_learning_rate
 from tests.support.tiny_run import losses_of, tiny_config, train_here
 
 pytestmark = pytest.mark.slow
+
+
+def train_and_look(mesh: Mesh, *arguments: Any) -> None:
+    """Train in this process, which must then hold nothing of DeepSpeed's optimizer."""
+    train_here(mesh, *arguments)
+    gc.collect()
+    names = "DeepSpeedZeroOptimizer_Stage3", "PartitionedParameterCoordinator"
+    kept = [one for one in gc.get_objects() if type(one).__name__ in names and vars(one)]
+    assert not kept, kept
 
 
 def trained(
@@ -37,7 +46,7 @@ def trained(
         "backbone": {"dropout": 0.0},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
-    run_distributed(train_here, world, tp, config, "ilrec", str(folder), stop)
+    run_distributed(train_and_look, world, tp, config, "ilrec", str(folder), stop)
     return folder
 
 
@@ -60,7 +69,8 @@ def test_zero_3_gives_the_losses_and_weights_of_one_process(tiny, tmp_path, alon
 
 
 def test_a_training_goes_on_under_another_stage_with_the_same_losses(tiny, tmp_path, alone):
-    for world, tp, stage, stop in ((2, 1, 3, 2), (2, 1, 1, 4), (4, 2, 3, 6), (2, 1, 2, None)):
+    # Three ranks need padding.
+    for world, tp, stage, stop in ((3, 1, 3, 2), (2, 1, 1, 4), (4, 2, 3, 6), (2, 1, 2, None)):
         trained(tiny, tmp_path, world, tp, stop, zero_stage=stage)
     expected, found = losses_of(alone), losses_of(tmp_path)
     assert len(expected) == len(found) == 7
@@ -81,6 +91,7 @@ def test_an_interrupted_training_under_zero_3_ends_with_the_same_bits(tiny, tmp_
 def steps_of(mesh: Mesh, spec: StepSpec) -> tuple[list[float], float]:
     """The losses of three steps, and the last norm of the gradient."""
     training = SmallTraining(mesh, spec)
+    set_learning_rate(training.engine, 5e-3)
     losses = []
     for _ in range(3):
         _, output = training.forward()
@@ -88,12 +99,7 @@ def steps_of(mesh: Mesh, spec: StepSpec) -> tuple[list[float], float]:
         training.engine.backward(output.loss)
         training.engine.step()
     norm = float(training.engine.get_global_grad_norm())
-    kept = [weakref.ref(group.master) for group in flat_groups(training.engine.optimizer)]
     training.close()
-    del training, output
-    # DeepSpeed's caches would keep an engine for the life of the process.
-    gc.collect()
-    assert [master() for master in kept] == [None] * len(kept)
     return losses, norm
 
 
