@@ -49,13 +49,14 @@ def config(tmp_path: Path) -> Config:
     """Of a run under Ray with a reward actor, which is prepared up to the CF models."""
     config = tiny_config(
         tmp_path / "runs",
-        # It is ended before its last step. Steps are short, epochs long.
+        # It is ended before its last step. Steps are short; epochs, at whose ends checkpoints are
+        # due, are long.
         train={
             "methods": ["ilrec"],
             "epochs": 1000,
             "validate_epochs": 1000,
-            "batch_size": 4,
-            "max_history": 2,
+            "batch_size": 2,
+            "max_history": 1,
             "checkpoint_steps": CHECKPOINT_STEPS,
         },
         launch={
