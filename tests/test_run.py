@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
     sections = {
         "launch": {"engine": "torchrun", "workers": 2, "tp": 2, "threads": 1, "device": "cpu"},
         "items": {"collisions": "resolve"},
+        "train": {"epochs": 1},
     }
     sections["cf"] = {"split_table": True}
     sections["data"] = {"both_directions": True}

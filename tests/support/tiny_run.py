@@ -34,7 +34,7 @@ def tiny_config(runs_dir, **sections) -> Config:
             "warmup": 2,
             "max_history": 8,
             "checkpoint_steps": 3,
-            "validation_users": 40,
+            "validation_users": 16,
         },
         "evaluation": {"beam": 10},
         "launch": {"engine": "torchrun", "threads": 1, "device": "cpu"},
