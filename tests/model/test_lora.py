@@ -104,8 +104,8 @@ def test_tp_changes_nothing_and_merging_keeps_the_logits(
     base = tmp_path / "base"
     make_pretrained("qwen2", base)
     logits, adapters = {}, {}
-    # With tp 4 two ranks share a key/value head.
-    for tp in (1, 2, 4):
+    # With tp 4 two ranks share a key/value head. Which modules there are is nothing to tp 2.
+    for tp in (1, 2, 4) if config is ALL else (1, 4):
         out = tmp_path / str(tp)
         ranks = run_distributed(train, tp, tp, str(base), None, config, str(out))
         assert ranks[0]["losses"][-1] < 0.8 * ranks[0]["losses"][0]
