@@ -24,6 +24,7 @@ from ilrec_dist.common.stop_request import StopRequest
 from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.launch.attempts import read_workers
+from ilrec_dist.launch.job import FOR_WORKERS
 from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
@@ -79,7 +80,7 @@ def run(root: Path, *words: str) -> subprocess.Popen:
         [sys.executable, "-m", "ilrec_dist.cli", "train", root / "config.yaml", *words],
         stdout=log,
         stderr=log,
-        env=os.environ | QUICK,
+        env={name: value for name, value in os.environ.items() if name not in FOR_WORKERS} | QUICK,
         start_new_session=True,
     )
 
@@ -128,6 +129,9 @@ def test_faults_change_nothing(config: Config, tmp_path: Path) -> None:
     wait_for("step 20", lambda: steps_logged(folder) >= 20, process, log)
     # Ray's processes, the workers and the actor.
     assert reached_from_outside(process.pid) == []
+    for worker in read_workers(folder.parent, 2):
+        started_with = psutil.Process(worker["process"]).environ()
+        assert FOR_WORKERS.items() <= started_with.items()
     (actor,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)

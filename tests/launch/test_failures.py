@@ -125,11 +125,11 @@ def test_torchrun_ends_with_the_cause(tmp_path):
         run_workers(launch, job(tmp_path, "refuse"))
 
 
-@pytest.mark.parametrize("engine", ["torchrun", "ray"])
-def test_workers_start_with_their_variables(tmp_path, monkeypatch, engine):
+def test_torchrun_s_workers_start_with_their_variables(tmp_path, monkeypatch):
+    """tests/faults/test_kill.py looks at Ray's."""
     for name in FOR_WORKERS:
         monkeypatch.delenv(name, raising=False)
-    launch = LaunchConfig(engine=engine, device="cpu", threads=1)
+    launch = LaunchConfig(engine="torchrun", device="cpu", threads=1)
     run_workers(launch, job(tmp_path, "note_environment"))
     started_with = (tmp_path / "environment").read_text().splitlines()
     assert all(f"{name}={value}" in started_with for name, value in FOR_WORKERS.items())

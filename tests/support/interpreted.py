@@ -127,7 +127,7 @@ def sliced(plans: list[Plan]) -> bool:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_agrees_with_the_reference(settings):
-    case = make_case(**{"n": 11, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
+    case = make_case(**{"n": 6, "crr_lambda": 0.3, "mu": 0.5, "max_negatives": 5, **settings})
     assert_close(run_case(case, "triton"), run_case(case, "reference"), 1e-5)
 
 
@@ -159,7 +159,7 @@ def test_ties_go_to_the_lower_token(settings, workspace, plans, monkeypatch):
     """In regime T and across slices in regime V; more are tied than a buffer holds."""
     monkeypatch.setattr(plan, "SMALL_CHUNK", 12 if workspace else 0)
     common: dict[str, Any] = dict(
-        n=6,
+        n=4,
         v=1700,
         longest=20,
         negative_scope="all",
