@@ -34,10 +34,8 @@ settings.load_profile("suite")
 
 # Folders whose tests share what is made once a session, or should not run beside each other: each
 # is the work of one process. Of the other folders each file is. The longest are begun first.
-TOGETHER = {"faults": "cluster", "launch": "cluster"} | {
-    folder: folder for folder in ("cli", "training", "kernels", "cf")
-}
-LONGEST = ("cluster", "study", "training", "kernels", "cli")
+TOGETHER = {folder: folder for folder in ("faults", "launch", "cli", "training", "kernels", "cf")}
+LONGEST = ("faults", "launch", "study", "training", "kernels", "cli")
 
 
 def group_of(nodeid: str) -> str:
