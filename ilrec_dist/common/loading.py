@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,17 +23,13 @@ def uncollected_imports() -> Iterator[None]:
     """Import in the block without garbage collections.
 
     A worker's imports make hundreds of thousands of objects that live as long as the
-    process. Looking among them for garbage takes a seventh of the time of its imports,
-    and is not done at later collections either.
+    process. Looking among them for garbage takes a seventh of the time of its imports.
     """
     if not gc.isenabled():
         yield
         return
-    modules = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        if len(sys.modules) > modules:
-            gc.freeze()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -100,7 +101,10 @@ def run_job(job: Job) -> None:
         return
     try:
         begin_attempt(Path(job.folder), job.failures_folder)
-        load_function(job.function)(**job.arguments)
+        function = load_function(job.function)
+        # No model is there yet, and what is imported stays: it need not be looked through.
+        gc.freeze()
+        function(**job.arguments)
     except Stopped:
         # All is saved, and the driver, which asked for it, ends.
         return
