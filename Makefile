@@ -37,6 +37,7 @@ quickstart: $(STAMP)
 results: $(STAMP)
 	-$(BIN)/ilrec study configs/study-quick.yaml --low-priority --into docs/results.md
 	-$(BIN)/ilrec study configs/study-shop.yaml --low-priority --into docs/results.md
+	-$(BIN)/ilrec study configs/study-shop-in-time.yaml --low-priority --into docs/results.md
 	$(if $(SCIENTIFIC),-$(BIN)/ilrec study configs/study-scientific.yaml data.path=$(SCIENTIFIC) \
 	    items.index=$(SCIENTIFIC)/Scientific.index.json --low-priority --into docs/results.md)
 	$(if $(INSTRUMENTS),-$(BIN)/ilrec study configs/study-instruments.yaml data.path=$(INSTRUMENTS) \

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +19,11 @@ from ilrec_dist.cf.sasrec.fit import TrainingSequences
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.config import DataConfig, SyntheticConfig
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.split import time_at
+from ilrec_dist.data.synthetic.generate import bayes_scores
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.predictions import Predictions
@@ -87,6 +90,26 @@ def found(dataset: InteractionDataset):
         targets = [(items[place], items[:place]) if place >= 1 else None for place in at.values()]
         result[dataset.user_ids[user]] = (items[: int(dataset.train_lengths()[user])], *targets)
     return result
+
+
+def test_the_generated_shop_is_split_as_a_table_of_its_rows_is(tmp_path):
+    shop = DataConfig(
+        split="chronological", synthetic=SyntheticConfig(users=200, items=60, categories=3)
+    )
+    manifest = prepare(shop, tmp_path / "shop")
+    generated = load_dataset(tmp_path / "shop")
+    table = pq.read_table(tmp_path / "shop/interactions.parquet")
+    rows = list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+    assert found(generated) == found(load(tmp_path, rows))
+    written = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["split"] == written["split"] and manifest["timestamps"] == "seconds"
+    # The same items as without times, and the truth after the history that a target has.
+    prepare(replace(shop, split="leave_one_out"), tmp_path / "whole")
+    whole = load_dataset(tmp_path / "whole")
+    assert (generated.items == whole.items).all() and (generated.offsets == whole.offsets).all()
+    users = np.flatnonzero(generated.target_positions("test") >= 0)
+    scores = bayes_scores(tmp_path / "shop", generated, users)
+    assert (scores[np.arange(len(users)), generated.targets("test")[users]] > 0).all()
 
 
 def test_by_date_is_the_definition(tmp_path):
@@ -165,8 +188,6 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     load(tmp_path, split_dates=[50, 70])
     with pytest.raises(UserError, match="files of lcrec are split by leave-one-out"):
         export_data(tmp_path / "out", "lcrec", tmp_path / "Shop", "Shop")
-    with pytest.raises(UserError, match="the generated data have no times"):
-        prepare(DataConfig(split="chronological"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("history", "chunk"), [(50, 50_000), (3, 7)])

@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.prepare import prepare
 from ilrec_dist.data.synthetic.generate import (
     ANYTHING,
+    BEGIN_WITHIN,
     COMPANION,
     HABIT,
+    MEAN_GAP,
     RETURN,
     bayes_scores,
     draw_histories,
     draw_model,
+    draw_times,
     item_table,
 )
 from ilrec_dist.items.build import build_catalogue
@@ -57,6 +61,21 @@ def test_histories_never_repeat_an_item_and_have_the_stated_lengths():
     assert lengths.min() >= 5 and lengths.max() <= 50 and abs(lengths.mean() - 10) < 1
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         assert len(set(items[start:stop].tolist())) == stop - start
+
+
+def test_a_users_times_increase_as_stated():
+    config = SyntheticConfig(users=3000, items=120, categories=6)
+    _, offsets = draw_histories(draw_model(config), config)
+    times = draw_times(offsets, config)
+    first = times[offsets[:-1]]
+    assert first.min() >= 0 and first.max() < BEGIN_WITHIN
+    assert first.mean() == pytest.approx(BEGIN_WITHIN / 2, rel=0.05)
+    gaps = np.delete(np.diff(times), offsets[1:-1] - 1)
+    assert gaps.min() >= 1 and gaps.mean() == pytest.approx(MEAN_GAP, rel=0.03)
+    # Of an exponential distribution mean and standard deviation are equal.
+    assert gaps.std() == pytest.approx(MEAN_GAP, rel=0.05)
+    other = draw_times(offsets, replace(config, seed=1))
+    assert (times == draw_times(offsets, config)).all() and (times != other).any()
 
 
 def test_shares_sum_to_one_and_probabilities_too():

@@ -26,8 +26,15 @@ mood. The first item is drawn from pop; for the second, f = g.
 So no item repeats, the distribution is a function of the history alone
 (`bayes_scores`), and counting consecutive pairs sees companions only averaged over
 moods, and the return to the interest before last not at all. A user's number of items,
-independent of which they are, is 5 plus a geometric variable, at most 50. The generator
-is part of the data's definition: another one needs another GENERATOR_VERSION.
+independent of which they are, is 5 plus a geometric variable, at most 50.
+
+Times. They are drawn for a split in time only, from a seed of their own, so that the
+items are the same with and without them. A user's first item comes at any second of a
+year, and each next one after an exponentially distributed time of ten days in the mean.
+The law above is the same at all times.
+
+The generator is part of the data's definition: another one needs another
+GENERATOR_VERSION.
 """
 
 from __future__ import annotations
@@ -51,6 +58,9 @@ MOODS = 3
 KIND_SIZE = 20
 ZIPF_SHIFT, ZIPF_EXPONENT = 5.0, 0.9
 SHORTEST, LONGEST = 5, 50
+DAY = 24 * 60 * 60
+# Seconds in which users begin, and the mean of the seconds from one item to the next.
+BEGIN_WITHIN, MEAN_GAP = 365 * DAY, 10 * DAY
 # Users that are scored at once.
 SCORE_ROWS = 512
 
@@ -185,6 +195,20 @@ def draw_histories(model: TrueModel, config: SyntheticConfig) -> tuple[np.ndarra
     offsets = np.zeros(users + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return history[history >= 0].astype(np.int32), offsets
+
+
+def draw_times(offsets: np.ndarray, config: SyntheticConfig) -> np.ndarray:
+    """int64 [T]: seconds since the shop opened, increasing within a user.
+
+    offsets: as `draw_histories` returns them.
+    """
+    random = np.random.default_rng([config.seed, GENERATOR_VERSION, 2])
+    begin = random.integers(BEGIN_WITHIN, size=len(offsets) - 1)
+    # Two items of a user are at least a second apart.
+    steps = 1 + random.exponential(MEAN_GAP, offsets[-1]).astype(np.int64)
+    steps[offsets[:-1]] = 0
+    since_all = np.cumsum(steps)
+    return np.asarray(since_all + np.repeat(begin - since_all[offsets[:-1]], np.diff(offsets)))
 
 
 class _KindSampler:
