@@ -9,7 +9,8 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.config.load import load_config
 from ilrec_dist.plan.describe import describe, size
 from ilrec_dist.plan.hardware import BYTES, LINK, OPERATIONS, Hardware, parse_quantity
-from ilrec_dist.plan.plan import Plan, make_plan, nearest_fitting
+from ilrec_dist.plan.nearest import nearest_fitting
+from ilrec_dist.plan.plan import Plan, make_plan
 from ilrec_dist.plan.workload import DataSizes
 
 
@@ -80,5 +81,8 @@ def _refusal(plan: Plan) -> str:
     nearest = nearest_fitting(plan)
     if nearest is None:
         return text + "nothing up to 8 times the nodes fits; take a smaller model or larger GPUs"
-    change, other = nearest
-    return text + f"the nearest that fits is {change} ({size(other.needed)})"
+    seconds, asked = nearest.plan.time.total, plan.time.total
+    return text + (
+        f"append {nearest.words}, the nearest that fits: {size(nearest.plan.needed)}, and "
+        f"{seconds:.3f} s a step in place of {asked:.3f}"
+    )

@@ -1,11 +1,10 @@
-"""The plan of a training on stated hardware, and the nearest one that fits.
+"""The plan of a training on stated hardware.
 
 Nothing here starts a process or reads weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ilrec_dist.common.errors import UserError
@@ -56,7 +55,6 @@ from ilrec_dist.plan.workload import (
     item_tokens,
     micro_batches,
 )
-from ilrec_dist.training.config import TrainConfig
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 # The data-parallel ranks agree on how many micro-batches a step has by an int64 number.
@@ -72,6 +70,8 @@ class Plan:
     data: DataSizes
     tokens: ItemTokens
     sizes: DecoderSizes
+    # The range of the item tokens that follow a model's own.
+    added: tuple[int, int]
     parameters: list[Parameter]
     trained: TrainedParts
     layout: StepLayout
@@ -125,9 +125,26 @@ def make_plan(config: Config, hardware: Hardware, stated: DataSizes) -> Plan:
 def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTokens) -> Plan:
     """As `make_plan`, for data and items that are known already."""
     config = _on(config, hardware)
-    _check_node(config, hardware)
-    sizes = decoder_sizes(config, tokens)
-    added = added_token_range(config, tokens)
+    sizes, added = decoder_sizes(config, tokens), added_token_range(config, tokens)
+    return _plan(config, hardware, data, tokens, sizes, added)
+
+
+def plan_again(plan: Plan, config: Config, hardware: Hardware) -> Plan:
+    """As `make_plan`, for the same data and model in
+    another layout; reads no tokenizer again.
+    """
+    config = _on(config, hardware)
+    return _plan(config, hardware, plan.data, plan.tokens, plan.sizes, plan.added)
+
+
+def _plan(
+    config: Config,
+    hardware: Hardware,
+    data: DataSizes,
+    tokens: ItemTokens,
+    sizes: DecoderSizes,
+    added: tuple[int, int],
+) -> Plan:
     trained = trained_parts(config.train, added)
     counted = parameters(sizes, trained, config.launch.tp)
     batch, mean_batch, steps = micro_batches(config, tokens, data)
@@ -190,6 +207,7 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
         data=data,
         tokens=tokens,
         sizes=sizes,
+        added=added,
         parameters=counted,
         trained=trained,
         layout=layout,
@@ -229,69 +247,18 @@ def plan_for(config: Config, hardware: Hardware, data: DataSizes, tokens: ItemTo
     )
 
 
-def nearest_fitting(plan: Plan) -> tuple[str, Plan] | None:
-    """The first of the alternatives that fits,
-    and what to change; None where none does.
-    """
-    for change, config, hardware in _alternatives(plan.config, plan.hardware):
-        try:
-            other = plan_for(config, hardware, plan.data, plan.tokens)
-        except UserError:
-            continue
-        if other.fits:
-            return change, other
-    return None
-
-
-def _alternatives(config: Config, hardware: Hardware) -> Iterator[tuple[str, Config, Hardware]]:
-    """(what is changed, configuration, hardware), from the smallest change on.
-
-    First shorter micro-batches on the same GPUs, then
-    more tensor parallelism, both, and then more nodes.
-    """
-    for nodes in (hardware.nodes, 2 * hardware.nodes, 4 * hardware.nodes, 8 * hardware.nodes):
-        larger = replace(hardware, nodes=nodes)
-        for tp in range(config.launch.tp, hardware.gpus_per_node + 1):
-            for times in (1, 2, 4, 8, 16, 32, 64):
-                train, shorter = _shorter_micro_batches(config.train, times)
-                changes = [
-                    f"--nodes {nodes}" if nodes != hardware.nodes else "",
-                    f"launch.tp={tp}" if tp != config.launch.tp else "",
-                    shorter if times > 1 else "",
-                ]
-                words = " ".join(change for change in changes if change)
-                if not words or hardware.gpus_per_node % tp:
-                    continue
-                changed = replace(
-                    config, train=train, launch=replace(config.launch, workers=larger.gpus, tp=tp)
-                )
-                yield words, changed, larger
-
-
-def _shorter_micro_batches(train: TrainConfig, times: int) -> tuple[TrainConfig, str]:
-    """The section with micro-batches shorter by that factor, and the change."""
-    if train.micro_batch_tokens is None:
-        steps = times * train.accumulation_steps
-        return replace(train, accumulation_steps=steps), f"train.accumulation_steps={steps}"
-    tokens = max(1, train.micro_batch_tokens // times)
-    return replace(train, micro_batch_tokens=tokens), f"train.micro_batch_tokens={tokens}"
-
-
 def _on(config: Config, hardware: Hardware) -> Config:
     """The configuration with a worker for each
     GPU. Raises UserError where it is impossible.
     """
     config = replace(config, launch=replace(config.launch, workers=hardware.gpus))
     check_together(config, f"{hardware.nodes} × {hardware.gpus_per_node} GPUs")
-    return config
-
-
-def _check_node(config: Config, hardware: Hardware) -> None:
     if hardware.gpus_per_node % config.launch.tp:
         raise UserError(
             f"launch.tp {config.launch.tp}: a tensor-parallel group lies on one node, and tp does "
             f"not divide --gpus-per-node {hardware.gpus_per_node}; choose a tp that does"
         )
+    return config
 
 
 def _heaviest(config: Config, sizes: DecoderSizes) -> tuple[str, ObjectiveConfig]:

@@ -4,7 +4,6 @@ and a refusal that names the nearest that fits.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -16,32 +15,17 @@ from ilrec_dist.config.load import load_config
 from ilrec_dist.plan.hardware import Hardware
 from ilrec_dist.plan.plan import Plan, make_plan
 from ilrec_dist.plan.workload import DataSizes
-
-LLAMA = {
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
+from tests.support.hf_shapes import LLAMA_8B, write_shape
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """An 8B model of which only config.json is there."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA))
     tree = {
         "runs_dir": str(tmp_path / "runs"),
         "data": {"format": "csv", "path": "data.csv"},
         "items": {"levels": 4},
-        "backbone": {"from": str(model)},
+        "backbone": {"from": write_shape(tmp_path / "model", LLAMA_8B)},
         "train": {"batch_size": 256, "precision": "bf16"},
         "launch": {"tp": 8},
     }
@@ -72,14 +56,25 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does(config, capsys)
     assert plan(config, "launch.tp=1", *small) == 2
     error = capsys.readouterr().err
     found = re.search(
-        r"it does not fit: a GPU needs ([\d.]+) GiB of 60.0 GiB, most of it .*; the nearest that "
-        r"fits is (.*) \(([\d.]+) GiB\)",
+        r"it does not fit: a GPU needs ([\d.]+) GiB of 60.0 GiB, most of it .*; append (.*), the "
+        r"nearest that fits: ([\d.]+) GiB, and ([\d.]+) s a step in place of ([\d.]+)\n",
         error,
     )
     assert found is not None, error
+    assert found[2] == "train.zero_stage=2"
     assert float(found[1]) > 60 > float(found[3])
-    # What it names is a command that fits.
-    assert plan(config, *found[2].split(), *small) == 0
+    # The command with what is appended is that plan, and it fits.
+    assert plan(config, "launch.tp=1", *small, *found[2].split()) == 0
+    totals = re.findall(r"  all +([\d.]+) GiB", capsys.readouterr().out)
+    assert max(totals, key=float) == found[3]
+
+
+def test_more_nodes_are_appended_as_well(config, capsys):
+    assert plan(config, "launch.tp=8", "--nodes", "1", "--gpu-memory", "20GiB") == 2
+    found = re.search(r"append (--nodes .*), the nearest", capsys.readouterr().err)
+    assert found is not None
+    words = found[1].split()
+    assert plan(config, "launch.tp=8", "--nodes", "1", "--gpu-memory", "20GiB", *words) == 0
 
 
 @pytest.mark.parametrize(

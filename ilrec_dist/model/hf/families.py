@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from ilrec_dist.common.config_fields import section_from_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.model.config import BackboneConfig
 
@@ -140,7 +141,7 @@ def backbone_config(tree: Mapping[str, Any], path: Path) -> BackboneConfig:
     values |= DECODER | dict(family.features)
     values |= {"rope_theta": theta, "rope_scaling_factor": scaling}
     try:
-        return TypeAdapter(BackboneConfig).validate_python(values)
+        return section_from_dict(BackboneConfig, values)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error, family)}") from None
 
