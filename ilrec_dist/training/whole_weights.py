@@ -88,7 +88,7 @@ def forget_engine(engine: Any) -> None:
     for cell in remembering.__closure__:
         # The cache stands behind what measures the time of its calls.
         getattr(cell.cell_contents, "cache_clear", lambda: None)()
-    # Every weight knows the optimizer, and some are known to others still.
+    # Every weight knows the optimizer, which would keep its gradients while a weight is known.
     vars(engine.optimizer).clear()
 
 

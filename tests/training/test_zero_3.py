@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,28 @@ def test_zero_3_trains_adapters_and_rows_beside_frozen_weights(tmp_path):
     for (losses, norm), (expected, expected_norm) in zip(*found, strict=True):
         np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def gradients_of_an_ended_training(mesh: Mesh, spec: StepSpec) -> tuple[bool, bool]:
+    """Whether a rank's gradients are in memory before and
+    after its training ends, while somebody knows its weights.
+    """
+    training = SmallTraining(mesh, spec)
+    training.step()
+    weights = list(training.engine.module.parameters())
+    gradients = weakref.ref(training.engine.optimizer.grad_partitions_flat_buffer)
+    before = gradients() is not None
+    training.close()
+    del training
+    gc.collect()
+    assert weights
+    return before, gradients() is not None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_an_ended_training_are_freed_whoever_knows_its_weights(precision):
+    train = TrainConfig(batch_size=8, zero_stage=3, precision=precision)
+    decoder = BackboneConfig(num_layers=2, hidden_size=32, num_heads=4)
+    spec = StepSpec(decoder, ObjectiveConfig(), train, 257, items=5, depth=3)
+    for found in run_distributed(gradients_of_an_ended_training, 2, 1, spec):
+        assert found == (True, False)
