@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# torch 2.13.0 on a CPU: the gradient of an embedding in bfloat16 is summed in bfloat16, so a row that a batch uses often
+# gets a fraction of its gradient.
+#
+# Behaviour: backward through nn.functional.embedding, embedding_bag with mode="sum", or table[ids] adds what belongs to
+# one row of a bfloat16 table piece by piece and rounds to 8 bits after each. Once the sum is 256 times a piece, the piece
+# is rounded away. index_select, and a product with one-hot rows, give the same values forward and the right gradient:
+# the sum that float32 gives, rounded once.
+# Output seen: a row used 10,000 times with gradients of 1 gets 256 in place of 9,984 (10,000 in bfloat16). With
+# gradients drawn with mean 1 and deviation 1, the row's gradient is off by 2 % after 500 uses, 48 % after 2,000 and 94 %
+# after 20,000, against 0.2 % with index_select. No warning is given.
+# Why it matters: in a recommender's batch the words of the prompt's template, the padding and the most popular items
+# stand thousands of times, and it is their rows that hardly learn, which looks like a property of the model. Weights in
+# float32 in the optimizer do not help: what is missing is missing before it. Reading the table by
+# table.index_select(0, ids) does.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6
+cat > "$folder/gradient.py" <<'PY'
+import torch
+from torch.nn import functional
+
+ROWS, WIDTH = 4, 64
+READS = {
+    "embedding": lambda table, ids: functional.embedding(ids, table),
+    "bag": lambda table, ids: functional.embedding_bag(ids, table, torch.arange(len(ids)), mode="sum"),
+    "table[ids]": lambda table, ids: table[ids],
+    "index_select": lambda table, ids: table.index_select(0, ids),
+    "one-hot": lambda table, ids: functional.one_hot(ids, ROWS).to(table.dtype) @ table,
+}
+PIECEWISE = ("embedding", "bag", "table[ids]")
+
+
+def gradient(read, of_output, dtype=torch.bfloat16):
+    table = torch.zeros(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    read(table, torch.zeros(len(of_output), dtype=torch.long)).backward(of_output.to(dtype))
+    return table.grad[0].float()
+
+
+ones = torch.ones(10_000, WIDTH)
+sums = {name: gradient(read, ones)[0].item() for name, read in READS.items()}
+print("10,000 gradients of 1:", sums)
+for name, read in READS.items():
+    assert gradient(read, ones, torch.float32)[0].item() == 10_000
+    assert sums[name] == (256 if name in PIECEWISE else 9984), f"{name} sums otherwise now"
+generator = torch.Generator().manual_seed(0)
+for uses, at_least in ((500, 0.01), (2000, 0.3), (20_000, 0.8)):
+    drawn = (torch.randn(uses, WIDTH, generator=generator) + 1).bfloat16()
+    right = drawn.float().sum(0)
+    error = {name: ((gradient(read, drawn) - right).norm() / right.norm()).item() for name, read in READS.items()}
+    print(f"{uses:,} drawn gradients, relative error:", {name: round(value, 4) for name, value in error.items()})
+    for name, value in error.items():
+        assert value > at_least if name in PIECEWISE else value < 0.004, f"{name} is off by {value} now"
+PY
+"$folder/venv/bin/python" "$folder/gradient.py"
