@@ -13,6 +13,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
+from tests.support.commands import Commands, ended_commands
 from tests.support.warm_workers import run_torchrun, run_warm, torchrun_is
 
 # Of the seconds that importing everything takes, looking for garbage would be one fifth.
@@ -96,6 +97,13 @@ def _warm_workers() -> Iterator[None]:
     """Jobs run in worker groups that are there already."""
     with torchrun_is(run_warm):
         yield
+
+
+@pytest.fixture
+def commands() -> Iterator[Commands]:
+    """Starts commands, which end with the test."""
+    with ended_commands() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.training import checkpoint
+from tests.support.commands import Commands
 from tests.support.ports import reached_from_outside
 from tests.support.signals import require_ended
 from tests.support.tiny_run import tiny_config, train_here
@@ -74,15 +75,14 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-def run(root: Path, *words: str) -> subprocess.Popen:
-    log = open(root / "log", "a")
-    return subprocess.Popen(
-        [sys.executable, "-m", "ilrec_dist.cli", "train", root / "config.yaml", *words],
-        stdout=log,
-        stderr=log,
-        env={name: value for name, value in os.environ.items() if name not in FOR_WORKERS} | QUICK,
-        start_new_session=True,
-    )
+def run(commands: Commands, root: Path, *words: str) -> subprocess.Popen:
+    with open(root / "log", "a") as log:
+        return commands.start(
+            [sys.executable, "-m", "ilrec_dist.cli", "train", root / "config.yaml", *words],
+            stdout=log,
+            stderr=log,
+            env={key: value for key, value in os.environ.items() if key not in FOR_WORKERS} | QUICK,
+        )
 
 
 def end_of(log: Path) -> str:
@@ -116,7 +116,7 @@ def resumptions(folder: Path) -> list[tuple[int, int]]:
     ]
 
 
-def test_faults_change_nothing(config: Config, tmp_path: Path) -> None:
+def test_faults_change_nothing(config: Config, commands: Commands, tmp_path: Path) -> None:
     folder, log = config.run_dir / "train/ilrec-seed0", tmp_path / "log"
 
     def wait_for_attempt(count: int) -> None:
@@ -125,7 +125,7 @@ def test_faults_change_nothing(config: Config, tmp_path: Path) -> None:
         later = steps_logged(folder) + 10
         wait_for("its steps", lambda: steps_logged(folder) >= later, process, log)
 
-    process = run(tmp_path)
+    process = run(commands, tmp_path)
     wait_for("step 20", lambda: steps_logged(folder) >= 20, process, log)
     # Ray's processes, the workers and the actor.
     assert reached_from_outside(process.pid) == []
@@ -150,7 +150,7 @@ def test_faults_change_nothing(config: Config, tmp_path: Path) -> None:
 
     # From a hanging worker the run went on without a command, from the driver's death it does with
     # one. That ends with a checkpoint, although none is due.
-    process = run(tmp_path, "--resume", "train.checkpoint_steps=1000000")
+    process = run(commands, tmp_path, "--resume", "train.checkpoint_steps=1000000")
     wait_for_attempt(2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)

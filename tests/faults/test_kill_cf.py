@@ -29,6 +29,7 @@ from ilrec_dist.launch.attempts import read_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import Mesh, run_distributed
+from tests.support.commands import Commands
 from tests.support.nodes import BARE_HEAD, QUICK
 from tests.support.ports import reached_from_outside
 from tests.support.tiny_run import tiny_config
@@ -49,7 +50,9 @@ def train_whole(mesh: Mesh, tree: dict, out: str) -> None:
     train_cf(artifacts.config.cf, artifacts.training, None, out, shard=shard)
 
 
-def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Path) -> None:
+def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(
+    commands: Commands, tmp_path: Path
+) -> None:
     # As many epochs as the workers of a killed driver cannot get through before they end.
     config = tiny_config(
         tmp_path / "runs",
@@ -61,7 +64,7 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(tmp_path: Pat
     for stage in ("prepare", "index"):
         execute(config, stage)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
-    process = subprocess.Popen(
+    process = commands.start(
         [sys.executable, "-m", "ilrec_dist.cli.main", "cf", tmp_path / "killed.yaml"],
         stdout=subprocess.DEVNULL,
     )

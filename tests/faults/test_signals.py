@@ -19,6 +19,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.prompting import epoch_steps
 from ilrec_dist.reporting.metrics_log import read_metrics
+from tests.support.commands import Commands
 from tests.support.signals import require_ended
 from tests.support.tiny_run import tiny_config
 
@@ -33,7 +34,9 @@ def newest_checkpoint(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_the_command_with_one_line(tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_ends_the_command_with_one_line(
+    commands: Commands, tmp_path: Path
+) -> None:
     # Checkpoints are due at the ends of epochs alone.
     train = {"methods": ["sft"], "epochs": 100, "batch_size": 1, "max_history": 1}
     config = tiny_config(tmp_path / "runs", train=train | {"checkpoint_steps": 1_000_000})
@@ -42,12 +45,11 @@ def test_sigterm_writes_a_checkpoint_and_ends_the_command_with_one_line(tmp_path
     assert epoch_steps(config, RunArtifacts(config)) == EPOCH_STEPS
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     log = config.run_dir / "train/sft-seed0/metrics.jsonl"
-    process = subprocess.Popen(
+    process = commands.start(
         [sys.executable, "-m", "ilrec_dist.cli", "train", str(tmp_path / "c.yaml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     until = time.monotonic() + PATIENCE_SECONDS
     while not (log.exists() and log.stat().st_size > 0):

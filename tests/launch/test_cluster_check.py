@@ -36,6 +36,7 @@ from ilrec_dist.launch.cluster_watch import WORKERS, ClusterWatch, waits_for_pla
 from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.pipeline.execute import Executor, execute, open_run
 from ilrec_dist.pipeline.stages.index import text_workers
+from tests.support.commands import ended_commands
 from tests.support.language_models import model_config
 from tests.support.nodes import BARE_HEAD
 from tests.support.tiny_run import tiny_config
@@ -78,25 +79,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     hide = f"mount -t tmpfs none {hidden}"
     replace = f"mount --bind {copy}/ilrec_dist {ROOT}/ilrec_dist && "
     replace += f"mount --bind {copy}/kernels {ROOT}/kernels"
-    node = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
-        env={**os.environ, "PYTHONPATH": f"{shadow}:{ROOT}:{ROOT}/kernels"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    ray.init(address=head.address, log_to_driver=False)
-    try:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while ray.cluster_resources().get("CPU", 0) < 6:
-            assert time.monotonic() < until and node.poll() is None
-            time.sleep(0.2)
-        yield TwoNodes(head, hidden, shadow)
-    finally:
-        ray.shutdown()
-        node.terminate()
-        node.wait(PATIENCE_SECONDS)
-        head.shutdown()
+    with ended_commands() as commands:
+        node = commands.start(
+            ["unshare", "-m", "sh", "-c", f"{hide} && {replace} && exec {start} --block"],
+            env={**os.environ, "PYTHONPATH": f"{shadow}:{ROOT}:{ROOT}/kernels"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            ray.init(address=head.address, log_to_driver=False)
+            until = time.monotonic() + PATIENCE_SECONDS
+            while ray.cluster_resources().get("CPU", 0) < 6:
+                assert time.monotonic() < until and node.poll() is None
+                time.sleep(0.2)
+            yield TwoNodes(head, hidden, shadow)
+        finally:
+            ray.shutdown()
+            node.terminate()
+            node.wait(PATIENCE_SECONDS)
+            head.shutdown()
 
 
 def test_too_few_cpus_are_refused_with_what_is_there(cluster, capsys):

@@ -26,6 +26,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.support.commands import Commands
 from tests.support.nodes import QUICK, Node, Nodes
 from tests.support.rayjob import RAY_JOB, schema_of
 
@@ -54,7 +55,7 @@ PATIENCE_SECONDS = 30
 GRACE_SECONDS = 120
 
 
-def submit(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+def submit(commands: Commands, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     """The batch script of a job on two nodes, with stand-ins for what it calls."""
     binaries = tmp_path / ".venv/bin"
     binaries.mkdir(parents=True)
@@ -63,7 +64,7 @@ def submit(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
         (binaries / name).chmod(stat.S_IRWXU)
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2"}
     path = f"{binaries}:{os.environ['PATH']}"
-    return subprocess.Popen(
+    return commands.start(
         ["bash", str(LAUNCHERS / "slurm.sbatch"), "c.yaml", "launch.workers=16"],
         cwd=tmp_path,
         env={**os.environ, **job, "PATH": path, "RAY_FAILS": "no", **environment},
@@ -73,8 +74,10 @@ def submit(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does(tmp_path):
-    job = submit(tmp_path)
+def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does(
+    commands, tmp_path
+):
+    job = submit(commands, tmp_path)
     said = "".join(job.communicate(timeout=PATIENCE_SECONDS))
     assert job.returncode == 7
     arguments = (tmp_path / "ray-arguments").read_text()
@@ -88,25 +91,25 @@ def test_slurm_hands_one_private_token_to_all_nodes_and_ends_as_the_command_does
     assert not list(tmp_path.glob(".ilrec-42-*"))
 
 
-def test_slurm_reads_a_list_of_nodes_that_fills_a_pipe(tmp_path):
+def test_slurm_reads_a_list_of_nodes_that_fills_a_pipe(commands, tmp_path):
     # Whoever writes the list is not ended for a reader that wants its first line only.
-    job = submit(tmp_path, NODES="20000")
+    job = submit(commands, tmp_path, NODES="20000")
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 7, errors
 
 
-def test_slurm_says_so_where_ray_did_not_start_though_it_ended_well(tmp_path):
-    job = submit(tmp_path, RAY_FAILS="yes")
+def test_slurm_says_so_where_ray_did_not_start_though_it_ended_well(commands, tmp_path):
+    job = submit(commands, tmp_path, RAY_FAILS="yes")
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 1 and "did not start on all 2 nodes" in errors
     assert not list(tmp_path.glob(".ilrec-42-*"))
 
 
-def test_slurms_warning_ends_the_command_with_its_own_status(tmp_path):
+def test_slurms_warning_ends_the_command_with_its_own_status(commands, tmp_path):
     warnings = re.findall("^#SBATCH --signal=(.*)$", (LAUNCHERS / "slurm.sbatch").read_text(), re.M)
     # B: the batch shell alone.
     assert warnings == [f"B:TERM@{GRACE_SECONDS}"]
-    job = submit(tmp_path, ILREC_WAITS="yes")
+    job = submit(commands, tmp_path, ILREC_WAITS="yes")
     until = time.monotonic() + PATIENCE_SECONDS
     while not (tmp_path / "ilrec-waits").exists():
         assert job.poll() is None and time.monotonic() < until
@@ -117,14 +120,14 @@ def test_slurms_warning_ends_the_command_with_its_own_status(tmp_path):
     assert not list(tmp_path.glob(".ilrec-42-*"))
 
 
-def test_slurm_names_a_port_that_another_program_has(tmp_path):
+def test_slurm_names_a_port_that_another_program_has(commands, tmp_path):
     with socket.socket() as listener:
         for port in range(20000, 32768):
             with contextlib.suppress(OSError):
                 listener.bind(("127.0.0.1", port))
                 break
         listener.listen()
-        job = submit(tmp_path, HEAD="127.0.0.1", SLURM_JOB_ID=str(port - 20000))
+        job = submit(commands, tmp_path, HEAD="127.0.0.1", SLURM_JOB_ID=str(port - 20000))
         _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 1 and not (tmp_path / "ilrec-arguments").exists()
     assert f"another program on 127.0.0.1 has port {port}" in errors

@@ -5,7 +5,6 @@ them and tensor parallel on each, and what befalls it.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from ilrec_dist.launch.attempts import Attempt, read_attempts, read_workers
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.training import checkpoint
+from tests.support.commands import Commands
 from tests.support.nodes import QUICK, Node, Nodes
 from tests.support.soaked_training import OF_A_RUN
 from tests.support.tiny_run import tiny_config, train_here
@@ -46,12 +46,12 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 class Training:
     """`ilrec train` on the head's node, and what its folder says."""
 
-    def __init__(self, nodes: Nodes, config: Path, folder: Path, *settings: str) -> None:
+    def __init__(self, commands: Commands, nodes: Nodes, config: Path, folder: Path) -> None:
         self.nodes, self.folder = nodes, folder
         self.log = config.with_name(f"{folder.parents[1].name}.log")
-        command = [sys.executable, "-m", "ilrec_dist.cli", "train", str(config), *settings]
+        command = [sys.executable, "-m", "ilrec_dist.cli", "train", str(config)]
         with open(self.log, "w") as file:
-            self.process = subprocess.Popen(
+            self.process = commands.start(
                 nodes.on_head(command), env=nodes.environment, stdout=file, stderr=file
             )
 
@@ -104,7 +104,7 @@ def manifest(path: Path) -> dict[str, Any]:
     return contents
 
 
-def test_lost_nodes_change_no_bit(nodes: Nodes, tmp_path: Path) -> None:
+def test_lost_nodes_change_no_bit(nodes: Nodes, commands: Commands, tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path / "runs",
         # It is ended before its last step.
@@ -124,7 +124,7 @@ def test_lost_nodes_change_no_bit(nodes: Nodes, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config_to_dict(config)))
     nodes.wait_for_head()
-    run = Training(nodes, path, config.run_dir / "train/sft-seed0")
+    run = Training(commands, nodes, path, config.run_dir / "train/sft-seed0")
     # A spare node, which joins when the workers have their places.
     run.wait_for("workers", lambda: len(run.attempts) > 0)
     spare = nodes.join(2)

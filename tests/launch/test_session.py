@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import ended_commands
+
 pytestmark = pytest.mark.slow
 PATIENCE_SECONDS = 90
 RIGHT, WRONG = "a" * 64, "b" * 64
@@ -65,18 +67,19 @@ def connect(home: Path, address: str, token: str | None) -> tuple[str, float]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a head that asks for the token RIGHT."""
     home = tmp_path_factory.mktemp("home")
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD],
-        env=environment(home, RIGHT),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    yield process.stdout.readline().strip()
-    process.stdin.close()
-    process.wait(PATIENCE_SECONDS)
+    with ended_commands() as commands:
+        process = commands.start(
+            [sys.executable, "-c", HEAD],
+            env=environment(home, RIGHT),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        process.wait(PATIENCE_SECONDS)
 
 
 def test_the_right_token_connects(head, tmp_path):
