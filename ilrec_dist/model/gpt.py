@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -21,6 +20,7 @@ from ilrec_dist.model.config import BackboneConfig, tensor_parallel_problem
 from ilrec_dist.model.decoder import padded_vocab_size
 from ilrec_dist.model.elementwise import Rotary, normed
 from ilrec_dist.model.layers import Precision, layer_spec, transformer_config
+from ilrec_dist.model.lookup import looked_up
 from ilrec_dist.model.packing import pack
 from ilrec_dist.model.sequence_parallel import TokenCut
 from ilrec_dist.model.trained_rows import EMBEDDING, HEAD, TrainedRows
@@ -287,31 +287,29 @@ class Backbone(nn.Module):
             )
         table = embedding.position_embeddings.weight
         if cut is None:
-            hidden = hidden + table[index]
+            at_positions = table[index] if positions is None else looked_up(table, positions)
+            hidden = hidden + at_positions
         else:
             range_ = torch.arange(start, stop, device=tokens.device)
             index = (range_ if positions is None else positions).expand_as(tokens)
-            hidden = hidden + cut.shared(table)[cut.owned(index)]
+            hidden = hidden + looked_up(cut.shared(table), cut.owned(index))
         return embedding.embedding_dropout(hidden), None
 
     def _look_up(self, tokens: Tensor, cut: TokenCut | None) -> Tensor:
         """The rows of the vocabulary's table, which is cut over the ranks."""
         words = self.gpt.embedding.word_embeddings
-        rows = self.trained_rows
-        if rows is None and cut is None:
-            hidden: Tensor = words(tokens)
-            return hidden
         summed: Callable[[Tensor], Tensor] | None = None
         if cut is not None:
             summed = cut.scattered_sum
         elif self.tp_group.size() > 1:
             summed = partial(reduce_from_tensor_model_parallel_region, group=self.tp_group)
-        if rows is not None:
-            return rows.embed(words.weight, tokens, summed)
+        if self.trained_rows is not None:
+            return self.trained_rows.embed(words.weight, tokens, summed)
+        if summed is None:
+            return looked_up(words.weight, tokens)
         is_other = (tokens < words.vocab_start_index) | (tokens >= words.vocab_end_index)
         local = (tokens - words.vocab_start_index).masked_fill(is_other, 0)
-        assert summed is not None
-        return summed(F.embedding(local, words.weight).masked_fill_(is_other[..., None], 0))
+        return summed(looked_up(words.weight, local).masked_fill_(is_other[..., None], 0))
 
     def _rotary(self, stop: int, device: torch.device) -> Tensor:
         """Rotary angles of the positions below `stop` and more, [positions, head_dim].

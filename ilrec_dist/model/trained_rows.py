@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ilrec_dist.model.lookup import looked_up
 from ilrec_dist.model.sharding import ShardSpec, mark_parallel
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -58,7 +59,7 @@ class TrainedRows(nn.Module):
         """
         local = tokens - self.first_token
         owned = (local >= 0) & (local < len(table))
-        hidden = F.embedding(local.masked_fill(~owned, 0), table)
+        hidden = looked_up(table, local.masked_fill(~owned, 0))
         is_row = (local >= self.low) & (local < self.high)
         rows = self.weights[EMBEDDING]
         index = (local - self.low).masked_fill(~is_row, 0)
