@@ -205,13 +205,20 @@ def anonymous_mib() -> float:
 
 
 def largest_child_mib() -> float:
-    """The same of the child that holds most, of those that the main thread started."""
+    """The same of the child that holds most, of those that the main thread started.
+
+    Until a child runs its own program it shows this process's memory, and does not
+    count.
+    """
     held = [0.0]
+    own = Path("/proc/self/cmdline").read_bytes()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     for child in children:
         # It may have just ended.
         with suppress(OSError, RuntimeError):
-            held.append(status_mib("RssAnon", child))
+            mib = status_mib("RssAnon", child)
+            if Path(f"/proc/{child}/cmdline").read_bytes() != own:
+                held.append(mib)
     return max(held)
 
 
