@@ -2,7 +2,8 @@
 derivatives would keep.
 
 Results and gradients are those of the plain expressions, bit for bit: they are made of
-the same roundings in the same order.
+the same roundings in the same order. Only a layer norm's parameters get other gradients
+in bf16, because torch's own are wrong there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def normed(norm: nn.Module, hidden: Tensor, cut: TokenCut | None = None) -> tupl
 
     With a cut the stream is this rank's tokens of it. torch's RMS norm on a CPU keeps
     the normalised rows besides the stream, and a copy in fp32 of a stream in bf16. This
-    one makes them again, and adds up the stream's gradients in the same order.
+    one makes them again, and adds up the stream's gradients in the same order. torch's
+    layer norm in bf16 on a CPU sums the gradients of weight and bias in bf16, where
+    they stop growing (torch 2.13); here they are summed in fp32 and rounded once.
     """
     weights: dict[str, Tensor] = {}
     if cut is not None:
@@ -46,6 +49,14 @@ def normed(norm: nn.Module, hidden: Tensor, cut: TokenCut | None = None) -> tupl
     if isinstance(norm, nn.RMSNorm) and not hidden.is_cuda:
         rows, stream = _RMSNorm.apply(  # type: ignore[no-untyped-call]
             hidden, weights.get("weight", norm.weight), norm.eps
+        )
+    elif isinstance(norm, nn.LayerNorm) and hidden.dtype != torch.float32 and not hidden.is_cuda:
+        parameters = dict(norm.named_parameters()) | weights
+        rows, stream = (
+            _LayerNorm.apply(  # type: ignore[no-untyped-call]
+                hidden, parameters["weight"], parameters["bias"], norm.eps
+            ),
+            hidden,
         )
     elif cut is not None:
         rows, stream = torch.func.functional_call(norm, weights, (hidden,)), hidden
@@ -105,6 +116,32 @@ class _RMSNorm(torch.autograd.Function):
             if of_stream is not None:
                 of_hidden = of_hidden.add_(of_stream)
         return of_hidden, of_weight, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        rows, mean, scale = torch.native_layer_norm(hidden, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(hidden, mean, scale, weight, bias)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, mean, scale, weight, bias = ctx.saved_tensors
+        of_hidden, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, hidden, weight.shape, mean, scale, weight, bias, [True, False, False]
+        )
+        of_weight = of_bias = None
+        rows = tuple(range(grad.dim() - 1))
+        if ctx.needs_input_grad[1]:
+            of_weight = hidden.float().sub_(mean).mul_(scale).mul_(grad).sum(rows)
+            of_weight = of_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(rows)
+        return of_hidden, of_weight, of_bias, None
 
 
 def _gated(gate_and_up: Tensor) -> Tensor:

@@ -72,6 +72,29 @@ def test_norm_and_the_stream_that_goes_on(shape, dtype):
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+def test_a_layer_norm_in_bf16_sums_its_gradients_in_fp32():
+    norm = nn.LayerNorm(24).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(drawn(24, seed=1))
+        norm.bias.copy_(drawn(24, seed=2))
+    hidden = drawn(5, 1000, 24).detach().bfloat16()
+    gradient = (drawn(5, 1000, 24, seed=3).detach() + 1).bfloat16()
+    plain, ours = (hidden.clone().requires_grad_() for _ in range(2))
+    expected = norm(plain)
+    expected.backward(gradient)
+    norm.zero_grad()
+    found, _ = normed(norm, ours)
+    found.backward(gradient)
+    # The rows and the stream's gradient are torch's.
+    assert torch.equal(found, expected) and torch.equal(ours.grad, plain.grad)
+    exact = nn.LayerNorm(24).double()
+    exact.load_state_dict(norm.state_dict())
+    exact(hidden.double()).backward(gradient.double())
+    for name in ("weight", "bias"):
+        right = getattr(exact, name).grad
+        assert (getattr(norm, name).grad - right).norm() < 2**-8 * right.norm()
+
+
 def test_what_is_marked_is_made_again():
     norm, hidden = nn.RMSNorm(24, eps=1e-5), drawn(3, 24)
     for result in (normed(norm, hidden)[0], swiglu(hidden)):

@@ -63,6 +63,7 @@ CASES = {
     "adapters and rows, four ranks, packed": Case(4, LLAMA, "packed", True, True),
     "rows beside all weights": Case(2, GPT2, trains_rows=True),
     "bf16": Case(2, LLAMA, precision="bf16"),
+    "layer norms in bf16": Case(2, GPT2, precision="bf16"),
 }
 
 
