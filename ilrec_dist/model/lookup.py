@@ -17,4 +17,4 @@ def looked_up(table: Tensor, index: Tensor) -> Tensor:
     """
     if table.is_cuda or table.dtype == torch.float32:
         return F.embedding(index, table)
-    return table.index_select(0, index.flatten()).view(*index.shape, -1)
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])

@@ -34,6 +34,7 @@ def test_the_rows_and_the_sums_of_their_gradients(dtype: torch.dtype) -> None:
     index = (7 * torch.rand(40, 500) ** 4).long()
     found = looked_up(table, index)
     assert torch.equal(found, table.detach()[index])
+    assert looked_up(table, index[:, :0]).shape == (40, 0, 5)
     gradient = (torch.randn(*index.shape, 5) + 1).to(dtype)
     found.backward(gradient)
     expected = torch.zeros(7, 5, dtype=torch.float64)

@@ -136,6 +136,18 @@ def test_the_smallest_of_equal_changes_is_nearest(tmp_path):
     assert proposal is not None and proposal.words == "train.accumulation_steps=4"
 
 
+def test_a_slowdown_far_below_a_percent_is_none(tmp_path):
+    asked = Asked(tmp_path, "qwen3", gpus(1, 8, 80), "launch.tp=2", "train.precision=fp32")
+    first, second = (
+        asked.plan(one) for one in ("train.accumulation_steps=2", "train.zero_stage=2")
+    )
+    assert second.time.total < first.time.total < 1.001 * second.time.total
+    memory = max(first.needed, second.needed)
+    assert memory < asked.plan().needed
+    proposal = asked.nearest(memory)
+    assert proposal is not None and proposal.words == "train.accumulation_steps=2"
+
+
 LAYOUTS = {
     "whole, 4 nodes": ("llama", (4, 8), ()),
     "whole, one node, tp": ("qwen3", (1, 8), ("launch.tp=2", "train.precision=fp32")),
