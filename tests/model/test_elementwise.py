@@ -95,6 +95,20 @@ def test_a_layer_norm_in_bf16_sums_its_gradients_in_fp32():
         assert (getattr(norm, name).grad - right).norm() < 2**-8 * right.norm()
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_layer_norm_in_bf16_with_one_frozen_parameter(trained):
+    norm, hidden = nn.LayerNorm(24).bfloat16(), drawn(30, 24).detach().bfloat16()
+    normed(norm, hidden)[0].sum().backward()
+    expected = {name: parameter.grad for name, parameter in norm.named_parameters()}
+    norm.zero_grad()
+    for name, parameter in norm.named_parameters():
+        parameter.requires_grad_(name == trained)
+    normed(norm, hidden)[0].sum().backward()
+    for name, parameter in norm.named_parameters():
+        assert (parameter.grad is None) == (name != trained)
+    assert torch.equal(getattr(norm, trained).grad, expected[trained])
+
+
 def test_what_is_marked_is_made_again():
     norm, hidden = nn.RMSNorm(24, eps=1e-5), drawn(3, 24)
     for result in (normed(norm, hidden)[0], swiglu(hidden)):
