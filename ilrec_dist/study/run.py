@@ -44,6 +44,8 @@ def run_study(
 ) -> None:
     """Run the cells that are not done, and write the table.
 
+    An interruption writes the table of what is done by then.
+
     jobs: cells at once, None for as many as there is room for. retry: run cells again
     that were refused. estimate_only: end after the estimate. time_steps: time steps for
     the estimate where no cell is finished. into: a Markdown file that gets the table.
@@ -68,14 +70,15 @@ def run_study(
         if not pending:
             print_plain("nothing to run")
         else:
-            _run_cells(study, cells, pending, shared, jobs, estimate_only, time_steps)
+            try:
+                _run_cells(study, cells, pending, shared, jobs, estimate_only, time_steps)
+            except KeyboardInterrupt:
+                if any(is_done(cell) for cell in cells):
+                    _make_table(study, cells, into)
+                raise
         if estimate_only:
             return
-        figures = collect(study, cells)
-        write_figures(figures)
-        if into is not None:
-            write_into(into, study.name, markdown(figures))
-            print_plain(f"table: {into}")
+        figures = _make_table(study, cells, into)
     missing = figures.missing()
     if missing:
         raise WorkersFailed(
@@ -83,6 +86,15 @@ def run_study(
             f"({missing[0].missing_reason()}); {study.folder / TABLE_FILE} lists all. The same "
             "command runs them again, those that were refused with --retry"
         )
+
+
+def _make_table(study: StudyConfig, cells: Sequence[Cell], into: Path | None) -> StudyFigures:
+    figures = collect(study, cells)
+    write_figures(figures)
+    if into is not None:
+        write_into(into, study.name, markdown(figures))
+        print_plain(f"table: {into}")
+    return figures
 
 
 def write_figures(figures: StudyFigures) -> None:

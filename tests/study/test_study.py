@@ -70,7 +70,8 @@ def kill_in_training(cell: Path) -> None:
     while not any(cell.glob("train/sft-seed0/checkpoints/step-*")):
         assert time.monotonic() < until
         time.sleep(0.05)
-    os.kill(driver_of(cell), signal.SIGKILL)
+    (driver,) = drivers_of(cell)
+    os.kill(driver, signal.SIGKILL)
 
 
 def results(root: Path) -> dict:
@@ -159,6 +160,30 @@ def test_the_files_of_the_table_agree(finished):
     assert page.count("<svg") >= 2 and "Missing cells" in page and "sft-hot-seed0" in page
 
 
+def test_an_interrupted_study_makes_the_table_of_what_is_done(finished, capsys):
+    path = write_study(finished, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
+    table = finished / "runs/tiny-study/results.md"
+    table.unlink()
+
+    def interrupt() -> None:
+        cell = finished / "runs/tiny-study/shop/sft-long-seed0"
+        until = time.monotonic() + PATIENCE_SECONDS
+        while "train" not in cell.with_suffix(".log").read_text() or not drivers_of(cell):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as beside:
+        interrupted = beside.submit(interrupt)
+        assert main(["study", str(path)]) == 130
+    interrupted.result()
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    cells = {cell["cell"]: cell for cell in results(finished)["cells"]}
+    assert cells["shop/sft-long-seed0"]["missing"].startswith("interrupted")
+    text = table.read_text()
+    assert "Missing are 2 of 4 cells" in text and "| sft | 2 |" in text
+
+
 def test_the_same_command_goes_on_and_a_changed_file_runs_what_changed(finished, capsys):
     before = stamps(finished)
     page = finished / "page.md"
@@ -202,8 +227,9 @@ def test_a_refused_cell_is_tried_again_on_demand_alone(finished, capsys):
     assert "estimate: 1 cells" in capsys.readouterr().out
 
 
-def driver_of(cell: Path) -> int:
-    """The process id of the cell's `ilrec run`."""
+def drivers_of(cell: Path) -> list[int]:
+    """The process ids of the cell's `ilrec run`: one or none."""
+    found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -211,5 +237,5 @@ def driver_of(cell: Path) -> int:
             except OSError:
                 continue
             if b"run" in words and f"{cell}.yaml".encode() in words:
-                return int(folder.name)
-    raise AssertionError(f"no process runs {cell}.yaml")
+                found.append(int(folder.name))
+    return found
