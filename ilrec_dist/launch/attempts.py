@@ -54,21 +54,45 @@ def begin_attempt(folder: Path, failures: Path) -> None:
     begun = failures / "begun"
     is_restart = begun.exists()
     before = read_attempts(folder)
-    reason = _reason(failures, before[-1].time) if is_restart and before else ""
+    notes = _notes(failures)
+    reason = _reason(failures, notes, _notes_before(begun)) if is_restart and before else ""
     failures.mkdir(exist_ok=True)
-    begun.touch()
+    write_json(begun, notes)
     attempt = Attempt(round(time.time(), 3), world_size, is_restart, reason)
     with open(folder / ATTEMPTS / LINES, "a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(attempt)) + "\n")
 
 
-def _reason(failures: Path, since: float) -> str:
+# A rank's note: its file and when that was written. Each is a new file; times alone do not tell
+# them apart, since file systems count in milliseconds.
+Notes = dict[str, list[int]]
+
+
+def _notes(failures: Path) -> Notes:
+    paths = sorted(failures.glob("rank-*.json"))
+    return {path.name: _written(path) for path in paths}
+
+
+def _written(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_ino, status.st_mtime_ns]
+
+
+def _notes_before(begun: Path) -> Notes:
+    """Those that were there when the last attempt began."""
+    try:
+        return dict(read_json_object(begun))
+    except UserError:
+        return {}
+
+
+def _reason(failures: Path, notes: Notes, before: Notes) -> str:
     """What the ranks noted since then, if it
     does not merely say that another one is gone.
     """
-    paths = sorted(failures.glob("rank-*.json"))
-    notes = [read_json_object(path) for path in paths if path.stat().st_mtime >= since]
-    messages = [note["error"] for note in notes if not note.get("of_another_rank")]
+    new = [name for name, one in notes.items() if one != before.get(name)]
+    said = [read_json_object(failures / name) for name in new]
+    messages = [note["error"] for note in said if not note.get("of_another_rank")]
     return messages[0] if messages else LOST
 
 

@@ -149,6 +149,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_a_file(run, capsys, monkey
 
 
 def test_restarts_are_listed_with_what_the_ranks_met(run, tmp_path, capsys, monkeypatch):
+    # The attempts are milliseconds apart, which is what file systems count in.
     job = Job("tests.support.failing:fail_otherwise", {"folder": str(tmp_path)}, str(run / "train"))
     for _ in range(2):
         with pytest.raises(ValueError):

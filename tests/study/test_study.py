@@ -160,6 +160,17 @@ def test_the_files_of_the_table_agree(finished):
     assert page.count("<svg") >= 2 and "Missing cells" in page and "sft-hot-seed0" in page
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell's background commands, as these tests
+    may be, ignore what Ctrl-C sends.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupted_study_makes_the_table_of_what_is_done(finished, capsys):
     path = write_study(finished, methods=["sft"], seeds=[0, 1], settings=SETTINGS)
     table = finished / "runs/tiny-study/results.md"
