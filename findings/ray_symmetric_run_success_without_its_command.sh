@@ -16,7 +16,7 @@ unshare --user --map-root-user --pid --fork --mount-proc true || { echo "needs u
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet "ray[default]==2.60.0"
+"$folder/venv/bin/pip" install --quiet ray==2.60.0
 cat > "$folder/starts.py" <<'PY'
 import socket
 import subprocess
