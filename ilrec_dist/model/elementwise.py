@@ -52,12 +52,9 @@ def normed(norm: nn.Module, hidden: Tensor, cut: TokenCut | None = None) -> tupl
         )
     elif isinstance(norm, nn.LayerNorm) and hidden.dtype != torch.float32 and not hidden.is_cuda:
         parameters = dict(norm.named_parameters()) | weights
-        rows, stream = (
-            _LayerNorm.apply(  # type: ignore[no-untyped-call]
-                hidden, parameters["weight"], parameters["bias"], norm.eps
-            ),
-            hidden,
-        )
+        weight, bias = parameters["weight"], parameters["bias"]
+        rows = _LayerNorm.apply(hidden, weight, bias, norm.eps)  # type: ignore[no-untyped-call]
+        stream = hidden
     elif cut is not None:
         rows, stream = torch.func.functional_call(norm, weights, (hidden,)), hidden
     else:
