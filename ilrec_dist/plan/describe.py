@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ilrec_dist.plan.hardware import Hardware
+from ilrec_dist.plan.host import keeps_index_on_gpu
 from ilrec_dist.plan.plan import ACTIVATIONS, Plan
 from ilrec_dist.plan.trained import fullest_rank
 
@@ -100,6 +101,8 @@ def _host(plan: Plan) -> Iterator[str]:
             "memory of a node's host: the size of the data is not known yet; give --items, --users "
             "and --interactions, or run `ilrec prepare` first",
         )
+        if plan.data.items is None and keeps_index_on_gpu(plan.config.cf):
+            yield "the GPUs' memory is without their flat index (cf.reward_index): give --items"
         return
     yield from _parts("memory of a node's host, libraries left out", plan.host)
 

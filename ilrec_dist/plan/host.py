@@ -66,7 +66,7 @@ def host_bytes(
     vector = FP32 if kind in ("scan", "flat") else 2
     parts["mapped item vectors"] = cf.cf_folds * data.items * vector * cf.hidden_size
     if cf.rewards == "actor":
-        # Ray spreads them over the nodes.
+        # Ray spreads them over the nodes. An actor sees no GPU (cf.rewards.service).
         processes = -(-cf.reward_replicas * cf.reward_shards // nodes)
         shards, what = cf.reward_shards, f"reward actors ({processes} on a node)"
     else:
@@ -74,6 +74,12 @@ def host_bytes(
         processes, shards = gpus_per_node // tp, 1
         what = f"rewards in workers ({processes} on a node)"
     process = reward_process_bytes(data.items, tokens, cf, shards)
+    if keeps_index_on_gpu(cf):
+        # FAISS reads one shard of a fold at a time, and copies it to the GPU.
+        del process["index"]
+        process["a flat index that is loaded"] = (
+            FP32 * cf.hidden_size * data.items / cf.reward_shards
+        )
     # The fold of each user.
     process["users"] = 8.0 * sequences
     if both_directions and cf.rewards == "actor":
@@ -93,6 +99,11 @@ def reward_index(cf: CFConfig, items: int) -> str:
     if cf.reward_index != "auto":
         return cf.reward_index
     return "scan" if items <= SCANNED_ITEMS else "ivf_pq"
+
+
+def keeps_index_on_gpu(cf: CFConfig) -> bool:
+    """Whether a worker's index lies on its GPU, as it does under a FAISS for GPUs."""
+    return cf.rewards == "in_process" and cf.reward_index == "flat"
 
 
 def reward_process_bytes(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ilrec_dist.cf.config import CFConfig
 from ilrec_dist.model.sharding import ShardSpec
 from ilrec_dist.model.weight_layout import StoredTensor, plan_files
 from ilrec_dist.objective.config import ObjectiveConfig, num_streams
 from ilrec_dist.plan.activations import norm_bytes
 from ilrec_dist.plan.communication import FP32, MicroBatch, StepLayout
 from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup, padded_each
+from ilrec_dist.plan.host import keeps_index_on_gpu
 from ilrec_dist.plan.trained import ALL_WEIGHTS, Parameter, RankWeights, TrainedParts, parameters
 
 MIB = 1 << 20
@@ -31,6 +33,8 @@ FRAGMENTS = 0.05
 # Logits and candidates of a beam search in memory at once (inference.beam_search), fp32, and the
 # copies that its softmax and top-k make of them.
 BEAM_ELEMENTS, BEAM_COPIES = 1 << 27, 3
+# FAISS's temporary memory on a GPU of more than 8 GiB, which it takes for each index.
+INDEX_SCRATCH = 1536 * MIB
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,20 @@ def loss_bytes(
         "workspace": workspace,
         "hidden rows": streams * batch.rows * row,
         "head's gradient": FP32 * sizes.hidden * head_rows,
+    }
+
+
+def flat_index_bytes(cf: CFConfig, items: int | None) -> dict[str, float]:
+    """The flat indexes of a worker that computes rewards, where they lie on its GPU.
+
+    Nothing where the number of items is not known. The FAISS is taken to be one for
+    GPUs, as the extra `gpu` installs it.
+    """
+    if items is None or not keeps_index_on_gpu(cf):
+        return {}
+    return {
+        "rewards: flat index": float(FP32 * cf.cf_folds * items * cf.hidden_size),
+        "rewards: FAISS's scratch": float(INDEX_SCRATCH * cf.cf_folds * cf.reward_shards),
     }
 
 

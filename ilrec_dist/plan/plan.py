@@ -32,6 +32,7 @@ from ilrec_dist.plan.memory import (
     bucket_bytes,
     checkpoint_bytes,
     decoding_bytes,
+    flat_index_bytes,
     loss_bytes,
     state_bytes,
     weights_files,
@@ -177,6 +178,8 @@ def _plan(
     elif not layout.keeps_gradients:
         del kept[GRADIENTS]
     loss = loss_bytes(sizes, objective, batch, layout, trained, rank)
+    needs_rewards = get_method(method).needs_rewards(config.objective)
+    rewards = flat_index_bytes(config.cf, data.items) if needs_rewards else {}
     stored, largest_file = weights_files(sizes, layout, trained, added[1] - added[0])
     decoding = BeamBatch(
         config.evaluation.batch_size,
@@ -192,6 +195,7 @@ def _plan(
                 "gradient bucket": bucket_bytes(groups, layout),
                 ACTIVATIONS: activation_bytes(sizes, batch, kept_layout, trained, recomputes),
                 **{f"loss: {name}": size for name, size in loss.items()},
+                **rewards,
             }
         )
         for kept_layout, recomputes in (
@@ -216,7 +220,7 @@ def _plan(
         training=training,
         other_recompute=other_recompute,
         other_sequence_parallel=other_sequence_parallel if layout.tp > 1 else None,
-        validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout)}),
+        validation=_with_reserve({**kept, **decoding_bytes(sizes, decoding, layout), **rewards}),
         collectives=collectives,
         time=step_time(
             sizes,
@@ -238,7 +242,7 @@ def _plan(
             hardware.nodes,
             hardware.gpus_per_node,
             layout.tp,
-            get_method(method).needs_rewards(config.objective),
+            needs_rewards,
             trained.all_weights,
             config.data.both_directions,
         ),

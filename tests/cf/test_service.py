@@ -23,6 +23,7 @@ from ilrec_dist.cf.rewards.service import (
     load_rewards,
     reward_actors,
 )
+from ilrec_dist.cf.rewards.token_rewards import TokenRewards
 from ilrec_dist.cf.sasrec.cross_fit import train_cf
 from ilrec_dist.common.errors import UserError, WorkersFailed
 from ilrec_dist.data.reversed import both_directions as read_both_directions
@@ -93,6 +94,23 @@ def test_same_bits_as_in_process_and_counters_equal_what_was_consumed(
     )
     # The loss's, which no actor knows of.
     assert {f"rewards/{name}" for name in summary} == documented_metrics() - {"rewards/coverage"}
+
+
+def test_an_actor_leaves_the_gpus_of_its_node_to_the_workers(session: None, world: World) -> None:
+    """Ray itself hides them from no process; a flat index would go to the first one."""
+
+    folders = world.cf, world.data, world.items
+
+    def load() -> TokenRewards:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        return load_rewards(*folders, None, False)
+
+    sees_all = {"env_vars": {"CUDA_VISIBLE_DEVICES": "0,1"}}
+    actor = ray.remote(RewardActor).options(num_cpus=0, runtime_env=sees_all).remote(load, 1)
+    try:
+        assert ray.get(actor.counters.remote())["calls"] == 0
+    finally:
+        ray.kill(actor)
 
 
 def test_killed_between_and_in_the_middle_of_requests(client: RewardClient, world: World) -> None:

@@ -201,6 +201,22 @@ def test_sizes_of_the_data_give_the_memory_of_the_host(config, capsys):
     assert "most of it copy of a checkpoint's part, each worker" in error
 
 
+def test_a_flat_index_is_counted_where_it_lies(config, capsys):
+    flat, items = "cf.reward_index=flat", ["--items", "10000000"]
+    assert plan(config, flat) == 0
+    assert "without their flat index (cf.reward_index): give --items" in capsys.readouterr().out
+    assert plan(config, flat, *items) == 0
+    text = capsys.readouterr().out
+    # Of two folds, 4 bytes of each of 64 numbers; in training and in validation.
+    assert len(re.findall(r"rewards: flat index +4\.8 GiB\n", text)) == 2
+    assert "without their flat index" not in text
+    assert plan(config, flat, "--items", "200000000") == 2
+    error = capsys.readouterr().err
+    assert "most of it rewards: flat index (95.4 GiB)" in error
+    assert plan(config, flat, "--items", "200000000", "cf.rewards=actor") == 0
+    assert "flat index" not in capsys.readouterr().out
+
+
 def test_sizes_that_the_prepared_data_do_not_have_are_refused(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     data = {"synthetic": {"users": 40, "items": 30}}

@@ -20,6 +20,7 @@ from ilrec_dist.items.catalogue import Catalogue, make_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.plan import host
 from ilrec_dist.plan.host import host_bytes, kept_rewards, reward_process_bytes
+from ilrec_dist.plan.memory import INDEX_SCRATCH, flat_index_bytes
 from ilrec_dist.plan.workload import DataSizes, ItemTokens
 
 WIDTH, FOLDS = 16, 2
@@ -80,6 +81,40 @@ def test_a_reward_process_holds_what_the_plan_says(tmp_path: Path, kind, items, 
         # The lists of an index have centroids and padding, which count where items are few.
         error = 0.15 if name == "index" else 0.001
         assert size == pytest.approx(FOLDS * found[name], rel=error), name
+
+
+def test_a_worker_s_flat_indexes_are_on_its_gpu_and_an_actor_s_are_not(tmp_path: Path):
+    items, sizes, shards = 20_000, (16, 16, 2_048), 2
+    trie = Trie(evenly_used(items, sizes))
+    table, known = torch.randn(items, WIDTH), torch.ones(items, dtype=torch.bool)
+    item_scorer.write_scorer(tmp_path / "fold0", table, known, trie, "flat", shards)
+    large = read_scorer(tmp_path / "fold0", trie).large
+    assert large is not None and all(isinstance(one, faiss.IndexFlatIP) for one in large.indexes)
+    here = dataclasses.replace(
+        CF, rewards="in_process", reward_index="flat", reward_shards=shards, hidden_size=WIDTH
+    )
+    assert flat_index_bytes(here, items) == {
+        "rewards: flat index": FOLDS * sum(4 * one.ntotal * one.d for one in large.indexes),
+        "rewards: FAISS's scratch": INDEX_SCRATCH * FOLDS * len(large.indexes),
+    }
+    # It goes through the host's memory a shard of a fold at a time.
+    data, tokens = DataSizes(items, 100, 1_000), ItemTokens(sizes, sum(sizes), "")
+
+    def hosted(cf: CFConfig) -> dict[str, float]:
+        parts = host_bytes(data, tokens, cf, 0, 0, 1, 2, 2, True, True, False)
+        assert parts is not None
+        return {name: size for name, size in parts.items() if "index" in name}
+
+    largest = max(4 * one.ntotal * one.d for one in large.indexes)
+    worker = "rewards in workers (1 on a node): a flat index that is loaded"
+    assert hosted(here) == {worker: largest}
+    actor = dataclasses.replace(here, rewards="actor")
+    assert flat_index_bytes(actor, items) == {}
+    assert hosted(actor) == {
+        "reward actors (2 on a node): index": FOLDS * items * 4 * WIDTH,
+    }
+    for other in ("auto", "ivf_pq", "hnsw"):
+        assert not flat_index_bytes(dataclasses.replace(here, reward_index=other), items)
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -51,6 +51,8 @@ class RewardActor:
 
     def __init__(self, load: Callable[[], TokenRewards], threads: int) -> None:
         _yield_to_training()
+        # Ray lets a process that asks for no GPU see all of its node, which are the workers'.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
         self._rewards = load()
