@@ -80,7 +80,8 @@ def _refusal(plan: Plan) -> str:
     )
     nearest = nearest_fitting(plan)
     if nearest is None:
-        return text + "nothing up to 8 times the nodes fits; take a smaller model or larger GPUs"
+        text += "nothing up to 8 times the nodes fits; take a smaller model or larger GPUs"
+        return text + ", or set cf.rewards=actor" * part.startswith("rewards")
     seconds, asked = nearest.plan.time.total, plan.time.total
     return text + (
         f"append {nearest.words}, the nearest that fits: {size(nearest.plan.needed)}, and "

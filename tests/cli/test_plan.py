@@ -213,6 +213,7 @@ def test_a_flat_index_is_counted_where_it_lies(config, capsys):
     assert plan(config, flat, "--items", "200000000") == 2
     error = capsys.readouterr().err
     assert "most of it rewards: flat index (95.4 GiB)" in error
+    assert error.endswith("or larger GPUs, or set cf.rewards=actor\n")
     assert plan(config, flat, "--items", "200000000", "cf.rewards=actor") == 0
     assert "flat index" not in capsys.readouterr().out
 
