@@ -299,7 +299,7 @@ def train_peft(spec: Spec, drawn: Drawn) -> Samples:
             samples.append({"input_ids": row, "labels": labels})
     seconds: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.begin = time.process_time()
 

@@ -14,6 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from ilrec_dist.testing.distributed import close_pools
 from tests.support.commands import Commands, ended_commands
+from tests.support.warm_ray import warm_workers, worker_server
 from tests.support.warm_workers import run_torchrun, run_warm, torchrun_is
 
 # Of the seconds that importing everything takes, looking for garbage would be one fifth.
@@ -96,6 +97,19 @@ def _one_thread_a_process() -> Iterator[None]:
 def _warm_workers() -> Iterator[None]:
     """Jobs run in worker groups that are there already."""
     with torchrun_is(run_warm):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _worker_server() -> Iterator[str]:
+    with worker_server() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def warm_ray(_worker_server: str) -> Iterator[None]:
+    """The workers of Ray nodes that a module starts have imported all already."""
+    with warm_workers(_worker_server):
         yield
 
 

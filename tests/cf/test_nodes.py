@@ -15,7 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ilrec_dist.cf.rewards.service import RewardClient
 from tests.support.nodes import BARE_HEAD
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("warm_ray"),
+]
 
 
 @pytest.fixture

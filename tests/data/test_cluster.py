@@ -48,7 +48,11 @@ from tests.support.embedders import lengths
 from tests.support.item_words import words
 from tests.support.nodes import BARE_HEAD
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("warm_ray"),
+]
 
 
 # Before the fixture that connects this process to a cluster, after which no address is looked at.
@@ -90,11 +94,9 @@ def test_an_address_where_no_head_answers_is_refused_at_once(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    root = Path(__file__).parents[2]
-    environment = {"env_vars": {"PYTHONPATH": f"{root}:{root / 'kernels'}"}}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **BARE_HEAD})
     cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, runtime_env=environment)
+    ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
     cluster.shutdown()

@@ -92,6 +92,7 @@ def test_a_killed_cf_stage_goes_on_with_the_models_it_had_finished(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("warm_ray")
 def test_a_killed_worker_and_ctrl_c_lose_only_what_was_not_finished_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,11 @@ from tests.support.nodes import QUICK, Node, Nodes
 from tests.support.soaked_training import OF_A_RUN
 from tests.support.tiny_run import tiny_config, train_here
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("warm_ray"),
+]
 PATIENCE_SECONDS = 240
 # A lost node is given up after these, in which workers that start side by side must meet, on a busy
 # machine too.
@@ -90,7 +94,8 @@ class Training:
         return processes
 
     def node_of(self, process: int) -> Node:
-        (node,) = (node for node in self.nodes.nodes if node.has(process))
+        nodes = self.nodes
+        (node,) = (node for node in nodes.nodes if process in nodes.processes(node))
         return node
 
     def other_node(self, processes: list[int]) -> Node:

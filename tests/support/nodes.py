@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.warm_ray import HOOK, SERVER
+
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PATIENCE_SECONDS = 120
@@ -48,10 +50,6 @@ class Node:
     address: str
     process: subprocess.Popen[bytes]
 
-    def has(self, process: int) -> bool:
-        """Whether this process runs on it."""
-        return any(parent.pid == self.process.pid for parent in psutil.Process(process).parents())
-
 
 class Nodes:
     """A head, and nodes that join it and are lost. The head's node is number 0."""
@@ -63,7 +61,11 @@ class Nodes:
         self.network = f"10.{64 + secrets.randbelow(64)}.{secrets.randbelow(256)}"
         self.has_namespaces = self._make_namespace(0)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        folders = [str(ROOT), str(ROOT / "kernels")]
+        if self.has_namespaces and SERVER in os.environ:
+            # Its processes are found by their namespace; elsewhere they are those of its tree.
+            folders.insert(0, str(HOOK))
+        path = {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
         # gloo would take the address of the machine's name, which is outside of the namespaces.
         interface = {"GLOO_SOCKET_IFNAME": "eth0"} if self.has_namespaces else {}
         cleared = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
