@@ -18,7 +18,7 @@ def resolve_device(launch: LaunchConfig) -> Literal["cpu", "cuda"]:
     """The device that `launch.device` names; for auto, the GPUs where every worker here
     has one.
 
-    Ray hides the GPUs from workers to which it gave none.
+    Workers to which Ray gave no GPU see none (ray_workers).
     """
     if launch.device != "auto":
         return launch.device

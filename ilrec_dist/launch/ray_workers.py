@@ -133,7 +133,7 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
             name="workers",
             storage_path=str((Path(job.folder) / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(is_here)},
+            worker_runtime_env={"env_vars": worker_environment(is_here, gpu)},
         ),
     )
     watch = ClusterWatch(demand, launch.timeout_seconds, trainer.end)
@@ -163,9 +163,11 @@ def run_ray(launch: LaunchConfig, job: Job) -> None:
         raise WorkersFailed(watch.failure)
 
 
-def worker_environment(is_here: bool) -> dict[str, str]:
+def worker_environment(is_here: bool, gpu: bool) -> dict[str, str]:
     """Variables for the workers, whatever those of the nodes are; as this process has
-    them, where it does. is_here: all workers are on this machine.
+    them, where it does. is_here: all workers are on this machine. gpu: each has one.
     """
     variables = FOR_WORKERS | (ON_LOOPBACK | WITH_STORE if is_here else {})
-    return {name: os.environ.get(name, value) for name, value in variables.items()}
+    variables = {name: os.environ.get(name, value) for name, value in variables.items()}
+    # Ray lets workers that ask for no GPU see all of their node.
+    return variables | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})

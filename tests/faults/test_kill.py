@@ -132,6 +132,8 @@ def test_faults_change_nothing(config: Config, commands: Commands, tmp_path: Pat
     for worker in read_workers(folder.parent, 2):
         started_with = psutil.Process(worker["process"]).environ()
         assert FOR_WORKERS.items() <= started_with.items()
+        # Those that Ray gave no GPU see none.
+        assert started_with.get("CUDA_VISIBLE_DEVICES") == ""
     (actor,) = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
