@@ -42,8 +42,9 @@ QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
 }
-# A worker that does not answer is given up after these.
-TIMEOUT_SECONDS = 15
+# A worker that does not answer is given up after these, in which a reward actor must load on a busy
+# machine too.
+TIMEOUT_SECONDS = 25
 
 
 @pytest.fixture
