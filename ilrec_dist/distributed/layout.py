@@ -55,7 +55,7 @@ def over_data_parallel(parallel: ParallelState, make: Callable[[], list[T]]) -> 
         local = make()
     gathered: list[list[T]] = [[] for _ in range(parallel.dp)]
     dist.all_gather_object(gathered, local, group=parallel.dp_group)
-    return [one for rank in gathered for one in rank]
+    return [value for rank in gathered for value in rank]
 
 
 @contextmanager

@@ -81,8 +81,8 @@ def novelty(items: np.ndarray, popularity: np.ndarray) -> float:
     any has a finite value. The mean is over listed places.
     """
     p = (popularity + 1) / (popularity.sum() + len(popularity))
-    listed = items[items >= 0]
-    return float(-np.log2(p[listed]).mean()) if len(listed) else 0.0
+    recommended = items[items >= 0]
+    return float(-np.log2(p[recommended]).mean()) if len(recommended) else 0.0
 
 
 def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
@@ -92,15 +92,15 @@ def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
     have in common: 1 for one code tuple, 0 for different first codes. The
     mean is over pairs of a list, then over the lists that have a pair.
     """
-    listed = items >= 0
+    is_item = items >= 0
     shared = np.zeros(len(items))
     for first in range(items.shape[1]):
         for second in range(first + 1, items.shape[1]):
-            pair = listed[:, first] & listed[:, second]
+            pair = is_item[:, first] & is_item[:, second]
             equal = tokens[items[:, first]] == tokens[items[:, second]]
             prefix = np.cumprod(equal, axis=1).sum(axis=1) / tokens.shape[1]
             shared += np.where(pair, prefix, 0.0)
-    length = listed.sum(axis=1)
+    length = is_item.sum(axis=1)
     pairs = length * (length - 1) / 2
     has_pair = pairs > 0
     if not has_pair.any():
@@ -116,16 +116,16 @@ def calibration_error(predictions: Predictions) -> float:
     Items that share a code tuple share one probability, so it is divided by their
     number in the list.
     """
-    listed = predictions.items >= 0
-    scores = predictions.scores[listed].astype(np.float64)
+    is_item = predictions.items >= 0
+    scores = predictions.scores[is_item].astype(np.float64)
     if len(scores) == 0:
         return 0.0
-    row = np.nonzero(listed)[0]
+    row = np.nonzero(is_item)[0]
     _, group, size = np.unique(
         np.stack([row.astype(np.float64), scores]), axis=1, return_inverse=True, return_counts=True
     )
     probability = np.exp(scores) / size[group.ravel()]
-    hit = (predictions.items == predictions.targets[:, None])[listed]
+    hit = (predictions.items == predictions.targets[:, None])[is_item]
     bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     difference = np.bincount(bins, probability - hit, minlength=CALIBRATION_BINS)
     return float(np.abs(difference).sum() / len(scores))

@@ -40,8 +40,8 @@ def _example(
     for method, lists_of_method in predictions.items():
         row = int(np.searchsorted(lists_of_method.users, user))
         pairs = zip(lists_of_method.items[row], lists_of_method.scores[row], strict=True)
-        listed = [(title(int(item)), float(score)) for item, score in pairs if item >= 0]
-        lists[method] = listed[:SHOWN_ITEMS]
+        shown = [(title(int(item)), float(score)) for item, score in pairs if item >= 0]
+        lists[method] = shown[:SHOWN_ITEMS]
     return Example(
         dataset.user_ids[user],
         [title(int(item)) for item in history],

@@ -79,8 +79,8 @@ def fused_scores(scores: FusionScores, weights: np.ndarray) -> np.ndarray:
 
 def ranks_of_fused(scores: FusionScores, weights: np.ndarray, targets: np.ndarray) -> Ranks:
     """Ranks of targets int [n] among the candidates; equal scores are in item order."""
-    listed = scores.items == targets[:, None]
-    column = np.where(listed.any(axis=1), listed.argmax(axis=1), scores.items.shape[1])
+    is_target = scores.items == targets[:, None]
+    column = np.where(is_target.any(axis=1), is_target.argmax(axis=1), scores.items.shape[1])
     # One further column stands for targets that are no candidate, outside of the ranking.
     padded = np.pad(fused_scores(scores, weights), ((0, 0), (0, 1)), constant_values=-np.inf)
     return ranks_of_scores(padded, column)

@@ -68,11 +68,11 @@ def is_below(trie: Trie, batch_items: np.ndarray, pairs: Pairs, lists: np.ndarra
     """
     depth, catalogue = trie.depth, trie.catalogue
     target, position = np.divmod(pairs.row, depth)
-    listed = catalogue.item_tokens(np.maximum(lists, 0))  # [T, K, C]
+    codes = catalogue.item_tokens(np.maximum(lists, 0))  # [T, K, C]
     target_codes = catalogue.item_tokens(batch_items)  # [T, C]
     # How many leading tokens each listed item shares with its target.
-    shared = np.cumprod(listed == target_codes[:, None], axis=2).sum(axis=2)  # [T, K]
-    at = np.take_along_axis(listed[target], position[:, None, None], axis=2)[..., 0]
+    shared = np.cumprod(codes == target_codes[:, None], axis=2).sum(axis=2)  # [T, K]
+    at = np.take_along_axis(codes[target], position[:, None, None], axis=2)[..., 0]
     below = (shared[target] >= position[:, None]) & (at == pairs.token[:, None])
     result: np.ndarray = (below & (lists[target] >= 0)).any(axis=1)
     return result
@@ -134,10 +134,10 @@ def _rows_at(
         return (tokens, rows, targets, indptr, candidates), rewards
     wanted = torch.arange(len(rows), device=rows.device) % depth == position
     counts = indptr.diff()
-    listed = torch.repeat_interleave(wanted, counts)
+    entries = torch.repeat_interleave(wanted, counts)
     wanted_indptr = torch.cat([indptr[:1], counts[wanted].cumsum(0)])
-    inputs = tokens, rows[wanted], targets[wanted], wanted_indptr, candidates[listed]
-    return inputs, None if rewards is None else rewards[listed]
+    inputs = tokens, rows[wanted], targets[wanted], wanted_indptr, candidates[entries]
+    return inputs, None if rewards is None else rewards[entries]
 
 
 def _gradient(

@@ -94,14 +94,14 @@ class Predictions:
 
     def save(self, path: str | Path) -> None:
         """Write the Parquet file whole or not at all."""
-        listed = self.items >= 0
-        offsets = pa.array(np.concatenate([[0], np.cumsum(listed.sum(axis=1))]), pa.int32())
+        is_item = self.items >= 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(is_item.sum(axis=1))]), pa.int32())
         unranked = self.tie_start >= UNRANKED
         columns = [
             pa.array(self.users, pa.int32()),
             pa.array(self.targets, pa.int32()),
-            pa.ListArray.from_arrays(offsets, pa.array(self.items[listed], pa.int32())),
-            pa.ListArray.from_arrays(offsets, pa.array(self.scores[listed], pa.float32())),
+            pa.ListArray.from_arrays(offsets, pa.array(self.items[is_item], pa.int32())),
+            pa.ListArray.from_arrays(offsets, pa.array(self.scores[is_item], pa.float32())),
             pa.array(np.where(unranked, 0, self.tie_start), pa.int32(), mask=unranked),
             pa.array(self.tie_size, pa.int32()),
         ]
@@ -121,13 +121,13 @@ class Predictions:
             )
         lists = table.column("items").combine_chunks()
         lengths = np.diff(lists.offsets.to_numpy())
-        listed = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+        is_item = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
         items, scores = (
-            np.full(listed.shape, -1, np.int32),
-            np.full(listed.shape, -np.inf, np.float32),
+            np.full(is_item.shape, -1, np.int32),
+            np.full(is_item.shape, -np.inf, np.float32),
         )
-        items[listed] = lists.flatten().to_numpy()
-        scores[listed] = table.column("scores").combine_chunks().flatten().to_numpy()
+        items[is_item] = lists.flatten().to_numpy()
+        scores[is_item] = table.column("scores").combine_chunks().flatten().to_numpy()
         return Predictions(
             users=table.column("user").to_numpy().astype(np.int64),
             targets=table.column("target").to_numpy().astype(np.int64),

@@ -177,9 +177,9 @@ def _build_titles(
     _refuse_early_end(dataset, catalogue)
     codes = catalogue.codes()
     if config.collisions == "refuse" and (pair := first_collision(codes)) is not None:
-        one, other = (dataset.item_ids[item] for item in pair)
+        first, second = (dataset.item_ids[item] for item in pair)
         raise UserError(
-            f"items.form titles: items {one!r} and {other!r} have the same title within "
+            f"items.form titles: items {first!r} and {second!r} have the same title within "
             f"{config.title_tokens} tokens, which items.collisions: refuse forbids; "
             "raise items.title_tokens, mend the titles, or set it to keep"
         )

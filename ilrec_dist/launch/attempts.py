@@ -90,7 +90,7 @@ def _reason(failures: Path, notes: Notes, before: Notes) -> str:
     """What the ranks noted since then, if it
     does not merely say that another one is gone.
     """
-    new = [name for name, one in notes.items() if one != before.get(name)]
+    new = [name for name, note in notes.items() if note != before.get(name)]
     said = [read_json_object(failures / name) for name in new]
     messages = [note["error"] for note in said if not note.get("of_another_rank")]
     return messages[0] if messages else LOST

@@ -92,7 +92,7 @@ class RayWorkers(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        return [one for one in callbacks if type(one).__name__ not in WITHOUT_USE]
+        return [callback for callback in callbacks if type(callback).__name__ not in WITHOUT_USE]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller

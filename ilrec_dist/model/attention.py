@@ -271,4 +271,4 @@ class _InFP32(torch.autograd.Function):
         with torch.enable_grad():
             output = _attention(query, key, value, mask, ctx.scale)
         gradients = torch.autograd.grad(output, copies, grad.float())
-        return *(one.to(grad.dtype) for one in gradients), None, None
+        return *(gradient.to(grad.dtype) for gradient in gradients), None, None

@@ -161,12 +161,12 @@ class LoraLinear(nn.Module):
         if self.is_row_parallel:
             return [Piece(0, self.full[0], 0, 0)]
         pieces, first, offsets = [], 0, dict.fromkeys(numbers, 0)
-        for one in self.slices[self.rank_index]:
-            size, number = one.stop - one.start, numbers.get(one.tensor)
-            offset = 0 if number is None else offsets[one.tensor]
+        for piece in self.slices[self.rank_index]:
+            size, number = piece.stop - piece.start, numbers.get(piece.tensor)
+            offset = 0 if number is None else offsets[piece.tensor]
             pieces.append(Piece(first, first + size, number, offset))
             if number is not None:
-                offsets[one.tensor] += size
+                offsets[piece.tensor] += size
             first += size
         return pieces
 
@@ -214,7 +214,7 @@ class LoraLinear(nn.Module):
         a = torch.cat([self.parameter_a(module) for module in modules])
         b: list[Tensor] = [self.parameter_b(module) for module in modules]
         if cut is not None and self.is_row_parallel:
-            b = [cut.shared(one) for one in b]
+            b = [cut.shared(shard) for shard in b]
         elif cut is not None:
             a = cut.shared(a)
         if remake is not None:

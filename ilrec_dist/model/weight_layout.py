@@ -71,17 +71,17 @@ def plan_files(tensors: Mapping[str, StoredTensor], tp: int, dp: int) -> list[Pl
     """
     groups: list[tuple[int, int, dict[str, str]]] = []
     for rank in range(tp):
-        mine = {name: one for name, one in tensors.items() if rank < one.pieces(tp)}
-        total = sum(one.piece_bytes(tp) for one in mine.values())
+        mine = {name: tensor for name, tensor in tensors.items() if rank < tensor.pieces(tp)}
+        total = sum(tensor.piece_bytes(tp) for tensor in mine.values())
         limit = min(FILE_BYTES, -(-total // dp))
         files: list[dict[str, str]] = []
         free = 0
-        for name, one in mine.items():
-            if not files or one.piece_bytes(tp) > free:
+        for name, tensor in mine.items():
+            if not files or tensor.piece_bytes(tp) > free:
                 files.append({})
                 free = limit
-            files[-1][name] = piece_name(name, rank, one.pieces(tp))
-            free -= one.piece_bytes(tp)
+            files[-1][name] = piece_name(name, rank, tensor.pieces(tp))
+            free -= tensor.piece_bytes(tp)
         groups += [(rank, number % dp, pieces) for number, pieces in enumerate(files)]
     return [
         PlannedFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", *group)
@@ -98,11 +98,11 @@ def index_of(
 ) -> dict[str, Any]:
     """What the index file holds."""
     described: dict[str, dict[str, Any]] = {}
-    for name, one in tensors.items():
-        described[name] = {"shape": one.shape}
-        if one.spec is not None:
-            described[name] |= {"dim": one.spec.dim, "parts": one.spec.parts}
-    total = sum(one.piece_bytes(tp) * one.pieces(tp) for one in tensors.values())
+    for name, tensor in tensors.items():
+        described[name] = {"shape": tensor.shape}
+        if tensor.spec is not None:
+            described[name] |= {"dim": tensor.spec.dim, "parts": tensor.spec.parts}
+    total = sum(tensor.piece_bytes(tp) * tensor.pieces(tp) for tensor in tensors.values())
     return {
         "metadata": {"total_size": total, "tp": tp, "tensors": described},
         "weight_map": {key: file.name for file in files for key in file.pieces.values()},

@@ -132,8 +132,8 @@ def _load_slices(backbone: Backbone, folder: Path, repair: str) -> None:
     parameters = dict(backbone.gpt.named_parameters())
     wanted = [
         (name, *stored.piece(name, part.piece), part)
-        for name, one in stored.tensors.items()
-        for part in slices(one.shape, tensors[name].spec, one.pieces(stored.tp), rank, tp)
+        for name, piece in stored.tensors.items()
+        for part in slices(piece.shape, tensors[name].spec, piece.pieces(stored.tp), rank, tp)
     ]
     verify(folder, sorted({file for _, _, file, _ in wanted}), repair)
     for name, key, file, part in wanted:
@@ -161,12 +161,12 @@ def _check_tensors(
     for name in sorted(expected.keys() ^ stored.tensors.keys()):
         problem = "missing" if name in expected else "not part of this backbone"
         raise UserError(f"{folder}: tensor {name!r} is {problem}; is it of another configuration?")
-    for name, one in expected.items():
+    for name, wanted in expected.items():
         actual = stored.tensors[name]
-        if (actual.shape, actual.spec) != (one.shape, one.spec):
+        if (actual.shape, actual.spec) != (wanted.shape, wanted.spec):
             raise UserError(
-                f"{folder}: tensor {name!r} has shape {actual.shape}, expected {one.shape}; is it "
-                "of another configuration?"
+                f"{folder}: tensor {name!r} has shape {actual.shape}, expected {wanted.shape}; is "
+                "it of another configuration?"
             )
 
 

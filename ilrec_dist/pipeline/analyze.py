@@ -92,7 +92,7 @@ def gains(config: Config, artifacts: RunArtifacts, name: str) -> list[Mapping[st
 
     A user's value is the mean over seeds.
     """
-    versus = [one for one in get_method(name).compared_with if one in config.train.methods]
+    versus = [other for other in get_method(name).compared_with if other in config.train.methods]
     if not versus:
         return []
     exclude = config.evaluation.exclude_seen
@@ -102,7 +102,7 @@ def gains(config: Config, artifacts: RunArtifacts, name: str) -> list[Mapping[st
             Predictions.load(predictions_file(config, method, seed, exclude))
             for seed in config.train.seeds
         ]
-        values.append(np.mean([one.per_user()["ndcg@10"] for one in predictions], axis=0))
+        values.append(np.mean([of_seed.per_user()["ndcg@10"] for of_seed in predictions], axis=0))
     users, targets = predictions[0].users, predictions[0].targets
     lengths = artifacts.dataset.target_positions("test", users)
     popularity = count_training(artifacts.dataset).popularity

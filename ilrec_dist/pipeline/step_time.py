@@ -39,7 +39,9 @@ def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime
     CF models. `folder` is for what the trainings write, and is left to the caller.
     None for a training that cannot begin yet, as one that goes on from another.
     """
-    configs = [drop_idle_keys(_rewards_in_process(with_local_model(one)))[0] for one in configs]
+    configs = [
+        drop_idle_keys(_rewards_in_process(with_local_model(config)))[0] for config in configs
+    ]
     arguments = {
         "configs": [config_for_workers(config) for config in configs],
         "folder": str(folder.resolve()),
@@ -52,8 +54,8 @@ def time_trainings(configs: Sequence[Config], folder: Path) -> list[TrainingTime
     measured = json.loads((folder / TIMES).read_text(encoding="utf-8"))
     start = time.monotonic() - began - measured["seconds"]
     return [
-        None if one is None else TrainingTime(one["step"], one["user"], start)
-        for one in measured["trainings"]
+        None if times is None else TrainingTime(times["step"], times["user"], start)
+        for times in measured["trainings"]
     ]
 
 

@@ -59,12 +59,18 @@ def _parameters(plan: Plan) -> Iterator[str]:
     """The fullest rank's; only it may have rows of added tokens."""
     counted, rank = plan.parameters, fullest_rank(plan.parameters, plan.layout.tp)
     yield from ("", f"{'parameters':38}{'whole model':>16}{'a GPU':>18}")
-    parts = list(dict.fromkeys(one.part for one in counted))
-    named = [(part, [one for one in counted if one.part == part]) for part in parts]
-    named += [("all", counted), ("trained", [one for one in counted if one.is_trained])]
+    parts = list(dict.fromkeys(parameter.part for parameter in counted))
+    named = [
+        (part, [parameter for parameter in counted if parameter.part == part]) for part in parts
+    ]
+    named += [
+        ("all", counted),
+        ("trained", [parameter for parameter in counted if parameter.is_trained]),
+    ]
     for name, chosen in named:
-        total, here = sum(one.total for one in chosen), sum(one.ranks[rank] for one in chosen)
-        yield f"  {name:36}{total:>16,}{here:>18,}"
+        total = sum(parameter.total for parameter in chosen)
+        of_rank = sum(parameter.ranks[rank] for parameter in chosen)
+        yield f"  {name:36}{total:>16,}{of_rank:>18,}"
 
 
 def _parts(title: str, parts: Mapping[str, float]) -> Iterator[str]:

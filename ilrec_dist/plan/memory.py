@@ -178,7 +178,9 @@ def checkpoint_bytes(parameters: Sequence[Parameter]) -> int:
 
     What tensor parallelism does not cut is written by every rank of a group.
     """
-    return (FP32 + MOMENTS_BYTES) * sum(sum(one.ranks) for one in parameters if one.is_trained)
+    return (FP32 + MOMENTS_BYTES) * sum(
+        sum(parameter.ranks) for parameter in parameters if parameter.is_trained
+    )
 
 
 def weights_files(
@@ -202,11 +204,11 @@ def weights_files(
     else:
         with_rows = replace(trained, rows=(0, added))
         tensors = {
-            str(number): StoredTensor([one.total], None, layout.element)
-            for number, one in enumerate(parameters(sizes, with_rows, 1))
-            if one.is_trained
+            str(number): StoredTensor([parameter.total], None, layout.element)
+            for number, parameter in enumerate(parameters(sizes, with_rows, 1))
+            if parameter.is_trained
         }
         tp = dp = 1
     files = plan_files(tensors, tp, dp)
-    total = sum(one.piece_bytes(1) for one in tensors.values())
+    total = sum(tensor.piece_bytes(1) for tensor in tensors.values())
     return total, max(sum(tensors[name].piece_bytes(tp) for name in file.pieces) for file in files)

@@ -43,7 +43,7 @@ def nearest_fitting(plan: Plan) -> Proposal | None:
                 if (other := _planned(plan, changes, hardware)) is not None and other.fits
             ]
             if fitting:
-                return min(fitting, key=lambda one: _percents_slower(one.plan, plan))
+                return min(fitting, key=lambda choice: _percents_slower(choice.plan, plan))
     return None
 
 

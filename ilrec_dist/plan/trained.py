@@ -133,7 +133,11 @@ def parameters(sizes: DecoderSizes, trained: TrainedParts, tp: int) -> list[Para
         for part, dimensions, size in sizes.tensors()
     ]
     if trained.lora is not None:
-        layer = [one for linear in linears(sizes) for one in _adapters(linear, sizes, trained, tp)]
+        layer = [
+            adapter
+            for linear in linears(sizes)
+            for adapter in _adapters(linear, sizes, trained, tp)
+        ]
         counted += layer * sizes.layers
     if trained.rows is not None:
         start, stop = trained.rows
@@ -170,9 +174,9 @@ def _rows_of_ranks(linear: Linear, part: int, sizes: DecoderSizes, tp: int) -> l
     full = [sum(linear.outputs), linear.inputs]
     return [
         sum(
-            one.stop - one.start
-            for one in shard_slices(f"{linear.name}.weight", full, sizes.config, rank, tp)
-            if one.tensor == part
+            piece.stop - piece.start
+            for piece in shard_slices(f"{linear.name}.weight", full, sizes.config, rank, tp)
+            if piece.tensor == part
         )
         for rank in range(tp)
     ]
@@ -181,7 +185,10 @@ def _rows_of_ranks(linear: Linear, part: int, sizes: DecoderSizes, tp: int) -> l
 def fullest_rank(parameters: Sequence[Parameter], tp: int) -> int:
     """The rank of a tp group that trains most."""
     return max(
-        range(tp), key=lambda rank: sum(one.ranks[rank] for one in parameters if one.is_trained)
+        range(tp),
+        key=lambda rank: sum(
+            parameter.ranks[rank] for parameter in parameters if parameter.is_trained
+        ),
     )
 
 
@@ -190,9 +197,9 @@ def planned_groups(
 ) -> list[PlannedGroup]:
     """How DeepSpeed lays out the parameters that a rank of a tp group trains."""
     by_group: dict[Group, list[int]] = {group: [] for group in GROUPS}
-    for one in parameters:
-        if one.is_trained:
-            by_group[one.group].append(one.ranks[rank])
+    for parameter in parameters:
+        if parameter.is_trained:
+            by_group[parameter.group].append(parameter.ranks[rank])
     cuts_each = zero_stage == 3
     return [PlannedGroup(tuple(sizes), dp, cuts_each) for sizes in by_group.values() if sizes]
 
@@ -210,7 +217,7 @@ class RankWeights:
         cls, sizes: DecoderSizes, parameters: Iterable[Parameter], rank: int, tp: int
     ) -> RankWeights:
         layer = tuple(count.per_rank(tp) for _, _, count in sizes.layer())
-        return cls(tuple(one.ranks[rank] for one in parameters), layer, sizes.layers)
+        return cls(tuple(parameter.ranks[rank] for parameter in parameters), layer, sizes.layers)
 
     def padded_layer(self, dp: int) -> int:
         return padded_each(self.layer, dp)

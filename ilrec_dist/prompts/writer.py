@@ -177,8 +177,8 @@ class PromptWriter:
 
     def _text(self, request: PromptRequest, written: Sequence[str], kept: int) -> str:
         template = request.template
-        listed = template.separator.join(written[len(written) - kept :])
-        text = template.prompt.format(**{template.placeholder: listed})
+        joined = template.separator.join(written[len(written) - kept :])
+        text = template.prompt.format(**{template.placeholder: joined})
         return text if self.chat is None else self.chat(text, template.system)
 
     def _too_long(self, request: PromptRequest, tokens: int) -> UserError:

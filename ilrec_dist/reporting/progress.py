@@ -323,7 +323,7 @@ def _written(path: Path) -> Iterator[tuple[Path, Count, float]]:
 
 def _together(latest: Count, counts: Iterable[Count]) -> Count:
     """The latest count, with what all of its title say is done."""
-    return replace(latest, done=sum(one.done for one in counts if one.title == latest.title))
+    return replace(latest, done=sum(count.done for count in counts if count.title == latest.title))
 
 
 def clock(seconds: float) -> str:

@@ -50,10 +50,10 @@ class PromptBatchMaker:
         No samples give one sequence of padding
         without rows: every rank takes part in a step.
         """
-        written = sorted(self._write(sample_ids), key=lambda one: _group(one.sample))
-        samples = [one.sample for one in written]
-        responses = [one.response for one in written]
-        sequences = [one.inputs for one in written]
+        written = sorted(self._write(sample_ids), key=lambda prompt: _group(prompt.sample))
+        samples = [prompt.sample for prompt in written]
+        responses = [prompt.response for prompt in written]
+        sequences = [prompt.inputs for prompt in written]
         width = max(map(len, sequences), default=1)
         padding = self.catalogue.vocabulary.padding
         tokens = np.full((max(len(samples), 1), width), padding, np.int64)
@@ -61,7 +61,7 @@ class PromptBatchMaker:
             tokens[row, : len(sequence)] = sequence
         lengths = np.array([len(response) for response in responses], np.int64)
         first_row = np.arange(len(samples)) * width - 1
-        first_row += np.array([len(one.prompt) for one in written], np.int64)
+        first_row += np.array([len(prompt.prompt) for prompt in written], np.int64)
 
         groups = np.array([_group(sample) for sample in samples], np.int64)
         items = np.array([sample.item for sample in samples], np.int64)[groups < 2]
@@ -97,7 +97,7 @@ class PromptBatchMaker:
         self._written.clear()
         written = self._write(sample_ids)
         self._written = dict(zip(sample_ids.tolist(), written, strict=True))
-        return np.array([len(one.inputs) for one in written], np.int64)
+        return np.array([len(prompt.inputs) for prompt in written], np.int64)
 
     def _write(self, sample_ids: np.ndarray) -> list[WrittenSample]:
         """The samples with these ids, in their order."""

@@ -61,8 +61,8 @@ class LocalBackend:
         answers: list[list[ScoredItem]] = [[] for _ in histories]
         for rows, ranked in self.ranker.rank(ranges, top=top, exclude_seen=exclude_seen):
             for row, items, scores in zip(rows, ranked.items, ranked.scores, strict=True):
-                listed = zip(items[:top].tolist(), scores[:top].tolist(), strict=True)
-                answers[row] = [self._scored(item, score) for item, score in listed if item >= 0]
+                scored = zip(items[:top].tolist(), scores[:top].tolist(), strict=True)
+                answers[row] = [self._scored(item, score) for item, score in scored if item >= 0]
         return answers
 
     def _numbers(self, row: int, history: Sequence[str]) -> np.ndarray:

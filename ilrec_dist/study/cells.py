@@ -144,7 +144,7 @@ def _check_base(methods: Sequence[str], name: str, tree: dict[str, Any], source:
     """Refuse a key that none of the configuration's
     methods reads, as a run of them all does.
     """
-    trained = dict.fromkeys(one for method in methods for one in _with_starts(method))
+    trained = dict.fromkeys(name for method in methods for name in _with_starts(method))
     with_methods = _copy(tree)
     _set(with_methods, {"train.methods": list(trained), "name": name})
     config_from_dict(with_methods, source)

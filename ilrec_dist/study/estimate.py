@@ -104,7 +104,9 @@ def time_cells(
                 continue
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            times |= {row: one for row, one in zip(rows, timings, strict=True) if one is not None}
+            times |= {
+                row: time for row, time in zip(rows, timings, strict=True) if time is not None
+            }
     return times
 
 
@@ -112,7 +114,7 @@ def describe(estimates: Mapping[str, Estimate], side_by_side: int) -> str:
     """One line: the time of all pending cells, and what it rests on."""
     counts = Counter(estimate.basis for estimate in estimates.values())
     rests = ", ".join(f"{count} from {basis}" for basis, count in counts.items())
-    known = [one.seconds for one in estimates.values() if one.seconds is not None]
+    known = [estimate.seconds for estimate in estimates.values() if estimate.seconds is not None]
     at_least = "at least " if len(known) < len(estimates) else ""
     return (
         f"estimate: {len(estimates)} cells, {at_least}"
@@ -137,10 +139,12 @@ def _seconds(cell: Cell) -> float:
 
 def _finished_rate(cell: Cell, rates: Sequence[tuple[Cell, float]]) -> tuple[float | None, str]:
     """Seconds a step of the finished cells that are most like this one."""
-    alike = [(one, rate) for one, rate in rates if one.configuration == cell.configuration]
+    alike = [
+        (finished, rate) for finished, rate in rates if finished.configuration == cell.configuration
+    ]
     for basis, same in (
-        (FROM_SAME, [rate for one, rate in alike if one.row == cell.row]),
-        (FROM_METHOD, [rate for one, rate in alike if one.method == cell.method]),
+        (FROM_SAME, [rate for finished, rate in alike if finished.row == cell.row]),
+        (FROM_METHOD, [rate for finished, rate in alike if finished.method == cell.method]),
         (FROM_OTHERS, [rate for _, rate in alike]),
     ):
         if same:
@@ -156,7 +160,7 @@ def _timed_seconds(
     """
     row = f"{cell.configuration}/{cell.row}"
     of_configuration = [
-        one for key, one in timed.items() if key.startswith(f"{cell.configuration}/")
+        timing for key, timing in timed.items() if key.startswith(f"{cell.configuration}/")
     ]
     if not of_configuration:
         return None, UNKNOWN
@@ -168,5 +172,5 @@ def _timed_seconds(
     # Both treatments of seen items.
     searched += 2 * len(artifacts.dataset.evaluated("test"))
     # The driver of a cell starts about as slowly as its workers.
-    seconds = [2 * one.start + steps * one.step + searched * one.user for one in chosen]
+    seconds = [2 * timing.start + steps * timing.step + searched * timing.user for timing in chosen]
     return fmean(seconds), basis

@@ -77,16 +77,16 @@ class Row:
         return self.summary.method
 
     def validation(self) -> Figure | None:
-        return _figure(one.validation for one in self.cells)
+        return _figure(result.validation for result in self.cells)
 
     def flops(self) -> Figure | None:
         return self.summary.figures.get(TRAINING_FLOPS) if self.cells else None
 
     def seconds(self) -> Figure | None:
-        return _figure(one.seconds for one in self.cells)
+        return _figure(result.seconds for result in self.cells)
 
     def peak_memory(self) -> Figure | None:
-        return _figure(one.peak_memory_bytes for one in self.cells)
+        return _figure(result.peak_memory_bytes for result in self.cells)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StudyFigures:
     choices: tuple[Choice, ...]
 
     def missing(self) -> list[CellFigures]:
-        return [one for one in self.cells if not one.is_done]
+        return [result for result in self.cells if not result.is_done]
 
 
 def collect(study: StudyConfig, cells: Sequence[Cell]) -> StudyFigures:
@@ -128,7 +128,9 @@ def collect(study: StudyConfig, cells: Sequence[Cell]) -> StudyFigures:
     figures = [_cell_figures(cell) for cell in cells]
     rows: list[Row] = []
     for configuration in study.configurations:
-        of_configuration = [one for one in figures if one.cell.configuration == configuration]
+        of_configuration = [
+            result for result in figures if result.cell.configuration == configuration
+        ]
         rows += _rows(study, configuration, of_configuration)
     return StudyFigures(study, tuple(figures), tuple(rows), tuple(choices(figures)))
 
@@ -150,11 +152,11 @@ def choices(figures: Sequence[CellFigures]) -> list[Choice]:
     The test split has no part in it.
     """
     groups: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for one in figures:
-        rows = groups.setdefault((one.cell.configuration, one.cell.method), {})
-        by_seed = rows.setdefault(one.cell.row, {})
-        if one.validation is not None:
-            by_seed[one.cell.seed] = one.validation
+    for result in figures:
+        rows = groups.setdefault((result.cell.configuration, result.cell.method), {})
+        by_seed = rows.setdefault(result.cell.row, {})
+        if result.validation is not None:
+            by_seed[result.cell.seed] = result.validation
     made = []
     for (configuration, method), rows in groups.items():
         made += _choice(configuration, method, rows)
@@ -201,17 +203,17 @@ def _cell_figures(cell: Cell) -> CellFigures:
 
 def _rows(study: StudyConfig, configuration: str, figures: Sequence[CellFigures]) -> list[Row]:
     """The rows of a configuration under both treatments of seen items."""
-    done = [one for one in figures if one.is_done]
+    done = [result for result in figures if result.is_done]
     if not done:
         return []
     entries: list[tuple[MethodFigures, CellFigures | None]] = []
     # The cells' baselines are the same, but for settings that change the CF model.
-    first = min(done, key=lambda one: one.cell.setting != DEFAULT)
-    for one in done:
-        for row in read_json_object(one.cell.folder / RESULTS_FILE)["rows"]:
-            is_own = row["method"].split("+")[0] == one.cell.method
-            if is_own or (one is first and row["method"] in BASELINES):
-                entries.append((_method_figures(one.cell, row), one if is_own else None))
+    first = min(done, key=lambda result: result.cell.setting != DEFAULT)
+    for result in done:
+        for row in read_json_object(result.cell.folder / RESULTS_FILE)["rows"]:
+            is_own = row["method"].split("+")[0] == result.cell.method
+            if is_own or (result is first and row["method"] in BASELINES):
+                entries.append((_method_figures(result.cell, row), result if is_own else None))
     labels = _labels(figures)
     against = study.against or [row_name(study.methods[0], DEFAULT)]
     names = dict.fromkeys(entry.method for entry, _ in entries)
@@ -220,10 +222,10 @@ def _rows(study: StudyConfig, configuration: str, figures: Sequence[CellFigures]
     rows = []
     for summary in summarise_rows([entry.row for entry, _ in entries], labels):
         cells = tuple(
-            one
-            for entry, one in entries
-            if one is not None
-            and one.cell.row == summary.method == entry.method
+            result
+            for entry, result in entries
+            if result is not None
+            and result.cell.row == summary.method == entry.method
             and entry.exclude_seen == summary.exclude_seen
         )
         differences = tuple(
@@ -258,10 +260,10 @@ def _labels(figures: Sequence[CellFigures]) -> list[MethodLabel]:
     method with its settings, then its mixtures.
     """
     settings: dict[str, list[str]] = {}
-    for one in figures:
-        of_method = settings.setdefault(one.cell.method, [])
-        if one.cell.setting not in of_method:
-            of_method.append(one.cell.setting)
+    for result in figures:
+        of_method = settings.setdefault(result.cell.method, [])
+        if result.cell.setting not in of_method:
+            of_method.append(result.cell.setting)
     labels = []
     for label in method_labels():
         if label.name in BASELINES:

@@ -32,8 +32,8 @@ def write_page(figures: StudyFigures, path: Path) -> None:
     if choices:
         sections.append(("choices", "Chosen on validation", _card(f"<ul>{choices}</ul>")))
     missing = "".join(
-        f"<li>{escape(one.cell.title)}: {escape(one.missing_reason())}</li>"
-        for one in figures.missing()
+        f"<li>{escape(result.cell.title)}: {escape(result.missing_reason())}</li>"
+        for result in figures.missing()
     )
     if missing:
         sections.append(("missing", "Missing cells", _card(f"<ul>{missing}</ul>")))
@@ -102,8 +102,8 @@ def _validation_chart(rows: Sequence[Row]) -> Chart:
     series = []
     for number, row in enumerate(row for row in rows if row.cells):
         values: dict[float, list[float]] = {}
-        for one in row.cells:
-            for epoch, value in one.curve:
+        for result in row.cells:
+            for epoch, value in result.curve:
                 values.setdefault(epoch, []).append(value)
         points = [(epoch, statistics.fmean(of_epoch)) for epoch, of_epoch in sorted(values.items())]
         series.append(Series(row.name, points, number % 8, number // 8))

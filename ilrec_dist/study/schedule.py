@@ -87,7 +87,7 @@ class Schedule:
         """Whether a cell before it makes a training that it has too."""
         makers = {self._makers.get(cell.run.fingerprint(name)) for name in cell.trainings}
         unfinished = [*self.waiting, *(attempt.cell for attempt in self.running)]
-        return any(one.title in makers and one is not cell for one in unfinished)
+        return any(other.title in makers and other is not cell for other in unfinished)
 
     def _fits(self, cell: Cell) -> bool:
         if not self.running:
@@ -108,7 +108,7 @@ class Schedule:
         write_text(cell.config_file, dump_config(cell.config))
         share = self.room.needed_by(cell.config.launch)
         taken = {device for attempt in self.running for device in attempt.devices}
-        free = tuple(one for one in self.room.devices if one not in taken)
+        free = tuple(device for device in self.room.devices if device not in taken)
         # More cells than the GPUs have room for, as --jobs may ask, share all of them.
         devices = free[:share] if len(free) >= share else ()
         environment = dict(os.environ)

@@ -42,17 +42,19 @@ def markdown(figures: StudyFigures) -> str:
     missing = figures.missing()
     if missing:
         parts.append(f"Missing are {len(missing)} of {len(figures.cells)} cells:")
-        parts.append("\n".join(f"- {one.cell.title}: {one.missing_reason()}" for one in missing))
+        parts.append(
+            "\n".join(f"- {result.cell.title}: {result.missing_reason()}" for result in missing)
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def origin(figures: StudyFigures) -> str:
     """Where the figures come from: commits, machines, seeds."""
-    done = [one for one in figures.cells if one.is_done]
+    done = [result for result in figures.cells if result.is_done]
     if not done:
         return f"Study `{figures.study.name}`: no cell is finished."
-    commits = sorted({one.state.commit for one in done if one.state})
-    machines = sorted({one.state.machine for one in done if one.state})
+    commits = sorted({result.state.commit for result in done if result.state})
+    machines = sorted({result.state.machine for result in done if result.state})
     return (
         f"Study `{figures.study.name}`, {len(done)} of {len(figures.cells)} cells; commit "
         f"{', '.join(commits)}; {'; '.join(machines)}. Test split, full ranking; mean ± standard "
@@ -71,7 +73,7 @@ def table_columns(
 
     `number` writes a metric.
     """
-    against = dict.fromkeys(one.versus for row in rows for one in row.intervals)
+    against = dict.fromkeys(interval.versus for row in rows for interval in row.intervals)
     columns = {"seeds": [str(len(row.cells)) if row.cells else "" for row in rows]}
     if with_costs:
         columns["validation NDCG@10"] = [number(row.validation()) for row in rows]
@@ -110,9 +112,9 @@ def _metric(figure: Figure | None) -> str:
 
 
 def interval_of(row: Row, versus: str, metric: str = COMPARED) -> Interval | None:
-    for one in row.intervals:
-        if one.versus == versus and one.metric == metric:
-            return one
+    for interval in row.intervals:
+        if interval.versus == versus and interval.metric == metric:
+            return interval
     return None
 
 
@@ -156,7 +158,7 @@ def _records(figures: StudyFigures) -> Iterator[dict[str, Any]]:
             "row": row.name,
             "exclude_seen": summary.exclude_seen,
             "users": summary.users,
-            "seeds": " ".join(str(one.cell.seed) for one in row.cells),
+            "seeds": " ".join(str(result.cell.seed) for result in row.cells),
             "chosen_on_validation": (row.configuration, row.name) in chosen,
         }
         measures = {
@@ -168,9 +170,13 @@ def _records(figures: StudyFigures) -> Iterator[dict[str, Any]]:
         for name, figure in measures.items():
             record[name] = "" if figure is None else figure.mean
             record[f"{name}_std"] = "" if figure is None or figure.std is None else figure.std
-        for one in row.intervals:
-            prefix = f"{one.metric} - {one.versus}"
-            record |= {prefix: one.difference, f"{prefix} low": one.low, f"{prefix} high": one.high}
+        for interval in row.intervals:
+            prefix = f"{interval.metric} - {interval.versus}"
+            record |= {
+                prefix: interval.difference,
+                f"{prefix} low": interval.low,
+                f"{prefix} high": interval.high,
+            }
         yield record
 
 
@@ -179,7 +185,7 @@ def as_json(figures: StudyFigures) -> dict[str, Any]:
     return {
         "study": figures.study.name,
         "rows": list(_records(figures)),
-        "cells": [_cell_record(one) for one in figures.cells],
+        "cells": [_cell_record(result) for result in figures.cells],
         "choices": [
             asdict(choice) | {"rule": "the highest mean validation NDCG@10 over these seeds"}
             for choice in figures.choices
@@ -188,8 +194,8 @@ def as_json(figures: StudyFigures) -> dict[str, Any]:
     }
 
 
-def _cell_record(one: CellFigures) -> dict[str, Any]:
-    cell = one.cell
+def _cell_record(result: CellFigures) -> dict[str, Any]:
+    cell = result.cell
     record: dict[str, Any] = {
         "cell": cell.title,
         "configuration": cell.configuration,
@@ -197,19 +203,19 @@ def _cell_record(one: CellFigures) -> dict[str, Any]:
         "setting": cell.setting,
         "seed": cell.seed,
         "folder": str(cell.folder),
-        "done": one.is_done,
+        "done": result.is_done,
     }
-    if not one.is_done:
-        return record | {"missing": one.missing_reason()}
-    assert one.state is not None
+    if not result.is_done:
+        return record | {"missing": result.missing_reason()}
+    assert result.state is not None
     return record | {
-        "validation_ndcg@10": one.validation,
-        "best_step": one.best_step,
-        "validations": [{"epoch": epoch, "ndcg@10": value} for epoch, value in one.curve],
-        "training_seconds": one.seconds,
-        "peak_memory_bytes": one.peak_memory_bytes,
-        "commit": one.state.commit,
-        "machine": one.state.machine,
+        "validation_ndcg@10": result.validation,
+        "best_step": result.best_step,
+        "validations": [{"epoch": epoch, "ndcg@10": value} for epoch, value in result.curve],
+        "training_seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "commit": result.state.commit,
+        "machine": result.state.machine,
     }
 
 

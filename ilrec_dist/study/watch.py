@@ -40,7 +40,7 @@ class _Watch:
         show: Callable[[float, list[str]], None],
     ) -> None:
         self.pending, self.estimates, self.parallel, self.show = pending, estimates, parallel, show
-        known = [one.seconds for one in estimates.values() if one.seconds]
+        known = [estimate.seconds for estimate in estimates.values() if estimate.seconds]
         # Where nothing is known, all cells count alike.
         self.typical = sum(known) / len(known) if known else None
         self._training: dict[str, tuple[LogFollower, TrainingState]] = {}
@@ -55,7 +55,7 @@ class _Watch:
         if now < self._next_look and schedule.running:
             return
         self._next_look = now + LOOK_SECONDS
-        shares = {one.cell.title: self._share(one.cell) for one in schedule.running}
+        shares = {attempt.cell.title: self._share(attempt.cell) for attempt in schedule.running}
         done = len(schedule.ended) + sum(shares.values())
         parts = [f"{len(schedule.ended)}/{len(self.pending)} cells"]
         left = self._seconds_left(schedule, shares)
@@ -69,14 +69,15 @@ class _Watch:
         """From the estimates, corrected by how long the ended cells took."""
         waiting = [self._seconds(cell) for cell in schedule.waiting]
         running = [
-            self._seconds(one.cell) * (1 - shares[one.cell.title]) for one in schedule.running
+            self._seconds(attempt.cell) * (1 - shares[attempt.cell.title])
+            for attempt in schedule.running
         ]
         ended = [
             (state.seconds, self._seconds(cell))
             for cell in schedule.ended
             if (state := read_state(cell)) is not None and state.outcome == "done"
         ]
-        took, expected = sum(one for one, _ in ended), sum(one for _, one in ended)
+        took, expected = sum(seconds for seconds, _ in ended), sum(seconds for _, seconds in ended)
         if self.typical is None and not ended:
             return None
         correction = took / expected if expected else 1.0

@@ -340,7 +340,7 @@ def _batches(spec: StepSpec, sequences: int) -> Iterator[tuple[Any, ...]]:
         if spec.objective.crr_lambda > 0:
             rewards = torch.rand(len(candidates), generator=generator)
         batch = (tokens(sequences, spec.length), rows, targets, indptr, candidates, rewards)
-        yield tuple(None if one is None else one.to(spec.device) for one in batch)
+        yield tuple(None if tensor is None else tensor.to(spec.device) for tensor in batch)
 
 
 def _gradient_bytes(backbone: torch.nn.Module, optimizer: Any) -> int:

@@ -66,11 +66,11 @@ def _batches(files: list[Path], rejects: Rejects) -> Iterator[pa.RecordBatch]:
             user, history, item = (batch.column(name) for name in COLUMNS)
             user, item = strip_blanks(user), strip_blanks(item)
             filled = pc.fill_null(history, "")
-            listed = pc.and_not(
+            is_list = pc.and_not(
                 pc.match_substring_regex(filled, LIST), pc.match_substring_regex(filled, MISSING)
             )
             present = pc.and_(_present(user), _present(item))
-            good = pc.and_(present, listed)
+            good = pc.and_(present, is_list)
             bad = np.flatnonzero(~good.to_numpy(zero_copy_only=False))
             for row, line in zip(bad.tolist(), lines.at(bad) if len(bad) else [], strict=True):
                 reason = (

@@ -52,7 +52,7 @@ def report(config: Config, stage_seconds: dict[str, float]) -> None:
     ]
     shown = collect_examples(config, artifacts)
     figures = collect_figures(config, artifacts)
-    rows, intervals = [one.row for one in figures], paired_intervals(config, figures)
+    rows, intervals = [entry.row for entry in figures], paired_intervals(config, figures)
     results = write_results(
         config.run_dir / RESULTS_FILE,
         Path(config.data.path).name if config.data.path else "synthetic",

@@ -287,7 +287,9 @@ def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2 and not series[0].name:
         return ""
     swatch = '<svg viewBox="0 0 26 8" aria-hidden="true"><path class="line {}" d="M1 4H25"/></svg>'
-    entries = "".join(f"<li>{swatch.format(_style(one))}{escape(one.name)}</li>" for one in series)
+    entries = "".join(
+        f"<li>{swatch.format(_style(line))}{escape(line.name)}</li>" for line in series
+    )
     return f'<ul class="legend">{entries}</ul>'
 
 

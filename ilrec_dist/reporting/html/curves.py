@@ -227,7 +227,7 @@ def _per_position(
         series.append(Series("all", total, 7, 1))
     return Chart(
         title,
-        series if any(y != 0 for one in series for _, y in one.points) else [],
+        series if any(y != 0 for line in series for _, y in line.points) else [],
         note,
         share=share,
     )
@@ -301,7 +301,7 @@ def _present(charts: Iterable[Chart]) -> list[Chart]:
     shown = (
         Chart(
             chart.title,
-            [one for one in chart.series if one.points],
+            [line for line in chart.series if line.points],
             chart.note,
             chart.x_label,
             chart.share,
