@@ -33,12 +33,8 @@ from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.testing.distributed import close_pools, run_distributed
 from ilrec_dist.testing.measured_checkpoint import measure_checkpoint
-from ilrec_dist.testing.measured_step import (
-    StepSpec,
-    measure_step,
-    reckoned_step,
-    write_model,
-)
+from ilrec_dist.testing.measured_step import StepSpec, measure_step, write_model
+from ilrec_dist.testing.reckoned_step import reckoned_step
 from ilrec_dist.training.config import TrainConfig
 
 ERROR_LIMIT = 0.10

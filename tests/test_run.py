@@ -21,7 +21,7 @@ from ilrec_dist.config.load import load_config
 from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.evaluation.predictions import recompute
 from ilrec_dist.pipeline.status import status_lines
-from ilrec_dist.reporting.progress import Count, write_counter
+from ilrec_dist.reporting.counter import Count, write_counter
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow

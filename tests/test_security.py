@@ -37,9 +37,9 @@ from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.reporting import trackers
+from ilrec_dist.reporting.counter import Count, write_counter
 from ilrec_dist.reporting.html.examples import Example, examples_section
 from ilrec_dist.reporting.metrics_log import MetricsLog
-from ilrec_dist.reporting.progress import Count, write_counter
 from ilrec_dist.serving.app import make_server
 from ilrec_dist.serving.backend import ScoredItem
 from ilrec_dist.training import checkpoint

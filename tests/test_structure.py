@@ -22,8 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "ilrec_dist").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MOST_LATE_IMPORTS = 15
-# kernels/ilrec_kernels/triton/kernels.py is the longest: its kernels share their device functions.
-MOST_LINES = 460
+MOST_LINES = 400
+# The longest files, and the lines that each may have.
+LONG_FILES = {
+    # The kernels share their device functions.
+    "kernels/ilrec_kernels/triton/kernels.py": 460,
+    # All flags and their help.
+    "ilrec_dist/cli/parser.py": 460,
+    # All that happens to one training, a method for each.
+    "ilrec_dist/training/trainer.py": 460,
+}
 
 
 @functools.cache
@@ -166,9 +174,9 @@ def test_commands_load_no_more_than_they_use(modules: list[str], heavy: list[str
 
 
 def test_files_are_about_one_thing() -> None:
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in SOURCES
-        if (count := len(parsed(path)[0])) > MOST_LINES
-    }
-    assert not long, long
+    counts = {str(path.relative_to(ROOT)): len(parsed(path)[0]) for path in SOURCES}
+    long = {name: count for name, count in counts.items() if count > MOST_LINES}
+    too_long = [name for name, count in long.items() if count > LONG_FILES.get(name, 0)]
+    assert not too_long, long
+    # A file that became shorter loses its exception.
+    assert long.keys() == LONG_FILES.keys()

@@ -1,7 +1,7 @@
 """Files: reading inputs with errors that name the place, atomic writes, locks, SHA-256.
 
-What a process writes appears whole or not at all: `atomic_file` for one file,
-`write_text` and `write_json` for short ones, `committed_folder` for a folder.
+What a process writes appears whole or not at all: `atomic_file` for one file, which
+`write_text`, `write_json` and `write_array` use, `committed_folder` for a folder.
 `file_lock`, `acquire_lock` and `inherit_lock` are the only locks, `sha256_file` and
 `sha256_files` the only hashes of files, `sha256_json` that of values.
 """
@@ -102,6 +102,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Write an array as .npy, atomically."""
+    # numpy appends .npy to a name, and leaves an open file's alone.
+    with atomic_file(path) as staged, open(staged, "wb") as file:
+        np.save(file, array)
 
 
 @contextmanager

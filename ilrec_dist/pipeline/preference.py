@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ilrec_dist.cf.sasrec.pairwise import PairwiseProbabilities
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import atomic_file
+from ilrec_dist.common.files import write_array
 from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState
@@ -136,7 +136,6 @@ def _text_neighbours(
         if dist.get_rank() == 0:
             vectors = document_vectors(config.items, documents, dataset.item_ids, path.parent)
             nearest = nearest_items(vectors, NEIGHBOURS, parallel.device)
-            with atomic_file(path) as staged, open(staged, "wb") as file:
-                np.save(file, nearest)
+            write_array(path, nearest)
 
     return kept_array(spec.folder, "neighbours", spec.fingerprint, write)

@@ -22,7 +22,7 @@ from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.evaluation.predictions import Predictions, join_predictions
 from ilrec_dist.inference.ranker import RankingProgress
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.reporting.progress import Count, write_counter
+from ilrec_dist.reporting.counter import Count, write_counter
 
 # Users that are ranked before their predictions are saved: all that an interruption loses, and
 # all whose lists are in memory. With fewer, more batches would be short of users, for each has

@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.common.files import atomic_file
+from ilrec_dist.common.files import write_array
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
@@ -138,8 +138,7 @@ class SelfPlay:
                     self.supervised, items.items.astype(np.int64), targets[rows]
                 )
         if dist.get_rank() == 0:
-            with atomic_file(path) as staged, open(staged, "wb") as file:
-                np.save(file, negatives)
+            write_array(path, negatives)
 
 
 def best_but_target(

@@ -16,8 +16,9 @@ from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.run_config import run_config
+from ilrec_dist.reporting.counter import read_counter
 from ilrec_dist.reporting.metrics_log import read_metrics
-from ilrec_dist.reporting.progress import TrainingState, clock, read_counter
+from ilrec_dist.reporting.progress import TrainingState, clock
 from ilrec_dist.training.checkpoint import MANIFEST, committed, read_manifest
 from ilrec_dist.training.spec import TrainingSpec
 

@@ -34,7 +34,7 @@ from ilrec_dist.pipeline.recommend_parts import Parts, rank_parts
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.trained_model import find_trained
 from ilrec_dist.pipeline.usage import note_peak_memory
-from ilrec_dist.reporting.progress import Count, write_counter
+from ilrec_dist.reporting.counter import Count, write_counter
 from ilrec_dist.training.exclusive import exclusive_folder
 from ilrec_dist.training.spec import TrainingSpec
 

@@ -7,14 +7,12 @@ file gets a plain line about every ten seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from ilrec_dist.reporting.counter import latest_counts
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED, parse_line
 
 # Seconds between two lines where there is no terminal.
@@ -237,7 +236,7 @@ def follow_counter(path: Path, unit: str, stop: threading.Event, poll_seconds: f
     A bar ends where another title comes. Where several processes have parts of the
     work, each writes to a file of its own, whose name begins with that of `path`.
     """
-    counts = _counts(path, stop, poll_seconds)
+    counts = latest_counts(path, stop, poll_seconds)
     count = next(counts, None)
     while count is not None:
         title = count.title
@@ -260,70 +259,6 @@ def following(follow: Callable[[threading.Event], None]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-@dataclass(frozen=True)
-class Count:
-    """How far some work is."""
-
-    title: str
-    done: float
-    total: float
-    note: str = ""
-
-
-def write_counter(path: Path, count: Count) -> None:
-    """Write how far this process is, for `follow_counter` in another one.
-
-    The folder is made when absent.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(count)))
-
-
-def read_counter(path: Path) -> tuple[Count, float] | None:
-    """The latest count that `write_counter` left, with what all files of its title say
-    is done, and when it was written (Unix seconds); None where there is none.
-    """
-    counts = [(when, count) for _, count, when in _written(path)]
-    if not counts:
-        return None
-    when, latest = max(counts, key=lambda entry: entry[0])
-    return _together(latest, (count for _, count in counts)), when
-
-
-def _counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
-    """The latest count, with what all files say is done, again
-    and again until `stop` is set.
-    """
-    known: dict[Path, Count] = {}
-    latest = None
-    while True:
-        for file, count, _ in _written(path):
-            if count != known.get(file):
-                latest = known[file] = count
-        if latest is not None:
-            yield _together(latest, known.values())
-        if stop.wait(poll_seconds):
-            return
-
-
-def _written(path: Path) -> Iterator[tuple[Path, Count, float]]:
-    """The files whose names begin with that of `path`, what each
-    counts, and when it was written (Unix seconds).
-    """
-    for file in path.parent.glob(f"{path.name}*"):
-        try:
-            count, when = Count(**json.loads(file.read_text())), file.stat().st_mtime
-        except (FileNotFoundError, ValueError, TypeError):
-            # It exists no longer, or is half written.
-            continue
-        yield file, count, when
-
-
-def _together(latest: Count, counts: Iterable[Count]) -> Count:
-    """The latest count, with what all of its title say is done."""
-    return replace(latest, done=sum(count.done for count in counts if count.title == latest.title))
 
 
 def clock(seconds: float) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ilrec_dist.common.files import atomic_file
+from ilrec_dist.common.files import atomic_file, write_array
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
@@ -87,8 +87,7 @@ def _compute_shards(
         last = min(firsts[number] + SHARD_WINDOWS, len(maker.windows))
         rows = _rows_of(objective, maker, np.arange(firsts[number], last), batch_size, more)
         if parallel.tp_rank == 0:
-            with atomic_file(path) as staged, open(staged, "wb") as file:
-                np.save(file, rows)
+            write_array(path, rows)
     objective.train(was_training)
 
 

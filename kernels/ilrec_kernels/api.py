@@ -160,8 +160,7 @@ class _Call:
         """Return statistics and the wanted gradients,
         hidden streams first, the head last.
 
-        `hidden` and `head`, or its trained rows, are the tensors that autograd hands
-        over.
+        `hidden` and `head`, or its trained rows, are what autograd hands over.
         """
         p = replace(self.problem, hidden=tuple(hidden))
         columns = p.trainable
@@ -247,8 +246,7 @@ def _check_inputs(
             f"targets: expected int64 [{n}], got {targets.dtype} {list(targets.shape)}"
         )
     if n and targets.is_cuda:
-        # The device asserts it later: to ask it here would wait for all of the model's
-        # forward.
+        # The device asserts it later: to ask it here would wait for all of the model's forward.
         torch._assert_async(((targets >= 0) & (targets < options.vocab_size)).all())
     elif n and not 0 <= int(targets.min()) <= int(targets.max()) < options.vocab_size:
         raise ValueError(
@@ -302,10 +300,8 @@ def _check_trained_rows(
         raise ValueError("trained_rows: needs trainable_rows as a range of tokens")
     start, stop = vocab if vocab is not None else (0, head.shape[0])
     low, high = (min(max(edge, start), stop) for edge in trainable_rows)
-    if trained_rows.dim() != 2 or trained_rows.shape[1] != head.shape[1]:
-        fits = False
-    else:
-        fits = trained_rows.shape[0] >= high - low
+    is_matrix = trained_rows.dim() == 2 and trained_rows.shape[1] == head.shape[1]
+    fits = is_matrix and trained_rows.shape[0] >= high - low
     if not fits or trained_rows.dtype != head.dtype:
         raise ValueError(
             f"trained_rows: expected at least {max(0, high - low)} rows of {head.shape[1]} in "

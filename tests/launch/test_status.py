@@ -18,7 +18,7 @@ from ilrec_dist.common.files import sha256_file, write_json
 from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.launch.attempts import LOST, begin_attempt, read_attempts
 from ilrec_dist.launch.job import Job, run_job
-from ilrec_dist.reporting.progress import Count, write_counter
+from ilrec_dist.reporting.counter import Count, write_counter
 from tests.support.tiny_run import tiny_config
 
 

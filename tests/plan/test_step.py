@@ -10,12 +10,8 @@ from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.hf.families import DECODER
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.testing.distributed import run_distributed
-from ilrec_dist.testing.measured_step import (
-    StepSpec,
-    measure_step,
-    reckoned_step,
-    write_model,
-)
+from ilrec_dist.testing.measured_step import StepSpec, measure_step, write_model
+from ilrec_dist.testing.reckoned_step import reckoned_step
 from ilrec_dist.training.config import TrainConfig
 
 GPT = BackboneConfig(num_layers=3, hidden_size=64, num_heads=4)

@@ -12,16 +12,15 @@ import pytest
 from rich.console import Console
 
 from ilrec_dist.reporting import progress as live
+from ilrec_dist.reporting.counter import Count, write_counter
 from ilrec_dist.reporting.metrics_log import METRICS_FILE, RESUMED
 from ilrec_dist.reporting.progress import (
-    Count,
     LiveProgress,
     LogFollower,
     TrainingState,
     clock,
     follow_counter,
     stage_progress,
-    write_counter,
 )
 
 

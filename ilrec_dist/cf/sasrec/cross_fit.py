@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,15 @@ TASK, LOCK = "task.json", ".lock"
 # How long the last processes of a killed run may hold the lock. Other ranks wait meanwhile, twice
 # as long by default.
 PATIENCE_SECONDS = 300.0
+
+
+class _Model(NamedTuple):
+    """One of the models to train."""
+
+    name: str
+    # bool [U]: the users that it is trained on; None: all.
+    users: np.ndarray | None
+    seed: int
 
 
 def user_folds(user_ids: Iterable[str], folds: int) -> np.ndarray:
@@ -114,13 +123,12 @@ def train_cf(
     folds = user_folds(dataset.user_ids, config.cf_folds)
     with _unfinished_folder(out, config, dataset, folds, shard) as unfinished:
         work = unfinished / out.name
-        models = list(_model_users(config, folds))
-        if train_elsewhere is not None and not all(
-            (unfinished / f"{name}.json").exists() for name, *_ in models
-        ):
+        models = list(_models(config, folds))
+        reports_there = [(unfinished / f"{model.name}.json").exists() for model in models]
+        if train_elsewhere is not None and not all(reports_there):
             train_elsewhere()
         reports = {
-            model[0]: _trained(model, config, shard, sequences, out, on_epoch, device)
+            model.name: _trained(model, config, shard, sequences, out, on_epoch, device)
             for model in models
         }
         if config.cf_folds == 1 and shard.is_rank0:
@@ -167,7 +175,7 @@ def train_share(
         if on_epoch is not None:
             on_epoch(event)
 
-    for model in list(_model_users(config, folds))[rank::processes]:
+    for model in list(_models(config, folds))[rank::processes]:
         _trained(model, config, shard, sequences, Path(out), go_on, device)
 
 
@@ -181,7 +189,7 @@ def _training_sequences(dataset: InteractionDataset) -> TrainingSequences:
 
 
 def _trained(
-    model: tuple[str, np.ndarray | None, int],
+    model: _Model,
     config: CFConfig,
     shard: ItemShard,
     sequences: TrainingSequences,
@@ -189,30 +197,27 @@ def _trained(
     on_epoch: OnEpoch | None,
     device: str,
 ) -> dict[str, Any]:
-    """Train one of `_model_users` into the folder of unfinished work, unless it is
-    there; its report.
+    """Train a model into the folder of unfinished work, unless it is there; its
+    report.
     """
-    name, users, seed = model
     unfinished = _unfinished(out)
-    report_path = unfinished / f"{name}.json"
-    report = _finished_report(report_path, name, config, shard, on_epoch)
+    report_path = unfinished / f"{model.name}.json"
+    report = _finished_report(report_path, model.name, config, shard, on_epoch)
     if report is None:
-        path = unfinished / out.name / f"{name}.safetensors"
-        trained_on = sequences if users is None else sequences.select(users)
-        report = fit_sasrec(config, shard, trained_on, path, seed, on_epoch, device)
+        path = unfinished / out.name / f"{model.name}.safetensors"
+        trained_on = sequences if model.users is None else sequences.select(model.users)
+        report = fit_sasrec(config, shard, trained_on, path, model.seed, on_epoch, device)
         if shard.is_rank0:
             write_json(report_path, report)
     return report
 
 
-def _model_users(
-    config: CFConfig, folds: np.ndarray
-) -> Iterator[tuple[str, np.ndarray | None, int]]:
-    """(name, bool [U] users it is trained on or None for all, seed) of each model."""
-    yield "full", None, config.seed
+def _models(config: CFConfig, folds: np.ndarray) -> Iterator[_Model]:
+    """The models to train: the full one, and one for each of several folds."""
+    yield _Model("full", None, config.seed)
     if config.cf_folds > 1:
         for fold in range(config.cf_folds):
-            yield f"fold{fold}", folds != fold, config.seed * 1_000_003 + fold + 1
+            yield _Model(f"fold{fold}", folds != fold, config.seed * 1_000_003 + fold + 1)
 
 
 def _finished_report(

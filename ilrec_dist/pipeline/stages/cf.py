@@ -22,13 +22,8 @@ from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.pipeline.artifacts import RunArtifacts, config_for_workers
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.stage import Stage
-from ilrec_dist.reporting.progress import (
-    Count,
-    follow_counter,
-    following,
-    stage_progress,
-    write_counter,
-)
+from ilrec_dist.reporting.counter import Count, write_counter
+from ilrec_dist.reporting.progress import follow_counter, following, stage_progress
 
 
 def cf_stage(config: Config) -> Stage:
