@@ -8,6 +8,7 @@ language model, whose log p is used as it is: it changes no order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,10 +23,18 @@ SELECTION_METRIC = "ndcg@10"
 
 @dataclass(frozen=True)
 class FusionScores:
-    """Candidates of n users with the log p of each source."""
+    """Candidates of n users with the log p of each source, the language model first."""
 
-    items: np.ndarray  # int64 [n, K] ascending in a row, padded with -1
+    items: np.ndarray  # int64 [n, K] ascending in a row, with -1 at padding
     log_p: np.ndarray  # float64 [n, K, S], -inf at padding
+    proposed: np.ndarray  # bool [n, K, S]: which sources a candidate comes from
+
+    def of(self, sources: Sequence[int]) -> FusionScores:
+        """Those of some sources alone, with the candidates that come from them."""
+        proposed = self.proposed[:, :, sources]
+        is_kept = np.logical_or.reduce(proposed, axis=2)
+        log_p = np.where(is_kept[:, :, None], self.log_p[:, :, sources], -np.inf)
+        return FusionScores(np.where(is_kept, self.items, -1), log_p, proposed)
 
 
 def candidate_union(lists: list[np.ndarray]) -> np.ndarray:
@@ -38,6 +47,16 @@ def candidate_union(lists: list[np.ndarray]) -> np.ndarray:
     order = np.argsort(np.where(stacked < 0, np.iinfo(np.int64).max, stacked), axis=1)
     union = np.take_along_axis(stacked, order, axis=1)
     return union[:, : max(1, int((union >= 0).sum(axis=1).max(initial=0)))]
+
+
+def are_listed(items: np.ndarray, lists: np.ndarray) -> np.ndarray:
+    """bool [n, K]: which of the items int [n, K] are in the
+    list of their row, int [n, W]; padding, -1, is in none.
+    """
+    # A key of its own for every item of every row.
+    first = np.arange(len(items))[:, None] * (1 + max(items.max(initial=0), lists.max(initial=0)))
+    listed: np.ndarray = np.isin(items + first, (lists + first)[lists >= 0]) & (items >= 0)
+    return listed
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:

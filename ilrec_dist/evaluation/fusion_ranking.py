@@ -6,19 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
 from ilrec_dist.cf.sasrec.model import SASRec
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.layout import ParallelState, over_data_parallel
 from ilrec_dist.evaluation.baselines.counting import TrainingCounts, history_transition_scores
 from ilrec_dist.evaluation.baselines.sasrec import history_sasrec_scores
-from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.fusion import (
     FusionScores,
+    are_listed,
     candidate_union,
     choose_weights,
     fused_scores,
@@ -27,19 +25,16 @@ from ilrec_dist.evaluation.fusion import (
     ranks_of_fused,
 )
 from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.evaluation.ranking import (
-    KEPT_ITEMS,
-    evaluate_model,
-    history_ranges,
-    top_items,
-)
-from ilrec_dist.inference.beam_search import Decoder, RankedItems
-from ilrec_dist.inference.inputs import HistoryRanges, InputForm
+from ilrec_dist.evaluation.ranking import KEPT_ITEMS, history_ranges, top_items
+from ilrec_dist.inference.beam_search import RankedItems
+from ilrec_dist.inference.inputs import HistoryRanges
 from ilrec_dist.inference.item_scores import score_items
-from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
-from ilrec_dist.inference.trie_constraint import TrieConstraint
-from ilrec_dist.items.trie import Trie
+from ilrec_dist.inference.ranker import (
+    ModelRanker,
+    RankingProgress,
+    over_batches,
+    rank_batch,
+)
 
 # Histories whose candidates are in memory at once.
 CHUNK_HISTORIES = 1 << 14
@@ -75,151 +70,146 @@ def transitions_source(counts: TrainingCounts) -> FusionSource:
 
 
 def score_candidates(
-    backbone: Decoder,
-    constraint: TrieConstraint,
+    model: ModelRanker,
     histories: HistoryRanges,
-    beam_items: np.ndarray,
     sources: Sequence[FusionSource],
     *,
+    beam: int,
     num_candidates: int,
-    batch_size: int,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
     exclude_seen: bool,
-    parallel: ParallelState,
     allowed: np.ndarray | None = None,
-    model_name: str = "the model",
+    progress: RankingProgress | None = None,
 ) -> FusionScores:
     """The candidates of n histories with log p
     of the language model, then of the `sources`.
 
-    Candidates are the items of the beams, int [n, W] padded with -1, and the top
-    `num_candidates` of each source, without the items of the history where
-    exclude_seen, and of `allowed`, bool [num_items], alone. Collective over `parallel`;
-    the same on every rank, and so is a UserError.
+    Candidates are the items of the model's beams and the top `num_candidates` of each
+    source, without the items of the history where exclude_seen, and of `allowed`, bool
+    [num_items], alone. Collective over the model's ranks; the same on every rank, and
+    so is a UserError.
     """
-    catalogue = constraint.trie.catalogue
-    batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
+    parallel = model.parallel
 
-    def score_own() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        parts = []
-        for rows in batches:
-            by_source = [source.log_p(histories, rows) for source in sources]
-            seen = histories.seen(rows) if exclude_seen else None
-            lists = [beam_items[rows]]
-            for log_p in by_source:
-                ranked = log_p.copy()
-                if seen is not None:
-                    ranked[seen.rows, seen.items] = -np.inf
-                if allowed is not None:
-                    ranked[:, ~allowed] = -np.inf
-                lists.append(top_items(ranked, num_candidates)[0])
-            items = candidate_union(lists)
-            by_model = score_items(
-                backbone,
-                constraint,
-                inputs.prefixes(histories, rows).to(parallel.device),
-                torch.from_numpy(items).to(parallel.device),
-                vocab_size=catalogue.vocab_size,
-                softmax_scope=softmax_scope,
-                tp_group=parallel.tp_group,
-                model_name=model_name,
-            )
-            columns = [by_model.double().cpu().numpy()]
-            columns += [
-                np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source
-            ]
-            scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
-            parts.append((rows, items, scores))
-        return parts
+    def score(rows: np.ndarray) -> tuple[np.ndarray, FusionScores]:
+        ranked = rank_batch(
+            model.backbone,
+            model.constraint_to(allowed),
+            histories,
+            rows,
+            beam=beam,
+            softmax_scope=model.softmax_scope,
+            inputs=model.inputs,
+            exclude_seen=exclude_seen,
+            parallel=parallel,
+            model_name=model.model_name,
+        )
+        by_source = [source.log_p(histories, rows) for source in sources]
+        seen = histories.seen(rows) if exclude_seen else None
+        lists = [ranked.items]
+        for log_p in by_source:
+            left = log_p.copy()
+            if seen is not None:
+                left[seen.rows, seen.items] = -np.inf
+            if allowed is not None:
+                left[:, ~allowed] = -np.inf
+            lists.append(top_items(left, num_candidates)[0])
+        items = candidate_union(lists)
+        by_model = score_items(
+            model.backbone,
+            model.constraint,
+            model.inputs.prefixes(histories, rows).to(parallel.device),
+            torch.from_numpy(items).to(parallel.device),
+            vocab_size=model.trie.catalogue.vocab_size,
+            softmax_scope=model.softmax_scope,
+            tp_group=parallel.tp_group,
+            model_name=model.model_name,
+        )
+        columns = [by_model.double().cpu().numpy()]
+        columns += [np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source]
+        scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
+        proposed = np.stack([are_listed(items, proposal) for proposal in lists], axis=2)
+        return rows, FusionScores(items, scores, proposed)
 
-    was_training = backbone.training
-    backbone.eval()
-    parts = over_data_parallel(parallel, score_own)
-    backbone.train(was_training)
-    width = max(items.shape[1] for _, items, _ in parts)
-    union = np.full((len(beam_items), width), -1, np.int64)
-    log_p = np.full((len(beam_items), width, 1 + len(sources)), -np.inf)
-    for rows, items, scores in parts:
-        union[rows, : items.shape[1]] = items
-        log_p[rows, : items.shape[1]] = scores
-    return FusionScores(union, log_p)
+    parts = over_batches(
+        model.backbone,
+        histories,
+        score,
+        batch_size=model.batch_size,
+        inputs=model.inputs,
+        parallel=parallel,
+        progress=progress,
+    )
+    shape = len(histories.start), max(part.items.shape[1] for _, part in parts)
+    union = np.full(shape, -1, np.int64)
+    log_p = np.full((*shape, 1 + len(sources)), -np.inf)
+    proposed = np.zeros((*shape, 1 + len(sources)), np.bool_)
+    for rows, part in parts:
+        width = part.items.shape[1]
+        union[rows, :width] = part.items
+        log_p[rows, :width] = part.log_p
+        proposed[rows, :width] = part.proposed
+    return FusionScores(union, log_p, proposed)
 
 
 @dataclass(frozen=True)
-class FusedModel:
-    """A language model and the sources that it is mixed with.
+class Fusions:
+    """Mixtures of a language model with some of the same sources, one or several.
 
-    What it does is collective over `parallel`, and the same on every rank.
+    What it does is collective over the model's ranks, and the same on every rank.
     """
 
-    backbone: Decoder
+    model: ModelRanker
     dataset: InteractionDataset
-    trie: Trie
     sources: Sequence[FusionSource]
-    config: EvaluationConfig
-    softmax_scope: SoftmaxScope
-    inputs: InputForm
-    parallel: ParallelState
-    model_name: str = "the model"
+    # What each mixes: 0 is the language model, 1 the first source.
+    parts: Sequence[Sequence[int]]
+    num_candidates: int
+    exclude_seen: bool
 
-    @cached_property
-    def constraint(self) -> TrieConstraint:
-        return TrieConstraint(self.trie, self.parallel.device)
-
-    def choose_weights(self, users: np.ndarray) -> tuple[np.ndarray, float]:
-        """The weights by the validation split of these users, float64 [1 + sources]
-        with the language model's first, and the NDCG@10 there.
+    def choose_weights(
+        self, users: np.ndarray, progress: RankingProgress | None = None
+    ) -> list[tuple[np.ndarray, float]]:
+        """The weights of each by the validation split of
+        these users, float64 [its parts], and the NDCG@10 there.
         """
-        scores, beams = self._scores(users, "validation")
-        return choose_weights(scores, beams.targets)
+        targets = self.dataset.targets("validation", users).astype(np.int64)
+        scores = self.scores(users, "validation", progress)
+        return [choose_weights(scores.of(parts), targets) for parts in self.parts]
 
     def predictions(
-        self, weights: np.ndarray, *, users: np.ndarray, progress: RankingProgress | None = None
-    ) -> Predictions:
-        """Rank the test split of these users by the mixture with these weights."""
-        scores, beams = self._scores(users, "test", progress)
-        return fused_predictions(
-            scores,
-            weights,
-            users=beams.users,
-            targets=beams.targets,
-            exclude_seen=self.config.exclude_seen,
-        )
+        self,
+        weights: Sequence[np.ndarray],
+        *,
+        users: np.ndarray,
+        progress: RankingProgress | None = None,
+    ) -> list[Predictions]:
+        """Rank the test split of these users, ascending, by each mixture."""
+        targets = self.dataset.targets("test", users).astype(np.int64)
+        scores = self.scores(users, "test", progress)
+        return [
+            fused_predictions(
+                scores.of(parts),
+                alpha,
+                users=users,
+                targets=targets,
+                exclude_seen=self.exclude_seen,
+            )
+            for parts, alpha in zip(self.parts, weights, strict=True)
+        ]
 
-    def _scores(
+    def scores(
         self, users: np.ndarray, split: str, progress: RankingProgress | None = None
-    ) -> tuple[FusionScores, Predictions]:
-        """The candidates and their scores, and the beams that some come from."""
-        beams = evaluate_model(
-            self.backbone,
-            self.dataset,
-            self.trie.catalogue,
-            self.trie,
-            users=users,
-            split=split,
-            config=self.config,
-            softmax_scope=self.softmax_scope,
-            inputs=self.inputs,
-            parallel=self.parallel,
-            progress=progress,
-            model_name=self.model_name,
-        )
-        scores = score_candidates(
-            self.backbone,
-            self.constraint,
-            history_ranges(self.dataset, beams.users, split),
-            beams.items,
+    ) -> FusionScores:
+        """The candidates of all and their scores."""
+        return score_candidates(
+            self.model,
+            history_ranges(self.dataset, users, split),
             self.sources,
-            num_candidates=self.config.fusion_candidates,
-            batch_size=self.config.batch_size,
-            softmax_scope=self.softmax_scope,
-            inputs=self.inputs,
-            exclude_seen=self.config.exclude_seen,
-            parallel=self.parallel,
-            model_name=self.model_name,
+            beam=self.model.beam,
+            num_candidates=self.num_candidates,
+            exclude_seen=self.exclude_seen,
+            progress=progress,
         )
-        return scores, beams
 
 
 def fused_predictions(
@@ -293,26 +283,14 @@ class FusedRanker:
     def _rank(
         self, histories: HistoryRanges, top: int, exclude_seen: bool, allowed: np.ndarray | None
     ) -> RankedItems:
-        model = self.model
-        beams = model.rank(histories, top=top, exclude_seen=exclude_seen, allowed=allowed)
-        width = max(part.items.shape[1] for _, part in beams)
-        beam_items = np.full((len(histories.start), width), -1, np.int64)
-        for rows, part in beams:
-            beam_items[rows, : part.items.shape[1]] = part.items
         scores = score_candidates(
-            model.backbone,
-            model.constraint,
+            self.model,
             histories,
-            beam_items,
             self.sources,
+            beam=max(self.model.beam, top),
             num_candidates=max(self.num_candidates, top),
-            batch_size=model.batch_size,
-            softmax_scope=model.softmax_scope,
-            inputs=model.inputs,
             exclude_seen=exclude_seen,
-            parallel=model.parallel,
             allowed=allowed,
-            model_name=model.model_name,
         )
         items, best = fused_lists(scores, self.weights[exclude_seen], top)
         # Every item stands for itself.

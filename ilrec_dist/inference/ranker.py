@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,42 @@ from ilrec_dist.items.trie import Trie
 
 # Called with (histories ranked, histories in all) of this data-parallel rank.
 RankingProgress = Callable[[int, int], Any]
+T = TypeVar("T")
+
+
+def over_batches(
+    backbone: Decoder,
+    histories: HistoryRanges,
+    make: Callable[[np.ndarray], T],
+    *,
+    batch_size: int,
+    inputs: InputForm,
+    parallel: ParallelState,
+    progress: RankingProgress | None = None,
+) -> list[T]:
+    """What `make` gives for the rows (int64) of each batch of the histories; the same
+    list on every rank, and so is a UserError.
+
+    Collective over `parallel`: the batches are spread over the data-parallel ranks. The
+    backbone is in eval mode meanwhile.
+    """
+    batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
+    total = sum(map(len, batches))
+
+    def make_own() -> list[T]:
+        made, done = [], 0
+        for rows in batches:
+            made.append(make(rows))
+            done += len(rows)
+            if progress is not None:
+                progress(done, total)
+        return made
+
+    was_training = backbone.training
+    backbone.eval()
+    made = over_data_parallel(parallel, make_own)
+    backbone.train(was_training)
+    return made
 
 
 def rank_histories(
@@ -45,38 +81,62 @@ def rank_histories(
     backbone is in eval mode meanwhile. Raises UserError with `model_name` where a score
     is not finite, on every rank.
     """
-    catalogue = constraint.trie.catalogue
-    batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
-    total = sum(map(len, batches))
 
-    def rank_own() -> list[tuple[np.ndarray, RankedItems]]:
-        ranked: list[tuple[np.ndarray, RankedItems]] = []
-        done = 0
-        for rows in batches:
-            prefixes = inputs.prefixes(histories, rows).to(parallel.device)
-            excluded = histories.seen(rows) if exclude_seen else None
-            beams = beam_search(
-                backbone,
-                constraint,
-                prefixes,
-                vocab_size=catalogue.vocab_size,
-                beam=beam,
-                softmax_scope=softmax_scope,
-                excluded=excluded,
-                tp_group=parallel.tp_group,
-                model_name=model_name,
-            )
-            ranked.append((rows, expand_beams(constraint, beams, excluded)))
-            done += len(rows)
-            if progress is not None:
-                progress(done, total)
-        return ranked
+    def rank(rows: np.ndarray) -> tuple[np.ndarray, RankedItems]:
+        ranked = rank_batch(
+            backbone,
+            constraint,
+            histories,
+            rows,
+            beam=beam,
+            softmax_scope=softmax_scope,
+            inputs=inputs,
+            exclude_seen=exclude_seen,
+            parallel=parallel,
+            model_name=model_name,
+        )
+        return rows, ranked
 
-    was_training = backbone.training
-    backbone.eval()
-    ranked = over_data_parallel(parallel, rank_own)
-    backbone.train(was_training)
-    return ranked
+    return over_batches(
+        backbone,
+        histories,
+        rank,
+        batch_size=batch_size,
+        inputs=inputs,
+        parallel=parallel,
+        progress=progress,
+    )
+
+
+def rank_batch(
+    backbone: Decoder,
+    constraint: TrieConstraint,
+    histories: HistoryRanges,
+    rows: np.ndarray,
+    *,
+    beam: int,
+    softmax_scope: SoftmaxScope,
+    inputs: InputForm,
+    exclude_seen: bool,
+    parallel: ParallelState,
+    model_name: str = "the model",
+) -> RankedItems:
+    """The ranked items of the rows of one batch, as `rank_histories` has them; the
+    backbone is expected in eval mode.
+    """
+    excluded = histories.seen(rows) if exclude_seen else None
+    beams = beam_search(
+        backbone,
+        constraint,
+        inputs.prefixes(histories, rows).to(parallel.device),
+        vocab_size=constraint.trie.catalogue.vocab_size,
+        beam=beam,
+        softmax_scope=softmax_scope,
+        excluded=excluded,
+        tp_group=parallel.tp_group,
+        model_name=model_name,
+    )
+    return expand_beams(constraint, beams, excluded)
 
 
 class Ranker(Protocol):
@@ -128,8 +188,12 @@ class ModelRanker:
         """The last mask of allowed items, packed, and what was made of it."""
         return {}
 
-    def _narrowed(self, allowed: np.ndarray) -> TrieConstraint:
-        """The constraint to the allowed items, made once where the same come again."""
+    def constraint_to(self, allowed: np.ndarray | None) -> TrieConstraint:
+        """The constraint to the allowed items, bool [num_items],
+        made once where the same come again; None allows all.
+        """
+        if allowed is None:
+            return self.constraint
         key = np.packbits(allowed).tobytes()
         if key not in self._constraints:
             self._constraints.clear()
@@ -148,7 +212,7 @@ class ModelRanker:
         """As the protocol has it."""
         return rank_histories(
             self.backbone,
-            self.constraint if allowed is None else self._narrowed(allowed),
+            self.constraint_to(allowed),
             histories,
             beam=max(self.beam, top),
             batch_size=self.batch_size,

@@ -46,7 +46,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
         parts = parts_folder(path)
         files = [parts / f"{r:06d}.parquet" for r in range(world_size)]
         before, total = number * len(users), len(work) * len(users)
-        counter = RankingsCounter(artifacts, "baselines", name, before, total, world_size)
+        counter = RankingsCounter(artifacts, "baselines", name, before, total)
         with refused_together():
             parts.mkdir(parents=True, exist_ok=True)
             if len(shares[rank]):
@@ -55,7 +55,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                     inputs,
                     users=shares[rank],
                     exclude_seen=exclude,
-                    progress=counter.after(),
+                    progress=counter.of(len(users)),
                 ).save(files[rank])
         if rank == 0:
             join_predictions([files[r] for r in range(world_size) if len(shares[r])], path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,14 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState, from_rank0, is_rank0
 from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.fusion_ranking import (
-    FusedModel,
+    Fusions,
     FusionSource,
     cf_source,
     transitions_source,
 )
+from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import evaluate_model
+from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import get_method
@@ -38,6 +41,8 @@ from ilrec_dist.pipeline.stages.evaluate import (
     treatments,
 )
 
+# Where the predictions of each fusion lie, by the names of its sources.
+Paths = Mapping[tuple[str, ...], Path]
 # What a fusion may mix with the language model.
 FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
     "cf": lambda artifacts: cf_source(load_cf(artifacts.folders.cf)),
@@ -70,9 +75,13 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             parallel=parallel,
             model_name=str(artifacts.folders.training(method, seed) / BEST),
         )
+
+        def alone(*, users: np.ndarray, progress: RankingProgress | None) -> list[Predictions]:
+            return [evaluated(users=users, progress=progress)]
+
         before, total = number * len(users), len(work) * len(users)
-        counter = RankingsCounter(artifacts, "evaluate", method, before, total, parallel.dp)
-        rank_in_parts(path, users, evaluated, counter)
+        counter = RankingsCounter(artifacts, "evaluate", method, before, total)
+        rank_in_parts([path], users, alone, counter)
 
     for number, (method, seed, exclude) in enumerate(work):
         path = predictions_file(config, method, seed, exclude)
@@ -87,64 +96,86 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
     """Mixtures of every trained (method, seed),
     with weights chosen on validation users.
 
-    Each is saved like a method's predictions, with its weights
-    in a .fusion.json beside them, which is written first.
+    Those of a model are made of the same scores. Each is saved like a method's
+    predictions, with its weights in a .fusion.json beside them, which is written first.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     inputs = input_form(config, artifacts, served_prompt(config))
+    validation = artifacts.validation_users(config.train.validation_users)
     users = artifacts.dataset.evaluated("test")
-    methods, seeds = config.train.methods, config.train.seeds
-    work = list(itertools.product(methods, seeds, treatments(config), fusions(config)))
+    work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
+    per_model = len(validation) + len(users)
 
-    def rank(
-        number: int, path: Path, method: str, seed: int, exclude: bool, names: Sequence[str]
-    ) -> None:
-        model = FusedModel(
+    def rank(number: int, paths: Paths, method: str, seed: int, exclude: bool) -> None:
+        names = list(dict.fromkeys(itertools.chain.from_iterable(paths)))
+        model = ModelRanker(
             _best(config, artifacts, parallel, method, seed),
-            artifacts.dataset,
             artifacts.trie,
-            [sources[name] for name in names],
-            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
+            beam=config.evaluation.beam,
+            batch_size=config.evaluation.batch_size,
             softmax_scope=get_method(method).objective(config.objective).softmax_scope,
             inputs=inputs,
             parallel=parallel,
             model_name=str(artifacts.folders.training(method, seed) / BEST),
         )
-        weights = _fusion_weights(config, artifacts, model, path, [method, *names])
-        before, total = number * len(users), len(work) * len(users)
-        title = fused_name(method, names)
-        counter = RankingsCounter(artifacts, "fusions", title, before, total, parallel.dp)
-        rank_in_parts(path, users, partial(model.predictions, weights), counter)
+        mixtures = Fusions(
+            model,
+            artifacts.dataset,
+            [sources[name] for name in names],
+            [[0, *(1 + names.index(name) for name in fusion)] for fusion in paths],
+            num_candidates=config.evaluation.fusion_candidates,
+            exclude_seen=exclude,
+        )
+        before, total = number * per_model, len(work) * per_model
+        counter = RankingsCounter(artifacts, "fusions", f"{method}, weights", before, total)
+        weights = _fusion_weights(method, paths, mixtures, validation, counter)
+        counter = RankingsCounter(artifacts, "fusions", method, before + len(validation), total)
+        rank_in_parts(list(paths.values()), users, partial(mixtures.predictions, weights), counter)
 
-    for number, (method, seed, exclude, names) in enumerate(work):
-        path = predictions_file(config, fused_name(method, names), seed, exclude)
-        if not is_ranked(path):
-            rank(number, path, method, seed, exclude, names)
+    for number, (method, seed, exclude) in enumerate(work):
+        paths = {
+            names: predictions_file(config, fused_name(method, names), seed, exclude)
+            for names in fusions(config)
+        }
+        missing = {names: path for names, path in paths.items() if not is_ranked(path)}
+        if missing:
+            rank(number, missing, method, seed, exclude)
 
 
 def _fusion_weights(
-    config: Config, artifacts: RunArtifacts, model: FusedModel, path: Path, names: Sequence[str]
-) -> np.ndarray:
-    """The weights of `names`, from the file beside the
-    fusion's predictions, or chosen and written there.
+    method: str, paths: Paths, mixtures: Fusions, users: np.ndarray, counter: RankingsCounter
+) -> list[np.ndarray]:
+    """The weights of each fusion, from the files beside their
+    predictions, or chosen by these users and written there.
     """
-    file = path.with_suffix(FUSION_SUFFIX)
+    files = [path.with_suffix(FUSION_SUFFIX) for path in paths.values()]
     # All parts are of the same weights, whatever layout an interrupted evaluation had.
-    saved = from_rank0(read_json_object(file) if is_rank0() and file.exists() else None)
+    saved: list[dict[str, Any]] | None = from_rank0(
+        [read_json_object(file) for file in files]
+        if is_rank0() and all(file.exists() for file in files)
+        else None
+    )
+    names = [(method, *fusion) for fusion in paths]
     if saved is None:
-        users = artifacts.validation_users(config.train.validation_users)
-        weights, ndcg = model.choose_weights(users)
-        saved = {
-            "weights": dict(zip(names, weights.tolist(), strict=True)),
-            "validation_ndcg@10": ndcg,
-            "exclude_seen": model.config.exclude_seen,
-            "beam": model.config.beam,
-            "candidates": model.config.fusion_candidates,
-        }
+        chosen = mixtures.choose_weights(users, counter.of(len(users)))
+        saved = [
+            {
+                "weights": dict(zip(of, weights.tolist(), strict=True)),
+                "validation_ndcg@10": ndcg,
+                "exclude_seen": mixtures.exclude_seen,
+                "beam": mixtures.model.beam,
+                "candidates": mixtures.num_candidates,
+            }
+            for of, (weights, ndcg) in zip(names, chosen, strict=True)
+        ]
         if is_rank0():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, saved)
-    return np.array([saved["weights"][name] for name in names])
+            for file, content in zip(files, saved, strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, content)
+    return [
+        np.array([content["weights"][name] for name in of])
+        for of, content in zip(names, saved, strict=True)
+    ]
 
 
 def _best(

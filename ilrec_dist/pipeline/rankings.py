@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,9 +32,11 @@ PART_USERS = 1 << 14
 
 
 class RankUsers(Protocol):
-    """Ranks some users, and counts those it has ranked."""
+    """Ranks some users in one or several ways, and counts the users it has ranked."""
 
-    def __call__(self, *, users: np.ndarray, progress: RankingProgress | None) -> Predictions: ...
+    def __call__(
+        self, *, users: np.ndarray, progress: RankingProgress | None
+    ) -> Sequence[Predictions]: ...
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,22 @@ class RankingsCounter:
     # The rankings done before, and those of all that has this title.
     before: int
     total: int
-    # The ranks that share the work; all are taken to have done as many as this one.
-    ranks: int
 
-    def after(self, more: int = 0) -> RankingProgress | None:
-        """Counts those of a part that comes after as many `more`."""
+    def of(self, size: int, more: int = 0) -> RankingProgress | None:
+        """Counts those of a part of `size` rankings that comes after as many `more`.
+
+        The ranks share them, and are all taken to be as far as this one.
+        """
         if not is_rank0():
             return None
 
         def progress(done: int, of_rank: int) -> None:
-            so_far = self.before + more + min(done, of_rank) * self.ranks
+            so_far = self.before + more + size * done // of_rank
             count = Count(self.title, so_far, self.total, self.note)
             write_counter(self.artifacts.folders.evaluation / COUNTER, count)
 
+        # The time of the first of them counts too.
+        progress(0, 1)
         return progress
 
 
@@ -106,24 +112,34 @@ def is_ranked(path: Path) -> bool:
     return exists
 
 
-def rank_in_parts(path: Path, users: np.ndarray, rank: RankUsers, counter: RankingsCounter) -> None:
-    """Rank `users`, ascending, and write their predictions to `path`.
+def rank_in_parts(
+    paths: Sequence[Path], users: np.ndarray, rank: RankUsers, counter: RankingsCounter
+) -> None:
+    """Rank `users`, ascending, and write the predictions of each way to its path.
 
     Collective; PART_USERS are ranked at a time, and rank 0 saves them. Parts that an
     interrupted call has saved are not ranked again.
     """
     starts = range(0, len(users), PART_USERS)
-    files = [parts_folder(path) / f"{number:06d}.parquet" for number in range(len(starts))]
+    # The files of each part, one a path.
+    parts = [
+        [parts_folder(path) / f"{number:06d}.parquet" for path in paths]
+        for number in range(len(starts))
+    ]
     # One list for all, whatever each would see.
-    finished: list[bool] = from_rank0([is_rank0() and is_whole_parquet(file) for file in files])
-    for file, start, is_finished in zip(files, starts, finished, strict=True):
+    finished: list[bool] = from_rank0(
+        [is_rank0() and all(is_whole_parquet(file) for file in files) for files in parts]
+    )
+    for files, start, is_finished in zip(parts, starts, finished, strict=True):
         if is_finished:
             continue
         part = users[start : start + PART_USERS]
-        predictions = rank(users=part, progress=counter.after(start))
+        predictions = rank(users=part, progress=counter.of(len(part), start))
         if is_rank0():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            predictions.save(file)
+            for file, one in zip(files, predictions, strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                one.save(file)
     if is_rank0():
-        join_predictions(files, path)
-        shutil.rmtree(parts_folder(path))
+        for path, of_path in zip(paths, zip(*parts, strict=True), strict=True):
+            join_predictions(of_path, path)
+            shutil.rmtree(parts_folder(path))

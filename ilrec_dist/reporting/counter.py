@@ -18,6 +18,10 @@ class Count:
     total: float
     note: str = ""
 
+    @property
+    def is_finished(self) -> bool:
+        return self.done >= self.total
+
 
 def write_counter(path: Path, count: Count) -> None:
     """Write how far this process is, for another one to show by `follow_counter`.
@@ -40,12 +44,12 @@ def read_counter(path: Path) -> tuple[Count, float] | None:
 
 
 def latest_counts(path: Path, stop: threading.Event, poll_seconds: float) -> Iterator[Count]:
-    """The latest count, with what all files say is done, again
-    and again until `stop` is set.
+    """The latest count, with what all files say is done, whenever
+    another count is written, until `stop` is set.
     """
     known: dict[Path, Count] = {}
-    latest = None
     while True:
+        latest = None
         for file, count, _ in _written(path):
             if count != known.get(file):
                 latest = known[file] = count

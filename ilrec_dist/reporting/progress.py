@@ -163,8 +163,10 @@ class StageProgress:
     thread: `progress(epoch + 1, "loss 5.21")`.
     """
 
-    def __init__(self, display: _Terminal | _Plain, total: float | None, unit: str) -> None:
-        self._display, self._total, self._unit = display, total, unit
+    def __init__(
+        self, display: _Terminal | _Plain, total: float | None, unit: str, before: float = 0
+    ) -> None:
+        self._display, self._total, self._unit, self._before = display, total, unit, before
         self._done = 0.0
         self._since = time.monotonic()
 
@@ -177,8 +179,8 @@ class StageProgress:
             + f" {self._unit}".rstrip()
         ]
         seconds = time.monotonic() - self._since
-        if done > 0 and seconds > 0:
-            rate = done / seconds
+        if done > self._before and seconds > 0:
+            rate = (done - self._before) / seconds
             parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s")
             if self._total is not None and done < self._total:
                 parts.append(f"{clock((self._total - done) / rate)} left")
@@ -192,19 +194,24 @@ class StageProgress:
 
 @contextmanager
 def stage_progress(
-    title: str, total: float | None = None, unit: str = "", console: Console | None = None
+    title: str,
+    total: float | None = None,
+    unit: str = "",
+    console: Console | None = None,
+    before: float = 0,
 ) -> Iterator[StageProgress]:
     """A bar for a stage that is no training: `with
     stage_progress("cf", 20, "epochs") as progress`.
 
     Without a total it only shows that work goes
     on. At its end it shows the time that it took.
+    What was done `before` it began tells no rate.
     """
     display = _display(title, total, console or Console())
     display.start()
     done = False
     try:
-        yield StageProgress(display, total, unit)
+        yield StageProgress(display, total, unit, before)
         done = True
     finally:
         display.stop(done)
@@ -233,17 +240,23 @@ def follow_counter(path: Path, unit: str, stop: threading.Event, poll_seconds: f
     """Show what another process writes to `path` by
     `write_counter`, until `stop` is set (see `following`).
 
-    A bar ends where another title comes. Where several processes have parts of the
-    work, each writes to a file of its own, whose name begins with that of `path`.
+    A bar ends where all is done or another title comes, and shows nothing while no
+    count comes. Where several processes have parts of the work, each writes to a file
+    of its own, whose name begins with that of `path`.
     """
     counts = latest_counts(path, stop, poll_seconds)
     count = next(counts, None)
     while count is not None:
         title = count.title
-        with stage_progress(title, count.total, unit) as show_progress:
-            # What was done before the bar began tells no rate.
-            while (count := next(counts, None)) is not None and count.title == title:
+        with stage_progress(title, count.total, unit, before=count.done) as show_progress:
+            while (
+                not count.is_finished
+                and (count := next(counts, None)) is not None
+                and count.title == title
+            ):
                 show_progress(count.done, count.note)
+        while count is not None and count.title == title and count.is_finished:
+            count = next(counts, None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 
 from ilrec_dist.evaluation.fusion import (
     FusionScores,
+    are_listed,
     candidate_union,
     choose_weights,
     fused_scores,
@@ -26,6 +27,14 @@ def test_the_union_has_every_item_once_in_order() -> None:
     for row, found in enumerate(union):
         expected = sorted({int(item) for one in lists for item in one[row]} - {-1})
         assert found[: len(expected)].tolist() == expected and (found[len(expected) :] == -1).all()
+
+
+def test_items_are_listed_in_their_own_row_alone() -> None:
+    rng = np.random.default_rng(1)
+    items, lists = rng.integers(-1, 9, (40, 5)), rng.integers(-1, 12, (40, 3))
+    for row, found in enumerate(are_listed(items, lists)):
+        expected = [item >= 0 and item in lists[row] for item in items[row]]
+        assert found.tolist() == expected
 
 
 def test_sources_are_probabilities_over_the_catalogue() -> None:
@@ -58,7 +67,9 @@ def example(users: int = 40) -> tuple[FusionScores, np.ndarray]:
     hit = items == targets[:, None]
     log_p[..., 0] += 2.0 * hit
     log_p[..., 1] += 2.0 * hit
-    return FusionScores(items, log_p), targets
+    proposed = rng.random(log_p.shape) < 0.5
+    proposed[..., 2] |= ~proposed.any(axis=2)
+    return FusionScores(items, log_p, proposed & (items >= 0)[..., None]), targets
 
 
 def test_scores_and_ranks_follow_the_formula() -> None:
@@ -75,6 +86,20 @@ def test_scores_and_ranks_follow_the_formula() -> None:
         assert ranks.rank[row] == (order.index(target) if target in order else UNRANKED)
 
 
+def test_some_sources_have_the_candidates_that_they_proposed() -> None:
+    scores, targets = example()
+    narrowed, weights = scores.of([0, 2]), np.array([0.4, 0.6])
+    ranks = ranks_of_fused(narrowed, weights, targets)
+    for row, target in enumerate(targets):
+        kept = scores.proposed[row][:, [0, 2]].any(axis=1)
+        items, log_p = scores.items[row, kept], scores.log_p[row, kept][:, [0, 2]]
+        assert narrowed.items[row][narrowed.items[row] >= 0].tolist() == items.tolist()
+        assert (narrowed.log_p[row, ~kept] == -np.inf).all()
+        order = items[np.lexsort((items, -(log_p @ weights)))].tolist()
+        assert ranks.rank[row] == (order.index(target) if target in order else UNRANKED)
+    assert (narrowed.items < scores.items).any()
+
+
 def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
     scores, targets = example()
     weights, value = choose_weights(scores, targets)
@@ -89,5 +114,6 @@ def test_the_chosen_weights_are_the_best_of_the_grid() -> None:
 
 def test_a_source_without_weight_has_no_say() -> None:
     items = np.array([[1, 2]])
-    scores = FusionScores(items, np.array([[[0.0, -np.inf], [-1.0, 0.0]]]))
+    log_p = np.array([[[0.0, -np.inf], [-1.0, 0.0]]])
+    scores = FusionScores(items, log_p, np.ones(log_p.shape, np.bool_))
     assert fused_scores(scores, np.array([1.0, 0.0])).tolist() == [[0.0, -1.0]]

@@ -123,6 +123,50 @@ def test_a_failed_stage_does_not_say_done():
     assert console.file.getvalue() == "prepare: stopped after 0:00\n"
 
 
+class Writer:
+    """In the place of the event that stops `follow_counter`: writes the next
+    (file, count) before the files are read.
+    """
+
+    def __init__(self, folder, counts):
+        self.folder, self.counts = folder, counts
+
+    def wait(self, _):
+        name, count = next(self.counts, ("", None))
+        if count is not None:
+            write_counter(self.folder / name, count)
+        return count is None
+
+
+def test_a_finished_count_is_shown_once_and_what_stands_still_not_again(
+    tmp_path, capsys, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+
+    def counts():
+        # Six were done by an interrupted command; a second and 60 others for each count below.
+        for title, done, waits in (
+            ("evaluate", 6, 1),
+            ("evaluate", 8, 60),
+            ("evaluate", 10, 60),
+            ("fusions", 0, 1),
+            ("fusions", 5, 60),
+        ):
+            for _ in range(waits):
+                yield "counter", Count(title, done, 10)
+                now[0] += 1.0
+
+    follow_counter(tmp_path / "counter", "rankings", Writer(tmp_path, counts()))
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluate: 8/10 rankings · 2.00/s · 0:01 left",
+        "evaluate: 10/10 rankings · 0.07/s",
+        "evaluate: done after 1:01",
+        "fusions: 5/10 rankings · 5.00/s · 0:01 left",
+        "fusions: done after 1:01",
+    ]
+
+
 def test_what_other_processes_count_has_a_bar_for_each_title(tmp_path, capsys):
     counts = iter(
         [
@@ -134,16 +178,7 @@ def test_what_other_processes_count_has_a_bar_for_each_title(tmp_path, capsys):
         ]
     )
 
-    class Stop:
-        """In the event's place: writes the next count before the file is read."""
-
-        def wait(self, seconds):
-            name, count = next(counts, ("", None))
-            if count is not None:
-                write_counter(tmp_path / "run" / name, count)
-            return count is None
-
-    follow_counter(tmp_path / "run/counter", "units", Stop())
+    follow_counter(tmp_path / "run/counter", "units", Writer(tmp_path / "run", counts))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" · ")[0].partition(" after")[0] for line in lines] == [
         "cf: 2/10 units",

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,23 @@ from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import BEST, RESULT, WEIGHTS_SHA256
 from ilrec_dist.config.tree import Config
-from ilrec_dist.evaluation import fusion_ranking
+from ilrec_dist.evaluation.fusion import FusionScores
+from ilrec_dist.evaluation.fusion_ranking import Fusions
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.pipeline import evaluate_trained, rankings
 from ilrec_dist.pipeline.artifacts import RunArtifacts
-from ilrec_dist.pipeline.stages import evaluate as stage
 from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
+from ilrec_dist.reporting.progress import Count
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.tiny_run import tiny_config, train_here
 
 pytestmark = pytest.mark.slow
 NUM_USERS, PART_USERS = 150, 60
 SIZES = [60, 60, 30]
-# Of the fusions this one.
-FUSIONS, FUSED = (("cf",),), "sft+cf"
+# Which are ranked together.
+FUSED = ("sft+cf", "sft+cf+transitions")
 NAMES = ("predictions.parquet", "predictions-seen-kept.parquet")
-# Rankings of a part: by the model and by the fusion, with and without seen items.
+# Rankings of a part: by the model and by the fusions, with and without seen items.
 OF_A_PART = 2 * (1 + 1)
 
 
@@ -63,22 +65,28 @@ def evaluate(
     It stops when it is to rank part number `stop_at`; with `die`, rank 0 kills itself.
     """
     sizes: list[int] = []
-    whole = evaluate_trained.evaluate_model
+    evaluate_model, fused_scores = evaluate_trained.evaluate_model, Fusions.scores
 
-    def counted(*args: Any, users: np.ndarray, split: str, **rest: Any) -> Predictions:
+    def count(users: np.ndarray) -> None:
+        if len(sizes) == stop_at and die and mesh.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif len(sizes) == stop_at and not die:
+            raise InterruptedError
+        sizes.append(len(users))
+
+    def by_model(*args: Any, users: np.ndarray, **rest: Any) -> Predictions:
+        count(users)
+        return evaluate_model(*args, users=users, **rest)
+
+    def fused(own: Fusions, users: np.ndarray, split: str, *rest: Any) -> FusionScores:
         if split == "test":
-            if len(sizes) == stop_at and die and mesh.rank == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif len(sizes) == stop_at and not die:
-                raise InterruptedError
-            sizes.append(len(users))
-        return whole(*args, users=users, split=split, **rest)
+            count(users)
+        return fused_scores(own, users, split, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankings, "PART_USERS", part_users)
-        patch.setattr(stage, "FUSIONS", FUSIONS)
-        for module in (evaluate_trained, fusion_ranking):
-            patch.setattr(module, "evaluate_model", counted)
+        patch.setattr(evaluate_trained, "evaluate_model", by_model)
+        patch.setattr(Fusions, "scores", fused)
         with suppress(InterruptedError):
             train_and_evaluate(tree, [], True)
     return sizes
@@ -103,7 +111,7 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     assert sizes == [SIZES * OF_A_PART] * 2
     in_parts = predictions(config)
     assert {f"sft-seed0/{name}" for name in NAMES} <= in_parts.keys()
-    assert {f"{FUSED}-seed0/{name}" for name in NAMES} <= in_parts.keys()
+    assert {f"{fused}-seed0/{name}" for fused in FUSED for name in NAMES} <= in_parts.keys()
     shutil.rmtree(folder)
     plain = tree | {"evaluation": tree["evaluation"] | {"fusion": False}}
     assert run_distributed(evaluate, 2, 1, plain, NUM_USERS) == [[NUM_USERS] * 2] * 2
@@ -114,7 +122,7 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
         same = [a == b for a, b in zip(*lists(in_parts[name], whole), strict=True)]
         assert np.mean(same) > 0.9, name
 
-    # Killed in the model's third part, then stopped in the second part of the fusion's.
+    # Killed in the model's third part, then stopped in the third part of the fusions'.
     shutil.rmtree(folder)
     # The other rank may be the first to say that it is gone.
     with pytest.raises(RuntimeError, match="died|by peer"):
@@ -123,17 +131,55 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     assert sorted(folder.rglob("*.parquet")) == saved
     half = folder / f"sft-seed0/.{NAMES[0]}.writing-1"
     half.touch()
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * len(SIZES) - 2 + 1)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * len(SIZES) - 2 + 2)
     assert not half.exists()
-    weights = folder / f"{FUSED}-seed0/predictions.fusion.json"
-    chosen = weights.stat().st_mtime_ns
-    assert list(weights.parent.rglob("*.parquet")) == [
-        weights.with_name(f".{NAMES[0]}.parts") / "000000.parquet"
-    ]
+    weights = [folder / f"{fused}-seed0/predictions.fusion.json" for fused in FUSED]
+    chosen = [file.stat().st_mtime_ns for file in weights]
+    for file in weights:
+        assert sorted(file.parent.rglob("*.parquet")) == [
+            file.with_name(f".{NAMES[0]}.parts") / f"{part:06d}.parquet" for part in (0, 1)
+        ]
+    # As if it were stopped when it had saved the second part of one of the two.
+    (weights[1].with_name(f".{NAMES[0]}.parts") / "000001.parquet").unlink()
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
     assert sizes == [SIZES[1:] + SIZES * (OF_A_PART - 3)] * 2
-    assert predictions(config) == in_parts and weights.stat().st_mtime_ns == chosen
+    assert predictions(config) == in_parts
+    assert [file.stat().st_mtime_ns for file in weights] == chosen
     assert not list(folder.rglob(".*parts"))
+
+
+def counted(mesh: Mesh, tree: dict) -> list[Count]:
+    """What a worker that evaluates writes for the driver to show."""
+    counts: list[Count] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rankings, "PART_USERS", PART_USERS)
+        patch.setattr(rankings, "write_counter", lambda _, count: counts.append(count))
+        train_and_evaluate(tree, [], True)
+    return counts
+
+
+def test_all_that_takes_long_is_counted_to_its_end(config: Config) -> None:
+    shutil.rmtree(RunArtifacts(config).folders.evaluation, ignore_errors=True)
+    counts, others = run_distributed(counted, 2, 1, config_to_dict(config))
+    assert others == []
+    by_title = {
+        title: list(found) for title, found in groupby(counts, key=lambda count: count.title)
+    }
+    # The baselines rank so few users in the other process.
+    assert list(by_title) == ["evaluate", "fusions"]
+    for title, found in by_title.items():
+        done = [count.done for count in found]
+        assert done == sorted(done) and done[0] == 0 and done[-1] == found[0].total, title
+    validation, test = config.train.validation_users, NUM_USERS
+    found = by_title["fusions"]
+    assert found[0].total == 2 * (validation + test)
+    steps = [(count.note, count.done) for count in found]
+    for note, first, last in (
+        ("sft, weights", 0, validation),
+        ("sft", validation, validation + test),
+    ):
+        own = [done for name, done in steps if name == note and done <= validation + test]
+        assert own[0] == first and own[-1] >= last and len(set(own)) > 2, note
 
 
 def test_a_damaged_part_is_ranked_again(config: Config) -> None:
