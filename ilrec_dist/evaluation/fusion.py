@@ -55,8 +55,8 @@ def are_listed(items: np.ndarray, lists: np.ndarray) -> np.ndarray:
     """
     # A key of its own for every item of every row.
     first = np.arange(len(items))[:, None] * (1 + max(items.max(initial=0), lists.max(initial=0)))
-    listed: np.ndarray = np.isin(items + first, (lists + first)[lists >= 0]) & (items >= 0)
-    return listed
+    is_in: np.ndarray = np.isin(items + first, (lists + first)[lists >= 0]) & (items >= 0)
+    return is_in
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:

@@ -134,11 +134,11 @@ def rank_in_parts(
         if is_finished:
             continue
         part = users[start : start + PART_USERS]
-        predictions = rank(users=part, progress=counter.of(len(part), start))
+        ranked = rank(users=part, progress=counter.of(len(part), start))
         if is_rank0():
-            for file, one in zip(files, predictions, strict=True):
+            for file, predictions in zip(files, ranked, strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                one.save(file)
+                predictions.save(file)
     if is_rank0():
         for path, of_path in zip(paths, zip(*parts, strict=True), strict=True):
             join_predictions(of_path, path)

@@ -26,7 +26,7 @@ from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.pipeline import evaluate_trained, rankings
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
-from ilrec_dist.reporting.progress import Count
+from ilrec_dist.reporting.counter import Count
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.tiny_run import tiny_config, train_here
 
