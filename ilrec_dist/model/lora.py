@@ -213,29 +213,37 @@ class LoraLinear(nn.Module):
         modules = [module for _, module in self.targeted()]
         a = torch.cat([self.parameter_a(module) for module in modules])
         b: list[Tensor] = [self.parameter_b(module) for module in modules]
+        # What every rank holds whole meets only a part of the tokens on each.
         if cut is not None and self.is_row_parallel:
-            b = [cut.shared(shard) for shard in b]
+            b = [cut.shared(whole) for whole in b]
         elif cut is not None:
             a = cut.shared(a)
         if remake is not None:
             projected = _Project.apply(x, a, *remake)  # type: ignore[no-untyped-call]
         else:
             projected = F.linear(x, a)
-        if cut is not None and self.is_row_parallel:
-            hidden = cut.scattered_sum(projected)
-        elif cut is not None:
-            hidden = cut.gathered(projected)
-        elif self.is_row_parallel:
-            hidden = reduce_from_tensor_model_parallel_region(projected)
+        hidden = self._over_ranks(projected, cut)
+        if self.is_row_parallel and cut is None:
             # Megatron's output may be a view, which autograd lets nobody write to.
             output = output.clone()
-        else:
-            # Backward sums the gradient of all parts over the ranks at once.
-            hidden = copy_to_tensor_model_parallel_region(projected)
         added: Tensor = _AddAdapters.apply(  # type: ignore[no-untyped-call]
             output, self.lora.scaling, self.pieces, *hidden.chunk(len(modules), -1), *b
         )
         return added
+
+    def _over_ranks(self, projected: Tensor, cut: TokenCut | None) -> Tensor:
+        """The r-vectors of the output's tokens, from what this rank's A makes."""
+        if self.is_row_parallel:
+            # Each rank has a summand, of its part of the input.
+            if cut is not None:
+                return cut.scattered_sum(projected)
+            summed: Tensor = reduce_from_tensor_model_parallel_region(projected)
+            return summed
+        if cut is not None:
+            return cut.gathered(projected)
+        # Backward sums the gradient of all parts over the ranks at once.
+        copied: Tensor = copy_to_tensor_model_parallel_region(projected)
+        return copied
 
     @torch.no_grad()
     def weight_delta(self) -> Tensor:

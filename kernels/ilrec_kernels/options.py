@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -126,9 +126,6 @@ class LossOptions:
             or (self.mu > 0 and self.distill_scope == "valid_next")
             or (self.needs_negatives and self.negative_scope == "valid_next")
         )
-
-    def with_backend(self, backend: Backend | str) -> LossOptions:
-        return replace(self, backend=backend)
 
 
 @dataclass(frozen=True)

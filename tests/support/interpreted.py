@@ -491,5 +491,5 @@ def test_the_workspace_chooses_the_regime(workspace, n, frozen, source, monkeypa
             case.targets,
             case.lists,
             case.rewards,
-            case.options.with_backend("triton"),
+            replace(case.options, backend="triton"),
         )
