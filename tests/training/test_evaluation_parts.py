@@ -205,7 +205,7 @@ def test_processes_of_a_killed_command_and_a_later_one_do_not_rank_together(
 ) -> None:
     folders, tree = RunArtifacts(config).folders, config_to_dict(config)
     tree["evaluation"]["fusion"] = False
-    tree["launch"]["timeout_seconds"] = 4.0
+    tree["launch"]["timeout_seconds"] = 8.0
     shutil.rmtree(folders.evaluation, ignore_errors=True)
     with file_lock(folders.trainings / ".lock") as handle:
         os.write(handle, b"12 on there")
