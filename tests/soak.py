@@ -191,7 +191,7 @@ class Soak:
             run.wait_for_progress(run.newest, PROGRESS_SECONDS)
             twin = _start_twin(self.folder)
             # A damaged one must have one before it.
-            beyond = max(run.newest, 2 * CHECKPOINT_STEPS)
+            beyond = max(run.newest, CHECKPOINT_STEPS)
             for number in range(len(self.done) + 1, len(self.kinds) + 1):
                 if self.until is not None and time.monotonic() > self.until:
                     break

@@ -78,6 +78,10 @@ def initialize_parallel(
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout_seconds / 60,
         )
+        if device == "cpu":
+            # gloo connects a group's ranks when it is made. One that has nothing to do must not
+            # end while others still connect to it. NCCL connects at the first collective.
+            dist.barrier()
     # Megatron's own tracker keeps CUDA generators. This one makes its forks no-ops, so that the
     # global generator is the only one.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)

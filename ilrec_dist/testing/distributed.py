@@ -185,6 +185,9 @@ def _serve(connection: Connection, rank: int, world_size: int, folder: str, port
                 world_size=world_size,
             )
             answer = (True, fn(_make_mesh(rank, world_size, tp), *args))
+            if dist.is_initialized():
+                # Another rank may still be connecting a group that this one has.
+                dist.barrier()
             _end_groups()
         except BaseException:
             answer = (False, traceback.format_exc())

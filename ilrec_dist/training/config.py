@@ -121,8 +121,9 @@ class TrainConfig:
             lambda config: config.launch.dp > 1,
         ),
     ] = 1
-    # Steps between checkpoints.
-    checkpoint_steps: Annotated[Positive, Affects()] = 200
+    # The most steps that a death may cost. There is a checkpoint twice in them, as one that is
+    # being written is lost.
+    checkpoint_steps: Annotated[Int, Ge(2), Affects()] = 200
     keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2
     # Epochs between validations.
     validate_epochs: Positive = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -81,13 +83,16 @@ def build_engine(module: nn.Module, config: TrainConfig, parallel: ParallelState
     layer = next(iter(layers_of(module)), None)
     layer_weights = 0 if layer is None else sum(weight.numel() for weight in layer.parameters())
     is_cuda = parallel.device.type == "cuda"
-    engine, *_ = import_deepspeed().initialize(
-        model=module,
-        optimizer=optimizer,
-        config=deepspeed_config(config, parallel.dp, is_cuda, layer_weights),
-        mpu=DeepSpeedMPU(),
-        dist_init_required=False,
-    )
+    deepspeed = import_deepspeed()
+    # In bf16 it prints how much memory is used, whatever the level of its log.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config, parallel.dp, is_cuda, layer_weights),
+            mpu=DeepSpeedMPU(),
+            dist_init_required=False,
+        )
     if config.precision == "fp32":
         _share_weights(engine)
     if cuts_weights(engine):

@@ -156,6 +156,10 @@ class Trainer:
     def _train_to_the_end(self) -> None:
         self.objective.train()
         self._since = time.monotonic()
+        # One that is being written when a death comes is lost, and the next one waits for it: two
+        # of them in an interval, and never more than that is lost.
+        between = self.config.checkpoint_steps // 2
+        is_due = False
         self.gpu_rates = GPURates(self.objective, self.config, self.catalogue, self.progress.step)
         batches = self._begin_phase()
         while not self._is_done():
@@ -173,11 +177,12 @@ class Trainer:
                     self._validate()
             # The ranks agree on it where they have just met to log.
             must_stop = is_logged and self._must_stop()
-            at_checkpoint = self.progress.step % self.config.checkpoint_steps == 0
+            is_due |= self.progress.step % between == 0 or end_of_epoch or must_stop
             # What stands between a good step and a bad one is not worth going on from.
-            if (at_checkpoint or end_of_epoch or must_stop) and not self.bad_steps:
+            if is_due and not self.bad_steps:
                 with self.timer.pause():
                     self._save_checkpoint()
+                is_due = False
             if must_stop:
                 batches.close()
                 self._end_early()

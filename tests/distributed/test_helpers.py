@@ -5,11 +5,17 @@ the rank.
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
+import ilrec_dist.testing.distributed as distributed
+from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 
 pytestmark = pytest.mark.slow
@@ -26,6 +32,48 @@ def fail_on_one(mesh: Mesh) -> None:
     if mesh.rank == 1:
         raise ValueError("deliberate")
     dist.barrier()
+
+
+def return_late(mesh: Mesh, folder: Path) -> float:
+    """When this rank returns. When it ends its groups is in a file."""
+    end_groups = distributed._end_groups
+
+    def note_and_end() -> None:
+        distributed._end_groups = end_groups
+        (folder / str(mesh.rank)).write_text(str(time.monotonic()))
+        end_groups()
+
+    distributed._end_groups = note_and_end
+    time.sleep(0.2 * mesh.rank)
+    return time.monotonic()
+
+
+def make_groups(mesh: Mesh) -> tuple[float, float]:
+    """When this rank has its groups, the last one late, and when it goes on."""
+    made = 0.0
+    make = parallel_state.initialize_model_parallel
+
+    def make_late(**arguments: Any) -> None:
+        nonlocal made
+        make(**arguments)
+        time.sleep(0.2 * mesh.rank)
+        made = time.monotonic()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parallel_state, "initialize_model_parallel", make_late)
+        initialize_parallel(mesh.tp)
+    return made, time.monotonic()
+
+
+def test_groups_stay_until_every_rank_has_returned(tmp_path: Path):
+    returned = run_distributed(return_late, 2, 1, tmp_path)
+    ended = [float((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert max(returned) <= min(ended)
+
+
+def test_no_rank_goes_on_before_all_have_their_groups():
+    made, went_on = zip(*run_distributed(make_groups, 2, 2), strict=True)
+    assert max(made) <= min(went_on)
 
 
 def test_groups_and_reuse():

@@ -33,7 +33,7 @@ def tiny_config(runs_dir, **sections) -> Config:
             "batch_size": 24,
             "warmup": 2,
             "max_history": 8,
-            "checkpoint_steps": 3,
+            "checkpoint_steps": 6,
             "validation_users": 16,
         },
         "evaluation": {"beam": 10},
@@ -57,9 +57,12 @@ def train_here(
     stop_after: int | None = None,
     items_per_user: int | None = None,
     fingerprint: str = "test",
+    waits: bool = True,
 ) -> None:
     """Train in this process, with a line of metrics
     every step; end early after a checkpoint.
+
+    The training `waits` for each checkpoint to be committed.
     """
     from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
     from ilrec_dist.pipeline.artifacts import RunArtifacts
@@ -77,7 +80,9 @@ def train_here(
         artifacts.__dict__["training"] = first_items(artifacts.dataset, items_per_user)
     parallel = initialize_parallel(mesh.tp, "cpu")
     try:
-        train_one(config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop)
+        train_one(
+            config, spec, artifacts, parallel, log_steps=1, on_checkpoint=stop if waits else None
+        )
     except InterruptedError:
         pass
     finally:

@@ -4,9 +4,12 @@ depend on how the step is cut (METHOD.md §8).
 They are the same over tp, dp and accumulation, and after an interruption.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import config_from_dict
-from ilrec_dist.reporting.metrics_log import read_metrics
+from ilrec_dist.reporting.metrics_log import MetricsLog, read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
 from ilrec_dist.training import checkpoint
@@ -184,7 +187,7 @@ def test_a_training_goes_on_under_other_layouts_with_the_same_losses(tiny, tmp_p
     folder, alone = tmp_path / "elastic", tmp_path / "alone"
     sections = {
         "backbone": {"dropout": 0.0},
-        "train": {"epochs": 1, "batch_size": 6, "checkpoint_steps": 2, "validation_users": 4},
+        "train": {"epochs": 1, "batch_size": 6, "checkpoint_steps": 4, "validation_users": 4},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
     last = 16
@@ -225,6 +228,19 @@ def test_zero_2_trains_as_zero_1_does(tiny, tmp_path, precision):
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4 if precision == "fp32" else 4e-2)
 
 
+def printed_by_an_engine(mesh: Mesh, tree: dict) -> str:
+    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+    from ilrec_dist.training.engine import build_engine
+
+    parallel = initialize_parallel(mesh.tp, "cpu")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            build_engine(torch.nn.Linear(1, 1), config_from_dict(tree).train, parallel)
+    finally:
+        destroy_parallel()
+    return printed.getvalue()
+
+
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
     """The norm of the gradient of three micro-batches:
     the first, and twice its 512th part.
@@ -252,6 +268,42 @@ def test_bf16_gradients_are_summed_over_micro_batches_in_fp32(tiny, stage):
     tree = config_to_dict(tiny_config(tiny, train=train, launch=launch))
     for norm in run_distributed(accumulated_norm, stage, 1, tree):
         assert norm == pytest.approx(float(torch.tensor(1 / 3).bfloat16()) * (1 + 2**-8), rel=1e-3)
+
+
+def steps_at_stake(mesh: Mesh, tree: dict, folder: str) -> list[int]:
+    """How many steps a death would cost after each; checkpoints are committed late."""
+    found = []
+    put_in_place, write = checkpoint.put_in_place, MetricsLog.write
+
+    def put_late(staged: Path, path: Path) -> None:
+        time.sleep(0.3)
+        put_in_place(staged, path)
+
+    def note(log: MetricsLog, step: int, epoch: float, values: dict) -> None:
+        kept = [int(path.name[-8:]) for path in checkpoint.committed(Path(folder) / "checkpoints")]
+        found.append(step - max(kept, default=0))
+        write(log, step, epoch, values)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "put_in_place", put_late)
+        patched.setattr(MetricsLog, "write", note)
+        train_here(mesh, tree, "sft", folder, waits=False)
+    return found
+
+
+def test_a_death_costs_at_most_the_steps_that_are_set(tiny, tmp_path):
+    train = {"batch_size": 6, "checkpoint_steps": 6, "epochs": 1}
+    tree = config_to_dict(tiny_config(tiny, train=train))
+    (found,) = run_distributed(steps_at_stake, 1, 1, tree, str(tmp_path))
+    # The training does go on while a checkpoint is written.
+    assert len(found) > 20 and 3 < max(found) <= 6
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_is_printed_when_an_engine_is_built(tiny, stage):
+    train = {"precision": "bf16", "zero_stage": stage}
+    tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": stage}))
+    assert run_distributed(printed_by_an_engine, stage, 1, tree) == [""] * stage
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capfd):

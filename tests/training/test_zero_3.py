@@ -43,7 +43,7 @@ def trained(
     """
     sections = {
         "launch": {"workers": world, "tp": tp, "sequence_parallel": tp > 1},
-        "train": {"epochs": 1, "validation_users": 10, "checkpoint_steps": 2} | train,
+        "train": {"epochs": 1, "validation_users": 10, "checkpoint_steps": 4} | train,
         "backbone": {"dropout": 0.0},
     }
     config = config_to_dict(tiny_config(tiny, **sections))
