@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 from ilrec_dist.testing.distributed import close_pools
 from tests.support.commands import Commands, ended_commands
 from tests.support.warm_ray import warm_workers, worker_server
-from tests.support.warm_workers import run_torchrun, run_warm, torchrun_is
+from tests.support.warm_torchrun import run_torchrun, run_warm, torchrun_is
 
 # Of the seconds that importing everything takes, looking for garbage would be one fifth.
 gc.disable()

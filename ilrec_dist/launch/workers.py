@@ -60,9 +60,12 @@ def _run_torchrun(launch: LaunchConfig, job: Job) -> None:
         command += [f"--nproc-per-node={launch.workers}", f"--max-restarts={launch.max_failures}"]
         command += ["-m", "ilrec_dist.launch.job", file.name]
         threads = launch.threads or default_threads(launch.workers)
+        environment = {"OMP_NUM_THREADS": str(threads), **FOR_WORKERS, **ON_LOOPBACK, **os.environ}
+        if launch.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         process = subprocess.Popen(
             command,
-            env={"OMP_NUM_THREADS": str(threads), **FOR_WORKERS, **ON_LOOPBACK, **os.environ},
+            env=environment,
             preexec_fn=end_with_parent(),
         )
         try:

@@ -140,7 +140,7 @@ def _become(started: dict[str, Any], files: Sequence[int]) -> NoReturn:
 
 def _enter(network: int, mounts: int) -> None:
     """Enter the namespaces of these files, where they are others."""
-    if os.path.sameopenfile(network, os.open("/proc/self/ns/net", os.O_RDONLY)):
+    if os.path.samestat(os.fstat(network), os.stat("/proc/self/ns/net")):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if (

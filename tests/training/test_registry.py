@@ -25,7 +25,7 @@ from ilrec_dist.objective.registry import METHODS, Method, default_method, get_m
 from ilrec_dist.pipeline.stages.train import training_stages
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.tiny_run import tiny_config
-from tests.support.warm_workers import torchrun_is
+from tests.support.warm_torchrun import torchrun_is
 
 pytestmark = pytest.mark.slow
 
