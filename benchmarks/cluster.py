@@ -189,7 +189,8 @@ def checkpoints(name: str, spec: StepSpec) -> tuple[dict[str, Any], bool]:
             f"{size:.2f} B a parameter; waits {slowest.stall_seconds:.3f} s, "
             f"{slowest.writing_steps} steps beside the writing take "
             f"{slowest.writing_step_seconds:.3f} instead of {slowest.step_seconds:.3f} s: "
-            f"{100 * share:.2f} % of {CHECKPOINT_STEPS} steps"
+            f"{100 * share:.2f} % of {CHECKPOINT_STEPS} steps; written in {slowest.seconds:.2f} s, "
+            f"read again in {slowest.restore_seconds:.2f} s"
         )
         rows[f"{name}, tp {tp}"] = dataclasses.asdict(slowest) | {"share": share}
     return rows, missed

@@ -43,7 +43,7 @@ from ilrec_dist.reporting.metrics_log import MetricsLog
 from ilrec_dist.serving.app import make_server
 from ilrec_dist.serving.backend import ScoredItem
 from ilrec_dist.training import checkpoint
-from ilrec_dist.training.optimizer_state import SavedState
+from ilrec_dist.training.saved_tensors import SavedTensors
 from tests.support.language_models import make_language_model
 from tests.support.tiny_run import tiny_config
 
@@ -93,7 +93,9 @@ def test_a_pickle_in_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     part = folder / "part-00000.safetensors"
     part.write_bytes(pickle.dumps(Payload(marker)))
+    layout = {"tp": 1, "step": 1.0, "shapes": {}}
     manifest = {"format": checkpoint.FORMAT, "step": 1, "fingerprint": "f", "state": {}}
+    manifest["layout"] = layout
     for sha256 in ("0" * 64, sha256_file(part)):
         written = with_checksum({**manifest, "sha256": {part.name: sha256}})
         (folder / checkpoint.MANIFEST).write_text(json.dumps(written))
@@ -104,7 +106,13 @@ def test_a_pickle_in_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
         found, _ = checkpoint.latest(folder.parent, "f")
         assert found is not None
         with pytest.raises(SafetensorError):
-            SavedState.open(found.parts)
+            SavedTensors(found.path)
+    # Nor is a file read that the manifest does not name, whatever its name is.
+    part.rename(part.with_name("part-00001.safetensors"))
+    written = with_checksum({**manifest, "sha256": {}})
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(written))
+    with pytest.raises(UserError, match="part-00001.safetensors: .*not of this checkpoint"):
+        checkpoint.latest(folder.parent, "f")
     assert not marker.exists()
 
 

@@ -1,5 +1,5 @@
-"""A checkpoint of a small training, measured: how long it holds the training up, and
-its bytes.
+"""A checkpoint of a small training, measured: how long it holds the training up, its
+bytes, and how long it takes to be read again.
 
 `run_distributed(measure_checkpoint, world_size, tp, StepSpec(…), folder)`
 """
@@ -18,8 +18,8 @@ from ilrec_dist.distributed.layout import from_rank0
 from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.testing.distributed import Mesh
 from ilrec_dist.testing.measured_step import SmallTraining, StepSpec
-from ilrec_dist.training.checkpoint import CheckpointWriter, committed
-from ilrec_dist.training.optimizer_state import take_part
+from ilrec_dist.training.checkpoint import CheckpointWriter, committed, latest
+from ilrec_dist.training.optimizer_state import restore, take_part
 
 # Steps that are measured alone, after two in which the optimizer makes its state.
 STEPS = 6
@@ -36,6 +36,8 @@ class MeasuredCheckpoint:
     stall_seconds: float
     # From the beginning until it is committed.
     seconds: float
+    # Until weights and optimizer are filled from it, its hashes left out.
+    restore_seconds: float
     # On disk, of all ranks.
     bytes: int
     # Trained ones of the whole model, once.
@@ -66,6 +68,9 @@ def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheck
         beside.append(_seconds(training.step))
     seconds = time.perf_counter() - began
     writer.wait()
+    checkpoint, _ = latest(target, "measured")
+    assert checkpoint is not None
+    restore_seconds = _seconds(lambda: restore(*take, checkpoint))
     parameters = sum(
         parameter.numel() * (mesh.tp if getattr(parameter, "tensor_model_parallel", False) else 1)
         for parameter in training.objective.parameters()
@@ -77,6 +82,7 @@ def measure_checkpoint(mesh: Mesh, spec: StepSpec, folder: str) -> MeasuredCheck
         writing_steps=len(beside),
         stall_seconds=stall,
         seconds=seconds,
+        restore_seconds=restore_seconds,
         bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
         parameters=parameters,
     )

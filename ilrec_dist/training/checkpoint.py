@@ -1,8 +1,10 @@
 """Checkpoints: every rank's part, committed atomically with a SHA-256 manifest.
 
-The parts are written beside the training, each by a thread of its rank;
-that of rank 0 waits for all of them and commits. A damaged checkpoint is
-passed over with a line that names the file, and the one before it is used.
+The parts are files of torch's distributed checkpoint in safetensors, without pickles:
+`torch.distributed.checkpoint.load` reads the folder by a `HuggingFaceStorageReader`.
+They are written beside the training, each by a thread of its rank; that of rank 0
+waits for all of them and commits. A damaged checkpoint is passed over with a line that
+names the file, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import (
@@ -29,13 +32,35 @@ from ilrec_dist.common.files import (
     write_json,
 )
 from ilrec_dist.common.manifest import with_checksum, without_checksum
-from ilrec_dist.training.optimizer_state import Part
 
 MANIFEST = "manifest.json"
 STAGING = ".writing-"
 # Of what a checkpoint holds; another one cannot be read.
-FORMAT = 3
+FORMAT = 4
 POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of a checkpoint are, as JSON values."""
+
+    tp: int
+    # Of the optimizer.
+    step: float
+    # Of the shards that the tensors are flattened from, by their names in the files.
+    shapes: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes, copied to host memory.
+
+    tensors: elements of one-dimensional tensors of all ranks, from `starts` on.
+    """
+
+    tensors: dict[str, Tensor]
+    starts: dict[str, int]
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -44,11 +69,7 @@ class Checkpoint:
     step: int
     # What the trainer needs besides the parts.
     state: dict[str, Any]
-
-    @property
-    def parts(self) -> list[Path]:
-        """The files of all ranks of the training that wrote it."""
-        return sorted(self.path.glob("part-*.safetensors"))
+    layout: Layout
 
 
 def staging_folder(folder: Path, step: int) -> Path:
@@ -125,16 +146,16 @@ class CheckpointWriter:
     def _write(self, step: int, part: Part) -> None:
         staged = staging_folder(self.folder, step)
         path = staged / f"part-{self.rank:05d}.safetensors"
-        save_file(part.tensors, path, metadata={"part": json.dumps(part.description)})
-        _sync(path)
+        write_part(part, path)
         # It says that the part is whole.
-        write_json(_mark(staged, self.rank), {"sha256": sha256_file(path)})
+        mark = {"sha256": sha256_file(path), "layout": asdict(part.layout)}
+        write_json(_mark(staged, self.rank), mark)
 
     def _commit(self, step: int, state: dict[str, Any]) -> None:
         """Wait for all parts, write the manifest, rename the folder into place."""
         staged = staging_folder(self.folder, step)
         until = time.monotonic() + self.timeout_seconds
-        hashes = {}
+        hashes, layouts = {}, []
         for rank in range(self.world_size):
             mark = _mark(staged, rank)
             while not mark.exists():
@@ -144,7 +165,9 @@ class CheckpointWriter:
                         f"{self.timeout_seconds:g} s"
                     )
                 time.sleep(POLL_SECONDS)
-            hashes[f"part-{rank:05d}.safetensors"] = read_json_object(mark)["sha256"]
+            written = read_json_object(mark)
+            hashes[f"part-{rank:05d}.safetensors"] = written["sha256"]
+            layouts.append(written["layout"])
             mark.unlink()
         manifest = staged / MANIFEST
         contents = {
@@ -152,6 +175,7 @@ class CheckpointWriter:
             "step": step,
             "fingerprint": self.fingerprint,
             "state": state,
+            "layout": asdict(_joined(layouts)),
             "sha256": hashes,
         }
         write_json(manifest, with_checksum(contents))
@@ -164,6 +188,25 @@ class CheckpointWriter:
 
 def _mark(staged: Path, rank: int) -> Path:
     return staged / f"part-{rank:05d}.json"
+
+
+def _joined(layouts: Sequence[Mapping[str, Any]]) -> Layout:
+    """Of all ranks' parts together."""
+    shapes = {name: shape for layout in layouts for name, shape in layout["shapes"].items()}
+    return Layout(layouts[0]["tp"], max(layout["step"] for layout in layouts), shapes)
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Write a part as torch's `HuggingFaceStorageWriter` would, and sync it.
+
+    That one copies the file in memory twice before it writes any of it, and the
+    training's thread stands still meanwhile; this one takes the tensors as they are.
+    """
+    offsets = {name: {"saved_offsets": [start]} for name, start in part.starts.items()}
+    # torch has no public name for this key. Its writer adds others, which its reader does not need:
+    # safetensors writes several in any order, and equal parts would have other hashes.
+    save_file(part.tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+    _sync(path)
 
 
 def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]]:
@@ -183,7 +226,8 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
         damaged_file = _damaged_file(path, manifest["sha256"])
         if damaged_file is not None:
             damaged.append(
-                f"{path / damaged_file}: missing, or its SHA-256 differs from the manifest's"
+                f"{path / damaged_file}: missing, not of this checkpoint, or its SHA-256 differs "
+                "from the manifest's"
             )
             continue
         if manifest["fingerprint"] != fingerprint:
@@ -196,7 +240,8 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
                 f"{path}: written by another version of this project, which alone can go on from "
                 f"it; delete {folder} to train from the start"
             )
-        return Checkpoint(path, int(manifest["step"]), manifest["state"]), damaged
+        layout = Layout(**manifest["layout"])
+        return Checkpoint(path, int(manifest["step"]), manifest["state"], layout), damaged
     if damaged:
         raise UserError(
             f"{damaged[0]}; no earlier checkpoint is left to fall back on; delete {folder} to "
@@ -215,12 +260,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:
-    """The first file that is missing or has
-    another hash; they are hashed in parallel.
+    """The first file that is missing, that no rank wrote but a
+    reader would take for a part, or that has another hash.
+
+    They are hashed in parallel.
     """
-    missing = next((name for name in expected if not (path / name).is_file()), None)
-    if missing is not None:
-        return missing
+    files = {file.name for file in path.glob("*.safetensors")}
+    wrong = min(files ^ expected.keys(), default=None)
+    if wrong is not None:
+        return wrong
     hashes = sha256_files(path, expected)
     return next((name for name in expected if hashes[name] != expected[name]), None)
 

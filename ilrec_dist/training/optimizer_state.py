@@ -4,29 +4,28 @@ it is put together again for another layout.
 DeepSpeed's ZeRO 1 and 2 lay the parameters of a tensor-parallel rank end to end, and
 give every data-parallel rank one range of that: its master weights and moments in fp32.
 ZeRO 3 gives it a range of every parameter instead. A part is the fragments of
-parameters in those ranges, by name, so that it can be read under any tp, dp and stage.
-The weights themselves are the rounded master weights, and frozen ones those of the
-model that the training began with.
+parameters in those ranges: chunks of one-dimensional tensors, of which
+`exp_avg/NAME/tp-0-of-2` is the flattened shard of the first of two tensor-parallel
+ranks. So they can be read under any tp, dp and stage. The weights themselves are the
+rounded master weights, and frozen ones those of the model that the training began with.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.model.sharding import ShardSpec
+from ilrec_dist.training.checkpoint import Checkpoint, Layout, Part
+from ilrec_dist.training.saved_tensors import Range, SavedTensors
 from ilrec_dist.training.weight_ranges import cuts_weights, own_range, shape_of
 
 # The master weight and Adam's two moments, under the names of the files.
@@ -62,75 +61,74 @@ class FlatGroup:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one rank writes: copies in host
-    memory, and what they are, as JSON values.
-    """
-
-    tensors: dict[str, Tensor]
-    description: dict[str, Any]
-
-
 def take_part(engine: Any, module: nn.Module, parallel: ParallelState) -> Part:
     """This rank's part of the state. The training may go on at once: it is a copy."""
     optimizer = engine.optimizer
     tensors: dict[str, Tensor] = {}
-    described = {}
+    starts: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
     names = _names(module)
     for group in flat_groups(optimizer):
         state = optimizer.optimizer.state.get(group.master, {})
         kept = {WEIGHT: group.master} | {kind: state[kind] for kind in MOMENTS if kind in state}
         for fragment in group.fragments:
-            name = names[id(fragment.parameter)]
+            shard = _shard(names[id(fragment.parameter)], parallel.tp_rank, parallel.tp)
+            shapes[shard] = list(shape_of(fragment.parameter))
             for kind, values in kept.items():
                 part = values.detach()[fragment.span]
-                tensors[f"{kind}/{name}"] = part.to("cpu", copy=True)
-            described[name] = {
-                "start": fragment.start,
-                "stop": fragment.stop,
-                "shape": list(shape_of(fragment.parameter)),
-            }
+                tensors[f"{kind}/{shard}"] = part.to("cpu", copy=True)
+                starts[f"{kind}/{shard}"] = fragment.start
     steps = {float(state["step"]) for state in optimizer.optimizer.state.values()}
-    return Part(
-        tensors,
-        {
-            "tp": parallel.tp,
-            "tp_rank": parallel.tp_rank,
-            "fragments": described,
-            "step": max(steps, default=0.0),
-        },
-    )
+    return Part(tensors, starts, Layout(parallel.tp, max(steps, default=0.0), shapes))
 
 
 @torch.no_grad()
-def restore(engine: Any, module: nn.Module, parallel: ParallelState, files: Sequence[Path]) -> None:
-    """Fill weights and optimizer from the parts of all ranks, of whatever tp and dp.
+def restore(engine: Any, module: nn.Module, parallel: ParallelState, saved: Checkpoint) -> None:
+    """Fill weights and optimizer from a checkpoint of whatever tp and dp.
 
     A collective. At no time is more than one parameter whole
     in memory. Raises UserError that names a parameter which
-    the parts do not have or cannot be cut for this tp.
+    the checkpoint does not have or cannot be cut for this tp.
     """
     optimizer = engine.optimizer
-    saved, names = SavedState.open(files), _names(module)
+    state, names = SavedState(saved), _names(module)
+    direct: list[Range] = []
     for group in flat_groups(optimizer):
         kept = {WEIGHT: group.master.detach()}
-        if saved.step > 0:
-            state = optimizer.optimizer.state[group.master]
-            # A fused step reads its number on the device.
-            device = group.master.device if group.options.get("fused") else torch.device("cpu")
-            state["step"] = torch.tensor(saved.step, dtype=torch.float32, device=device)
-            for moment in MOMENTS:
-                state[moment] = kept[moment] = torch.zeros_like(group.master)
+        if saved.layout.step > 0:
+            kept |= _new_moments(optimizer.optimizer, group, saved.layout.step)
         for fragment in group.fragments:
+            name = names[id(fragment.parameter)]
+            shard = state.shard(name, fragment.parameter, parallel)
             for kind, target in kept.items():
-                name = names[id(fragment.parameter)]
-                target[fragment.span].copy_(saved.read(kind, name, fragment, parallel))
+                values = target[fragment.span]
+                if shard is not None:
+                    direct.append(Range(f"{kind}/{shard}", fragment.start, values))
+                else:
+                    values.copy_(state.cut_anew(kind, name, fragment, parallel))
+    # All at once, so that every file is opened once.
+    state.tensors.read(direct)
     if cuts_weights(engine):
         for number in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
     else:
         optimizer.update_lp_params()
+
+
+def _new_moments(optimizer: Any, group: FlatGroup, step: float) -> dict[str, Tensor]:
+    """Give the group's state the number of the step and moments, which are returned."""
+    state = optimizer.state[group.master]
+    # A fused step reads its number on the device.
+    device = group.master.device if group.options.get("fused") else torch.device("cpu")
+    state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
+    moments = {moment: torch.zeros_like(group.master) for moment in MOMENTS}
+    state |= moments
+    return moments
+
+
+def _shard(name: str, tp_rank: int, tp: int) -> str:
+    """A parameter's shard, by its name in the files."""
+    return f"{name}/tp-{tp_rank}-of-{tp}"
 
 
 def _names(module: nn.Module) -> dict[int, str]:
@@ -189,58 +187,45 @@ def _groups_end_to_end(optimizer: Any) -> Iterator[FlatGroup]:
 
 
 class SavedState:
-    """The parts of all ranks of a checkpoint, mapped and read by parameter."""
+    """A checkpoint's tensors, read by parameter."""
 
-    def __init__(self, readers: Sequence[Any], descriptions: Sequence[Mapping[str, Any]]) -> None:
-        self.step: float = max(part["step"] for part in descriptions)
-        self.tp: int = descriptions[0]["tp"]
-        # Parameter → tensor-parallel rank → (start, stop, reader) of its fragments.
-        self.places: dict[str, dict[int, list[tuple[int, int, Any]]]]
-        self.places = defaultdict(lambda: defaultdict(list))
-        self.shapes: dict[tuple[str, int], list[int]] = {}
-        for reader, part in zip(readers, descriptions, strict=True):
-            rank = part["tp_rank"]
-            for name, fragment in part["fragments"].items():
-                self.shapes[name, rank] = fragment["shape"]
-                self.places[name][rank].append((fragment["start"], fragment["stop"], reader))
+    def __init__(self, saved: Checkpoint) -> None:
+        self.layout, self.tensors = saved.layout, SavedTensors(saved.path)
 
-    @classmethod
-    def open(cls, files: Sequence[Path]) -> SavedState:
-        readers: list[Any] = [safe_open(path, framework="pt") for path in files]
-        return cls(readers, [json.loads(reader.metadata()["part"]) for reader in readers])
+    def shard(self, name: str, parameter: nn.Parameter, parallel: ParallelState) -> str | None:
+        """The saved shard that is this rank's own; None where it must be cut anew.
 
-    def read(self, kind: str, name: str, fragment: Fragment, parallel: ParallelState) -> Tensor:
-        """The values of a fragment of the named parameter, fp32 [stop - start]."""
-        if name not in self.places:
+        Raises UserError where the checkpoint has no such parameter.
+        """
+        if _shard(name, 0, self.layout.tp) not in self.layout.shapes:
             raise UserError(
                 f"checkpoint: has no parameter {name!r}; it is of another configuration"
             )
-        spec = spec_of(fragment.parameter)
-        if self.tp == parallel.tp or spec is None:
-            rank = parallel.tp_rank if self.tp == parallel.tp else 0
-            return self._range(kind, name, rank, fragment.start, fragment.stop)
-        shards = []
-        for rank in range(self.tp):
-            shape = self.shapes[name, rank]
-            size = torch.Size(shape).numel()
-            shards.append(self._range(kind, name, rank, 0, size).view(shape))
-        mine = spec.slice(spec.join(shards), parallel.tp_rank, parallel.tp)
+        if self.layout.tp == parallel.tp:
+            return _shard(name, parallel.tp_rank, parallel.tp)
+        return _shard(name, 0, self.layout.tp) if spec_of(parameter) is None else None
+
+    def cut_anew(self, kind: str, name: str, fragment: Fragment, parallel: ParallelState) -> Tensor:
+        """A fragment of a parameter that is saved for another tp, fp32 [stop - start].
+
+        Raises UserError where it cannot be cut for this one.
+        """
+        spec, tp = spec_of(fragment.parameter), self.layout.tp
+        assert spec is not None
+        shards = {
+            name: torch.empty(self.layout.shapes[name])
+            for name in (_shard(name, rank, tp) for rank in range(tp))
+        }
+        self.tensors.read(
+            [Range(f"{kind}/{shard}", 0, values.view(-1)) for shard, values in shards.items()]
+        )
+        mine = spec.slice(spec.join(list(shards.values())), parallel.tp_rank, parallel.tp)
         if mine.shape != shape_of(fragment.parameter):
             raise UserError(
-                f"checkpoint: the parameter {name!r} of tp {self.tp} cannot be cut for tp "
-                f"{parallel.tp}; go on with launch.tp={self.tp}"
+                f"checkpoint: the parameter {name!r} of tp {tp} cannot be cut for tp "
+                f"{parallel.tp}; go on with launch.tp={tp}"
             )
         return mine.flatten()[fragment.start : fragment.stop]
-
-    def _range(self, kind: str, name: str, rank: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a shard of the saved layout."""
-        values = torch.empty(stop - start)
-        for low, high, reader in self.places[name][rank]:
-            first, last = max(low, start), min(high, stop)
-            if first < last:
-                piece = reader.get_slice(f"{kind}/{name}")[first - low : last - low]
-                values[first - start : last - start] = piece
-        return values
 
 
 def spec_of(parameter: Any) -> ShardSpec | None:

@@ -378,7 +378,7 @@ class Trainer:
                 newest.state["best_ndcg"] = -1.0
         newest = from_rank0(newest)
         if newest is not None:
-            restore(self.engine, self.objective, self.parallel, newest.parts)
+            restore(self.engine, self.objective, self.parallel, newest)
             self.progress = TrainingProgress(**newest.state)
         if is_rank0():
             self.log = MetricsLog(self.spec.folder, self.progress.step, self.config.tracker)

@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
     (folder / ".stages/config.sha256").write_text(sha256_file(folder / "config.yaml"))
     begun = {"fingerprint": "f", "settings": {}}
     (folder / ".stages/train sft seed 0.begun.json").write_text(json.dumps(begun))
-    manifest = {"format": 3, "step": 20, "fingerprint": "f", "state": {}, "sha256": {}}
+    manifest = {"format": 4, "step": 20, "fingerprint": "f", "state": {}, "sha256": {}}
     write_json(kept / "manifest.json", with_checksum(manifest))
     now = time.time()
     lines = [

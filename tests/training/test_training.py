@@ -336,7 +336,8 @@ def test_a_flipped_bit_of_a_checkpoints_manifest_is_named(tmp_path: Path, bit: i
         state = {"step": step, "best_ndcg": -1.0, "best_sha256": "", "seconds": 0.5}
         contents = {"format": checkpoint.FORMAT, "step": step, "fingerprint": "f0", "state": state}
         # Of no part: the manifest alone is looked at.
-        written = with_checksum({**contents, "sha256": {}})
+        layout = {"tp": 1, "step": 2.0, "shapes": {}}
+        written = with_checksum({**contents, "layout": layout, "sha256": {}})
         (folder / checkpoint.MANIFEST).write_text(json.dumps(written, indent=1))
     whole = path.read_bytes()
     assert checkpoint.latest(tmp_path, "f0")[0].step == 2
