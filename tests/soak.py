@@ -56,8 +56,9 @@ from tests.support.tiny_run import tiny_config  # noqa: E402
 
 EXAMPLE = "python tests/soak.py --faults 40 --seed 7 --folder soak --log soak.log"
 EPOCH_STEPS, STEPS_PER_FAULT, LAST_STEPS = 50, 40, 100
-# As often as a training logs: the first line after a resumption covers as many steps then.
-CHECKPOINT_STEPS = 10
+# Checkpoints come twice in them, as often as a training logs: the first line after a resumption
+# covers as many steps then.
+CHECKPOINT_STEPS = 20
 # How long the training may take to get on where nothing happens to it.
 PROGRESS_SECONDS = 240.0
 # The file system of the run's folder, which is filled up.
