@@ -58,7 +58,9 @@ def train_partially(
 
 def separate_rows(backbone: Backbone, rows: tuple[int, int]) -> None:
     """Make these rows of the vocabulary parameters of their own."""
-    backbone.trained_rows = TrainedRows(backbone.vocabulary_tables, backbone.vocab_range, *rows)
+    backbone.trained_rows = TrainedRows(
+        backbone.vocabulary_tables, backbone.vocab_range, backbone.padded_vocab_size, *rows
+    )
 
 
 def partial_state_dict(backbone: Backbone) -> dict[str, Tensor]:

@@ -39,6 +39,36 @@ class ShardSpec:
         return torch.cat([torch.cat(part, self.dim) for part in parts], self.dim)
 
 
+@dataclass(frozen=True)
+class RowRangeSpec(ShardSpec):
+    """How the rows [start, stop) of a table are cut, which itself is cut evenly.
+
+    A rank has those of its own part of the table's `table_rows`, and where there are
+    none one row of zeros.
+    """
+
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+    table_rows: int = 0
+
+    def _owned(self, rank: int, tp: int) -> tuple[int, int]:
+        """This rank's of the rows, counted from the first one."""
+        low, high = self.table_rows * rank // tp, self.table_rows * (rank + 1) // tp
+        return max(self.start, low) - self.start, min(self.stop, high) - self.start
+
+    def slice(self, full: Tensor, rank: int, tp: int) -> Tensor:
+        """The shard of one rank, from all rows."""
+        low, high = self._owned(rank, tp)
+        return full[low:high] if low < high else full.new_zeros(1, *full.shape[1:])
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        """All rows from the shards in rank order."""
+        owned = [self._owned(rank, len(shards)) for rank in range(len(shards))]
+        pairs = zip(shards, owned, strict=True)
+        return torch.cat([shard for shard, (low, high) in pairs if low < high])
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether a parameter's rows are tokens (embedding and head)."""
     return name.endswith(("word_embeddings.weight", "output_layer.weight"))
@@ -69,6 +99,7 @@ def mark_parallel(parameter: torch.nn.Parameter, spec: ShardSpec | None) -> None
     parameter.tensor_model_parallel = spec is not None  # type: ignore[attr-defined]
     parameter.partition_dim = -1 if spec is None else spec.dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1 if spec is None else spec.parts  # type: ignore[attr-defined]
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def full_shape(shape: torch.Size, spec: ShardSpec | None, tp: int) -> list[int]:

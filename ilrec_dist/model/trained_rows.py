@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ilrec_dist.model.lookup import looked_up
-from ilrec_dist.model.sharding import ShardSpec, mark_parallel
+from ilrec_dist.model.sharding import RowRangeSpec, mark_parallel
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -26,15 +26,20 @@ class TrainedRows(nn.Module):
     [start, stop), of the embedding and the head.
 
     tables: EMBEDDING's weight and, where it is not tied to it, HEAD's, this rank's rows
-    `vocab_range` of each; their values are the parameters' first ones. The tables
-    themselves stay whole: the rows are copied into them before they are used, so that
-    lookups and products are the same as without this module. A rank that owns none of
-    the rows has a parameter of one row, which nothing reads: the optimizer takes no
-    empty one.
+    `vocab_range` of the `vocab_rows` of each; their values are the parameters' first
+    ones. The tables themselves stay whole: the rows are copied into them before they
+    are used, so that lookups and products are the same as without this module. A rank
+    that owns none of the rows has a parameter of one row, which nothing reads: the
+    optimizer takes no empty one.
     """
 
     def __init__(
-        self, tables: Mapping[str, Tensor], vocab_range: tuple[int, int], start: int, stop: int
+        self,
+        tables: Mapping[str, Tensor],
+        vocab_range: tuple[int, int],
+        vocab_rows: int,
+        start: int,
+        stop: int,
     ) -> None:
         super().__init__()
         self.start, self.stop = start, stop
@@ -43,11 +48,12 @@ class TrainedRows(nn.Module):
         # Rows of the local tables.
         self.low, self.high = low - vocab_range[0], high - vocab_range[0]
         self.weights = nn.ParameterDict()
+        spec = RowRangeSpec(start=start, stop=stop, table_rows=vocab_rows)
         for name, table in tables.items():
             rows = table.detach()[self.low : self.high]
             first = rows if len(rows) else rows.new_zeros(1, table.shape[1])
             self.weights[name] = nn.Parameter(first.clone())
-            mark_parallel(self.weights[name], ShardSpec(0))
+            mark_parallel(self.weights[name], spec)
 
     def embed(
         self, table: Tensor, tokens: Tensor, summed: Callable[[Tensor], Tensor] | None

@@ -182,8 +182,17 @@ class CheckpointWriter:
         _sync(manifest)
         put_in_place(staged, self.folder / f"step-{step:08d}")
         _sync(self.folder)
-        for old in committed(self.folder)[: -self.keep]:
+        for old in _dropped(committed(self.folder), step, self.keep):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _dropped(folders: Sequence[Path], step: int, keep: int) -> list[Path]:
+    """Of the committed ones those that go once that of `step` is there.
+
+    Later ones were passed over: they must not be kept in the place of whole ones.
+    """
+    passed_over = [path for path in folders if _step_of(path) > step]
+    return passed_over + [path for path in folders if _step_of(path) <= step][:-keep]
 
 
 def _mark(staged: Path, rank: int) -> Path:
@@ -220,14 +229,17 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     for path in reversed(committed(folder)):
         try:
             manifest = read_manifest(path / MANIFEST)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             damaged.append(f"{path / MANIFEST}: missing, malformed, or not as it was written")
+            continue
+        if manifest["step"] != _step_of(path):
+            damaged.append(f"{path / MANIFEST}: of step {manifest['step']}, so not of this folder")
             continue
         damaged_file = _damaged_file(path, manifest["sha256"])
         if damaged_file is not None:
             damaged.append(
-                f"{path / damaged_file}: missing, not of this checkpoint, or its SHA-256 differs "
-                "from the manifest's"
+                f"{path / damaged_file}: missing, unreadable, not of this checkpoint, or its "
+                "SHA-256 differs from the manifest's"
             )
             continue
         if manifest["fingerprint"] != fingerprint:
@@ -251,7 +263,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError where it is missing or damaged."""
+    """Raises OSError, ValueError or RecursionError where it is missing or damaged."""
     written = json.loads(path.read_text())
     contents = without_checksum(written) if isinstance(written, dict) else None
     if contents is None:
@@ -260,8 +272,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:
-    """The first file that is missing, that no rank wrote but a
-    reader would take for a part, or that has another hash.
+    """The first file that is missing or cannot be read, that no rank
+    wrote but a reader would take for a part, or that has another hash.
 
     They are hashed in parallel.
     """
@@ -269,13 +281,29 @@ def _damaged_file(path: Path, expected: dict[str, str]) -> str | None:
     wrong = min(files ^ expected.keys(), default=None)
     if wrong is not None:
         return wrong
-    hashes = sha256_files(path, expected)
+    hashes = sha256_files(path, expected, _hash_or_nothing)
     return next((name for name in expected if hashes[name] != expected[name]), None)
 
 
+def _hash_or_nothing(path: Path) -> str:
+    """Empty where it cannot be read: its disk may be what is damaged."""
+    try:
+        return sha256_file(path)
+    except OSError:
+        return ""
+
+
 def committed(folder: Path) -> list[Path]:
-    """The folders of the committed checkpoints, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The folders of the committed checkpoints, the oldest first.
+
+    Folders of other names, such as somebody's copy of one, are left alone.
+    """
+    numbered = (path for path in folder.glob("step-*") if path.name[5:].isdecimal())
+    return sorted((path for path in numbered if path.is_dir()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:

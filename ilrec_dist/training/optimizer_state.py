@@ -228,8 +228,7 @@ class SavedState:
         return mine.flatten()[fragment.start : fragment.stop]
 
 
-def spec_of(parameter: Any) -> ShardSpec | None:
+def spec_of(parameter: nn.Parameter) -> ShardSpec | None:
     """How a parameter is cut over tp, as `sharding.mark_parallel` has noted it."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return ShardSpec(parameter.partition_dim, parameter.partition_stride)
+    spec: ShardSpec | None = getattr(parameter, "shard_spec", None)
+    return spec

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.model.config import BackboneConfig
-from ilrec_dist.model.sharding import ShardSpec, mark_parallel
+from ilrec_dist.model.sharding import RowRangeSpec, ShardSpec, mark_parallel
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.testing.measured_step import SmallTraining, StepSpec
@@ -125,6 +127,74 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
         checkpoint.latest(tmp_path, "f")
 
 
+def committed_checkpoint(folder: Path, step: int, keep: int = 2) -> Path:
+    """Commit a checkpoint of one rank, a part of one tensor."""
+    writer = CheckpointWriter(folder, "f", keep, 0, 1, 60.0)
+    staged = checkpoint.staging_folder(folder, step)
+    checkpoint.make_staging_folder(staged)
+    layout = Layout(1, 1.0, {"a/tp-0-of-1": [4]})
+    part = Part({"weight/a/tp-0-of-1": torch.arange(4.0)}, {"weight/a/tp-0-of-1": 0}, layout)
+    writer._write(step, part)
+    writer._commit(step, {})
+    return folder / f"step-{step:08d}"
+
+
+def is_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def is_lost_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere")
+
+
+@pytest.mark.parametrize("damage", [is_folder, is_lost_link])
+@pytest.mark.parametrize("name", [checkpoint.MANIFEST, "part-00000.safetensors"])
+def test_what_cannot_be_read_is_passed_over_by_name(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    newest = [committed_checkpoint(tmp_path, step) for step in (2, 4)][-1]
+    damage(newest / name)
+    found, (line,) = checkpoint.latest(tmp_path, "f")
+    assert found is not None
+    assert found.step == 2
+    assert line.startswith(f"{newest / name}: missing, ")
+
+
+def test_deeply_nested_json_in_place_of_a_manifest_is_passed_over(tmp_path: Path) -> None:
+    newest = [committed_checkpoint(tmp_path, step) for step in (2, 4)][-1]
+    (newest / checkpoint.MANIFEST).write_text("[" * 100_000)
+    found, (line,) = checkpoint.latest(tmp_path, "f")
+    assert found is not None
+    assert found.step == 2
+    assert line.startswith(f"{newest / checkpoint.MANIFEST}: missing, malformed")
+
+
+def test_a_copy_is_left_alone_and_a_renamed_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    newest = [committed_checkpoint(tmp_path, step) for step in (2, 4)][-1]
+    copy = tmp_path / "step-00000004.copy"
+    shutil.copytree(newest, copy)
+    newest.rename(tmp_path / "step-00000009")
+    found, (line,) = checkpoint.latest(tmp_path, "f")
+    assert found is not None
+    assert found.step == 2
+    manifest = tmp_path / "step-00000009" / checkpoint.MANIFEST
+    assert line == f"{manifest}: of step 4, so not of this folder"
+    committed_checkpoint(tmp_path, 5)
+    committed_checkpoint(tmp_path, 6)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-00000004.copy", "step-00000005", "step-00000006"]
+
+
+def test_damaged_checkpoints_are_not_kept_in_the_place_of_whole_ones(tmp_path: Path) -> None:
+    whole, *damaged = [committed_checkpoint(tmp_path, step, keep=3) for step in (2, 6, 8)]
+    for folder in damaged:
+        (folder / checkpoint.MANIFEST).unlink()
+    following = committed_checkpoint(tmp_path, 4, keep=2)
+    assert checkpoint.committed(tmp_path) == [whole, following]
+
+
 def test_a_parameter_of_other_tp_is_joined_and_cut_or_refused_by_name(tmp_path: Path) -> None:
     """A matrix [6, 2] of two shards, each of which two ranks wrote."""
     whole = torch.arange(12.0).view(6, 2)
@@ -155,3 +225,15 @@ def test_a_parameter_of_other_tp_is_joined_and_cut_or_refused_by_name(tmp_path: 
     assert saved.shard("a", parameter, parallel) == "a/tp-1-of-2"
     with pytest.raises(UserError, match="has no parameter 'b'"):
         saved.shard("b", parameter, parallel)
+
+
+def test_rows_at_the_end_of_a_table_are_cut_as_the_table_is() -> None:
+    """Of a table of 24 rows the last 5, of which under tp 2 the first rank has none."""
+    spec = RowRangeSpec(start=18, stop=23, table_rows=24)
+    rows = torch.arange(1.0, 11.0).view(5, 2)
+    sizes = {1: [5], 2: [1, 5], 4: [1, 1, 1, 5], 8: [1, 1, 1, 1, 1, 1, 3, 2]}
+    for tp, expected in sizes.items():
+        shards = [spec.slice(rows, rank, tp) for rank in range(tp)]
+        assert [len(shard) for shard in shards] == expected
+        assert torch.equal(spec.join(shards), rows)
+    assert not spec.slice(rows, 0, 2).any()
