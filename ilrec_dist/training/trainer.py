@@ -37,6 +37,7 @@ from ilrec_dist.samples.windows import StepOrder
 from ilrec_dist.training import bad_steps, checkpoint
 from ilrec_dist.training.accumulation import StepBatches
 from ilrec_dist.training.config import TrainConfig
+from ilrec_dist.training.early_end import EarlyEnd
 from ilrec_dist.training.engine import build_engine, set_learning_rate
 from ilrec_dist.training.gpu_rates import GPURates
 from ilrec_dist.training.optimizer_state import restore, take_part
@@ -102,7 +103,7 @@ class Trainer:
         on_checkpoint: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.config, self.batch_maker = spec, config, batch_maker
-        self.prompts, self.stop = prompts, stop
+        self.prompts, self.stop, self.early_end = prompts, stop, EarlyEnd(stop)
         self.catalogue, self.parallel, self.validate = catalogue, parallel, validate
         self.phases, self.phase_end = phases, 0
         self.rewards, self.log_steps, self.on_checkpoint = rewards, log_steps, on_checkpoint
@@ -175,8 +176,9 @@ class Trainer:
             if self._validation_is_due():
                 with self.timer.pause(), whole_weights(self.engine):
                     self._validate()
-            # The ranks agree on it where they have just met to log.
-            must_stop = is_logged and self._must_stop()
+            must_stop = self.early_end.is_due(is_logged)
+            if must_stop and not is_logged:
+                self._log_step()
             is_due |= self.progress.step % between == 0 or end_of_epoch or must_stop
             # What stands between a good step and a bad one is not worth going on from.
             if is_due and not self.bad_steps:
@@ -407,10 +409,6 @@ class Trainer:
             self.writer.wait()
             dist.barrier()
             self.on_checkpoint(self.progress.step)
-
-    def _must_stop(self) -> bool:
-        stop = self.stop
-        return stop is not None and bool(from_rank0(is_rank0() and stop.asked))
 
     def _end_early(self) -> None:
         """Leave the newest checkpoint committed, and raise Stopped."""
