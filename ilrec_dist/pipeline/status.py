@@ -96,7 +96,7 @@ def _checkpoint(folder: Path, now: float) -> Iterator[str]:
         manifest = checkpoint / MANIFEST
         try:
             step, written = read_manifest(manifest)["step"], manifest.stat().st_mtime
-        except (OSError, ValueError, RecursionError):
+        except (OSError, UserError):
             # One that the training itself has just removed is not damaged.
             if checkpoint.is_dir():
                 yield f"  {manifest}: missing, malformed, or not as it was written"

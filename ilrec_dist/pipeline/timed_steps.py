@@ -56,7 +56,7 @@ def _time_training(
 ) -> dict[str, float] | None:
     method, seed = config.train.methods[-1], config.train.seeds[0]
     artifacts = RunArtifacts(config)
-    # The training ends at its first checkpoint, and has two of them in as many steps.
+    # The training ends at its first checkpoint (TrainConfig.steps_between_checkpoints).
     short = dataclasses.replace(
         config, train=dataclasses.replace(config.train, checkpoint_steps=2 * STEPS)
     )

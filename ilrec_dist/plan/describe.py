@@ -120,7 +120,7 @@ def _checkpoint(plan: Plan) -> Iterator[str]:
     yield from (
         "",
         f"a checkpoint: {size(plan.checkpoint)}, {plan.checkpoint_seconds:.0f} s at "
-        f"{size(plan.hardware.disk)}/s, every {plan.config.train.checkpoint_steps // 2} steps",
+        f"{size(plan.hardware.disk)}/s, every {plan.config.train.steps_between_checkpoints} steps",
         f"on disk: {size((kept + 1) * plan.checkpoint + 2 * plan.weights)} a training at its "
         f"fullest: {kept} checkpoints, one in the making, {weights}",
     )

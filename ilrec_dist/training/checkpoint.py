@@ -229,7 +229,7 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
     for path in reversed(committed(folder)):
         try:
             manifest = read_manifest(path / MANIFEST)
-        except (OSError, ValueError, RecursionError):
+        except UserError:
             damaged.append(f"{path / MANIFEST}: missing, malformed, or not as it was written")
             continue
         if manifest["step"] != _step_of(path):
@@ -263,11 +263,10 @@ def latest(folder: Path, fingerprint: str) -> tuple[Checkpoint | None, list[str]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError or RecursionError where it is missing or damaged."""
-    written = json.loads(path.read_text())
-    contents = without_checksum(written) if isinstance(written, dict) else None
+    """Raises UserError where it is missing or damaged."""
+    contents = without_checksum(read_json_object(path))
     if contents is None:
-        raise ValueError("not a checkpoint's manifest")
+        raise UserError(f"{path}: not as it was written")
     return contents
 
 

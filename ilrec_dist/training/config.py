@@ -121,8 +121,7 @@ class TrainConfig:
             lambda config: config.launch.dp > 1,
         ),
     ] = 1
-    # The most steps that a death may cost. There is a checkpoint twice in them, as one that is
-    # being written is lost.
+    # The most steps that a death may cost.
     checkpoint_steps: Annotated[Int, Ge(2), Affects()] = 200
     keep_checkpoints: Annotated[Int, Ge(2), Affects()] = 2
     # Epochs between validations.
@@ -133,3 +132,12 @@ class TrainConfig:
     patience: NonNegative = 0
     # Where the metrics go beside metrics.jsonl and TensorBoard.
     tracker: Annotated[Optional[TrackerName], Affects()] = None
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """There are two checkpoints in `checkpoint_steps`.
+
+        One that is being written when a death comes is
+        lost, and the next one waits for it.
+        """
+        return self.checkpoint_steps // 2

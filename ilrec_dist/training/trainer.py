@@ -157,9 +157,7 @@ class Trainer:
     def _train_to_the_end(self) -> None:
         self.objective.train()
         self._since = time.monotonic()
-        # One that is being written when a death comes is lost, and the next one waits for it: two
-        # of them in an interval, and never more than that is lost.
-        between = self.config.checkpoint_steps // 2
+        between = self.config.steps_between_checkpoints
         is_due = False
         self.gpu_rates = GPURates(self.objective, self.config, self.catalogue, self.progress.step)
         batches = self._begin_phase()

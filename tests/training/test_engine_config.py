@@ -1,18 +1,25 @@
-"""What DeepSpeed is told, by precision, ZeRO stage, layout and device."""
+"""What DeepSpeed is told, by precision, ZeRO stage, layout and device, and what it
+prints.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 
 import pytest
+import torch
 
 from ilrec_dist.distributed.deepspeed_mpu import import_deepspeed
+from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.plan.communication import StepLayout
 from ilrec_dist.plan.decoder import PlannedGroup
 from ilrec_dist.plan.memory import BUCKET_GRADIENTS, CUT_BUCKET_GRADIENTS, bucket_bytes
 from ilrec_dist.plan.plan import ELEMENT_BYTES
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.training.config import TrainConfig
-from ilrec_dist.training.engine import deepspeed_config
+from ilrec_dist.training.engine import build_engine, deepspeed_config
 
 OVERLAPPING = {
     (precision, stage, 2, True)
@@ -47,3 +54,20 @@ def test_the_plan_knows_the_bucket_of_zero_3(size):
     bucket = deepspeed_config(config, 2, True, 5000)["zero_optimization"]["reduce_bucket_size"]
     planned = bucket_bytes([PlannedGroup((size,), 2, True)], StepLayout(1, 2, 1, 2, 3))
     assert planned == 4 * (bucket + size)
+
+
+def printed_by_an_engine(mesh: Mesh, config: TrainConfig) -> str:
+    parallel = initialize_parallel(mesh.tp)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            build_engine(torch.nn.Linear(1, 1), config, parallel)
+    finally:
+        destroy_parallel()
+    return printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_is_printed_when_an_engine_is_built(stage: int) -> None:
+    config = TrainConfig(precision="bf16", zero_stage=stage)
+    assert run_distributed(printed_by_an_engine, stage, 1, config) == [""] * stage

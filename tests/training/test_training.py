@@ -4,9 +4,7 @@ depend on how the step is cut (METHOD.md §8).
 They are the same over tp, dp and accumulation, and after an interruption.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import shutil
 import time
@@ -228,19 +226,6 @@ def test_zero_2_trains_as_zero_1_does(tiny, tmp_path, precision):
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4 if precision == "fp32" else 4e-2)
 
 
-def printed_by_an_engine(mesh: Mesh, tree: dict) -> str:
-    from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-    from ilrec_dist.training.engine import build_engine
-
-    parallel = initialize_parallel(mesh.tp, "cpu")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            build_engine(torch.nn.Linear(1, 1), config_from_dict(tree).train, parallel)
-    finally:
-        destroy_parallel()
-    return printed.getvalue()
-
-
 def accumulated_norm(mesh: Mesh, tree: dict) -> float:
     """The norm of the gradient of three micro-batches:
     the first, and twice its 512th part.
@@ -297,13 +282,6 @@ def test_a_death_costs_at_most_the_steps_that_are_set(tiny, tmp_path):
     (found,) = run_distributed(steps_at_stake, 1, 1, tree, str(tmp_path))
     # The training does go on while a checkpoint is written.
     assert len(found) > 20 and 3 < max(found) <= 6
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_nothing_is_printed_when_an_engine_is_built(tiny, stage):
-    train = {"precision": "bf16", "zero_stage": stage}
-    tree = config_to_dict(tiny_config(tiny, train=train, launch={"workers": stage}))
-    assert run_distributed(printed_by_an_engine, stage, 1, tree) == [""] * stage
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capfd):
