@@ -24,6 +24,8 @@ METRICS_SHA256 = "metrics_sha256"
 TENSORBOARD_FOLDER = "tensorboard"
 # Written on resume: the number of logged steps that the checkpoint did not cover.
 RESUMED = "resumed/dropped_steps"
+# The keys of a validation begin with it.
+VALIDATION = "validation/"
 
 Nested: TypeAlias = "Mapping[str, float | Nested]"
 
@@ -32,12 +34,12 @@ class MetricsLog:
     """Append-only metrics of one training run, written by rank 0 alone (names:
     METHOD.md §6).
 
-    `folder` is made when absent. With `resume_step` k, lines of steps after k are
-    dropped first, so that a step that is run again is logged once, and a line gives the
-    number of dropped steps. Without it lines are added to what is there. A last line
-    that a killed writer left torn is removed either way. Every line is flushed, so a
-    SIGKILL costs at most the line being written. A `tracker` gets the values as well;
-    what it meets after its beginning ends no training.
+    `folder` is made when absent. With `resume_step` k, lines of steps after k and of a
+    validation at k are dropped first, so that what comes again is there once, and a
+    line gives the number of dropped steps. Without it lines are added to what is there.
+    A last line that a killed writer left torn is removed either way. Every line is
+    flushed, so a SIGKILL costs at most the line being written. A `tracker` gets the
+    values as well; what it meets after its beginning ends no training.
     """
 
     def __init__(
@@ -161,7 +163,8 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
 
 
 def _mend(path: Path, resume_step: int | None) -> int | None:
-    """Drop a torn last line and, on resume, the lines after `resume_step`.
+    """Drop a torn last line and, on resume, the lines after `resume_step` and of its
+    validation.
 
     Returns the last step that was logged before, None where there is no log.
     """
@@ -169,13 +172,17 @@ def _mend(path: Path, resume_step: int | None) -> int | None:
         return None
     text = path.read_bytes()
     lines = list(_whole_lines(text, path))
-    kept = b"".join(
-        raw + b"\n" for line, raw in lines if resume_step is None or line["step"] <= resume_step
-    )
+    kept = b"".join(raw + b"\n" for line, raw in lines if not _comes_again(line, resume_step))
     if kept != text:
         with atomic_file(path) as staged:
             staged.write_bytes(kept)
     return max((line["step"] for line, _ in lines), default=0)
+
+
+def _comes_again(line: Mapping[str, Any], resume_step: int | None) -> bool:
+    if resume_step is None or line["step"] < resume_step:
+        return False
+    return line["step"] > resume_step or any(key.startswith(VALIDATION) for key in line)
 
 
 def _now() -> float:

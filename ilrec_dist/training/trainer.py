@@ -26,7 +26,7 @@ from ilrec_dist.distributed.process_groups import TIMEOUT_SECONDS
 from ilrec_dist.items.catalogue import Catalogue, catalogue_hash
 from ilrec_dist.model.weights import manifest_is, save_training_weights
 from ilrec_dist.objective.objective import Objective
-from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, MetricsLog
+from ilrec_dist.reporting.metrics_log import METRICS_FILE, METRICS_SHA256, VALIDATION, MetricsLog
 from ilrec_dist.samples.prefetch import (
     BatchSource,
     PrefetchedBatch,
@@ -160,6 +160,9 @@ class Trainer:
         between = self.config.steps_between_checkpoints
         is_due = False
         self.gpu_rates = GPURates(self.objective, self.config, self.catalogue, self.progress.step)
+        # A checkpoint is there before the validation of its step, which may take longer than the
+        # command waits after SIGTERM.
+        self._validate_if_due()
         batches = self._begin_phase()
         while not self._is_done():
             if self.progress.step == self.phase_end:
@@ -171,9 +174,6 @@ class Trainer:
             is_logged = self.progress.step % self.log_steps == 0 or end_of_epoch
             if is_logged:
                 self._log_step()
-            if self._validation_is_due():
-                with self.timer.pause(), whole_weights(self.engine):
-                    self._validate()
             must_stop = self.early_end.is_due(is_logged)
             if must_stop and not is_logged:
                 self._log_step()
@@ -186,6 +186,7 @@ class Trainer:
             if must_stop:
                 batches.close()
                 self._end_early()
+            self._validate_if_due()
         batches.close()
 
     def train_step(self, batches: Iterator[PrefetchedBatch]) -> None:
@@ -312,10 +313,12 @@ class Trainer:
         for term in (*self.objective.terms, "total"):
             self._require_finite(f"the loss term {term}", values[f"loss/{term}"])
 
-    def _validation_is_due(self) -> bool:
+    def _validate_if_due(self) -> None:
         epoch, within = divmod(self.progress.step, self.order.steps_per_epoch)
         due = epoch % self.config.validate_epochs == 0 or self.progress.step == self.total_steps
-        return within == 0 and due
+        if self.progress.step > 0 and within == 0 and due:
+            with self.timer.pause(), whole_weights(self.engine):
+                self._validate()
 
     def _validate(self) -> None:
         """Keep the weights where they are the best
@@ -339,7 +342,7 @@ class Trainer:
         else:
             progress.validations_without_gain += 1
         if self.log is not None:
-            values = {f"validation/{name}": value for name, value in metrics.items()}
+            values = {f"{VALIDATION}{name}": value for name, value in metrics.items()}
             self.log.write(progress.step, self._epoch, values)
 
     def _require_finite(self, what: str, value: float) -> None:

@@ -367,9 +367,9 @@ def test_result_names_the_hashes_of_the_weights(trained):
 def test_best_weights_newer_than_the_checkpoint_are_chosen_again(tiny, tmp_path):
     """As after a kill between the two: what the checkpoint names is gone."""
     config = config_to_dict(tiny_config(tiny))
-    # To the end of the first epoch.
-    run_distributed(train_here, 1, 1, config, "sft", str(tmp_path), 7)
-    path = tmp_path / "checkpoints/step-00000007/manifest.json"
+    # Past the end of the first epoch, which has 7 steps.
+    run_distributed(train_here, 1, 1, config, "sft", str(tmp_path), 9)
+    path = tmp_path / "checkpoints/step-00000009/manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["state"]["best_step"] == 7
     shutil.rmtree(tmp_path / "best")
