@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # The folder, beside the catalogue's files, of the extended tokenizer and the model's config.json.
 LANGUAGE_MODEL = "language_model"
+# Rows of the embedding beyond the tokenizer's tokens, as a share of these: known models have at
+# most 0.03.
+MOST_SPARE_ROWS = 0.25
 # Titles that are tokenized at a time.
 TITLES_AT_ONCE = 10_000
 
@@ -42,9 +45,9 @@ class LanguageModel:
 class ExtendedTokenizer:
     """The model's own tokenizer with the item tokens of a catalogue added in one call.
 
-    Raises UserError where it does not load, has a token of that name already, has more
-    tokens than the embedding has rows, or would give the added tokens other ids than
-    those that follow its own.
+    Raises UserError where it does not load, has a token of that name already, is not of
+    the model's size, or would give the added tokens other ids than those that follow
+    its own.
     """
 
     def __init__(self, model: LanguageModel, names: Sequence[str]) -> None:
@@ -58,11 +61,7 @@ class ExtendedTokenizer:
                     f"{known[name]}); give the items' codes other names in items.index"
                 )
         base_size = 1 + max(known.values())
-        if base_size > model.embedding_rows:
-            raise UserError(
-                f"{model.folder}: the tokenizer's largest id is {base_size - 1}, and the model has "
-                f"{model.embedding_rows} embedding rows; the tokenizer is of another model"
-            )
+        _check_size(model, base_size)
         _add_tokens(self.tokenizer, names, base_size, model.folder)
         self.base_size, self.num_added = base_size, len(names)
 
@@ -112,6 +111,26 @@ class ExtendedTokenizer:
         if not (out / TOKENIZER).is_file():
             raise UserError(f"{self.model.folder}: its tokenizer has no {TOKENIZER} form")
         shutil.copyfile(self.model.folder / "config.json", out / "config.json")
+
+
+def _check_size(model: LanguageModel, base_size: int) -> None:
+    """Raise UserError for a tokenizer that is
+    another model's, as far as its size tells.
+    """
+    tree, rows = read_json_object(model.folder / "config.json"), model.embedding_rows
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = tree.get(key)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and token >= base_size:
+                raise UserError(
+                    f"{model.folder}: {key} of config.json is {token}, and the tokenizer's largest "
+                    f"id is {base_size - 1}; the tokenizer is of another model"
+                )
+    if not 0 <= rows - base_size <= MOST_SPARE_ROWS * base_size:
+        raise UserError(
+            f"{model.folder}: the tokenizer's largest id is {base_size - 1}, and the model has "
+            f"{rows} embedding rows; the tokenizer is of another model"
+        )
 
 
 def extend_tokenizer(folder: Path, added: Mapping[int, str]) -> None:

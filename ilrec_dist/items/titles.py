@@ -66,8 +66,10 @@ def spell(tokenizer: Tokenizer, titles: Sequence[str], title_tokens: int) -> np.
     """Item token numbers int32 [n, C] of n titles:
     at most `title_tokens` of each and the end.
 
-    Behind the end stands -1 up to C, which the longest title needs.
+    Behind the end stands -1 up to C, which the longest title needs. What looks like a
+    special token in a title, such as the end of text, is spelt as the text that it is.
     """
+    tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch(list(map(single_spaced, titles)), add_special_tokens=False)
     ids = [encoding.ids[:title_tokens] for encoding in encodings]
     numbers = np.full((len(ids), 1 + max(map(len, ids), default=0)), -1, np.int32)

@@ -19,9 +19,11 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.config import ItemsConfig
 from ilrec_dist.items.index_plot import plot_code_use
 from ilrec_dist.items.index_report import report_table
+from ilrec_dist.items.language_model import LanguageModel
 from ilrec_dist.items.titles import TOKENIZER, load_tokenizer
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN
+from tests.support import language_models
 
 TITLES = [
     "Steel guitar strings",
@@ -165,6 +167,22 @@ def test_a_given_tokenizer_neither_pads_nor_cuts(tmp_path):
     assert (tmp_path / "again/tokens.npy").read_bytes() == (
         tmp_path / "items/tokens.npy"
     ).read_bytes()
+
+
+def test_a_title_with_the_models_end_of_text_in_it_is_spelt_as_words(tmp_path):
+    titles = ["lamp", f"lamp{language_models.END}shade", f"{language_models.BEGIN} lamp"]
+    model = language_models.make_language_model(tmp_path / "llama", titles)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    items = np.arange(3, dtype=np.int32)
+    shop = InteractionDataset(items, np.array([0, 3]), ["u"], ["a", "b", "c"], titles)
+    config = ItemsConfig(form="titles")
+    build_catalogue(config, shop, tmp_path / "items", None, LanguageModel(model, rows))
+    catalogue = Catalogue.load(tmp_path / "items")
+    tokenizer = load_tokenizer(tmp_path / f"items/language_model/{TOKENIZER}", "the test")
+    for item, title in enumerate(titles):
+        *tokens, end = [t for t in catalogue.item_tokens(np.array(item)).tolist() if t != NO_TOKEN]
+        assert end == catalogue.vocabulary.end and end not in tokens
+        assert tokenizer.decode(tokens, skip_special_tokens=False) == title
 
 
 def test_new_items_are_spelt_in_the_old_pieces(tmp_path):

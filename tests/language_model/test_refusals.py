@@ -160,6 +160,15 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     model = make_language_model(tmp_path / "other", TITLES)
     with pytest.raises(UserError, match="largest id .* 100 embedding rows"):
         build(model, 100)
+    # Spare rows are few, and the model's own special tokens are among the tokenizer's.
+    with pytest.raises(UserError, match="largest id .* 900 embedding rows"):
+        build(model, 900)
+    path = model / "config.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"eos_token_id": [0, 399]}))
+    with pytest.raises(UserError, match="eos_token_id of config.json is 399, .* largest id"):
+        build(model, 400)
+    path.write_text(json.dumps(tree))
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="does not load"):
         build(model, 500)

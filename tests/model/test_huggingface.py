@@ -274,7 +274,7 @@ def refusals(mesh: Mesh, folders: list[str]) -> list[str]:
 
 
 def test_damaged_and_missing_files_and_tensors_are_named_on_every_rank(tmp_path: Path) -> None:
-    names = ("truncated", "no-file", "no-tensor", "misshapen", "bad-index", "integers")
+    names = ("truncated", "no-file", "no-tensor", "misshapen", "bad-index", "integers", "rows")
     folders = {name: tmp_path / name for name in names}
     for name, folder in folders.items():
         make_pretrained(
@@ -295,6 +295,9 @@ def test_damaged_and_missing_files_and_tensors_are_named_on_every_rank(tmp_path:
     change("no-tensor", lambda tensors: tensors.pop(key))
     change("misshapen", lambda tensors: tensors.update({key: torch.zeros(8, 32)}))
     change("integers", lambda tensors: tensors.update({key: torch.zeros(16, 32).char()}))
+    table = "model.embed_tokens.weight"
+    # Fewer rows than config.json says are no padding.
+    change("rows", lambda tensors: tensors.update({table: tensors[table][:50].clone()}))
     index = folders["bad-index"] / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {key: "../elsewhere.safetensors"}}))
     expected = (
@@ -304,6 +307,7 @@ def test_damaged_and_missing_files_and_tensors_are_named_on_every_rank(tmp_path:
         [key, "[8, 32]", "[16, 32]"],
         [index.name, "malformed"],
         [key, "missing"],
+        [table, "[50, 32]", "[53, 32]"],
     )
     for messages in run_distributed(refusals, 2, 2, [str(f) for f in folders.values()]):
         for message, words in zip(messages, expected, strict=True):

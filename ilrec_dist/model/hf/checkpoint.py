@@ -44,11 +44,12 @@ def load_weights(backbone: Backbone, folder: str | Path, new_rows: NewRows | Non
     raises the same one, before it has read any weights.
     """
     path = Path(folder) / "config.json"
-    backbone.checkpoint_family = family_of_json(read_json_object(path), path).model_type
+    tree = read_json_object(path)
+    backbone.checkpoint_family = family_of_json(tree, path).model_type
     reader = TensorReader(Path(folder))
     tp, rank = backbone.tp_group.size(), backbone.tp_group.rank()
     plans = {
-        name: _plan(backbone, name, parameter, reader)
+        name: _plan(backbone, name, parameter, reader, tree["vocab_size"])
         for name, parameter in backbone.gpt.named_parameters()
     }
     for name, parameter in backbone.gpt.named_parameters():
@@ -120,26 +121,24 @@ def save_weights(
 
 
 def _plan(
-    backbone: Backbone, name: str, parameter: Tensor, reader: TensorReader
+    backbone: Backbone, name: str, parameter: Tensor, reader: TensorReader, vocab_rows: int
 ) -> tuple[list[str], list[int]]:
-    """The checkpoint's tensors of a parameter, checked, and its full shape."""
+    """The checkpoint's tensors of a parameter, checked, and its full shape.
+
+    vocab_rows: the rows that config.json gives to the checkpoint's vocabulary tables.
+    """
     keys = checkpoint_names(name, family_of_config(backbone.config, backbone.checkpoint_family))
     spec = sharding.shard_spec(name, backbone.config)
     full = sharding.full_shape(parameter.shape, spec, backbone.tp_group.size())
     for key, shape in zip(keys, tensor_shapes(name, full, backbone.config), strict=True):
-        entry, fits = reader.entry(key), reader.entry(key).shape == shape
-        expected = str(shape)
+        entry = reader.entry(key)
         if sharding.is_vocabulary(name):
-            fits = (
-                len(entry.shape) == 2
-                and entry.shape[0] <= backbone.vocab_size
-                and entry.shape[1] == shape[1]
-            )
-            expected = f"at most [{backbone.vocab_size}, {shape[1]}]"
-        if not fits:
+            # The backbone's table may have more: padding, and rows of added tokens.
+            shape = [min(vocab_rows, backbone.vocab_size), *shape[1:]]
+        if entry.shape != shape:
             raise UserError(
-                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {expected}; is "
-                "it the folder of this configuration?"
+                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {shape}; is it "
+                "the folder of this configuration?"
             )
     return keys, full
 
