@@ -42,6 +42,7 @@ class KVCache:
 
     # S, the number of tokens of the longest prefix.
     prefix: int
+    num_layers: int
     # T, the number of tokens decoded so far.
     suffix: int = 0
     layers: list[LayerKVCache] = field(default_factory=list)
@@ -49,6 +50,20 @@ class KVCache:
     # bool [B, S]. None where all prefixes have S tokens.
     lengths: Tensor | None = None
     padding: Tensor | None = None
+
+    def reads_ends(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, comes next and is the last of a prefill.
+
+        Of its output only the prefixes' last tokens are read.
+        """
+        return layer == len(self.layers) == self.num_layers - 1
+
+    def at_ends(self, states: Tensor) -> Tensor:
+        """[B, S, …] → [B, 1, …], those of each prefix's last token."""
+        if self.lengths is None:
+            return states[:, -1:]
+        users = torch.arange(len(states), device=states.device)
+        return states[users, self.lengths - 1].unsqueeze(1)
 
     def reorder(self, parents: Tensor) -> None:
         """Let beam k of user b continue beam parents[b, k], int64 [B, K'].
@@ -139,8 +154,9 @@ class CoreAttention(torch.nn.Module):
         """Attend: query [B, S, heads, head_dim] → [B, S, heads · head_dim].
 
         key and value are [B, S, heads_kv, head_dim]. An empty cache (prefill) stores
-        them. With a filled one (decoding) the S queries are the beams of a user, one
-        new token each.
+        them, and the last layer gives the prefixes' last tokens alone, [B, 1, heads ·
+        head_dim]. With a filled one (decoding) the S queries are the beams of a user,
+        one new token each.
         """
         if isinstance(context, PackedSequences):
             return self._packed(query, key, value, context)
@@ -150,11 +166,26 @@ class CoreAttention(torch.nn.Module):
         if context is not None and len(context.layers) > self.index:
             layer = context.layers[self.index]
             return self._decode(query, key, value, layer, context.padding)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        heads, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if context is not None:
+            reads_ends = context.reads_ends(self.index)
             # Copies, because the originals are views into one tensor with the queries.
             context.layers.append(LayerKVCache(key.contiguous(), value.contiguous()))
-        return self._causal(query, key, value).transpose(1, 2).flatten(2)
+            if reads_ends:
+                ends = context.at_ends(query).transpose(1, 2)
+                return self._to_prefixes(ends, key, value, context.padding)
+        return self._causal(heads, key, value).transpose(1, 2).flatten(2)
+
+    def _to_prefixes(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """Attend from one token to all of its prefix, query [B, heads, 1, head_dim]."""
+        if padding is None:
+            mask = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+        else:
+            mask = ~padding[:, None, None]
+        attended = _attention(query, key, value, mask, self.scale)
+        return attended.transpose(1, 2).flatten(2)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention on [B, heads, S, head_dim]."""

@@ -213,15 +213,12 @@ class Backbone(nn.Module):
         lengths int64 [B], all positive; None: all prefixes have S tokens. Returns n^L
         of each prefix's last token, [B, d], and the cache for `decode`.
         """
-        cache = KVCache(prefix=tokens.shape[1])
+        cache = KVCache(prefix=tokens.shape[1], num_layers=self.config.num_layers, lengths=lengths)
+        if lengths is not None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            cache.padding = positions >= lengths[:, None]
         hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
-        hidden = self._run(hidden, cache, rotary)
-        if lengths is None:
-            return self._norm(hidden[:, -1]), cache
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        cache.lengths, cache.padding = lengths, positions >= lengths[:, None]
-        users = torch.arange(len(tokens), device=tokens.device)
-        return self._norm(hidden[users, lengths - 1]), cache
+        return self._norm(self._run(hidden, cache, rotary)[:, 0]), cache
 
     @torch.no_grad()
     def decode(self, cache: KVCache, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -249,7 +246,9 @@ class Backbone(nn.Module):
         return TokenCut(batch, length, self.tp_group)
 
     def _run(self, hidden: Tensor, context: AttentionContext, rotary: Rotary | None) -> Tensor:
-        """The residual stream after the last layer, [B, S, d]."""
+        """The residual stream after the last layer, [B, S, d]; of a prefill the
+        prefixes' last tokens, [B, 1, d].
+        """
         for layer in self.gpt.decoder.layers:
             hidden = layer(hidden, context, rotary)
         return hidden

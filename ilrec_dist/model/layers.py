@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ilrec_dist.model.attention import AttentionContext, CoreAttention, PackedSequences
+from ilrec_dist.model.attention import AttentionContext, CoreAttention, KVCache, PackedSequences
 from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.elementwise import Rotary, normed, rotate, swiglu
 from ilrec_dist.model.sequence_parallel import TokenCut
@@ -170,9 +170,10 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     ) -> Tensor:
         """hidden [B, S, d] → [B, S, d]; rotary is None with learned positions.
 
-        With a cut both are this rank's tokens of it. With `recompute` autograd keeps
-        the input alone. The layer is computed again within it, so that hooks on it are
-        called once a pass.
+        The last layer of a prefill gives [B, 1, d], the prefixes' last tokens. With a
+        cut both are this rank's tokens of it. With `recompute` autograd keeps the input
+        alone. The layer is computed again within it, so that hooks on it are called
+        once a pass.
         """
         if recompute:
             again: Tensor = checkpoint(self._run, hidden, context, rotary, cut, use_reentrant=False)
@@ -186,8 +187,12 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         rotary: Rotary | None,
         cut: TokenCut | None,
     ) -> Tensor:
+        reads_ends = isinstance(context, KVCache) and context.reads_ends(self.layer_number - 1)
         inputs, hidden = normed(self.input_layernorm, hidden, cut)
-        hidden = self._add(self.self_attention(inputs, context, rotary, cut), hidden, cut)
+        attended = self.self_attention(inputs, context, rotary, cut)
+        if isinstance(context, KVCache) and reads_ends:
+            hidden = context.at_ends(hidden)
+        hidden = self._add(attended, hidden, cut)
         inputs, hidden = normed(self.pre_mlp_layernorm, hidden, cut)
         return self._add(self._feed_forward(inputs, cut), hidden, cut)
 
