@@ -35,6 +35,7 @@ from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.config.load import load_config
 from ilrec_dist.items.language_model import ExtendedTokenizer, LanguageModel
+from ilrec_dist.model.hf.hub import is_hub_id
 from ilrec_dist.model.hf.source import model_folder
 from ilrec_dist.reporting import trackers
 from ilrec_dist.reporting.counter import Count, write_counter
@@ -143,9 +144,12 @@ def test_code_of_a_model_folder_does_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_nothing_is_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no local folder or file; .* nothing is downloaded"):
-        model_folder("someone/some-model", tmp_path)
+def test_nothing_is_downloaded_but_models_of_the_hub(tmp_path: Path) -> None:
+    """What is downloaded of those: tests/language_model/test_hub.py."""
+    for name in ("some-model", "https://host/model", "s3://bucket/model", "a/b/c"):
+        assert not is_hub_id(name)
+        with pytest.raises(UserError, match="no local folder or file"):
+            model_folder(name, tmp_path)
 
 
 def test_titles_are_escaped_in_the_report() -> None:

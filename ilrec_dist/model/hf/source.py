@@ -1,4 +1,4 @@
-"""Where a pretrained model lies: `backbone.from` names a folder or a GGUF file."""
+"""Where a pretrained model lies: a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -141,15 +141,10 @@ def model_folder(source: str, cache: Path) -> Path:
 def _existing(source: str) -> Path:
     path = Path(source)
     if not path.exists():
-        hint = "name the folder of a Hugging Face model or a GGUF file"
-        if _may_be_hub_id(source):
-            name = source.rsplit("/", 1)[-1]
-            hint = (
-                "models are read from local folders, and nothing is downloaded: get one first, "
-                f"for example with `hf download {source} --local-dir models/{name}`, and set "
-                "backbone.from to that folder"
-            )
-        raise UserError(f"backbone.from: {source!r} is no local folder or file; {hint}")
+        raise UserError(
+            f"backbone.from: {source!r} is no local folder or file; name the folder of a Hugging "
+            "Face model, a GGUF file, or OWNER/NAME of a model on the hub"
+        )
     if path.is_file() and not is_gguf(path):
         raise UserError(f"backbone.from: {source!r} is no GGUF file and no folder of a model")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -158,13 +153,3 @@ def _existing(source: str) -> Path:
             "Face model"
         )
     return path
-
-
-def _may_be_hub_id(source: str) -> bool:
-    """Whether the name of nothing that is here has the form NAME or OWNER/NAME.
-
-    OWNER is then no folder either.
-    """
-    owner, _, name = source.rpartition("/")
-    is_id = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", source) is not None
-    return is_id and not name.endswith(".gguf") and not (owner and Path(owner).is_dir())
