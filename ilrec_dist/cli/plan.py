@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ilrec_dist.cli.model_config import load_config_and_model
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import load_config
+from ilrec_dist.pipeline.artifacts import with_hub_model
 from ilrec_dist.plan.describe import describe, size
 from ilrec_dist.plan.hardware import BYTES, LINK, OPERATIONS, Hardware, parse_quantity
 from ilrec_dist.plan.nearest import nearest_fitting
@@ -40,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     for flag in ("items", "users", "interactions"):
         if (count := getattr(arguments, flag)) is not None and count < 1:
             raise UserError(f"--{flag} {count}: expected at least 1")
-    config = load_config_and_model(
-        arguments.config, [*arguments.overrides, f"launch.workers={hardware.gpus}"]
+    config = with_hub_model(
+        load_config(arguments.config, [*arguments.overrides, f"launch.workers={hardware.gpus}"])
     )
     stated = DataSizes(arguments.items, arguments.users, arguments.interactions)
     plan = make_plan(config, hardware, stated)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ilrec_dist.cli.model_config import load_config_and_model
 from ilrec_dist.common.console import print_plain
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.config.load import load_config
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.prompt_writer import token_texts
-from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.artifacts import RunArtifacts, with_hub_model
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.prompting import batch_source, check_prompts
 from ilrec_dist.samples.prompt_batches import PromptBatchMaker
@@ -24,7 +24,7 @@ from ilrec_dist.samples.prompt_samples import PromptSample
 def run(arguments: argparse.Namespace) -> None:
     if arguments.users < 1:
         raise UserError(f"--users {arguments.users}: expected at least 1")
-    config = load_config_and_model(arguments.config, arguments.overrides)
+    config = with_hub_model(load_config(arguments.config, arguments.overrides))
     for line in prompt_lines(config, arguments.users):
         print_plain(line)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ilrec_dist.cli.index_commands import report_index
-from ilrec_dist.cli.model_config import load_config_and_model
 from ilrec_dist.common.terminal import written_out
 from ilrec_dist.config.load import load_config
+from ilrec_dist.pipeline.artifacts import with_hub_model
 from ilrec_dist.pipeline.execute import execute
 
 
@@ -15,10 +15,10 @@ def run_stage(arguments: argparse.Namespace) -> None:
     flags = []
     if arguments.max_bad_rows is not None:
         flags.append(f"data.max_bad_rows={arguments.max_bad_rows}")
-    # The one stage that does not read the model.
-    load = load_config if arguments.command == "prepare" else load_config_and_model
+    config = load_config(arguments.config, arguments.overrides + flags)
     execute(
-        load(arguments.config, arguments.overrides + flags),
+        # Prepare is the one stage that does not read the model.
+        config if arguments.command == "prepare" else with_hub_model(config),
         arguments.command,
         resume=arguments.resume,
         verify=arguments.verify,
@@ -26,6 +26,6 @@ def run_stage(arguments: argparse.Namespace) -> None:
 
 
 def build_index(arguments: argparse.Namespace) -> None:
-    config = load_config_and_model(arguments.config, arguments.overrides)
+    config = with_hub_model(load_config(arguments.config, arguments.overrides))
     execute(config, "index")
     print(written_out(report_index(config.run_dir)))

@@ -187,11 +187,13 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         rotary: Rotary | None,
         cut: TokenCut | None,
     ) -> Tensor:
-        reads_ends = isinstance(context, KVCache) and context.reads_ends(self.layer_number - 1)
+        prefixes: KVCache | None = None
+        if isinstance(context, KVCache) and context.reads_ends(self.layer_number - 1):
+            prefixes = context
         inputs, hidden = normed(self.input_layernorm, hidden, cut)
         attended = self.self_attention(inputs, context, rotary, cut)
-        if isinstance(context, KVCache) and reads_ends:
-            hidden = context.at_ends(hidden)
+        if prefixes is not None:
+            hidden = prefixes.at_ends(hidden)
         hidden = self._add(attended, hidden, cut)
         inputs, hidden = normed(self.pre_mlp_layernorm, hidden, cut)
         return self._add(self._feed_forward(inputs, cut), hidden, cut)

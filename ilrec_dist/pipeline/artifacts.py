@@ -18,13 +18,14 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.common.files import read_json_object
 from ilrec_dist.common.manifest import manifest_hashes, verify
 from ilrec_dist.common.run_layout import BEST, MODELS, RESULT, RunFolders
-from ilrec_dist.config.tree import Config
+from ilrec_dist.config.tree import Config, check_together
 from ilrec_dist.data.dataset import InteractionDataset, load_dataset
 from ilrec_dist.data.reversed import both_directions
 from ilrec_dist.items.catalogue import REPAIR, Catalogue, catalogue_hash
 from ilrec_dist.items.language_model import LANGUAGE_MODEL
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.model.decoder import max_positions
+from ilrec_dist.model.hf.hub import hub_folder, is_hub_id
 from ilrec_dist.model.hf.source import is_gguf, model_folder
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.prompts.template import template_file
@@ -157,6 +158,22 @@ def dequantised_models(config: Config) -> Path | None:
     """The folder for what is made of a GGUF file; None where there is none."""
     source = config.backbone.from_
     return Path(config.runs_dir) / MODELS if source is not None and is_gguf(source) else None
+
+
+def with_hub_model(config: Config) -> Config:
+    """The configuration with the folder of a model
+    that `backbone.from` names by its id on the hub.
+
+    The model is downloaded where it is not in the hub's cache. Raises UserError where
+    that fails, and where the model does not fit the configuration.
+    """
+    source = config.backbone.from_
+    if source is None or not is_hub_id(source):
+        return config
+    backbone = dataclasses.replace(config.backbone, from_=str(hub_folder(source)))
+    config = dataclasses.replace(config, backbone=backbone)
+    check_together(config, f"backbone.from {source}")
+    return config
 
 
 def with_local_model(config: Config) -> Config:

@@ -23,6 +23,7 @@ from ilrec_dist.config.load import (
 )
 from ilrec_dist.config.tree import Config, ConfigError, check_together
 from ilrec_dist.objective.registry import get_method
+from ilrec_dist.pipeline.artifacts import with_hub_model
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.study.config import StudyConfig
@@ -182,7 +183,7 @@ def _cell_config(
                 f"it in settings.{setting}.methods, or leave it out"
             )
     check_together(config, source)
-    return config
+    return with_hub_model(config)
 
 
 def _with_starts(method: str) -> list[str]:

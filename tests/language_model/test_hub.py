@@ -125,6 +125,14 @@ def test_a_model_of_the_hub_is_downloaded_once(tmp_path: Path, hub: Hub) -> None
     weights = (hub.folder / "model.safetensors").read_bytes()
     assert (Path(stored) / "model.safetensors").read_bytes() == weights
 
+    # A study's cells read it too.
+    study = {"name": "study", "runs_dir": str(tmp_path / "runs"), "methods": ["sft"]}
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump(study | {"configurations": {"shop": {"config": "c.yaml"}}})
+    )
+    estimated = ilrec(tmp_path, endpoint, "study", str(tmp_path / "s.yaml"), "--estimate")
+    assert estimated.returncode == 0, estimated.stderr
+
     # What is there is used without the hub.
     hub.sent.clear()
     hub.server.shutdown()
