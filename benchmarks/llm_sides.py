@@ -19,7 +19,7 @@ from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.export.hf_model import Decoding, write_item_files
-from ilrec_dist.inference.beam_search import beam_search
+from ilrec_dist.inference.beam_search import beam_search, read_prefixes
 from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import make_catalogue
@@ -330,7 +330,8 @@ def beams_ours(spec: Spec, drawn: Drawn) -> Samples:
 
     def step() -> int:
         tokens = torch.from_numpy(np.stack(next(prompts)[0])[:, : spec.prompt].copy())
-        beam_search(backbone, constraint, Prefixes(tokens), vocab_size=vocab_size, beam=BEAM)
+        read = read_prefixes(backbone, Prefixes(tokens))
+        beam_search(backbone, constraint, read, vocab_size=vocab_size, beam=BEAM)
         return len(tokens)
 
     return timed({"cpu_s": step}, spec.steps)

@@ -29,12 +29,7 @@ from ilrec_dist.evaluation.ranking import KEPT_ITEMS, history_ranges, top_items
 from ilrec_dist.inference.beam_search import RankedItems
 from ilrec_dist.inference.inputs import HistoryRanges
 from ilrec_dist.inference.item_scores import score_items
-from ilrec_dist.inference.ranker import (
-    ModelRanker,
-    RankingProgress,
-    over_batches,
-    rank_batch,
-)
+from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
 
 # Histories whose candidates are in memory at once.
 CHUNK_HISTORIES = 1 << 14
@@ -74,7 +69,7 @@ def score_candidates(
     histories: HistoryRanges,
     sources: Sequence[FusionSource],
     *,
-    beam: int,
+    top: int,
     num_candidates: int,
     exclude_seen: bool,
     allowed: np.ndarray | None = None,
@@ -83,25 +78,17 @@ def score_candidates(
     """The candidates of n histories with log p
     of the language model, then of the `sources`.
 
-    Candidates are the items of the model's beams and the top `num_candidates` of each
-    source, without the items of the history where exclude_seen, and of `allowed`, bool
-    [num_items], alone. Collective over the model's ranks; the same on every rank, and
-    so is a UserError.
+    Candidates are the items of the model's beams, of which there are `top` at least,
+    and the top `num_candidates` of each source, without the items of the history where
+    exclude_seen, and of `allowed`, bool [num_items], alone. Collective over the model's
+    ranks; the same on every rank, and so is a UserError.
     """
     parallel = model.parallel
 
     def score(rows: np.ndarray) -> tuple[np.ndarray, FusionScores]:
-        ranked = rank_batch(
-            model.backbone,
-            model.constraint_to(allowed),
-            histories,
-            rows,
-            beam=beam,
-            softmax_scope=model.softmax_scope,
-            inputs=model.inputs,
-            exclude_seen=exclude_seen,
-            parallel=parallel,
-            model_name=model.model_name,
+        read = model.read(histories, rows)
+        ranked = model.rank_batch(
+            histories, rows, read, top=top, exclude_seen=exclude_seen, allowed=allowed
         )
         by_source = [source.log_p(histories, rows) for source in sources]
         seen = histories.seen(rows) if exclude_seen else None
@@ -117,7 +104,7 @@ def score_candidates(
         by_model = score_items(
             model.backbone,
             model.constraint,
-            model.inputs.prefixes(histories, rows).to(parallel.device),
+            read,
             torch.from_numpy(items).to(parallel.device),
             vocab_size=model.trie.catalogue.vocab_size,
             softmax_scope=model.softmax_scope,
@@ -130,15 +117,7 @@ def score_candidates(
         proposed = np.stack([are_listed(items, proposal) for proposal in lists], axis=2)
         return rows, FusionScores(items, scores, proposed)
 
-    parts = over_batches(
-        model.backbone,
-        histories,
-        score,
-        batch_size=model.batch_size,
-        inputs=model.inputs,
-        parallel=parallel,
-        progress=progress,
-    )
+    parts = model.over_batches(histories, score, progress)
     shape = len(histories.start), max(part.items.shape[1] for _, part in parts)
     union = np.full(shape, -1, np.int64)
     log_p = np.full((*shape, 1 + len(sources)), -np.inf)
@@ -205,7 +184,7 @@ class Fusions:
             self.model,
             history_ranges(self.dataset, users, split),
             self.sources,
-            beam=self.model.beam,
+            top=self.model.beam,
             num_candidates=self.num_candidates,
             exclude_seen=self.exclude_seen,
             progress=progress,
@@ -287,7 +266,7 @@ class FusedRanker:
             self.model,
             histories,
             self.sources,
-            beam=max(self.model.beam, top),
+            top=top,
             num_candidates=max(self.num_candidates, top),
             exclude_seen=exclude_seen,
             allowed=allowed,

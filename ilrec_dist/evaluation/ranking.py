@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.baselines.table import BASELINES, BaselineInputs, Scorer
-from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import first_column, ranks_of_scores
 from ilrec_dist.evaluation.predictions import Predictions, concatenate_predictions
-from ilrec_dist.inference.beam_search import Decoder, RankedItems
-from ilrec_dist.inference.inputs import HistoryRanges, InputForm
-from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.inference.ranker import RankingProgress, rank_histories
-from ilrec_dist.inference.trie_constraint import TrieConstraint
-from ilrec_dist.items.catalogue import Catalogue
-from ilrec_dist.items.trie import Trie
+from ilrec_dist.inference.beam_search import RankedItems
+from ilrec_dist.inference.inputs import HistoryRanges
+from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
 
 # Items that the predictions of a full ranking keep.
 KEPT_ITEMS = 20
@@ -29,48 +23,55 @@ CHUNK_SCORES = 1 << 22
 
 
 def evaluate_model(
-    backbone: Decoder,
+    model: ModelRanker,
     dataset: InteractionDataset,
-    catalogue: Catalogue,
-    trie: Trie,
     *,
     users: np.ndarray,
     split: str,
-    config: EvaluationConfig,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
-    parallel: ParallelState,
+    exclude_seen: bool,
     progress: RankingProgress | None = None,
-    model_name: str = "the model",
 ) -> Predictions:
     """Beam search for `users` (distinct, int [n]) on `split` ("validation" or "test").
 
-    `inputs` makes the model's input of the history, all of which counts as seen.
-    Collective over `parallel`: users are spread over the data-parallel ranks, and the
-    ranks of a tensor-parallel group work on the same ones; every rank returns all
-    users' predictions. Raises UserError with `model_name` where a score is not finite.
+    All of a user's history counts as seen. Collective over the model's ranks: users
+    are spread over the data-parallel ranks, and the ranks of a tensor-parallel group
+    work on the same ones; every rank returns all users' predictions. Raises UserError
+    with the model's name where a score is not finite.
     """
+    [predictions] = evaluate_treatments(
+        model, dataset, [exclude_seen], users=users, split=split, progress=progress
+    )
+    return predictions
+
+
+def evaluate_treatments(
+    model: ModelRanker,
+    dataset: InteractionDataset,
+    treatments: Sequence[bool],
+    *,
+    users: np.ndarray,
+    split: str,
+    progress: RankingProgress | None = None,
+) -> list[Predictions]:
+    """`evaluate_model` for each exclude_seen of `treatments`; the model reads once."""
     users = np.asarray(users, np.int64)
-    parts = rank_histories(
-        backbone,
-        TrieConstraint(trie, parallel.device),
-        history_ranges(dataset, users, split),
-        beam=config.beam,
-        batch_size=config.batch_size,
-        softmax_scope=softmax_scope,
-        inputs=inputs,
-        exclude_seen=config.exclude_seen,
-        parallel=parallel,
-        progress=progress,
-        model_name=model_name,
-    )
     targets = dataset.targets(split, users).astype(np.int64)
-    return concatenate_predictions(
-        [
-            _beam_predictions(users[rows], targets[rows], ranked, config.exclude_seen)
-            for rows, ranked in parts
+    histories = history_ranges(dataset, users, split)
+
+    def rank(rows: np.ndarray) -> list[Predictions]:
+        read = model.read(histories, rows)
+        return [
+            _beam_predictions(
+                users[rows],
+                targets[rows],
+                model.rank_batch(histories, rows, read, top=model.beam, exclude_seen=exclude),
+                exclude,
+            )
+            for exclude in treatments
         ]
-    )
+
+    parts = model.over_batches(histories, rank, progress)
+    return [concatenate_predictions(of_treatment) for of_treatment in zip(*parts, strict=True)]
 
 
 def history_ranges(dataset: InteractionDataset, users: np.ndarray, split: str) -> HistoryRanges:

@@ -37,9 +37,28 @@ class Decoder(Protocol):
     @property
     def head_weight(self) -> Tensor: ...
 
-    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Any]: ...
+    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Cache]: ...
 
     def decode(self, cache: Any, tokens: Tensor, parents: Tensor | None = None) -> Tensor: ...
+
+
+class Cache(Protocol):
+    """What a decoder keeps of the prefixes that it has read, and of what it decodes."""
+
+    def branch(self) -> Cache:
+        """One that goes on from the same prefixes, whatever this one decodes."""
+
+
+@dataclass(frozen=True)
+class ReadPrefixes:
+    """Prefixes that a model has read. Any number of
+    searches and scorings go on from them.
+    """
+
+    prefixes: Prefixes
+    # The hidden state behind each, [B, d].
+    hidden: Tensor
+    cache: Cache
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,16 @@ class RankedItems:
 
 
 @torch.no_grad()
+def read_prefixes(model: Decoder, prefixes: Prefixes) -> ReadPrefixes:
+    """Let the model read B prefixes once. It is expected in eval mode."""
+    return ReadPrefixes(prefixes, *model.prefill(prefixes.tokens, prefixes.lengths))
+
+
+@torch.no_grad()
 def beam_search(
     model: Decoder,
     constraint: TrieConstraint,
-    prefixes: Prefixes,
+    read: ReadPrefixes,
     *,
     vocab_size: int,
     beam: int = 20,
@@ -81,7 +106,8 @@ def beam_search(
     tp_group: dist.ProcessGroup | None = None,
     model_name: str = "the model",
 ) -> Beams:
-    """The `beam` best leaves after each prefix by Σ log p, without a length penalty.
+    """The `beam` best leaves after each prefix that the model has read, by Σ log p
+    without a length penalty.
 
     log p is over the scope that the model was trained with: `all`, the true vocabulary
     (vocab_size, without padded columns), or `valid_next`, the trie's children of the
@@ -92,10 +118,9 @@ def beam_search(
     Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
-    tokens = prefixes.tokens
+    tokens = read.prefixes.tokens
     exhausted = None if excluded is None else constraint.exhausted_nodes(excluded, tokens.device)
-    hidden, cache = model.prefill(tokens, prefixes.lengths)
-    hidden = hidden[:, None]
+    hidden, cache = read.hidden[:, None], read.cache.branch()
     nodes = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
     scores = torch.zeros(len(tokens), 1, device=tokens.device)
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.inference.beam_search import CHUNK_ELEMENTS, Decoder
-from ilrec_dist.inference.inputs import Prefixes
+from ilrec_dist.inference.beam_search import CHUNK_ELEMENTS, Decoder, ReadPrefixes
 from ilrec_dist.inference.parallel_head import ParallelHead, SoftmaxScope
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 
@@ -17,7 +16,7 @@ from ilrec_dist.inference.trie_constraint import TrieConstraint
 def score_items(
     model: Decoder,
     constraint: TrieConstraint,
-    prefixes: Prefixes,
+    read: ReadPrefixes,
     items: Tensor,
     *,
     vocab_size: int,
@@ -25,17 +24,17 @@ def score_items(
     tp_group: dist.ProcessGroup | None = None,
     model_name: str = "the model",
 ) -> Tensor:
-    """fp32 [B, K] Σ log p of items int64 [B, K] after B prefixes; -inf for item -1.
+    """fp32 [B, K] Σ log p of items int64 [B, K] after
+    B prefixes that the model has read; -inf for item -1.
 
     It is what a beam over the whole catalogue would give these items: the same scopes,
     ends of titles and tensor parallelism as `beam_search`. The model is expected in
     eval mode. Raises UserError with `model_name` where a log p is not finite.
     """
     head = ParallelHead(model.head_weight, model.vocab_range, vocab_size, softmax_scope, tp_group)
-    trie, device = constraint.trie, prefixes.tokens.device
+    trie, device = constraint.trie, items.device
     known = items.clamp(min=0).cpu().numpy()
-    hidden, cache = model.prefill(prefixes.tokens, prefixes.lengths)
-    hidden = hidden[:, None]
+    hidden, cache = read.hidden[:, None], read.cache.branch()
     nodes = torch.zeros_like(items)
     scores = torch.zeros(items.shape, device=device)
     for p in range(constraint.depth):

@@ -12,7 +12,14 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ilrec_dist.distributed.layout import ParallelState, over_data_parallel
-from ilrec_dist.inference.beam_search import Decoder, RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.beam_search import (
+    Decoder,
+    RankedItems,
+    ReadPrefixes,
+    beam_search,
+    expand_beams,
+    read_prefixes,
+)
 from ilrec_dist.inference.inputs import HistoryRanges, InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.trie_constraint import TrieConstraint
@@ -21,122 +28,6 @@ from ilrec_dist.items.trie import Trie
 # Called with (histories ranked, histories in all) of this data-parallel rank.
 RankingProgress = Callable[[int, int], Any]
 T = TypeVar("T")
-
-
-def over_batches(
-    backbone: Decoder,
-    histories: HistoryRanges,
-    make: Callable[[np.ndarray], T],
-    *,
-    batch_size: int,
-    inputs: InputForm,
-    parallel: ParallelState,
-    progress: RankingProgress | None = None,
-) -> list[T]:
-    """What `make` gives for the rows (int64) of each batch of the histories; the same
-    list on every rank, and so is a UserError.
-
-    Collective over `parallel`: the batches are spread over the data-parallel ranks. The
-    backbone is in eval mode meanwhile.
-    """
-    batches = inputs.batches(histories, batch_size)[parallel.dp_rank :: parallel.dp]
-    total = sum(map(len, batches))
-
-    def make_own() -> list[T]:
-        made, done = [], 0
-        for rows in batches:
-            made.append(make(rows))
-            done += len(rows)
-            if progress is not None:
-                progress(done, total)
-        return made
-
-    was_training = backbone.training
-    backbone.eval()
-    made = over_data_parallel(parallel, make_own)
-    backbone.train(was_training)
-    return made
-
-
-def rank_histories(
-    backbone: Decoder,
-    constraint: TrieConstraint,
-    histories: HistoryRanges,
-    *,
-    beam: int,
-    batch_size: int,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
-    exclude_seen: bool,
-    parallel: ParallelState,
-    progress: RankingProgress | None = None,
-    model_name: str = "the model",
-) -> list[tuple[np.ndarray, RankedItems]]:
-    """(rows of `histories`, their ranked items),
-    every row once; the same list on every rank.
-
-    `inputs` makes the model's input of them; with exclude_seen no item of the whole
-    history is returned, and a row with nothing left has an empty list. Collective over
-    `parallel`: the ranks of a tensor-parallel group work on the same histories. The
-    backbone is in eval mode meanwhile. Raises UserError with `model_name` where a score
-    is not finite, on every rank.
-    """
-
-    def rank(rows: np.ndarray) -> tuple[np.ndarray, RankedItems]:
-        ranked = rank_batch(
-            backbone,
-            constraint,
-            histories,
-            rows,
-            beam=beam,
-            softmax_scope=softmax_scope,
-            inputs=inputs,
-            exclude_seen=exclude_seen,
-            parallel=parallel,
-            model_name=model_name,
-        )
-        return rows, ranked
-
-    return over_batches(
-        backbone,
-        histories,
-        rank,
-        batch_size=batch_size,
-        inputs=inputs,
-        parallel=parallel,
-        progress=progress,
-    )
-
-
-def rank_batch(
-    backbone: Decoder,
-    constraint: TrieConstraint,
-    histories: HistoryRanges,
-    rows: np.ndarray,
-    *,
-    beam: int,
-    softmax_scope: SoftmaxScope,
-    inputs: InputForm,
-    exclude_seen: bool,
-    parallel: ParallelState,
-    model_name: str = "the model",
-) -> RankedItems:
-    """The ranked items of the rows of one batch, as `rank_histories` has them; the
-    backbone is expected in eval mode.
-    """
-    excluded = histories.seen(rows) if exclude_seen else None
-    beams = beam_search(
-        backbone,
-        constraint,
-        inputs.prefixes(histories, rows).to(parallel.device),
-        vocab_size=constraint.trie.catalogue.vocab_size,
-        beam=beam,
-        softmax_scope=softmax_scope,
-        excluded=excluded,
-        tp_group=parallel.tp_group,
-        model_name=model_name,
-    )
-    return expand_beams(constraint, beams, excluded)
 
 
 class Ranker(Protocol):
@@ -209,17 +100,77 @@ class ModelRanker:
         allowed: np.ndarray | None = None,
         progress: RankingProgress | None = None,
     ) -> list[tuple[np.ndarray, RankedItems]]:
-        """As the protocol has it."""
-        return rank_histories(
+        """As the protocol has it. Collective over `parallel`: the ranks of a
+        tensor-parallel group work on the same histories, and all have the same list.
+        """
+
+        def rank(rows: np.ndarray) -> tuple[np.ndarray, RankedItems]:
+            read = self.read(histories, rows)
+            return rows, self.rank_batch(
+                histories, rows, read, top=top, exclude_seen=exclude_seen, allowed=allowed
+            )
+
+        return self.over_batches(histories, rank, progress)
+
+    def read(self, histories: HistoryRanges, rows: np.ndarray) -> ReadPrefixes:
+        """What the model has read of the rows of one batch."""
+        return read_prefixes(
+            self.backbone, self.inputs.prefixes(histories, rows).to(self.parallel.device)
+        )
+
+    def rank_batch(
+        self,
+        histories: HistoryRanges,
+        rows: np.ndarray,
+        read: ReadPrefixes,
+        *,
+        top: int,
+        exclude_seen: bool,
+        allowed: np.ndarray | None = None,
+    ) -> RankedItems:
+        """The lists of the rows of one batch; the backbone is expected in eval mode."""
+        constraint = self.constraint_to(allowed)
+        excluded = histories.seen(rows) if exclude_seen else None
+        beams = beam_search(
             self.backbone,
-            self.constraint_to(allowed),
-            histories,
+            constraint,
+            read,
+            vocab_size=self.trie.catalogue.vocab_size,
             beam=max(self.beam, top),
-            batch_size=self.batch_size,
             softmax_scope=self.softmax_scope,
-            inputs=self.inputs,
-            exclude_seen=exclude_seen,
-            parallel=self.parallel,
-            progress=progress,
+            excluded=excluded,
+            tp_group=self.parallel.tp_group,
             model_name=self.model_name,
         )
+        return expand_beams(constraint, beams, excluded)
+
+    def over_batches(
+        self,
+        histories: HistoryRanges,
+        make: Callable[[np.ndarray], T],
+        progress: RankingProgress | None = None,
+    ) -> list[T]:
+        """What `make` gives for the rows (int64) of each batch of the histories; the
+        same list on every rank, and so is a UserError.
+
+        Collective over `parallel`: the batches are spread over the data-parallel
+        ranks. The backbone is in eval mode meanwhile.
+        """
+        parallel = self.parallel
+        batches = self.inputs.batches(histories, self.batch_size)[parallel.dp_rank :: parallel.dp]
+        total = sum(map(len, batches))
+
+        def make_own() -> list[T]:
+            made, done = [], 0
+            for rows in batches:
+                made.append(make(rows))
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+            return made
+
+        was_training = self.backbone.training
+        self.backbone.eval()
+        made = over_data_parallel(parallel, make_own)
+        self.backbone.train(was_training)
+        return made

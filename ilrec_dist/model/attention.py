@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ class KVCache:
     # bool [B, S]. None where all prefixes have S tokens.
     lengths: Tensor | None = None
     padding: Tensor | None = None
+
+    def branch(self) -> KVCache:
+        """A cache that goes on from the same prefixes, whatever this one decodes.
+
+        It shares their keys and values, and has no suffix.
+        """
+        prefixes = [LayerKVCache(layer.prefix_key, layer.prefix_value) for layer in self.layers]
+        return replace(self, suffix=0, layers=prefixes)
 
     def reads_ends(self, layer: int) -> bool:
         """Whether this layer, counted from 0, comes next and is the last of a prefill.

@@ -184,19 +184,12 @@ def _beams(trained: TrainedModel, users: np.ndarray) -> np.ndarray:
     """int64 [n, W]: the final beams for the
     users' validation targets, padded with -1.
     """
-    config, artifacts = trained.config, trained.artifacts
     predictions = evaluate_model(
-        trained.backbone,
-        artifacts.dataset,
-        artifacts.catalogue,
-        artifacts.trie,
+        trained.ranker,
+        trained.artifacts.dataset,
         users=users,
         split="validation",
-        config=config.evaluation,
-        softmax_scope=trained.softmax_scope,
-        inputs=trained.inputs,
-        parallel=trained.parallel,
-        model_name=str(trained.weights),
+        exclude_seen=trained.config.evaluation.exclude_seen,
     )
     return predictions.items.astype(np.int64)
 

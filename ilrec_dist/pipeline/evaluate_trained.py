@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,15 +22,14 @@ from ilrec_dist.evaluation.fusion_ranking import (
     cf_source,
     transitions_source,
 )
-from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.evaluation.ranking import evaluate_model
-from ilrec_dist.inference.ranker import ModelRanker, RankingProgress
-from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.evaluation.ranking import evaluate_treatments
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import empty_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
+from ilrec_dist.pipeline.rankers import evaluation_ranker
 from ilrec_dist.pipeline.rankings import RankingsCounter, is_ranked, rank_in_parts
 from ilrec_dist.pipeline.stages.evaluate import (
     FUSION_SUFFIX,
@@ -54,40 +52,35 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
     """Beam search with the best weights of every
     trained (method, seed), on the test split.
 
+    Both treatments of seen items go on from the same reading of the users' histories.
     Runs in every worker. Predictions that an interrupted evaluation
     saved are not made again, nor are parts of them.
     """
     users = artifacts.dataset.evaluated("test")
-    inputs = input_form(config, artifacts, served_prompt(config))
-    work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
+    work = list(itertools.product(config.train.methods, config.train.seeds))
 
-    def rank(number: int, path: Path, method: str, seed: int, exclude: bool) -> None:
+    def rank(number: int, paths: Mapping[bool, Path], method: str, seed: int) -> None:
         evaluated = partial(
-            evaluate_model,
-            _best(config, artifacts, parallel, method, seed),
+            evaluate_treatments,
+            _ranker(config, artifacts, parallel, method, seed),
             artifacts.dataset,
-            artifacts.catalogue,
-            artifacts.trie,
+            list(paths),
             split="test",
-            config=dataclasses.replace(config.evaluation, exclude_seen=exclude),
-            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            inputs=inputs,
-            parallel=parallel,
-            model_name=str(artifacts.folders.training(method, seed) / BEST),
         )
+        counter = RankingsCounter(
+            artifacts, "evaluate", method, number * len(users), len(work) * len(users)
+        )
+        rank_in_parts(list(paths.values()), users, evaluated, counter)
 
-        def alone(*, users: np.ndarray, progress: RankingProgress | None) -> list[Predictions]:
-            return [evaluated(users=users, progress=progress)]
-
-        before, total = number * len(users), len(work) * len(users)
-        counter = RankingsCounter(artifacts, "evaluate", method, before, total)
-        rank_in_parts([path], users, alone, counter)
-
-    for number, (method, seed, exclude) in enumerate(work):
-        path = predictions_file(config, method, seed, exclude)
-        if not is_ranked(path):
+    for number, (method, seed) in enumerate(work):
+        paths = {
+            exclude: predictions_file(config, method, seed, exclude)
+            for exclude in treatments(config)
+        }
+        missing = {exclude: path for exclude, path in paths.items() if not is_ranked(path)}
+        if missing:
             # One model is let go before the next is loaded.
-            rank(number, path, method, seed, exclude)
+            rank(number, missing, method, seed)
     if config.evaluation.fusion:
         evaluate_fusions(config, artifacts, parallel)
 
@@ -100,7 +93,6 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
     predictions, with its weights in a .fusion.json beside them, which is written first.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
-    inputs = input_form(config, artifacts, served_prompt(config))
     validation = artifacts.validation_users(config.train.validation_users)
     users = artifacts.dataset.evaluated("test")
     work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
@@ -108,18 +100,8 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
 
     def rank(number: int, paths: Paths, method: str, seed: int, exclude: bool) -> None:
         names = list(dict.fromkeys(itertools.chain.from_iterable(paths)))
-        model = ModelRanker(
-            _best(config, artifacts, parallel, method, seed),
-            artifacts.trie,
-            beam=config.evaluation.beam,
-            batch_size=config.evaluation.batch_size,
-            softmax_scope=get_method(method).objective(config.objective).softmax_scope,
-            inputs=inputs,
-            parallel=parallel,
-            model_name=str(artifacts.folders.training(method, seed) / BEST),
-        )
         mixtures = Fusions(
-            model,
+            _ranker(config, artifacts, parallel, method, seed),
             artifacts.dataset,
             [sources[name] for name in names],
             [[0, *(1 + names.index(name) for name in fusion)] for fusion in paths],
@@ -178,10 +160,18 @@ def _fusion_weights(
     ]
 
 
-def _best(
+def _ranker(
     config: Config, artifacts: RunArtifacts, parallel: ParallelState, method: str, seed: int
-) -> Backbone:
-    """The model with the best weights of a training, on this rank's device."""
+) -> ModelRanker:
+    """Ranks with the best weights of a training, on this rank's device."""
     weights = artifacts.folders.training(method, seed) / BEST
     backbone = load_training_weights(empty_backbone(config, artifacts, seed), weights)
-    return backbone.to(parallel.device)
+    return evaluation_ranker(
+        config,
+        artifacts,
+        backbone.to(parallel.device),
+        softmax_scope=get_method(method).objective(config.objective).softmax_scope,
+        inputs=input_form(config, artifacts, served_prompt(config)),
+        parallel=parallel,
+        model_name=str(weights),
+    )

@@ -17,8 +17,7 @@ from ilrec_dist.common.files import write_array
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
-from ilrec_dist.inference.ranker import rank_histories
-from ilrec_dist.inference.trie_constraint import TrieConstraint
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.objective.preference import PreferenceObjective
 from ilrec_dist.samples.negatives import KeptNegatives, UniformNegatives, same_tokens
 from ilrec_dist.samples.preference_pairs import PreferenceBatchMaker
@@ -109,7 +108,16 @@ class SelfPlay:
         beam that is not the target, -1 for none.
         """
         dataset, windows = self.supervised.dataset, self.supervised.windows
-        constraint = TrieConstraint(self.supervised.trie, self.parallel.device)
+        ranker = ModelRanker(
+            self.objective.backbone,
+            self.supervised.trie,
+            beam=BEAM,
+            batch_size=self.evaluation.batch_size,
+            softmax_scope=self.objective.softmax_scope,
+            inputs=PlainSequences(self.supervised.catalogue, windows.max_history),
+            parallel=self.parallel,
+            model_name=self.spec.title,
+        )
         negatives = np.full(self.supervised.num_targets, -1, np.int32)
         lengths = dataset.train_lengths()
         users = np.repeat(np.arange(dataset.num_users), np.maximum(lengths - 1, 0))
@@ -121,17 +129,10 @@ class SelfPlay:
             )
             stop = start + 1 + positions
             targets = np.asarray(dataset.items[stop], np.int64)
-            ranked = rank_histories(
-                self.objective.backbone,
-                constraint,
+            ranked = ranker.rank(
                 HistoryRanges(dataset.items, start, stop),
-                beam=BEAM,
-                batch_size=self.evaluation.batch_size,
-                softmax_scope=self.objective.softmax_scope,
-                inputs=PlainSequences(self.supervised.catalogue, windows.max_history),
+                top=BEAM,
                 exclude_seen=self.evaluation.exclude_seen,
-                parallel=self.parallel,
-                model_name=self.spec.title,
             )
             for rows, items in ranked:
                 negatives[first + rows] = best_but_target(

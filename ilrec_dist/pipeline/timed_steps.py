@@ -19,6 +19,7 @@ from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import initial_backbone
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
+from ilrec_dist.pipeline.rankers import evaluation_ranker
 from ilrec_dist.pipeline.step_time import TIMES
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.worker_tasks import worker_session
@@ -70,18 +71,21 @@ def _time_training(
     steps = [line["time/all"] for line in read_metrics(folder) if "time/all" in line]
     backbone = initial_backbone(config, artifacts, seed).to(parallel.device).eval()
     users = artifacts.dataset.evaluated("validation")[: config.evaluation.batch_size * parallel.dp]
-    began = time.monotonic()
-    evaluate_model(
+    ranker = evaluation_ranker(
+        config,
+        artifacts,
         backbone,
-        artifacts.dataset,
-        artifacts.catalogue,
-        artifacts.trie,
-        users=users,
-        split="validation",
-        config=config.evaluation,
         softmax_scope=get_method(method).objective(config.objective).softmax_scope,
         inputs=input_form(config, artifacts, served_prompt(config)),
         parallel=parallel,
+    )
+    began = time.monotonic()
+    evaluate_model(
+        ranker,
+        artifacts.dataset,
+        users=users,
+        split="validation",
+        exclude_seen=config.evaluation.exclude_seen,
     )
     return {
         "step": fmean(steps[1:] or steps),

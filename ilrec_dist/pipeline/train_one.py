@@ -18,6 +18,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.preference import first_weights, sample_source
 from ilrec_dist.pipeline.prompting import input_form, served_prompt, target_batches
+from ilrec_dist.pipeline.rankers import evaluation_ranker
 from ilrec_dist.pipeline.reward_source import open_reward_source
 from ilrec_dist.samples.collate import Batch
 from ilrec_dist.samples.targets import ChosenTargets
@@ -63,21 +64,23 @@ def train_one(
         )
 
         prompt = served_prompt(config)
-        inputs = input_form(config, artifacts, prompt)
+        ranker = evaluation_ranker(
+            config,
+            artifacts,
+            backbone,
+            softmax_scope=objective.softmax_scope,
+            inputs=input_form(config, artifacts, prompt),
+            parallel=parallel,
+        )
         sample = _agreement_sample(config, artifacts)
 
         def validate() -> dict[str, float]:
             predictions = evaluate_model(
-                backbone,
+                ranker,
                 artifacts.dataset,
-                artifacts.catalogue,
-                artifacts.trie,
                 users=artifacts.validation_users(config.train.validation_users),
                 split="validation",
-                config=config.evaluation,
-                softmax_scope=objective.softmax_scope,
-                inputs=inputs,
-                parallel=parallel,
+                exclude_seen=config.evaluation.exclude_seen,
             )
             metrics = predictions.metrics() | {
                 "users_without_items": float(predictions.num_users_without_items)

@@ -31,6 +31,7 @@ from ilrec_dist.objective.registry import default_method, get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts, with_local_model
 from ilrec_dist.pipeline.backbones import empty_backbone
 from ilrec_dist.pipeline.prompting import input_form
+from ilrec_dist.pipeline.rankers import evaluation_ranker
 from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.prompts.config import PromptsConfig
 
@@ -58,11 +59,10 @@ class TrainedModel:
     @property
     def ranker(self) -> ModelRanker:
         """Beam search as the run evaluates."""
-        return ModelRanker(
+        return evaluation_ranker(
+            self.config,
+            self.artifacts,
             self.backbone,
-            self.artifacts.trie,
-            beam=self.config.evaluation.beam,
-            batch_size=self.config.evaluation.batch_size,
             softmax_scope=self.softmax_scope,
             inputs=self.inputs,
             parallel=self.parallel,

@@ -11,17 +11,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.evaluation.baselines.table import BaselineInputs
 from ilrec_dist.evaluation.config import EvaluationConfig
 from ilrec_dist.evaluation.metrics import METRICS
 from ilrec_dist.evaluation.predictions import Predictions, recompute
-from ilrec_dist.evaluation.ranking import baseline_predictions, evaluate_model, rank_all, top_items
+from ilrec_dist.evaluation.ranking import (
+    baseline_predictions,
+    evaluate_model,
+    evaluate_treatments,
+    rank_all,
+    top_items,
+)
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences, Prefixes
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.items.catalogue import make_catalogue
 from ilrec_dist.items.trie import Trie
+from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.toy_decoder import (
     MAX_HISTORY,
@@ -38,6 +48,24 @@ from tests.support.toy_decoder import (
 pytestmark = pytest.mark.slow
 
 
+def ranker(
+    backbone: Backbone,
+    inputs: PlainSequences,
+    config: EvaluationConfig,
+    scope: str,
+    parallel: ParallelState,
+) -> ModelRanker:
+    return ModelRanker(
+        backbone,
+        Trie(inputs.catalogue),
+        beam=config.beam,
+        batch_size=config.batch_size,
+        softmax_scope=scope,
+        inputs=inputs,
+        parallel=parallel,
+    )
+
+
 def evaluate(
     mesh: Mesh, config: EvaluationConfig, scope: str, tied: bool, split: str = "test"
 ) -> Predictions:
@@ -47,20 +75,44 @@ def evaluate(
         backbone = toy_backbone(catalogue, TIED if tied else UNTIED).train()
         told: list[tuple[int, int]] = []
         predictions = evaluate_model(
-            backbone,
+            ranker(backbone, PlainSequences(catalogue, MAX_HISTORY), config, scope, parallel),
             dataset,
-            catalogue,
-            Trie(catalogue),
             users=np.arange(dataset.num_users)[::-1],
             split=split,
-            config=config,
-            softmax_scope=scope,
-            inputs=PlainSequences(catalogue, MAX_HISTORY),
-            parallel=parallel,
+            exclude_seen=config.exclude_seen,
             progress=lambda done, total: told.append((done, total)),
         )
         assert backbone.training and (not told or told[-1][0] == told[-1][1])
         return predictions
+    finally:
+        destroy_parallel()
+
+
+def treatments_at_once(mesh: Mesh) -> tuple[list[Predictions], list[Predictions], list[int]]:
+    """Both treatments of seen items from one reading, each
+    alone, and the histories that each of the calls read.
+    """
+    parallel = initialize_parallel(mesh.tp, "cpu")
+    try:
+        catalogue, dataset, read = toy_catalogue(), toy_data(), []
+        backbone = toy_backbone(catalogue)
+        prefill = backbone.prefill
+
+        def counted(tokens: torch.Tensor, lengths: torch.Tensor | None = None):
+            read.append(len(tokens))
+            return prefill(tokens, lengths)
+
+        backbone.prefill = counted
+        inputs = PlainSequences(catalogue, MAX_HISTORY)
+        model = ranker(backbone, inputs, EvaluationConfig(), "valid_next", parallel)
+        task = {"users": np.arange(dataset.num_users), "split": "test"}
+        both = evaluate_treatments(model, dataset, [True, False], **task)
+        at_once = sum(read)
+        alone = [
+            evaluate_model(model, dataset, **task, exclude_seen=exclude)
+            for exclude in (True, False)
+        ]
+        return both, alone, [at_once, sum(read) - at_once]
     finally:
         destroy_parallel()
 
@@ -137,20 +189,33 @@ def refused(mesh: Mesh) -> str:
         inputs = RefusedInputs if parallel.dp_rank == 1 else PlainSequences
         with pytest.raises(UserError) as error:
             evaluate_model(
-                toy_backbone(catalogue, UNTIED),
+                ranker(
+                    toy_backbone(catalogue, UNTIED),
+                    inputs(catalogue, MAX_HISTORY),
+                    EvaluationConfig(beam=8, batch_size=3),
+                    "all",
+                    parallel,
+                ),
                 dataset,
-                catalogue,
-                Trie(catalogue),
                 users=np.arange(dataset.num_users),
                 split="test",
-                config=EvaluationConfig(beam=8, batch_size=3),
-                softmax_scope="all",
-                inputs=inputs(catalogue, MAX_HISTORY),
-                parallel=parallel,
+                exclude_seen=True,
             )
         return str(error.value)
     finally:
         destroy_parallel()
+
+
+def test_treatments_of_seen_items_share_what_the_model_has_read() -> None:
+    for both, alone, read in run_distributed(treatments_at_once, 2, 2):
+        assert read == [toy_data().num_users, 2 * toy_data().num_users]
+        assert [predictions.exclude_seen for predictions in both] == [True, False]
+        # Histories hold seen items that would be listed.
+        assert (both[0].items[:, :10] != both[1].items[:, :10]).any()
+        for found, expected in zip(both, alone, strict=True):
+            assert (found.items == expected.items).all()
+            assert (found.scores == expected.scores).all()
+            assert (found.ranks.first == expected.ranks.first).all()
 
 
 def test_no_rank_waits_for_one_that_is_refused() -> None:
@@ -224,16 +289,17 @@ def evaluate_two_items(mesh: Mesh, sequences: list[list[int]], exclude_seen: boo
     try:
         catalogue = make_catalogue(np.array([[0, 0], [1, 0]]), (2, 2))
         return evaluate_model(
-            toy_backbone(catalogue),
+            ranker(
+                toy_backbone(catalogue),
+                PlainSequences(catalogue, MAX_HISTORY),
+                EvaluationConfig(),
+                "all",
+                parallel,
+            ),
             dataset_of(sequences, num_items=2),
-            catalogue,
-            Trie(catalogue),
             users=np.arange(len(sequences)),
             split="test",
-            config=EvaluationConfig(exclude_seen=exclude_seen),
-            softmax_scope="all",
-            inputs=PlainSequences(catalogue, MAX_HISTORY),
-            parallel=parallel,
+            exclude_seen=exclude_seen,
         )
     finally:
         destroy_parallel()

@@ -94,7 +94,7 @@ def score(
             language_model(parallel, BEAM),
             history_ranges(dataset, USERS, "test"),
             all_sources[sources],
-            beam=BEAM,
+            top=BEAM,
             num_candidates=CANDIDATES,
             exclude_seen=exclude_seen,
         )

@@ -13,7 +13,12 @@ import torch
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference import beam_search as decoding
-from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.beam_search import (
+    RankedItems,
+    beam_search,
+    expand_beams,
+    read_prefixes,
+)
 from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.trie import Trie
@@ -54,7 +59,7 @@ def search(
     beams = beam_search(
         backbone,
         constraint,
-        Prefixes(tokens),
+        read_prefixes(backbone, Prefixes(tokens)),
         vocab_size=CATALOGUE.vocab_size,
         beam=beam,
         softmax_scope=scope,

@@ -13,7 +13,7 @@ import torch
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference import item_scores
-from ilrec_dist.inference.beam_search import beam_search, expand_beams
+from ilrec_dist.inference.beam_search import beam_search, expand_beams, read_prefixes
 from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.item_scores import score_items
 from ilrec_dist.inference.trie_constraint import TrieConstraint
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_definition(
     found = score_items(
         backbone,
         TrieConstraint(TRIE),
-        Prefixes(torch.from_numpy(tokens)),
+        read_prefixes(backbone, Prefixes(torch.from_numpy(tokens))),
         torch.from_numpy(items),
         vocab_size=CATALOGUE.vocab_size,
         softmax_scope=scope,
@@ -73,12 +73,13 @@ def test_titles_of_many_lengths_score_as_in_a_beam_of_all(scope: str) -> None:
     catalogue, trie = title_decoder.CATALOGUE, title_decoder.TRIE
     constraint, model = TrieConstraint(trie), title_decoder.backbone()
     prefixes = title_decoder.PLAIN.prefixes(title_decoder.HISTORIES, np.array([1]))
+    read = read_prefixes(model, prefixes)
     options = {"vocab_size": catalogue.vocab_size, "softmax_scope": scope}
     ranked = expand_beams(
-        constraint, beam_search(model, constraint, prefixes, beam=catalogue.num_items, **options)
+        constraint, beam_search(model, constraint, read, beam=catalogue.num_items, **options)
     )
     found = score_items(
-        model, constraint, prefixes, torch.from_numpy(ranked.items.astype(np.int64)), **options
+        model, constraint, read, torch.from_numpy(ranked.items.astype(np.int64)), **options
     )
     np.testing.assert_allclose(found.numpy(), ranked.scores, atol=1e-4)
 
@@ -91,7 +92,7 @@ def test_scores_that_are_not_finite_name_the_model() -> None:
         score_items(
             backbone,
             TrieConstraint(TRIE),
-            Prefixes(torch.ones(1, 3, dtype=torch.int64)),
+            read_prefixes(backbone, Prefixes(torch.ones(1, 3, dtype=torch.int64))),
             torch.zeros(1, 1, dtype=torch.int64),
             vocab_size=CATALOGUE.vocab_size,
             model_name="best.safetensors",

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
-from ilrec_dist.inference.beam_search import RankedItems, beam_search, expand_beams
+from ilrec_dist.inference.beam_search import (
+    RankedItems,
+    beam_search,
+    expand_beams,
+    read_prefixes,
+)
 from ilrec_dist.inference.trie_constraint import ItemSets, TrieConstraint
 from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
@@ -88,7 +93,7 @@ def search(
         beams = beam_search(
             model,
             constraint,
-            prefixes,
+            read_prefixes(model, prefixes),
             vocab_size=CATALOGUE.vocab_size,
             beam=beam,
             softmax_scope=scope,

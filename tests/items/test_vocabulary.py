@@ -13,8 +13,7 @@ import torch
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
-from ilrec_dist.inference.ranker import rank_histories
-from ilrec_dist.inference.trie_constraint import TrieConstraint
+from ilrec_dist.inference.ranker import ModelRanker
 from ilrec_dist.items.catalogue import Catalogue, make_title_catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
@@ -156,16 +155,17 @@ def test_ranked_items_do_not_depend_on_where_the_item_tokens_lie(form, own, para
             ):
                 items = np.full((data.num_users, NUM_ITEMS), -1)
                 scores = np.full((data.num_users, NUM_ITEMS), -np.inf)
-                for rows, ranked in rank_histories(
+                model = ModelRanker(
                     backbone,
-                    TrieConstraint(Trie(catalogue), allowed=allowed),
-                    histories,
+                    Trie(catalogue),
                     beam=7,
                     batch_size=5,
                     softmax_scope=scope,
                     inputs=PlainSequences(catalogue, 4),
-                    exclude_seen=True,
                     parallel=parallel,
+                )
+                for rows, ranked in model.rank(
+                    histories, top=7, exclude_seen=True, allowed=allowed
                 ):
                     items[rows, : ranked.items.shape[1]] = ranked.items
                     scores[rows, : ranked.items.shape[1]] = ranked.scores

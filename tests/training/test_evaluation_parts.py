@@ -36,8 +36,8 @@ SIZES = [60, 60, 30]
 # Which are ranked together.
 FUSED = ("sft+cf", "sft+cf+transitions")
 NAMES = ("predictions.parquet", "predictions-seen-kept.parquet")
-# Rankings of a part: by the model and by the fusions, with and without seen items.
-OF_A_PART = 2 * (1 + 1)
+# Rankings of a part: by the model, with and without seen items at once, and by the fusions.
+OF_A_PART = 1 + 2
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def evaluate(
     It stops when it is to rank part number `stop_at`; with `die`, rank 0 kills itself.
     """
     sizes: list[int] = []
-    evaluate_model, fused_scores = evaluate_trained.evaluate_model, Fusions.scores
+    evaluate_treatments, fused_scores = evaluate_trained.evaluate_treatments, Fusions.scores
 
     def count(users: np.ndarray) -> None:
         if len(sizes) == stop_at and die and mesh.rank == 0:
@@ -74,9 +74,9 @@ def evaluate(
             raise InterruptedError
         sizes.append(len(users))
 
-    def by_model(*args: Any, users: np.ndarray, **rest: Any) -> Predictions:
+    def by_model(*args: Any, users: np.ndarray, **rest: Any) -> list[Predictions]:
         count(users)
-        return evaluate_model(*args, users=users, **rest)
+        return evaluate_treatments(*args, users=users, **rest)
 
     def fused(own: Fusions, users: np.ndarray, split: str, *rest: Any) -> FusionScores:
         if split == "test":
@@ -85,7 +85,7 @@ def evaluate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankings, "PART_USERS", part_users)
-        patch.setattr(evaluate_trained, "evaluate_model", by_model)
+        patch.setattr(evaluate_trained, "evaluate_treatments", by_model)
         patch.setattr(Fusions, "scores", fused)
         with suppress(InterruptedError):
             train_and_evaluate(tree, [], True)
@@ -114,7 +114,7 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     assert {f"{fused}-seed0/{name}" for fused in FUSED for name in NAMES} <= in_parts.keys()
     shutil.rmtree(folder)
     plain = tree | {"evaluation": tree["evaluation"] | {"fusion": False}}
-    assert run_distributed(evaluate, 2, 1, plain, NUM_USERS) == [[NUM_USERS] * 2] * 2
+    assert run_distributed(evaluate, 2, 1, plain, NUM_USERS) == [[NUM_USERS]] * 2
     for name in (f"sft-seed0/{name}" for name in NAMES):
         whole = predictions(config)[name]
         assert in_parts[name].column("user") == whole.column("user"), name
@@ -127,11 +127,13 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     # The other rank may be the first to say that it is gone.
     with pytest.raises(RuntimeError, match="died|by peer"):
         run_distributed(evaluate, 2, 1, tree, PART_USERS, 2, True)
-    saved = [folder / f"sft-seed0/.{NAMES[0]}.parts/{part:06d}.parquet" for part in (0, 1)]
-    assert sorted(folder.rglob("*.parquet")) == saved
+    saved = [
+        folder / f"sft-seed0/.{name}.parts/{part:06d}.parquet" for name in NAMES for part in (0, 1)
+    ]
+    assert sorted(folder.rglob("*.parquet")) == sorted(saved)
     half = folder / f"sft-seed0/.{NAMES[0]}.writing-1"
     half.touch()
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2 * len(SIZES) - 2 + 2)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, len(SIZES) - 2 + 2)
     assert not half.exists()
     weights = [folder / f"{fused}-seed0/predictions.fusion.json" for fused in FUSED]
     chosen = [file.stat().st_mtime_ns for file in weights]
@@ -142,7 +144,7 @@ def test_a_killed_evaluation_goes_on_with_the_parts_that_it_saved(config: Config
     # As if it were stopped when it had saved the second part of one of the two.
     (weights[1].with_name(f".{NAMES[0]}.parts") / "000001.parquet").unlink()
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [SIZES[1:] + SIZES * (OF_A_PART - 3)] * 2
+    assert sizes == [SIZES[1:] + SIZES * (OF_A_PART - 2)] * 2
     assert predictions(config) == in_parts
     assert [file.stat().st_mtime_ns for file in weights] == chosen
     assert not list(folder.rglob(".*parts"))
@@ -182,22 +184,30 @@ def test_all_that_takes_long_is_counted_to_its_end(config: Config) -> None:
         assert own[0] == first and own[-1] >= last and len(set(own)) > 2, note
 
 
+def flip_a_byte(path: Path) -> None:
+    """In its first half."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    path.write_bytes(content)
+
+
 def test_a_damaged_part_is_ranked_again(config: Config) -> None:
     folder, tree = RunArtifacts(config).folders.evaluation, config_to_dict(config)
     tree["evaluation"]["fusion"] = False
     shutil.rmtree(folder, ignore_errors=True)
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, len(SIZES) + 2)
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, 2)
     before = predictions(config)
-    # A byte in the middle of a part, and of all predictions of the first treatment.
-    part = folder / f"sft-seed0/.{NAMES[1]}.parts/000000.parquet"
-    for path in (part, folder / "sft-seed0" / NAMES[0]):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 4] ^= 1
-        path.write_bytes(content)
-    sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [[*SIZES, SIZES[0], SIZES[2]]] * 2
+    flip_a_byte(folder / f"sft-seed0/.{NAMES[1]}.parts/000000.parquet")
+    assert run_distributed(evaluate, 2, 1, tree, PART_USERS) == [[SIZES[0], SIZES[2]]] * 2
     found = predictions(config)
-    assert found[f"sft-seed0/{NAMES[0]}"] == before[f"sft-seed0/{NAMES[0]}"]
+    for name in NAMES:
+        joined = found[f"sft-seed0/{name}"].column("items").to_pylist()
+        parts = [before[f"sft-seed0/.{name}.parts/{part:06d}.parquet"] for part in (0, 1)]
+        assert joined[: sum(SIZES[:2])] == lists(*parts)[0] + lists(*parts)[1]
+    # All predictions of one treatment.
+    flip_a_byte(folder / f"sft-seed0/{NAMES[0]}")
+    assert run_distributed(evaluate, 2, 1, tree, PART_USERS) == [SIZES] * 2
+    assert predictions(config) == found
 
 
 def test_processes_of_a_killed_command_and_a_later_one_do_not_rank_together(
@@ -213,15 +223,15 @@ def test_processes_of_a_killed_command_and_a_later_one_do_not_rank_together(
         with pytest.raises(RuntimeError, match=line):
             run_distributed(evaluate, 2, 1, tree, PART_USERS)
         assert not folders.evaluation.exists()
-    assert run_distributed(evaluate, 2, 1, tree, PART_USERS) == [SIZES * 2] * 2
+    assert run_distributed(evaluate, 2, 1, tree, PART_USERS) == [SIZES] * 2
 
 
 def test_parts_of_another_model_are_never_joined(config: Config) -> None:
     artifacts, tree = RunArtifacts(config), config_to_dict(config)
     tree["evaluation"]["fusion"] = False
     shutil.rmtree(artifacts.folders.evaluation, ignore_errors=True)
-    run_distributed(evaluate, 2, 1, tree, PART_USERS, len(SIZES) + 1)
-    # All of the first treatment, and a part of the second.
+    run_distributed(evaluate, 2, 1, tree, PART_USERS, 1)
+    # A part of each treatment.
     assert len(predictions(config)) == 2
     training = artifacts.folders.training("sft", 0)
     # As if it were trained again: other weights have another manifest.
@@ -231,4 +241,4 @@ def test_parts_of_another_model_are_never_joined(config: Config) -> None:
     result[WEIGHTS_SHA256][BEST] = sha256_file(manifest)
     write_json(training / RESULT, result)
     sizes = run_distributed(evaluate, 2, 1, tree, PART_USERS)
-    assert sizes == [SIZES * 2] * 2
+    assert sizes == [SIZES] * 2
