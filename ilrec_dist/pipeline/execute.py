@@ -32,7 +32,11 @@ from ilrec_dist.pipeline.stages.index import index_stage
 from ilrec_dist.pipeline.stages.prepare import prepare_stage, spread_files
 from ilrec_dist.pipeline.stages.report import report
 from ilrec_dist.pipeline.stages.rewards import rewards_stage
-from ilrec_dist.pipeline.stages.train import train_and_evaluate, training_stages
+from ilrec_dist.pipeline.stages.train import (
+    check_trainings,
+    train_and_evaluate,
+    training_stages,
+)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -104,6 +108,16 @@ class Executor:
                 else:
                     for name in group:
                         self._execute_here(name)
+                        if name == "index" and not self.run.is_current("cf"):
+                            self._check_trainings(of_workers)
+
+    def _check_trainings(self, names: Sequence[str]) -> None:
+        """Refuse trainings that cannot begin, before
+        the CF model is trained for them.
+        """
+        stages = [self.run.stages[name] for name in names]
+        if any(stage.training is not None for stage in stages):
+            check_trainings(self.config)
 
     def _check_cluster(self, names: Sequence[str]) -> None:
         """Refuse a cluster that cannot run the workers, before the first stage."""

@@ -169,8 +169,17 @@ def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path, capsys) -
     config = model_config(tmp_path, model, train={"max_history": 64, "methods": ["sft"]})
     execute(config, "prepare")
     execute(config, "index")
-    with pytest.raises(UserError, match="129 tokens, .* 128 positions; lower train.max_history"):
+    refused = "129 tokens, .* 128 positions; lower train.max_history"
+    with pytest.raises(UserError, match=refused):
         execute(config, "train")
+    # Nor is a CF model trained for it.
+    rewarded = model_config(tmp_path, model, train={"max_history": 64, "methods": ["ilrec"]})
+    capsys.readouterr()
+    with pytest.raises(UserError, match=refused):
+        execute(rewarded, "run")
+    said = capsys.readouterr().out
+    assert "index: unchanged" in said and "cf" not in said
+    assert not (rewarded.run_dir / "cf").exists()
 
     class Untitled:
         dataset = dataclasses.make_dataclass("Data", ["titles"])(None)

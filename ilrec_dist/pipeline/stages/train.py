@@ -105,9 +105,7 @@ def train_and_evaluate(
     if trainings or config.train.trainable != "full":
         config = with_local_model(config)
     if trainings:
-        if config.train.tracker is not None:
-            require_tracker(config.train.tracker)
-        _check_model(config)
+        check_trainings(config)
     _announce(trainings)
     folders = RunFolders(config.run_dir)
     needs_rewards = any(
@@ -150,10 +148,13 @@ def train_and_evaluate(
     return seconds
 
 
-def _check_model(config: Config) -> None:
-    """Raise UserError, before any process is
-    started, where the model cannot be trained so.
+def check_trainings(config: Config) -> None:
+    """Raise UserError, before any process is started, where
+    nothing can be trained so. The index is there already.
     """
+    if config.train.tracker is not None:
+        require_tracker(config.train.tracker)
+    config = with_local_model(config)
     if config.backbone.from_ is None:
         return
     check_together(config, f"backbone.from {config.backbone.from_}")
