@@ -2,9 +2,9 @@
 
     python examples/recommend_with_transformers.py FOLDER [--history ITEM ...] [--top 5]
 
-It needs transformers, torch, numpy and pyarrow, and nothing of this project:
-the folder brings the weights, the tokenizer, the prompt that the model
-answers, the catalogue, and the constraint that keeps `generate` on its items.
+It needs transformers, torch and pyarrow, and nothing of this project: the
+folder brings the weights, the tokenizer, the prompt that the model answers,
+the catalogue, and the constraint that keeps `generate` on its items.
 """
 
 from __future__ import annotations

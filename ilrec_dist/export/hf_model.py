@@ -2,7 +2,7 @@
 weights, tokenizer, catalogue, trie, decoding.
 
 `transformers` loads the folder. Its files need neither this project nor remote code:
-`constrained_decoding.py` is copied beside them and reads `trie.npz` with numpy alone.
+`constrained_decoding.py` is copied beside them and reads `trie.csr` with Python alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from ilrec_dist.common.errors import UserError
@@ -28,7 +29,7 @@ from ilrec_dist.export import constrained_decoding
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
-from ilrec_dist.items.vocabulary import NO_TOKEN, Vocabulary
+from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import save_weights
 from ilrec_dist.model.hf.config import read_config
@@ -174,13 +175,15 @@ def write_item_files(
     trie: Trie,
     decoding: Decoding,
 ) -> None:
-    """Write catalogue.parquet, trie.npz,
+    """Write catalogue.parquet, trie.csr,
     generation_config.json and constrained_decoding.py.
     """
     pq.write_table(catalogue_table(dataset, catalogue), folder / "catalogue.parquet")
-    arrays = trie_arrays(trie, catalogue.vocabulary)
-    np.savez(folder / "trie.npz", **arrays, masked_softmax=np.bool_(decoding.is_masked))
     vocabulary = catalogue.vocabulary
+    settings = np.array([trie.depth, vocabulary.padding, decoding.is_masked], np.int64)
+    arrays = {**trie_arrays(trie), "depth_padding_masked_softmax": settings}
+    # Some servers take every file that is named *.safetensors for weights.
+    save_file(arrays, folder / "trie.csr")
     generation: dict[str, Any] = {
         **GENERATION,
         "num_beams": decoding.beam,
@@ -215,33 +218,31 @@ def catalogue_table(dataset: InteractionDataset, catalogue: Catalogue) -> pa.Tab
     )
 
 
-def trie_arrays(trie: Trie, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The trie as one CSR graph, as `constrained_decoding.ItemTrie` reads it.
+def trie_arrays(trie: Trie) -> dict[str, np.ndarray]:
+    """The trie as `constrained_decoding.ItemTrie` reads it, int64.
 
-    Nodes are numbered depth by depth. What stands behind the end of a title is no edge.
+    Nodes are numbered depth by depth, so that a node's children are neighbours. What
+    stands behind the end of a title is no node.
     """
-    nodes = np.array([trie.num_nodes(p) for p in range(trie.depth + 1)])
-    base = np.cumsum(nodes) - nodes
-    counts, tokens, children = [], [], []
+    tokens, children = [np.array([NO_TOKEN])], []
+    first_row, last_row = [trie.node_start[0][:-1]], [trie.node_start[0][1:]]
+    is_node = np.ones(1, bool)
     for p in range(trie.depth):
-        indptr, labels, child = trie.children(p, np.arange(nodes[p]))
-        real = labels != NO_TOKEN
-        parents = np.repeat(np.arange(nodes[p]), np.diff(indptr))
-        counts.append(np.bincount(parents[real], minlength=nodes[p]))
-        tokens.append(labels[real])
-        children.append(child[real] + base[p + 1])
-    counts.append(np.zeros(nodes[-1], np.int64))
-    starts = [start[:-1] for start in trie.node_start]
-    stops = [start[1:] for start in trie.node_start]
-    return {
-        "indptr": np.append(0, np.cumsum(np.concatenate(counts))),
-        "tokens": np.concatenate(tokens).astype(np.int64),
-        "children": np.concatenate(children).astype(np.int64),
-        "first_row": np.concatenate(starts).astype(np.int64),
-        "last_row": np.concatenate(stops).astype(np.int64),
-        "depth": np.int64(trie.depth),
-        "padding": np.int64(vocabulary.padding),
+        indptr, labels, _ = trie.children(p, np.flatnonzero(is_node))
+        parents = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        children.append(np.bincount(parents[labels != NO_TOKEN], minlength=len(indptr) - 1))
+        is_node = trie.node_token[p + 1] != NO_TOKEN
+        tokens.append(trie.node_token[p + 1][is_node])
+        first_row.append(trie.node_start[p + 1][:-1][is_node])
+        last_row.append(trie.node_start[p + 1][1:][is_node])
+    children.append(np.zeros(int(is_node.sum()), np.int64))
+    arrays = {
+        "child": 1 + np.append(0, np.cumsum(np.concatenate(children))),
+        "tokens": np.concatenate(tokens),
+        "first_row": np.concatenate(first_row),
+        "last_row": np.concatenate(last_row),
     }
+    return {name: array.astype(np.int64) for name, array in arrays.items()}
 
 
 def own_tokenizer(catalogue: Catalogue) -> Tokenizer:

@@ -4,42 +4,22 @@ best ones.
 
 from __future__ import annotations
 
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ilrec_dist.data.dataset import InteractionDataset
-from ilrec_dist.export.constrained_decoding import (
-    ItemLogitsProcessor,
-    ItemTrie,
-    prefix_allowed_tokens_fn,
-)
-from ilrec_dist.export.hf_model import Decoding, own_tokenizer, write_item_files
+from ilrec_dist.export.constrained_decoding import ItemLogitsProcessor, prefix_allowed_tokens_fn
+from ilrec_dist.export.hf_model import own_tokenizer
 from ilrec_dist.inference.parallel_head import SoftmaxScope
-from ilrec_dist.items.catalogue import Catalogue, make_catalogue, make_title_catalogue
-from ilrec_dist.items.trie import Trie
+from ilrec_dist.items.catalogue import make_catalogue, make_title_catalogue
+from tests.support.exported import export_items
 
 CODES = np.array([[0, 1], [0, 2], [1, 1], [2, 0], [2, 2], [2, 2]])
-
-
-def export(folder: Path, catalogue: Catalogue, scope: SoftmaxScope = "all") -> ItemTrie:
-    n = catalogue.num_items
-    ids = [f"item {number}" for number in range(n)]
-    titles = [f"Title {number}" for number in range(n)]
-    items = np.arange(3, dtype=np.int32)
-    dataset = InteractionDataset(items, np.array([0, 3]), ["u"], ids, titles=titles)
-    write_item_files(folder, dataset, catalogue, Trie(catalogue), Decoding(4, scope))
-    return ItemTrie(folder)
 
 
 def tiny_model(vocab_size: int) -> LlamaForCausalLM:
@@ -58,24 +38,6 @@ def tiny_model(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_allowed_tokens_are_the_continuations_of_the_items_left(data, tmp_path_factory) -> None:
-    depth = data.draw(st.integers(1, 3))
-    rows = data.draw(st.lists(st.tuples(*[st.integers(0, 3)] * depth), min_size=1, max_size=20))
-    catalogue = make_catalogue(np.array(rows), [4] * depth)
-    trie = export(tmp_path_factory.mktemp("trie"), catalogue)
-    table = np.asarray(catalogue.tokens).tolist()
-    excluded = data.draw(st.lists(st.integers(0, len(rows) - 1), unique=True))
-    left = [row for number, row in enumerate(table) if number not in excluded]
-    for length in range(depth):
-        for prefix in itertools.product(range(1, 4 * depth + 1), repeat=length):
-            expected = sorted({row[length] for row in left if row[:length] == list(prefix)})
-            assert trie.allowed(prefix, excluded) == (expected or [trie.padding])
-    for row in table:
-        assert [table[number] for number in trie.items(row)] == [row] * table.count(row)
-
-
 @pytest.mark.parametrize(
     ("way", "scope"), [("function", "all"), ("processor", "all"), ("processor", "valid_next")]
 )
@@ -83,7 +45,7 @@ def test_beam_search_over_all_items_equals_scoring_each_of_them(
     tmp_path: Path, way: str, scope: SoftmaxScope
 ) -> None:
     catalogue = make_catalogue(CODES, [3, 3])
-    trie, model = export(tmp_path, catalogue, scope), tiny_model(catalogue.vocab_size)
+    trie, model = export_items(tmp_path, catalogue, scope), tiny_model(catalogue.vocab_size)
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert (generation["num_beams"], generation["renormalize_logits"]) == (4, scope != "all")
     prompts = torch.tensor([[1, 4, 2, 5], [0, 0, 3, 4]])
@@ -133,7 +95,7 @@ def test_beam_search_over_all_items_equals_scoring_each_of_them(
 def test_a_title_that_begins_another_is_an_item_of_its_own(tmp_path: Path) -> None:
     numbers = np.array([[1, 2, 0], [1, 0, -1], [2, 0, -1]], np.int32)
     catalogue = make_title_catalogue(numbers, ["<end>", "tea", "pot"])
-    trie = export(tmp_path, catalogue)
+    trie = export_items(tmp_path, catalogue)
     end = catalogue.vocabulary.end
     assert end is not None
     rows = pq.read_table(tmp_path / "catalogue.parquet")
@@ -145,16 +107,6 @@ def test_a_title_that_begins_another_is_an_item_of_its_own(tmp_path: Path) -> No
     assert rows.column("codes")[row].as_py() == "tea<end>"
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == end and generation["repetition_penalty"] == 1.0
-
-
-def test_the_folder_needs_nothing_of_this_project(tmp_path: Path) -> None:
-    export(tmp_path, make_catalogue(CODES, [3, 3]))
-    code = "import constrained_decoding as c, sys; t = c.ItemTrie(); print(t.allowed([1])); "
-    code += "assert not [m for m in sys.modules if m.startswith(('ilrec', 'torch'))]"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[5, 6]"
 
 
 def test_the_tokenizer_of_a_model_without_words_reads_codes_with_and_without_blanks() -> None:

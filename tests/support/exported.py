@@ -1,5 +1,5 @@
-"""The lists of a run, and those that transformers makes of what the run was exported
-to.
+"""Catalogues as an export has them, the lists of a run, and those that transformers
+makes of what the run was exported to.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -14,7 +15,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilrec_dist.cli.main import main
+from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
+from ilrec_dist.export.hf_model import Decoding, write_item_files
+from ilrec_dist.inference.parallel_head import SoftmaxScope
+from ilrec_dist.items.catalogue import Catalogue
+from ilrec_dist.items.trie import Trie
+
+
+def export_items(folder: Path, catalogue: Catalogue, scope: SoftmaxScope = "all") -> ItemTrie:
+    """The trie of a catalogue whose item n is "item n", from its files in `folder`."""
+    numbers = range(catalogue.num_items)
+    ids, titles = ([f"{word} {n}" for n in numbers] for word in ("item", "Title"))
+    items = np.zeros(3, dtype=np.int32)
+    dataset = InteractionDataset(items, np.array([0, 3]), ["u"], ids, titles=titles)
+    write_item_files(folder, dataset, catalogue, Trie(catalogue), Decoding(4, scope))
+    return ItemTrie(folder)
 
 
 def catalogue_ids(exported: Path) -> list[str]:
