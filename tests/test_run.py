@@ -22,6 +22,7 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.evaluation.predictions import recompute
 from ilrec_dist.pipeline.status import status_lines
 from ilrec_dist.reporting.counter import Count, write_counter
+from ilrec_dist.reporting.results import BEYOND_ACCURACY
 from tests.support.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -60,6 +61,8 @@ def test_results_hold_every_row_in_the_documented_form(finished):
     for row in rows.values():
         assert row["users"] == dataset.num_users and row["seed"] == 0
         assert all(0 <= row[metric] <= 1 for metric in METRICS) and row["ndcg@10"] <= row["hit@10"]
+        assert all(row[measure] >= 0 for measure in BEYOND_ACCURACY)
+        assert row["calibration_error"] < 1
     assert rows["bayes", True]["ndcg@10"] > rows["popularity", True]["ndcg@10"]
     assert set(results["stage_seconds"]) == {
         "prepare",

@@ -8,6 +8,7 @@ user's list. Lists that are empty count for nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,17 +28,25 @@ class ItemFacts:
     # int32 [num_items, C]: the token ids of each item; two items are alike by their prefix.
     tokens: np.ndarray
 
+    @cached_property
+    def sharing(self) -> np.ndarray:
+        """int64 [num_items]: the items that have an item's tokens, itself included."""
+        _, group, size = np.unique(self.tokens, axis=0, return_inverse=True, return_counts=True)
+        sharing: np.ndarray = size[group.ravel()]
+        return sharing
+
     @staticmethod
     def of(popularity: np.ndarray, catalogue: Catalogue) -> ItemFacts:
         return ItemFacts(popularity, catalogue.item_tokens(np.arange(catalogue.num_items)))
 
 
 def beyond_accuracy(
-    predictions: Predictions, facts: ItemFacts, scores_are_log_p: bool
+    predictions: Predictions, facts: ItemFacts, scores_are_of_codes: bool
 ) -> dict[str, float]:
     """The measures of one method's lists, by their names in results.json.
 
-    `calibration_error` is given where scores are log probabilities of items.
+    Scores of a language model are of code tuples, and items of one tuple share its
+    probability. `calibration_error` is left out where scores are no log p.
     """
     items = predictions.items[:, :LIST_LENGTH].astype(np.int64)
     figures = {
@@ -46,8 +55,12 @@ def beyond_accuracy(
         "novelty@10": novelty(items, facts.popularity),
         "diversity@10": diversity(items, facts.tokens),
     }
-    if scores_are_log_p:
-        figures["calibration_error"] = calibration_error(predictions)
+    scores = predictions.scores[:, :LIST_LENGTH].astype(np.float64)
+    hits = items == predictions.targets[:, None]
+    if scores_are_of_codes:
+        scores = scores - np.log(facts.sharing[np.maximum(items, 0)])
+    if scores_are_of_codes or predictions.scores_are_log_p:
+        figures["calibration_error"] = calibration_error(items >= 0, np.exp(scores), hits)
     return figures
 
 
@@ -108,24 +121,17 @@ def diversity(items: np.ndarray, tokens: np.ndarray) -> float:
     return float((1 - shared[has_pair] / pairs[has_pair]).mean())
 
 
-def calibration_error(predictions: Predictions) -> float:
-    """The expected calibration error of the probabilities exp(score) of listed items.
+def calibration_error(is_item: np.ndarray, probabilities: np.ndarray, hits: np.ndarray) -> float:
+    """The expected calibration error of the probabilities of listed items.
 
-    Places are grouped by probability into CALIBRATION_BINS bins of equal width; the
-    error is the mean over places of |mean probability − share of targets| of their bin.
-    Items that share a code tuple share one probability, so it is divided by their
-    number in the list.
+    Each [n, W]: bool where a place of a list has an item, float its probability of
+    being the target, bool whether it is. Places are grouped by probability into
+    CALIBRATION_BINS bins of equal width; the error is the mean over places of |mean
+    probability − share of targets| of their bin.
     """
-    is_item = predictions.items >= 0
-    scores = predictions.scores[is_item].astype(np.float64)
-    if len(scores) == 0:
+    probability, hit = probabilities[is_item], hits[is_item]
+    if len(probability) == 0:
         return 0.0
-    row = np.nonzero(is_item)[0]
-    _, group, size = np.unique(
-        np.stack([row.astype(np.float64), scores]), axis=1, return_inverse=True, return_counts=True
-    )
-    probability = np.exp(scores) / size[group.ravel()]
-    hit = (predictions.items == predictions.targets[:, None])[is_item]
     bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     difference = np.bincount(bins, probability - hit, minlength=CALIBRATION_BINS)
-    return float(np.abs(difference).sum() / len(scores))
+    return float(np.abs(difference).sum() / len(probability))

@@ -59,22 +59,6 @@ def are_listed(items: np.ndarray, lists: np.ndarray) -> np.ndarray:
     return is_in
 
 
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """log p of logits float [n, num_items] over the catalogue, float64."""
-    shifted = scores - scores.max(axis=1, keepdims=True).astype(np.float64)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
-
-
-def log_of_counts(scores: np.ndarray) -> np.ndarray:
-    """log p of scores ≥ 0 float [n, num_items], to each of which 1/n is added, over n
-    items.
-    """
-    smoothed = scores + 1.0 / scores.shape[1]
-    result: np.ndarray = np.log(smoothed / smoothed.sum(axis=1, keepdims=True))
-    return result
-
-
 def simplex(num_sources: int, steps: int = SIMPLEX_STEPS) -> np.ndarray:
     """float64 [m, num_sources]: all weights ≥ 0 in steps of 1 / steps whose
     sum is 1.

@@ -20,9 +20,12 @@ from ilrec_dist.evaluation.fusion import (
     candidate_union,
     choose_weights,
     fused_scores,
+    ranks_of_fused,
+)
+from ilrec_dist.evaluation.log_probabilities import (
+    listed_log_p,
     log_of_counts,
     log_softmax,
-    ranks_of_fused,
 )
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import KEPT_ITEMS, history_ranges, top_items
@@ -99,7 +102,7 @@ def score_candidates(
                 left[seen.rows, seen.items] = -np.inf
             if allowed is not None:
                 left[:, ~allowed] = -np.inf
-            lists.append(top_items(left, num_candidates)[0])
+            lists.append(top_items(left, num_candidates))
         items = candidate_union(lists)
         by_model = score_items(
             model.backbone,
@@ -220,12 +223,19 @@ def fused_lists(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best candidates of each history, equal ones in item order.
 
-    Returns (items int32 [n, top or fewer] padded
-    with -1, scores float32 padded with -inf).
+    Returns (items int32 [n, top or fewer] padded with -1, log p float32 over
+    all candidates of the history, padded with -inf).
     """
-    columns, best = top_items(fused_scores(scores, weights), top)
+    fused = fused_scores(scores, weights)
+    columns = top_items(fused, top)
     items = np.take_along_axis(scores.items, np.maximum(columns, 0), axis=1)
-    return np.where(columns >= 0, items, -1).astype(np.int32), best
+    # A history without candidates has nothing to normalise.
+    has_candidates = (columns >= 0).any(axis=1, keepdims=True)
+    log_p = log_softmax(np.where(has_candidates, fused, 0.0))
+    return (
+        np.where(columns >= 0, items, -1).astype(np.int32),
+        listed_log_p(columns, fused, log_p),
+    )
 
 
 @dataclass(frozen=True)

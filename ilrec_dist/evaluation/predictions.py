@@ -19,6 +19,8 @@ from ilrec_dist.common.files import atomic_file
 from ilrec_dist.common.parquet import read_checked, write_checked
 from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, mean_metrics, per_user, ranks_of_lists
 
+# What the files' metadata say of `scores`.
+LOG_P = "log p"
 SCHEMA = pa.schema(
     [
         pa.field("user", pa.int32(), metadata={"is": "row of users.parquet"}),
@@ -26,7 +28,7 @@ SCHEMA = pa.schema(
         pa.field(
             "items", pa.list_(pa.int32()), metadata={"is": "rows of items.parquet, best first"}
         ),
-        pa.field("scores", pa.list_(pa.float32()), metadata={"is": "one for each of `items`"}),
+        pa.field("scores", pa.list_(pa.float32()), metadata={"is": "log p of each of `items`"}),
         pa.field(
             "tie_start",
             pa.int32(),
@@ -52,10 +54,12 @@ class Predictions:
     users: np.ndarray  # int64 [n]
     targets: np.ndarray  # int64 [n]
     items: np.ndarray  # int32 [n, W] best first, padded with -1
-    scores: np.ndarray  # float32 [n, W], padded with -inf
+    scores: np.ndarray  # float32 [n, W], log p, padded with -inf
     tie_start: np.ndarray  # int64 [n]
     tie_size: np.ndarray  # int64 [n]
     exclude_seen: bool
+    # False of files in which baselines and fusions have the scores that they rank by.
+    scores_are_log_p: bool = True
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -105,7 +109,8 @@ class Predictions:
             pa.array(np.where(unranked, 0, self.tie_start), pa.int32(), mask=unranked),
             pa.array(self.tie_size, pa.int32()),
         ]
-        schema = SCHEMA.with_metadata({"exclude_seen": str(self.exclude_seen).lower()})
+        metadata = {"exclude_seen": str(self.exclude_seen).lower(), "scores": LOG_P}
+        schema = SCHEMA.with_metadata(metadata)
         with atomic_file(path) as staged:
             write_checked(pa.Table.from_arrays(columns, schema=schema), staged)
 
@@ -136,7 +141,12 @@ class Predictions:
             tie_start=table.column("tie_start").cast(pa.int64()).fill_null(UNRANKED).to_numpy(),
             tie_size=table.column("tie_size").to_numpy().astype(np.int64),
             exclude_seen=metadata[b"exclude_seen"] == b"true",
+            scores_are_log_p=_has_log_p(table.schema),
         )
+
+
+def _has_log_p(schema: pa.Schema) -> bool:
+    return (schema.metadata or {}).get(b"scores") == LOG_P.encode()
 
 
 def recompute(path: str | Path) -> dict[str, float]:
@@ -152,7 +162,9 @@ def join_predictions(parts: Sequence[Path], out: Path) -> None:
     if not parts:
         raise ValueError("predictions of no users")
     with atomic_file(out) as staged:
-        schema = pq.read_schema(parts[0])
+        schemas = [pq.read_schema(part) for part in parts]
+        # Of parts that two versions of this program made, some may have other scores.
+        schema = min(schemas, key=_has_log_p)
         with pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
             for part in parts:
                 writer.write_table(

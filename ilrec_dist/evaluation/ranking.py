@@ -10,6 +10,7 @@ import torch
 from ilrec_dist.common.errors import UserError
 from ilrec_dist.data.dataset import InteractionDataset
 from ilrec_dist.evaluation.baselines.table import BASELINES, BaselineInputs, Scorer
+from ilrec_dist.evaluation.log_probabilities import LogP, listed_log_p
 from ilrec_dist.evaluation.metrics import first_column, ranks_of_scores
 from ilrec_dist.evaluation.predictions import Predictions, concatenate_predictions
 from ilrec_dist.inference.beam_search import RankedItems
@@ -95,6 +96,7 @@ def baseline_predictions(
     return rank_all(
         BASELINES[name].make_scorer(inputs),
         inputs.dataset,
+        log_p=BASELINES[name].log_p,
         users=users,
         split=inputs.split,
         exclude_seen=exclude_seen,
@@ -107,6 +109,7 @@ def rank_all(
     score: Scorer,
     dataset: InteractionDataset,
     *,
+    log_p: LogP,
     users: np.ndarray,
     split: str,
     exclude_seen: bool,
@@ -116,7 +119,8 @@ def rank_all(
     """Predictions of anything that scores every item, a chunk of users at a time.
 
     Kept are the top KEPT_ITEMS items, equal scores in item-id order, and the target's
-    ties in the full ranking. Raises UserError with `name` where a score is not finite.
+    ties in the full ranking; the lists' scores are log p over all items, seen ones too.
+    Raises UserError with `name` where a score is not finite.
     """
     users = np.asarray(users, np.int64)
     parts, done = [], 0
@@ -128,13 +132,17 @@ def rank_all(
                 f"{name}: its scores are not finite (NaN or infinite), so its training has "
                 "diverged; lower its learning rate and train it again"
             )
+        all_log_p = log_p(scores)
         if exclude_seen:
             seen = history_ranges(dataset, batch, split).seen(np.arange(len(batch)))
             scores[seen.rows, seen.items] = -np.inf
         targets = dataset.targets(split, batch).astype(np.int64)
         ranks = ranks_of_scores(scores, targets)
-        items, top = top_items(scores, KEPT_ITEMS)
-        parts.append(Predictions(batch, targets, items, top, ranks.first, ranks.tied, exclude_seen))
+        items = top_items(scores, KEPT_ITEMS)
+        kept = listed_log_p(items, scores, all_log_p)
+        parts.append(
+            Predictions(batch, targets, items, kept, ranks.first, ranks.tied, exclude_seen)
+        )
         done += len(batch)
         if progress is not None:
             progress(done, len(users))
@@ -159,10 +167,9 @@ def _chunk_users(num_items: int) -> int:
     return max(1, CHUNK_SCORES // num_items)
 
 
-def top_items(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best items of each row of scores [n, num_items], equal ones in item order.
-
-    Returns (items int32 [n, k], scores float32 [n, k]); items that score -inf are -1.
+def top_items(scores: np.ndarray, k: int) -> np.ndarray:
+    """int32 [n, k]: the k best items of each row of scores [n, num_items], equal ones
+    in item order; items that score -inf are -1.
     """
     k = min(k, scores.shape[1])
     kth_value = torch.from_numpy(scores).topk(k, dim=1).values[:, -1].numpy()
@@ -177,7 +184,7 @@ def top_items(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     top = np.take_along_axis(scores, items, axis=1)
     order = np.argsort(-top, axis=1, kind="stable")
     items, top = np.take_along_axis(items, order, axis=1), np.take_along_axis(top, order, axis=1)
-    return np.where(np.isneginf(top), -1, items).astype(np.int32), top.astype(np.float32)
+    return np.where(np.isneginf(top), -1, items).astype(np.int32)
 
 
 def _beam_predictions(

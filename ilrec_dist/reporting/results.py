@@ -28,7 +28,7 @@ BEYOND_ACCURACY = {
     "gini@10": ("Gini@10", "0: all items listed equally often; 1: one item takes all places"),
     "novelty@10": ("Novelty@10", "mean self-information of listed items, bits"),
     "diversity@10": ("Diversity@10", "1 − shared code prefix of two items of a list"),
-    "calibration_error": ("Calibration error", "of exp(score) as the probability of a hit"),
+    "calibration_error": ("Calibration error", "of a listed item's p as the probability of a hit"),
 }
 # What a trained row cost, with its title and what it means.
 TRAINING_FLOPS = "training_flops"

@@ -18,8 +18,8 @@ from ilrec_dist.inference.ranker import Ranker
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """One recommended item; score is Σ log p over
-    the item's tokens, or a fusion's mixture.
+    """One recommended item; score is Σ log p over the item's tokens, or log p of a
+    fusion over its candidates.
     """
 
     item: str

@@ -4,6 +4,7 @@ saved.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_the_lists_are_those_that_the_evaluation_saved(
     np.testing.assert_allclose(
         table.column("score").to_numpy(), expected.scores[:, :10][top >= 0], rtol=1e-5
     )
+    assert (np.exp(expected.scores).sum(axis=1) < 1 + 1e-5).all()
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert all(0 <= row["calibration_error"] < 1 for row in rows)
     if fusion == "cf+transitions":
         widest = recommended(run, histories, tmp_path / "out.parquet", "--fusion", *flags)
         assert widest.equals(table)

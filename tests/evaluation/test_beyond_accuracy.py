@@ -67,36 +67,52 @@ def test_diversity_is_one_minus_the_shared_prefix_of_pairs() -> None:
     assert diversity(np.array([[0, -1]]), tokens) == 0.0
 
 
+def calibration(
+    items: np.ndarray, p: np.ndarray, targets: list[int], tokens: np.ndarray, of_codes: bool
+) -> float:
+    facts = ItemFacts(np.ones(len(tokens), np.int64), tokens)
+    return beyond_accuracy(predictions(items, np.log(p), targets), facts, of_codes)[
+        "calibration_error"
+    ]
+
+
 def test_calibration_of_two_bins() -> None:
     # Places with p = .25 and .75; the first target is hit at .75, the second not at all.
-    items = np.array([[4, 5], [4, 5]])
-    scores = np.log(np.array([[0.75, 0.25], [0.75, 0.25]]))
+    items, tokens = np.array([[4, 5], [4, 5]]), np.arange(10)[:, None]
+    p = np.array([[0.75, 0.25], [0.75, 0.25]])
     # Bin .7–.8: |1.5 − 1|, bin .2–.3: |.5 − 0|, over four places.
-    assert calibration_error(predictions(items, scores, [4, 9])) == pytest.approx((0.5 + 0.5) / 4)
+    found = calibration(items, p, [4, 9], tokens, False)
+    assert found == pytest.approx((0.5 + 0.5) / 4)
     # Three of four hit at .75 is calibrated, as is one of four at .25.
-    items, targets = np.repeat([[4, 5]], 4, axis=0), [4, 4, 4, 5]
-    scores = np.repeat(scores[:1], 4, axis=0)
-    assert calibration_error(predictions(items, scores, targets)) == pytest.approx(0.0, abs=1e-7)
+    items, p = np.repeat(items[:1], 4, axis=0), np.repeat(p[:1], 4, axis=0)
+    assert calibration(items, p, [4, 4, 4, 5], tokens, False) == pytest.approx(0.0, abs=1e-7)
+    assert calibration_error(items < 0, p, items < 0) == 0.0
 
 
 def test_items_of_one_code_tuple_share_its_probability() -> None:
-    items, scores = np.array([[4, 5]]), np.log(np.array([[0.5, 0.5]]))
-    # Each has .25: one hit in the bin .2–.3 of two places, |.5 − 1| / 2.
-    assert calibration_error(predictions(items, scores, [4])) == pytest.approx(0.25)
+    items, tokens = np.array([[1, 2]]), np.array([[0, 0], [7, 5], [7, 5], [7, 6], [7, 5]])
+    # Three items have the code of p = .75: one hit at .25 of two places, |.5 − 1| / 2.
+    p = np.array([[0.75, 0.75]])
+    assert calibration(items, p, [1], tokens, True) == pytest.approx(0.25)
+    # Scores that are of items are not shared: |1.5 − 1| / 2, equal or not.
+    assert calibration(items, p, [1], tokens, False) == pytest.approx(0.25)
+    assert calibration(items, p, [3], tokens, True) == pytest.approx(0.25)
+    assert calibration(items, p, [3], tokens, False) == pytest.approx(0.75)
 
 
-def test_only_the_first_ten_places_count_and_scores_that_are_no_log_p_have_no_calibration() -> None:
+@pytest.mark.parametrize("of_codes", [True, False])
+def test_only_the_first_ten_places_count(of_codes: bool) -> None:
     items = np.arange(24).reshape(2, 12)
     facts = ItemFacts(np.ones(24, np.int64), np.arange(24)[:, None])
-    figures = beyond_accuracy(predictions(items, np.zeros((2, 12)), [0, 1]), facts, False)
+    scores = np.full((2, 12), np.log(0.125))
+    # Places behind the tenth would be hits.
+    figures = beyond_accuracy(predictions(items, scores, [0, 23]), facts, of_codes)
     assert figures == pytest.approx(
         {
             "coverage@10": 20 / 24,
             "gini@10": 4 / 24,
             "novelty@10": math.log2(24),
             "diversity@10": 1.0,
+            "calibration_error": 0.125 - 1 / 20,
         }
-    )
-    assert "calibration_error" in beyond_accuracy(
-        predictions(items, -np.ones((2, 12)), [0, 1]), facts, True
     )

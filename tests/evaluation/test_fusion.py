@@ -11,8 +11,6 @@ from ilrec_dist.evaluation.fusion import (
     candidate_union,
     choose_weights,
     fused_scores,
-    log_of_counts,
-    log_softmax,
     ranks_of_fused,
     simplex,
 )
@@ -35,17 +33,6 @@ def test_items_are_listed_in_their_own_row_alone() -> None:
     for row, found in enumerate(are_listed(items, lists)):
         expected = [item >= 0 and item in lists[row] for item in items[row]]
         assert found.tolist() == expected
-
-
-def test_sources_are_probabilities_over_the_catalogue() -> None:
-    logits = np.array([[0.0, np.log(3.0), 800.0 - 800.0]])
-    np.testing.assert_allclose(np.exp(log_softmax(logits)), [[0.2, 0.6, 0.2]])
-    assert np.isfinite(log_softmax(np.array([[1e4, -1e4]], np.float32))).all()
-    # Counts 1, 0, 0, 2 with 1/4 each added, of 4 in all.
-    np.testing.assert_allclose(
-        np.exp(log_of_counts(np.array([[1.0, 0, 0, 2]]))),
-        [[1.25 / 4, 0.25 / 4, 0.25 / 4, 2.25 / 4]],
-    )
 
 
 @pytest.mark.parametrize(("sources", "points"), [(1, 1), (2, 11), (3, 66)])

@@ -11,7 +11,7 @@ from ilrec_dist.common.errors import UserError
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
 from ilrec_dist.evaluation.baselines.counting import count_training, transition_scores
-from ilrec_dist.evaluation.fusion import FusionScores, log_of_counts
+from ilrec_dist.evaluation.fusion import FusionScores
 from ilrec_dist.evaluation.fusion_ranking import (
     Fusions,
     FusionSource,
@@ -19,6 +19,7 @@ from ilrec_dist.evaluation.fusion_ranking import (
     score_candidates,
     transitions_source,
 )
+from ilrec_dist.evaluation.log_probabilities import log_of_counts, log_softmax
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.evaluation.ranking import history_ranges, top_items
 from ilrec_dist.inference.inputs import HistoryRanges, PlainSequences
@@ -139,7 +140,7 @@ def test_candidates_and_their_scores_are_those_of_the_definition(exclude_seen: b
             ranked = table[row : row + 1].copy()
             if exclude_seen:
                 ranked[0, dataset.sequence(user)[:-1]] = -np.inf
-            proposals.append(set(top_items(ranked, CANDIDATES)[0][0].tolist()))
+            proposals.append(set(top_items(ranked, CANDIDATES)[0].tolist()))
         expected = set().union(*proposals)
         listed = found.items[row] >= 0
         assert found.items[row, listed].tolist() == sorted(expected)
@@ -229,8 +230,9 @@ def test_fused_lists_hold_the_best_candidates() -> None:
         listed = scores.items[row] >= 0
         items, values = scores.items[row, listed], scores.log_p[row, listed] @ weights
         order = np.lexsort((items, -values))[:20]
+        log_p = log_softmax(values[None])[0]
         kept = predictions.items[row] >= 0
         assert predictions.items[row, kept].tolist() == items[order].tolist()
-        np.testing.assert_allclose(predictions.scores[row, kept], values[order], rtol=1e-5)
+        np.testing.assert_allclose(predictions.scores[row, kept], log_p[order], rtol=1e-5)
         if target in items[order]:
             assert predictions.ranks.rank[row] == items[order].tolist().index(target)

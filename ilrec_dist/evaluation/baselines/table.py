@@ -21,6 +21,12 @@ from ilrec_dist.evaluation.baselines.counting import (
 from ilrec_dist.evaluation.baselines.fit import load_baseline, sequence_scores
 from ilrec_dist.evaluation.baselines.sasrec import sasrec_scores
 from ilrec_dist.evaluation.baselines.sequence_models import MODELS
+from ilrec_dist.evaluation.log_probabilities import (
+    LogP,
+    log_of_counts,
+    log_of_probabilities,
+    log_softmax,
+)
 
 # Maps users int64 [n] to scores float [n, num_items].
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -85,6 +91,8 @@ class Baseline:
 
     name: str
     make_scorer: Callable[[BaselineInputs], Scorer]
+    # Makes log p of items of its scores; the order of the items is that of the scores.
+    log_p: LogP
     # Knows the true distribution of synthetic data, so it is a bound and no competitor.
     is_bound: bool = False
     # Is trained, with the seed of the section `cf`.
@@ -96,11 +104,14 @@ class Baseline:
 BASELINES = {
     baseline.name: baseline
     for baseline in (
-        Baseline("popularity", _popularity),
-        Baseline("transitions", _transitions),
-        Baseline("sasrec", _sasrec, is_cf=True),
-        *(Baseline(name, _sequence_model(name), is_cf=True, is_optional=True) for name in MODELS),
-        Baseline("bayes", _bayes, is_bound=True),
+        Baseline("popularity", _popularity, log_of_counts),
+        Baseline("transitions", _transitions, log_of_counts),
+        Baseline("sasrec", _sasrec, log_softmax, is_cf=True),
+        *(
+            Baseline(name, _sequence_model(name), log_softmax, is_cf=True, is_optional=True)
+            for name in MODELS
+        ),
+        Baseline("bayes", _bayes, log_of_probabilities, is_bound=True),
     )
 }
 

@@ -94,7 +94,7 @@ def collect_figures(config: Config, artifacts: RunArtifacts) -> list[MethodFigur
         for method, seed in evaluated(config):
             predictions = Predictions.load(predictions_file(config, method, seed, exclude))
             is_cf = method in BASELINES and BASELINES[method].is_cf
-            more = beyond_accuracy(predictions, facts, scores_are_log_p=method in METHODS)
+            more = beyond_accuracy(predictions, facts, scores_are_of_codes=method in METHODS)
             if (method, seed) in costs:
                 more[TRAINING_FLOPS] = costs[method, seed]
             collected.append(
