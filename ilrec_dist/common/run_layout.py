@@ -15,8 +15,6 @@ BASE_SHA256 = "base_sha256"
 USAGE = "usage.json"
 # How far the workers are: in the evaluation's folder, and in that of CF training.
 COUNTER = ".progress.json"
-# In the evaluation's folder: the hashes of what its predictions were made with.
-MADE_WITH = ".made-with.json"
 # The weights of the best validation and those after the last step: folders in a training's folder.
 BEST, FINAL = "best", "final"
 # Within the CF folder: what is made of the models for one catalogue.

@@ -21,6 +21,8 @@ from ilrec_dist.evaluation.metrics import UNRANKED, Ranks, mean_metrics, per_use
 
 # What the files' metadata say of `scores`.
 LOG_P = "log p"
+# The key of a file's metadata that has what its predictions were made with.
+MADE_WITH = "made_with"
 SCHEMA = pa.schema(
     [
         pa.field("user", pa.int32(), metadata={"is": "row of users.parquet"}),
@@ -96,8 +98,10 @@ class Predictions:
             }
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the Parquet file whole or not at all."""
+    def save(self, path: str | Path, made_with: str) -> None:
+        """Write the Parquet file whole or not at all, with what the predictions
+        were made with in its metadata.
+        """
         is_item = self.items >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(is_item.sum(axis=1))]), pa.int32())
         unranked = self.tie_start >= UNRANKED
@@ -109,7 +113,11 @@ class Predictions:
             pa.array(np.where(unranked, 0, self.tie_start), pa.int32(), mask=unranked),
             pa.array(self.tie_size, pa.int32()),
         ]
-        metadata = {"exclude_seen": str(self.exclude_seen).lower(), "scores": LOG_P}
+        metadata = {
+            "exclude_seen": str(self.exclude_seen).lower(),
+            "scores": LOG_P,
+            MADE_WITH: made_with,
+        }
         schema = SCHEMA.with_metadata(metadata)
         with atomic_file(path) as staged:
             write_checked(pa.Table.from_arrays(columns, schema=schema), staged)
@@ -152,6 +160,16 @@ def _has_log_p(schema: pa.Schema) -> bool:
 def recompute(path: str | Path) -> dict[str, float]:
     """The metrics of a predictions.parquet, from the file alone."""
     return Predictions.load(path).metrics()
+
+
+def read_made_with(path: str | Path) -> str | None:
+    """What a file of predictions says that it was made with; None for other files."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    text: bytes | None = metadata.get(MADE_WITH.encode())
+    return None if text is None else text.decode(errors="replace")
 
 
 def join_predictions(parts: Sequence[Path], out: Path) -> None:

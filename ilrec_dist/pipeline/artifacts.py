@@ -28,6 +28,7 @@ from ilrec_dist.model.decoder import max_positions
 from ilrec_dist.model.hf.hub import hub_folder, is_hub_id
 from ilrec_dist.model.hf.source import is_gguf, model_folder
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
+from ilrec_dist.pipeline.stage import training_name
 from ilrec_dist.prompts.template import template_file
 
 # The fixed sample of validation users is drawn with this.
@@ -84,7 +85,7 @@ class RunArtifacts:
         on other data or other item codes than those that lie in the folder now.
         """
         weights = self.folders.training(method, seed) / BEST
-        stage = f"train {method} seed {seed}"
+        stage = training_name(method, seed)
         # Where the training is finished, a missing or damaged file is named.
         verify_descriptions(self.folders, stage)
         if not weights.exists() or not weights.with_name(RESULT).exists():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -16,12 +18,14 @@ from ilrec_dist.pipeline.rankings import RankingsCounter, is_ranked, parts_folde
 from ilrec_dist.pipeline.stages.evaluate import baselines_in, predictions_file, treatments
 
 
-def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
+def evaluate_baselines(
+    config: Config, artifacts: RunArtifacts, made_with: Mapping[Path, str]
+) -> None:
     """Full ranking by every baseline under both treatments of seen items.
 
     Runs in every worker; each ranks its share of the users, whatever the layout of the
     language model is, and saves them as a part, and rank 0 joins the parts. Predictions
-    that an interrupted evaluation saved are not made again.
+    that are there are not made again. made_with: what `keep_valid` returned.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dataset, folders = artifacts.dataset, artifacts.folders
@@ -56,7 +60,7 @@ def evaluate_baselines(config: Config, artifacts: RunArtifacts) -> None:
                     users=shares[rank],
                     exclude_seen=exclude,
                     progress=counter.of(len(users)),
-                ).save(files[rank])
+                ).save(files[rank], made_with[path])
         if rank == 0:
             join_predictions([files[r] for r in range(world_size) if len(shares[r])], path)
             shutil.rmtree(parts)

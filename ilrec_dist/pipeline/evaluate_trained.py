@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from ilrec_dist.cf.sasrec.checkpoint import load_cf
 from ilrec_dist.common.files import read_json_object, write_json
+from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import ParallelState, from_rank0, is_rank0
@@ -28,15 +30,21 @@ from ilrec_dist.model.weights import load_training_weights
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.backbones import empty_backbone
+from ilrec_dist.pipeline.made_with import WEIGHTS_MADE_WITH
 from ilrec_dist.pipeline.prompting import input_form, served_prompt
 from ilrec_dist.pipeline.rankers import evaluation_ranker
-from ilrec_dist.pipeline.rankings import RankingsCounter, is_ranked, rank_in_parts
+from ilrec_dist.pipeline.rankings import (
+    RankingsCounter,
+    is_ranked,
+    parts_folder,
+    rank_in_parts,
+)
 from ilrec_dist.pipeline.stages.evaluate import (
-    FUSION_SUFFIX,
     fused_name,
     fusions,
     predictions_file,
     treatments,
+    weights_file,
 )
 
 # Where the predictions of each fusion lie, by the names of its sources.
@@ -48,13 +56,18 @@ FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
 }
 
 
-def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
+def evaluate_trained(
+    config: Config,
+    artifacts: RunArtifacts,
+    parallel: ParallelState,
+    made_with: Mapping[Path, str],
+) -> None:
     """Beam search with the best weights of every
     trained (method, seed), on the test split.
 
     Both treatments of seen items go on from the same reading of the users' histories.
-    Runs in every worker. Predictions that an interrupted evaluation
-    saved are not made again, nor are parts of them.
+    Runs in every worker. Predictions that are there are not made again, nor
+    are parts of them. made_with: what `keep_valid` returned.
     """
     users = artifacts.dataset.evaluated("test")
     work = list(itertools.product(config.train.methods, config.train.seeds))
@@ -70,7 +83,8 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
         counter = RankingsCounter(
             artifacts, "evaluate", method, number * len(users), len(work) * len(users)
         )
-        rank_in_parts(list(paths.values()), users, evaluated, counter)
+        texts = {path: made_with[path] for path in paths.values()}
+        rank_in_parts(texts, users, evaluated, counter)
 
     for number, (method, seed) in enumerate(work):
         paths = {
@@ -82,10 +96,15 @@ def evaluate_trained(config: Config, artifacts: RunArtifacts, parallel: Parallel
             # One model is let go before the next is loaded.
             rank(number, missing, method, seed)
     if config.evaluation.fusion:
-        evaluate_fusions(config, artifacts, parallel)
+        evaluate_fusions(config, artifacts, parallel, made_with)
 
 
-def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: ParallelState) -> None:
+def evaluate_fusions(
+    config: Config,
+    artifacts: RunArtifacts,
+    parallel: ParallelState,
+    made_with: Mapping[Path, str],
+) -> None:
     """Mixtures of every trained (method, seed),
     with weights chosen on validation users.
 
@@ -110,27 +129,35 @@ def evaluate_fusions(config: Config, artifacts: RunArtifacts, parallel: Parallel
         )
         before, total = number * per_model, len(work) * per_model
         counter = RankingsCounter(artifacts, "fusions", f"{method}, weights", before, total)
-        weights = _fusion_weights(method, paths, mixtures, validation, counter)
+        texts = {path: made_with[path] for path in paths.values()}
+        weights = _fusion_weights(method, paths, texts, mixtures, validation, counter)
         counter = RankingsCounter(artifacts, "fusions", method, before + len(validation), total)
-        rank_in_parts(list(paths.values()), users, partial(mixtures.predictions, weights), counter)
+        rank_in_parts(texts, users, partial(mixtures.predictions, weights), counter)
 
     for number, (method, seed, exclude) in enumerate(work):
         paths = {
             names: predictions_file(config, fused_name(method, names), seed, exclude)
             for names in fusions(config)
         }
-        missing = {names: path for names, path in paths.items() if not is_ranked(path)}
+        missing = {
+            names: path for names, path in paths.items() if not is_ranked(path, weights_file(path))
+        }
         if missing:
             rank(number, missing, method, seed, exclude)
 
 
 def _fusion_weights(
-    method: str, paths: Paths, mixtures: Fusions, users: np.ndarray, counter: RankingsCounter
+    method: str,
+    paths: Paths,
+    made_with: Mapping[Path, str],
+    mixtures: Fusions,
+    users: np.ndarray,
+    counter: RankingsCounter,
 ) -> list[np.ndarray]:
     """The weights of each fusion, from the files beside their
     predictions, or chosen by these users and written there.
     """
-    files = [path.with_suffix(FUSION_SUFFIX) for path in paths.values()]
+    files = [weights_file(path) for path in paths.values()]
     # All parts are of the same weights, whatever layout an interrupted evaluation had.
     saved: list[dict[str, Any]] | None = from_rank0(
         [read_json_object(file) for file in files]
@@ -142,18 +169,21 @@ def _fusion_weights(
         chosen = mixtures.choose_weights(users, counter.of(len(users)))
         saved = [
             {
+                WEIGHTS_MADE_WITH: made_with[path],
                 "weights": dict(zip(of, weights.tolist(), strict=True)),
                 "validation_ndcg@10": ndcg,
                 "exclude_seen": mixtures.exclude_seen,
                 "beam": mixtures.model.beam,
                 "candidates": mixtures.num_candidates,
             }
-            for of, (weights, ndcg) in zip(names, chosen, strict=True)
+            for path, of, (weights, ndcg) in zip(paths.values(), names, chosen, strict=True)
         ]
         if is_rank0():
-            for file, content in zip(files, saved, strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, content)
+            for path, content in zip(paths.values(), saved, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Parts of other weights, where the file of these was lost.
+                shutil.rmtree(parts_folder(path), ignore_errors=True)
+                write_json(weights_file(path), with_checksum(content))
     return [
         np.array([content["weights"][name] for name in of])
         for of, content in zip(names, saved, strict=True)

@@ -22,7 +22,7 @@ from ilrec_dist.launch.cluster import is_on_named_cluster, ray_session
 from ilrec_dist.launch.cluster_check import check_cluster, check_nodes
 from ilrec_dist.pipeline.artifacts import dequantised_models, known_worker_inputs
 from ilrec_dist.pipeline.preserved import Preserved
-from ilrec_dist.pipeline.records import read_record, verify_descriptions
+from ilrec_dist.pipeline.records import damaged_files, read_record, verify_descriptions
 from ilrec_dist.pipeline.run import Run
 from ilrec_dist.pipeline.stage import Stage
 from ilrec_dist.pipeline.stages.baselines import baseline_stages
@@ -208,10 +208,10 @@ class Executor:
             for name in pending
             if (spec := self.run.stages[name].training) is not None
         ]
+        evaluations = [name for name in pending if self.run.stages[name].training is None]
+        evaluate = self.run.fingerprints_before(evaluations[0]) if evaluations else None
         with ray_session(self.config.launch):
-            seconds = train_and_evaluate(
-                self.config, trainings, evaluate=len(trainings) < len(pending)
-            )
+            seconds = train_and_evaluate(self.config, trainings, evaluate)
         for name, spent in zip(pending, seconds, strict=True):
             self._finish(name, spent, None)
 
@@ -275,10 +275,12 @@ class Executor:
         """Begin a stage of the workers: work of
         other settings goes, and what is damaged.
 
-        The unfinished work of an interrupted attempt
-        with these settings stays, to be continued.
+        The unfinished work of an interrupted attempt with these settings stays,
+        to be continued. So does what an evaluation has made: its workers keep
+        what is valid of it.
         """
         output, begun = self.run.stages[name].output, self.run.begun(name)
+        record = read_record(self.run.record_file(name))
         finished = self.run.record_file(name).exists()
         continues = begun is not None and begun["fingerprint"] == self.run.fingerprint(name)
         changed = self.run.changed_settings(name)
@@ -298,7 +300,11 @@ class Executor:
                 f"other input{changed}; another name keeps both, and --resume refuses instead"
             )
         self.run.record_file(name).unlink(missing_ok=True)
-        shutil.rmtree(output, ignore_errors=True)
+        if self.run.stages[name].training is not None:
+            shutil.rmtree(output, ignore_errors=True)
+        elif record is not None:
+            for file in damaged_files(output, record, self.run.verify):
+                (output / file).unlink(missing_ok=True)
 
     def _put_back_what_is_wanted(self) -> None:
         """Put back finished work of these settings that an interrupted command kept."""

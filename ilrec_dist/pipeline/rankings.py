@@ -4,21 +4,16 @@ with, part by part, and how far they are is counted.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch.distributed as dist
 
-from ilrec_dist.common.files import sha256_file, write_text
-from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.parquet import is_whole_parquet
-from ilrec_dist.common.run_layout import BEST, COUNTER, MADE_WITH
-from ilrec_dist.config.tree import Config
+from ilrec_dist.common.run_layout import COUNTER
 from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.evaluation.predictions import Predictions, join_predictions
 from ilrec_dist.inference.ranker import RankingProgress
@@ -69,43 +64,18 @@ class RankingsCounter:
         return progress
 
 
-def drop_rankings_of_others(config: Config, artifacts: RunArtifacts) -> None:
-    """Remove what an interrupted evaluation made with other weights, codes or data than
-    those that lie in the run's folder now; collective.
-    """
-    if is_rank0():
-        folders = artifacts.folders
-        made_with = [folders.data, folders.items, folders.cf]
-        made_with += [folders.baseline(name) for name in config.evaluation.baselines]
-        made_with += [
-            folders.training(method, seed) / BEST
-            for method in config.train.methods
-            for seed in config.train.seeds
-        ]
-        hashes = {
-            path.relative_to(folders.root).as_posix(): sha256_file(path / MANIFEST)
-            for path in made_with
-        }
-        text = json.dumps({"part_users": PART_USERS, "sha256": hashes}, indent=2) + "\n"
-        note = folders.evaluation / MADE_WITH
-        if not note.exists() or note.read_text(encoding="utf-8", errors="replace") != text:
-            shutil.rmtree(folders.evaluation, ignore_errors=True)
-            folders.evaluation.mkdir(parents=True)
-            write_text(note, text)
-        # Of a process that was killed while it wrote.
-        for leftover in folders.evaluation.rglob(".*.writing-*"):
-            leftover.unlink(missing_ok=True)
-    dist.barrier()
-
-
 def parts_folder(path: Path) -> Path:
     """Where the parts of predictions lie until all are there."""
     return path.with_name(f".{path.name}.parts")
 
 
-def is_ranked(path: Path) -> bool:
-    """Whether the predictions are there, whole; the same on every rank."""
-    exists: bool = from_rank0(is_rank0() and is_whole_parquet(path))
+def is_ranked(path: Path, *beside: Path) -> bool:
+    """Whether the predictions are there, whole, and files
+    beside them that they need; the same on every rank.
+    """
+    exists: bool = from_rank0(
+        is_rank0() and is_whole_parquet(path) and all(file.exists() for file in beside)
+    )
     if exists and is_rank0():
         # Of a process that ended when it had joined them.
         shutil.rmtree(parts_folder(path), ignore_errors=True)
@@ -113,9 +83,10 @@ def is_ranked(path: Path) -> bool:
 
 
 def rank_in_parts(
-    paths: Sequence[Path], users: np.ndarray, rank: RankUsers, counter: RankingsCounter
+    made_with: Mapping[Path, str], users: np.ndarray, rank: RankUsers, counter: RankingsCounter
 ) -> None:
-    """Rank `users`, ascending, and write the predictions of each way to its path.
+    """Rank `users`, ascending, and write the predictions of each way
+    to its path, with what they are made with.
 
     Collective; PART_USERS are ranked at a time, and rank 0 saves them. Parts that an
     interrupted call has saved are not ranked again.
@@ -123,7 +94,7 @@ def rank_in_parts(
     starts = range(0, len(users), PART_USERS)
     # The files of each part, one a path.
     parts = [
-        [parts_folder(path) / f"{number:06d}.parquet" for path in paths]
+        [parts_folder(path) / f"{number:06d}.parquet" for path in made_with]
         for number in range(len(starts))
     ]
     # One list for all, whatever each would see.
@@ -136,10 +107,10 @@ def rank_in_parts(
         part = users[start : start + PART_USERS]
         ranked = rank(users=part, progress=counter.of(len(part), start))
         if is_rank0():
-            for file, predictions in zip(files, ranked, strict=True):
+            for file, predictions, text in zip(files, ranked, made_with.values(), strict=True):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                predictions.save(file)
+                predictions.save(file, text)
     if is_rank0():
-        for path, of_path in zip(paths, zip(*parts, strict=True), strict=True):
+        for path, of_path in zip(made_with, zip(*parts, strict=True), strict=True):
             join_predictions(of_path, path)
             shutil.rmtree(parts_folder(path))

@@ -8,7 +8,7 @@ output, the hash of the outputs that the stage stands on, and a checksum of all 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,13 @@ def describe_files(output: Path, required: Sequence[str] | None) -> dict[str, di
 
 def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) -> str | None:
     """The first file of a stage's output that is not what its record says; None if all
-    are whole.
+    are whole. Compared as by `damaged_files`.
+    """
+    return next(damaged_files(output, record, verify), None)
+
+
+def damaged_files(output: Path, record: Mapping[str, Any], verify: bool = False) -> Iterator[str]:
+    """The files of a stage's output that are not what its record says.
 
     Size and time are compared, and the hash where only the time differs,
     as after a copy. With `verify` all hashes are compared, in parallel.
@@ -94,16 +100,17 @@ def damaged_file(output: Path, record: Mapping[str, Any], verify: bool = False) 
         try:
             status = (output / name).stat()
         except OSError:
-            return name
+            yield name
+            continue
         if status.st_size != expected["bytes"]:
-            return name
-        if verify or status.st_mtime_ns != expected["mtime_ns"]:
+            yield name
+        elif verify or status.st_mtime_ns != expected["mtime_ns"]:
             doubtful[name] = expected["sha256"]
     if verify:
         hashes = hash_files(output, doubtful)
     else:
         hashes = {name: cached_sha256(output / name) for name in doubtful}
-    return next((name for name, digest in doubtful.items() if hashes[name] != digest), None)
+    yield from (name for name, digest in doubtful.items() if hashes[name] != digest)
 
 
 def content_hash(record: Mapping[str, Any]) -> str:

@@ -61,6 +61,10 @@ class Run:
             self._fingerprints[name] = sha256_json(parts)
         return self._fingerprints[name]
 
+    def fingerprints_before(self, name: str) -> dict[str, str]:
+        """The fingerprints of the stages that this one stands on, by their names."""
+        return {before: self.fingerprint(before) for before in self.stages[name].after}
+
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of the stage's last complete run.
 

@@ -12,6 +12,11 @@ from typing import Any
 from ilrec_dist.training.spec import TrainingSpec
 
 
+def training_name(method: str, seed: int) -> str:
+    """The name of the stage that trains one method with one seed."""
+    return f"train {method} seed {seed}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a run.

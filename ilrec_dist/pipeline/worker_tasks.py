@@ -29,7 +29,7 @@ from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.cf_progress import cf_epochs, epochs_so_far
 from ilrec_dist.pipeline.evaluate_baselines import evaluate_baselines
 from ilrec_dist.pipeline.evaluate_trained import evaluate_trained
-from ilrec_dist.pipeline.rankings import drop_rankings_of_others
+from ilrec_dist.pipeline.made_with import keep_valid
 from ilrec_dist.pipeline.recommend_parts import Parts, rank_parts
 from ilrec_dist.pipeline.train_one import train_one
 from ilrec_dist.pipeline.trained_model import find_trained
@@ -40,10 +40,13 @@ from ilrec_dist.training.spec import TrainingSpec
 
 
 def train_and_evaluate(
-    config: dict[str, Any], trainings: list[dict[str, Any]], evaluate: bool
+    config: dict[str, Any], trainings: list[dict[str, Any]], evaluate: dict[str, str] | None
 ) -> None:
     """Train one (method, seed) after the other; then, if
     asked, evaluate all that is trained, and the baselines.
+
+    evaluate: the fingerprints of the stages before
+    the evaluation; None: it is not asked for.
     """
     tree = config_from_dict(config)
     with worker_session(tree) as parallel:
@@ -52,13 +55,13 @@ def train_and_evaluate(
             spec = TrainingSpec(**(training | {"folder": Path(training["folder"])}))
             train_one(tree, spec, artifacts, parallel)
             note_peak_memory(spec.folder, parallel)
-        if evaluate:
+        if evaluate is not None:
             # The evaluation's own folder may be removed while a killed command's last processes
             # still work.
             with exclusive_folder(artifacts.folders.trainings, tree.launch.lock_seconds):
-                drop_rankings_of_others(tree, artifacts)
-                evaluate_trained(tree, artifacts, parallel)
-                evaluate_baselines(tree, artifacts)
+                made_with = keep_valid(tree, artifacts, evaluate)
+                evaluate_trained(tree, artifacts, parallel, made_with)
+                evaluate_baselines(tree, artifacts, made_with)
                 if is_rank0():
                     (artifacts.folders.evaluation / COUNTER).unlink(missing_ok=True)
 

@@ -302,7 +302,7 @@ def test_baselines_rank_the_split_s_targets_after_its_histories(tmp_path, split)
 
 def rank_by_baselines(mesh: Mesh, tree: dict) -> None:
     config = config_from_dict(tree)
-    evaluate_baselines(config, RunArtifacts(config))
+    evaluate_baselines(config, RunArtifacts(config), defaultdict(str))
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_no_rank_waits_for_one_that_is_refused() -> None:
 def test_predictions_as_a_file(tmp_path: Path) -> None:
     (predictions,) = run_distributed(evaluate, 1, 1, EvaluationConfig(beam=20), "all", True)
     path = tmp_path / "predictions.parquet"
-    predictions.save(path)
+    predictions.save(path, "this")
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.parquet"]
     assert recompute(path) == predictions.metrics()
     table = pq.read_table(path).to_pydict()
@@ -326,7 +326,7 @@ def test_users_with_nothing_left_count_as_misses_for_every_method(
         figures = predictions.metrics()
         assert figures["hit@10"] == figures["expected_ndcg@10"] == hits / len(sequences)
         assert predictions.row("m")["users_without_items"] == without_items
-        predictions.save(tmp_path / "p.parquet")
+        predictions.save(tmp_path / "p.parquet", "")
         assert recompute(tmp_path / "p.parquet") == figures
         assert Predictions.load(tmp_path / "p.parquet").num_users_without_items == without_items
     (kept,) = run_distributed(evaluate_two_items, 1, 1, sequences, False)

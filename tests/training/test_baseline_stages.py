@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import typing
+from collections import defaultdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ def rank_users(mesh: Mesh, tree: dict, refused_rank: int | None = None) -> str |
         if mesh.rank == refused_rank:
             patch.setattr(evaluation, "baseline_predictions", refuse)
         try:
-            evaluation.evaluate_baselines(config, artifacts)
+            evaluation.evaluate_baselines(config, artifacts, defaultdict(str))
         except UserError as error:
             return str(error)
     return None

@@ -19,12 +19,14 @@ from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.files import file_lock, sha256_file, write_json
 from ilrec_dist.common.manifest import MANIFEST
 from ilrec_dist.common.run_layout import BEST, RESULT, WEIGHTS_SHA256
+from ilrec_dist.config.load import config_from_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.fusion import FusionScores
 from ilrec_dist.evaluation.fusion_ranking import Fusions
 from ilrec_dist.evaluation.predictions import Predictions
 from ilrec_dist.pipeline import evaluate_trained, rankings
 from ilrec_dist.pipeline.artifacts import RunArtifacts
+from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
 from ilrec_dist.reporting.counter import Count
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -55,6 +57,10 @@ def config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = RunArtifacts(config).folders.training("sft", 0)
     run_distributed(train_here, 2, 1, config_to_dict(config), "sft", str(folder))
     return config
+
+
+def fingerprints_before(tree: dict) -> dict[str, str]:
+    return open_run(config_from_dict(tree)).fingerprints_before("evaluate")
 
 
 def evaluate(
@@ -88,7 +94,7 @@ def evaluate(
         patch.setattr(evaluate_trained, "evaluate_treatments", by_model)
         patch.setattr(Fusions, "scores", fused)
         with suppress(InterruptedError):
-            train_and_evaluate(tree, [], True)
+            train_and_evaluate(tree, [], fingerprints_before(tree))
     return sizes
 
 
@@ -156,7 +162,7 @@ def counted(mesh: Mesh, tree: dict) -> list[Count]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankings, "PART_USERS", PART_USERS)
         patch.setattr(rankings, "write_counter", lambda _, count: counts.append(count))
-        train_and_evaluate(tree, [], True)
+        train_and_evaluate(tree, [], fingerprints_before(tree))
     return counts
 
 

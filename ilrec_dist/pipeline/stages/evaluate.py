@@ -60,6 +60,11 @@ def predictions_file(config: Config, method: str, seed: int | None, exclude_seen
     return RunFolders(config.run_dir).evaluation / folder / name
 
 
+def weights_file(predictions: Path) -> Path:
+    """Where the weights of a fusion with these predictions are saved."""
+    return predictions.with_suffix(FUSION_SUFFIX)
+
+
 def baselines_in(config: Config) -> list[Baseline]:
     """The baselines of the run's table."""
     return baselines_of(config.data.format, config.evaluation.baselines)

@@ -14,6 +14,7 @@ from ilrec_dist.config.tree import Config
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.records import verify_descriptions, verify_output
 from ilrec_dist.pipeline.report_material import report_material
+from ilrec_dist.pipeline.stage import training_name
 from ilrec_dist.pipeline.stages.evaluate import (
     collect_examples,
     collect_figures,
@@ -32,7 +33,7 @@ def training_metrics(folders: RunFolders, method: str, seed: int) -> list[dict[s
     Raises UserError that names the file where it is damaged.
     """
     folder = folders.training(method, seed)
-    verify_descriptions(folders, f"train {method} seed {seed}")
+    verify_descriptions(folders, training_name(method, seed))
     if (folder / METRICS_FILE).exists():
         digest = read_json_object(folder / RESULT)[METRICS_SHA256]
         repair = "restore it, or delete it for a report without this training's curves"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ilrec_dist.pipeline.artifacts import (
 )
 from ilrec_dist.pipeline.method_settings import training_settings
 from ilrec_dist.pipeline.prompting import check_prompts, epoch_steps, template_files
-from ilrec_dist.pipeline.stage import Stage
+from ilrec_dist.pipeline.stage import Stage, training_name
 from ilrec_dist.reporting.progress import LiveProgress, follow_counter, following
 from ilrec_dist.reporting.trackers import require_tracker
 from ilrec_dist.training.checkpoint import latest
@@ -50,11 +50,6 @@ def training_stages(config: Config) -> list[Stage]:
     return [
         _training_stage(config, method, seed) for method in methods for seed in config.train.seeds
     ]
-
-
-def training_name(method: str, seed: int) -> str:
-    """The name of the stage that trains one method with one seed."""
-    return f"train {method} seed {seed}"
 
 
 def _training_stage(config: Config, name: str, seed: int) -> Stage:
@@ -94,10 +89,13 @@ def _model_files(config: Config) -> list[Path]:
 
 
 def train_and_evaluate(
-    config: Config, trainings: Sequence[TrainingSpec], evaluate: bool
+    config: Config, trainings: Sequence[TrainingSpec], evaluate: Mapping[str, str] | None
 ) -> list[float]:
     """Train one after the other and, if asked,
     evaluate all that is trained, in one worker group.
+
+    evaluate: the fingerprints of the stages before the
+    evaluation; None: it is not asked for.
 
     Returns the seconds that each training took, the group's
     start counted to the first, and last those of the evaluation.
@@ -128,12 +126,16 @@ def train_and_evaluate(
     ]
     job = Job(
         "ilrec_dist.pipeline.worker_tasks:train_and_evaluate",
-        {"config": config_for_workers(config), "trainings": specs, "evaluate": evaluate},
+        {
+            "config": config_for_workers(config),
+            "trainings": specs,
+            "evaluate": None if evaluate is None else dict(evaluate),
+        },
         str(folders.trainings.resolve()),
         worker_inputs(config),
     )
     began = time.time()
-    with actor, _following(config, trainings, evaluate):
+    with actor, _following(config, trainings, evaluate is not None):
         run_workers(config.launch, job)
     seconds, at = [], began
     for training in trainings:
@@ -143,7 +145,7 @@ def train_and_evaluate(
         over_all_attempts = read_json_object(result)["seconds"]
         seconds.append(max(end - at, over_all_attempts))
         at = max(at, end)
-    if evaluate:
+    if evaluate is not None:
         seconds.append(time.time() - at)
     return seconds
 
