@@ -22,6 +22,8 @@ POSITION_FIGURES = {
     "in_beams": "H in beams",
     "in_beams_of_candidates": "candidates in beams",
 }
+# Begins the key of a layer's agreement with the final one; its number follows.
+AGREEMENT = "agreement/layer"
 # The terms whose gradient is compared with that of the cross-entropy.
 TERMS = {"cpo": "CPO", "cpd": "CPD", "crr": "CRR"}
 
@@ -39,6 +41,7 @@ def analysis_grids(analysis: Mapping[str, Any]) -> Iterator[Grid]:
     """The tables of an analysis, in reading order."""
     name = f"{analysis['method']}, seed {analysis['seed']}"
     yield _positions(name, analysis["positions"])
+    yield _agreement(name, analysis["positions"])
     if "gradients" in analysis:
         yield _gradients(name, analysis["gradients"])
     splits = dict.fromkeys(gain["split"] for gain in analysis["gains"])
@@ -47,18 +50,29 @@ def analysis_grids(analysis: Mapping[str, Any]) -> Iterator[Grid]:
 
 
 def _positions(name: str, positions: Sequence[Mapping[str, Any]]) -> Grid:
-    layers = sorted({key for row in positions for key in row if key.startswith("agreement/")})
     keys = [key for key in POSITION_FIGURES if key in positions[0]]
     titles = [POSITION_FIGURES[key] for key in keys]
-    agreement = [f"{key.removeprefix('agreement/')} agrees" for key in layers]
     return Grid(
         f"{name}: by position in the item, over validation targets. Plausible: leads to one of the "
-        "collaborative model's top 50 items; in beams: some final beam goes through it. Agrees: "
-        "the layer's best continuation is the final layer's.",
-        ["position", *titles, *agreement],
+        "collaborative model's top 50 items; in beams: some final beam goes through it.",
+        ["position", *titles],
+        [[str(row["position"] + 1), *(_number(row[key]) for key in keys)] for row in positions],
+    )
+
+
+def _agreement(name: str, positions: Sequence[Mapping[str, Any]]) -> Grid:
+    """A row for each layer, since a model may have many."""
+    layers = sorted(
+        {int(key.removeprefix(AGREEMENT)) for key in positions[0] if key.startswith(AGREEMENT)},
+        reverse=True,
+    )
+    return Grid(
+        f"{name}: the share of rows in which a layer's best continuation is the final layer's, by "
+        "position in the item, over validation targets.",
+        ["layer", *(f"position {row['position'] + 1}" for row in positions)],
         [
-            [str(row["position"] + 1), *(_number(row[key]) for key in (*keys, *layers))]
-            for row in positions
+            [str(layer), *(_number(row[f"{AGREEMENT}{layer}"]) for row in positions)]
+            for layer in layers
         ],
     )
 

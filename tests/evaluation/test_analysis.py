@@ -1,5 +1,6 @@
 """The parts of `ilrec analyze` against slow, plain counts."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from ilrec_dist.distributed.layout import ParallelState
 from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_parallel
+from ilrec_dist.evaluation import layer_agreement as layer_agreement_module
 from ilrec_dist.evaluation.breakdown import group_gains, shared_tokens, user_splits
 from ilrec_dist.evaluation.layer_agreement import layer_agreement
 from ilrec_dist.evaluation.negatives_analysis import (
@@ -19,6 +21,7 @@ from ilrec_dist.evaluation.negatives_analysis import (
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.objective.config import ObjectiveConfig
 from ilrec_dist.objective.ilrec import CrossLayerObjective
+from ilrec_dist.reporting.analysis import analysis_grids
 from ilrec_dist.samples.collate import Batch, BatchMaker
 from ilrec_dist.samples.targets import ChosenTargets
 from ilrec_dist.testing.distributed import Mesh, run_distributed
@@ -119,16 +122,38 @@ def test_agreement_is_that_of_the_best_candidates_for_any_tp():
         np.testing.assert_array_equal(other[1], found[1])
 
 
-def test_agreement_by_dense_logits(parallel):
-    backbone, batch = toy_backbone(toy_catalogue(), UNTIED), validation_batch()
-    (same,) = layer_agreement(backbone, batch, parallel).values()
-    hidden = backbone(batch.tokens, batch.rows, 1)
-    best = []
-    for stream in (hidden.final, hidden.layers[0]):
-        logits = stream @ backbone.head_weight.T
-        lists = batch.candidate_tokens.split(batch.candidate_indptr.diff().tolist())
-        best.append([int(one[row[one].argmax()]) for row, one in zip(logits, lists, strict=True)])
-    assert same.tolist() == [a == b for a, b in zip(*best, strict=True)]
+@pytest.mark.parametrize("chunk", [1, 40, layer_agreement_module.CHUNK_ELEMENTS])
+def test_agreement_of_every_layer_by_dense_logits(parallel, monkeypatch, chunk):
+    monkeypatch.setattr(layer_agreement_module, "CHUNK_ELEMENTS", chunk)
+    # More layers than colours of a chart, and than an objective takes by default.
+    config = dataclasses.replace(UNTIED, num_layers=12)
+    backbone, batch = toy_backbone(toy_catalogue(), config), validation_batch()
+    same = layer_agreement(backbone, batch, parallel)
+    assert list(same) == list(range(11, 0, -1))
+    hidden = backbone(batch.tokens, batch.rows, 11)
+    lists = batch.candidate_tokens.split(batch.candidate_indptr.diff().tolist())
+    final, *best = [
+        [int(one[row[one].argmax()]) for row, one in zip(logits, lists, strict=True)]
+        for logits in (stream @ backbone.head_weight.T for stream in (hidden.final, *hidden.layers))
+    ]
+    shares = []
+    for layer, tokens in zip(same.values(), best, strict=True):
+        assert layer.tolist() == [a == b for a, b in zip(final, tokens, strict=True)]
+        shares.append(float(layer.float().mean()))
+    # The layers differ, so that one in the place of another would be seen.
+    assert len(set(shares)) > 5
+
+
+def test_the_agreement_of_layers_has_a_row_a_layer_in_the_order_of_their_numbers():
+    positions = [
+        {"position": p, "rows": 9} | {f"agreement/layer{n}": (n + p) / 100 for n in range(1, 30)}
+        for p in range(2)
+    ]
+    analysis = {"method": "ilrec", "seed": 0, "positions": positions, "gains": []}
+    _, grid = analysis_grids(analysis)
+    assert list(grid.head) == ["layer", "position 1", "position 2"]
+    assert [row[0] for row in grid.rows] == [str(n) for n in range(29, 0, -1)]
+    assert list(grid.rows[0]) == ["29", "0.29", "0.3"]
 
 
 def test_groups_of_users_cover_everybody_and_their_gains_are_the_whole_gain():

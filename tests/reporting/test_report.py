@@ -199,6 +199,28 @@ def test_a_miss_is_said(tmp_path):
     assert "target not among the 2 beams" in page and "✓ hit" not in page and "−2.50" in page
 
 
+@pytest.mark.parametrize("layers", [8, 29])
+def test_the_agreement_of_many_layers_is_drawn_over_the_layers(layers):
+    lines = [
+        {"step": 10 * (number + 1)}
+        | {f"validation/agreement/layer{n}": n / 100 + number / 10 for n in range(1, layers + 1)}
+        for number in range(6)
+    ]
+    (chart,) = curves.signal_charts([MethodMetrics("ilrec", 0, lines)])
+    if layers == 8:
+        assert [series.name for series in chart.series] == [f"layer {n}" for n in range(8, 0, -1)]
+        assert chart.x_label == "step" and all(len(line.points) == 6 for line in chart.series)
+        return
+    # The first validation, the last, and two between.
+    assert [series.name for series in chart.series] == ["step 10", "step 30", "step 40", "step 60"]
+    assert chart.x_label == "layer" and len({series.colour for series in chart.series}) == 4
+    assert chart.series[0].points == [(n, n / 100) for n in range(1, 30)]
+    assert chart.series[3].points[28] == (29, pytest.approx(0.79))
+    (chart,) = curves.signal_charts([MethodMetrics("ilrec", 0, lines[:1])])
+    assert [series.name for series in chart.series] == ["step 10"]
+    assert "layer" in line_chart(chart)
+
+
 def test_long_curves_are_binned_into_means():
     points = [(float(x), float(x % 2)) for x in range(10_000)]
     columns = charts._columns([Series("a", points), Series("b", points[:5000])])

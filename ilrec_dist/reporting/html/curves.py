@@ -16,6 +16,11 @@ POSITION = re.compile(r"^(?P<stem>.+)/pos(?P<number>\d+)$")
 LAYER = re.compile(r"^kl/layer(?P<number>\d+)$")
 AGREEMENT = re.compile(r"^validation/agreement/layer(?P<number>\d+)$")
 
+# Layers with a curve each; of more than these, a chart has curves over the layers.
+LAYER_CURVES = 8
+# Validations with a curve over the layers.
+VALIDATION_CURVES = 4
+
 # What the report says of the loss terms that it knows. Any other term is drawn by its name.
 LOSS_NOTES = {
     "loss/total": ("Total loss", "the sum of the weighted terms, per row"),
@@ -255,12 +260,28 @@ def _agreement(runs: Sequence[MethodMetrics], title: str) -> Chart:
         },
         reverse=True,
     )
-    series = [
-        Series(f"layer {number}", _mean(runs, f"validation/agreement/layer{number}"), index)
-        for index, number in enumerate(numbers)
-    ]
+    points = {number: _mean(runs, f"validation/agreement/layer{number}") for number in numbers}
     note = "share of validation rows in which the layer's best continuation is the final one's"
-    return Chart(title, series, note, share=True, marks=True)
+    if len(numbers) <= LAYER_CURVES:
+        series = [
+            Series(f"layer {number}", points[number], index) for index, number in enumerate(numbers)
+        ]
+        return Chart(title, series, note, share=True, marks=True)
+    steps = sorted({step for of_layer in points.values() for step, _ in of_layer})
+    ends = range(VALIDATION_CURVES)
+    shown = sorted({steps[round(end * (len(steps) - 1) / ends[-1])] for end in ends})
+    by_step = {
+        step: [(number, dict(points[number])) for number in reversed(numbers)] for step in shown
+    }
+    series = [
+        Series(
+            f"step {step:,.0f}",
+            [(float(number), values[step]) for number, values in layers if step in values],
+            index,
+        )
+        for index, (step, layers) in enumerate(by_step.items())
+    ]
+    return Chart(title, series, note, x_label="layer", share=True, marks=True)
 
 
 def _layers_by_position(runs: Sequence[MethodMetrics], method: str) -> list[Chart]:
