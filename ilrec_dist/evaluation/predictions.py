@@ -180,9 +180,7 @@ def join_predictions(parts: Sequence[Path], out: Path) -> None:
     if not parts:
         raise ValueError("predictions of no users")
     with atomic_file(out) as staged:
-        schemas = [pq.read_schema(part) for part in parts]
-        # Of parts that two versions of this program made, some may have other scores.
-        schema = min(schemas, key=_has_log_p)
+        schema = pq.read_schema(parts[0])
         with pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
             for part in parts:
                 writer.write_table(

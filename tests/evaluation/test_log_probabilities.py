@@ -184,19 +184,17 @@ def test_what_targets_are_drawn_from_is_calibrated_and_what_is_distorted_is_not(
 def test_files_with_other_scores_have_no_calibration(tmp_path: Path) -> None:
     """As those have that were saved before all scores were log p."""
     dataset = toy_data()
-    files = [tmp_path / name for name in ("a.parquet", "b.parquet", "joined.parquet")]
-    for file, users in zip(files, (np.arange(5), np.arange(5, 9)), strict=False):
-        baseline_predictions(
-            "popularity", BaselineInputs(dataset, "test"), users=users, exclude_seen=True
-        ).save(file)
-    join_predictions(files[:2], files[2])
+    file, joined = tmp_path / "a.parquet", tmp_path / "joined.parquet"
+    baseline_predictions(
+        "popularity", BaselineInputs(dataset, "test"), users=np.arange(5), exclude_seen=True
+    ).save(file, "weights")
+    join_predictions([file], joined)
     facts = ItemFacts(count_training(dataset).popularity, np.zeros((dataset.num_items, 1)))
-    assert "calibration_error" in beyond_accuracy(Predictions.load(files[2]), facts, False)
-    table = pq.read_table(files[1])
-    pq.write_table(table.replace_schema_metadata({"exclude_seen": "true"}), files[1])
-    join_predictions(files[:2], files[2])
-    joined = Predictions.load(files[2])
-    assert len(joined.users) == 9 and joined.exclude_seen
-    assert "calibration_error" not in beyond_accuracy(joined, facts, False)
+    assert "calibration_error" in beyond_accuracy(Predictions.load(joined), facts, False)
+    table = pq.read_table(file)
+    pq.write_table(table.replace_schema_metadata({"exclude_seen": "true"}), file)
+    older = Predictions.load(file)
+    assert len(older.users) == 5 and older.exclude_seen
+    assert "calibration_error" not in beyond_accuracy(older, facts, False)
     # The scores of language models have always been log p.
-    assert "calibration_error" in beyond_accuracy(joined, facts, True)
+    assert "calibration_error" in beyond_accuracy(older, facts, True)
