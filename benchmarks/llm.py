@@ -70,7 +70,7 @@ def prompts(tokens: int, batch: int, **more: Any) -> dict[str, Any]:
 
 def against_generate(tokens: int) -> Comparison:
     shape = {"prompt": tokens, "trainable": "full"}
-    first, second = {"side": "our beams", "batch": 32}, {"side": "generate", "batch": 1}
+    first, second = {"side": "our beams", "batch": 64}, {"side": "generate", "batch": 1}
     about = f"20 beams after {tokens} tokens, against generate"
     return Comparison(about, "user", shape | first, shape | second)
 
