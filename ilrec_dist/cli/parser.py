@@ -364,7 +364,7 @@ def _add_study(commands: Commands) -> None:
         "study",
         "run a grid of methods, settings, seeds and data sets, and make one table of them",
         "examples:\n  ilrec study configs/study-quick.yaml\n"
-        "  ilrec study configs/study-shop.yaml --low-priority\n"
+        "  ilrec study configs/study-shop-ablations.yaml --low-priority\n"
         "  ilrec study configs/study-scientific.yaml data.path=PATH/scientific "
         "items.index=PATH/scientific/Scientific.index.json --estimate\n"
         "Cells that are done are not run again, interrupted ones go on. docs/studies.md says more.",
