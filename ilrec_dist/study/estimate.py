@@ -24,6 +24,7 @@ from ilrec_dist.study.cells import Cell
 from ilrec_dist.study.shared import SharedRun
 from ilrec_dist.study.state import read_state
 
+FROM_EVALUATION = "earlier evaluations of trained cells"
 FROM_SAME = "finished cells of the same row"
 FROM_METHOD = "finished cells of the same method"
 FROM_OTHERS = "finished cells of other methods"
@@ -57,12 +58,22 @@ def estimate_cells(
     estimates = {}
     for cell in pending:
         number = steps[cell.title]
+        evaluated = cell.run.record(cell.evaluation) if is_trained(cell) else None
+        if evaluated is not None:
+            # At most as long again.
+            estimates[cell.title] = Estimate(number, evaluated["seconds"], FROM_EVALUATION)
+            continue
         rate, basis = _finished_rate(cell, rates)
         seconds = None if rate is None else rate * number
         if seconds is None:
             seconds, basis = _timed_seconds(cell, number, timed, artifacts[cell.title])
         estimates[cell.title] = Estimate(number, seconds, basis)
     return estimates
+
+
+def is_trained(cell: Cell) -> bool:
+    """Whether only the cell's evaluation is missing."""
+    return all(cell.run.is_current(name) for name in cell.trainings)
 
 
 def cell_steps(cells: Sequence[Cell], shared: Sequence[SharedRun]) -> dict[str, int]:
@@ -90,6 +101,8 @@ def time_cells(
         groups: dict[object, dict[str, Cell]] = {}
         titles = {cell.title for cell in run.cells}
         for cell in pending:
+            if is_trained(cell):
+                continue
             if cell.title in titles and cell.configuration not in measured:
                 rows = groups.setdefault(cell.config.launch, {})
                 rows.setdefault(f"{cell.configuration}/{cell.row}", cell)

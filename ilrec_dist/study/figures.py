@@ -31,6 +31,7 @@ from ilrec_dist.reporting.results import (
 )
 from ilrec_dist.study.cells import DEFAULT, Cell, row_name
 from ilrec_dist.study.config import StudyConfig
+from ilrec_dist.study.hours import Hours, hours_taken
 from ilrec_dist.study.state import CellState, is_done, read_state
 
 SELECTION = "validation NDCG@10"
@@ -118,6 +119,7 @@ class StudyFigures:
     cells: tuple[CellFigures, ...]
     rows: tuple[Row, ...]
     choices: tuple[Choice, ...]
+    hours: tuple[Hours, ...] = ()
 
     def missing(self) -> list[CellFigures]:
         return [result for result in self.cells if not result.is_done]
@@ -132,7 +134,8 @@ def collect(study: StudyConfig, cells: Sequence[Cell]) -> StudyFigures:
             result for result in figures if result.cell.configuration == configuration
         ]
         rows += _rows(study, configuration, of_configuration)
-    return StudyFigures(study, tuple(figures), tuple(rows), tuple(choices(figures)))
+    hours = hours_taken(study.folder, [result.cell for result in figures if result.is_done])
+    return StudyFigures(study, tuple(figures), tuple(rows), tuple(choices(figures)), tuple(hours))
 
 
 def check_against(study: StudyConfig, cells: Sequence[Cell]) -> None:

@@ -37,7 +37,8 @@ def write_page(figures: StudyFigures, path: Path) -> None:
     )
     if missing:
         sections.append(("missing", "Missing cells", _card(f"<ul>{missing}</ul>")))
-    header = f"<p>{escape(origin(figures))}</p>"
+    sentences = [origin(figures), *(hours.sentence() for hours in figures.hours)]
+    header = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     write_text(path, html_page(figures.study.name, header, sections))
 
 

@@ -20,12 +20,13 @@ from ilrec_dist.study.cells import Cell, make_cells
 from ilrec_dist.study.config import StudyConfig, load_study
 from ilrec_dist.study.estimate import describe, estimate_cells, time_cells
 from ilrec_dist.study.figures import StudyFigures, check_against, collect
+from ilrec_dist.study.hours import note_estimates
 from ilrec_dist.study.page import write_page
 from ilrec_dist.study.priority import lower_priority
 from ilrec_dist.study.schedule import Schedule, side_by_side
 from ilrec_dist.study.shared import SharedRun, shared_runs
 from ilrec_dist.study.state import is_done, read_state, write_state
-from ilrec_dist.study.table import as_json, markdown, read_page, write_csv, write_into
+from ilrec_dist.study.table import around_table, as_json, markdown, write_csv, write_into
 from ilrec_dist.study.watch import watching
 
 TABLE_FILE, CSV_FILE = "results.md", "results.csv"
@@ -60,7 +61,7 @@ def run_study(
         raise ConfigError(f"{path}: {error}") from None
     if into is not None:
         # It is refused before the cells take their hours.
-        read_page(into)
+        around_table(into, study.name)
     if low_priority:
         lower_priority()
     with _alone(study.folder):
@@ -128,6 +129,7 @@ def _run_cells(
     print_plain(describe(estimates, parallel))
     if estimate_only:
         return
+    note_estimates(study.folder, pending, estimates)
     with watching(study.name, pending, estimates, parallel) as watch:
         Schedule(pending, room, jobs).run(watch)
 

@@ -138,7 +138,8 @@ class Schedule:
         self.running.remove(attempt)
         self.ended.append(attempt.cell)
         outcome, reason = exit_outcome(code, attempt.cell.log_file)
-        write_state(attempt.cell, outcome, reason, time.monotonic() - attempt.began)
+        seconds = time.monotonic() - attempt.began
+        write_state(attempt.cell, outcome, reason, seconds, self.room.unit, attempt.share)
 
     def _end_all(self) -> None:
         for attempt in self.running:

@@ -30,11 +30,23 @@ class CellState:
     seconds: float
     commit: str
     machine: str
+    # Whether its workers took cores or GPUs, and how many; None where none were started.
+    unit: Literal["CPU", "GPU"] = "CPU"
+    takes: int | None = None
 
 
-def write_state(cell: Cell, outcome: Outcome, reason: str, seconds: float) -> None:
-    """Note how an attempt at the cell ended."""
-    state = CellState(outcome, reason, cell.fingerprint(), seconds, commit(), machine())
+def write_state(
+    cell: Cell,
+    outcome: Outcome,
+    reason: str,
+    seconds: float,
+    unit: Literal["CPU", "GPU"] = "CPU",
+    takes: int | None = None,
+) -> None:
+    """Note how an attempt at the cell ended, and what of the room its workers took."""
+    state = CellState(
+        outcome, reason, cell.fingerprint(), seconds, commit(), machine(), unit, takes
+    )
     write_json(cell.state_file, asdict(state))
 
 

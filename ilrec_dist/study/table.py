@@ -14,6 +14,7 @@ from ilrec_dist.common.files import write_text
 from ilrec_dist.reporting.progress import clock
 from ilrec_dist.reporting.results import BEYOND_ACCURACY, Figure, Interval, metric_title, seen_title
 from ilrec_dist.study.figures import CellFigures, Row, StudyFigures
+from ilrec_dist.study.hours import Hours
 
 METRICS = ("hit@5", "hit@10", "ndcg@5", "ndcg@10")
 COMPARED = "ndcg@10"
@@ -36,6 +37,7 @@ def markdown(figures: StudyFigures) -> str:
             parts.append(f"{title[0].upper()}{title[1:]}, {users:,} users:")
             # What a training cost is the same under both treatments.
             parts.append(_table(group, with_costs=number == 0))
+    parts += [hours.sentence() for hours in figures.hours]
     if figures.choices:
         parts.append("Chosen on validation, without a look at the test split:")
         parts.append("\n".join(f"- {choice.sentence()}" for choice in figures.choices))
@@ -139,8 +141,13 @@ def memory_text(figure: Figure | None) -> str:
 
 
 def write_csv(figures: StudyFigures, path: Path) -> None:
-    """One line a row and treatment of seen items, with every measure."""
-    records = list(_records(figures))
+    """One line a row and treatment of seen items, with every
+    measure, then one for each unit of hours.
+    """
+    records = [
+        *_records(figures),
+        *({"row": "all cells", **_hours_record(hours)} for hours in figures.hours),
+    ]
     columns = list(dict.fromkeys(key for record in records for key in record))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -180,11 +187,24 @@ def _records(figures: StudyFigures) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def _hours_record(hours: Hours) -> dict[str, Any]:
+    return {
+        "hours_of": hours.unit,
+        "cells": hours.cells,
+        "training_hours": hours.training,
+        "evaluation_hours": hours.evaluation,
+        "estimated_cells": hours.estimated_cells,
+        "estimated_hours": hours.estimated,
+        "hours_of_estimated_cells": hours.of_estimated,
+    }
+
+
 def as_json(figures: StudyFigures) -> dict[str, Any]:
     """Everything: the rows, the cells with what was looked at, and the choices."""
     return {
         "study": figures.study.name,
         "rows": list(_records(figures)),
+        "hours": [_hours_record(hours) for hours in figures.hours],
         "cells": [_cell_record(result) for result in figures.cells],
         "choices": [
             asdict(choice) | {"rule": "the highest mean validation NDCG@10 over these seeds"}
@@ -222,24 +242,32 @@ def _cell_record(result: CellFigures) -> dict[str, Any]:
 def write_into(path: Path, name: str, text: str) -> None:
     """Put the text into a Markdown file, between the marks of the study of that name.
 
-    Where the file has no such marks they are added at its end,
-    under a heading. Raises UserError where there is no such file.
+    Raises UserError where there is no such file, or it has no such marks.
     """
-    begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
-    page = read_page(path)
-    if begin not in page or end not in page.partition(begin)[2]:
-        page = f"{page.rstrip()}\n\n## Study `{name}`\n\n{begin}\n{end}\n"
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(end)
+    before, after = around_table(path, name)
+    begin, end = _marks(name)
     write_text(path, f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
-def read_page(path: Path) -> str:
-    """The text of the file that gets a table.
+def around_table(path: Path, name: str) -> tuple[str, str]:
+    """What stands before and after a study's table in a Markdown file.
 
-    Raises UserError where there is no such file.
+    Raises UserError where there is no such file, or no place for that study in it.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        page = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--into {path}: cannot be read ({error}); name a Markdown file") from None
+    begin, end = _marks(name)
+    before, mark, rest = page.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (mark and last):
+        raise UserError(
+            f"--into {path}: no place for the table of study {name}; write the lines {begin} and "
+            f"{end} where it is to stand, or leave --into out"
+        )
+    return before, after
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- study {name} -->", f"<!-- end of study {name} -->"

@@ -152,12 +152,36 @@ def test_cells_share_data_codes_and_cf_models(finished):
 def test_the_files_of_the_table_agree(finished):
     folder = finished / "runs/tiny-study"
     with open(folder / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+        *lines, _ = list(csv.DictReader(file))
     found = results(finished)["rows"]
     assert [line["row"] for line in lines] == [row["row"] for row in found]
     assert [float(line["hit@10"]) for line in lines] == [row["hit@10"] for row in found]
     page = (folder / "report.html").read_text()
     assert page.count("<svg") >= 2 and "Missing cells" in page and "sft-hot-seed0" in page
+
+
+def test_the_hours_of_the_cells_stand_beside_their_estimate(finished):
+    """Of the two cells that are done, with one thread each."""
+    study = finished / "runs/tiny-study"
+    (hours,) = results(finished)["hours"]
+    for stage, key in (("train sft seed {}", "training_hours"), ("evaluate", "evaluation_hours")):
+        records = [
+            json.loads((study / f"shop/sft-seed{s}/.stages/{stage.format(s)}.json").read_text())
+            for s in (0, 1)
+        ]
+        assert hours[key] == pytest.approx(sum(record["seconds"] for record in records) / 3600)
+    assert hours["hours_of"] == "core" and hours["cells"] == hours["estimated_cells"] == 2
+    estimates = json.loads((study / ".estimates.json").read_text())
+    expected = sum(estimates[f"shop/sft-seed{s}"]["seconds"] for s in (0, 1)) / 3600
+    assert hours["estimated_hours"] == pytest.approx(expected)
+    total = f"{hours['training_hours'] + hours['evaluation_hours']:.2f}"
+    for name in ("results.md", "report.html"):
+        text = (study / name).read_text()
+        assert f"Its cells took {total} core-hours: " in text
+        assert f"{hours['estimated_hours']:.2f} had been estimated." in text
+    with open(study / "results.csv", newline="") as file:
+        *_, line = csv.DictReader(file)
+    assert line["row"] == "all cells" and float(line["training_hours"]) == hours["training_hours"]
 
 
 @pytest.fixture
@@ -203,7 +227,7 @@ def test_the_same_command_goes_on_and_a_changed_file_runs_what_changed(finished,
     path = write_study(finished, methods=["sft"], seeds=[0, 1], settings=settings)
     assert main(["study", str(path), "--into", str(page)]) == 0
     output = capsys.readouterr().out
-    assert "estimate: 2 cells" in output and "2 from finished cells of the same method" in output
+    assert "estimate: 2 cells" in output and "from finished cells of the same method" in output
     assert "shop/sft-hot-seed0: done" in output and "shop/sft-long-seed0: done" in output
     after = stamps(finished)
     assert {name: after[name] for name in before} == before
