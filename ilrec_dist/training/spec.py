@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ class TrainingSpec:
     seed: int
     folder: Path
     fingerprint: str
+    # What the command has said of its damaged checkpoints, which is not said again.
+    reported_damage: Sequence[str] = ()
 
     @property
     def title(self) -> str:

@@ -372,7 +372,8 @@ class Trainer:
         if is_rank0():
             newest, damaged = checkpoint.latest(self._checkpoints, self.spec.fingerprint)
             for line in damaged:
-                print(f"warning: {line}; the checkpoint before it is used", flush=True)
+                if line not in self.spec.reported_damage:
+                    print(f"warning: {line}; the checkpoint before it is used", flush=True)
             if newest is not None and not manifest_is(
                 self.spec.folder / BEST, newest.state["best_sha256"]
             ):

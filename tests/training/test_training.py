@@ -16,8 +16,10 @@ import torch
 
 from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import write_json
 from ilrec_dist.common.manifest import with_checksum
 from ilrec_dist.config.load import config_from_dict
+from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.reporting.metrics_log import MetricsLog, read_metrics
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
@@ -303,6 +305,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path
         _flip(path)
     with pytest.raises(UserError, match="no earlier checkpoint"):
         checkpoint.latest(tmp_path / "copy", "test")
+
+
+def test_a_command_warns_once_of_a_damaged_checkpoint(tiny, tmp_path, capfd, started_workers):
+    """Before its workers begin, which find the same."""
+    shutil.copytree(tiny / "tiny", tmp_path / "tiny")
+    sections = {"train": {"methods": ["sft"], "epochs": 1, "checkpoint_steps": 3}}
+    config = tiny_config(tmp_path, **sections)
+    run, name = open_run(config), "train sft seed 0"
+    fingerprint, training = run.fingerprint(name), tmp_path / "tiny/train/sft-seed0"
+    stop = (6, None, fingerprint)
+    run_distributed(train_here, 1, 1, config_to_dict(config), "sft", str(training), *stop)
+    newest = max((training / "checkpoints").iterdir())
+    _flip(next(newest.rglob("*.safetensors")))
+    write_json(run.begun_file(name), {"fingerprint": fingerprint})
+    execute(config, "train")
+    printed = "".join(capfd.readouterr()).replace("\n", " ")
+    assert printed.count("the checkpoint before it is used") == 1 and newest.name in printed
 
 
 @pytest.mark.parametrize("bit", range(8))

@@ -104,7 +104,7 @@ def train_and_evaluate(
         config = with_local_model(config)
     if trainings:
         check_trainings(config)
-    _announce(trainings)
+    trainings = _announced(trainings)
     folders = RunFolders(config.run_dir)
     needs_rewards = any(
         get_method(training.method).needs_rewards(config.objective) for training in trainings
@@ -171,19 +171,25 @@ def check_trainings(config: Config) -> None:
         item_titles(artifacts)
 
 
-def _announce(trainings: Sequence[TrainingSpec]) -> None:
-    """Say where each training goes on.
+def _announced(trainings: Sequence[TrainingSpec]) -> list[TrainingSpec]:
+    """Say where each training goes on; the trainings,
+    with what was said of damaged checkpoints.
 
     Raises UserError where all its checkpoints
     are damaged, before any process is started.
     """
+    announced = []
     for training in trainings:
-        checkpoint, damaged = latest(training.folder / "checkpoints", training.fingerprint)
+        # As the workers name it.
+        folder = training.folder.resolve() / "checkpoints"
+        checkpoint, damaged = latest(folder, training.fingerprint)
+        announced.append(dataclasses.replace(training, reported_damage=damaged))
         for line in damaged:
             print_plain(f"warning: {line}; the checkpoint before it is used")
         if checkpoint is not None:
             line = f"{training.title}: goes on from step {checkpoint.step}"
             console.print(line, highlight=False)
+    return announced
 
 
 @contextmanager
