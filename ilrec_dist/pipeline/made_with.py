@@ -34,6 +34,8 @@ from ilrec_dist.pipeline.stages.evaluate import (
     weights_file,
 )
 
+# Raised when predictions change for the same settings, by more than their last bits.
+FORMAT = 1
 # The key of a fusion's weights that has what they were chosen with.
 WEIGHTS_MADE_WITH = "made_with"
 # Settings that decide which files there are, and those that only some of them are made with. A
@@ -81,6 +83,7 @@ def _wanted(
     ) -> str:
         settings = {key: of_evaluation[key] for key in of_evaluation.keys() - WHICH_FILES - without}
         content = {
+            "format": FORMAT,
             "stages": {stage: fingerprints[stage] for stage in stages},
             "sha256": {
                 folder.relative_to(folders.root).as_posix(): sha256(folder) for folder in reads

@@ -20,7 +20,7 @@ from ilrec_dist.common.run_layout import BEST
 from ilrec_dist.config.load import apply_override, config_from_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.evaluation.predictions import Predictions
-from ilrec_dist.pipeline import rankings
+from ilrec_dist.pipeline import made_with, rankings
 from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.pipeline.execute import open_run
 from ilrec_dist.pipeline.made_with import WEIGHTS_MADE_WITH, keep_valid
@@ -110,20 +110,20 @@ def kept(tree: dict, write: bool = False) -> dict[Path, str]:
     before = open_run(config).fingerprints_before("evaluate")
     wanted = keep_valid(config, RunArtifacts(config), before)
     if write:
-        for path, made_with in wanted.items():
+        for path, text in wanted.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save(path, made_with)
+            save(path, text)
             if "+" in path.parent.name:
                 write_json(
-                    weights_file(path), with_checksum({WEIGHTS_MADE_WITH: made_with, "weights": {}})
+                    weights_file(path), with_checksum({WEIGHTS_MADE_WITH: text, "weights": {}})
                 )
     return wanted
 
 
-def save(path: Path, made_with: str) -> None:
+def save(path: Path, text: str) -> None:
     one = np.ones(1, np.int64)
     items = np.ones((1, 1), np.int32)
-    Predictions(one, one, items, items.astype(np.float32), one, one, True).save(path, made_with)
+    Predictions(one, one, items, items.astype(np.float32), one, one, True).save(path, text)
 
 
 def kept_after(mesh: Mesh, trees: list[dict]) -> list[dict[Path, str]]:
@@ -175,6 +175,20 @@ def test_a_changed_file_leaves_the_rows_that_do_not_read_it(config: Config) -> N
 
 def begin(mesh: Mesh, tree: dict) -> None:
     kept(tree)
+
+
+def begin_of_another_format(mesh: Mesh, tree: dict) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made_with, "FORMAT", made_with.FORMAT + 1)
+        kept(tree)
+
+
+@pytest.mark.slow
+def test_code_that_ranks_otherwise_keeps_nothing(config: Config) -> None:
+    tree = config_to_dict(config)
+    run_distributed(kept_after, 1, 1, [tree])
+    run_distributed(begin_of_another_format, 1, 1, tree)
+    assert not list(RunArtifacts(config).folders.evaluation.iterdir())
 
 
 @pytest.mark.slow
