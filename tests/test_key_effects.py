@@ -45,13 +45,14 @@ ALWAYS = {
     *(
         f"train.{key}"
         for key in (
-            "methods seeds targets max_history epochs batch_size micro_batch_tokens learning_rate "
-            "min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm precision "
-            "checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
+            "methods seeds targets max_history users epochs batch_size micro_batch_tokens "
+            "learning_rate min_learning_rate_ratio warmup weight_decay adam_beta2 clip_norm "
+            "precision checkpoint_steps keep_checkpoints validate_epochs validation_users patience "
             "max_bad_steps recompute tracker"
         ).split()
     ),
     "evaluation.beam",
+    "evaluation.users",
     "evaluation.exclude_seen",
     "evaluation.baselines",
     "evaluation.batch_size",

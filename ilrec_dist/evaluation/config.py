@@ -26,6 +26,8 @@ class EvaluationConfig:
     beam: Annotated[Int, Ge(10), Affects("train", "evaluate")] = 20
     # Whether items of the history are taken out of every method's list.
     exclude_seen: Annotated[Bool, Affects("train", "evaluate")] = True
+    # Test users that are ranked, a fixed seeded sample; 0: all.
+    users: NonNegative = 0
     # Users whose beams are searched together.
     batch_size: Annotated[Positive, Affects()] = 64
     # Whether mixtures of each trained model with the CF model and transitions are evaluated too.

@@ -18,10 +18,10 @@ SHOWN_ITEMS = 10
 def collect_examples(
     dataset: InteractionDataset, predictions: Mapping[str, Predictions], count: int
 ) -> list[Example]:
-    """`count` users of the test split, drawn with a fixed seed, with the lists of each
-    model.
+    """`count` evaluated users, drawn with a fixed seed, with the lists of each model;
+    there is at least one model.
     """
-    evaluated = dataset.evaluated("test")
+    evaluated = next(iter(predictions.values())).users
     order = np.random.default_rng(EXAMPLE_SEED).permutation(len(evaluated))
     users = np.sort(evaluated[order[:count]])
     return [_example(dataset, int(user), predictions) for user in users]

@@ -37,7 +37,7 @@ from ilrec_dist.pipeline.run_config import run_config
 from ilrec_dist.pipeline.stages.evaluate import predictions_file
 from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
 from ilrec_dist.samples.targets import ChosenTargets
-from ilrec_dist.samples.windows import StepOrder, training_windows
+from ilrec_dist.samples.windows import StepOrder
 
 # Sequences of training windows whose gradients are compared.
 GRADIENT_WINDOWS = 64
@@ -216,7 +216,7 @@ def gradients(trained: TrainedModel, name: str, seed: int) -> dict[str, Any]:
     objective = CrossLayerObjective.build(
         trained.backbone, objective_config, artifacts.catalogue, trained.parallel
     ).eval()
-    windows = training_windows(artifacts.training, config.train.max_history, config.train.targets)
+    windows = artifacts.training_windows(config.train)
     order = StepOrder(windows, GRADIENT_WINDOWS, 1, seed)
     maker = target_batches(config, artifacts, artifacts.training, windows)
     batch = maker.make(order.sample_ids(0), 1)

@@ -30,9 +30,11 @@ from ilrec_dist.model.hf.source import is_gguf, model_folder
 from ilrec_dist.pipeline.records import check_stands_on, verify_descriptions
 from ilrec_dist.pipeline.stage import training_name
 from ilrec_dist.prompts.template import template_file
+from ilrec_dist.samples.windows import Windows, training_windows
+from ilrec_dist.training.config import TrainConfig
 
-# The fixed sample of validation users is drawn with this.
-VALIDATION_SEED = 20
+# The fixed samples of users are drawn with these.
+VALIDATION_SEED, TEST_SEED, TRAINING_SEED = 20, 21, 22
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,33 @@ class RunArtifacts:
 
         All of them where `count` is 0 or more than there are.
         """
-        users = self.dataset.evaluated("validation")
-        if count == 0 or count >= len(users):
-            return users
-        return np.sort(
-            users[np.random.default_rng(VALIDATION_SEED).permutation(len(users))[:count]]
+        return _sample(self.dataset.evaluated("validation"), count, VALIDATION_SEED)
+
+    def test_users(self, count: int) -> np.ndarray:
+        """Those who have a test target, likewise."""
+        return _sample(self.dataset.evaluated("test"), count, TEST_SEED)
+
+    def training_windows(self, train: TrainConfig) -> Windows:
+        """The windows of `training` in an epoch, of the
+        users whose items are targets (train.users).
+        """
+        lengths = self.dataset.train_lengths()
+        # A user's first item is no target.
+        users = _sample(np.flatnonzero(lengths > 1), train.users, TRAINING_SEED)
+        chosen = np.zeros(self.dataset.num_users, np.bool_)
+        chosen[users] = True
+        # A user who is read backwards too stands behind all others (`both_directions`).
+        repeats = self.training.num_users // max(1, self.dataset.num_users)
+        return training_windows(
+            self.training, train.max_history, train.targets, np.tile(chosen, repeats)
         )
+
+
+def _sample(users: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of the users int64 [n], ascending; all where it is 0 or above n."""
+    if count == 0 or count >= len(users):
+        return users
+    return np.sort(users[np.random.default_rng(seed).permutation(len(users))[:count]])
 
 
 def config_for_workers(config: Config) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def evaluate_baselines(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dataset, folders = artifacts.dataset, artifacts.folders
-    users = dataset.evaluated("test")
+    users = artifacts.test_users(config.evaluation.users)
     shares = [users_of_rank(users, dataset.num_items, r, world_size) for r in range(world_size)]
     inputs = BaselineInputs(
         dataset,

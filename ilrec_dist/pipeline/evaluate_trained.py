@@ -69,7 +69,7 @@ def evaluate_trained(
     Runs in every worker. Predictions that are there are not made again, nor
     are parts of them. made_with: what `keep_valid` returned.
     """
-    users = artifacts.dataset.evaluated("test")
+    users = artifacts.test_users(config.evaluation.users)
     work = list(itertools.product(config.train.methods, config.train.seeds))
 
     def rank(number: int, paths: Mapping[bool, Path], method: str, seed: int) -> None:
@@ -113,7 +113,7 @@ def evaluate_fusions(
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     validation = artifacts.validation_users(config.train.validation_users)
-    users = artifacts.dataset.evaluated("test")
+    users = artifacts.test_users(config.evaluation.users)
     work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
     per_model = len(validation) + len(users)
 

@@ -31,7 +31,6 @@ from ilrec_dist.pipeline.self_play import SelfPlay
 from ilrec_dist.samples.negatives import HardNegatives, Negatives, NoNegatives, UniformNegatives
 from ilrec_dist.samples.preference_pairs import PreferenceBatch, PreferenceBatchMaker
 from ilrec_dist.samples.prefetch import BatchSource
-from ilrec_dist.samples.windows import training_windows
 from ilrec_dist.training.kept_arrays import kept_array
 from ilrec_dist.training.phases import Phases
 from ilrec_dist.training.reference import known_of_targets
@@ -69,7 +68,7 @@ def sample_source(
     dataset, catalogue, trie = artifacts.training, artifacts.catalogue, artifacts.trie
     if method.samples == "targets":
         return batch_source(config, artifacts, spec.seed), None
-    windows = training_windows(dataset, config.train.max_history, config.train.targets)
+    windows = artifacts.training_windows(config.train)
     assert isinstance(objective, PreferenceObjective)
     spec.folder.mkdir(parents=True, exist_ok=True)
     negatives = _negatives(config, artifacts, method, spec, parallel)

@@ -23,7 +23,7 @@ from ilrec_dist.samples.collate import BatchMaker
 from ilrec_dist.samples.prefetch import BatchSource
 from ilrec_dist.samples.prompt_batches import PromptBatchMaker
 from ilrec_dist.samples.prompt_samples import PromptSamples, epoch_length
-from ilrec_dist.samples.windows import Windows, steps_per_epoch, training_windows
+from ilrec_dist.samples.windows import Windows, steps_per_epoch
 
 # Prompts that are written at a time where all are checked.
 CHUNK_ITEMS = 10_000
@@ -96,8 +96,7 @@ def input_form(config: Config, artifacts: RunArtifacts, prompt: dict[str, Any] |
 
 def batch_source(config: Config, artifacts: RunArtifacts, seed: int) -> BatchSource:
     """What makes a training's batches of the training data."""
-    train, data = config.train, artifacts.training
-    windows = training_windows(data, train.max_history, train.targets)
+    data, windows = artifacts.training, artifacts.training_windows(config.train)
     if config.prompts.templates is None:
         return BatchMaker(data, artifacts.catalogue, artifacts.trie, windows)
     writer = prompt_writer(config, artifacts)
@@ -121,8 +120,7 @@ def target_batches(
 
 def epoch_samples(config: Config, artifacts: RunArtifacts) -> int:
     """Samples of an epoch."""
-    train = config.train
-    windows = training_windows(artifacts.training, train.max_history, train.targets)
+    windows = artifacts.training_windows(config.train)
     if config.prompts.templates is None:
         return len(windows)
     return epoch_length(len(windows), config_to_dict(config.prompts.shares))

@@ -110,14 +110,19 @@ class Windows:
         return WindowSlices(user, start, np.where(start == 0, 1, start + overlap), stop)
 
 
-def training_windows(dataset: InteractionDataset, max_history: int, targets: Targets) -> Windows:
+def training_windows(
+    dataset: InteractionDataset,
+    max_history: int,
+    targets: Targets,
+    users: np.ndarray | None = None,
+) -> Windows:
     """Windows in which every training item of a
     user except the first is a target exactly once.
 
     `targets: all` gives windows of at most max_history + 1 items. A longer history is
     cut into windows that overlap by half of max_history; the overlap is context, its
     items are not targets again. `targets: last` gives one window per target, with up to
-    max_history items before it.
+    max_history items before it. With `users`, bool [U], the others have no window.
     """
     lengths = dataset.train_lengths()
     if targets == "last":
@@ -127,6 +132,8 @@ def training_windows(dataset: InteractionDataset, max_history: int, targets: Tar
         # Every further window adds size - overlap targets; the quotient is rounded up.
         further = -((size - lengths) // (size - overlap))
         counts = np.where(lengths < 2, 0, 1 + np.maximum(0, further))
+    if users is not None:
+        counts = np.where(users, counts, 0)
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     return Windows(dataset, max_history, targets, first)
 

@@ -183,7 +183,7 @@ def _timed_seconds(
     validations = -(-config.train.epochs // config.train.validate_epochs)
     searched = validations * len(artifacts.validation_users(config.train.validation_users))
     # Both treatments of seen items.
-    searched += 2 * len(artifacts.dataset.evaluated("test"))
+    searched += 2 * len(artifacts.test_users(config.evaluation.users))
     # The driver of a cell starts about as slowly as its workers.
     seconds = [2 * timing.start + steps * timing.step + searched * timing.user for timing in chosen]
     return fmean(seconds), basis

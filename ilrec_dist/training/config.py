@@ -76,6 +76,8 @@ class TrainConfig:
     targets: Literal["all", "last"] = "all"
     # Items of context.
     max_history: Positive = 20
+    # Users whose items the language model is trained to give, a fixed seeded sample; 0: all.
+    users: NonNegative = 0
     epochs: Positive = 10
     # Sequences per optimizer step, over all ranks and accumulation steps.
     batch_size: Positive = 256

@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -104,3 +106,18 @@ def test_a_refused_command_leaves_the_evaluation_as_it_was(
     assert "launch.device" in capsys.readouterr().err
     assert evaluation(shop) == before and rows(shop) == found
     assert ranked_by(shop) == set()
+
+
+def test_a_sample_of_test_users_is_the_same_for_every_row(shop: Path) -> None:
+    everything, whole = {Path(name).parent.name for name in evaluation(shop)}, tables(shop)
+    assert ranked_by(shop, "evaluation.users=13") == everything
+    sample = tables(shop)
+    users = next(iter(sample.values())).column("user").to_pylist()
+    assert len(users) == 13 and users == sorted(set(users)) and users != list(range(13))
+    for name, table in sample.items():
+        assert table.column("user").to_pylist() == users, name
+        if not name.startswith("sft"):
+            # What ranks by scores gives a user the list that it gives among all.
+            of_all = whole[name].filter(pc.is_in(whole[name].column("user"), pa.array(users)))
+            assert table.column("items") == of_all.column("items"), name
+    assert {row["users"] for row in rows(shop)} == {13}

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.pipeline.artifacts import RunArtifacts
 from ilrec_dist.samples.windows import EpochSteps, steps_per_epoch, training_windows
+from tests.support.tiny_run import tiny_config
 
 
 def dataset_of(lengths: list[int]) -> InteractionDataset:
@@ -74,6 +76,19 @@ def test_users_with_one_training_item_have_no_target(targets):
     assert len(training_windows(dataset_of([3, 3]), 20, targets)) == 0
 
 
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_the_windows_of_some_users_are_those_among_all(targets):
+    dataset = dataset_of([30, 5, 3, 12, 60, 7])
+    chosen = np.array([True, False, True, False, True, False])
+    everyone, some = (training_windows(dataset, 8, targets, users) for users in (None, chosen))
+    slices = everyone.slices(np.arange(len(everyone)))
+    expected = everyone.slices(np.flatnonzero(chosen[slices.user]))
+    found = some.slices(np.arange(len(some)))
+    assert 0 < len(found) < len(everyone)
+    for name in ("user", "start", "target", "stop"):
+        assert (getattr(found, name) == getattr(expected, name)).all(), name
+
+
 @pytest.mark.parametrize(("users", "batch"), [(700, 8), (45, 64), (128, 1)])
 def test_steps_are_those_of_the_definition(users, batch):
     windows = training_windows(
@@ -91,3 +106,23 @@ def test_steps_are_those_of_the_definition(users, batch):
     assert [step.tolist() for step in EpochSteps(windows, batch, 5, 2)] == [
         step.tolist() for step in expected
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_a_sample_of_users_is_trained_on_in_every_direction(tiny, both):
+    data = {"both_directions": both}
+    config, all_of_them = (
+        tiny_config(tiny, data=data, train={"users": users}) for users in (20, 0)
+    )
+    found, whole = (RunArtifacts(c).training_windows(c.train) for c in (config, all_of_them))
+    dataset = RunArtifacts(config).dataset
+    users = np.unique(found.slices(np.arange(len(found))).user)
+    forward = users[users < dataset.num_users]
+    assert len(forward) == 20 and (dataset.train_lengths()[forward] > 1).all()
+    repeated = users[users >= dataset.num_users] - dataset.num_users
+    assert repeated.tolist() == (forward.tolist() if both else [])
+    everyone = np.unique(whole.slices(np.arange(len(whole))).user)
+    assert set(users) < set(everyone) and len(everyone) > 100 * (1 + both)
+    # It does not depend on the training's seed, nor is it that of the validation.
+    assert forward.tolist() != RunArtifacts(config).validation_users(20).tolist()
