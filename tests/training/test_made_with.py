@@ -52,6 +52,7 @@ OF_CF = {"sasrec"} | ILREC | fused(SFT | ILREC)
 CHANGES: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.beam=11": (TRAINED, set()),
     "evaluation.exclude_seen=false": (EVERYTHING, set()),
+    "evaluation.users=100": (EVERYTHING, set()),
     "evaluation.batch_size=7": (set(), set()),
     "evaluation.fusion=false": (set(), fused(SFT | ILREC)),
     "evaluation.fusion_candidates=9": (fused(SFT | ILREC), set()),
