@@ -4,7 +4,8 @@ every source, for many histories (METHOD.md §12).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,36 +75,40 @@ def score_candidates(
     *,
     top: int,
     num_candidates: int,
-    exclude_seen: bool,
+    treatments: Sequence[bool],
     allowed: np.ndarray | None = None,
     progress: RankingProgress | None = None,
-) -> FusionScores:
-    """The candidates of n histories with log p
-    of the language model, then of the `sources`.
+) -> list[FusionScores]:
+    """For each exclude_seen of `treatments` the candidates of n
+    histories with log p of the language model, then of the `sources`.
 
     Candidates are the items of the model's beams, of which there are `top` at least,
     and the top `num_candidates` of each source, without the items of the history where
-    exclude_seen, and of `allowed`, bool [num_items], alone. Collective over the model's
-    ranks; the same on every rank, and so is a UserError.
+    exclude_seen, and of `allowed`, bool [num_items], alone. Those of all treatments are
+    scored together. Collective over the model's ranks; the same on every rank, and so
+    is a UserError.
     """
     parallel = model.parallel
 
-    def score(rows: np.ndarray) -> tuple[np.ndarray, FusionScores]:
+    def score(rows: np.ndarray) -> tuple[np.ndarray, list[FusionScores]]:
         read = model.read(histories, rows)
-        ranked = model.rank_batch(
-            histories, rows, read, top=top, exclude_seen=exclude_seen, allowed=allowed
-        )
         by_source = [source.log_p(histories, rows) for source in sources]
-        seen = histories.seen(rows) if exclude_seen else None
-        lists = [ranked.items]
-        for log_p in by_source:
-            left = log_p.copy()
-            if seen is not None:
-                left[seen.rows, seen.items] = -np.inf
-            if allowed is not None:
-                left[:, ~allowed] = -np.inf
-            lists.append(top_items(left, num_candidates))
-        items = candidate_union(lists)
+        proposals = []
+        for exclude_seen in treatments:
+            ranked = model.rank_batch(
+                histories, rows, read, top=top, exclude_seen=exclude_seen, allowed=allowed
+            )
+            seen = histories.seen(rows) if exclude_seen else None
+            lists = [ranked.items]
+            for log_p in by_source:
+                left = log_p.copy()
+                if seen is not None:
+                    left[seen.rows, seen.items] = -np.inf
+                if allowed is not None:
+                    left[:, ~allowed] = -np.inf
+                lists.append(top_items(left, num_candidates))
+            proposals.append(lists)
+        items = candidate_union(list(itertools.chain.from_iterable(proposals)))
         by_model = score_items(
             model.backbone,
             model.constraint,
@@ -117,20 +122,44 @@ def score_candidates(
         columns = [by_model.double().cpu().numpy()]
         columns += [np.take_along_axis(log_p, np.maximum(items, 0), axis=1) for log_p in by_source]
         scores = np.where(items[..., None] >= 0, np.stack(columns, axis=2), -np.inf)
-        proposed = np.stack([are_listed(items, proposal) for proposal in lists], axis=2)
-        return rows, FusionScores(items, scores, proposed)
+        return rows, [
+            FusionScores(
+                items,
+                scores,
+                np.stack([are_listed(items, proposal) for proposal in lists], axis=2),
+            ).of(range(1 + len(sources)))
+            for lists in proposals
+        ]
 
-    parts = model.over_batches(histories, score, progress)
-    shape = len(histories.start), max(part.items.shape[1] for _, part in parts)
-    union = np.full(shape, -1, np.int64)
-    log_p = np.full((*shape, 1 + len(sources)), -np.inf)
-    proposed = np.zeros((*shape, 1 + len(sources)), np.bool_)
+    rows, by_treatment = zip(*model.over_batches(histories, score, progress), strict=True)
+    return [
+        _joined(len(histories.start), list(zip(rows, scores, strict=True)))
+        for scores in zip(*by_treatment, strict=True)
+    ]
+
+
+def _joined(count: int, parts: Sequence[tuple[np.ndarray, FusionScores]]) -> FusionScores:
+    """Those of all `count` histories, from some rows and their candidates each."""
+    num_sources = parts[0][1].log_p.shape[2]
+    shape = count, max(part.items.shape[1] for _, part in parts)
+    items = np.full(shape, -1, np.int64)
+    log_p = np.full((*shape, num_sources), -np.inf)
+    proposed = np.zeros((*shape, num_sources), np.bool_)
     for rows, part in parts:
         width = part.items.shape[1]
-        union[rows, :width] = part.items
+        items[rows, :width] = part.items
         log_p[rows, :width] = part.log_p
         proposed[rows, :width] = part.proposed
-    return FusionScores(union, log_p, proposed)
+    return FusionScores(items, log_p, proposed)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is mixed, and whether items of the history are left out."""
+
+    exclude_seen: bool
+    # 0 is the language model, 1 the first source.
+    parts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -143,10 +172,8 @@ class Fusions:
     model: ModelRanker
     dataset: InteractionDataset
     sources: Sequence[FusionSource]
-    # What each mixes: 0 is the language model, 1 the first source.
-    parts: Sequence[Sequence[int]]
+    mixtures: Sequence[Mixture]
     num_candidates: int
-    exclude_seen: bool
 
     def choose_weights(
         self, users: np.ndarray, progress: RankingProgress | None = None
@@ -156,7 +183,7 @@ class Fusions:
         """
         targets = self.dataset.targets("validation", users).astype(np.int64)
         scores = self.scores(users, "validation", progress)
-        return [choose_weights(scores.of(parts), targets) for parts in self.parts]
+        return [choose_weights(of_mixture, targets) for of_mixture in scores]
 
     def predictions(
         self,
@@ -170,28 +197,27 @@ class Fusions:
         scores = self.scores(users, "test", progress)
         return [
             fused_predictions(
-                scores.of(parts),
-                alpha,
-                users=users,
-                targets=targets,
-                exclude_seen=self.exclude_seen,
+                of_mixture, alpha, users=users, targets=targets, exclude_seen=mixture.exclude_seen
             )
-            for parts, alpha in zip(self.parts, weights, strict=True)
+            for mixture, of_mixture, alpha in zip(self.mixtures, scores, weights, strict=True)
         ]
 
     def scores(
         self, users: np.ndarray, split: str, progress: RankingProgress | None = None
-    ) -> FusionScores:
-        """The candidates of all and their scores."""
-        return score_candidates(
+    ) -> Iterator[FusionScores]:
+        """The candidates of each mixture and their scores, one after the other."""
+        treatments = list(dict.fromkeys(mixture.exclude_seen for mixture in self.mixtures))
+        scores = score_candidates(
             self.model,
             history_ranges(self.dataset, users, split),
             self.sources,
             top=self.model.beam,
             num_candidates=self.num_candidates,
-            exclude_seen=self.exclude_seen,
+            treatments=treatments,
             progress=progress,
         )
+        of_treatment = dict(zip(treatments, scores, strict=True))
+        return (of_treatment[mixture.exclude_seen].of(mixture.parts) for mixture in self.mixtures)
 
 
 def fused_predictions(
@@ -272,13 +298,13 @@ class FusedRanker:
     def _rank(
         self, histories: HistoryRanges, top: int, exclude_seen: bool, allowed: np.ndarray | None
     ) -> RankedItems:
-        scores = score_candidates(
+        [scores] = score_candidates(
             self.model,
             histories,
             self.sources,
             top=top,
             num_candidates=max(self.num_candidates, top),
-            exclude_seen=exclude_seen,
+            treatments=[exclude_seen],
             allowed=allowed,
         )
         items, best = fused_lists(scores, self.weights[exclude_seen], top)

@@ -21,6 +21,7 @@ from ilrec_dist.evaluation.baselines.counting import count_training
 from ilrec_dist.evaluation.fusion_ranking import (
     Fusions,
     FusionSource,
+    Mixture,
     cf_source,
     transitions_source,
 )
@@ -47,8 +48,8 @@ from ilrec_dist.pipeline.stages.evaluate import (
     weights_file,
 )
 
-# Where the predictions of each fusion lie, by the names of its sources.
-Paths = Mapping[tuple[str, ...], Path]
+# Where the predictions of each fusion lie, by exclude_seen and the names of its sources.
+Paths = Mapping[tuple[bool, tuple[str, ...]], Path]
 # What a fusion may mix with the language model.
 FUSION_SOURCES: dict[str, Callable[[RunArtifacts], FusionSource]] = {
     "cf": lambda artifacts: cf_source(load_cf(artifacts.folders.cf)),
@@ -108,49 +109,50 @@ def evaluate_fusions(
     """Mixtures of every trained (method, seed),
     with weights chosen on validation users.
 
-    Those of a model are made of the same scores. Each is saved like a method's
-    predictions, with its weights in a .fusion.json beside them, which is written first.
+    Those of a model are made of the same scores, with seen items and without. Each
+    is saved like a method's predictions, with its weights in a .fusion.json beside
+    them, which is written first.
     """
     sources = {name: make(artifacts) for name, make in FUSION_SOURCES.items()}
     validation = artifacts.validation_users(config.train.validation_users)
     users = artifacts.test_users(config.evaluation.users)
-    work = list(itertools.product(config.train.methods, config.train.seeds, treatments(config)))
+    work = list(itertools.product(config.train.methods, config.train.seeds))
     per_model = len(validation) + len(users)
 
-    def rank(number: int, paths: Paths, method: str, seed: int, exclude: bool) -> None:
-        names = list(dict.fromkeys(itertools.chain.from_iterable(paths)))
-        mixtures = Fusions(
+    def rank(number: int, paths: Paths, method: str, seed: int) -> None:
+        names = list(dict.fromkeys(itertools.chain.from_iterable(of for _, of in paths)))
+        fused = Fusions(
             _ranker(config, artifacts, parallel, method, seed),
             artifacts.dataset,
             [sources[name] for name in names],
-            [[0, *(1 + names.index(name) for name in fusion)] for fusion in paths],
+            [Mixture(exclude, [0, *(1 + names.index(n) for n in of)]) for exclude, of in paths],
             num_candidates=config.evaluation.fusion_candidates,
-            exclude_seen=exclude,
         )
         before, total = number * per_model, len(work) * per_model
         counter = RankingsCounter(artifacts, "fusions", f"{method}, weights", before, total)
         texts = {path: made_with[path] for path in paths.values()}
-        weights = _fusion_weights(method, paths, texts, mixtures, validation, counter)
+        weights = _fusion_weights(method, paths, texts, fused, validation, counter)
         counter = RankingsCounter(artifacts, "fusions", method, before + len(validation), total)
-        rank_in_parts(texts, users, partial(mixtures.predictions, weights), counter)
+        rank_in_parts(texts, users, partial(fused.predictions, weights), counter)
 
-    for number, (method, seed, exclude) in enumerate(work):
+    for number, (method, seed) in enumerate(work):
         paths = {
-            names: predictions_file(config, fused_name(method, names), seed, exclude)
+            (exclude, names): predictions_file(config, fused_name(method, names), seed, exclude)
+            for exclude in treatments(config)
             for names in fusions(config)
         }
         missing = {
-            names: path for names, path in paths.items() if not is_ranked(path, weights_file(path))
+            mixed: path for mixed, path in paths.items() if not is_ranked(path, weights_file(path))
         }
         if missing:
-            rank(number, missing, method, seed, exclude)
+            rank(number, missing, method, seed)
 
 
 def _fusion_weights(
     method: str,
     paths: Paths,
     made_with: Mapping[Path, str],
-    mixtures: Fusions,
+    fused: Fusions,
     users: np.ndarray,
     counter: RankingsCounter,
 ) -> list[np.ndarray]:
@@ -164,19 +166,21 @@ def _fusion_weights(
         if is_rank0() and all(file.exists() for file in files)
         else None
     )
-    names = [(method, *fusion) for fusion in paths]
+    names = [(method, *of) for _, of in paths]
     if saved is None:
-        chosen = mixtures.choose_weights(users, counter.of(len(users)))
+        chosen = fused.choose_weights(users, counter.of(len(users)))
         saved = [
             {
                 WEIGHTS_MADE_WITH: made_with[path],
                 "weights": dict(zip(of, weights.tolist(), strict=True)),
                 "validation_ndcg@10": ndcg,
-                "exclude_seen": mixtures.exclude_seen,
-                "beam": mixtures.model.beam,
-                "candidates": mixtures.num_candidates,
+                "exclude_seen": exclude,
+                "beam": fused.model.beam,
+                "candidates": fused.num_candidates,
             }
-            for path, of, (weights, ndcg) in zip(paths.values(), names, chosen, strict=True)
+            for (exclude, _), path, of, (weights, ndcg) in zip(
+                paths, paths.values(), names, chosen, strict=True
+            )
         ]
         if is_rank0():
             for path, content in zip(paths.values(), saved, strict=True):

@@ -15,6 +15,7 @@ from ilrec_dist.evaluation.fusion import FusionScores
 from ilrec_dist.evaluation.fusion_ranking import (
     Fusions,
     FusionSource,
+    Mixture,
     fused_predictions,
     score_candidates,
     transitions_source,
@@ -91,14 +92,16 @@ def score(
             FusionSource("table", by_table),
             transitions_source(count_training(dataset)),
         ]
-        return score_candidates(
+        # The other treatment's candidates are scored too, and change nothing.
+        scores = score_candidates(
             language_model(parallel, BEAM),
             history_ranges(dataset, USERS, "test"),
             all_sources[sources],
             top=BEAM,
             num_candidates=CANDIDATES,
-            exclude_seen=exclude_seen,
+            treatments=[exclude_seen, not exclude_seen],
         )
+        return scores[0]
     finally:
         destroy_parallel()
 
@@ -186,9 +189,8 @@ def fuse(mesh: Mesh) -> list[tuple[np.ndarray, float, Predictions]]:
                 FusionSource("oracle", lambda _, rows: oracle[rows]),
                 FusionSource("even", lambda _, rows: np.full_like(oracle, -4.0)[rows]),
             ],
-            [[0, 1], [0, 2], [0, 1, 2]],
+            [Mixture(True, [0, 1]), Mixture(True, [0, 2]), Mixture(True, [0, 1, 2])],
             num_candidates=3,
-            exclude_seen=True,
         )
         chosen = model.choose_weights(USERS)
         predictions = model.predictions([weights for weights, _ in chosen], users=USERS)

@@ -59,6 +59,7 @@ CHANGES: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.baselines=[gru4rec]": (set(), {"caser"}),
     "evaluation.baselines=[caser, gru4rec]": (set(), set()),
     "evaluation.examples=1": (set(), set()),
+    "evaluation.users=9": (EVERYTHING, set()),
     "data.synthetic.users=151": (EVERYTHING, set()),
     "data.both_directions=true": (TRAINED | SEQUENCE_MODELS | {"sasrec"}, set()),
     "items.codes_per_level=16": (TRAINED, set()),
@@ -70,6 +71,7 @@ CHANGES: dict[str, tuple[set[str], set[str]]] = {
     "backbone.dropout=0.2": (TRAINED, set()),
     # Windows of training and histories of the evaluation.
     "train.max_history=7": (TRAINED, set()),
+    "train.users=30": (TRAINED, set()),
     # They choose the weights of the model and of the mixtures.
     "train.validation_users=17": (TRAINED, set()),
     "train.seeds=[0]": (set(), {row for row in TRAINED if row.endswith("seed1")}),
