@@ -9,10 +9,13 @@ import torch
 
 from ilrec_dist.common.console import console, print_plain
 from ilrec_dist.common.errors import UserError
-from ilrec_dist.export.hf_model import Decoding, export_adapter, export_model
-from ilrec_dist.export.merge import merge_rounded
+from ilrec_dist.export.hf_model import Decoding, ModelParts, export_adapter, export_model
+from ilrec_dist.export.logit_shift import logit_shift
+from ilrec_dist.export.tensor_rows import AdapterTensors, MergedTensors, StoredTensors
 from ilrec_dist.inference.inputs import HistoryRanges
-from ilrec_dist.pipeline.trained_model import TrainedModel, open_trained_model
+from ilrec_dist.pipeline.backbones import shapes_of_backbone
+from ilrec_dist.pipeline.run_config import run_config
+from ilrec_dist.pipeline.trained_model import TrainedWeights, find_trained, one_process
 
 # Histories of validation users whose logits tell how far rounding moves them.
 SAMPLE_USERS = 16
@@ -20,46 +23,57 @@ SAMPLE_USERS = 16
 
 def run(arguments: argparse.Namespace) -> None:
     out, dtype = Path(arguments.out), getattr(torch, arguments.dtype)
-    method, seed = arguments.method, arguments.seed
-    with open_trained_model(Path(arguments.run), method, seed, exact=True) as trained:
-        artifacts, backbone = trained.artifacts, trained.backbone
-        if arguments.merge and backbone.lora is None:
-            raise UserError(
-                f"--merge: {trained.weights} has no adapters to merge (train.trainable "
-                f"{trained.config.train.trainable}); leave --merge out"
-            )
-        if out.exists():
-            raise UserError(f"{out}: already exists; choose a folder to create")
-        decoding = Decoding(trained.config.evaluation.beam, trained.softmax_scope)
-        items = artifacts.dataset, artifacts.catalogue, artifacts.trie, decoding
-        base = trained.config.backbone.from_
-        language_model = None if base is None else artifacts.language_model
-        if backbone.lora is not None and not arguments.merge:
-            assert base is not None and language_model is not None
-            export_adapter(out, backbone, *items, dtype, language_model, base, trained.prompt)
+    weights = find_trained(run_config(Path(arguments.run)), arguments.method, arguments.seed)
+    trainable, base = weights.config.train.trainable, weights.config.backbone.from_
+    has_adapters = trainable.startswith("lora")
+    if arguments.merge and not has_adapters:
+        raise UserError(
+            f"--merge: {weights.folder} has no adapters to merge (train.trainable {trainable}); "
+            "leave --merge out"
+        )
+    if out.exists():
+        raise UserError(f"{out}: already exists; choose a folder to create")
+    artifacts = weights.artifacts
+    parts = ModelParts(
+        artifacts.dataset,
+        artifacts.catalogue,
+        artifacts.trie,
+        Decoding(weights.config.evaluation.beam, weights.softmax_scope),
+        None if base is None else artifacts.language_model,
+        weights.prompt,
+    )
+    with one_process(weights.config.launch) as parallel:
+        backbone, plan = shapes_of_backbone(weights.config, artifacts, weights.seed)
+        if plan is None:
+            export_model(out, backbone, StoredTensors(backbone, weights.folder), parts, dtype)
+        elif has_adapters and not arguments.merge:
+            adapters = AdapterTensors(backbone, weights.folder)
+            export_adapter(out, backbone, adapters, parts, dtype, str(base))
         else:
-            if arguments.merge:
-                _merge(trained, dtype)
-            export_model(out, backbone, *items, dtype, language_model, trained.prompt)
+            merged = MergedTensors(backbone, plan, weights.folder)
+            # In fp32 nothing is rounded away.
+            if arguments.merge and dtype != torch.float32:
+                histories = _histories(weights)
+                shift = logit_shift(merged, plan, backbone, dtype, histories, parallel.device)
+                print_plain(
+                    f"merged in fp32 and rounded to {arguments.dtype} once: this moves the logits "
+                    f"by {shift.by_rounding:.2%} of their norm, the adapters move them by "
+                    f"{shift.by_adapters:.2%} ({len(histories)} users)"
+                )
+            export_model(out, backbone, merged, parts, dtype)
     console.print(f"exported: {out}", highlight=False, markup=False)
 
 
-def _merge(trained: TrainedModel, dtype: torch.dtype) -> None:
-    """Merge the adapters, and print what the rounding costs."""
-    dataset = trained.artifacts.dataset
-    users = trained.artifacts.validation_users(SAMPLE_USERS)
+def _histories(weights: TrainedWeights) -> list[torch.Tensor]:
+    """What the model reads of some validation users, int64 [S] each."""
+    dataset, inputs = weights.artifacts.dataset, weights.inputs
+    users = weights.artifacts.validation_users(SAMPLE_USERS)
     histories = HistoryRanges(dataset.items, dataset.offsets[users], dataset.offsets[users + 1])
     sequences: list[torch.Tensor] = []
-    for rows in trained.inputs.batches(histories, SAMPLE_USERS):
-        prefixes = trained.inputs.prefixes(histories, rows)
+    for rows in inputs.batches(histories, SAMPLE_USERS):
+        prefixes = inputs.prefixes(histories, rows)
         lengths = [prefixes.tokens.shape[1]] * len(rows)
         if prefixes.lengths is not None:
             lengths = prefixes.lengths.tolist()
         sequences += [row[:n] for row, n in zip(prefixes.tokens, lengths, strict=True)]
-    shift = merge_rounded(trained.backbone, dtype, sequences)
-    if shift is not None:
-        print_plain(
-            f"merged in fp32 and rounded to {str(dtype).removeprefix('torch.')} once: this moves "
-            f"the logits by {shift.by_rounding:.2%} of their norm, the adapters move them by "
-            f"{shift.by_adapters:.2%} ({len(sequences)} users)"
-        )
+    return sequences

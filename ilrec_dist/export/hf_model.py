@@ -31,9 +31,10 @@ from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import NO_TOKEN
 from ilrec_dist.model.gpt import Backbone
-from ilrec_dist.model.hf.checkpoint import save_weights
+from ilrec_dist.model.hf.checkpoint import SHARD_BYTES, write_config
 from ilrec_dist.model.hf.config import read_config
-from ilrec_dist.model.hf.peft import save_adapter
+from ilrec_dist.model.hf.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_config
+from ilrec_dist.model.hf.tensor_files import TensorRows, write_tensors
 
 # What `generate` does unless it is told otherwise. Every field is written: an unset one would be
 # filled from defaults of the library, and a repetition penalty acts on the codes of the history.
@@ -68,49 +69,49 @@ class Decoding:
         return self.softmax_scope == "valid_next"
 
 
-def export_model(
-    out: Path,
-    backbone: Backbone,
-    dataset: InteractionDataset,
-    catalogue: Catalogue,
-    trie: Trie,
-    decoding: Decoding,
-    dtype: torch.dtype,
-    language_model: Path | None = None,
-    prompt: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the folder `out`, whole or not at
-    all; for a process without tensor parallelism.
+@dataclass(frozen=True)
+class ModelParts:
+    """What a model's folder has besides its weights."""
 
-    language_model: the folder with the extended tokenizer and the config.json of the
-    pretrained model that the training began with; None for one trained from scratch.
-    prompt: what is written to prompt.json, where the model answers prompts in words.
-    Weights are written in `dtype`; one that training left alone and that the pretrained
-    model has in that dtype comes out byte for byte. Adapters are merged before.
+    dataset: InteractionDataset
+    catalogue: Catalogue
+    trie: Trie
+    decoding: Decoding
+    # The folder with the extended tokenizer and the config.json of the pretrained model that the
+    # training began with; None for one trained from scratch.
+    language_model: Path | None = None
+    # What is written to prompt.json, where the model answers prompts in words.
+    prompt: Mapping[str, Any] | None = None
+
+
+def export_model(
+    out: Path, backbone: Backbone, tensors: TensorRows, parts: ModelParts, dtype: torch.dtype
+) -> None:
+    """Write the folder `out`, whole or not at all.
+
+    backbone: of the architecture, without values. tensors: by the checkpoint's names;
+    they are written in `dtype`, in files of at most SHARD_BYTES, one after the other. A
+    weight that has that dtype comes out byte for byte.
 
     Raises UserError when `out` exists, when no Hugging Face family has the backbone's
     architecture, and for items that are titles in a vocabulary of their own.
     """
-    vocabulary = catalogue.vocabulary
-    token_ids = {"pad_token_id": vocabulary.padding, "bos_token_id": None, "eos_token_id": None}
-    if language_model is not None:
-        token_ids |= read_config(language_model).token_ids
-    items = dataset, catalogue, trie, decoding
-    with _new_folder(out, *items, language_model, prompt) as weights:
-        save_weights(backbone, weights, dtype, token_ids)
+    padding = parts.catalogue.vocabulary.padding
+    token_ids = {"pad_token_id": padding, "bos_token_id": None, "eos_token_id": None}
+    if parts.language_model is not None:
+        token_ids |= read_config(parts.language_model).token_ids
+    with _new_folder(out, parts) as staged:
+        write_config(staged, backbone, dtype, token_ids)
+        write_tensors(tensors, staged, dtype, SHARD_BYTES)
 
 
 def export_adapter(
     out: Path,
     backbone: Backbone,
-    dataset: InteractionDataset,
-    catalogue: Catalogue,
-    trie: Trie,
-    decoding: Decoding,
+    tensors: TensorRows,
+    parts: ModelParts,
     dtype: torch.dtype,
-    language_model: Path,
     base: str,
-    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters for PEFT in place of the
     weights, otherwise as `export_model` does.
@@ -118,24 +119,15 @@ def export_adapter(
     base: the folder or name of the pretrained
     model, as PEFT's configuration records it.
     """
-    items = dataset, catalogue, trie, decoding
-    with _new_folder(out, *items, language_model, prompt) as weights:
-        save_adapter(backbone, weights, base, dtype)
+    with _new_folder(out, parts) as staged:
+        write_json(staged / CONFIG_FILE, adapter_config(backbone, base))
+        write_tensors(tensors, staged, dtype, single_file=WEIGHTS_FILE)
 
 
 @contextmanager
-def _new_folder(
-    out: Path,
-    dataset: InteractionDataset,
-    catalogue: Catalogue,
-    trie: Trie,
-    decoding: Decoding,
-    language_model: Path | None,
-    prompt: Mapping[str, Any] | None,
-) -> Iterator[Path]:
-    """A path for the folder of the weights' files,
-    whose content joins all the others in `out`.
-    """
+def _new_folder(out: Path, parts: ModelParts) -> Iterator[Path]:
+    """The folder that becomes `out`, for the weights; the other files follow."""
+    catalogue, language_model = parts.catalogue, parts.language_model
     if out.exists():
         raise UserError(f"{out}: already exists; choose a folder to create")
     if catalogue.pieces is not None and language_model is None:
@@ -145,19 +137,15 @@ def _new_folder(
         )
     try:
         with committed_folder(out) as staged:
-            weights = staged / "weights"
-            yield weights
-            for path in weights.iterdir():
-                path.rename(staged / path.name)
-            weights.rmdir()
+            yield staged
             if language_model is None:
                 own_tokenizer(catalogue).save(str(staged / "tokenizer.json"))
                 write_json(staged / "tokenizer_config.json", TOKENIZER_CONFIG)
             else:
                 _copy_tokenizer(language_model, staged)
-            write_item_files(staged, dataset, catalogue, trie, decoding)
-            if prompt is not None:
-                write_json(staged / "prompt.json", prompt)
+            write_item_files(staged, parts.dataset, catalogue, parts.trie, parts.decoding)
+            if parts.prompt is not None:
+                write_json(staged / "prompt.json", parts.prompt)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 

@@ -187,11 +187,11 @@ class Backbone(nn.Module):
         context: AttentionContext = packed or branches
         cut = self._token_cut(tokens)
         if packed is not None:
-            hidden, rotary = self._embed(tokens, 0, packed.max_length, packed.positions, cut)
+            hidden, rotary = self.embed(tokens, 0, packed.max_length, packed.positions, cut)
         elif branches is not None:
-            hidden, rotary = self._embed(tokens, 0, branches.num_positions, branches.positions, cut)
+            hidden, rotary = self.embed(tokens, 0, branches.num_positions, branches.positions, cut)
         else:
-            hidden, rotary = self._embed(tokens, 0, tokens.shape[1], None, cut)
+            hidden, rotary = self.embed(tokens, 0, tokens.shape[1], None, cut)
         first = self.config.num_layers - num_intermediate
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         taps = []
@@ -217,7 +217,7 @@ class Backbone(nn.Module):
         if lengths is not None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             cache.padding = positions >= lengths[:, None]
-        hidden, rotary = self._embed(tokens, 0, tokens.shape[1])
+        hidden, rotary = self.embed(tokens, 0, tokens.shape[1])
         return self._norm(self._run(hidden, cache, rotary)[:, 0]), cache
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class Backbone(nn.Module):
             cache.reorder(parents)
         position = cache.prefix + cache.suffix
         positions = None if cache.lengths is None else cache.lengths[:, None] + cache.suffix
-        hidden, rotary = self._embed(tokens, position, position + 1, positions)
+        hidden, rotary = self.embed(tokens, position, position + 1, positions)
         hidden = self._run(hidden, cache, rotary)
         cache.suffix += 1
         return self._norm(hidden)
@@ -256,7 +256,7 @@ class Backbone(nn.Module):
     def _norm(self, hidden: Tensor) -> Tensor:
         return normed(self.gpt.decoder.final_layernorm, hidden)[0]
 
-    def _embed(
+    def embed(
         self,
         tokens: Tensor,
         start: int,

@@ -81,10 +81,27 @@ def load_partial(backbone: Backbone, folder: Path) -> None:
     """Fill what `train_partially` attached from a
     folder of weights, of which each rank reads its part.
 
+    UserError as in `partial_reader`.
+    """
+    reader, adapters = partial_reader(backbone, folder), backbone.lora
+    if isinstance(adapters, Lora):
+        read_adapter(adapters, reader)
+    tables = backbone.vocabulary_tables
+    low, high = local_added_rows(backbone, backbone.tp_group.rank())
+    first = backbone.vocab_range[0] - backbone.added_rows[0]
+    if high > low:
+        for name, table in tables.items():
+            table[low:high] = reader.read(ROWS + name, 0, low + first, high + first)
+    if backbone.trained_rows is not None:
+        backbone.trained_rows.read_from(tables)
+
+
+def partial_reader(backbone: Backbone, folder: Path) -> TensorReader:
+    """Open the weights of a training that `train_partially` began.
+
     UserError names a tensor that is missing, left over or of another shape.
     """
-    reader = TensorReader(folder)
-    adapters = backbone.lora
+    reader, adapters = TensorReader(folder), backbone.lora
     shapes = adapter_shapes(adapters) if isinstance(adapters, Lora) else {}
     start, stop = backbone.added_rows
     tables = backbone.vocabulary_tables
@@ -97,12 +114,4 @@ def load_partial(backbone: Backbone, folder: Path) -> None:
                 f"{folder}: tensor {name!r} has shape {shape}, expected {shapes.get(name)}; is it "
                 "of another configuration?"
             )
-    if isinstance(adapters, Lora):
-        read_adapter(adapters, reader)
-    low, high = local_added_rows(backbone, backbone.tp_group.rank())
-    first = backbone.vocab_range[0] - start
-    if high > low:
-        for name, table in tables.items():
-            table[low:high] = reader.read(ROWS + name, 0, low + first, high + first)
-    if backbone.trained_rows is not None:
-        backbone.trained_rows.read_from(tables)
+    return reader

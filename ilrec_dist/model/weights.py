@@ -26,7 +26,7 @@ from ilrec_dist.common.run_layout import BASE_SHA256, RESULT, WEIGHTS_SHA256
 from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.tensor_files import INDEX_FILE, TensorReader, read_slice
-from ilrec_dist.model.partial import load_partial, partial_state_dict
+from ilrec_dist.model.partial import load_partial, partial_reader, partial_state_dict
 from ilrec_dist.model.sharding import full_shape, shard_spec
 from ilrec_dist.model.weight_layout import (
     PlannedFile,
@@ -88,23 +88,44 @@ def load_training_weights(backbone: Backbone, folder: Path) -> Backbone:
     SHA-256 is known, a tensor that is missing, left over, of another shape or not
     finite, and where a partial training began with other weights than the backbone's.
     """
-    repair = f"restore it, or delete {folder.parent} and run `ilrec run` again"
-    result = _check_manifest(folder, repair)
     if backbone.base_sha256 is None:
-        _load_slices(backbone, folder, repair)
-        return backbone.eval()
-    base = result["model"][BASE_SHA256]
+        _load_slices(backbone, folder)
+    else:
+        verified_partial(backbone, folder)
+        load_partial(backbone, folder)
+    return backbone.eval()
+
+
+def verified_partial(backbone: Backbone, folder: Path) -> TensorReader:
+    """Open the weights of a training that left most of a model's as they are, compared
+    with the manifest.
+
+    UserError as in `load_training_weights`.
+    """
+    repair = _repair(folder)
+    base = _check_manifest(folder, repair)["model"][BASE_SHA256]
     if base != backbone.base_sha256:
         raise UserError(
             f"{folder}: trained on a model whose weights have the SHA-256 {base}, and "
             f"those in backbone.from have {backbone.base_sha256}; restore that model"
         )
     verify(folder, repair=repair)
-    load_partial(backbone, folder)
-    reader = TensorReader(folder)
+    reader = partial_reader(backbone, folder)
     for name, entry in reader.entries.items():
-        _require_finite(name, reader.read(name, 0, 0, entry.shape[0]), folder)
-    return backbone.eval()
+        require_finite(name, reader.read(name, 0, 0, entry.shape[0]), folder)
+    return reader
+
+
+def verified_weights(backbone: Backbone, folder: Path) -> StoredWeights:
+    """Describe the weights of a training of all of them, compared with the manifest and
+    with the backbone, whose values are not used.
+
+    UserError as in `load_training_weights`.
+    """
+    repair = _repair(folder)
+    stored = _open_stored(backbone, folder)
+    verify(folder, sorted(set(stored.files.values())), repair)
+    return stored
 
 
 def manifest_is(folder: Path, sha256: str) -> bool:
@@ -123,11 +144,24 @@ def _check_manifest(folder: Path, repair: str) -> dict[str, Any]:
     return result
 
 
-def _load_slices(backbone: Backbone, folder: Path, repair: str) -> None:
-    """Fill all of this rank's weights."""
+def _repair(folder: Path) -> str:
+    """What to do about a damaged file of the folder."""
+    return f"restore it, or delete {folder.parent} and run `ilrec run` again"
+
+
+def _open_stored(backbone: Backbone, folder: Path) -> StoredWeights:
+    """The index, compared with the manifest and the backbone."""
+    repair = _repair(folder)
+    _check_manifest(folder, repair)
     verify(folder, [INDEX_FILE], repair)
-    stored, tensors = StoredWeights.open(folder), _cut_tensors(backbone)
-    _check_tensors(folder, stored, tensors)
+    stored = StoredWeights.open(folder)
+    _check_tensors(folder, stored, _cut_tensors(backbone))
+    return stored
+
+
+def _load_slices(backbone: Backbone, folder: Path) -> None:
+    """Fill all of this rank's weights."""
+    stored, tensors = _open_stored(backbone, folder), _cut_tensors(backbone)
     tp, rank = backbone.tp_group.size(), backbone.tp_group.rank()
     parameters = dict(backbone.gpt.named_parameters())
     wanted = [
@@ -135,16 +169,17 @@ def _load_slices(backbone: Backbone, folder: Path, repair: str) -> None:
         for name, piece in stored.tensors.items()
         for part in slices(piece.shape, tensors[name].spec, piece.pieces(stored.tp), rank, tp)
     ]
-    verify(folder, sorted({file for _, _, file, _ in wanted}), repair)
+    verify(folder, sorted({file for _, _, file, _ in wanted}), _repair(folder))
     for name, key, file, part in wanted:
         values = read_slice(folder / file, key, part.dim, part.start, part.stop)
-        _require_finite(name, values, folder)
+        require_finite(name, values, folder)
         parameters[name].narrow(part.dim, part.target, part.stop - part.start).copy_(values)
     if backbone.trained_rows is not None:
         backbone.trained_rows.read_from(backbone.vocabulary_tables)
 
 
-def _require_finite(name: str, tensor: Tensor, folder: Path) -> None:
+def require_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    """Raise UserError where a tensor of a training's weights has NaN or infinity."""
     # NaN is the smallest and the largest number of whatever holds one.
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(

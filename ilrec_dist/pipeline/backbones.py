@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from ilrec_dist.config.tree import Config
 from ilrec_dist.items.language_model import title_counts
 from ilrec_dist.model import build
 from ilrec_dist.model.decoder import max_positions
 from ilrec_dist.model.gpt import Backbone
+from ilrec_dist.model.hf.checkpoint import CheckpointPlan, plan_checkpoint
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.new_rows import NewRows
 from ilrec_dist.model.partial import separate_rows, train_partially
@@ -45,6 +48,24 @@ def empty_backbone(config: Config, artifacts: RunArtifacts, seed: int) -> Backbo
         build.load_pretrained(backbone, config.backbone.from_)
     _choose_trained(config, artifacts, backbone)
     return backbone
+
+
+def shapes_of_backbone(
+    config: Config, artifacts: RunArtifacts, seed: int
+) -> tuple[Backbone, CheckpointPlan | None]:
+    """As `empty_backbone`, but without values, which takes no memory.
+
+    Also returns where the pretrained weights are, where a training left most of them.
+    """
+    plan = None
+    with torch.device("meta"):
+        if config.backbone.from_ is None:
+            return _from_scratch(config, artifacts, seed, initialize=False), None
+        backbone = _unfilled(config, artifacts, seed)
+    if config.train.trainable != "full":
+        plan = plan_checkpoint(backbone, config.backbone.from_)
+    _choose_trained(config, artifacts, backbone)
+    return backbone, plan
 
 
 def _unfilled(config: Config, artifacts: RunArtifacts, seed: int) -> Backbone:

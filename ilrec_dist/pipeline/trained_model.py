@@ -23,6 +23,7 @@ from ilrec_dist.distributed.process_groups import destroy_parallel, initialize_p
 from ilrec_dist.inference.inputs import InputForm
 from ilrec_dist.inference.parallel_head import SoftmaxScope
 from ilrec_dist.inference.ranker import ModelRanker
+from ilrec_dist.launch.config import LaunchConfig
 from ilrec_dist.launch.device import quiet, resolve_device, set_cpu_threads
 from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
@@ -53,8 +54,6 @@ class TrainedModel:
     parallel: ParallelState
     # What the model reads of a history.
     inputs: InputForm
-    # What is to be known to ask it in words elsewhere; None for plain sequences.
-    prompt: dict[str, Any] | None = None
 
     @property
     def ranker(self) -> ModelRanker:
@@ -84,12 +83,30 @@ class TrainedWeights:
     # The training's result.json.
     result: dict[str, Any]
 
+    @property
+    def softmax_scope(self) -> SoftmaxScope:
+        """What a token's probability is over."""
+        scope: SoftmaxScope = self.result["model"]["softmax_scope"]
+        return scope
+
+    @property
+    def inputs(self) -> InputForm:
+        """As in `TrainedModel`."""
+        return input_form(self.config, self.artifacts, self.result["model"]["prompts"])
+
+    @property
+    def prompt(self) -> dict[str, Any] | None:
+        """What is to be known to ask the model in words elsewhere; None for plain
+        sequences.
+        """
+        prompt = self.result["model"]["prompts"]
+        return None if prompt is None else prompt["template"] | {"chat": self.config.prompts.chat}
+
     def load(self, parallel: ParallelState) -> TrainedModel:
         """The model in eval mode; a collective over `parallel`."""
-        config, artifacts, model = self.config, self.artifacts, self.result["model"]
+        config, artifacts = self.config, self.artifacts
         backbone = empty_backbone(config, artifacts, self.seed)
         backbone = load_training_weights(backbone, self.folder).to(parallel.device)
-        prompt = model["prompts"]
         return TrainedModel(
             config,
             artifacts,
@@ -97,10 +114,9 @@ class TrainedWeights:
             self.seed,
             backbone,
             self.folder,
-            model["softmax_scope"],
+            self.softmax_scope,
             parallel,
-            input_form(config, artifacts, prompt),
-            None if prompt is None else prompt["template"] | {"chat": config.prompts.chat},
+            self.inputs,
         )
 
 
@@ -134,14 +150,20 @@ def loaded_here(weights: TrainedWeights) -> Iterator[TrainedModel]:
 
     Raises UserError where the weights are not those of the training.
     """
+    with one_process(weights.config.launch) as parallel:
+        yield weights.load(parallel)
+
+
+@contextmanager
+def one_process(launch: LaunchConfig) -> Iterator[ParallelState]:
+    """What a model needs in this process alone, while the block lasts."""
     quiet()
-    launch = weights.config.launch
     device, threads = resolve_device(launch), torch.get_num_threads()
     set_cpu_threads(launch)
     is_own_group = not dist.is_initialized()
     parallel = initialize_parallel(1, device)
     try:
-        yield weights.load(parallel)
+        yield parallel
     finally:
         # Each of Megatron's groups has a thread, which ends with torch.distributed only.
         destroy_parallel(process_group=is_own_group)

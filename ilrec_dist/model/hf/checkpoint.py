@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,34 @@ from ilrec_dist.model.hf.tensor_files import TensorReader, TensorWriter
 SHARD_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What a folder's tensors are to a backbone: by the backbone's parameter, the names
+    of its tensors and its full shape.
+    """
+
+    reader: TensorReader
+    # The rows that config.json gives to the vocabulary tables.
+    vocab_rows: int
+    parameters: dict[str, tuple[list[str], list[int]]]
+
+
+def plan_checkpoint(backbone: Backbone, folder: str | Path) -> CheckpointPlan:
+    """Find a backbone's tensors in a Hugging Face folder, of which headers are read.
+
+    Sets the backbone's family. UserError as in `load_weights`.
+    """
+    path = Path(folder) / "config.json"
+    tree = read_json_object(path)
+    backbone.checkpoint_family = family_of_json(tree, path).model_type
+    reader, rows = TensorReader(Path(folder)), tree["vocab_size"]
+    parameters = {
+        name: _plan(backbone, name, parameter, reader, rows)
+        for name, parameter in backbone.gpt.named_parameters()
+    }
+    return CheckpointPlan(reader, rows, parameters)
+
+
 @torch.no_grad()
 def load_weights(backbone: Backbone, folder: str | Path, new_rows: NewRows | None = None) -> None:
     """Fill the backbone from a folder whose `read_config` gave its configuration.
@@ -43,17 +72,10 @@ def load_weights(backbone: Backbone, folder: str | Path, new_rows: NewRows | Non
     the file and the tensor that is missing, damaged or of another shape; every rank
     raises the same one, before it has read any weights.
     """
-    path = Path(folder) / "config.json"
-    tree = read_json_object(path)
-    backbone.checkpoint_family = family_of_json(tree, path).model_type
-    reader = TensorReader(Path(folder))
-    tp, rank = backbone.tp_group.size(), backbone.tp_group.rank()
-    plans = {
-        name: _plan(backbone, name, parameter, reader, tree["vocab_size"])
-        for name, parameter in backbone.gpt.named_parameters()
-    }
+    plan = plan_checkpoint(backbone, folder)
+    reader, tp, rank = plan.reader, backbone.tp_group.size(), backbone.tp_group.rank()
     for name, parameter in backbone.gpt.named_parameters():
-        keys, full = plans[name]
+        keys, full = plan.parameters[name]
         backbone.checkpoint_dtypes[name] = reader.entry(keys[0]).dtype
         if sharding.is_vocabulary(name):
             _load_vocabulary(backbone, name, parameter, reader, keys[0], full)
@@ -87,8 +109,7 @@ def save_weights(
     """
     folder, is_rank0 = Path(folder), dist.get_rank() == 0
     backbone.write_trained_rows()
-    family = family_of_config(backbone.config, backbone.checkpoint_family)
-    tree = config_json(backbone.config, family, backbone.vocab_size, backbone.max_positions)
+    family_of_config(backbone.config, backbone.checkpoint_family)
     problem: UserError | NotWritable | None = None
     with ExitStack() as stack:
         if is_rank0:
@@ -108,7 +129,7 @@ def save_weights(
         if writer is not None:
             try:
                 writer.close()
-                _write_json_files(staged, tree, _written_dtype(backbone, dtype), token_ids or {})
+                write_config(staged, backbone, _written_dtype(backbone, dtype), token_ids or {})
                 stack.close()
             except (OSError, SafetensorError, NotWritable) as error:
                 problem = not_writable(error, folder) or UserError(
@@ -246,9 +267,15 @@ def _written_dtype(backbone: Backbone, dtype: torch.dtype | None) -> torch.dtype
     return _tensor_dtype(backbone, name, parameter, dtype)
 
 
-def _write_json_files(
-    folder: Path, tree: dict[str, Any], dtype: torch.dtype, token_ids: Mapping[str, Any]
+def write_config(
+    folder: Path, backbone: Backbone, dtype: torch.dtype, token_ids: Mapping[str, Any]
 ) -> None:
+    """Write config.json and generation_config.json of a backbone's checkpoint.
+
+    UserError when no family has this architecture.
+    """
+    family = family_of_config(backbone.config, backbone.checkpoint_family)
+    tree = config_json(backbone.config, family, backbone.vocab_size, backbone.max_positions)
     name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**tree, **token_ids, "dtype": name, "torch_dtype": name})
     write_json(folder / "generation_config.json", {"do_sample": False, "num_beams": 1, **token_ids})

@@ -105,8 +105,8 @@ def adapter_shapes(adapters: Lora) -> dict[str, list[int]]:
     for layer in adapters.linears():
         for part, module in layer.targeted():
             rows, columns = layer.shapes[part]
-            shapes[_tensor_name(module, "A")] = [adapters.config.rank, columns]
-            shapes[_tensor_name(module, "B")] = [rows, adapters.config.rank]
+            shapes[tensor_name(module, "A")] = [adapters.config.rank, columns]
+            shapes[tensor_name(module, "B")] = [rows, adapters.config.rank]
     return shapes
 
 
@@ -115,8 +115,8 @@ def read_adapter(adapters: Lora, reader: TensorReader) -> None:
     """Fill the adapters with their tensors, of which every rank takes its own part."""
     for layer in adapters.linears():
         for part, module in layer.targeted():
-            a = reader.read(_tensor_name(module, "A"), 0, 0, adapters.config.rank)
-            b = reader.read(_tensor_name(module, "B"), 0, 0, layer.shapes[part][0])
+            a = reader.read(tensor_name(module, "A"), 0, 0, adapters.config.rank)
+            b = reader.read(tensor_name(module, "B"), 0, 0, layer.shapes[part][0])
             layer.parameter_a(module).copy_(layer.local_a(a))
             layer.parameter_b(module).copy_(layer.local_b(part, b))
 
@@ -154,12 +154,7 @@ def save_adapter(
         for name, rows in added_row_tensors(backbone).items():
             tensors[f"{PREFIX}{TABLES[name]}.token_adapter.trainable_tokens_delta"] = rows
     if dist.get_rank() == 0:
-        tree = _config_json(adapters.config, base)
-        if backbone.added_rows[0] < backbone.added_rows[1]:
-            indices = list(range(*backbone.added_rows))
-            tree["trainable_token_indices"] = {
-                TABLES[name].split(".")[-1]: indices for name in backbone.vocabulary_tables
-            }
+        tree = adapter_config(backbone, base)
         try:
             if folder.exists():
                 raise FileExistsError("already exists; choose a folder to create")
@@ -212,17 +207,21 @@ def _full_adapter(layer: LoraLinear, part: int, module: str) -> dict[str, Tensor
     if layer.group.rank() != 0:
         return {}
     return {
-        _tensor_name(module, "A"): full_a.cpu().contiguous().clone(),
-        _tensor_name(module, "B"): full_b.cpu().contiguous().clone(),
+        tensor_name(module, "A"): full_a.cpu().contiguous().clone(),
+        tensor_name(module, "B"): full_b.cpu().contiguous().clone(),
     }
 
 
-def _tensor_name(module: str, factor: str) -> str:
+def tensor_name(module: str, factor: str) -> str:
+    """PEFT's name of a module's A or B, by the module's name in the checkpoint."""
     return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
-def _config_json(lora: LoraConfig, base: str) -> dict[str, Any]:
-    return {
+def adapter_config(backbone: Backbone, base: str) -> dict[str, Any]:
+    """adapter_config.json of a backbone's adapters and rows of added tokens."""
+    assert isinstance(backbone.lora, Lora)
+    lora = backbone.lora.config
+    tree: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -234,3 +233,9 @@ def _config_json(lora: LoraConfig, base: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if backbone.added_rows[0] < backbone.added_rows[1]:
+        indices = list(range(*backbone.added_rows))
+        tree["trainable_token_indices"] = {
+            TABLES[name].split(".")[-1]: indices for name in backbone.vocabulary_tables
+        }
+    return tree

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +20,8 @@ from ilrec_dist.common.files import read_json_object, write_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Bytes of rows that `write_tensors` holds at a time, where no row is larger.
+BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,79 @@ class TensorReader:
             ) from None
 
 
+class TensorRows(Protocol):
+    """Tensors that are made some rows at a time, by their names."""
+
+    shapes: dict[str, list[int]]
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, on the CPU, of any dtype."""
+
+
+def row_blocks(shape: Sequence[int], element_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of a tensor's rows that have about BLOCK_BYTES each."""
+    size = max(1, BLOCK_BYTES // max(1, element_bytes * math.prod(shape[1:])))
+    for start in range(0, shape[0], size):
+        yield start, min(start + size, shape[0])
+
+
+def write_tensors(
+    tensors: TensorRows,
+    folder: Path,
+    dtype: torch.dtype,
+    max_bytes: int | None = None,
+    single_file: str = SINGLE_FILE,
+) -> None:
+    """Write tensors to safetensors files, one after the other, and their index last.
+
+    A file has at most max_bytes, where no tensor is larger; None stands for one file.
+    It is written a block of rows at a time. A single file is named single_file and gets
+    no index. Raises OSError where it cannot be written.
+    """
+    files: list[list[str]] = [[]]
+    free = math.inf if max_bytes is None else max_bytes
+    sizes = {key: dtype.itemsize * math.prod(shape) for key, shape in tensors.shapes.items()}
+    for key, size in sizes.items():
+        if files[-1] and size > free:
+            files.append([])
+            free = math.inf if max_bytes is None else max_bytes
+        files[-1].append(key)
+        free -= size
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(files):
+        name = shard_name(number, len(files)) if len(files) > 1 else single_file
+        _write_file(folder / name, tensors, keys, dtype)
+        weight_map |= dict.fromkeys(keys, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index)
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of a model's file, `number` from 0 on, of `count` files."""
+    return SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_file(path: Path, tensors: TensorRows, keys: Sequence[str], dtype: torch.dtype) -> None:
+    (code,) = (code for code, known in DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key in keys:
+        end = offset + dtype.itemsize * math.prod(tensors.shapes[key])
+        shape = tensors.shapes[key]
+        header[key] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    # The format aligns the arrays.
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            for start, stop in row_blocks(tensors.shapes[key], torch.float32.itemsize):
+                block = tensors.rows(key, start, stop).to(dtype).contiguous()
+                file.write(block.view(torch.uint8).numpy().data)
+
+
 class TensorWriter:
     """Writes tensors to safetensors files of about max_bytes each, and their index.
 
@@ -144,9 +222,7 @@ class TensorWriter:
         count = len(self.files)
         weight_map: dict[str, str] = {}
         for number, keys in enumerate(self.files):
-            name = (
-                SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            )
+            name = shard_name(number, count)
             self._path(number).rename(self.folder / name)
             weight_map |= dict.fromkeys(keys, name)
         if count > 1:
