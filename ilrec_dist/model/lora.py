@@ -311,22 +311,6 @@ def add_lora(backbone: Backbone, lora: LoraConfig, seed: int = 0) -> Lora:
     return backbone.lora
 
 
-@torch.no_grad()
-def merge_lora(backbone: Backbone) -> None:
-    """Add the adapters to the weights, in fp32 and rounded once, and detach them.
-
-    Every rank merges its own shards; nothing is communicated.
-    """
-    adapters: Lora = backbone.lora  # type: ignore[assignment]
-    for name, weight in backbone.gpt.named_parameters():
-        if _key(name) in adapters.layers:
-            layer = adapters.layers[_key(name)]
-            assert isinstance(layer, LoraLinear)
-            weight.copy_(weight.float() + layer.weight_delta())
-    adapters.detach()
-    backbone.lora = None
-
-
 def _adding(layer: nn.Module):  # type: ignore[no-untyped-def]
     """A forward hook that adds the adapters' output to the linear layer's."""
 

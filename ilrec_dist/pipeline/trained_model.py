@@ -121,15 +121,13 @@ class TrainedWeights:
 
 
 def find_trained(
-    config: Config, method: str | None = None, seed: int | None = None, *, exact: bool = False
+    config: Config, method: str | None = None, seed: int | None = None
 ) -> TrainedWeights:
     """The best weights of a run whose configuration is `config`.
 
     method: a name of train.methods; None takes the project's own where it was trained.
-    seed: None takes the run's first. exact: where the training left most of a model's
-    weights as they are, all weights are held in fp32, without the rounding of
-    train.precision. Raises UserError for a folder without such a finished training, and
-    where data or codes are not those of the training.
+    seed: None takes the run's first. Raises UserError for a folder without such a
+    finished training, and where data or codes are not those of the training.
     """
     method = get_method(method or default_method(config.train.methods)).name
     seed = config.train.seeds[0] if seed is None else seed
@@ -137,10 +135,6 @@ def find_trained(
     folder = artifacts.folders.training(method, seed) / BEST
     result = artifacts.trained_model(method, seed)
     config = _as_trained(config, result["model"], folder)
-    if exact and config.train.trainable != "full":
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, precision="fp32")
-        )
     return TrainedWeights(config, artifacts, method, seed, folder, result)
 
 
@@ -173,13 +167,13 @@ def one_process(launch: LaunchConfig) -> Iterator[ParallelState]:
 
 @contextmanager
 def open_trained_model(
-    run: Path, method: str | None = None, seed: int | None = None, *, exact: bool = False
+    run: Path, method: str | None = None, seed: int | None = None
 ) -> Iterator[TrainedModel]:
     """The model of the run in folder `run`, in this process, while the block lasts.
 
     The rest is as in `find_trained`.
     """
-    with loaded_here(find_trained(run_config(run), method, seed, exact=exact)) as trained:
+    with loaded_here(find_trained(run_config(run), method, seed)) as trained:
         yield trained
 
 

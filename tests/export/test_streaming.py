@@ -24,13 +24,12 @@ from ilrec_dist.model.config import BackboneConfig, LoraConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf import tensor_files
 from ilrec_dist.model.hf.checkpoint import load_weights, plan_checkpoint, save_weights
-from ilrec_dist.model.hf.peft import save_adapter
 from ilrec_dist.model.hf.tensor_files import write_tensors
-from ilrec_dist.model.lora import merge_lora
 from ilrec_dist.model.partial import train_partially
 from ilrec_dist.model.weights import save_training_weights
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.live_bytes import LiveBytes
+from tests.support.whole_adapters import merge_lora, save_adapter
 
 pytestmark = pytest.mark.slow
 BLOCK, SHARD = 24 << 10, 1 << 20

@@ -26,7 +26,8 @@ from ilrec_dist.data.dataset import load_dataset
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.model.hf.source import weights_sha256
 from ilrec_dist.pipeline.execute import execute
-from ilrec_dist.pipeline.trained_model import open_trained_model
+from ilrec_dist.pipeline.run_config import run_config
+from ilrec_dist.pipeline.trained_model import find_trained, loaded_here
 from ilrec_dist.testing.distributed import run_distributed
 from ilrec_dist.testing.whole_weights import whole_weights
 from tests.support.language_models import make_language_model, model_config
@@ -206,7 +207,11 @@ def export(config: Config, out: Path, *words: str) -> Path:
 
 @torch.no_grad()
 def our_logits(config: Config, prompt: torch.Tensor) -> torch.Tensor:
-    with open_trained_model(config.run_dir, "ilrec", exact=True) as trained:
+    weights = find_trained(run_config(config.run_dir), "ilrec")
+    # Without the rounding of train.precision.
+    exact = dataclasses.replace(weights.config.train, precision="fp32")
+    exact_config = dataclasses.replace(weights.config, train=exact)
+    with loaded_here(dataclasses.replace(weights, config=exact_config)) as trained:
         assert trained.backbone.lora is not None
         hidden = trained.backbone(prompt, torch.arange(prompt.numel())).final
         logits = hidden @ trained.backbone.head_weight.t()

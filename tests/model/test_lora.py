@@ -17,8 +17,8 @@ from ilrec_dist.model import lora
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
 from ilrec_dist.model.hf.config import read_config
-from ilrec_dist.model.hf.peft import load_adapter, read_lora_config, save_adapter
-from ilrec_dist.model.lora import LoraConfig, add_lora, merge_lora
+from ilrec_dist.model.hf.peft import load_adapter, read_lora_config
+from ilrec_dist.model.lora import LoraConfig, add_lora
 from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.pretrained import (
     make_pretrained,
@@ -27,6 +27,7 @@ from tests.support.pretrained import (
     relative_error,
     transformers_logits,
 )
+from tests.support.whole_adapters import merge_lora, save_adapter
 
 pytestmark = pytest.mark.slow
 

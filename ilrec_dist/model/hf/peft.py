@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ilrec_dist.common.disk import not_writable
-from ilrec_dist.common.errors import NotWritable, UserError
-from ilrec_dist.common.files import committed_folder, read_json_object, write_json
+from ilrec_dist.common.errors import UserError
+from ilrec_dist.common.files import read_json_object
 from ilrec_dist.model.config import LoraConfig, TargetModule
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import (
     gather_rows_to_first,
     gather_to_first,
-    raise_everywhere,
 )
 from ilrec_dist.model.hf.tensor_files import TensorReader
 from ilrec_dist.model.lora import Lora, LoraLinear, add_lora
@@ -132,41 +126,6 @@ def adapter_tensors(adapters: Lora) -> dict[str, Tensor]:
         for part, module in layer.targeted():
             tensors |= _full_adapter(layer, part, module)
     return tensors
-
-
-def save_adapter(
-    backbone: Backbone, folder: str | Path, base: str = "", dtype: torch.dtype | None = None
-) -> None:
-    """Write the adapters as a folder that `PeftModel` loads; a collective.
-
-    base: the base model's folder or name, which PEFT's configuration records. dtype: of
-    the file; None stands for that of the parameters. The rows of added tokens are
-    PEFT's trainable tokens: the base's embedding must have been resized to the
-    backbone's vocab_size before the adapter is loaded. `folder` must not exist; it
-    appears whole or not at all. UserError, on every rank, when it cannot be written.
-    """
-    adapters: Lora = backbone.lora  # type: ignore[assignment]
-    folder = Path(folder)
-    problem: UserError | NotWritable | None = None
-    tensors: dict[str, Tensor] = {}
-    if parallel_state.get_data_parallel_rank() == 0:
-        tensors = adapter_tensors(adapters)
-        for name, rows in added_row_tensors(backbone).items():
-            tensors[f"{PREFIX}{TABLES[name]}.token_adapter.trainable_tokens_delta"] = rows
-    if dist.get_rank() == 0:
-        tree = adapter_config(backbone, base)
-        try:
-            if folder.exists():
-                raise FileExistsError("already exists; choose a folder to create")
-            with committed_folder(folder) as staged:
-                tensors = {
-                    name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()
-                }
-                save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
-                write_json(staged / CONFIG_FILE, tree)
-        except (OSError, SafetensorError, NotWritable) as error:
-            problem = not_writable(error, folder) or UserError(f"{folder}: {error}")
-    raise_everywhere(problem)
 
 
 def added_row_tensors(backbone: Backbone) -> dict[str, Tensor]:
