@@ -89,7 +89,7 @@ def _wanted(
                 folder.relative_to(folders.root).as_posix(): sha256(folder) for folder in reads
             },
             "settings": settings | {"exclude_seen": exclude},
-            "part_users": rankings.PART_USERS,
+            "part_users": rankings.part_users(config),
         }
         return json.dumps(content, sort_keys=True)
 

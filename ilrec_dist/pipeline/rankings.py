@@ -14,6 +14,7 @@ import numpy as np
 
 from ilrec_dist.common.parquet import is_whole_parquet
 from ilrec_dist.common.run_layout import COUNTER
+from ilrec_dist.config.tree import Config
 from ilrec_dist.distributed.layout import from_rank0, is_rank0
 from ilrec_dist.evaluation.predictions import Predictions, join_predictions
 from ilrec_dist.inference.ranker import RankingProgress
@@ -22,8 +23,16 @@ from ilrec_dist.reporting.counter import Count, write_counter
 
 # Users that are ranked before their predictions are saved: all that an interruption loses, and
 # all whose lists are in memory. With fewer, more batches would be short of users, for each has
-# histories of one length.
-PART_USERS = 1 << 14
+# histories of one length. Of a pretrained model it is this share of them: one of 135 million
+# weights ranks some ten users a second on a CPU.
+PART_USERS, PRETRAINED_SHARE = 1 << 14, 16
+
+
+def part_users(config: Config) -> int:
+    """The users of a part."""
+    if config.backbone.from_ is None:
+        return PART_USERS
+    return -(-PART_USERS // PRETRAINED_SHARE)
 
 
 class RankUsers(Protocol):
@@ -88,10 +97,11 @@ def rank_in_parts(
     """Rank `users`, ascending, and write the predictions of each way
     to its path, with what they are made with.
 
-    Collective; PART_USERS are ranked at a time, and rank 0 saves them. Parts that an
-    interrupted call has saved are not ranked again.
+    Collective; those of a part are ranked at a time, and rank 0 saves them.
+    Parts that an interrupted call has saved are not ranked again.
     """
-    starts = range(0, len(users), PART_USERS)
+    size = part_users(counter.artifacts.config)
+    starts = range(0, len(users), size)
     # The files of each part, one a path.
     parts = [
         [parts_folder(path) / f"{number:06d}.parquet" for path in made_with]
@@ -104,7 +114,7 @@ def rank_in_parts(
     for files, start, is_finished in zip(parts, starts, finished, strict=True):
         if is_finished:
             continue
-        part = users[start : start + PART_USERS]
+        part = users[start : start + size]
         ranked = rank(users=part, progress=counter.of(len(part), start))
         if is_rank0():
             for file, predictions, text in zip(files, ranked, made_with.values(), strict=True):

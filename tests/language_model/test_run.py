@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilrec_dist.cli import main
+from ilrec_dist.common.config_fields import config_to_dict
 from ilrec_dist.config.tree import Config
 from ilrec_dist.data.dataset import load_dataset
+from ilrec_dist.evaluation.predictions import Predictions
+from ilrec_dist.evaluation.ranking import evaluate_treatments
 from ilrec_dist.items.catalogue import Catalogue
 from ilrec_dist.items.language_model import LANGUAGE_MODEL
+from ilrec_dist.pipeline import evaluate_trained, rankings
 from ilrec_dist.pipeline.execute import execute, open_run
 from ilrec_dist.pipeline.trained_model import open_trained_model
+from ilrec_dist.pipeline.worker_tasks import train_and_evaluate
+from ilrec_dist.testing.distributed import Mesh, run_distributed
 from tests.support.exported import catalogue_ids, generated, recommended
 from tests.support.language_models import SPARE_ROWS, make_language_model, model_config
 from tests.support.shop import damage
@@ -185,3 +192,28 @@ def test_weights_that_training_left_alone_come_out_byte_for_byte(shop, tmp_path:
         original = tensor[:size] if "embed_tokens" in name else tensor
         assert written.dtype == original.dtype
         assert torch.equal(written.view(torch.uint8), original.view(torch.uint8)), name
+
+
+def parts_ranked(mesh: Mesh, tree: dict, before: dict[str, str]) -> list[int]:
+    """As a worker of `ilrec evaluate` does; the users of each part that was ranked."""
+    sizes: list[int] = []
+
+    def counted(*args: Any, users: np.ndarray, **rest: Any) -> list[Predictions]:
+        sizes.append(len(users))
+        return evaluate_treatments(*args, users=users, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rankings, "PART_USERS", 40 * rankings.PRETRAINED_SHARE)
+        patch.setattr(evaluate_trained, "evaluate_treatments", counted)
+        train_and_evaluate(tree, [], before)
+    return sizes
+
+
+def test_a_pretrained_models_evaluation_saves_small_parts(finished, tmp_path) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / finished.name)
+    config = dataclasses.replace(finished, runs_dir=str(tmp_path))
+    shutil.rmtree(tmp_path / finished.name / "evaluation")
+    before = open_run(config).fingerprints_before("evaluate")
+    (sizes,) = run_distributed(parts_ranked, 1, 1, config_to_dict(config), before)
+    users = len(load_dataset(config.run_dir / "data").evaluated("test"))
+    assert users > 80 and max(sizes) == 40 and sum(sizes) == 2 * users
