@@ -59,7 +59,6 @@ CHANGES: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.baselines=[gru4rec]": (set(), {"caser"}),
     "evaluation.baselines=[caser, gru4rec]": (set(), set()),
     "evaluation.examples=1": (set(), set()),
-    "evaluation.users=9": (EVERYTHING, set()),
     "data.synthetic.users=151": (EVERYTHING, set()),
     "data.both_directions=true": (TRAINED | SEQUENCE_MODELS | {"sasrec"}, set()),
     "items.codes_per_level=16": (TRAINED, set()),

@@ -109,6 +109,7 @@ def save_weights(
     """
     folder, is_rank0 = Path(folder), dist.get_rank() == 0
     backbone.write_trained_rows()
+    # An architecture of no family is refused before anything is written.
     family_of_config(backbone.config, backbone.checkpoint_family)
     problem: UserError | NotWritable | None = None
     with ExitStack() as stack:
