@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ilrec_dist.cli import main
@@ -179,6 +179,13 @@ def test_a_training_that_cannot_begin_starts_no_worker(tmp_path: Path, capsys) -
         execute(rewarded, "run")
     said = capsys.readouterr().out
     assert "index: unchanged" in said and "cf" not in said
+    assert not (rewarded.run_dir / "cf").exists()
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight' is missing"):
+        execute(model_config(tmp_path, model, train={"methods": ["ilrec"]}), "run")
     assert not (rewarded.run_dir / "cf").exists()
 
     class Untitled:

@@ -20,6 +20,7 @@ from ilrec_dist.model.config import BackboneConfig
 from ilrec_dist.model.gpt import Backbone
 from ilrec_dist.model.hf.checkpoint import load_weights, save_weights
 from ilrec_dist.model.hf.config import read_config
+from ilrec_dist.model.hf.expected import check_tensors, parameter_shapes
 from ilrec_dist.model.hf.families import (
     FAMILIES,
     TENSORS,
@@ -312,6 +313,31 @@ def test_damaged_and_missing_files_and_tensors_are_named_on_every_rank(tmp_path:
     for messages in run_distributed(refusals, 2, 2, [str(f) for f in folders.values()]):
         for message, words in zip(messages, expected, strict=True):
             assert all(word in message for word in words) and "\n" not in message, message
+    # Without a decoder the same is said.
+    for folder, message in zip(folders.values(), messages, strict=True):
+        with pytest.raises(UserError) as caught:
+            check_tensors(folder)
+        assert str(caught.value) == message
+
+
+def shapes_of_backbone(mesh: Mesh, folder: str) -> dict[str, list[int]]:
+    initialize_parallel(mesh.tp, "cpu")
+    try:
+        pretrained = read_config(folder)
+        model = Backbone(pretrained.config, pretrained.vocab_size, 8, initialize=False)
+        return {name: list(values.shape) for name, values in model.gpt.named_parameters()}
+    finally:
+        destroy_parallel()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_tensors_are_known_without_a_decoder(family: str, tmp_path: Path) -> None:
+    make_pretrained(family, tmp_path)
+    check_tensors(tmp_path)
+    (shapes,) = run_distributed(shapes_of_backbone, 1, 1, str(tmp_path))
+    pretrained = read_config(tmp_path)
+    padded = shapes["embedding.word_embeddings.weight"][0]
+    assert dict(parameter_shapes(pretrained.config, padded)) == shapes
 
 
 def save_refusals(mesh: Mesh, folder: str) -> list[str]:

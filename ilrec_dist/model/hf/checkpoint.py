@@ -153,15 +153,10 @@ def _plan(
     spec = sharding.shard_spec(name, backbone.config)
     full = sharding.full_shape(parameter.shape, spec, backbone.tp_group.size())
     for key, shape in zip(keys, tensor_shapes(name, full, backbone.config), strict=True):
-        entry = reader.entry(key)
         if sharding.is_vocabulary(name):
             # The backbone's table may have more: padding, and rows of added tokens.
             shape = [min(vocab_rows, backbone.vocab_size), *shape[1:]]
-        if entry.shape != shape:
-            raise UserError(
-                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {shape}; is it "
-                "the folder of this configuration?"
-            )
+        reader.require(key, shape)
     return keys, full
 
 

@@ -74,6 +74,15 @@ class TensorReader:
             raise UserError(f"{self.folder / name}: tensor {key!r} is missing")
         return self.entries[key]
 
+    def require(self, key: str, shape: Sequence[int]) -> None:
+        """Raise UserError where a tensor is missing or has another shape."""
+        entry = self.entry(key)
+        if entry.shape != list(shape):
+            raise UserError(
+                f"{entry.path}: tensor {key!r} has shape {entry.shape}, expected {list(shape)}; is "
+                "it the folder of this configuration?"
+            )
+
     def read(self, key: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of a tensor along `dim`, 0 or 1, in the file's dtype.
 

@@ -24,6 +24,7 @@ from ilrec_dist.launch.job import Job
 from ilrec_dist.launch.workers import run_workers
 from ilrec_dist.model.decoder import check_positions
 from ilrec_dist.model.hf.config import read_config
+from ilrec_dist.model.hf.expected import check_tensors
 from ilrec_dist.model.hf.source import weight_files
 from ilrec_dist.objective.registry import get_method
 from ilrec_dist.pipeline.artifacts import (
@@ -160,6 +161,7 @@ def check_trainings(config: Config) -> None:
     if config.backbone.from_ is None:
         return
     check_together(config, f"backbone.from {config.backbone.from_}")
+    check_tensors(config.backbone.from_)
     artifacts = RunArtifacts(config)
     if config.prompts.templates is not None:
         check_prompts(config, artifacts)
