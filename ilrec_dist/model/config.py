@@ -156,3 +156,22 @@ def tensor_parallel_problem(config: BackboneConfig, tp: int) -> str | None:
             "that is, or one that divides them"
         )
     return None
+
+
+def linear_shapes(config: BackboneConfig) -> dict[TargetModule, tuple[int, int]]:
+    """[out, in] of each of a layer's linear maps, by its name in a checkpoint."""
+    d, heads = config.hidden_size, config.num_heads
+    head_dim = config.head_dim or d // heads
+    groups = config.num_kv_heads or heads
+    feed_forward = config.ffn_hidden_size or 4 * d
+    shapes: dict[TargetModule, tuple[int, int]] = {
+        "q_proj": (heads * head_dim, d),
+        "k_proj": (groups * head_dim, d),
+        "v_proj": (groups * head_dim, d),
+        "o_proj": (d, heads * head_dim),
+        "up_proj": (feed_forward, d),
+        "down_proj": (d, feed_forward),
+    }
+    if config.activation == "swiglu":
+        shapes["gate_proj"] = (feed_forward, d)
+    return shapes

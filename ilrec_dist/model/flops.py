@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ilrec_dist.model.config import BackboneConfig, LoraConfig
+from ilrec_dist.model.config import BackboneConfig, LoraConfig, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def forward_flops(
     through the head, final layer and intermediate ones, how many
     columns of the vocabulary a row's logits are computed for.
     """
-    linear = sum(rows * columns for rows, columns in _linear_shapes(config).values())
+    linear = sum(rows * columns for rows, columns in linear_shapes(config).values())
     token = linear + _scores(config, work) + _adapters(config, lora)
     head = work.rows * config.hidden_size * sum(head_columns)
     return 2.0 * (config.num_layers * work.tokens * token + head)
@@ -75,7 +75,7 @@ def training_flops(
     forward = forward_flops(config, work, head_columns, trained.lora)
     if trained.all_weights:
         return 3 * forward
-    shapes = _linear_shapes(config)
+    shapes = linear_shapes(config)
     linear = sum(rows * columns for rows, columns in shapes.values())
     token = linear + 2 * _scores(config, work) + 2 * _adapters(config, trained.lora)
     layers = config.num_layers * work.tokens * token
@@ -89,23 +89,6 @@ def training_flops(
     return forward + 2.0 * (layers + work.rows * config.hidden_size * columns)
 
 
-def _linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] of each of a layer's linear maps, by its name in a checkpoint."""
-    d, heads = config.hidden_size, config.num_heads
-    head_dim = config.head_dim or d // heads
-    groups = config.num_kv_heads or heads
-    feed_forward = config.ffn_hidden_size or 4 * d
-    shapes = {
-        "q_proj": (heads * head_dim, d),
-        "k_proj": (groups * head_dim, d),
-        "v_proj": (groups * head_dim, d),
-        "o_proj": (d, heads * head_dim),
-        "up_proj": (feed_forward, d),
-        "down_proj": (d, feed_forward),
-    }
-    return shapes | ({"gate_proj": (feed_forward, d)} if config.activation == "swiglu" else {})
-
-
 def _scores(config: BackboneConfig, work: Work) -> float:
     """Multiplications of a token's queries with keys, and of weights with values."""
     head_dim = config.head_dim or config.hidden_size // config.num_heads
@@ -116,5 +99,5 @@ def _adapters(config: BackboneConfig, lora: LoraConfig | None) -> int:
     """Multiplications of a token with a layer's adapters."""
     if lora is None:
         return 0
-    shapes = _linear_shapes(config)
+    shapes = linear_shapes(config)
     return lora.rank * sum(sum(shapes[name]) for name in lora.target_modules)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ilrec_dist.model.config import LoraConfig, TargetModule
+from ilrec_dist.model.config import LoraConfig, TargetModule, linear_shapes
 from ilrec_dist.model.hf.slices import shard_slices
 from ilrec_dist.plan.decoder import DecoderSizes, PlannedGroup, padded_each
 from ilrec_dist.training.config import TrainConfig
@@ -94,18 +94,17 @@ class Linear:
 
 def linears(sizes: DecoderSizes) -> list[Linear]:
     """Those of a layer, in the order of the module's parameters."""
-    keys = sizes.kv_heads * sizes.head_dim
     gated: tuple[TargetModule, ...] = ("gate_proj", "up_proj") if sizes.gated else ("up_proj",)
+    joined: dict[str, tuple[TargetModule, ...]] = {
+        "linear_proj": ("o_proj",),
+        "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+        "linear_fc1": gated,
+        "linear_fc2": ("down_proj",),
+    }
+    shapes = linear_shapes(sizes.config)
     return [
-        Linear("linear_proj", ("o_proj",), sizes.query_width, (sizes.hidden,)),
-        Linear(
-            "linear_qkv",
-            ("q_proj", "k_proj", "v_proj"),
-            sizes.hidden,
-            (sizes.query_width, keys, keys),
-        ),
-        Linear("linear_fc1", gated, sizes.hidden, (sizes.ffn,) * len(gated)),
-        Linear("linear_fc2", ("down_proj",), sizes.ffn, (sizes.hidden,)),
+        Linear(name, parts, shapes[parts[0]][1], tuple(shapes[part][0] for part in parts))
+        for name, parts in joined.items()
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ilrec_dist.model.config import BackboneConfig
+from ilrec_dist.model.config import BackboneConfig, TargetModule, linear_shapes
 from ilrec_dist.model.hf.config import read_config
 from ilrec_dist.model.hf.families import checkpoint_names, family_of_config
 from ilrec_dist.model.hf.slices import tensor_shapes
@@ -28,21 +28,24 @@ def check_tensors(folder: str | Path) -> None:
 
 def parameter_shapes(config: BackboneConfig, vocab_rows: int) -> Iterator[tuple[str, list[int]]]:
     """Each parameter of a decoder of one of FAMILIES, with its shape over all ranks."""
-    d, heads = config.hidden_size, config.num_heads
-    head_dim = config.head_dim or d // heads
-    joint = (heads + 2 * (config.num_kv_heads or heads)) * head_dim
-    feed_forward = config.ffn_hidden_size or 4 * d
+    d, linear = config.hidden_size, linear_shapes(config)
+
+    def joined(*modules: TargetModule) -> list[int]:
+        return [sum(linear[module][0] for module in modules), linear[modules[0]][1]]
+
+    joint = joined("q_proj", "k_proj", "v_proj")
     layer = {
         "input_layernorm.weight": [d],
-        "self_attention.linear_qkv.weight": [joint, d],
-        "self_attention.linear_proj.weight": [d, heads * head_dim],
+        "self_attention.linear_qkv.weight": joint,
+        "self_attention.linear_proj.weight": joined("o_proj"),
         "pre_mlp_layernorm.weight": [d],
-        "mlp.linear_fc1.weight": [2 * feed_forward, d],
-        "mlp.linear_fc2.weight": [d, feed_forward],
+        "mlp.linear_fc1.weight": joined("gate_proj", "up_proj"),
+        "mlp.linear_fc2.weight": joined("down_proj"),
     }
     if config.qkv_bias:
-        layer["self_attention.linear_qkv.bias"] = [joint]
+        layer["self_attention.linear_qkv.bias"] = joint[:1]
     if config.qk_norm:
+        head_dim = config.head_dim or d // config.num_heads
         layer["self_attention.q_layernorm.weight"] = [head_dim]
         layer["self_attention.k_layernorm.weight"] = [head_dim]
     yield "embedding.word_embeddings.weight", [vocab_rows, d]
