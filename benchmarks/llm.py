@@ -1,10 +1,11 @@
 """What does training and serving a language model cost, beside Hugging Face's Trainer
 and PEFT?
 
-    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER]
+    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER] [--data FOLDER]
 
-The model has SmolLM2-135M's shape, with random weights unless --model names a folder;
-the items have 4 × 256 codes, and the histories and prompts are drawn. Every side of a
+The model has SmolLM2-135M's shape, with random weights unless --model names a folder.
+Items with 4 × 256 codes and histories are drawn unless --data names a data set in
+LC-Rec's form with codes of four levels; the words of prompts always are. Every side of a
 comparison runs in a process of its own, the sides by turns, and its figures are medians
 over steps, in CPU seconds of all threads, so that other work on the machine counts
 little. Memory is the kernel's peak of the whole process. Hugging Face's trainings need
@@ -19,7 +20,7 @@ import json
 import os
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from harness import (
     peak_mib,
     write_figures,
 )
-from llm_sides import DTYPES, LEVELS, SIDES, Drawn, Spec
+from llm_sides import DTYPES, FORMS, LEVELS, SIDES, Drawn, Spec
 
 from ilrec_dist.launch.device import quiet
 from ilrec_dist.launch.job import FOR_WORKERS
@@ -61,6 +62,8 @@ class Comparison:
     unit: str
     first: dict[str, Any]
     second: dict[str, Any]
+    # Steps of histories of all lengths take times of their own: their mean then counts.
+    by_mean: bool = False
 
 
 def prompts(tokens: int, batch: int, **more: Any) -> dict[str, Any]:
@@ -84,7 +87,21 @@ def against_peft(tokens: int, like_for_like: bool) -> Comparison:
     return Comparison(about, "target", {}, peft)
 
 
+def against_form(name: str, like_for_like: bool) -> Comparison:
+    prompts = {"form": name, "batch": FORMS[name].batch, "steps": 24}
+    peft = prompts | {"side": "peft"}
+    if like_for_like:
+        about = f"the same prompts, in the form of {name}, against PEFT"
+        return Comparison(about, "target", prompts, peft, by_mean=True)
+    about = f"targets: all, against PEFT's prompts in the form of {name}"
+    return Comparison(about, "target", {"steps": 24}, peft, by_mean=True)
+
+
 COMPARISONS = {
+    "targets-lcrec": against_form("lcrec", False),
+    "targets-minionerec": against_form("minionerec", False),
+    "like-lcrec": against_form("lcrec", True),
+    "like-minionerec": against_form("minionerec", True),
     "targets-54": against_peft(54, False),
     "targets-104": against_peft(104, False),
     "like-54": against_peft(54, True),
@@ -127,7 +144,7 @@ def run_side(spec: Spec, **changes: Any) -> dict[str, Any]:
 
 
 def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
-    """Both sides by turns; medians of all steps."""
+    """Both sides by turns; medians, or means, of all steps."""
     cpu: dict[str, list[float]] = {"first": [], "second": []}
     peak: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(rounds):
@@ -135,7 +152,8 @@ def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
             measured = run_side(spec, **changes)
             cpu[name] += measured["cpu_s"]
             peak[name].append(measured["peak_mib"])
-    seconds = {name: statistics.median(values) for name, values in cpu.items()}
+    average = statistics.fmean if row.by_mean else statistics.median
+    seconds = {name: average(values) for name, values in cpu.items()}
     memory = {name: max(values) for name, values in peak.items()}
     print(
         f"{row.about:<56}{seconds['first']:>8.3f}{seconds['second']:>9.3f} CPU s a {row.unit:<7}"
@@ -185,6 +203,8 @@ def main() -> None:
     lines = "; ".join(f"{name}: {about}" for name, about in names.items())
     parser.add_argument("rows", metavar="ROW", nargs="*", help=f"(default: all) {lines}")
     parser.add_argument("--model", type=Path, help="the folder of a Llama (default: random)")
+    parser.add_argument("--data", help="the folder of a data set in LC-Rec's form (default: drawn)")
+    parser.add_argument("--index", help="its codes (default: the first *.index.json in the folder)")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -193,7 +213,7 @@ def main() -> None:
         quiet()
         spec = Spec(**json.loads(arguments.side))
         torch.set_num_threads(spec.threads)
-        figures = SIDES[spec.side](spec, Drawn(spec.model))
+        figures = SIDES[spec.side](spec, Drawn(spec))
         print(json.dumps(figures | {"peak_mib": peak_mib()}), flush=True)
         # Interpreter shutdown with live gloo groups can hang.
         os._exit(0)
@@ -208,6 +228,7 @@ def main() -> None:
         model = arguments.model or write_random_model(Path(folder), layers)
         steps, batch, rounds = (2, 16, 1) if arguments.quick else (3, 32, 2)
         spec = Spec("ours", str(model), arguments.precision, arguments.threads, steps, batch)
+        spec = replace(spec, data=arguments.data, index=arguments.index)
         for name in arguments.rows or names:
             row = COMPARISONS.get(name)
             rows[name] = single(spec, name) if row is None else compare(spec, rounds, row)

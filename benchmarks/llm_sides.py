@@ -15,7 +15,9 @@ import torch
 from harness import NumberedIds
 from ilrec_kernels import LossOptions, TokenLists, cross_layer_loss
 
-from ilrec_dist.data.dataset import InteractionDataset
+from ilrec_dist.data.config import DataConfig
+from ilrec_dist.data.dataset import InteractionDataset, load_dataset
+from ilrec_dist.data.prepare import prepare
 from ilrec_dist.distributed.process_groups import initialize_parallel
 from ilrec_dist.export.constrained_decoding import ItemTrie, prefix_allowed_tokens_fn
 from ilrec_dist.export.hf_model import Decoding, write_item_files
@@ -23,6 +25,7 @@ from ilrec_dist.inference.beam_search import beam_search, read_prefixes
 from ilrec_dist.inference.inputs import Prefixes
 from ilrec_dist.inference.trie_constraint import TrieConstraint
 from ilrec_dist.items.catalogue import make_catalogue
+from ilrec_dist.items.lcrec_index import IndexFile, read_index
 from ilrec_dist.items.trie import Trie
 from ilrec_dist.items.vocabulary import Vocabulary
 from ilrec_dist.model.build import build_pretrained, load_pretrained
@@ -51,6 +54,30 @@ Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
+class PromptForm:
+    """How a system writes a training prompt: words, the history as codes, and the item.
+
+    What the words say costs nothing, so they are drawn. Their number was counted with
+    SmolLM2's tokenizer over the system's own templates.
+    """
+
+    words: int
+    # Between two items of the history.
+    separator: int
+    # Of a micro-batch, in which every prompt is padded to the longest.
+    batch: int
+    padded_to: int = 1
+
+
+FORMS = {
+    # zhengbw0324/LC-Rec: the mean of its 17 templates of the next item, 45 to 65 tokens.
+    "lcrec": PromptForm(words=53, separator=2, batch=8),
+    # AkaliKong/MiniOneRec: its one template, and a line end.
+    "minionerec": PromptForm(words=80, separator=2, batch=4, padded_to=8),
+}
+
+
+@dataclass(frozen=True)
 class Spec:
     """What one process measures: the side of a comparison."""
 
@@ -60,8 +87,13 @@ class Spec:
     threads: int
     steps: int
     batch: int
+    # A data set in LC-Rec's form and its index; None: drawn items and histories.
+    data: str | None = None
+    index: str | None = None
     # Tokens of a prompt, without the item that is generated; 0: plain sequences, all targets.
     prompt: int = 0
+    # One of FORMS, for prompts that hold the data's histories.
+    form: str | None = None
     # The longest of the prompts has `prompt` tokens, the others down to a third of them.
     ragged: bool = False
     packs: bool = True
@@ -70,27 +102,48 @@ class Spec:
     trainable: Trainable = "lora+new_rows"
 
 
-class Drawn:
-    """Items with random codes behind the model's own tokens, and random histories."""
+def drawn_histories(rng: np.random.Generator) -> InteractionDataset:
+    # The last two items of a user are no training items.
+    lengths = 2 + np.clip(rng.geometric(1 / (MEAN_ITEMS - 2), USERS) + 2, 2, LONGEST)
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    items = rng.integers(0, ITEMS, offsets[-1]).astype(np.int32)
+    return InteractionDataset(items, offsets, NumberedIds(USERS), NumberedIds(ITEMS))
 
-    def __init__(self, model: str) -> None:
+
+def given_data(path: str, index: str | None) -> tuple[InteractionDataset, IndexFile]:
+    """A data set in LC-Rec's form, and the codes of its items."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(DataConfig(format="lcrec", path=path), Path(folder) / "data")
+        dataset = load_dataset(Path(folder) / "data")
+        index = index or str(next(Path(path).glob("*.index.json")))
+        return dataset, read_index(index, dataset.item_ids)
+
+
+class Drawn:
+    """Items whose codes stand behind the model's own tokens, and histories: given ones,
+    or drawn.
+    """
+
+    def __init__(self, spec: Spec) -> None:
         rng = np.random.default_rng(0)
-        rows = read_config(model).vocab_size
-        vocabulary = Vocabulary.added_to(rows, rows, LEVELS * CODES, 0)
-        codes = rng.integers(0, CODES, (ITEMS, LEVELS))
-        self.catalogue = make_catalogue(codes, [CODES] * LEVELS, vocabulary=vocabulary)
+        if spec.data is None:
+            codes, sizes = rng.integers(0, CODES, (ITEMS, LEVELS)), [CODES] * LEVELS
+            self.dataset = drawn_histories(rng)
+        else:
+            self.dataset, index = given_data(spec.data, spec.index)
+            codes, sizes = index.codes, index.level_sizes
+        rows = read_config(spec.model).vocab_size
+        vocabulary = Vocabulary.added_to(rows, rows, sum(sizes), 0)
+        self.catalogue = make_catalogue(codes, sizes, vocabulary=vocabulary)
         self.trie = Trie(self.catalogue)
-        # The last two items of a user are no training items.
-        lengths = 2 + np.clip(rng.geometric(1 / (MEAN_ITEMS - 2), USERS) + 2, 2, LONGEST)
-        offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
-        items = rng.integers(0, ITEMS, offsets[-1]).astype(np.int32)
-        self.dataset = InteractionDataset(items, offsets, NumberedIds(USERS), NumberedIds(ITEMS))
 
     def prompts(self, spec: Spec) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Batches of (the tokens of each prompt and its item, the items)."""
         rng = np.random.default_rng(1)
+        if spec.form is not None:
+            yield from self.prompts_of_histories(FORMS[spec.form], spec.batch, rng)
         while True:
-            items = rng.integers(0, ITEMS, spec.batch)
+            items = rng.integers(0, self.dataset.num_items, spec.batch)
             shortest = spec.prompt // 3 if spec.ragged else spec.prompt
             lengths = rng.integers(shortest, spec.prompt + 1, spec.batch)
             words = self.catalogue.vocabulary.base_size
@@ -102,6 +155,26 @@ class Drawn:
                 ],
                 items,
             )
+
+    def prompts_of_histories(
+        self, form: PromptForm, batch: int, rng: np.random.Generator
+    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Batches of one target a prompt, the data's targets in random order."""
+        windows, dataset = training_windows(self.dataset, LONGEST, "last"), self.dataset
+        words = self.catalogue.vocabulary.base_size
+        while True:
+            slices = windows.slices(rng.integers(0, len(windows), batch))
+            begins = dataset.offsets[slices.user]
+            targets = dataset.items[begins + slices.target]
+            prompts = []
+            for begin, start, target in zip(begins, slices.start, slices.target, strict=True):
+                history = self.catalogue.item_tokens(dataset.items[begin + start : begin + target])
+                between = rng.integers(0, words, (len(history), form.separator))
+                listed = np.concatenate([history, between], axis=1).ravel()
+                wording = rng.integers(0, words, form.words)
+                prompts.append(np.concatenate([wording, listed[: len(listed) - form.separator]]))
+            codes = self.catalogue.item_tokens(targets)
+            yield [np.append(*both) for both in zip(prompts, codes, strict=True)], targets
 
     def batch(self, sequences: list[np.ndarray], items: np.ndarray, step_rows: int) -> Batch:
         """A batch of one target a prompt, in the form of `BatchMaker`."""
@@ -129,7 +202,7 @@ class Drawn:
     def steps(self, spec: Spec) -> Iterator[list[Batch]]:
         """The micro-batches of each step, of prompts or plain sequences."""
         budget = spec.micro_batch_tokens
-        if spec.prompt:
+        if spec.prompt or spec.form is not None:
             for sequences, items in self.prompts(spec):
                 tokens, rows = np.array([len(s) - 1 for s in sequences]), len(items) * LEVELS
                 parts = [np.arange(len(items))]
@@ -232,7 +305,7 @@ def operator(spec: Spec, drawn: Drawn) -> Samples:
     """The loss alone on rows of the model's own shape, and its bare products."""
     catalogue, generator = drawn.catalogue, torch.Generator().manual_seed(0)
     d, (first, last) = read_config(spec.model).config.hidden_size, catalogue.vocabulary.added_tokens
-    items = np.random.default_rng(2).integers(0, ITEMS, OPERATOR_ROWS // LEVELS)
+    items = np.random.default_rng(2).integers(0, drawn.dataset.num_items, OPERATOR_ROWS // LEVELS)
     rows = ItemRows.of(catalogue, drawn.trie, items)
     lists = TokenLists(rows.indptr, rows.tokens)
     steps: dict[str, Callable[[], int]] = {}
@@ -297,6 +370,22 @@ def train_peft(spec: Spec, drawn: Drawn) -> Samples:
             labels = torch.full_like(row, -100)
             labels[-LEVELS:] = row[-LEVELS:]
             samples.append({"input_ids": row, "labels": labels})
+    multiple = 1 if spec.form is None else FORMS[spec.form].padded_to
+
+    def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Each row padded to the longest, as a collator of transformers does."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        longest += -longest % multiple
+        batch = {
+            name: torch.full((len(rows), longest), fill)
+            for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
+        }
+        for number, row in enumerate(rows):
+            for name, values in row.items():
+                batch[name][number, : len(values)] = values
+            batch["attention_mask"][number, : len(row["input_ids"])] = 1
+        return batch
+
     seconds: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -319,7 +408,9 @@ def train_peft(spec: Spec, drawn: Drawn) -> Samples:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        Trainer(adapted, arguments, train_dataset=samples, callbacks=[Clock()]).train()
+        Trainer(
+            adapted, arguments, data_collator=padded, train_dataset=samples, callbacks=[Clock()]
+        ).train()
     return {"cpu_s": seconds[1:]}
 
 
