@@ -62,8 +62,8 @@ class Comparison:
     unit: str
     first: dict[str, Any]
     second: dict[str, Any]
-    # Steps of histories of all lengths take times of their own: their mean then counts.
-    by_mean: bool = False
+    # Steps of histories of all lengths differ: all their time over all their targets counts.
+    in_all: bool = False
 
 
 def prompts(tokens: int, batch: int, **more: Any) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def against_form(name: str, like_for_like: bool) -> Comparison:
     peft = prompts | {"side": "peft"}
     if like_for_like:
         about = f"the same prompts, in the form of {name}, against PEFT"
-        return Comparison(about, "target", prompts, peft, by_mean=True)
+        return Comparison(about, "target", prompts, peft, in_all=True)
     about = f"targets: all, against PEFT's prompts in the form of {name}"
-    return Comparison(about, "target", {"steps": 24}, peft, by_mean=True)
+    return Comparison(about, "target", {"steps": 24}, peft, in_all=True)
 
 
 COMPARISONS = {
@@ -144,16 +144,20 @@ def run_side(spec: Spec, **changes: Any) -> dict[str, Any]:
 
 
 def compare(spec: Spec, rounds: int, row: Comparison) -> dict[str, Any]:
-    """Both sides by turns; medians, or means, of all steps."""
+    """Both sides by turns; medians, or the whole, of all steps."""
     cpu: dict[str, list[float]] = {"first": [], "second": []}
+    targets: dict[str, list[float]] = {"first": [], "second": []}
     peak: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(rounds):
         for name, changes in (("first", row.first), ("second", row.second)):
             measured = run_side(spec, **changes)
             cpu[name] += measured["cpu_s"]
             peak[name].append(measured["peak_mib"])
-    average = statistics.fmean if row.by_mean else statistics.median
-    seconds = {name: average(values) for name, values in cpu.items()}
+            targets[name] += measured.get("targets", [])
+    seconds = {
+        name: statistics.fmean(values, targets[name]) if row.in_all else statistics.median(values)
+        for name, values in cpu.items()
+    }
     memory = {name: max(values) for name, values in peak.items()}
     print(
         f"{row.about:<56}{seconds['first']:>8.3f}{seconds['second']:>9.3f} CPU s a {row.unit:<7}"

@@ -271,7 +271,15 @@ def timed(steps: dict[str, Callable[[], int]], count: int) -> Samples:
 
 
 def train_ours(spec: Spec, drawn: Drawn) -> Samples:
-    return timed({"cpu_s": training_step(spec, drawn, "sft")}, spec.steps)
+    step = training_step(spec, drawn, "sft")
+    targets: list[float] = []
+
+    def counted() -> int:
+        count = step()
+        targets.append(count)
+        return count
+
+    return timed({"cpu_s": counted}, spec.steps) | {"targets": targets[1:]}
 
 
 def train_both_methods(spec: Spec, drawn: Drawn) -> Samples:
@@ -411,7 +419,7 @@ def train_peft(spec: Spec, drawn: Drawn) -> Samples:
         Trainer(
             adapted, arguments, data_collator=padded, train_dataset=samples, callbacks=[Clock()]
         ).train()
-    return {"cpu_s": seconds[1:]}
+    return {"cpu_s": seconds[1:], "targets": [spec.batch] * (len(seconds) - 1)}
 
 
 def beams_ours(spec: Spec, drawn: Drawn) -> Samples:
