@@ -1,16 +1,18 @@
 """What does training and serving a language model cost, beside Hugging Face's Trainer
 and PEFT?
 
-    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER] [--data FOLDER]
+    python benchmarks/llm.py [ROW ...] [--quick] [--json FILE] [--model FOLDER]
+        [--data FOLDER] [--index FILE]
 
 The model has SmolLM2-135M's shape, with random weights unless --model names a folder.
 Items with 4 × 256 codes and histories are drawn unless --data names a data set in
-LC-Rec's form with codes of four levels; the words of prompts always are. Every side of a
-comparison runs in a process of its own, the sides by turns, and its figures are medians
-over steps, in CPU seconds of all threads, so that other work on the machine counts
-little. Memory is the kernel's peak of the whole process. Hugging Face's trainings need
-peft and accelerate (pip install --no-deps peft accelerate). The memory of loading a
-model under tensor parallelism is hf_load.py's question.
+LC-Rec's form with codes of four levels; the words of prompts always are. Every side of
+a comparison runs in a process of its own, the sides by turns, and its figures are
+medians over steps (of histories of all lengths: all their time over all their targets),
+in CPU seconds of all threads, so that other work on the machine counts little. Memory
+is the kernel's peak of the whole process. Hugging Face's trainings need peft and
+accelerate (pip install --no-deps peft accelerate). The memory of loading a model under
+tensor parallelism is hf_load.py's question.
 """
 
 from __future__ import annotations
