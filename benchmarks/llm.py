@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("rows", metavar="ROW", nargs="*", help=f"(default: all) {lines}")
     parser.add_argument("--model", type=Path, help="the folder of a Llama (default: random)")
     parser.add_argument("--data", help="the folder of a data set in LC-Rec's form (default: drawn)")
-    parser.add_argument("--index", help="its codes (default: the first *.index.json in the folder)")
+    parser.add_argument(
+        "--index", help="its codes (default: NAME.index.json beside NAME.inter.json)"
+    )
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--side", help=argparse.SUPPRESS)

@@ -115,7 +115,10 @@ def given_data(path: str, index: str | None) -> tuple[InteractionDataset, IndexF
     with tempfile.TemporaryDirectory() as folder:
         prepare(DataConfig(format="lcrec", path=path), Path(folder) / "data")
         dataset = load_dataset(Path(folder) / "data")
-        index = index or str(next(Path(path).glob("*.index.json")))
+        if index is None:
+            # A folder may have other indices beside the data set's own.
+            (interactions,) = Path(path).glob("*.inter.json")
+            index = str(interactions).removesuffix(".inter.json") + ".index.json"
         return dataset, read_index(index, dataset.item_ids)
 
 
